@@ -1,0 +1,1 @@
+"""Requests: prefill, decode, sampling, speculation."""

@@ -1,0 +1,1 @@
+"""Placement: the same model on any mesh."""

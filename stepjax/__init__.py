@@ -1,0 +1,39 @@
+"""Step 3.5 Flash in JAX and Flax.
+
+Importing this package loads nothing else: each public name brings its own module in when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stepjax.config import ModelConfig
+    from stepjax.infer.generate import generate
+    from stepjax.infer.load import load
+    from stepjax.infer.sampler import SamplingParams
+    from stepjax.model import Step3p5
+    from stepjax.tokenizer import Tokenizer
+
+__version__ = "0.1.0"
+
+__all__ = ["ModelConfig", "SamplingParams", "Step3p5", "Tokenizer", "generate", "load"]
+
+_HOME = {
+    "ModelConfig": "stepjax.config",
+    "SamplingParams": "stepjax.infer.sampler",
+    "Step3p5": "stepjax.model",
+    "Tokenizer": "stepjax.tokenizer",
+    "generate": "stepjax.infer.generate",
+    "load": "stepjax.infer.load",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,25 @@
+"""Errors that cross the boundary of the package: each says what, where, found, expected and what to try."""
+
+
+class StepjaxError(Exception):
+    """Base of every error that is the input's fault; the command line prints it without a traceback and exits 1."""
+
+
+class ConfigError(StepjaxError):
+    """A configuration is contradictory, or asks for arithmetic that this model does not have."""
+
+
+class CheckpointError(StepjaxError):
+    """A checkpoint folder or one of its files is missing, damaged or of another shape."""
+
+
+class TokenizerError(StepjaxError):
+    """A tokenizer file is missing, damaged or lacks an entry that the model needs."""
+
+
+class TemplateError(StepjaxError):
+    """A chat template failed, or exceeded its limits."""
+
+
+class RequestError(StepjaxError):
+    """A request (prompt, messages, sampling parameters) is not acceptable."""

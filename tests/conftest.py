@@ -1,0 +1,46 @@
+"""Settings of every test. They are environment variables, so that processes which a test starts have them too."""
+
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+assert "jax" not in sys.modules, "a pytest plugin imported jax before its settings were made"
+
+VIRTUAL_DEVICES = "--xla_force_host_platform_device_count"
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if VIRTUAL_DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {VIRTUAL_DEVICES}=8".strip()
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("STEPJAX_TEST_CACHE") or str(
+    Path("~/.cache/stepjax/tests").expanduser()
+)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+
+# Compiling counts as running time, hence no deadline; the same examples every time, so that a failure stays to be seen.
+settings.register_profile("stepjax", deadline=None, derandomize=True)
+settings.load_profile("stepjax")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselects what this run cannot or should not do; nothing is skipped, so a skip in the report is news."""
+    left_out = set()
+    if not config.getoption("--slow"):
+        left_out.add("slow")
+    if not {"cuda", "gpu"} & set(os.environ["JAX_PLATFORMS"].split(",")):
+        left_out.add("gpu")
+    if not (find_spec("torch") and find_spec("transformers")):
+        left_out.add("oracle")
+    deselected = [item for item in items if left_out & {mark.name for mark in item.iter_markers()}]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if item not in deselected]

@@ -1,0 +1,189 @@
+"""The house itself: which room may import which, what no module may do, and what the wheel holds."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("stepjax", "sharding", "infer", "train")  # a room imports itself and rooms before it
+LAZY = {"stepjax/__init__.py", "stepjax/cli.py"}  # these name later rooms, but load them only on use
+
+UNSAFE_MODULES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve", "torch"}
+UNSAFE_CALLS = {"eval", "exec", "__import__", "yaml.load", "yaml.unsafe_load"}
+MACHINE = re.compile(r"(?<![\w.~}$])/(?:root|home|Users|opt|work)/\w|pypi\.org|files\.pythonhosted|index[-]url")
+
+
+def tracked() -> list[Path]:
+    """Files and links of the repository, without what git ignores."""
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        names = subprocess.run(listing, cwd=ROOT, capture_output=True, check=True, text=True).stdout.split("\0")
+        return sorted(ROOT / name for name in names if name)
+    except (OSError, subprocess.CalledProcessError):  # an unpacked archive
+        ignored = {".git", ".venv", "__pycache__", "build", "dist"}
+        return sorted(path for path in ROOT.rglob("*") if not ignored & set(path.relative_to(ROOT).parts))
+
+
+LINKS = [path for path in tracked() if path.is_symlink()]
+FILES = [path for path in tracked() if path.is_file() and path == path.resolve()]  # none through a link
+SOURCES = {path.relative_to(ROOT).as_posix(): path for path in FILES if path.suffix == ".py"}
+PACKAGE = [name for name in SOURCES if name.split("/")[0] in ROOMS]
+
+
+def module_name(name: str) -> str:
+    """The name a package file is imported by: infer/sampler.py is stepjax.infer.sampler."""
+    parts = Path(name).with_suffix("").parts
+    return ".".join((*(() if parts[0] == "stepjax" else ("stepjax",)), *parts)).removesuffix(".__init__")
+
+
+def parse(name: str) -> ast.Module:
+    return ast.parse(SOURCES[name].read_text(encoding="utf-8"), filename=name)
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Dotted names that a module imports, also inside functions: "from a import b" as a.b, a relative one as .b."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            source = "." * node.level + (node.module or "")
+            yield from (f"{source}.{alias.name}" for alias in node.names)
+
+
+def quoted_modules(tree: ast.AST) -> Iterator[str]:
+    """Strings that name a module of ours, as import_module takes them."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and re.fullmatch(r"stepjax(\.\w+)+(:\w+)?", str(node.value)):
+            yield str(node.value).partition(":")[0]
+
+
+def room_of(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in ROOMS else parts[0]
+
+
+def dotted(node: ast.expr) -> str:
+    """`a.b.c` of a name or attribute, "" of anything else."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+@pytest.mark.parametrize("name", [name for name in PACKAGE if name not in LAZY])
+def test_nothing_imports_to_its_right(name):
+    tree = parse(name)
+    own = ROOMS.index(room_of(module_name(name)))
+    ours = [module for module in (*imports(tree), *quoted_modules(tree)) if module.split(".")[0] == "stepjax"]
+    assert [module for module in ours if ROOMS.index(room_of(module)) > own] == []
+
+
+def test_lazy_files_load_no_room():
+    """The command's table and the public names know later rooms as strings, or for type checkers only."""
+    for name in LAZY & set(PACKAGE):
+        tree = parse(name)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and dotted(node.test) == "TYPE_CHECKING":
+                node.body = []
+        assert [module for module in imports(tree) if room_of(module) in ROOMS[1:]] == [], name
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_imports_are_absolute_and_name_the_package(name):
+    """A plain `train` would be whatever train.py lies in the user's folder."""
+    assert [
+        module for module in imports(parse(name)) if module.startswith(".") or module.split(".")[0] in ROOMS[1:]
+    ] == []
+
+
+@pytest.mark.parametrize("name", PACKAGE)
+def test_no_file_or_string_becomes_code(name):
+    tree = parse(name)
+    assert {module.split(".")[0] for module in imports(tree)} & UNSAFE_MODULES == set()
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        called = dotted(call.func)
+        assert called not in UNSAFE_CALLS, f"{name}:{call.lineno} calls {called}"
+        if called in {"np.load", "numpy.load", "jnp.load"}:
+            # Third argument or keyword; only a literal False is refused by numpy itself when the file holds objects.
+            allow = [
+                *call.args[2:3],
+                *(keyword.value for keyword in call.keywords if keyword.arg in {"allow_pickle", None}),
+            ]
+            safe = all(isinstance(value, ast.Constant) and value.value is False for value in allow)
+            assert safe, f"{name}:{call.lineno} may unpickle"
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_files_stay_readable(name):
+    lines = len(SOURCES[name].read_text(encoding="utf-8").splitlines())
+    assert lines <= 600, f"{name} has {lines} lines: look for its seam"
+
+
+def requirement_name(requirement: str) -> str:
+    found = re.match(r"[\w.-]+", requirement)
+    assert found, requirement
+    return found[0].lower().replace("-", "_")
+
+
+def test_dependencies_are_few_and_all_that_is_imported():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {requirement_name(requirement) for requirement in project["dependencies"]}
+    assert len(declared) <= 16
+    importable = {"orbax" if name == "orbax_checkpoint" else name for name in declared}
+    for name in PACKAGE:
+        used = {module.split(".")[0] for module in imports(parse(name))} - sys.stdlib_module_names - {"stepjax"}
+        assert used <= importable, f"{name} imports what pyproject.toml does not declare"
+
+
+def test_text_names_no_machine_and_no_registry():
+    for path in FILES:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        found = MACHINE.search(text)
+        assert not found, f"{path.relative_to(ROOT)} holds {found[0]!r}"
+
+
+def test_import_loads_nothing_else():
+    """Beside the standard library, so that `stepjax --help` is quick and settings of jax can still be made."""
+    script = "import sys; old = {*sys.modules}; import stepjax; dir(stepjax); print(*{*sys.modules} - old)"
+    loaded = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, check=True, text=True).stdout
+    assert {name for name in loaded.split() if name.split(".")[0] not in sys.stdlib_module_names} == {"stepjax"}
+
+
+def test_public_names_have_a_home():
+    import stepjax
+
+    assert set(stepjax.__all__) == set(stepjax._HOME)
+    for name in stepjax.__all__:
+        assert getattr(stepjax, name).__name__ == name
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = stepjax.nothing
+
+
+def test_wheel_holds_every_module_once(tmp_path):
+    tree = tmp_path / "tree"
+    for path in (*FILES, *LINKS):
+        copy = tree / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, copy, follow_symlinks=False)
+    build = "from setuptools.build_meta import build_wheel; build_wheel('dist')"
+    subprocess.run([sys.executable, "-c", build], cwd=tree, capture_output=True, check=True)
+
+    (wheel,) = (tree / "dist").glob("*.whl")
+    held = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
+    expected = [module_name(name) for name in PACKAGE]
+    assert sorted(module_name(name) for name in held if name.endswith(".py")) == sorted(expected)
+    assert len(held) == len(set(held))
+    assert all(name.startswith("stepjax/") for name in held)
+
+    assets = {path.relative_to(ROOT).as_posix() for path in FILES if ROOT / "stepjax/assets" in path.parents}
+    assert {name for name in assets if not name.endswith(".py")} | {"stepjax/py.typed"} <= set(held)
