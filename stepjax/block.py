@@ -1,0 +1,44 @@
+"""One decoder layer: attention and feed-forward, each behind its norm and added to the residual stream."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from stepjax.attention import Attention
+from stepjax.cache import CacheView, Chunk
+from stepjax.config import LayerSpec, ModelConfig
+from stepjax.layers import RMSNorm, SwiGLU
+from stepjax.layout import Layout
+from stepjax.moe import MoE
+
+
+class Block(nnx.Module):
+    """``x ← x + attention(norm(x)); x ← x + feed_forward(norm(x))``."""
+
+    def __init__(self, spec: LayerSpec, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, layout: Layout):
+        self.layout = layout
+        size, eps = config.hidden_size, config.norm_eps
+        scale = (2 * len(config.layers)) ** -0.5  # maps onto the residual stream start small, as depth grows
+        self.input_norm = RMSNorm(size, eps=eps, dtype=dtype)
+        self.attn = Attention(spec, size, eps=eps, rngs=rngs, dtype=dtype, layout=layout, scale=scale)
+        self.post_norm = RMSNorm(size, eps=eps, dtype=dtype)
+        if spec.moe:
+            self.moe = MoE(spec, config, rngs=rngs, dtype=dtype, layout=layout, scale=scale)
+        else:
+            limit, hidden = spec.limit_shared, config.intermediate_size
+            self.mlp = SwiGLU(size, hidden, limit=limit, rngs=rngs, dtype=dtype, scale=scale)
+
+    def __call__(
+        self, x_BTD: jax.Array, chunk: Chunk, cache: CacheView | None
+    ) -> tuple[jax.Array, CacheView | None, jax.Array | None]:
+        """The residual stream after the layer, the layer's cache, and the expert ids [B, T, A] of a MoE layer."""
+        out, cache = self.attn(self.input_norm(x_BTD), chunk, cache)
+        x_BTD = self.layout.constrain(x_BTD + out, "batch", "length", "embed")
+        normed, ids = self.post_norm(x_BTD), None
+        if hasattr(self, "moe"):
+            out, ids = self.moe(normed)
+        else:
+            out = self.mlp(normed)
+        return self.layout.constrain(x_BTD + out, "batch", "length", "embed"), cache, ids

@@ -1,0 +1,84 @@
+"""The small parts: norm, linear map, embedding, gated MLP. Weights keep the hub's (out, in) orientation."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from stepjax.ops.swiglu import swiglu
+from stepjax.quant import dequantize
+
+
+def precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
+    """Matmul precision: float32 means float32, not the accelerator's shortened product."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], *, std: float, dtype: jnp.dtype) -> nnx.Param:
+    """A parameter drawn from N(0, std²), with its logical axes as metadata."""
+    value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
+    return nnx.Param(value.astype(dtype), axes=axes)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis with a gain stored as (gain − 1).
+
+    The whole product is float32 and only the result is cast back (spec §2.2).
+    """
+
+    def __init__(self, size: int, *, eps: float, axis: str = "embed", dtype: jnp.dtype):
+        self.eps = eps
+        self.weight = nnx.Param(jnp.zeros((size,), dtype), axes=(axis,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        gain = 1 + self.weight.get_value().astype(jnp.float32)
+        return (wide * scale * gain.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """``y[..., out] = x[..., in] · Wᵀ``, accumulated in float32, returned in x's dtype. This model has no bias."""
+
+    def __init__(
+        self,
+        size_in: int,
+        size_out: int,
+        *,
+        axes: tuple[str, str],
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype,
+        scale: float = 1.0,
+    ):
+        self.weight = normal(rngs, (size_out, size_in), axes, std=scale * size_in**-0.5, dtype=dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        weight = dequantize(self.weight.get_value(), x.dtype)
+        y = jnp.einsum("...i,oi->...o", x, weight, precision=precision(x.dtype), preferred_element_type=jnp.float32)
+        return y.astype(x.dtype)
+
+
+class Embed(nnx.Module):
+    """Token id → row of a [V, D] matrix, unscaled."""
+
+    def __init__(self, vocab: int, size: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self.weight = normal(rngs, (vocab, size), ("vocab", "embed"), std=0.5, dtype=dtype)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return jnp.take(self.weight.get_value(), ids, axis=0, mode="clip")
+
+
+class SwiGLU(nnx.Module):
+    """Gated MLP ``(silu(h·Gᵀ) ⊙ h·Uᵀ)·Dᵀ`` with an optional clamp (spec §2.4)."""
+
+    def __init__(
+        self, size: int, hidden: int, *, limit: float | None, rngs: nnx.Rngs, dtype: jnp.dtype, scale: float = 1.0
+    ):
+        self.limit = limit
+        self.gate_proj = Linear(size, hidden, axes=("mlp", "embed"), rngs=rngs, dtype=dtype)
+        self.up_proj = Linear(size, hidden, axes=("mlp", "embed"), rngs=rngs, dtype=dtype)
+        self.down_proj = Linear(hidden, size, axes=("embed", "mlp"), rngs=rngs, dtype=dtype, scale=scale)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), self.limit))

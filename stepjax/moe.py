@@ -1,0 +1,80 @@
+"""Mixture of experts: sigmoid router with a selection bias, routed experts, one shared expert (spec §2.5)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from stepjax.config import LayerSpec, ModelConfig
+from stepjax.layers import SwiGLU, normal
+from stepjax.layout import Layout
+from stepjax.ops.experts import ExpertWeights
+
+
+class RouterBias(nnx.Variable):
+    """Selection bias of the router: part of the checkpoint, never trained by gradient."""
+
+
+class Router(nnx.Module):
+    """Chooses A of E experts a token. Scores are a true float32 product (``need_fp32_gate``)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self.top_k, self.scale = config.top_k, config.router_scale
+        size, experts = config.hidden_size, config.num_experts
+        self.weight = normal(rngs, (experts, size), ("expert", "embed"), std=size**-0.5, dtype=dtype)
+        self.bias = RouterBias(jnp.zeros((experts,), jnp.float32), axes=("expert",))
+
+    def __call__(self, x_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Expert ids [T, A] int32 and combine weights [T, A] float32.
+
+        The bias acts on the selection only; the weights come from the unbiased scores and sum to ``scale``.
+        """
+        weight = self.weight.get_value().astype(jnp.float32)
+        scores = jax.nn.sigmoid(jnp.einsum("td,ed->te", x_TD.astype(jnp.float32), weight, precision="highest"))
+        _, ids = jax.lax.top_k(scores + self.bias.get_value()[None, :], self.top_k)
+        chosen = jnp.take_along_axis(scores, ids, axis=-1)
+        return ids, self.scale * chosen / (jnp.sum(chosen, axis=-1, keepdims=True) + 1e-20)
+
+
+class Experts(nnx.Module):
+    """The routed experts' weights, fused over experts in the hub's orientation."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, scale: float):
+        E, F, D = config.num_experts, config.expert_size, config.hidden_size
+        wide = ("expert", "expert_mlp", "embed")
+        self.gate = normal(rngs, (E, F, D), wide, std=D**-0.5, dtype=dtype)
+        self.up = normal(rngs, (E, F, D), wide, std=D**-0.5, dtype=dtype)
+        self.down = normal(rngs, (E, D, F), ("expert", "embed", "expert_mlp"), std=scale * F**-0.5, dtype=dtype)
+
+    def weights(self) -> ExpertWeights:
+        return ExpertWeights(self.gate.get_value(), self.up.get_value(), self.down.get_value())
+
+
+class MoE(nnx.Module):
+    """``Σ combine · expert(h) + shared(h)``; the shared expert is neither gated nor scaled."""
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype,
+        layout: Layout,
+        scale: float = 1.0,
+    ):
+        self.spec, self.layout = spec, layout
+        self.router = Router(config, rngs=rngs, dtype=dtype)
+        self.experts = Experts(config, rngs=rngs, dtype=dtype, scale=scale / 2)
+        self.shared = SwiGLU(
+            config.hidden_size, config.shared_size, limit=spec.limit_shared, rngs=rngs, dtype=dtype, scale=scale
+        )
+
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The layer's output [B, T, D] and the expert ids [B, T, A] that made it."""
+        x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
+        ids_TA, combine_TA = self.router(x_TD)
+        routed = self.layout.experts(x_TD, ids_TA, combine_TA, self.experts.weights(), self.spec.limit)
+        out = routed.astype(x_BTD.dtype).reshape(x_BTD.shape) + self.shared(x_BTD)
+        return out, ids_TA.reshape(*x_BTD.shape[:2], -1)

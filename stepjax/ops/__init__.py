@@ -1,0 +1,1 @@
+"""Operations that have a fast form and a slow twin."""

@@ -1,0 +1,155 @@
+"""Softmax attention over several groups of keys, merged by log-sum-exp.
+
+A decode step, a verify step and a prefill chunk are one operation: the new tokens attend to cached keys (the prefix)
+and to themselves (the causal part). Visibility is decided by positions alone, so pages, rings and padding need no
+masks of their own: an empty row has position −1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+BLOCK = 256  # queries per block: bounds the score matrix to BLOCK × keys per head
+_MASKED = -1e30  # finite, so that a row without visible keys stays finite
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Keys:
+    """Keys and values with the positions they stand at."""
+
+    k_BSKH: jax.Array
+    v_BSKH: jax.Array
+    position_BS: jax.Array  # int32; −1 is an empty row
+    segment_BS: jax.Array | None = None  # int32; packed examples see only their own segment
+    aligned: bool = field(default=False, metadata={"static": True})  # row j of the keys is row j of the queries
+
+
+def attention(
+    q_BTNH: jax.Array,
+    position_BT: jax.Array,
+    parts: Sequence[Keys],
+    *,
+    window: int | None,
+    segment_BT: jax.Array | None = None,
+    implementation: Literal["blocked", "reference"] = "blocked",
+) -> jax.Array:
+    """Grouped-query attention: query head a uses key-value head ⌊a / (N/K)⌋.
+
+    A query at position p sees keys at positions j with 0 ≤ j ≤ p and, with a window W, j > p − W. Scores are scaled
+    by H^-1/2; softmax is float32. A query without visible keys returns zeros.
+
+    Returns: [B, T, N, H] in q's dtype.
+    """
+    if implementation == "reference":
+        return _reference(q_BTNH, position_BT, parts, window=window, segment_BT=segment_BT)
+    B, T, N, H = q_BTNH.shape
+    q = q_BTNH.reshape(B, T, parts[0].k_BSKH.shape[2], -1, H)
+    if T <= BLOCK:
+        out = _block(q, position_BT, segment_BT, parts, window)
+    else:
+        out = _by_blocks(q, position_BT, segment_BT, parts, window)
+    return out.reshape(B, T, N, H).astype(q_BTNH.dtype)
+
+
+def _by_blocks(
+    q: jax.Array, position: jax.Array, segment: jax.Array | None, parts: Sequence[Keys], window: int | None
+) -> jax.Array:
+    """Run the queries BLOCK at a time; a windowed causal part is cut to the keys that the block can see."""
+    T = q.shape[1]
+    blocks = -(-T // BLOCK)
+    queries = jax.tree.map(lambda x: _pad_rows(x, 0, blocks * BLOCK - T), (q, position, segment))
+    bands = [window is not None and part.aligned for part in parts]
+    before = 0 if window is None else window - 1  # keys that the first query of a block sees before itself
+    # With that many empty rows in front, the keys of the block at query i start at row i.
+    padded = [
+        _pad_keys(part, before, blocks * BLOCK - T) if band else part for part, band in zip(parts, bands, strict=True)
+    ]
+
+    def one(i: jax.Array) -> jax.Array:
+        rows = [
+            jax.tree.map(lambda x: _rows(x, i * BLOCK, before + BLOCK), part) if band else part
+            for part, band in zip(padded, bands, strict=True)
+        ]
+        q_rows, at, segments = jax.tree.map(lambda x: _rows(x, i * BLOCK, BLOCK), queries)
+        return _block(q_rows, at, segments, rows, window)
+
+    out = jax.lax.map(one, jnp.arange(blocks))  # [blocks, B, BLOCK, K, G, H]
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], blocks * BLOCK, *q.shape[2:])[:, :T]
+
+
+def _pad_keys(part: Keys, before: int, after: int) -> Keys:
+    empty = jnp.pad(part.position_BS, [(0, 0), (before, after)], constant_values=-1)
+    return replace(jax.tree.map(lambda x: _pad_rows(x, before, after), part), position_BS=empty)
+
+
+def _pad_rows(x: jax.Array, before: int, after: int) -> jax.Array:
+    return jnp.pad(x, [(0, 0), (before, after)] + [(0, 0)] * (x.ndim - 2))
+
+
+def _rows(x: jax.Array, start: jax.Array, count: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, start, count, axis=1)
+
+
+def _block(
+    q_BTKGH: jax.Array, position: jax.Array, segment: jax.Array | None, parts: Sequence[Keys], window: int | None
+) -> jax.Array:
+    """Attend to every part and merge: float32 [B, T, K, G, H]."""
+    outs, maxima, sums = zip(*(_part(q_BTKGH, position, segment, part, window) for part in parts), strict=True)
+    top = maxima[0]
+    for each in maxima[1:]:
+        top = jnp.maximum(top, each)
+    scales = [jnp.exp(each - top) for each in maxima]
+    total = sum(s * scale for s, scale in zip(sums, scales, strict=True))
+    out = sum(o * scale[..., None] for o, scale in zip(outs, scales, strict=True))
+    return out / jnp.maximum(total, 1e-30)[..., None]
+
+
+def _part(
+    q: jax.Array, position: jax.Array, segment: jax.Array | None, part: Keys, window: int | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Un-normalised output [B, T, K, G, H], row maxima and row sums [B, T, K, G], all float32."""
+    exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    scores = jnp.einsum("btkgh,bskh->btkgs", q, part.k_BSKH, precision=exact, preferred_element_type=jnp.float32)
+    seen = _visible(position, segment, part, window)[:, :, None, None, :]
+    scores = jnp.where(seen, scores * q.shape[-1] ** -0.5, _MASKED)
+    top = jnp.max(scores, axis=-1)
+    weights = jnp.where(seen, jnp.exp(scores - top[..., None]), 0.0)
+    out = jnp.einsum(
+        "btkgs,bskh->btkgh",
+        weights.astype(part.v_BSKH.dtype),
+        part.v_BSKH,
+        precision=exact,
+        preferred_element_type=jnp.float32,
+    )
+    return out, top, jnp.sum(weights, axis=-1)
+
+
+def _visible(position: jax.Array, segment: jax.Array | None, part: Keys, window: int | None) -> jax.Array:
+    """Bool [B, T, S]."""
+    query, key = position[:, :, None], part.position_BS[:, None, :]
+    seen = (key >= 0) & (key <= query)
+    if window is not None:
+        seen &= key > query - window
+    if segment is not None and part.segment_BS is not None:
+        seen &= segment[:, :, None] == part.segment_BS[:, None, :]
+    return seen
+
+
+def _reference(
+    q_BTNH: jax.Array, position: jax.Array, parts: Sequence[Keys], *, window: int | None, segment_BT: jax.Array | None
+) -> jax.Array:
+    """One softmax over all keys, every step in float32."""
+    group = q_BTNH.shape[2] // parts[0].k_BSKH.shape[2]
+    k = jnp.concatenate([jnp.repeat(part.k_BSKH, group, axis=2) for part in parts], axis=1).astype(jnp.float32)
+    v = jnp.concatenate([jnp.repeat(part.v_BSKH, group, axis=2) for part in parts], axis=1).astype(jnp.float32)
+    seen = jnp.concatenate([_visible(position, segment_BT, part, window) for part in parts], axis=-1)[:, None]
+    scores = jnp.einsum("btnh,bsnh->bnts", q_BTNH.astype(jnp.float32), k, precision="highest")
+    scores = jnp.where(seen, scores * q_BTNH.shape[-1] ** -0.5, -jnp.inf)
+    weights = jnp.where(seen.any(-1, keepdims=True), jax.nn.softmax(scores, axis=-1), 0.0)
+    return jnp.einsum("bnts,bsnh->btnh", weights, v, precision="highest").astype(q_BTNH.dtype)

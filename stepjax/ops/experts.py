@@ -1,0 +1,226 @@
+"""Routed experts without dropping a token: one function, three fast forms, one slow reference.
+
+Which form copies weights and which does not was read from code compiled for an H100; on CPU, sliced matrix-vector
+products win at small T. `jax.lax.ragged_dot` does expert-fold work on both, so nothing here uses it.
+
+  gathered   T·A rows of weights are read once each: small T, where few experts are touched
+  batched    every expert runs every token, one GEMM batched over experts: T where most experts are touched
+  capacity   tokens sorted by expert, C rows of each expert a pass, as many passes as the fullest expert needs
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from stepjax.ops.swiglu import swiglu
+from stepjax.quant import BlockScaled, dequantize, take
+
+Form = Literal["gathered", "batched", "capacity", "reference"]
+
+GATHERED_TOKENS = 16  # up to here the gather reads less than all experts would cost
+BATCHED_TOKENS = 256  # about where a batched GEMM over all experts turns from memory- to compute-bound (H100, bf16)
+HEADROOM = 1.5  # rows of capacity over the mean load: one pass usually suffices
+
+Weight = jax.Array | BlockScaled
+
+
+class ExpertWeights(NamedTuple):
+    """gate, up [E, F, D] and down [E, D, F]: the hub's (out, in) orientation per expert."""
+
+    gate: Weight
+    up: Weight
+    down: Weight
+
+
+def routed_experts(
+    x_TD: jax.Array,
+    ids_TA: jax.Array,
+    combine_TA: jax.Array,
+    weights: ExpertWeights,
+    *,
+    limit: float | None,
+    form: Form | None = None,
+) -> jax.Array:
+    """``Σ_a combine[t, a] · SwiGLU_{ids[t, a]}(x[t])`` as float32 [T, D].
+
+    Args:
+      ids_TA: int32 expert of each assignment; an id ≥ E contributes nothing (padding, or another device's expert).
+      combine_TA: float32.
+      limit: clamp inside the SwiGLU, or None.
+      form: pins the formulation; None chooses by the static token count.
+    """
+    form = form or choose_form(x_TD.shape[0], weights.gate.shape[0], ids_TA.shape[1])
+    run = {"gathered": _gathered, "batched": _batched, "capacity": _capacity, "reference": _reference}[form]
+    with jax.named_scope(f"experts_{form}"):
+        return run(x_TD, ids_TA, combine_TA, weights, limit)
+
+
+def choose_form(num_tokens: int, num_experts: int, top_k: int) -> Form:
+    """The form for a step of ``num_tokens`` (static) tokens."""
+    if num_tokens <= GATHERED_TOKENS and num_tokens * top_k < num_experts:
+        return "gathered"
+    return "batched" if num_tokens <= BATCHED_TOKENS else "capacity"
+
+
+def _reference(x: jax.Array, ids: jax.Array, combine: jax.Array, weights: ExpertWeights, limit: float | None):
+    """Expert by expert over all tokens in float32."""
+    x = x.astype(jnp.float32)
+
+    def one(out: jax.Array, expert: jax.Array) -> tuple[jax.Array, None]:
+        gate, up, down = (dequantize(take(w, expert), jnp.float32) for w in weights)
+        hidden = swiglu(jnp.dot(x, gate.T, precision="highest"), jnp.dot(x, up.T, precision="highest"), limit)
+        share = jnp.sum(jnp.where(ids == expert, combine, 0.0), axis=-1, keepdims=True)
+        return out + share * jnp.dot(hidden, down.T, precision="highest"), None
+
+    return jax.lax.scan(one, jnp.zeros(x.shape, jnp.float32), jnp.arange(weights.gate.shape[0]))[0]
+
+
+def _gathered(x: jax.Array, ids: jax.Array, combine: jax.Array, weights: ExpertWeights, limit: float | None):
+    known = ids < weights.gate.shape[0]
+    safe, combine = jnp.where(known, ids, 0), jnp.where(known, combine, 0.0)
+    out = jax.lax.platform_dependent(
+        x, safe, weights, cpu=partial(_sliced, limit=limit), default=partial(_fused, limit=limit)
+    )
+    return jnp.sum(out * combine[..., None], axis=1)
+
+
+def _fused(x: jax.Array, ids: jax.Array, weights: ExpertWeights, *, limit: float | None) -> jax.Array:
+    """Gather, multiply, sum: XLA fuses it into three kernels on a GPU that read each chosen expert exactly once."""
+    gate, up, down = (dequantize(take(w, ids), jnp.float32) for w in weights)  # [T, A, out, in], never materialised
+    wide = x.astype(jnp.float32)[:, None, None, :]
+    hidden = swiglu(jnp.sum(gate * wide, axis=-1), jnp.sum(up * wide, axis=-1), limit).astype(x.dtype)
+    return jnp.sum(down * hidden.astype(jnp.float32)[:, :, None, :], axis=-1)
+
+
+def _sliced(x: jax.Array, ids: jax.Array, weights: ExpertWeights, *, limit: float | None) -> jax.Array:
+    """One slice of each weight per assignment, multiplied while it is in cache: XLA:CPU does not fuse the gather."""
+
+    def one(assignment: tuple[jax.Array, jax.Array]) -> jax.Array:
+        expert, row = assignment
+        gate, up, down = (dequantize(take(w, expert), x.dtype) for w in weights)
+        hidden = swiglu(_matvec(gate, row), _matvec(up, row), limit)
+        return _matvec(down, hidden.astype(x.dtype))
+
+    rows = jnp.repeat(x, ids.shape[1], axis=0)
+    return jax.lax.map(one, (ids.reshape(-1), rows)).reshape(*ids.shape, -1)
+
+
+def _matvec(w: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.dot(w, x, precision=_exact(x), preferred_element_type=jnp.float32)
+
+
+def _exact(x: jax.Array) -> jax.lax.Precision | None:
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+
+
+def _grouped(x_ECD: jax.Array, weights: ExpertWeights, limit: float | None) -> jax.Array:
+    """Each expert on its own rows: [E, C, D] → float32 [E, C, D]. No weight is transposed or copied."""
+    gate, up, down = (dequantize(w, x_ECD.dtype) for w in weights)
+
+    def gemm(form: str, x: jax.Array, w: jax.Array) -> jax.Array:
+        return jnp.einsum(form, x, w, precision=_exact(x), preferred_element_type=jnp.float32)
+
+    hidden = swiglu(gemm("ecd,efd->ecf", x_ECD, gate), gemm("ecd,efd->ecf", x_ECD, up), limit)
+    return gemm("ecf,edf->ecd", hidden.astype(x_ECD.dtype), down)
+
+
+def _batched(x: jax.Array, ids: jax.Array, combine: jax.Array, weights: ExpertWeights, limit: float | None):
+    num_experts = weights.gate.shape[0]
+    out_ETD = _grouped(jnp.broadcast_to(x, (num_experts, *x.shape)), weights, limit)
+    chosen = ids[..., None] == jnp.arange(num_experts)[None, None, :]
+    share_TE = jnp.sum(jnp.where(chosen, combine[..., None], 0.0), axis=1)
+    return jnp.einsum("te,etd->td", share_TE, out_ETD, precision="highest")
+
+
+def _capacity(x: jax.Array, ids: jax.Array, combine: jax.Array, weights: ExpertWeights, limit: float | None):
+    num_experts = weights.gate.shape[0]
+    rows = max(8, -8 * (-int(HEADROOM * ids.size) // (8 * num_experts)))
+    rows = min(rows, x.shape[0])  # an expert is chosen at most once by a token
+    return _passes(limit, rows, x, combine, weights, _sort(ids, num_experts))
+
+
+class _Sorted(NamedTuple):
+    """Assignments grouped by expert."""
+
+    token: jax.Array  # [T·A] token of each assignment, in expert order
+    start: jax.Array  # [E] first assignment of each expert
+    count: jax.Array  # [E] assignments of each expert
+    expert: jax.Array  # [T, A] expert of each assignment, E where it is not ours
+    rank: jax.Array  # [T, A] place of each assignment within its expert
+
+
+def _sort(ids: jax.Array, num_experts: int) -> _Sorted:
+    """Group assignments by expert; a stable sort keeps tokens in order, so results never depend on ties.
+
+    Under ``shard_map(check_vma=True)`` argsort types its result as replicated and gradients come out silently wrong:
+    a caller there casts the activations to varying first.
+    """
+    flat = jnp.minimum(ids.reshape(-1), num_experts)
+    order = jnp.argsort(flat, stable=True)
+    count = jnp.sum(flat[:, None] == jnp.arange(num_experts)[None, :], axis=0, dtype=jnp.int32)
+    start = jnp.cumsum(count) - count
+    place = jnp.zeros(flat.shape, jnp.int32).at[order].set(jnp.arange(flat.size, dtype=jnp.int32))
+    rank = place - jnp.append(start, 0)[flat]
+    return _Sorted(order // ids.shape[1], start, count, flat.reshape(ids.shape), rank.reshape(ids.shape))
+
+
+def _one_pass(
+    limit: float | None,
+    rows: int,
+    index: jax.Array,
+    x: jax.Array,
+    combine: jax.Array,
+    weights: ExpertWeights,
+    by: _Sorted,
+) -> jax.Array:
+    """Rows index·C … index·C + C − 1 of every expert, brought back to their tokens: float32 [T, D]."""
+    offset = index * rows + jnp.arange(rows, dtype=jnp.int32)
+    slot = jnp.minimum(by.start[:, None] + offset[None, :], by.token.size - 1)
+    out_ECD = _grouped(x[by.token[slot]], weights, limit)
+    local = by.rank - index * rows
+    mine = (local >= 0) & (local < rows) & (by.expert < by.start.size)
+    back = out_ECD.reshape(-1, x.shape[1])[jnp.where(mine, by.expert * rows + local, 0)]  # [T, A, D]
+    return jnp.sum(jnp.where(mine, combine, 0.0)[..., None] * back, axis=1)
+
+
+def _num_passes(rows: int, by: _Sorted) -> jax.Array:
+    return (jnp.max(by.count) + rows - 1) // rows
+
+
+def _passes_forward(
+    limit: float | None, rows: int, x: jax.Array, combine: jax.Array, weights: ExpertWeights, by: _Sorted
+) -> jax.Array:
+    def body(index: jax.Array, out: jax.Array) -> jax.Array:
+        return out + _one_pass(limit, rows, index, x, combine, weights, by)
+
+    return jax.lax.fori_loop(0, _num_passes(rows, by), body, jnp.zeros(x.shape, jnp.float32))
+
+
+# The number of passes depends on the routing, so reverse mode cannot run through the loop: the backward pass runs the
+# same passes again and adds up their cotangents. Cotangents of frozen weights are unused and removed by the compiler.
+_passes = jax.custom_vjp(_passes_forward, nondiff_argnums=(0, 1))
+
+
+def _passes_fwd(limit, rows, x, combine, weights, by):
+    return _passes_forward(limit, rows, x, combine, weights, by), (x, combine, weights, by)
+
+
+def _passes_bwd(limit, rows, saved, cotangent):
+    x, combine, weights, by = saved
+
+    def body(index: jax.Array, total):
+        def forward(x: jax.Array, combine: jax.Array, weights: ExpertWeights) -> jax.Array:
+            return _one_pass(limit, rows, index, x, combine, weights, by)
+
+        _, pull = jax.vjp(forward, x, combine, weights)
+        return jax.tree.map(jnp.add, total, pull(cotangent))
+
+    zero = jax.tree.map(jnp.zeros_like, (x, combine, weights))
+    return (*jax.lax.fori_loop(0, _num_passes(rows, by), body, zero), None)
+
+
+_passes.defvjp(_passes_fwd, _passes_bwd)
