@@ -1,0 +1,116 @@
+"""Examples packed into rows of one length, and an endless batch stream that can be entered at any step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from stepjax.train import tasks
+
+PATIENCE = 4  # a batch is closed when this many examples fitted nowhere; they are dropped
+PAD_ID = 2
+
+
+@dataclass(frozen=True)
+class Example:
+    """A tokenised item: the model reads the prompt and learns the completion."""
+
+    prompt: list[int]
+    completion: list[int]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of both halves."""
+        return len(self.prompt) + len(self.completion)
+
+
+class Rows(NamedTuple):
+    """Packed examples, each array int32 [R, T]. A token sees only earlier ones with its own segment id."""
+
+    ids: NDArray[np.int32]  # PAD_ID outside the examples
+    segment_ids: NDArray[np.int32]  # 0 is padding; 1, 2, … number the examples of a row
+    positions: NDArray[np.int32]  # restart at 0 with every example, 0 on padding
+    loss_mask: NDArray[np.int32]  # 1 where this token is itself to be predicted (from the one before it)
+
+
+class Bins:
+    """First fit: every example goes to the first row with room, in the order of arrival."""
+
+    def __init__(self, length: int, *, limit: int | None = None) -> None:
+        self.length, self.limit = length, limit
+        self.rows: list[list[Example]] = []
+        self._room: list[int] = []
+
+    def add(self, example: Example) -> bool:
+        """Places the example, in a new row if there may be one; False if it fits nowhere."""
+        size = example.num_tokens
+        for index, room in enumerate(self._room):
+            if size <= room:
+                self.rows[index].append(example)
+                self._room[index] -= size
+                return True
+        if size > self.length or len(self.rows) == self.limit:
+            return False
+        self.rows.append([example])
+        self._room.append(self.length - size)
+        return True
+
+    def arrays(self) -> Rows:
+        """The rows as arrays; with a limit there are always that many rows."""
+        shape = (len(self.rows) if self.limit is None else self.limit, self.length)
+        packed = Rows(np.full(shape, PAD_ID, np.int32), *(np.zeros(shape, np.int32) for _ in range(3)))
+        for index, row in enumerate(self.rows):
+            start = 0
+            for segment, example in enumerate(row, 1):
+                middle, end = start + len(example.prompt), start + example.num_tokens
+                packed.ids[index, start:middle] = example.prompt
+                packed.ids[index, middle:end] = example.completion
+                packed.segment_ids[index, start:end] = segment
+                packed.positions[index, start:end] = np.arange(end - start)
+                packed.loss_mask[index, middle:end] = 1
+                start = end
+        return packed
+
+
+def pack(examples: Sequence[Example], length: int) -> Rows:
+    """All examples in as few rows of ``length`` tokens as first fit needs. ValueError if one is longer than a row."""
+    bins = Bins(length)
+    for index, example in enumerate(examples):
+        if not bins.add(example):
+            raise ValueError(f"example {index} has {example.num_tokens} tokens, a row holds {length}")
+    return bins.arrays()
+
+
+def encode(item: tasks.Item, tokenizer: Tokenizer, template: tasks.Template) -> Example:
+    """The item as the tokens that the model reads and must produce."""
+    prompt, completion = tasks.render(item, template)
+    return Example(*(tokenizer.encode(text, add_special_tokens=False).ids for text in (prompt, completion)))
+
+
+def batch(tokenizer: Tokenizer, template: tasks.Template, *, seed: int, step: int, rows: int, length: int) -> Rows:
+    """The training batch of one step, a function of the seed and the step alone.
+
+    Items are drawn until ``PATIENCE`` of them found no room; dropping the few that did not fit favours short examples
+    slightly, so the shares in a batch differ from `tasks.MIX` by a little.
+    """
+    rng = np.random.default_rng([seed, step])
+    bins = Bins(length, limit=rows)
+    misses = 0
+    while misses < PATIENCE:
+        example = encode(tasks.draw(rng, "train"), tokenizer, template)
+        if example.num_tokens <= length:  # a rare long one is skipped, not cut
+            misses += not bins.add(example)
+    return bins.arrays()
+
+
+def batches(tokenizer: Tokenizer, *, seed: int, step: int, rows: int, length: int) -> Iterator[Rows]:
+    """Batches ``step``, ``step + 1``, … without end; entering at a step gives what a run from 0 would see there."""
+    template = tasks.TinyTemplate()
+    while True:
+        yield batch(tokenizer, template, seed=seed, step=step, rows=rows, length=length)
+        step += 1
