@@ -1,0 +1,315 @@
+"""A checkpoint folder, opened: validated as a whole before the first array is made, then read one weight at a time.
+
+Nothing here imports jax until weights are wanted, so that a broken folder is refused at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import numpy as np
+
+from stepjax.config import ModelConfig
+from stepjax.errors import CheckpointError
+from stepjax.names import Piece, Recipe, Resolution, resolve_names
+from stepjax.safetensors_file import Entry, regular_size
+from stepjax.shards import inside, open_shards
+from stepjax.weights import FP8_BLOCK, scale_shape
+
+if TYPE_CHECKING:
+    import jax
+
+    from stepjax.quant import BlockScaled
+
+Index = tuple[slice, ...]
+Progress = Callable[[int, int], None]  # bytes of weights done so far, bytes in all
+
+MAX_CONFIG_BYTES = 2**20
+_FLOATS = ("BF16", "F32", "F16")
+_LISTED = 5  # problems that a message spells out
+
+
+class Checkpoint:
+    """A folder in the hub's layout whose every tensor has been checked against its configuration.
+
+    Raises:
+      ConfigError: ``config.json`` is missing, damaged or not of this model.
+      CheckpointError: the weights are missing, damaged, or not those of the configuration.
+    """
+
+    def __init__(self, folder: Path | str):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise CheckpointError(f"{self.folder}: is not a folder; name the folder that holds config.json")
+        try:
+            config, shards = read_config(self.folder), open_shards(self.folder)
+        except OSError as error:
+            raise CheckpointError(f"{self.folder}: cannot be read ({error.strerror}); check its permissions") from None
+        names = resolve_names(config, shards.files)
+        self._files, self._recipes = shards.files, names.recipes
+        problems = [*shards.problems, *self._name_problems(names), *self._tensor_problems()]
+        self._refuse(problems, config)
+        self.has_mtp = names.has_mtp
+        self._block, notes = self._find_block(config)
+        self.config = dataclasses.replace(config, fp8_block=self._block)
+        self._refuse(self._scale_problems(), config)
+        if names.num_mtp and not names.has_mtp:
+            absent = f"{self.folder}: has none of its {names.num_mtp} MTP tensors"
+            notes.append(f"{absent}; the model loads without them and cannot draft for itself")
+        self.notes = (*shards.notes, *notes)  # what the user should know, one line each
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Every weight of the model that the folder holds, by our path."""
+        return tuple(self._recipes)
+
+    @property
+    def fp8(self) -> bool:
+        """Whether any weight is stored in 8 bits with scales."""
+        return self._block is not None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that all weights take in the files."""
+        return sum(map(self.stored_bytes, self.paths))
+
+    def shape(self, path: str) -> tuple[int, ...]:
+        """Shape of a weight."""
+        return self._recipe(path).spec.shape
+
+    def stored_bytes(self, path: str) -> int:
+        """Bytes that a weight, with its scales, takes in the files."""
+        recipe, total = self._recipe(path), 0
+        for name, piece in zip((*(p.name for p in recipe.pieces), *recipe.scales), recipe.pieces * 2, strict=False):
+            share = piece.shape[-2] // piece.rows if piece.rows else 1
+            total += self._entry(name).num_bytes // share
+        return total
+
+    def is_fp8(self, path: str) -> bool:
+        """Whether this weight is stored in 8 bits with scales."""
+        return bool(self._recipe(path).scales)
+
+    @overload
+    def read(
+        self, path: str, *, dtype: Any, keep_fp8: Literal[False] = False, index: Index | None = None
+    ) -> np.ndarray: ...
+    @overload
+    def read(
+        self, path: str, *, dtype: Any, keep_fp8: bool, index: Index | None = None
+    ) -> np.ndarray | BlockScaled: ...
+    def read(
+        self, path: str, *, dtype: Any, keep_fp8: bool = False, index: Index | None = None
+    ) -> np.ndarray | BlockScaled:
+        """One weight, or the part of it at ``index``, in ``dtype``; the router's bias is float32 always.
+
+        A weight stored whole in ``dtype`` comes back as a read-only view of the file, not yet in memory.
+
+        Args:
+          keep_fp8: leave an FP8 weight as `BlockScaled` with numpy leaves; ``index`` must then begin and end at blocks.
+          index: one slice per axis, without steps.
+        """
+        recipe = self._recipe(path)
+        where = _absolute(index, recipe.spec.shape)
+        if not recipe.scales:
+            value = self._slab(recipe.pieces, where)
+            return value.astype(np.float32 if recipe.spec.dtype == "F32" else dtype, copy=False)
+        from stepjax.quant import dequantize_numpy
+
+        cover, inner = _cover(where, recipe.spec.shape, self._fp8_block)
+        weight = self._block_scaled(recipe, cover)
+        if keep_fp8:
+            assert cover == where, f"{path}: {index} does not begin and end at blocks of {self._block}"
+            return weight
+        return dequantize_numpy(weight, dtype)[inner]
+
+    @property
+    def _fp8_block(self) -> tuple[int, int]:
+        assert self._block is not None
+        return self._block
+
+    def _recipe(self, path: str) -> Recipe:
+        if path not in self._recipes:
+            raise CheckpointError(f"{self.folder}: has no weight {path}; its weights are those of `paths`")
+        return self._recipes[path]
+
+    def _entry(self, name: str) -> Entry:
+        return self._files[name].entries[name]
+
+    def _slab(self, pieces: tuple[Piece, ...], where: Index) -> np.ndarray:
+        """The part of a weight at ``where``, as stored."""
+        rank = len(pieces[0].shape)
+        parts = [
+            self._files[piece.name].view(piece.name)[_shifted(where[-rank:], piece.start)]
+            for piece in (pieces[where[0]] if rank < len(where) else pieces)
+        ]
+        return np.stack(parts) if rank < len(where) else parts[0]
+
+    def _block_scaled(self, recipe: Recipe, where: Index) -> BlockScaled:
+        """The part of an FP8 weight at ``where``, which begins and ends at blocks."""
+        from stepjax.quant import BlockScaled
+
+        rows, columns = self._fp8_block
+        scales = tuple(
+            Piece(name, self._entry(name).shape, piece.start // rows)
+            for name, piece in zip(recipe.scales, recipe.pieces, strict=True)
+        )
+        of_scales = (
+            *where[:-2],
+            slice(where[-2].start // rows, -(-where[-2].stop // rows)),
+            slice(where[-1].start // columns, -(-where[-1].stop // columns)),
+        )
+        scale = self._slab(scales, of_scales).astype(np.float32, copy=False)
+        return BlockScaled(self._slab(recipe.pieces, where), scale, self._fp8_block)
+
+    def _name_problems(self, names: Resolution) -> list[str]:
+        at = self._files
+        return [
+            *(f"{at[b].path}: tensor {b} holds the same weight as {a}, expected one of them" for a, b in names.clashes),
+            *(f"{self.folder}: tensor {name} is missing" for name in names.missing),
+            *(f"{at[name].path}: tensor {name} is not a weight of this model" for name in names.surplus),
+        ]
+
+    def _tensor_problems(self) -> list[str]:
+        """Wrong shapes and dtypes; those of scales wait until the block is known."""
+        problems = []
+        for recipe in self._recipes.values():
+            fp8 = bool(recipe.scales)
+            allowed = ("F8_E4M3",) if fp8 else _FLOATS
+            for piece in recipe.pieces:
+                entry = self._entry(piece.name)
+                where = f"{self._files[piece.name].path}: tensor {piece.name}"
+                if entry.shape != piece.shape:
+                    problems.append(f"{where} has shape {list(entry.shape)}, expected {list(piece.shape)}")
+                if fp8 and not recipe.spec.may_be_fp8:
+                    problems.append(f"{where} has FP8 scales, but this weight is never quantised")
+                elif entry.dtype == "F8_E4M3" and not fp8:
+                    problems.append(f"{where} is {entry.dtype} without its scales {piece.name}_scale_inv")
+                elif entry.dtype not in allowed:
+                    also = " since it has FP8 scales" if fp8 else ""
+                    problems.append(f"{where} is {entry.dtype}, expected {' or '.join(allowed)}{also}")
+        return problems
+
+    def _find_block(self, config: ModelConfig) -> tuple[tuple[int, int] | None, list[str]]:
+        """Rows and columns per scale, or None when nothing is stored in 8 bits: the tensors decide, not config.json."""
+        quantised = [recipe for recipe in self._recipes.values() if recipe.scales]
+        file = self.folder / "config.json"
+        if not quantised:
+            unused = f"{file}: has a quantization_config, but no weight has FP8 scales; read as BF16"
+            return None, [unused] if config.fp8_block else []
+        if config.fp8_block:
+            return config.fp8_block, []
+        name = quantised[0].scales[0]
+        if any(
+            self._entry(scale).shape != scale_shape(piece.shape, FP8_BLOCK)
+            for recipe in quantised
+            for scale, piece in zip(recipe.scales, recipe.pieces, strict=True)
+        ):
+            raise CheckpointError(
+                f"{file}: quantization_config is missing, but {self._files[name].path} has FP8 scales as {name} "
+                f"{list(self._entry(name).shape)}, which are not of {FP8_BLOCK[0]}×{FP8_BLOCK[1]} blocks; add "
+                "quantization_config.weight_block_size as the FP8 release has it"
+            )
+        return FP8_BLOCK, [f"{file}: has no quantization_config; {FP8_BLOCK[0]}×{FP8_BLOCK[1]} blocks fit the scales"]
+
+    def _scale_problems(self) -> list[str]:
+        """Scales of another shape or dtype, or that are not positive numbers. Reads them: 46 MB of the release."""
+        problems = []
+        for recipe in self._recipes.values():
+            for name, piece in zip(recipe.scales, recipe.pieces, strict=bool(recipe.scales)):
+                entry, expected = self._entry(name), scale_shape(piece.shape, self._fp8_block)
+                where = f"{self._files[name].path}: tensor {name}"
+                if entry.shape != expected:
+                    block = f"{self._fp8_block[0]}×{self._fp8_block[1]} (quantization_config.weight_block_size)"
+                    found = f"has shape {list(entry.shape)}, expected {list(expected)}"
+                    problems.append(f"{where} {found} for blocks of {block}")
+                elif entry.dtype not in _FLOATS:
+                    problems.append(f"{where} is {entry.dtype}, expected {' or '.join(_FLOATS)}")
+                elif piece.rows and piece.rows % self._fp8_block[0]:
+                    problems.append(
+                        f"{where} has blocks across gate and up: {piece.rows} rows, {self._fp8_block[0]} a block"
+                    )
+                else:
+                    scale = self._files[name].view(name).astype(np.float32)
+                    if not np.all((scale > 0) & (scale < np.inf)):
+                        problems.append(f"{where} has scales that are not positive numbers")
+        return problems
+
+    def _refuse(self, problems: list[str], config: ModelConfig) -> None:
+        if not problems:
+            return
+        model = f"{len(config.layers)} + {len(config.mtp_layers)} layers, {config.num_experts} experts"
+        advice = f"download these files again; if they are whole, config.json ({model}) is of another model"
+        if len(problems) == 1:
+            raise CheckpointError(f"{problems[0]}; {advice}")
+        more = f"\n  and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        listed = "\n  ".join(problems[:_LISTED])
+        raise CheckpointError(f"{self.folder}: {len(problems)} tensors are wrong:\n  {listed}{more}\n{advice}")
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """``config.json`` of a checkpoint folder."""
+    path = inside(folder, "config.json")
+    # A missing file is reported by from_file; what exists must not block or fill the memory.
+    if path.exists() and regular_size(path) > MAX_CONFIG_BYTES:
+        raise CheckpointError(f"{path}: is larger than {MAX_CONFIG_BYTES} bytes; download it again")
+    return ModelConfig.from_file(path)
+
+
+def load_params(
+    checkpoint: Checkpoint, dtype: Any, *, keep_fp8: bool = False, progress: Progress | None = None
+) -> dict[str, jax.Array | BlockScaled]:
+    """Every weight as jax arrays on the default device, one at a time: beside the model, memory holds one weight."""
+    import jax
+
+    params, done, total = {}, 0, checkpoint.num_bytes
+    for path in checkpoint.paths:
+        params[path] = jax.tree.map(_place, checkpoint.read(path, dtype=dtype, keep_fp8=keep_fp8))
+        done += checkpoint.stored_bytes(path)
+        if progress:
+            progress(done, total)
+    return params
+
+
+def _place(value: np.ndarray) -> jax.Array:
+    """``value`` on the default device, and no longer in the file, which may change or shrink.
+
+    XLA:CPU adopts host memory that happens to be aligned, even with ``may_alias=False`` (jax 0.10.2), whereas
+    ``jnp.array`` copies what is not aligned twice.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    placed = jax.block_until_ready(jax.device_put(value))
+    in_file = not value.flags.writeable
+    return jnp.copy(placed) if in_file and placed.unsafe_buffer_pointer() == value.ctypes.data else placed
+
+
+def _absolute(index: Index | None, shape: tuple[int, ...]) -> Index:
+    """``index`` with numbers in place of None and of negative ends."""
+    index = index or (slice(None),) * len(shape)
+    assert len(index) == len(shape), f"{len(index)} slices for shape {shape}"
+    ranges = [each.indices(size) for each, size in zip(index, shape, strict=True)]
+    assert all(step == 1 for _, _, step in ranges), f"{index} has steps"
+    return tuple(slice(start, stop) for start, stop, _ in ranges)
+
+
+def _shifted(where: Index, start: int) -> Index:
+    """``where`` within a stored tensor that begins ``start`` rows earlier on its out axis."""
+    if not start:
+        return where
+    rows = where[-2]
+    return (*where[:-2], slice(rows.start + start, rows.stop + start), where[-1])
+
+
+def _cover(where: Index, shape: tuple[int, ...], block: tuple[int, int]) -> tuple[Index, Index]:
+    """The smallest run of whole blocks around ``where``, and the place of ``where`` in it."""
+    outer, inner = list(where), [slice(None)] * len(where)
+    for axis, size in zip((-2, -1), block, strict=True):
+        start, stop = where[axis].start, where[axis].stop
+        first = start // size * size
+        outer[axis] = slice(first, min(-(-stop // size) * size, shape[axis]))
+        inner[axis] = slice(start - first, stop - first)
+    return tuple(outer), tuple(inner)

@@ -1,0 +1,311 @@
+"""Write a model as the hub serves it: every tensor under the release's name, in shards with an index (spec §4.5).
+
+A folder appears whole or not at all: it is written beside its place, flushed to the disk and then renamed. Tensors go
+out one by one, so memory holds one of them and not a shard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stepjax.checkpoint import Checkpoint, Progress, read_config
+from stepjax.config import ModelConfig
+from stepjax.errors import CheckpointError
+from stepjax.hub_config import quantization_config, to_hf
+from stepjax.quant import BlockScaled, quantize_numpy
+from stepjax.safetensors_file import DTYPES
+from stepjax.shard_writer import ShardWriter
+from stepjax.shards import INDEX, inside, read_json
+from stepjax.weights import FP8_BLOCK, TensorSpec, inventory, quantized
+
+MAX_SHARD_BYTES = 9 * 2**30  # about the release's 44 files
+# What makes the folder usable elsewhere. Python files of the release are copied as data and never imported.
+_COMPANIONS = (
+    "tokenizer*.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+    "*.py",
+    "LICENSE*",
+)
+
+Params = Mapping[str, Any]  # our path → numpy or jax array, or BlockScaled
+
+
+def save(
+    folder: Path | str,
+    config: ModelConfig,
+    params: Params,
+    *,
+    source: Path | str | None = None,
+    fp8: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Write ``params`` as a checkpoint folder and return its path.
+
+    Weights become BF16 and the router's bias F32, as in the release; `BlockScaled` weights are written as they are.
+
+    Args:
+      params: by our path. An entry may be computed on access; it is asked for twice, to be checked and to be written.
+      source: the checkpoint the model came from. Weights that ``params`` lacks are copied from it unchanged (MTP layers
+        that were not trained, say), as are its ``config.json``, tokenizer, template and remote code.
+      fp8: quantise the routed experts that are not quantised yet.
+      max_shard_bytes: of one file; a larger tensor gets a file of its own.
+      overwrite: replace a checkpoint at ``folder``; anything else there is never replaced.
+
+    Raises:
+      CheckpointError: a weight is missing, unknown or misshapen, or the folder cannot be written; nothing is left.
+    """
+    folder = Path(os.path.abspath(folder))  # not resolved: a link in its place is refused below
+    source = Path(source) if source is not None else None
+    _check_target(folder, overwrite=overwrite)
+    if source is not None:
+        _check_same_model(config, source)
+    plan = _plan(config, params, source=source, fp8=fp8)
+    with _appearing(folder, num_bytes=sum(weight.num_bytes for weight in plan)) as target:
+        if source is not None:
+            _copy_companions(source, target)
+        _write(target / "config.json", _config_file(config, source=source, block=_block_of(plan)))
+        _write_shards(target, plan, max_shard_bytes=max_shard_bytes, progress=progress)
+    return folder
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """One weight to be written: as one tensor, or as an FP8 tensor and its scales."""
+
+    tensors: tuple[TensorSpec, ...]
+    block: tuple[int, int] | None  # None: not in 8 bits
+    get: Callable[[], Any]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.num_bytes for tensor in self.tensors)
+
+    def arrays(self) -> Iterator[tuple[TensorSpec, np.ndarray]]:
+        """The tensors with their values, in the stored dtype."""
+        value = self.get()
+        if self.block is None:
+            yield self.tensors[0], np.asarray(value).astype(DTYPES[self.tensors[0].dtype], copy=False)
+            return
+        if not isinstance(value, BlockScaled):
+            value = quantize_numpy(np.asarray(value), self.block)
+        if not np.isfinite(np.asarray(value.scale)).all():
+            raise CheckpointError(
+                f"export: {self.tensors[0].path} has values that are not finite and cannot be quantised"
+            )
+        for tensor, leaf in zip(self.tensors, (value.q, value.scale), strict=True):
+            yield tensor, np.asarray(leaf)
+
+
+def _plan(config: ModelConfig, params: Params, *, source: Path | None, fp8: bool) -> list[_Weight]:
+    """Every weight of the inventory with the place it comes from; refuses whatever does not fit."""
+    specs = inventory(config)
+    unknown = sorted(set(params) - {spec.path for spec in specs})
+    if unknown:
+        raise CheckpointError(
+            f"export: {unknown[0]} is not a weight of this configuration ({len(unknown)} such in all)"
+        )
+    absent = [spec for spec in specs if spec.path not in params]
+    origin = _origin(absent, source)
+    if origin is not None and not origin.has_mtp and not any(path.startswith("mtp.") for path in params):
+        specs = tuple(spec for spec in specs if not spec.path.startswith("mtp."))  # there are none, and never were
+    block = config.fp8_block or FP8_BLOCK
+    plan = []
+    for spec in specs:
+        if spec.path in params:
+            plan.append(_from_params(spec, params, block=block if fp8 and spec.part == "experts" else None))
+        else:
+            assert origin is not None
+            plan.append(_from_source(spec, origin, block=block if fp8 and spec.part == "experts" else None))
+    blocks = {weight.block for weight in plan if weight.block}
+    if len(blocks) > 1:
+        raise CheckpointError(f"export: weights are quantised in blocks of {sorted(blocks)}, expected one block size")
+    return plan
+
+
+def _origin(absent: list[TensorSpec], source: Path | None) -> Checkpoint | None:
+    """The checkpoint that gives what ``params`` lacks."""
+    if not absent:
+        return None
+    if source is None:
+        raise CheckpointError(
+            f"export: {len(absent)} weights are missing, first {absent[0].path}; pass source=, the checkpoint folder "
+            "they are to be copied from"
+        )
+    return Checkpoint(source)
+
+
+def _from_params(spec: TensorSpec, params: Params, *, block: tuple[int, int] | None) -> _Weight:
+    value = params[spec.path]
+    if tuple(value.shape) != spec.shape:
+        raise CheckpointError(f"export: {spec.path} has shape {list(value.shape)}, expected {list(spec.shape)}")
+    if isinstance(value, BlockScaled):
+        if not spec.may_be_fp8:
+            raise CheckpointError(f"export: {spec.path} is quantised, but this weight is stored as {spec.dtype} only")
+        block = value.block
+        scale = quantized(spec, block)[1]
+        if tuple(value.scale.shape) != scale.shape:
+            found = list(value.scale.shape)
+            raise CheckpointError(f"export: {scale.path} has shape {found}, expected {list(scale.shape)}")
+    tensors = (spec,) if block is None else quantized(spec, block)
+    return _Weight(tensors, block, lambda: params[spec.path])
+
+
+def _from_source(spec: TensorSpec, origin: Checkpoint, *, block: tuple[int, int] | None) -> _Weight:
+    stored_fp8 = origin.is_fp8(spec.path)
+    if stored_fp8:
+        block = origin.config.fp8_block
+    tensors = (spec,) if block is None else quantized(spec, block)
+    dtype = DTYPES[spec.dtype]
+    return _Weight(tensors, block, lambda: origin.read(spec.path, dtype=dtype, keep_fp8=stored_fp8))
+
+
+def _block_of(plan: list[_Weight]) -> tuple[int, int] | None:
+    return next((weight.block for weight in plan if weight.block), None)
+
+
+def _write_shards(target: Path, plan: list[_Weight], *, max_shard_bytes: int, progress: Progress | None) -> None:
+    done, total = 0, sum(weight.num_bytes for weight in plan)
+    places = _places(target, [tensor for weight in plan for tensor in weight.tensors], max_shard_bytes)
+    with contextlib.ExitStack() as writers:
+        for writer in dict.fromkeys(places.values()):
+            writers.callback(writer.close)
+        for weight in plan:
+            for tensor, value in weight.arrays():
+                places[tensor.hub_name].write(tensor, value)
+            done += weight.num_bytes
+            if progress:
+                progress(done, total)
+    weight_map = {name: places[name].path.name for name in sorted(places)}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write(target / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+
+
+def _places(target: Path, tensors: list[TensorSpec], max_shard_bytes: int) -> dict[str, ShardWriter]:
+    """Hub name → the shard it goes to; shards are filled in the order of the inventory."""
+    groups: list[list[TensorSpec]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if groups[-1] and filled + tensor.num_bytes > max_shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(tensor)
+        filled += tensor.num_bytes
+    writers = [ShardWriter(target / f"model-{i:05}.safetensors", group) for i, group in enumerate(groups, start=1)]
+    return {tensor.hub_name: writer for writer, group in zip(writers, groups, strict=True) for tensor in group}
+
+
+def _config_file(config: ModelConfig, *, source: Path | None, block: tuple[int, int] | None) -> bytes:
+    """The source's ``config.json`` to the byte, except for a quantization_config that no longer holds."""
+    if source is None:
+        return _json(to_hf(dataclasses.replace(config, fp8_block=block)))
+    path = inside(source, "config.json")
+    if read_config(source).fp8_block == block:
+        return path.read_bytes()
+    hub = read_json(path)
+    hub.pop("quantization_config", None)
+    if block:
+        hub["quantization_config"] = quantization_config(config, block)
+    return _json(hub)
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _check_same_model(config: ModelConfig, source: Path) -> None:
+    """The source's config.json goes with the weights, hence must describe them.
+
+    The window may differ: 512 in the file is read as 512 keys or 513 by different stacks, and stays 512 in the file.
+    """
+    origin = read_config(source)
+    ours, theirs = (dataclasses.replace(each.with_window(1), fp8_block=None) for each in (config, origin))
+    for field in dataclasses.fields(ModelConfig):
+        if getattr(ours, field.name) != getattr(theirs, field.name):
+            raise CheckpointError(
+                f"{source / 'config.json'}: describes another model than the one to be exported: {field.name} differs; "
+                "pass as source the checkpoint the model came from"
+            )
+
+
+def _check_target(folder: Path, *, overwrite: bool) -> None:
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise CheckpointError(f"{folder}: exists and is not a folder; choose another name")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise CheckpointError(f"{folder}: is not empty; choose another folder, or ask to overwrite it")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder}: is no checkpoint (it has no config.json) and is not overwritten; choose another folder"
+        )
+
+
+@contextlib.contextmanager
+def _appearing(folder: Path, *, num_bytes: int) -> Iterator[Path]:
+    """A folder to write into that takes ``folder``'s place when all went well, and vanishes otherwise."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder.parent).free
+        if free < num_bytes:
+            raise CheckpointError(
+                f"{folder}: needs {num_bytes:,} bytes, but the disk has {free:,} free; choose another disk"
+            )
+        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+        try:
+            (work / "new").mkdir()  # with the user's permissions; mkdtemp's are private
+            yield work / "new"
+            _sync(work / "new")
+            if folder.exists():
+                os.rename(folder, work / "old")
+            try:
+                os.rename(work / "new", folder)
+            except OSError:
+                if (work / "old").exists():
+                    os.rename(work / "old", folder)
+                raise
+            _sync(folder.parent)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: could not be written ({error}); nothing was left behind") from None
+
+
+def _copy_companions(source: Path, target: Path) -> None:
+    names = sorted({path.name for pattern in _COMPANIONS for path in source.glob(pattern) if path.is_file()})
+    for name in names:
+        _write(target / name, inside(source, name).read_bytes())
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder durable, as fsync of a file does with its content."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

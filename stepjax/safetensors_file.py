@@ -1,0 +1,200 @@
+"""One .safetensors file: a header that is distrusted until checked, and tensors as views of the file.
+
+The format is 8 bytes of little-endian header length, a JSON header (name → dtype, shape, data_offsets), then the data.
+A view maps its tensor's bytes, so memory holds what is used of it and no second copy (spec: feasibility §7).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from stepjax.errors import CheckpointError
+
+MAX_HEADER_BYTES = 16 * 2**20
+MAX_ENTRIES = 2**16
+MAX_RANK = 8
+
+DTYPES: Mapping[str, np.dtype] = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "U16": np.dtype(np.uint16),
+    "I16": np.dtype(np.int16),
+    "U32": np.dtype(np.uint32),
+    "I32": np.dtype(np.int32),
+    "U64": np.dtype(np.uint64),
+    "I64": np.dtype(np.int64),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file."""
+
+    dtype: str  # a key of `DTYPES`
+    shape: tuple[int, ...]
+    start: int  # bytes from the start of the file
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+class SafetensorsFile:
+    """A checked file. Nothing of it stays open; each view maps its own part.
+
+    Raises:
+      CheckpointError: the file is unreadable, truncated, or its header contradicts itself or the file's size.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.size, header_bytes, header = _read_header(path)
+        self.entries = _entries(path, header, header_bytes, self.size)
+
+    def view(self, name: str) -> np.ndarray:
+        """The tensor as a read-only view of the file."""
+        entry = self.entries[name]
+        if not entry.num_bytes:
+            return np.empty(entry.shape, DTYPES[entry.dtype])
+        # Reading past the end of a mapped file kills the process, so look again whether it is still whole.
+        if self.path.stat().st_size != self.size:
+            raise CheckpointError(f"{self.path}: changed its size since it was opened; load it again")
+        return np.asarray(np.memmap(self.path, DTYPES[entry.dtype], "r", entry.start, entry.shape))
+
+
+def regular_size(path: Path) -> int:
+    """Size in bytes of a regular file; anything else (a pipe would block for ever) is refused."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); download it again") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{path}: is not a regular file; replace it by the file itself")
+    return status.st_size
+
+
+def strict_json(text: bytes) -> Any:
+    """JSON without repeated names, which readers resolve differently. Raises ValueError."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in out:
+                raise ValueError(f"the name {name!r} occurs twice")
+            out[name] = value
+        return out
+
+    try:
+        return json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _read_header(path: Path) -> tuple[int, int, dict[str, Any]]:
+    """(size of the file, size of the header with its length field, header)."""
+    size = regular_size(path)
+    if size < 10:
+        raise CheckpointError(f"{path}: is {size} bytes long, too short for a safetensors file; download it again")
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(MAX_HEADER_BYTES, size - 8):
+                raise CheckpointError(
+                    f"{path}: is truncated, or no safetensors file: it announces a header of {length} bytes, but has "
+                    f"{size} bytes and a header may have {MAX_HEADER_BYTES}; download it again"
+                )
+            text = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+    # Counted before it is parsed, since a hostile header of 16 MB would become hundreds of MB of Python objects.
+    many = text.count(b'"dtype"') > MAX_ENTRIES  # one an entry
+    if many or any(text.count(symbol) > 8 * MAX_ENTRIES for symbol in (b"{", b"[", b":", b",")):
+        raise CheckpointError(f"{path}: the header describes more than {MAX_ENTRIES} tensors; download the file again")
+    try:
+        header = strict_json(text)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: the header is not valid JSON ({error}); download the file again") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: the header is a JSON {type(header).__name__}, expected an object")
+    return size, 8 + length, header
+
+
+def _entries(path: Path, header: dict[str, Any], data_start: int, size: int) -> dict[str, Entry]:
+    """Check every entry, and that together they cover the data without a hole or an overlap."""
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: __metadata__ of the header is not a table of text; download the file again")
+    if len(header) > MAX_ENTRIES:
+        raise CheckpointError(f"{path}: the header has {len(header)}, more than {MAX_ENTRIES} tensors")
+    entries, spans = {}, []
+    for name, value in header.items():
+        if not name.isprintable():
+            raise CheckpointError(f"{path}: the tensor name {_shown(name)} is not printable text")
+        entries[name], begin, end = _entry(f"{path}: tensor {_shown(name)}", value, data_start)
+        spans.append((begin, end, name))
+    position = 0
+    for begin, end, name in sorted(spans):
+        if begin != position:
+            what = "overlaps the one before it" if begin < position else "leaves a hole before it"
+            raise CheckpointError(
+                f"{path}: tensor {_shown(name)} {what}: it starts at byte {begin} of the data, expected {position}; "
+                "download the file again"
+            )
+        position = end
+    if data_start + position != size:
+        state = "truncated" if data_start + position > size else "longer than its header says"
+        raise CheckpointError(
+            f"{path}: is {state}: its tensors need {data_start + position} bytes, the file has {size}; "
+            "download it again"
+        )
+    return entries
+
+
+def _entry(where: str, value: Any, data_start: int) -> tuple[Entry, int, int]:
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{where}: its header entry is {_shown(value)}, expected dtype, shape and data_offsets")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise CheckpointError(f"{where}: the dtype {_shown(dtype)} is unknown; known are {', '.join(DTYPES)}")
+    if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(map(_is_count, shape)):
+        raise CheckpointError(f"{where}: the shape {_shown(shape)} is not a list of at most {MAX_RANK} sizes")
+    if (
+        not isinstance(offsets, list)
+        or len(offsets) != 2
+        or not all(map(_is_count, offsets))
+        or offsets[0] > offsets[1]
+    ):
+        raise CheckpointError(f"{where}: the data_offsets {_shown(offsets)} are not a first and a last byte")
+    entry = Entry(dtype, tuple(shape), data_start + offsets[0])
+    if entry.num_bytes != offsets[1] - offsets[0]:
+        raise CheckpointError(
+            f"{where}: {dtype} {shape} needs {entry.num_bytes} bytes, but its data_offsets span "
+            f"{offsets[1] - offsets[0]}; download the file again"
+        )
+    return entry, offsets[0], offsets[1]
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _shown(value: Any) -> str:
+    """A value of unknown size and origin, fit for a message."""
+    text = value if isinstance(value, str) and value.isprintable() else repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}…"
