@@ -1,0 +1,100 @@
+"""Flags and output that the generating commands share."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from stepjax.folder import open_folder
+
+if TYPE_CHECKING:
+    from stepjax.infer.load import Session
+    from stepjax.infer.sampler import SamplingParams
+    from stepjax.infer.transcript import Delta
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="step-tiny", help="checkpoint folder, hub id or embedded name (%(default)s)")
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: float32 on CPU, else bfloat16"
+    )
+    parser.add_argument("--keep-fp8", action="store_true", help="keep an FP8 release's expert weights in 8 bits")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Sampling flags; those left out come from the checkpoint's generation_config, else from the model card."""
+    parser.add_argument("--max-tokens", type=int, default=1024, metavar="N", help="longest answer (%(default)s)")
+    parser.add_argument("--temperature", type=float, metavar="X", help="0 is greedy")
+    parser.add_argument("--top-p", type=float, metavar="X", help="keep the likeliest tokens up to this mass")
+    parser.add_argument("--top-k", type=int, metavar="N", help="keep the N likeliest tokens; 0 is off")
+    parser.add_argument("--min-p", type=float, metavar="X", help="drop tokens below X times the likeliest one")
+    parser.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable (default: a fresh one)")
+    parser.add_argument(
+        "--speculate", type=int, metavar="K", help="MTP drafts per step, 0 to 3 (default: all there are)"
+    )
+
+
+def sampling_params(session: Session, args: argparse.Namespace) -> SamplingParams:
+    names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "ignore_eos")
+    given = {name: getattr(args, name, None) for name in names}
+    given["stop"] = tuple(given["stop"]) if given["stop"] else None
+    return session.sampling(**given)
+
+
+def open_session(args: argparse.Namespace) -> Session:
+    """Check the folder first, then import jax and place the weights behind a progress bar."""
+    folder = open_folder(args.model)
+    for note in folder.checkpoint.notes:
+        print(f"stepjax: {printable(note)}", file=sys.stderr)
+    from stepjax.infer.load import load, use_compile_cache
+
+    use_compile_cache()
+    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("loading", total=None)
+        return load(
+            folder,
+            dtype=args.dtype,
+            keep_fp8=args.keep_fp8,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+
+
+class Printer:
+    """Writes an answer as it grows: thinking dimmed, then the answer, then tool calls."""
+
+    def __init__(self) -> None:
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._thought = self._answered = False
+
+    def write(self, delta: Delta) -> None:
+        if delta.reasoning:
+            self._thought = True
+            self._print(delta.reasoning, "dim")
+        if delta.content or delta.calls:
+            if self._thought and not self._answered:
+                self._print("\n\n", "")
+            self._answered = True
+        self._print(delta.content, "")
+        for event in delta.calls:
+            self._print(f"\n→ {event.name}" if hasattr(event, "name") else f"({event.text})", "cyan")
+
+    def end(self) -> None:
+        self._print("\n", "")
+        sys.stdout.flush()
+
+    def _print(self, text: str, style: str) -> None:
+        if text:
+            self._console.print(printable(text), style=style, end="", markup=False)
+
+
+def printable(text: str) -> str:
+    """The text without control characters that a terminal would obey; a model's words must not move the cursor."""
+    return "".join(
+        c if c in "\n\t" or (ord(c) >= 32 and not 127 <= ord(c) < 160) else "\N{REPLACEMENT CHARACTER}" for c in text
+    )

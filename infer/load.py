@@ -1,0 +1,206 @@
+"""From a name to a model that answers: `load` and the `Session` it returns."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stepjax.cache import MAX_DRAFTS, Chunk
+from stepjax.chat import ChatTemplate, encode_chat
+from stepjax.checkpoint import load_params
+from stepjax.config import ModelConfig
+from stepjax.errors import RequestError
+from stepjax.folder import ModelFolder, open_folder
+from stepjax.infer.generate import Completion, generate
+from stepjax.infer.runner import Runner
+from stepjax.infer.sampler import SamplingParams
+from stepjax.model import Params, Step3p5, abstract, bind
+from stepjax.tokenizer import Tokenizer
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+HEAD_ROWS = 256  # rows per call of an output matrix: bounds the logits on the device to 256 × V
+
+
+def load(
+    name_or_path: str | Path | ModelFolder,
+    *,
+    dtype: Dtype = "auto",
+    keep_fp8: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Session:
+    """Open a checkpoint and place its weights.
+
+    Args:
+      name_or_path: a checkpoint folder, a hub id as ``stepfun-ai/Step-3.5-Flash``, an embedded name
+        (``step-tiny``), or a folder already opened.
+      dtype: of weights and activations. "auto" is bfloat16 on an accelerator and float32 on a CPU, which has no faster
+        bfloat16 product and where greedy answers then do not depend on how a step is shaped.
+      keep_fp8: keep the FP8 release's expert weights in 8 bits and widen them where they are used.
+      progress: called with (bytes read, bytes in all) after each tensor.
+
+    Raises:
+      CheckpointError, ConfigError, TokenizerError, TemplateError: the folder is not a usable checkpoint. Everything is
+        checked before the first weight is placed.
+    """
+    chosen = _resolve_dtype(dtype)
+    folder = name_or_path if isinstance(name_or_path, ModelFolder) else open_folder(name_or_path)
+    params = load_params(folder.checkpoint, chosen, keep_fp8=keep_fp8, progress=progress)
+    return Session(
+        folder.checkpoint.config,
+        params,
+        dtype=chosen,
+        mtp=folder.checkpoint.has_mtp,
+        tokenizer=folder.tokenizer,
+        template=folder.template,
+        generation_config=folder.generation_config,
+    )
+
+
+def use_compile_cache() -> None:
+    """Keep compiled programs between runs, in ``JAX_COMPILATION_CACHE_DIR`` or the user's cache folder."""
+    if jax.config.jax_compilation_cache_dir is None:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(root / "stepjax" / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _resolve_dtype(dtype: Dtype) -> Any:
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise RequestError(f"dtype: is {dtype!r}, expected auto, float32 or bfloat16")
+    if dtype == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.dtype(dtype)
+
+
+class Session:
+    """A loaded model: logits of given tokens, answers to prompts and chats."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        *,
+        dtype: Any,
+        mtp: bool = True,
+        tokenizer: Tokenizer | None = None,
+        template: ChatTemplate | None = None,
+        generation_config: Mapping[str, Any] | None = None,
+    ):
+        self.config, self.params, self.dtype = config, params, dtype
+        self.tokenizer, self.template = tokenizer, template
+        self.generation_config = dict(generation_config or {})
+        self.model: Step3p5 = abstract(config, dtype=dtype, mtp=mtp)
+        self._runners: dict[int, Runner] = {}
+
+    @property
+    def max_drafts(self) -> int:
+        """MTP depths at hand."""
+        return min(MAX_DRAFTS, len(self.model.mtp))
+
+    def sampling(self, **given: Any) -> SamplingParams:
+        """Sampling parameters: ``given``, else the checkpoint's generation_config, else the model card's."""
+        return SamplingParams.from_defaults(self.generation_config, **given)
+
+    def runner(self, speculate: int | None = None) -> Runner:
+        """The compiled steps for ``speculate`` drafts; None takes all the checkpoint has."""
+        drafts = self.max_drafts if speculate is None else speculate
+        if not 0 <= drafts <= self.max_drafts:
+            raise RequestError(
+                f"speculate: is {drafts}, but this checkpoint has {self.max_drafts} MTP layers to draft with"
+            )
+        if drafts not in self._runners:
+            num_tokens = len(self.tokenizer) if self.tokenizer else self.config.vocab_size
+            self._runners[drafts] = Runner(self.model, num_tokens=num_tokens, drafts=drafts)
+        return self._runners[drafts]
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Next-token logits of one sequence: float32 [T, V]; row t has seen tokens 0 … t."""
+        hidden, _ = self._score(self.params, self._padded(ids), mtp=False)
+        return self._head(hidden, len(ids), None)
+
+    def mtp_logits(self, ids: Sequence[int]) -> list[np.ndarray]:
+        """Teacher-forced MTP logits: for depth k = 1 … 3 float32 [T − k, V]; row t was fed token t + k."""
+        return self.score(ids)[1]
+
+    def score(self, ids: Sequence[int]) -> tuple[np.ndarray, list[np.ndarray]]:
+        """`logits` and `mtp_logits` from one pass."""
+        hidden, states = self._score(self.params, self._padded(ids), mtp=True)
+        depths = [self._head(state, max(len(ids) - k, 0), k - 1) for k, state in enumerate(states, start=1)]
+        return self._head(hidden, len(ids), None), depths
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | None = None, **options: Any
+    ) -> list[Completion]:
+        """`stepjax.generate` on this session."""
+        return generate(self, prompts, params, **options)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of raw text, led by the beginning-of-sequence token."""
+        return self._require_tokenizer().encode(text, bos=True)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        """Ids of a conversation, rendered by the checkpoint's own template, up to where the answer begins."""
+        if self.template is None:
+            raise RequestError("chat: this checkpoint has no chat template; pass token ids or raw text")
+        return encode_chat(self._require_tokenizer(), self.template, messages, **options)
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Raise RequestError unless ``ids`` is a non-empty list of vocabulary ids that fits the context."""
+        if not len(ids):
+            raise RequestError("tokens: the list is empty, expected at least one id")
+        for at, token in enumerate(ids):
+            if (
+                isinstance(token, bool)
+                or not isinstance(token, int | np.integer)
+                or not 0 <= token < self.config.vocab_size
+            ):
+                raise RequestError(
+                    f"tokens: entry {at} is {token!r}, expected a whole number from 0 to {self.config.vocab_size - 1}"
+                )
+        if len(ids) > self.config.max_positions:
+            raise RequestError(f"tokens: {len(ids)} ids, but the model's context is {self.config.max_positions}")
+
+    def _require_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise RequestError("text: this checkpoint has no tokenizer.json; pass token ids")
+        return self.tokenizer
+
+    def _padded(self, ids: Sequence[int]) -> jax.Array:
+        """[1, T'] with T' the next power of two: causal, so padding behind changes nothing before it."""
+        self.check_ids(ids)
+        width = max(16, 1 << (len(ids) - 1).bit_length())
+        return jnp.asarray([[*ids, *[0] * (width - len(ids))]], jnp.int32)
+
+    @cached_property
+    def _score(self) -> Callable[..., tuple[jax.Array, list[jax.Array]]]:
+        def run(params: Params, ids_BT: jax.Array, *, mtp: bool) -> tuple[jax.Array, list[jax.Array]]:
+            model, chunk = bind(self.model, params), Chunk.whole(*ids_BT.shape)
+            hidden = model.forward(ids_BT, chunk).hidden_BTD
+            return hidden, model.mtp_hidden(ids_BT, hidden, chunk) if mtp else []
+
+        return jax.jit(run, static_argnames="mtp")
+
+    @cached_property
+    def _logits(self) -> Callable[[Params, jax.Array, int | None], jax.Array]:
+        def run(params: Params, hidden_BTD: jax.Array, depth: int | None) -> jax.Array:
+            model = bind(self.model, params)
+            logits = model.logits(hidden_BTD) if depth is None else model.mtp[depth].logits(hidden_BTD)
+            return logits[0].astype(jnp.float32)
+
+        return jax.jit(run, static_argnums=2)
+
+    def _head(self, hidden_BTD: jax.Array, rows: int, depth: int | None) -> np.ndarray:
+        """Logits of the first ``rows`` rows, a block at a time."""
+        out = np.empty((rows, self.config.vocab_size), np.float32)
+        for at in range(0, rows, HEAD_ROWS):
+            block = self._logits(self.params, hidden_BTD[:, at : at + HEAD_ROWS], depth)
+            out[at : at + HEAD_ROWS] = np.asarray(block)[: rows - at]
+        return out

@@ -1,0 +1,111 @@
+"""The compiled steps of generation: prefill a chunk, and verify-accept-draft. Plain arrays in, plain arrays out."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from stepjax.cache import MAX_DRAFTS, Cache, Chunk, empty_cache
+from stepjax.infer.sampler import Sampling, sample
+from stepjax.infer.speculative import Drafter, accepted, draft
+from stepjax.model import Hidden, Params, Step3p5, bind
+
+
+class State(NamedTuple):
+    """A batch in flight. Position ``length`` holds ``last``, the newest token, which is not in the cache yet."""
+
+    cache: Cache
+    tails: tuple[jax.Array, ...]  # of the drafter, per depth [B, D]
+    length_B: jax.Array  # int32: tokens in the cache
+    last_B: jax.Array  # int32
+    draft_BK: jax.Array  # int32
+
+
+class Emitted(NamedTuple):
+    """Tokens of one step: the first ``count`` of each row."""
+
+    token_BT: jax.Array
+    count_B: jax.Array
+
+
+class Runner:
+    """Compiles and runs the steps of one model; batch, cache length and chunk width follow from the arguments."""
+
+    def __init__(self, model: Step3p5, *, num_tokens: int, drafts: int):
+        """
+        Args:
+          model: abstract; the parameters come with each call.
+          num_tokens: entries of the tokenizer.
+          drafts: MTP drafts per step, 0 … 3.
+        """
+        assert 0 <= drafts <= min(MAX_DRAFTS, len(model.mtp))
+        self.model, self.num_tokens, self.drafts = model, num_tokens, drafts
+        self.prefill = jax.jit(self._prefill, donate_argnums=(1,))
+        self.step = jax.jit(self._step, donate_argnums=(1,))
+
+    def start(self, batch: int, length: int, dtype: jnp.dtype) -> State:
+        """An empty batch whose sequences can grow to ``length`` tokens."""
+        config = self.model.config
+        cache = empty_cache(config, batch=batch, length=length, dtype=dtype)
+        cache = Cache(cache.layers, cache.mtp[: self.drafts])
+        tails = tuple(jnp.zeros((batch, config.hidden_size), dtype) for _ in range(self.drafts))
+        zero = jnp.zeros((batch,), jnp.int32)
+        return State(cache, tails, zero, zero + 0, jnp.zeros((batch, self.drafts), jnp.int32))
+
+    def _prefill(
+        self, params: Params, state: State, ids_BT: jax.Array, count_B: jax.Array, next_B: jax.Array, sampling: Sampling
+    ) -> tuple[State, jax.Array]:
+        """Run ``count`` prompt tokens of each row; rows with count 0 are left alone.
+
+        ``next_B`` is the prompt token that follows the chunk, or −1 where the prompt ends: there the first answer token
+        is sampled. Returns the state and, per row, the token that follows.
+        """
+        model = bind(self.model, params)
+        out = self._forward(model, state, ids_BT, count_B)
+        batch = jnp.arange(ids_BT.shape[0])
+        logits = model.logits(out.hidden_BTD[batch, count_B - 1][:, None, :])
+        length = state.length_B + count_B
+        drawn = sample(logits, length[:, None], sampling, num_tokens=self.num_tokens)[:, 0]
+        follow = jnp.where(next_B >= 0, next_B, drawn)
+        tokens_BT = jnp.roll(ids_BT, -1, axis=1).at[batch, count_B - 1].set(follow)
+        last = jnp.where(count_B > 0, follow, state.last_B)
+        return self._advance(model, state, out, tokens_BT, count_B, last), follow
+
+    def _step(self, params: Params, state: State, active_B: jax.Array, sampling: Sampling) -> tuple[State, Emitted]:
+        """Verify the drafts of the active rows, emit 1 … drafts + 1 tokens each, and draft again."""
+        model = bind(self.model, params)
+        ids_BT = jnp.concatenate([state.last_B[:, None], state.draft_BK], axis=1)
+        width = ids_BT.shape[1]
+        out = self._forward(model, state, ids_BT, jnp.where(active_B, width, 0))
+        position = state.length_B[:, None] + 1 + jnp.arange(width, dtype=jnp.int32)[None, :]
+        token_BT = sample(model.logits(out.hidden_BTD), position, sampling, num_tokens=self.num_tokens)
+        count_B = jnp.where(active_B, 1 + accepted(token_BT, state.draft_BK), 0)
+        newest = token_BT[jnp.arange(ids_BT.shape[0]), count_B - 1]
+        last = jnp.where(active_B, newest, state.last_B)
+        return self._advance(model, state, out, token_BT, count_B, last), Emitted(token_BT, count_B)
+
+    def _forward(self, model: Step3p5, state: State, ids_BT: jax.Array, count_B: jax.Array) -> Hidden:
+        chunk = Chunk.at(state.length_B, count_B, ids_BT.shape[1])
+        return model.forward(ids_BT, chunk, state.cache)
+
+    def _advance(
+        self, model: Step3p5, state: State, out: Hidden, token_BT: jax.Array, count_B: jax.Array, last_B: jax.Array
+    ) -> State:
+        """Commit ``count`` tokens of each row and draft the next."""
+        assert out.cache is not None
+        length = state.length_B + count_B
+        if not self.drafts:
+            return State(out.cache, (), length, last_B, state.draft_BK)
+        drafts, drafter = draft(
+            model,
+            Drafter(state.cache.mtp, state.tails),
+            out.hidden_BTD,
+            token_BT,
+            state.length_B,
+            count_B,
+            num_tokens=self.num_tokens,
+        )
+        drafts = jnp.where((count_B > 0)[:, None], drafts, state.draft_BK)
+        return State(Cache(out.cache.layers, drafter.caches), drafter.tails, length, last_B, drafts)

@@ -1,0 +1,137 @@
+"""One answer as it grows: tokens in, text of each kind out, and the decision when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from stepjax.infer.sampler import SamplingParams
+from stepjax.reasoning import ReasoningParser, held_length, reasoning_ended
+from stepjax.tokenizer import IncrementalDetokenizer, Tokenizer
+from stepjax.tool_parser import ArgumentsDelta, CallStart, ContentDelta, ToolCall, ToolCallParser, ToolEvent
+
+FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
+
+
+class Delta(NamedTuple):
+    """What a push added. ``calls`` are the events of tool calls, in order."""
+
+    reasoning: str = ""
+    content: str = ""
+    calls: tuple[CallStart | ArgumentsDelta, ...] = ()
+
+
+def begins_in_reasoning(prompt: Sequence[int], tokenizer: Tokenizer) -> bool:
+    """Whether the prompt leaves the model thinking. A prompt without markers is plain text, not a chat."""
+    special = tokenizer.special
+    return special.think_open in prompt and not reasoning_ended(prompt, special)
+
+
+class Transcript:
+    """Collects one answer. It ends at an end-of-sequence or stop id, before a stop string, or at ``max_tokens``.
+
+    Without a tokenizer there are ids but no text, and stop strings never match.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        *,
+        eos_ids: Collection[int],
+        tokenizer: Tokenizer | None = None,
+        in_reasoning: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ):
+        self.ids: list[int] = []
+        self.text = ""  # all of it, markers included, without what was stopped at
+        self.reasoning = ""
+        self.content = ""
+        self.calls: list[ToolCall] = []
+        self.finish_reason: FinishReason | None = None
+        self._params = params
+        self._stop_ids = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else frozenset(eos_ids))
+        self._detokenizer = IncrementalDetokenizer(tokenizer) if tokenizer else None
+        self._held = ""  # text that may be the beginning of a stop string
+        self._parser = ReasoningParser(in_reasoning=in_reasoning)
+        self._tools = ToolCallParser(tools) if tools else None
+
+    def push(self, ids: Sequence[int]) -> Delta:
+        """Take the next tokens; those after the end are ignored."""
+        delta = Delta()
+        for token in ids:
+            if self.finish_reason:
+                break
+            delta = _join(delta, self._push(token))
+        return delta
+
+    def cancel(self) -> Delta:
+        """End the answer where it stands."""
+        return Delta() if self.finish_reason else self._finish("cancelled")
+
+    def _push(self, token: int) -> Delta:
+        self.ids.append(token)
+        if token in self._stop_ids:
+            return self._finish("stop")
+        text = self._detokenizer.push([token]) if self._detokenizer else ""
+        delta = self._take(text)
+        if not self.finish_reason and len(self.ids) >= self._params.max_tokens:
+            return _join(delta, self._finish("length"))
+        return delta
+
+    def _take(self, text: str) -> Delta:
+        """Release what cannot become a stop string; end at the first one that is complete."""
+        if not self._params.stop:
+            return self._emit(text)
+        held = self._held + text
+        found = [at for at in (held.find(stop) for stop in self._params.stop) if at >= 0]
+        if found:
+            self._held = held[: min(found)]
+            return self._finish("stop", text_complete=True)
+        keep = held_length(held, self._params.stop)
+        self._held = held[len(held) - keep :]
+        return self._emit(held[: len(held) - keep])
+
+    def _finish(self, reason: FinishReason, *, text_complete: bool = False) -> Delta:
+        self.finish_reason = reason
+        tail = self._held
+        if self._detokenizer and not text_complete:
+            tail += self._detokenizer.flush()
+        self._held = ""
+        delta = self._emit(tail)
+        last = self._parser.flush()
+        delta = _join(delta, self._sort(last.reasoning, last.content))
+        if self._tools:
+            delta = _join(delta, self._record(self._tools.flush()))
+        if self.calls and reason == "stop":
+            self.finish_reason = "tool_calls"
+        return delta
+
+    def _emit(self, text: str) -> Delta:
+        self.text += text
+        return self._sort(*self._parser.push(text)) if text else Delta()
+
+    def _sort(self, reasoning: str, content: str) -> Delta:
+        self.reasoning += reasoning
+        if self._tools:
+            return _join(Delta(reasoning), self._record(self._tools.push(content)))
+        self.content += content
+        return Delta(reasoning, content)
+
+    def _record(self, events: Sequence[ToolEvent]) -> Delta:
+        content, calls = "", []
+        for event in events:
+            if isinstance(event, ContentDelta):
+                content += event.text
+                continue
+            calls.append(event)
+            if isinstance(event, CallStart):
+                self.calls.append(ToolCall(event.id, event.name, ""))
+            else:
+                call = self.calls[event.index]
+                self.calls[event.index] = ToolCall(call.id, call.name, call.arguments + event.text)
+        self.content += content
+        return Delta("", content, tuple(calls))
+
+
+def _join(first: Delta, second: Delta) -> Delta:
+    return Delta(*(a + b for a, b in zip(first, second, strict=True)))

@@ -1,0 +1,53 @@
+"""The command line: a table of verbs, each in a module that is imported only when its verb is used."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from stepjax import __version__
+from stepjax.errors import StepjaxError
+
+# Verb → the module with ``add_arguments(parser)`` and ``run(args) -> exit code``, and a line of help.
+VERBS = {
+    "generate": ("stepjax.infer.cli_generate", "answer prompts"),
+    "chat": ("stepjax.infer.cli_chat", "talk with a model in the terminal"),
+    "score": ("stepjax.infer.cli_score", "write the logits of given tokens to a file"),
+    "info": ("stepjax.cli_info", "show what a model consists of"),
+    "pretrain": ("stepjax.train.cli_pretrain", "train a model from scratch, as step-tiny was"),
+    "release": ("stepjax.train.cli_release", "write a training run as a checkpoint folder and grade it"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb. Exit codes: 0 done, 1 the input is at fault, 2 the command line is, 130 interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser(argv[0] if argv else None)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except StepjaxError as error:
+        print(f"stepjax: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has left: not our error, and nothing more to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser(verb: str | None) -> argparse.ArgumentParser:
+    """The parser; only the chosen verb's module is imported, so that help and errors come at once."""
+    parser = argparse.ArgumentParser(prog="stepjax", description="Step 3.5 Flash in JAX: run it, score it, train it.")
+    parser.add_argument("--version", action="version", version=f"stepjax {__version__}")
+    verbs = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (module, summary) in VERBS.items():
+        sub = verbs.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if name == verb:
+            home = import_module(module)
+            home.add_arguments(sub)
+            sub.set_defaults(run=home.run)
+    return parser
