@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from stepjax.train import tasks
@@ -30,12 +29,12 @@ class Example:
 
 
 class Rows(NamedTuple):
-    """Packed examples, each array int32 [R, T]. A token sees only earlier ones with its own segment id."""
+    """Packed examples: int32 [R, T] each, of numpy or jax. A token sees only earlier ones with its own segment id."""
 
-    ids: NDArray[np.int32]  # PAD_ID outside the examples
-    segment_ids: NDArray[np.int32]  # 0 is padding; 1, 2, … number the examples of a row
-    positions: NDArray[np.int32]  # restart at 0 with every example, 0 on padding
-    loss_mask: NDArray[np.int32]  # 1 where this token is itself to be predicted (from the one before it)
+    ids: Any  # PAD_ID outside the examples
+    segment_ids: Any  # 0 is padding; 1, 2, … number the examples of a row
+    positions: Any  # restart at 0 with every example, 0 on padding
+    loss_mask: Any  # 1 where this token is itself to be predicted (from the one before it)
 
 
 class Bins:

@@ -1,0 +1,230 @@
+"""The full-parameter trainer: losses against a slow twin, exact resumption, and agreement across devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from tiny import random_params, small_config
+
+from stepjax.cache import Chunk
+from stepjax.cli import main
+from stepjax.errors import ConfigError
+from stepjax.model import abstract, bind
+from stepjax.train import loop
+from stepjax.train.balance import balanced
+from stepjax.train.config import PretrainConfig, read_pretrain, write_resolved
+from stepjax.train.losses import losses
+from stepjax.train.optimizer import adamw, learning_rate
+from stepjax.train.packing import Example, Rows, pack
+from stepjax.train.step import TrainState, make_step, split_biases
+
+CONFIG = small_config()
+MODEL = abstract(CONFIG, dtype=jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def rows() -> Rows:
+    rng = np.random.default_rng(0)
+    examples = [
+        Example(rng.integers(8, 128, p).tolist(), rng.integers(8, 128, c).tolist())
+        for p, c in [(5, 7), (3, 2), (9, 12), (1, 1), (4, 9), (6, 8), (2, 20)]
+    ]
+    packed = pack(examples, 32)
+    assert len(packed.ids) % 2 == 0
+    return packed
+
+
+@pytest.fixture(scope="module")
+def params() -> dict[str, jax.Array]:
+    return random_params(CONFIG, 3)
+
+
+@jax.jit
+def all_heads(params: dict[str, jax.Array], ids: jax.Array) -> list[jax.Array]:
+    model, chunk = bind(MODEL, params), Chunk.whole(*ids.shape)
+    hidden = model.forward(ids, chunk).hidden_BTD
+    states = model.mtp_hidden(ids, hidden, chunk)
+    return [model.logits(hidden)] + [layer.logits(h) for layer, h in zip(model.mtp, states, strict=True)]
+
+
+def one_by_one(params: dict[str, jax.Array], rows: Rows) -> tuple[list[float], list[float]]:
+    """Loss and accuracy per depth, example by example, without packing, rolling or masks."""
+    sums, counts, hits = np.zeros(4), np.zeros(4), np.zeros(4)
+    for ids, segments, mask in zip(rows.ids, rows.segment_ids, rows.loss_mask, strict=True):
+        for segment in range(1, segments.max() + 1):
+            here = segments == segment
+            tokens, wanted = ids[here], mask[here]
+            padded = jnp.zeros((1, 32), jnp.int32).at[0, : len(tokens)].set(tokens)
+            for k, logits in enumerate(np.asarray(each[0], np.float64) for each in all_heads(params, padded)):
+                for t in range(len(tokens) - k - 1):
+                    if wanted[t + k + 1]:
+                        row = logits[t] - logits[t].max()
+                        sums[k] -= row[tokens[t + k + 1]] - np.log(np.exp(row).sum())
+                        hits[k] += row.argmax() == tokens[t + k + 1]
+                        counts[k] += 1
+    return (sums / counts).tolist(), (hits / counts).tolist()
+
+
+def test_packed_losses_equal_those_of_the_examples_one_by_one(params, rows):
+    found = jax.jit(lambda p, r: losses(bind(MODEL, p), r, mtp_weight=0.3))(params, jax.tree.map(jnp.asarray, rows))
+    loss, accuracy = one_by_one(params, rows)
+    np.testing.assert_allclose([found.next_token, *found.mtp], loss, rtol=2e-5)
+    np.testing.assert_allclose(found.accuracy, accuracy, rtol=1e-6)
+    np.testing.assert_allclose(found.total, loss[0] + 0.3 * np.mean(loss[1:]), rtol=2e-5)
+
+
+def test_load_counts_the_real_tokens(params, rows):
+    found = jax.jit(lambda p, r: losses(bind(MODEL, p), r, mtp_weight=0.0))(params, jax.tree.map(jnp.asarray, rows))
+    for load in found.load:
+        assert int(load.sum()) == CONFIG.top_k * int((rows.segment_ids > 0).sum())
+
+
+def test_the_balance_rule_lifts_experts_below_their_share():
+    bias, load = jnp.asarray([0.1, 0.0, -0.2, 0.0]), jnp.asarray([10, 2, 4, 4])
+    np.testing.assert_allclose(balanced(bias, load, jnp.asarray(0.01)), [0.09, 0.01, -0.19, 0.01], atol=1e-7)
+    assert (balanced(bias, jnp.full((4,), 3), jnp.asarray(0.01)) == bias).all()
+
+
+def test_the_schedule_has_its_corners():
+    schedule = learning_rate(1.0, warmup=10, decay_from=50, steps=100, floor=0.02)
+    found = [float(np.asarray(schedule(step))) for step in (0, 9, 10, 49, 50, 75, 100)]
+    np.testing.assert_allclose(found, [0.1, 1, 1, 1, 1, 0.51, 0.02], rtol=1e-5)
+
+
+def run_steps(params, rows, devices: int, count: int) -> tuple[TrainState, list[float]]:
+    schedule = learning_rate(1e-2, warmup=2, decay_from=50, steps=100, floor=0.1)
+    optimizer = adamw(schedule, b1=0.9, b2=0.98, weight_decay=0.01, clip=1.0)
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+    step = make_step(MODEL, optimizer, schedule, mesh, mtp_weight=0.3, balance_rate=1.0)
+    trained, biases = split_biases(jax.tree.map(jnp.copy, params))
+    state = TrainState(trained, biases, optimizer.init(trained), jnp.zeros((), jnp.int32))
+    history = []
+    for _ in range(count):
+        state, report = step(state, jax.tree.map(jnp.asarray, rows))
+        history.append(float(report.losses.total))
+    return state, history
+
+
+def test_two_devices_learn_what_one_learns(params, rows):
+    one, losses_one = run_steps(params, rows, devices=1, count=6)
+    two, losses_two = run_steps(params, rows, devices=2, count=6)
+    np.testing.assert_allclose(losses_one, losses_two, rtol=1e-4)
+    assert losses_one[-1] < 0.8 * losses_one[0]
+    for name in one.biases:
+        np.testing.assert_array_equal(one.biases[name], two.biases[name])
+    norms = [name for name in one.params if name.endswith("norm.weight")]
+    assert all((one.params[name] != params[name]).any() for name in norms if name.startswith("layers"))
+
+
+SHORT = PretrainConfig(
+    devices=2,
+    rows=2,
+    length=160,
+    steps=6,
+    warmup_steps=1,
+    decay_from=4,
+    mtp_from=3,
+    log_every=1,
+    save_every=2,
+    keep=(4,),
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, TrainState]:
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    return out, loop.pretrain(SHORT, out)
+
+
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(finished, tmp_path, monkeypatch):
+    """Killed after the save at step 2, in the middle of step 4 (the MTP heads have joined), and finished."""
+    whole, expected = finished
+    out, real, calls = tmp_path / "parts", loop.packing.batch, []
+
+    def failing(*args, step, **kwargs):
+        calls.append(step)
+        if step == 4 and calls.count(4) == 1:
+            raise KeyboardInterrupt
+        return real(*args, step=step, **kwargs)
+
+    monkeypatch.setattr(loop.packing, "batch", failing)
+    with pytest.raises(KeyboardInterrupt):
+        loop.pretrain(SHORT, out)
+    found = loop.pretrain(SHORT, out)
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+    def history(folder: Path) -> list[dict]:
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_s"} for line in lines]
+
+    assert history(out) == history(whole)
+    assert [record["step"] for record in history(out)] == list(range(6))
+
+
+def test_kept_weights_are_those_of_the_run(finished):
+    out, state = finished
+    last = loop.load_weights(out, 6)
+    assert set(last) == set(loop.weights_of(state))
+    for name, value in loop.weights_of(state).items():
+        np.testing.assert_array_equal(last[name], value)
+    assert (loop.load_weights(out, 4)["embed.weight"] != last["embed.weight"]).any()
+    with pytest.raises(ConfigError, match=r"kept the weights of steps \[4, 6\]"):
+        loop.load_weights(out, 5)
+
+
+def test_a_folder_of_a_run_with_other_settings_is_refused(finished):
+    with pytest.raises(ConfigError, match="other settings"):
+        loop.pretrain(dataclasses.replace(SHORT, seed=1), finished[0])
+
+
+def test_too_many_devices_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="devices: is 64, but jax sees 8"):
+        loop.pretrain(dataclasses.replace(SHORT, devices=64, rows=64), tmp_path)
+
+
+def test_settings_survive_the_file(tmp_path):
+    write_resolved(SHORT, tmp_path / "config.toml")
+    assert read_pretrain(tmp_path / "config.toml") == SHORT
+
+
+def test_the_shipped_recipe_reads():
+    recipe = Path(__file__).parents[1] / "train" / "recipes" / "step-tiny.toml"
+    assert read_pretrain(recipe, ["steps=3000", "peak_lr=1"]).steps == 3000
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sped = 3", "sped is not a setting"),
+        ("steps = 'many'", "steps: is 'many', expected a int"),
+        ("steps = true", "steps: is True"),
+        ("keep = [1.5]", "keep"),
+        ("model = 'llama'", "model: is 'llama'"),
+        ("rows = 3", "rows: 3 rows cannot be split"),
+        ("rows = 0", "rows: is 0"),
+        ("decay_from = 9000", "decay_from: is 9000"),
+        ("steps = ", "not valid TOML"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(tmp_path, text, message):
+    file = tmp_path / "config.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
+        read_pretrain(file)
+
+
+def test_the_command_reports_errors_without_a_traceback(tmp_path, capsys):
+    assert main(["pretrain", str(tmp_path / "none.toml"), "--out", str(tmp_path)]) == 1
+    assert "none.toml: cannot be read" in capsys.readouterr().err
+    file = tmp_path / "config.toml"
+    file.write_text("")
+    assert main(["pretrain", str(file), "--out", str(tmp_path), "--set", "steps"]) == 1
+    assert "expected name=value" in capsys.readouterr().err

@@ -1,0 +1,27 @@
+"""``stepjax release``: write a finished training run as a checkpoint folder and grade it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder of stepjax pretrain")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="checkpoint folder to write")
+    parser.add_argument("--step", type=int, metavar="N", help="weights of this step (default: the last)")
+    parser.add_argument("--items", type=int, default=512, metavar="N", help="graded items per task (%(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from stepjax.train.release import release
+
+    report = release(args.run_folder, args.out, step=args.step, items=args.items)
+    table = Table("task", "accuracy", "tokens a step")
+    for name, score in report["tasks"].items():
+        table.add_row(name, f"{score['accuracy']:.3f}", f"{score['tokens_per_step']:.2f}")
+    Console().print(table)
+    return 0

@@ -1,0 +1,45 @@
+"""AdamW with a warm-up, a plateau and a linear decay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def learning_rate(peak: float, *, warmup: int, decay_from: int, steps: int, floor: float) -> optax.Schedule:
+    """Linear from 0 over ``warmup`` steps, ``peak`` until ``decay_from``, linear to ``floor`` × peak at ``steps``."""
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(peak / warmup, peak, warmup - 1),
+            optax.constant_schedule(peak),
+            optax.linear_schedule(peak, floor * peak, steps - decay_from),
+        ],
+        [warmup, decay_from],
+    )
+
+
+def adamw(
+    schedule: optax.Schedule, *, b1: float, b2: float, weight_decay: float, clip: float
+) -> optax.GradientTransformation:
+    """AdamW behind a clip of the global norm; decay acts on matrices alone."""
+
+    def matrices(params: Mapping[str, Any]) -> dict[str, bool]:
+        return {name: value.ndim > 1 for name, value in params.items()}
+
+    return optax.chain(
+        optax.clip_by_global_norm(clip), optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=matrices)
+    )
+
+
+def apply(
+    optimizer: optax.GradientTransformation, gradients: Any, state: optax.OptState, params: Any
+) -> tuple[Any, optax.OptState]:
+    """One update. optax mixes integer counts with float32, which strict dtype promotion forbids elsewhere."""
+    with jax.numpy_dtype_promotion("standard"):
+        updates, state = optimizer.update(gradients, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+    return params, state
