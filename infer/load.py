@@ -193,7 +193,7 @@ class Session:
         def run(params: Params, hidden_BTD: jax.Array, depth: int | None) -> jax.Array:
             model = bind(self.model, params)
             logits = model.logits(hidden_BTD) if depth is None else model.mtp[depth].logits(hidden_BTD)
-            return logits[0].astype(jnp.float32)
+            return logits[0]
 
         return jax.jit(run, static_argnums=2)
 

@@ -89,10 +89,11 @@ def sample(logits_BTV: jax.Array, position_BT: jax.Array, sampling: Sampling, *,
     """One token per row: int32 [B, T].
 
     Args:
+      logits_BTV: float32.
       position_BT: the position that the token will take; with the seed it decides the noise.
       num_tokens: entries of the tokenizer; the matrix has more rows, and those are never sampled.
     """
-    logits = mask_padding(logits_BTV.astype(jnp.float32), num_tokens)
+    logits = mask_padding(logits_BTV, num_tokens)
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     drawn = jax.lax.cond(
         jnp.any(sampling.temperature_B > 0), lambda: _draw(logits, position_BT, sampling), lambda: greedy

@@ -38,7 +38,7 @@ class Block(nnx.Module):
         x_BTD = self.layout.constrain(x_BTD + out, "batch", "length", "embed")
         normed, ids = self.post_norm(x_BTD), None
         if hasattr(self, "moe"):
-            out, ids = self.moe(normed)
+            out, ids = self.moe(normed, chunk.position_BT >= 0)
         else:
             out = self.mlp(normed)
         return self.layout.constrain(x_BTD + out, "batch", "length", "embed"), cache, ids

@@ -10,7 +10,9 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
+from sys import float_info
 from typing import Any
 
 from stepjax.errors import ConfigError
@@ -145,9 +147,9 @@ _INERT = frozenset(
     "architectures auto_map model_type torch_dtype dtype transformers_version use_cache initializer_range max_seq_len "
     "moe_layer_offset moe_every_n_layer pad_token_id bos_token_id name_or_path return_dict output_attentions "
     "output_hidden_states output_router_logits is_encoder_decoder is_decoder id2label label2id problem_type "
-    "tokenizer_class num_labels task_specific_params chunk_size_feed_forward attn_implementation layer_norm_type use_bfloat16 "
-    "gradient_checkpointing router_aux_loss_coef mtp_loss_weight temperature top_p top_k do_sample max_length "
-    "min_length num_beams".split()
+    "tokenizer_class num_labels task_specific_params chunk_size_feed_forward attn_implementation layer_norm_type "
+    "use_bfloat16 gradient_checkpointing router_aux_loss_coef mtp_loss_weight temperature top_p top_k do_sample "
+    "max_length min_length num_beams".split()
 )
 
 # Fields with the one value this model is made of. A hub file may leave out those marked False.
@@ -187,7 +189,8 @@ class _Reader:
     def resolve(self) -> ModelConfig:
         self._check_names()
         self.num_layers = self._count("num_hidden_layers")
-        self.num_mtp = self._count("num_nextn_predict_layers", default=0, low=0)
+        # Lists may stop at the backbone, so that nothing but this bounds the entries which are filled in for MTP.
+        self.num_mtp = self._count("num_nextn_predict_layers", default=0, low=0, high=64)
         self.kinds = self._layer_kinds()
         moe = self._moe_layers()
         limits, shared = self._limits("swiglu_limits"), self._limits("swiglu_limits_shared")
@@ -244,10 +247,10 @@ class _Reader:
             raise ConfigError(f"{name}: is missing")
         return self.hub[name]
 
-    def _count(self, name: str, *, default: int | None = None, low: int = 1) -> int:
+    def _count(self, name: str, *, default: int | None = None, low: int = 1, high: int = 2**48) -> int:
         value = self.hub.get(name)
         value = default if value is None and default is not None else self._get(name)
-        return _integer(name, value, low)
+        return _integer(name, value, low, high)
 
     def _number(self, name: str, *, default: float | None = None) -> float:
         value = self.hub.get(name)
@@ -258,6 +261,8 @@ class _Reader:
 
     def _eos_ids(self) -> tuple[int, ...]:
         value = self._get("eos_token_id")
+        if value == []:
+            raise ConfigError("eos_token_id: is [], expected at least one id; no answer would ever end")
         return tuple(self._token_id("eos_token_id", each) for each in (value if isinstance(value, list) else [value]))
 
     def _per_layer(self, name: str) -> list[Any]:
@@ -293,7 +298,7 @@ class _Reader:
     def _moe_layers(self) -> frozenset[int]:
         value = self._get("moe_layers_enum")
         try:
-            indices = [int(each) for each in (value.split(",") if isinstance(value, str) else value)]
+            indices = [int(each) for each in value.split(",")] if isinstance(value, str) else [*map(index, value)]
         except (TypeError, ValueError):
             raise ConfigError(f"moe_layers_enum: is {value!r}, expected layer numbers as '3,4,5' or a list") from None
         for i in indices:
@@ -311,7 +316,7 @@ class _Reader:
         if self.hub.get(name) is None:
             return [None] * total
         value = self._per_layer(name)
-        return [_positive(name, each) if each else None for each in value] + [None] * (total - len(value))
+        return [None if each in (None, 0) else _positive(name, each) for each in value] + [None] * (total - len(value))
 
     def _heads(self) -> tuple[int, int, int]:
         groups = self._count("num_attention_groups")
@@ -378,21 +383,22 @@ class _Reader:
             return None
         if not isinstance(value, Mapping):
             raise ConfigError(f"rope_scaling: is {value!r}, expected an object or null")
-        kinds = {value[key] for key in ("rope_type", "type") if key in value}
-        if kinds != {"llama3"}:
-            raise ConfigError(f"rope_scaling.rope_type: is {sorted(map(str, kinds))}, only 'llama3' is supported")
-        names = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+        kinds = [value[key] for key in ("rope_type", "type") if key in value]
+        if not kinds or any(kind != "llama3" for kind in kinds):
+            raise ConfigError(f"rope_scaling.rope_type: is {kinds}, only 'llama3' is supported")
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         unknown = set(value) - set(names) - {"rope_type", "type"}
         if unknown:
             raise ConfigError(f"rope_scaling.{min(unknown)}: is not a field of the llama3 rule")
-        factor, original, low, high = (_positive(f"rope_scaling.{name}", value.get(name)) for name in names)
+        factor, low, high = (_positive(f"rope_scaling.{name}", value.get(name)) for name in names[:3])
+        original = _integer(f"rope_scaling.{names[3]}", value.get(names[3]), 1)
         if high <= low:
             raise ConfigError(f"rope_scaling.high_freq_factor: is {high}, must exceed low_freq_factor = {low}")
-        return RopeScaling(factor, int(original), low, high)
+        return RopeScaling(factor, original, low, high)
 
     def _scaled_kinds(self) -> frozenset[str]:
         kinds = self.hub.get("yarn_only_types")
-        if not isinstance(kinds, list) or not kinds or not set(kinds) <= {FULL, SLIDE}:
+        if not isinstance(kinds, list) or not kinds or any(kind not in (FULL, SLIDE) for kind in kinds):
             raise ConfigError(
                 f"yarn_only_types: is {kinds!r}; with rope_scaling it must list the layer kinds that are scaled, "
                 f"as [{FULL!r}]"
@@ -416,6 +422,9 @@ class _Reader:
         return rows, columns
 
 
+_LARGEST = float_info.max  # a whole number in JSON may exceed it
+
+
 def _integer(name: str, value: Any, low: int, high: int = 2**48) -> int:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -426,7 +435,7 @@ def _integer(name: str, value: Any, low: int, high: int = 2**48) -> int:
 
 
 def _positive(name: str, value: Any) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= _LARGEST:
         raise ConfigError(f"{name}: is {value!r}, expected a positive number")
     return float(value)
 

@@ -54,9 +54,12 @@ class Linear(nnx.Module):
         self.weight = normal(rngs, (size_out, size_in), axes, std=scale * size_in**-0.5, dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        return self.wide(x).astype(x.dtype)
+
+    def wide(self, x: jax.Array) -> jax.Array:
+        """The float32 accumulator itself, for logits: rounded to bfloat16, near-ties would become ties."""
         weight = dequantize(self.weight.get_value(), x.dtype)
-        y = jnp.einsum("...i,oi->...o", x, weight, precision=precision(x.dtype), preferred_element_type=jnp.float32)
-        return y.astype(x.dtype)
+        return jnp.einsum("...i,oi->...o", x, weight, precision=precision(x.dtype), preferred_element_type=jnp.float32)
 
 
 class Embed(nnx.Module):

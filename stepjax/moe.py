@@ -64,17 +64,22 @@ class MoE(nnx.Module):
         layout: Layout,
         scale: float = 1.0,
     ):
-        self.spec, self.layout = spec, layout
+        self.spec, self.layout, self.num_experts = spec, layout, config.num_experts
         self.router = Router(config, rngs=rngs, dtype=dtype)
         self.experts = Experts(config, rngs=rngs, dtype=dtype, scale=scale / 2)
         self.shared = SwiGLU(
             config.hidden_size, config.shared_size, limit=spec.limit_shared, rngs=rngs, dtype=dtype, scale=scale
         )
 
-    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The layer's output [B, T, D] and the expert ids [B, T, A] that made it."""
+    def __call__(self, x_BTD: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The layer's output [B, T, D] and the expert ids [B, T, A] that made it.
+
+        Padding (``real`` false) chooses no expert, which is written as id E: its rows are all alike and would crowd
+        into the same few experts.
+        """
         x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
         ids_TA, combine_TA = self.router(x_TD)
+        ids_TA = jnp.where(real_BT.reshape(-1, 1), ids_TA, self.num_experts)
         routed = self.layout.experts(x_TD, ids_TA, combine_TA, self.experts.weights(), self.spec.limit)
         out = routed.astype(x_BTD.dtype).reshape(x_BTD.shape) + self.shared(x_BTD)
         return out, ids_TA.reshape(*x_BTD.shape[:2], -1)

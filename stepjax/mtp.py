@@ -38,5 +38,5 @@ class MtpLayer(nnx.Module):
         return hidden, cache
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Logits [B, T, V] of the token after the one fed, in the activation dtype."""
-        return self.head(self.norm(hidden_BTD))
+        """Logits of the token after the one fed, float32 [B, T, V]."""
+        return self.head.wide(self.norm(hidden_BTD))

@@ -49,12 +49,11 @@ def _cross_entropy(logits_BTV: jax.Array, rows: Rows, *, ahead: int) -> tuple[ja
     same = rows.segment_ids == jnp.roll(rows.segment_ids, -ahead, axis=1)
     inside = jnp.arange(label.shape[1]) < label.shape[1] - ahead
     counts = (jnp.roll(rows.loss_mask, -ahead, axis=1) > 0) & same & inside[None, :]
-    logits = logits_BTV.astype(jnp.float32)
-    picked = jnp.take_along_axis(logits, label[..., None], axis=-1)[..., 0]
-    loss = jax.nn.logsumexp(logits, axis=-1) - picked
+    picked = jnp.take_along_axis(logits_BTV, label[..., None], axis=-1)[..., 0]
+    loss = jax.nn.logsumexp(logits_BTV, axis=-1) - picked
     weight = counts.astype(jnp.float32)
     total = jnp.maximum(jnp.sum(weight), 1.0)
-    right = (jnp.argmax(logits, axis=-1) == label).astype(jnp.float32)
+    right = (jnp.argmax(logits_BTV, axis=-1) == label).astype(jnp.float32)
     return jnp.sum(loss * weight) / total, jnp.sum(right * weight) / total
 
 

@@ -184,7 +184,8 @@ def _one_pass(
     local = by.rank - index * rows
     mine = (local >= 0) & (local < rows) & (by.expert < by.start.size)
     back = out_ECD.reshape(-1, x.shape[1])[jnp.where(mine, by.expert * rows + local, 0)]  # [T, A, D]
-    return jnp.sum(jnp.where(mine, combine, 0.0)[..., None] * back, axis=1)
+    # Zeros by selection: row 0 stands in for what is not here, and 0 times another token's NaN would be NaN.
+    return jnp.sum(combine[..., None] * jnp.where(mine[..., None], back, 0.0), axis=1)
 
 
 def _num_passes(rows: int, by: _Sorted) -> jax.Array:
