@@ -43,6 +43,7 @@ def pretrain(config: PretrainConfig, out: Path) -> TrainState:
     Raises:
       ConfigError: the folder belongs to a run with other settings, or there are too few devices.
     """
+    out = out.resolve()  # orbax takes absolute paths only
     _claim(config, out)
     model_config = ModelConfig.preset(config.model)
     mesh = _mesh(config.devices)
@@ -55,7 +56,7 @@ def pretrain(config: PretrainConfig, out: Path) -> TrainState:
     )
     optimizer = adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, clip=config.clip)
     model = abstract(model_config, dtype=jnp.float32, layout=LAYOUT)
-    params, biases = split_biases(params_of(initialise(model_config, jax.random.key(config.seed), layout=LAYOUT)))
+    params, biases = split_biases(_first_weights(config, model_config))
     fresh = TrainState(params, biases, optimizer.init(params), jnp.zeros((), jnp.int32))
     fresh = jax.device_put(fresh, NamedSharding(mesh, PartitionSpec()))
 
@@ -68,7 +69,9 @@ def pretrain(config: PretrainConfig, out: Path) -> TrainState:
         state = _resume(checkpointer, fresh)
         start = int(state.step)
         tokenizer = tokenizers.Tokenizer.from_file(str(ASSETS / config.model / "tokenizer.json"))
-        stream = packing.batches(tokenizer, seed=config.seed, step=start, rows=config.rows, length=config.length)
+        stream = packing.batches(
+            tokenizer, seed=config.seed, step=start, rows=config.rows, length=config.length, mix=config.shares
+        )
         with _progress(config.steps, start) as advance, _metrics(out / "metrics.jsonl", start) as metrics:
             began, tokens = time.perf_counter(), 0
             for step in range(start, config.steps):
@@ -88,6 +91,19 @@ def pretrain(config: PretrainConfig, out: Path) -> TrainState:
                     save_weights(out, done, state)
                 advance(f"loss {float(report.losses.next_token):.3f}")
     return state
+
+
+def _first_weights(config: PretrainConfig, model_config: ModelConfig) -> dict[str, Any]:
+    drawn = params_of(initialise(model_config, jax.random.key(config.seed), layout=LAYOUT))
+    if not config.start_from:
+        return drawn
+    file = Path(config.start_from)
+    if not file.is_file():
+        raise ConfigError(f"start_from: {file} is not a file; name weights that an earlier run kept")
+    found = load_file(file)
+    if {name: value.shape for name, value in found.items()} != {name: value.shape for name, value in drawn.items()}:
+        raise ConfigError(f"start_from: {file} does not hold the weights of {config.model}")
+    return {name: jnp.asarray(value) for name, value in found.items()}
 
 
 def weights_of(state: TrainState) -> dict[str, jax.Array]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -91,25 +91,36 @@ def encode(item: tasks.Item, tokenizer: Tokenizer, template: tasks.Template) -> 
     return Example(*(tokenizer.encode(text, add_special_tokens=False).ids for text in (prompt, completion)))
 
 
-def batch(tokenizer: Tokenizer, template: tasks.Template, *, seed: int, step: int, rows: int, length: int) -> Rows:
+def batch(
+    tokenizer: Tokenizer,
+    template: tasks.Template,
+    *,
+    seed: int,
+    step: int,
+    rows: int,
+    length: int,
+    mix: Mapping[str, float] = tasks.MIX,
+) -> Rows:
     """The training batch of one step, a function of the seed and the step alone.
 
     Items are drawn until ``PATIENCE`` of them found no room; dropping the few that did not fit favours short examples
-    slightly, so the shares in a batch differ from `tasks.MIX` by a little.
+    slightly, so the shares in a batch differ from ``mix`` by a little.
     """
     rng = np.random.default_rng([seed, step])
     bins = Bins(length, limit=rows)
     misses = 0
     while misses < PATIENCE:
-        example = encode(tasks.draw(rng, "train"), tokenizer, template)
+        example = encode(tasks.draw(rng, "train", mix), tokenizer, template)
         if example.num_tokens <= length:  # a rare long one is skipped, not cut
             misses += not bins.add(example)
     return bins.arrays()
 
 
-def batches(tokenizer: Tokenizer, *, seed: int, step: int, rows: int, length: int) -> Iterator[Rows]:
+def batches(
+    tokenizer: Tokenizer, *, seed: int, step: int, rows: int, length: int, mix: Mapping[str, float] = tasks.MIX
+) -> Iterator[Rows]:
     """Batches ``step``, ``step + 1``, … without end; entering at a step gives what a run from 0 would see there."""
     template = tasks.TinyTemplate()
     while True:
-        yield batch(tokenizer, template, seed=seed, step=step, rows=rows, length=length)
+        yield batch(tokenizer, template, seed=seed, step=step, rows=rows, length=length, mix=mix)
         step += 1
