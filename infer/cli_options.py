@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from stepjax.folder import open_folder
+from stepjax.tool_parser import CallStart
 
 if TYPE_CHECKING:
     from stepjax.infer.load import Session
@@ -82,7 +83,7 @@ class Printer:
             self._answered = True
         self._print(delta.content, "")
         for event in delta.calls:
-            self._print(f"\n→ {event.name}" if hasattr(event, "name") else f"({event.text})", "cyan")
+            self._print(f"\n→ {event.name}" if isinstance(event, CallStart) else f"({event.text})", "cyan")
 
     def end(self) -> None:
         self._print("\n", "")

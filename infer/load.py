@@ -66,7 +66,7 @@ def load(
 
 def use_compile_cache() -> None:
     """Keep compiled programs between runs, in ``JAX_COMPILATION_CACHE_DIR`` or the user's cache folder."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(root / "stepjax" / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,22 @@ class Emitted(NamedTuple):
     count_B: jax.Array
 
 
+class Program:
+    """A jitted function, compiled when asked to, once per set of shapes, and not in the middle of a timed call."""
+
+    def __init__(self, function: Callable[..., Any]):
+        """``function(params, state, …)``; the state is donated. The parameters keep their shapes between calls."""
+        self._jitted = jax.jit(function, donate_argnums=(1,))
+        self._executables: dict[tuple[tuple[int, ...], ...], Any] = {}
+
+    def compiled(self, params: Params, state: State, *rest: Any) -> Callable[..., Any]:
+        """The executable for arguments of these shapes."""
+        key = tuple(leaf.shape for leaf in jax.tree.leaves((state, rest)))
+        if key not in self._executables:
+            self._executables[key] = self._jitted.lower(params, state, *rest).compile()
+        return self._executables[key]
+
+
 class Runner:
     """Compiles and runs the steps of one model; batch, cache length and chunk width follow from the arguments."""
 
@@ -42,8 +59,8 @@ class Runner:
         """
         assert 0 <= drafts <= min(MAX_DRAFTS, len(model.mtp))
         self.model, self.num_tokens, self.drafts = model, num_tokens, drafts
-        self.prefill = jax.jit(self._prefill, donate_argnums=(1,))
-        self.step = jax.jit(self._step, donate_argnums=(1,))
+        self.prefill = Program(self._prefill)
+        self.step = Program(self._step)
 
     def start(self, batch: int, length: int, dtype: jnp.dtype) -> State:
         """An empty batch whose sequences can grow to ``length`` tokens."""

@@ -134,4 +134,4 @@ class Transcript:
 
 
 def _join(first: Delta, second: Delta) -> Delta:
-    return Delta(*(a + b for a, b in zip(first, second, strict=True)))
+    return Delta(first.reasoning + second.reasoning, first.content + second.content, first.calls + second.calls)
