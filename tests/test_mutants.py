@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -132,14 +133,16 @@ def clamp_before_silu(patch, config):
 def scaled_shared(patch, config):
     original = MoE.__call__
 
-    def call(self, x):
-        out, ids = original(self, x)
+    def call(self, x, real):
+        out, ids = original(self, x, real)
         return out + (self.router.scale - 1) * self.shared(x), ids
 
     patch.setattr(MoE, "__call__", call)
 
 
-def router(*, activation=jax.nn.sigmoid, selected=jnp.add, weighed=lambda p, b: p, normalised=True) -> Change:
+def router(
+    *, activation=jax.nn.sigmoid, selected: Any = jnp.add, weighed: Any = lambda p, b: p, normalised=True
+) -> Change:
     """A router that selects by, and takes its weights from, other functions of scores and bias."""
 
     def change(patch, config):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -122,12 +123,13 @@ def test_exported_folder_loads_in_transformers_and_continues_alike(tmp_path):
     params = params_of_hub(config, tensors, jnp.bfloat16)
     folder = save(tmp_path / "ours", config, params)
     hub = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    reference, loading = Step3p7ForConditionalGeneration.from_pretrained(
+    loaded: Any = Step3p7ForConditionalGeneration.from_pretrained(
         wrapped(shutil.copytree(folder, tmp_path / "theirs"), hub),
         dtype=torch.float32,
         attn_implementation="eager",
         output_loading_info=True,
     )
+    reference, loading = loaded
     vision = ("model.vision_model.", "model.multi_modal_projector.")
     assert [name for name in loading["missing_keys"] if not name.startswith(vision)] == []
     assert not loading["unexpected_keys"]

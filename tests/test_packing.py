@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def test_pack_refuses_what_does_not_fit() -> None:
 
 
 def test_batches_depend_on_seed_and_step_only(tokenizer: Tokenizer) -> None:
-    start = {"rows": 6, "length": LENGTH}
+    start: dict[str, Any] = {"rows": 6, "length": LENGTH}
     first = list(itertools.islice(packing.batches(tokenizer, seed=3, step=0, **start), 4))
     resumed = next(packing.batches(tokenizer, seed=3, step=3, **start))
     assert all((a == b).all() for a, b in zip(first[3], resumed, strict=True))

@@ -66,7 +66,7 @@ def test_rotation_equals_complex_product(spec, start):
 
 
 def test_scores_depend_on_distance_only():
-    q, k = (np.asarray(jax.random.normal(jax.random.key(i), (1, 1, 1, 128))) for i in (0, 1))
+    q, k = (jax.random.normal(jax.random.key(i), (1, 1, 1, 128)) for i in (0, 1))
 
     def score(query, key):
         return float(jnp.sum(rotate(q, jnp.array([[query]]), FULL) * rotate(k, jnp.array([[key]]), FULL)))

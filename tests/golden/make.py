@@ -117,7 +117,7 @@ class Oracle:
         from transformers.models.step3p7.configuration_step3p7 import Step3p7TextConfig
 
         self.torch, self.window = torch, hub["sliding_window"]
-        config = Step3p7TextConfig(**{name: value for name, value in hub.items() if name != "model_type"})
+        config: Any = Step3p7TextConfig(**{name: value for name, value in hub.items() if name != "model_type"})
         config._attn_implementation = "eager"
         weights = {
             name: torch.from_numpy(value.astype(np.float32)).to(getattr(torch, dtype))
@@ -129,7 +129,8 @@ class Oracle:
         self.model = reference.Step3p7TextModel(config).to(getattr(torch, dtype)).eval()
         # The cast took the rotary frequencies and the selection bias along, which are float32 at every width.
         self.model.rotary_emb = reference.Step3p7RotaryEmbedding(config=config)
-        for layer in self.model.layers:
+        layers: Any = self.model.layers
+        for layer in layers:
             if hasattr(layer.mlp, "gate"):
                 layer.mlp.gate.e_score_correction_bias = layer.mlp.gate.e_score_correction_bias.float()
         self.mtp, self.mtp_heads = [], []
