@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from stepjax.errors import RequestError
+from stepjax.errors import StepjaxError
 from stepjax.infer.cli_options import (
     Printer,
     add_model_arguments,
@@ -25,8 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    session = open_session(args)
+    session = open_session(args, needs="chat")
+    session.runner(args.speculate)  # refuses a bad number now, not at each answer
     chat = Conversation(session, sampling_params(session, args), system=args.system, speculate=args.speculate)
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
     if sys.stdin.isatty():
         import readline  # noqa: F401  (gives input() a history and line editing)
 
@@ -40,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
             print()
             continue
         match line:
+            case "":
+                continue
             case "/exit" | "/quit":
                 return 0
             case "/reset":
@@ -73,8 +78,11 @@ class Conversation:
         try:
             ids = self._session.encode_chat(messages)
             generation = Generation(self._session, [ids], [self._params], speculate=self._speculate)
-        except RequestError as error:
+        except StepjaxError as error:
             print(f"{error}; /reset starts anew", file=sys.stderr)
+            return
+        except KeyboardInterrupt:  # nothing was said yet
+            print("(stopped)")
             return
         try:
             for _, delta in generation:

@@ -43,17 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     tokens = read_tokens(args.tokens) if args.tokens else None
-    session = open_session(args)
+    session = open_session(args, needs="ids" if args.tokens else "text" if args.raw else "chat")
     prompts = tokens if tokens is not None else [_encode(session, text, args) for text in args.prompt]
     params = sampling_params(session, args)
     for ids in prompts:  # before the first is answered, so that a bad one costs nothing
-        session.check_ids(ids)
+        session.check_prompt(ids)
     for ids in prompts:
         if args.json:
-            print(
-                json.dumps(_as_dict(session.generate([ids], params, speculate=args.speculate)[0]), ensure_ascii=False)
-            )
-            sys.stdout.flush()
+            done = session.generate([ids], params, speculate=args.speculate)[0]
+            print(json.dumps(_as_dict(done)), flush=True)
         else:
             _show(session, ids, params, args.speculate)
     return 0

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.segment import Segment, Segments
+from rich.style import Style
 
+from stepjax.errors import RequestError
 from stepjax.folder import open_folder
 from stepjax.tool_parser import CallStart
 
@@ -46,9 +49,15 @@ def sampling_params(session: Session, args: argparse.Namespace) -> SamplingParam
     return session.sampling(**given)
 
 
-def open_session(args: argparse.Namespace) -> Session:
-    """Check the folder first, then import jax and place the weights behind a progress bar."""
+def open_session(args: argparse.Namespace, *, needs: Literal["ids", "text", "chat"] = "ids") -> Session:
+    """Check the folder and what a command ``needs`` of it first, then import jax and place the weights behind a
+    progress bar.
+    """
     folder = open_folder(args.model)
+    if needs != "ids" and folder.tokenizer is None:
+        raise RequestError(f"{folder.path}: has no tokenizer.json, so it takes token ids only: generate --tokens")
+    if needs == "chat" and folder.template is None:
+        raise RequestError(f"{folder.path}: has no chat template; continue plain text with generate --raw")
     for note in folder.checkpoint.notes:
         print(f"stepjax: {printable(note)}", file=sys.stderr)
     from stepjax.infer.load import load, use_compile_cache
@@ -70,7 +79,7 @@ class Printer:
     """Writes an answer as it grows: thinking dimmed, then the answer, then tool calls."""
 
     def __init__(self) -> None:
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = Console()
         self._thought = self._answered = False
 
     def write(self, delta: Delta) -> None:
@@ -87,11 +96,13 @@ class Printer:
 
     def end(self) -> None:
         self._print("\n", "")
-        sys.stdout.flush()
 
     def _print(self, text: str, style: str) -> None:
+        """Exactly the text: printed as text, rich would widen tabs and take ``:smile:`` for a picture."""
         if text:
-            self._console.print(printable(text), style=style, end="", markup=False)
+            with self._console.capture() as drawn:
+                self._console.print(Segments([Segment(printable(text), Style.parse(style))]), soft_wrap=True)
+            print(drawn.get(), end="", flush=True)
 
 
 def printable(text: str) -> str:

@@ -26,8 +26,8 @@ def run(args: argparse.Namespace) -> int:
     depth k = 1 … 3, whose row t was fed token t + k.
     """
     prompts = read_tokens(args.tokens)
-    if not args.out.parent.is_dir():
-        raise RequestError(f"{args.out}: the folder {args.out.parent} does not exist; make it first")
+    if args.out.is_dir() or not args.out.parent.is_dir():
+        raise RequestError(f"{args.out}: expected the name of a file in a folder that exists; make the folder first")
     session = open_session(args)
     for ids in prompts:
         session.check_ids(ids)
@@ -44,7 +44,10 @@ def run(args: argparse.Namespace) -> int:
             continue
         arrays[f"p{j}_logits"], depths = session.score(ids)
         arrays |= {f"p{j}_mtp{k}_logits": logits for k, logits in enumerate(depths, start=1)}
-    with args.out.open("wb") as file:  # a file object: numpy would append .npz to another name
-        np.savez(file, **arrays)
+    try:
+        with args.out.open("wb") as file:  # a file object: numpy would append .npz to another name
+            np.savez(file, **arrays)
+    except OSError as error:
+        raise RequestError(f"{args.out}: cannot be written ({error.strerror})") from None
     print(f"{args.out}: {len(prompts)} sequences, {sum(map(len, prompts))} tokens")
     return 0

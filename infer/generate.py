@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from stepjax.cache import SPARE_ROWS
-from stepjax.errors import RequestError
 from stepjax.infer.runner import Runner, State
 from stepjax.infer.sampler import Sampling, SamplingParams
 from stepjax.infer.transcript import Delta, FinishReason, Transcript, begins_in_reasoning
@@ -224,13 +223,7 @@ def generate(
 
 def _fit(session: Session, ids: Sequence[int], params: SamplingParams) -> SamplingParams:
     """Check a prompt and cut ``max_tokens`` to the room that the context leaves."""
-    session.check_ids(ids)
-    room = session.config.max_positions - len(ids)
-    if room < 1:
-        raise RequestError(
-            f"prompt: has {len(ids)} tokens, but the context is {session.config.max_positions}; shorten the prompt"
-        )
-    return params.replace(max_tokens=min(params.max_tokens, room))
+    return params.replace(max_tokens=min(params.max_tokens, session.check_prompt(ids)))
 
 
 def _bucket(count: int, low: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -67,8 +68,14 @@ def load(
 def use_compile_cache() -> None:
     """Keep compiled programs between runs, in ``JAX_COMPILATION_CACHE_DIR`` or the user's cache folder."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(root / "stepjax" / "compiled"))
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "stepjax" / "compiled"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (OSError, RuntimeError):  # no home, or one that may not be written to: compile anew each time
+            return
+        # Written in place by jax: of two processes that share the folder, one may meet half a file and compiles itself.
+        warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry", UserWarning)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
@@ -167,6 +174,16 @@ class Session:
                 )
         if len(ids) > self.config.max_positions:
             raise RequestError(f"tokens: {len(ids)} ids, but the model's context is {self.config.max_positions}")
+
+    def check_prompt(self, ids: Sequence[int]) -> int:
+        """Raise RequestError unless the context has room for an answer to ``ids``; returns how many tokens of room."""
+        self.check_ids(ids)
+        room = self.config.max_positions - len(ids)
+        if room < 1:
+            raise RequestError(
+                f"prompt: has {len(ids)} tokens, but the context is {self.config.max_positions}; shorten the prompt"
+            )
+        return room
 
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

@@ -41,17 +41,22 @@ class SamplingParams:
         _within("top_k", self.top_k, 0, 1 << 30, whole=True)
         _within("min_p", self.min_p, 0, 1)
         _within("seed", self.seed, 0, (1 << 32) - 1, whole=True)
-        if not all(isinstance(text, str) and text for text in self.stop):
-            raise RequestError(f"stop: is {self.stop!r}, expected non-empty strings")
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            raise RequestError(f"stop: is {self.stop!r}, expected a tuple of non-empty strings")
 
     @classmethod
     def from_defaults(cls, generation_config: dict[str, Any], **given: Any) -> SamplingParams:
         """The checkpoint's generation_config where it has a field, the model card elsewhere, ``given`` over both."""
-        names = ("temperature", "top_p", "top_k", "min_p")
+        given = {name: value for name, value in given.items() if value is not None}
+        names = {"temperature", "top_p", "top_k", "min_p"} - given.keys()
         fields = {name: generation_config[name] for name in names if generation_config.get(name) is not None}
         if generation_config.get("do_sample") is False:
             fields["temperature"] = 0.0
-        return cls(**(fields | {name: value for name, value in given.items() if value is not None}))
+        try:
+            cls(**fields)
+        except RequestError as error:
+            raise RequestError(f"generation_config.json: {error}; correct the file, or give a value") from None
+        return cls(**(fields | given))
 
     def replace(self, **changes: Any) -> SamplingParams:
         return dataclasses.replace(self, **changes)

@@ -83,9 +83,10 @@ class Transcript:
         if not self._params.stop:
             return self._emit(text)
         held = self._held + text
-        found = [at for at in (held.find(stop) for stop in self._params.stop) if at >= 0]
+        # By its end, then its beginning: the result then does not depend on how the text was cut into tokens.
+        found = [(at + len(stop), at) for stop in self._params.stop if (at := held.find(stop)) >= 0]
         if found:
-            self._held = held[: min(found)]
+            self._held = held[: min(found)[1]]
             return self._finish("stop", text_complete=True)
         keep = held_length(held, self._params.stop)
         self._held = held[len(held) - keep :]

@@ -54,7 +54,10 @@ class ChatTemplate:
         file = folder / "chat_template.jinja"
         source = _read_text(file) if file.exists() else _choose_template(config.get("chat_template"), folder)
         variables = {name: text for name in _TOKEN_VARIABLES if (text := _spelling(config.get(name)))}
-        return cls(source, variables=variables, limits=limits)
+        try:
+            return cls(source, variables=variables, limits=limits)
+        except TemplateError as error:
+            raise TemplateError(f"{file if file.exists() else folder / 'tokenizer_config.json'}: {error}") from None
 
     def segments(
         self,

@@ -249,9 +249,9 @@ class Checkpoint:
         raise CheckpointError(f"{self.folder}: {len(problems)} tensors are wrong:\n  {listed}{more}\n{advice}")
 
 
-def read_config(folder: Path) -> ModelConfig:
+def read_config(folder: Path, name: str = "config.json") -> ModelConfig:
     """``config.json`` of a checkpoint folder."""
-    path = inside(folder, "config.json")
+    path = inside(folder, name)
     # A missing file is reported by from_file; what exists must not block or fill the memory.
     if path.exists() and regular_size(path) > MAX_CONFIG_BYTES:
         raise CheckpointError(f"{path}: is larger than {MAX_CONFIG_BYTES} bytes; download it again")

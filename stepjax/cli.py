@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -25,18 +26,41 @@ VERBS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Exit codes: 0 done, 1 the input is at fault, 2 the command line is, 130 interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser(argv[0] if argv else None)
-    args = parser.parse_args(argv)
+    _mend_streams()
     try:
-        return args.run(args)
+        parser = _parser(argv[0] if argv else None)
+        args = parser.parse_args(argv)
+        code = args.run(args)
+        sys.stdout.flush()  # here, where a failure to write is still caught
+        return code
     except StepjaxError as error:
         print(f"stepjax: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output has left: not our error, and nothing more to say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 0
+    except OSError as error:  # a full disk, a folder that may not be written to
+        _discard_output()
+        print(f"stepjax: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _mend_streams() -> None:
+    """A stream that the caller closed reads and writes nothing; a character that the terminal lacks becomes "?"."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  (open as long as the process)
+        elif name == "stdout" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def _discard_output() -> None:
+    """What is still buffered goes nowhere, so that the interpreter's own flush at exit does not fail again."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser(verb: str | None) -> argparse.ArgumentParser:

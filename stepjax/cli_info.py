@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os.path
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from stepjax import checkpoint
 from stepjax.config import PRESETS, ModelConfig
 from stepjax.weights import count_parameters, inventory, kv_bytes_per_token, kv_window_bytes, layer_table
 
@@ -32,14 +34,14 @@ def run(args: argparse.Namespace) -> int:
 
 def read_config(name_or_path: str) -> ModelConfig:
     """The configuration of an embedded name, a ``config.json``, a checkpoint folder or a hub id."""
-    path = Path(name_or_path)
-    if path.is_file():
-        return ModelConfig.from_file(path)
-    if name_or_path in PRESETS and not path.is_dir():
+    path = Path(name_or_path).expanduser()
+    if os.path.isfile(path):  # False for text that cannot be a path, where Path.is_file raises
+        return checkpoint.read_config(path.parent, path.name)
+    if name_or_path in PRESETS and not os.path.isdir(path):
         return ModelConfig.preset(name_or_path)
     from stepjax.hub import resolve
 
-    return ModelConfig.from_file(resolve(name_or_path, weights=False) / "config.json")
+    return checkpoint.read_config(resolve(name_or_path, weights=False))
 
 
 def describe(config: ModelConfig) -> dict[str, Any]:
@@ -104,7 +106,6 @@ def _show(name: str, found: dict[str, Any]) -> None:
     facts.add_row("KV bytes per token", f"{kv['bytes_per_token']:,}")
     facts.add_row("KV bytes of the windows", f"{kv['window_bytes_per_sequence']:,} a sequence")
     facts.add_row("context, vocabulary", f"{found['context']:,} tokens, {found['vocabulary']:,} entries")
-    console.print(facts)
     titles = ("layer", "attention", "window", "heads", "rope", "mlp", "limits", "params")
     layers = Table(*titles, box=box.SIMPLE, padding=(0, 1, 0, 0))
     for row in found["layers"]:
@@ -118,4 +119,6 @@ def _show(name: str, found: dict[str, Any]) -> None:
             f"{row['limit'] or 0:g}/{row['limit_shared'] or 0:g}",
             f"{row['parameters'] / 1e6:,.1f}M",
         )
-    console.print(layers)
+    with console.capture() as drawn:  # rich would end the program by itself if nobody reads its output
+        console.print(facts, layers)
+    print(drawn.get(), end="")

@@ -11,7 +11,13 @@ from stepjax.chat import ChatTemplate
 from stepjax.checkpoint import Checkpoint
 from stepjax.errors import CheckpointError
 from stepjax.hub import resolve
+from stepjax.safetensors_file import regular_size
+from stepjax.shards import inside
 from stepjax.tokenizer import Tokenizer
+
+# What stands beside the weights and may be missing. What exists must not block, fill the memory or lie elsewhere.
+_COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+_MAX_BYTES = 2**26  # the release's tokenizer.json has 8 MB
 
 
 @dataclass(frozen=True)
@@ -33,14 +39,26 @@ def open_folder(name_or_path: str | Path) -> ModelFolder:
     """
     path = resolve(name_or_path)
     checkpoint = Checkpoint(path)
+    for name in _COMPANIONS:
+        _check_companion(path, name)
     tokenizer = Tokenizer.from_folder(path) if (path / "tokenizer.json").exists() else None
     if tokenizer and len(tokenizer) > checkpoint.config.vocab_size:
         raise CheckpointError(
             f"{path / 'tokenizer.json'}: has {len(tokenizer)} entries, more than config.json's vocab_size = "
             f"{checkpoint.config.vocab_size}; the two files belong to different models"
         )
-    template = ChatTemplate.from_folder(path) if tokenizer else None
+    template = ChatTemplate.from_folder(path) if tokenizer and _has_template(path, tokenizer) else None
     return ModelFolder(path, checkpoint, tokenizer, template, _generation_config(path))
+
+
+def _check_companion(folder: Path, name: str) -> None:
+    file = inside(folder, name)
+    if (file.exists() or file.is_symlink()) and regular_size(file) > _MAX_BYTES:
+        raise CheckpointError(f"{file}: is larger than {_MAX_BYTES} bytes; download it again")
+
+
+def _has_template(folder: Path, tokenizer: Tokenizer) -> bool:
+    return (folder / "chat_template.jinja").exists() or tokenizer.config.get("chat_template") is not None
 
 
 def _generation_config(folder: Path) -> dict[str, Any]:
@@ -53,4 +71,8 @@ def _generation_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: not readable as JSON ({error}); delete it or copy it again") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{file}: holds a JSON {type(found).__name__}, expected an object")
+    for name in ("temperature", "top_p", "top_k", "min_p"):
+        value = found.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float | None) or value != value:
+            raise CheckpointError(f"{file}: {name} is {value!r}, expected a number; correct it")
     return found

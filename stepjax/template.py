@@ -133,6 +133,9 @@ class TemplateProcess:
             reply = process.stdout.readline(6 * max_chars + 65536)
         except OSError:
             reply = b""
+        except BaseException:  # an interrupt: a reply that nobody read would answer the next request
+            self._end()
+            raise
         finally:
             timer.cancel()
         complete = reply.endswith(b"\n")
