@@ -85,10 +85,10 @@ def pretrain(config: PretrainConfig, out: Path) -> TrainState:
                     metrics.write(json.dumps(record) + "\n")
                     metrics.flush()
                     began, tokens = time.perf_counter(), 0
-                if done % config.save_every == 0 or done == config.steps:
-                    checkpointer.save(done, state)
                 if done in config.keep or done == config.steps:
                     save_weights(out, done, state)
+                if done % config.save_every == 0 or done == config.steps:
+                    checkpointer.save(done, state)
                 advance(f"loss {float(report.losses.next_token):.3f}")
     return state
 
