@@ -36,26 +36,31 @@ def run(args: argparse.Namespace) -> int:
         print(f"{args.model}. {HELP}.")
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
+            if not _take(input("> " if sys.stdin.isatty() else "").strip(), chat):
+                return 0
         except EOFError:
             return 0
         except KeyboardInterrupt:  # at the prompt: drop the line, as a shell does
             print()
-            continue
-        match line:
-            case "":
-                continue
-            case "/exit" | "/quit":
-                return 0
-            case "/reset":
-                chat.reset()
-                print("(forgotten)")
-            case "/help":
-                print(HELP)
-            case _ if line.startswith("/"):
-                print(f"{line.split()[0]} is not a command; {HELP}")
-            case _:
-                chat.answer(line)
+
+
+def _take(line: str, chat: Conversation) -> bool:
+    """Do what a line says; False to leave."""
+    match line:
+        case "":
+            pass
+        case "/exit" | "/quit":
+            return False
+        case "/reset":
+            chat.reset()
+            print("(forgotten)")
+        case "/help":
+            print(HELP)
+        case _ if line.startswith("/"):
+            print(f"{line.split()[0]} is not a command; {HELP}")
+        case _:
+            chat.answer(line)
+    return True
 
 
 class Conversation:

@@ -68,8 +68,9 @@ def load(
 def use_compile_cache() -> None:
     """Keep compiled programs between runs, in ``JAX_COMPILATION_CACHE_DIR`` or the user's cache folder."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "stepjax" / "compiled"
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "stepjax" / "compiled"
         try:
+            folder = folder.expanduser()
             folder.mkdir(parents=True, exist_ok=True)
         except (OSError, RuntimeError):  # no home, or one that may not be written to: compile anew each time
             return

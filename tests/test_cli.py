@@ -1,0 +1,695 @@
+"""The command line as users and outside checks meet it: exit codes, refusals, the files and lines that it writes."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from checkpoints import random_tensors, tiny_hub_config, without_mtp, write_folder
+
+from stepjax.cli import VERBS, main
+from stepjax.config import ASSETS
+from stepjax.errors import RequestError
+from stepjax.infer.cli_chat import Conversation
+from stepjax.infer.cli_options import Printer
+from stepjax.infer.load import Session, load, use_compile_cache
+from stepjax.infer.sampler import SamplingParams
+from stepjax.infer.transcript import Delta
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+# No entry of step-tiny's tokenizer has the last id, so that an answer never ends by itself.
+HUB = tiny_hub_config(vocab_size=512, max_position_embeddings=8192, eos_token_id=[511])
+TOKENS = [[0, 3, 5, 90], [7]]
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory) -> Path:
+    """A random checkpoint without tokenizer, as outside checks make one; its path is not a plain word."""
+    hub = tiny_hub_config()
+    return without_companions(write_folder(tmp_path_factory.mktemp("bare") / "mödel 名", hub, random_tensors(hub)))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A random checkpoint with step-tiny's tokenizer and template."""
+    folder = write_folder(tmp_path_factory.mktemp("whole") / "model", HUB, random_tensors(HUB))
+    for name in COMPANIONS:
+        shutil.copy(ASSETS / "step-tiny" / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def session(bare) -> Session:
+    return load(bare, dtype="float32")
+
+
+@pytest.fixture
+def tokens(tmp_path) -> Path:
+    file = tmp_path / "in.json"
+    file.write_text(json.dumps(TOKENS))
+    return file
+
+
+def without_companions(folder: Path) -> Path:
+    for name in COMPANIONS:
+        (folder / name).unlink()
+    return folder
+
+
+def run(*args: object) -> int:
+    return main([str(arg) for arg in args])
+
+
+def refused(capsys, *args: object) -> str:
+    """The one line of a refusal."""
+    assert run(*args) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    *notes, line = err.splitlines()
+    assert all(note.startswith("stepjax: ") for note in notes)
+    assert line.startswith("stepjax: error: ")
+    return line
+
+
+def process(command: str, **options) -> subprocess.CompletedProcess[str]:
+    """A shell command with ``stepjax`` as this interpreter runs it."""
+    command = command.replace("stepjax ", f"'{sys.executable}' -m stepjax ")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("env", {})}
+    return subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, timeout=300, env=env, check=False, **options
+    )
+
+
+# Exit codes
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--version"], *([verb, "--help"] for verb in VERBS)], ids=" ".join)
+def test_help_is_no_error(capsys, args):
+    with pytest.raises(SystemExit) as ended:
+        main(args)
+    assert ended.value.code == 0
+    assert "stepjax" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["nope"],
+        ["--", "generate"],
+        ["generate"],
+        ["generate", "--prompt", "x", "--tokens", "y"],
+        ["generate", "--prompt", "x", "--max-tokens", "many"],
+        ["generate", "--prompt", "x", "--dtype", "int8"],
+        ["score", "--tokens", "x"],
+        ["info"],
+        ["chat", "--tokens", "x"],
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_command_line_is_2(capsys, args):
+    with pytest.raises(SystemExit) as ended:
+        main(args)
+    assert ended.value.code == 2
+    assert "usage: stepjax" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--max-tokens", "0"], "max_tokens: is 0"),
+        (["--max-tokens", "9" * 30], "max_tokens: is 999"),
+        (["--temperature", "nan"], "temperature: is nan"),
+        (["--temperature", "-1"], "temperature: is -1"),
+        (["--top-p", "0"], "top_p: is 0"),
+        (["--top-k", "-1"], "top_k: is -1"),
+        (["--min-p", "inf"], "min_p: is inf"),
+        (["--seed", "-1"], "seed: is -1"),
+        (["--speculate", "4"], "speculate: is 4, but this checkpoint has 3"),
+        (["--speculate", "-1"], "speculate: is -1"),
+        (["--stop", ""], "stop: is"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_numbers_out_of_range_are_refused(capsys, bare, tokens, flags, message):
+    assert message in refused(capsys, "generate", "--model", bare, "--tokens", tokens, *flags)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "nope",
+        "/nope",
+        "a" * 5000,
+        "a/b/c",
+        "../..",
+        "-",
+        "step-3.5-flash",
+        "step\0tiny",
+        "\udcff",
+        str(ROOT / "LICENSE"),
+    ],
+    ids=lambda name: repr(name[:20]),
+)
+def test_models_that_are_none(capsys, name):
+    refused(capsys, "generate", "--model", name, "--prompt", "x")
+    if name != "step-3.5-flash":
+        refused(capsys, "info", "--", name)
+
+
+def test_an_interrupt_is_130_and_a_full_disk_1(capsys, monkeypatch):
+    def raising(error):
+        def run(args):
+            raise error
+
+        monkeypatch.setattr("stepjax.cli_info.run", run)
+
+    raising(KeyboardInterrupt())
+    assert run("info", "step-tiny") == 130
+    raising(OSError(28, "No space left on device"))
+    assert "No space left" in refused(capsys, "info", "step-tiny")
+    raising(BrokenPipeError())
+    assert run("info", "step-tiny") == 0
+
+
+# Broken folders
+
+
+def text(name: str, content: str | bytes) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def field(name: str, key: str, value: object) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | {key: value}))
+
+    return change
+
+
+def swap(name: str, make: Callable[[Path], object]) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        (folder / name).unlink()
+        make(folder / name)
+
+    return change
+
+
+def cut_file(folder: Path) -> None:
+    file = folder / "model-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:-2])
+
+
+def sparse(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(2**36)
+
+
+CONFIG, INDEX, FIRST = "config.json", "model.safetensors.index.json", "model-00001.safetensors"
+TOKENIZER, TEMPLATE, DEFAULTS = "tokenizer.json", "chat_template.jinja", "generation_config.json"
+
+# Kind → (what is done to a good folder, what the line must hold beside the folder's path).
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no-config": (lambda folder: (folder / CONFIG).unlink(), CONFIG),
+    "cut-config": (text(CONFIG, "{"), CONFIG),
+    "binary-config": (text(CONFIG, b"\xff\xfe\0"), CONFIG),
+    "list-config": (text(CONFIG, "[]"), CONFIG),
+    "deep-config": (text(CONFIG, "[" * 100_000), CONFIG),
+    "folder-config": (swap(CONFIG, Path.mkdir), CONFIG),
+    "llama": (field(CONFIG, "model_type", "llama"), "model_type"),
+    "other-width": (field(CONFIG, "hidden_size", 128), "hidden_size|expected"),
+    "no-layers": (field(CONFIG, "layer_types", None), "layer_types"),
+    "zero-experts": (field(CONFIG, "moe_top_k", 0), "moe_top_k"),
+    "nan-theta": (field(CONFIG, "rope_theta", float("nan")), "rope_theta"),
+    "other-quantization": (field(CONFIG, "quantization_config", {"quant_method": "gptq"}), "quant_method"),
+    "cut-weights": (cut_file, "truncated"),
+    "empty-weights": (text(FIRST, ""), "0 bytes"),
+    "text-weights": (text(FIRST, "<!DOCTYPE html>" * 9), FIRST),
+    "lost-weights": (lambda folder: (folder / FIRST).unlink(), FIRST),
+    "foreign-weights": (swap(FIRST, lambda path: path.symlink_to("/etc/hosts")), "link out of the folder"),
+    "pipe-weights": (swap(FIRST, os.mkfifo), "not a regular file"),
+    "only-pickle": (
+        lambda folder: (
+            [(folder / name).unlink() for name in (INDEX, FIRST, "model-00002.safetensors")]
+            and (folder / "pytorch_model.bin").write_bytes(b"\x80\x04")
+        ),
+        "pytorch_model.bin",
+    ),
+    "cut-index": (text(INDEX, "{"), INDEX),
+    "empty-index": (text(INDEX, '{"weight_map": {}}'), "weight_map"),
+    "leaving-index": (text(INDEX, '{"weight_map": {"a": "../b.safetensors"}}'), "said to be in"),
+    "cut-tokenizer": (text(TOKENIZER, "{"), TOKENIZER),
+    "empty-tokenizer": (text(TOKENIZER, ""), TOKENIZER),
+    "other-decoder": (field(TOKENIZER, "decoder", {"type": "WordPiece"}), "ByteLevel"),
+    "odd-tokenizer": (field(TOKENIZER, "added_tokens", 5), TOKENIZER),
+    "larger-tokenizer": (field(CONFIG, "vocab_size", 300), "300|expected"),
+    "pipe-tokenizer": (swap(TOKENIZER, os.mkfifo), "not a regular file"),
+    "endless-tokenizer": (swap(TOKENIZER, lambda path: path.symlink_to("/dev/zero")), "link out of the folder"),
+    "huge-tokenizer": (swap(TOKENIZER, sparse), "is larger than"),
+    "dangling-tokenizer": (swap(TOKENIZER, lambda path: path.symlink_to("nothing")), TOKENIZER),
+    "odd-tokenizer-config": (text("tokenizer_config.json", "[]"), "tokenizer_config.json"),
+    "wrong-template": (text(TEMPLATE, "{% for %}"), TEMPLATE),
+    "binary-template": (text(TEMPLATE, b"\xff"), TEMPLATE),
+    "folder-template": (swap(TEMPLATE, Path.mkdir), TEMPLATE),
+    "no-template": (lambda folder: (folder / TEMPLATE).unlink(), "no chat template"),
+    "no-tokenizer": (lambda folder: (folder / TOKENIZER).unlink(), "no tokenizer.json"),
+    "cut-defaults": (text(DEFAULTS, "{"), DEFAULTS),
+    "list-defaults": (text(DEFAULTS, "[1]"), DEFAULTS),
+    "odd-defaults": (text(DEFAULTS, '{"temperature": "hot"}'), DEFAULTS),
+    "nan-defaults": (text(DEFAULTS, '{"top_p": NaN}'), DEFAULTS),
+}
+
+# Runs main on each folder in one fresh process, and says for each: exit code, CPU seconds, whether jax is there, lines.
+SCRIPT = """
+import contextlib, io, json, sys, time
+from stepjax.cli import main
+for folder in sys.argv[1:]:
+    out, err, began = io.StringIO(), io.StringIO(), time.process_time()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(["generate", "--model", folder, "--prompt", "hi"])
+    print(json.dumps([code, time.process_time() - began, "jax" in sys.modules, out.getvalue(), err.getvalue()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def refusals(whole, tmp_path_factory) -> dict[str, list]:
+    home = tmp_path_factory.mktemp("broken")
+    for kind, (change, _) in BROKEN.items():
+        shutil.copytree(whole, home / kind)
+        change(home / kind)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *(str(home / kind) for kind in BROKEN)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.stderr == ""
+    return dict(zip(BROKEN, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_folder_is_one_clear_line_at_once_and_without_jax(refusals, kind):
+    code, seconds, with_jax, out, err = refusals[kind]
+    assert (code, with_jax, out) == (1, False, "")
+    assert seconds < 1
+    assert err.startswith("stepjax: error: ")
+    assert kind in err  # the folder's name
+    assert re.search(BROKEN[kind][1], err)
+    assert "Traceback" not in err
+
+
+def test_a_tokenizer_without_template_still_takes_ids(capsys, whole, tokens, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "model")
+    (folder / TEMPLATE).unlink()
+    assert run("score", "--model", folder, "--tokens", tokens, "--out", tmp_path / "out.npz") == 0
+    assert "2 sequences" in capsys.readouterr().out
+    assert "no chat template" in refused(capsys, "chat", "--model", folder)
+
+
+# info
+
+FIGURES = {
+    ("release", "bf16", "tensors"): 804,
+    ("release", "bf16", "bytes"): 398_768_626_944,
+    ("release", "fp8", "tensors"): 930,
+    ("release", "fp8", "bytes"): 208_561_446_144,
+    ("parameters", "total"): 199_384_301_376,
+    ("parameters", "without_mtp"): 196_956_130_368,
+    ("parameters", "active"): 10_931_407_936,
+    ("kv", "bytes_per_token"): 49_152,
+}
+
+
+def test_info_has_the_figures_of_the_release(capsys):
+    assert run("info", "step-3.5-flash", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    for path, expected in FIGURES.items():
+        value = found
+        for key in path:
+            value = value[key]
+        assert value == expected, path
+    assert len(found["layers"]) == 48
+    assert run("info", "step-3.5-flash") == 0
+    shown = capsys.readouterr().out
+    assert all(f"{figure:,}" in shown for figure in FIGURES.values())
+
+
+def test_info_reads_a_folder_a_file_and_a_name_alike(capsys):
+    shown = []
+    for name in ("step-tiny", ASSETS / "step-tiny", ASSETS / "step-tiny" / CONFIG):
+        assert run("info", name, "--json") == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] == shown[2]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, sparse, Path.mkdir], ids=["pipe", "huge", "folder"])
+def test_info_does_not_block_or_fill_the_memory(capsys, tmp_path, make):
+    make(tmp_path / CONFIG)
+    refused(capsys, "info", tmp_path)
+    refused(capsys, "info", tmp_path / CONFIG)
+
+
+# score
+
+
+def test_score_writes_what_the_session_computes(capsys, bare, session, tokens, tmp_path):
+    out = tmp_path / "out.bin"  # written under this very name
+    assert run("score", "--model", bare, "--tokens", tokens, "--out", out, "--dtype", "float32", "--mtp") == 0
+    with np.load(out) as found:
+        assert set(found) == {
+            f"p{j}_{kind}" for j in (0, 1) for kind in ("ids", "logits", "mtp1_logits", "mtp2_logits", "mtp3_logits")
+        }
+        for j, ids in enumerate(TOKENS):
+            logits, depths = session.score(ids)
+            assert found[f"p{j}_ids"].tolist() == ids
+            assert found[f"p{j}_logits"].dtype == np.float32
+            np.testing.assert_array_equal(found[f"p{j}_logits"], logits)
+            for k, depth in enumerate(depths, start=1):
+                assert found[f"p{j}_mtp{k}_logits"].shape == (max(len(ids) - k, 0), 128)
+                np.testing.assert_array_equal(found[f"p{j}_mtp{k}_logits"], depth)
+    assert "2 sequences, 5 tokens" in capsys.readouterr().out
+
+
+def test_score_without_mtp(bare, session, tokens, tmp_path):
+    assert run("score", "--model", bare, "--tokens", tokens, "--out", tmp_path / "o.npz", "--dtype", "float32") == 0
+    with np.load(tmp_path / "o.npz") as found:
+        assert set(found) == {"p0_ids", "p0_logits", "p1_ids", "p1_logits"}
+        np.testing.assert_array_equal(found["p0_logits"], session.logits(TOKENS[0]))
+
+
+def test_a_checkpoint_without_mtp_layers(capsys, tokens, tmp_path):
+    hub = tiny_hub_config()
+    folder = without_companions(write_folder(tmp_path / "model", hub, without_mtp(random_tensors(hub), hub)))
+    score = ("score", "--model", folder, "--tokens", tokens, "--out", tmp_path / "o.npz")
+    assert "has no MTP layers" in refused(capsys, *score, "--mtp")
+    assert not (tmp_path / "o.npz").exists()
+    assert run(*score) == 0
+    assert "cannot draft for itself" in capsys.readouterr().err
+
+
+BAD_TOKENS = {
+    "absent": None,
+    "empty": "",
+    "cut": "[[0, 3]",
+    "binary": b"\xff\xfe",
+    "deep": "[" * 100_000,
+    "object": '{"a": [1]}',
+    "number": "3",
+    "flat": "[0, 3]",
+    "no-lists": "[]",
+    "empty-list": "[[0], []]",
+    "fraction": "[[0, 3.0]]",
+    "text": '[["a"]]',
+    "truth": "[[true]]",
+    "null": "[[null]]",
+    "nan": "[[NaN]]",
+    "endless-number": f"[[{'9' * 5000}]]",
+    "large": "[[128]]",
+    "larger": f"[[{2**63}]]",
+    "negative": "[[0], [-1]]",
+    "long": json.dumps([[0], [5] * 257]),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_TOKENS)
+@pytest.mark.parametrize("verb", ["score", "generate"])
+def test_files_of_tokens_that_are_none(capsys, bare, tmp_path, verb, kind):
+    file, content = tmp_path / "in.json", BAD_TOKENS[kind]
+    if content is not None:
+        text(file.name, content)(tmp_path)
+    flags = ["--out", tmp_path / "out.npz"] if verb == "score" else []
+    line = refused(capsys, verb, "--model", bare, "--tokens", file, *flags)
+    assert re.search("in.json|tokens: ", line)
+    assert not (tmp_path / "out.npz").exists()
+
+
+@pytest.mark.parametrize("out", [".", "missing/out.npz", "in.json/out.npz"])
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(capsys, monkeypatch, bare, tokens, tmp_path, out):
+    monkeypatch.setattr("stepjax.infer.cli_score.open_session", lambda args: pytest.fail("opened"))
+    assert str(tmp_path) in refused(capsys, "score", "--model", bare, "--tokens", tokens, "--out", tmp_path / out)
+
+
+def test_a_full_disk_is_one_line(capsys, bare, tokens):
+    if not Path("/dev/full").exists():  # Linux only
+        return
+    assert "/dev/full: cannot be written" in refused(
+        capsys, "score", "--model", bare, "--tokens", tokens, "--out", "/dev/full"
+    )
+
+
+# generate
+
+LINE = {"ids", "text", "reasoning_content", "content", "tool_calls", "finish_reason"}
+LINE |= {"prefill_tokens_per_s", "decode_tokens_per_s", "accepted_per_step"}
+
+
+def lines(capsys) -> list[dict]:
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.parametrize("temperature", ["0", "1.5"])
+def test_generate_from_tokens_is_the_sessions_answer_with_any_number_of_drafts(
+    capsys, bare, session, tokens, temperature
+):
+    flags = ["--max-tokens", "9", "--temperature", temperature, "--seed", "3", "--dtype", "float32", "--json"]
+    params = SamplingParams(max_tokens=9, temperature=float(temperature), seed=3)
+    expected = [session.generate([ids], params)[0].ids for ids in TOKENS]
+    for drafts in ("0", "3"):
+        assert run("generate", "--model", bare, "--tokens", tokens, "--speculate", drafts, *flags) == 0
+        found = lines(capsys)
+        assert [line["ids"] for line in found] == expected
+        assert {frozenset(line) for line in found} == {frozenset(LINE)}
+        assert {line["text"] for line in found} == {""}
+        assert all(line["finish_reason"] in ("length", "stop") for line in found)
+
+
+def test_one_token(capsys, bare, tokens):
+    assert run("generate", "--model", bare, "--tokens", tokens, "--max-tokens", 1, "--temperature", 0, "--json") == 0
+    assert [(len(line["ids"]), line["decode_tokens_per_s"]) for line in lines(capsys)] == [(1, 0.0), (1, 0.0)]
+
+
+def test_a_prompt_that_fills_the_context_is_refused_before_the_first_answer(capsys, bare, tmp_path):
+    text("in.json", json.dumps([[0], [5] * 256]))(tmp_path)
+    assert "the context is 256" in refused(capsys, "generate", "--model", bare, "--tokens", tmp_path / "in.json")
+
+
+def test_a_prompt_of_text(capsys):
+    ask = ("generate", "--prompt", "What is 467 + 358?", "--temperature", "0")
+    assert run(*ask, "--json") == 0
+    (line,) = lines(capsys)
+    assert (line["content"], line["finish_reason"]) == ("825", "stop")
+    assert line["text"] == f"{line['reasoning_content']}\n</think>\n825"
+    assert 1 <= line["accepted_per_step"] <= 4
+    assert run(*ask) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{line['reasoning_content']}\n\n825\n"
+    assert err.startswith(f"[{len(line['ids'])} tokens, stop; decode ")
+    assert run(*ask, "--json", "--stop", "carry") == 0
+    assert lines(capsys)[0]["text"] == line["text"].partition("carry")[0]
+
+
+@pytest.mark.parametrize("prompt", ["", "<|im_end|></think><tool_call>", "\0\x1b[31m", "é" * 50])
+def test_strange_prompts_are_text(capsys, prompt):
+    flags = ["--max-tokens", "1", "--speculate", "0", "--temperature", "0", "--json"]
+    assert run("generate", "--prompt", prompt, *flags) == 0
+    assert run("generate", "--prompt", prompt, "--raw", *flags) == 0
+    assert run("generate", "--prompt", prompt, "--no-thinking", "--system", prompt, *flags) == 0
+    assert len(lines(capsys)) == 3
+
+
+def test_a_prompt_that_is_no_unicode_is_refused(capsys):
+    assert "lone surrogate" in refused(capsys, "generate", "--prompt", "\udcff")
+
+
+def test_a_json_line_is_one_line_in_ascii(capsys, monkeypatch, bare, tokens):
+    """U+2028 and others end a line for str.splitlines, and a terminal's encoding may lack any letter."""
+    monkeypatch.setattr("stepjax.infer.cli_generate._as_dict", lambda done: {"text": "a\u2028é\x85"})
+    assert run("generate", "--model", bare, "--tokens", tokens, "--max-tokens", 1, "--json") == 0
+    assert [line["text"] for line in lines(capsys)] == ["a\u2028é\x85"] * 2
+
+
+def test_an_answer_is_printed_as_it_is(capsys):
+    printer, answer = Printer(), "a\tb :smile: [bold]x[/bold] " + "w" * 200 + "     \n\n"
+    for piece in (answer, " ", "\ttail  "):
+        printer.write(Delta("", piece))
+    printer.write(Delta("", "\x1b[2J\r"))
+    printer.end()
+    assert capsys.readouterr().out == answer + " \ttail  \ufffd[2J\ufffd\n"
+
+
+def test_the_checkpoints_defaults_are_checked_unless_a_flag_replaces_them():
+    with pytest.raises(RequestError, match=r"generation_config\.json: temperature: is -1"):
+        SamplingParams.from_defaults({"temperature": -1})
+    assert SamplingParams.from_defaults({"temperature": -1}, temperature=0.5).temperature == 0.5
+
+
+@pytest.mark.parametrize("home", ["/dev/null/cache", "~nobody-of-this-name/cache"])
+def test_without_a_folder_for_compiled_programs_there_is_none(monkeypatch, home):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", home)
+    monkeypatch.setattr(jax.config, "update", lambda *change: pytest.fail(f"{change}"))
+    use_compile_cache()
+
+
+# The streams of a process
+
+
+def test_output_that_nobody_reads_is_no_error():
+    done = process(
+        "stepjax info step-tiny | true; echo ${PIPESTATUS[0]};"
+        "stepjax info step-tiny --json | head -1 >/dev/null; echo ${PIPESTATUS[0]}"
+    )
+    assert (done.stdout, done.stderr) == ("0\n0\n", "")
+
+
+def test_closed_streams():
+    done = process("stepjax info step-tiny >&- && stepjax info step-tiny --json >&- <&-")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert process("stepjax info nope >&- 2>&-").returncode == 1
+
+
+def test_an_encoding_without_the_letters():
+    done = process("stepjax info step-tiny", env={"PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "2,3" in done.stdout
+
+
+def test_without_home_and_from_another_folder(tmp_path):
+    done = process("env -u HOME -u XDG_CACHE_HOME stepjax info step-tiny --json", cwd=tmp_path)
+    assert done.returncode == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+# chat
+
+
+def talk(monkeypatch, said: str, *flags: object) -> int:
+    monkeypatch.setattr("sys.stdin", io.StringIO(said))
+    return run("chat", "--max-tokens", 40, "--temperature", 0, *flags)
+
+
+def test_a_conversation_through_a_pipe(capsys, monkeypatch):
+    assert talk(monkeypatch, "\nWhat is 467 + 358?\n/help\n/what now\n/reset\n/exit\nWhat is 1 + 1?\n") == 0
+    out = capsys.readouterr().out
+    assert out.count("825") == 1
+    assert (
+        out.index("825")
+        < out.index("Ctrl-C stops an answer")
+        < out.index("/what is not a command")
+        < out.index("(forgotten)")
+    )
+    assert out.endswith("(forgotten)\n")
+    assert talk(monkeypatch, "") == 0  # the end of the input
+
+
+def test_chat_refuses_at_the_start_what_no_answer_could_do(capsys, monkeypatch, bare):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    assert "no tokenizer.json" in refused(capsys, "chat", "--model", bare)
+    assert "speculate: is 9" in refused(capsys, "chat", "--speculate", 9)
+
+
+def test_a_message_that_cannot_be_answered_leaves_the_conversation_as_it_was(capsys, whole):
+    session = load(whole, dtype="float32")
+    chat = Conversation(session, SamplingParams(max_tokens=2), system="s", speculate=0)
+    chat.answer("x" * 20_000)
+    assert "context is 8192" in capsys.readouterr().err
+    assert chat.messages == [{"role": "system", "content": "s"}]
+    chat.answer("hi")
+    assert [message["role"] for message in chat.messages] == ["system", "user", "assistant"]
+
+
+class Terminal:
+    """A process on a terminal of its own, so that Ctrl-C and Ctrl-D are what they are."""
+
+    START = (
+        "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+        "from stepjax.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+
+    def __init__(self, *args: object):
+        self._ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, b"\x28\0\xc8\0\0\0\0\0")  # 40 lines of 200 characters
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"}
+        env.pop("NO_COLOR", None)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", self.START, *map(str, args)],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+            env=env,
+        )
+        os.close(theirs)
+        self._unread = b""
+
+    def type(self, keys: str) -> None:
+        os.write(self._ours, keys.encode())
+
+    def until(self, expected: str, seconds: float = 240) -> str:
+        """What is shown up to and with ``expected``."""
+        deadline = time.monotonic() + seconds
+        while expected.encode() not in self._unread:
+            ready, _, _ = select.select([self._ours], [], [], max(0.0, deadline - time.monotonic()))
+            assert ready, f"{expected!r} did not come; shown: {self._unread[-2000:]!r}"
+            try:
+                self._unread += os.read(self._ours, 65536)
+            except OSError:  # the other side was closed
+                pytest.fail(f"{expected!r} did not come before the end; shown: {self._unread[-2000:]!r}")
+        shown, _, self._unread = self._unread.partition(expected.encode())
+        return (shown + expected.encode()).decode(errors="replace")
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._ours)
+
+
+@pytest.fixture
+def terminal(whole) -> Iterator[Terminal]:
+    one = Terminal("chat", "--model", whole, "--temperature", "0", "--max-tokens", "4000")
+    yield one
+    one.close()
+
+
+def test_chat_on_a_terminal(terminal):
+    terminal.until("Ctrl-C stops an answer")
+    terminal.until("> ")
+    terminal.type("half a line")
+    terminal.until("half a line")
+    time.sleep(0.5)  # Python's readline misses an interrupt that comes before it waits for keys
+    terminal.type("\x03")  # drops the line
+    terminal.until("> ")
+    terminal.type("/help\n")
+    terminal.until("/reset forgets the conversation")
+    terminal.until("> ")
+    for _ in range(2):
+        terminal.type("hello\n")
+        shown = terminal.until("\x1b[2m")  # the thinking, which has no end here, is dimmed
+        assert "(stopped)" not in shown
+        terminal.type("\x03")
+        terminal.until("(stopped)", 60)
+        terminal.until("> ")
+    terminal.type("/reset\n")
+    terminal.until("(forgotten)")
+    terminal.until("> ")
+    terminal.type("\x04")
+    assert terminal.process.wait(60) == 0
