@@ -23,3 +23,11 @@ class TemplateError(StepjaxError):
 
 class RequestError(StepjaxError):
     """A request (prompt, messages, sampling parameters) is not acceptable."""
+
+
+class TrainingError(StepjaxError):
+    """A training run cannot go on, or its result is not good enough to be released."""
+
+
+class MeshError(StepjaxError):
+    """A mesh does not fit the devices, or the model cannot be split over it."""

@@ -75,7 +75,7 @@ def save(
     """
     folder = Path(os.path.abspath(folder))  # not resolved: a link in its place is refused below
     source = Path(source) if source is not None else None
-    _check_target(folder, overwrite=overwrite)
+    check_target(folder, overwrite=overwrite)
     if source is not None:
         _check_same_model(config, source)
     plan = _plan(config, params, source=source, fp8=fp8)
@@ -246,7 +246,7 @@ def _check_same_model(config: ModelConfig, source: Path) -> None:
             )
 
 
-def _check_target(folder: Path, *, overwrite: bool) -> None:
+def check_target(folder: Path, *, overwrite: bool) -> None:
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise CheckpointError(f"{folder}: exists and is not a folder; choose another name")
     if not folder.is_dir() or not any(folder.iterdir()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -15,15 +16,17 @@ from tiny import random_params, small_config
 
 from stepjax.cache import Chunk
 from stepjax.cli import main
-from stepjax.errors import ConfigError
+from stepjax.errors import ConfigError, TrainingError
 from stepjax.model import abstract, bind
 from stepjax.train import loop
 from stepjax.train.balance import balanced
 from stepjax.train.config import PretrainConfig, read_pretrain, write_resolved
+from stepjax.train.evaluate import Score
 from stepjax.train.losses import losses
 from stepjax.train.optimizer import adamw, learning_rate
 from stepjax.train.packing import Example, Rows, pack
 from stepjax.train.step import TrainState, make_step, split_biases
+from stepjax.train.tasks import MIX
 
 CONFIG = small_config()
 MODEL = abstract(CONFIG, dtype=jnp.float32)
@@ -133,6 +136,7 @@ SHORT = PretrainConfig(
     mtp_from=3,
     log_every=1,
     save_every=2,
+    held_out_every=3,
     keep=(4,),
 )
 
@@ -167,7 +171,63 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(finished, tmp_path, monk
         return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_s"} for line in lines]
 
     assert history(out) == history(whole)
-    assert [record["step"] for record in history(out)] == list(range(6))
+    assert [record["step"] for record in history(out) if "loss" in record] == list(range(6))
+    held_out = [record for record in history(out) if "held_out_loss" in record]
+    assert [record["step"] for record in held_out] == [2, 5]
+    assert all(0 < record["held_out_loss"] < 10 for record in held_out)
+
+
+def test_a_run_whose_loss_is_no_number_stops_and_keeps_its_checkpoints(tmp_path, monkeypatch):
+    """The step that ruins the weights reports a good loss; the next one finds out."""
+    real = loop.make_step
+
+    def ruining(*args, **kwargs):
+        update = real(*args, **kwargs)
+
+        def step(state, rows):
+            state, report = update(state, rows)
+            return (jax.tree.map(lambda x: x * jnp.nan if x.ndim else x, state) if state.step == 3 else state), report
+
+        return step
+
+    monkeypatch.setattr(loop, "make_step", ruining)
+    with pytest.raises(TrainingError, match="step 3: the loss is nan"):
+        loop.pretrain(SHORT, tmp_path / "run")
+    assert [file.name for file in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
+    assert not (tmp_path / "run" / "weights").exists()
+
+
+def test_stages_follow_each_other_from_one_command(tmp_path, capsys):
+    short = {"rows": 2, "length": 160, "steps": 3, "warmup_steps": 1, "decay_from": 2, "mtp_from": 9}
+    for number in (1, 2):
+        lines = [f"{name} = {value}" for name, value in (short | {"seed": number}).items()]
+        (tmp_path / f"{number}.toml").write_text("\n".join(lines))
+    files = [str(tmp_path / f"{number}.toml") for number in (1, 2)]
+    assert main(["pretrain", *files, "--out", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out.count("3 steps done") == 2
+    second = read_pretrain(tmp_path / "run" / "2" / "config.toml")
+    assert second.start_from == str(tmp_path / "run" / "1" / "weights" / "3.safetensors")
+    first, last = (loop.load_weights(tmp_path / "run" / number, 3) for number in "12")
+    assert max(float(np.abs(first[name] - last[name]).max()) for name in first) < 0.05  # a step from there, not anew
+    Path(files[1]).write_text('start_from = "x"')
+    assert main(["pretrain", *files, "--out", str(tmp_path / "other")]) == 1
+    assert "stage 2 begins where stage 1 ends" in capsys.readouterr().err
+
+
+def test_a_release_that_falls_short_changes_nothing(finished, tmp_path, monkeypatch, capsys):
+    score = Score(4, 0.25, 1.5)
+    monkeypatch.setattr("stepjax.train.release.evaluate", lambda session, **_: dict.fromkeys(MIX, score))
+    run, target = str(finished[0]), tmp_path / "released"
+    assert main(["release", run, "--out", str(target), "--require", "add=0.95"]) == 1
+    assert "add 0.250 < 0.95" in capsys.readouterr().err
+    assert not target.exists()
+    assert main(["release", run, "--out", str(target), "--require", "add=0.2"]) == 0
+    report = json.loads((target / "accuracy.json").read_text())
+    digest = hashlib.sha256((finished[0] / "weights" / "6.safetensors").read_bytes()).hexdigest()
+    assert [(stage["weights_of_step"], stage["weights_sha256"]) for stage in report["stages"]] == [(6, digest)]
+    (target / "config.json").unlink()
+    assert main(["release", run, "--out", str(target)]) == 1  # before it grades: that is no checkpoint
+    assert "released" in capsys.readouterr().err
 
 
 def test_kept_weights_are_those_of_the_run(finished):

@@ -39,6 +39,7 @@ class PretrainConfig:
     balance_rate: float = 1.0  # step of the router bias per unit of learning rate
     log_every: int = 20  # steps
     save_every: int = 200  # steps between checkpoints
+    held_out_every: int = 200  # steps between losses on held-out rows; 0 is never
     shares: dict[str, float] = field(default_factory=lambda: dict(MIX))  # of the tasks, by example; they sum to 1
     keep: tuple[int, ...] = ()  # steps whose weights are kept beside the checkpoints, to ship or to study
 

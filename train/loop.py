@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,13 +21,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.numpy import load_file, save_file
 
 from stepjax.config import ASSETS, ModelConfig
-from stepjax.errors import ConfigError
+from stepjax.errors import ConfigError, TrainingError
 from stepjax.layout import SingleDevice
 from stepjax.model import abstract, initialise, params_of
 from stepjax.train import packing
 from stepjax.train.config import PretrainConfig, read_pretrain, write_resolved
+from stepjax.train.losses import Losses
 from stepjax.train.optimizer import adamw, learning_rate
-from stepjax.train.step import Report, TrainState, make_step, split_biases
+from stepjax.train.packing import Rows
+from stepjax.train.step import Report, TrainState, make_held_out, make_step, split_biases
+from stepjax.train.words import Split
 
 # At step-tiny's shapes sorting tokens by expert took 0.37 s a step on two cores, running every expert on every token
 # 0.47 s.
@@ -42,6 +46,7 @@ def pretrain(config: PretrainConfig, out: Path) -> TrainState:
 
     Raises:
       ConfigError: the folder belongs to a run with other settings, or there are too few devices.
+      TrainingError: the loss is no longer a number.
     """
     out = out.resolve()  # orbax takes absolute paths only
     _claim(config, out)
@@ -60,37 +65,74 @@ def pretrain(config: PretrainConfig, out: Path) -> TrainState:
     fresh = TrainState(params, biases, optimizer.init(params), jnp.zeros((), jnp.int32))
     fresh = jax.device_put(fresh, NamedSharding(mesh, PartitionSpec()))
 
-    def update(mtp_weight: float) -> Any:
-        return make_step(model, optimizer, schedule, mesh, mtp_weight=mtp_weight, balance_rate=config.balance_rate)
+    def functions(mtp_weight: float) -> tuple[Any, Any]:
+        return (
+            make_step(model, optimizer, schedule, mesh, mtp_weight=mtp_weight, balance_rate=config.balance_rate),
+            make_held_out(model, mesh, mtp_weight=mtp_weight),
+        )
 
-    plain, with_mtp = update(0.0), update(config.mtp_weight)
+    plain, with_mtp = functions(0.0), functions(config.mtp_weight)
     newest: Any = ocp.training.preservation_policies.LatestN(3)
     with ocp.training.Checkpointer(str(out / "checkpoints"), preservation_policy=newest) as checkpointer:
         state = _resume(checkpointer, fresh)
         start = int(state.step)
-        tokenizer = tokenizers.Tokenizer.from_file(str(ASSETS / config.model / "tokenizer.json"))
-        stream = packing.batches(
-            tokenizer, seed=config.seed, step=start, rows=config.rows, length=config.length, mix=config.shares
-        )
+        stream, held_out = _stream(config, start), _held_out_rows(config)
         with _progress(config.steps, start) as advance, _metrics(out / "metrics.jsonl", start) as metrics:
-            began, tokens = time.perf_counter(), 0
+            began, tokens, pending = time.perf_counter(), 0, None
             for step in range(start, config.steps):
                 rows = next(stream)
                 tokens += int((rows.segment_ids > 0).sum())
-                state, report = (with_mtp if step >= config.mtp_from else plain)(state, jax.tree.map(jnp.asarray, rows))
-                done = step + 1
+                update, measure = with_mtp if step >= config.mtp_from else plain
+                state, report = update(state, jax.tree.map(jnp.asarray, rows))
+                if pending:  # one step late, so that the device never waits for the host
+                    advance(f"loss {_finite(*pending):.3f}")
+                pending, done = (step, report), step + 1
                 if step % config.log_every == 0 or done == config.steps:
                     record = _record(step, report, learning_rate=float(np.asarray(schedule(step))))
                     record["tokens_per_s"] = round(tokens / (time.perf_counter() - began), 1)
-                    metrics.write(json.dumps(record) + "\n")
-                    metrics.flush()
+                    _write(metrics, record)
                     began, tokens = time.perf_counter(), 0
-                if done in config.keep or done == config.steps:
+                if config.held_out_every and (done % config.held_out_every == 0 or done == config.steps):
+                    _write(metrics, _held_out_record(step, measure(state, held_out)))
+                keep = done in config.keep or done == config.steps
+                if keep or done % config.save_every == 0:
+                    _finite(step, report)  # never leave a checkpoint that cannot be gone on from
+                if keep:
                     save_weights(out, done, state)
                 if done % config.save_every == 0 or done == config.steps:
                     checkpointer.save(done, state)
-                advance(f"loss {float(report.losses.next_token):.3f}")
+            if pending:
+                advance(f"loss {_finite(*pending):.3f}")
     return state
+
+
+def _finite(step: int, report: Report) -> float:
+    """The step's loss. TrainingError if it or the gradient is no number: what follows would be none either."""
+    loss, norm = float(report.losses.total), float(report.gradient_norm)
+    if not math.isfinite(loss + norm):
+        raise TrainingError(
+            f"step {step}: the loss is {loss} and the gradient's norm {norm}; the checkpoints hold the steps before. "
+            "Lower peak_lr or lengthen warmup_steps in a new run folder"
+        )
+    return float(report.losses.next_token)
+
+
+def _stream(config: PretrainConfig, step: int, *, split: Split = "train") -> Iterator[Rows]:
+    tokenizer = tokenizers.Tokenizer.from_file(str(ASSETS / config.model / "tokenizer.json"))
+    return packing.batches(
+        tokenizer,
+        seed=config.seed,
+        step=step,
+        rows=config.rows,
+        length=config.length,
+        mix=config.shares,
+        split=split,
+    )
+
+
+def _held_out_rows(config: PretrainConfig) -> Rows:
+    """One batch of items that no step trains on, the same at every measurement."""
+    return jax.tree.map(jnp.asarray, next(_stream(config, 0, split="test")))
 
 
 def _first_weights(config: PretrainConfig, model_config: ModelConfig) -> dict[str, Any]:
@@ -113,7 +155,7 @@ def weights_of(state: TrainState) -> dict[str, jax.Array]:
 
 def save_weights(out: Path, step: int, state: TrainState) -> None:
     """Keep the weights of ``step``; the file is there whole or not at all."""
-    file = _weights_file(out, step)
+    file = weights_file(out, step)
     file.parent.mkdir(exist_ok=True)
     partial = file.with_suffix(".partial")
     save_file({name: np.asarray(value) for name, value in weights_of(state).items()}, partial)
@@ -122,14 +164,15 @@ def save_weights(out: Path, step: int, state: TrainState) -> None:
 
 def load_weights(out: Path, step: int) -> dict[str, np.ndarray]:
     """The weights that a run kept at ``step``, by path, float32."""
-    file = _weights_file(out, step)
+    file = weights_file(out, step)
     if not file.exists():
         kept = sorted(int(each.stem) for each in file.parent.glob("*.safetensors"))
         raise ConfigError(f"{file}: not there; the run kept the weights of steps {kept}")
     return load_file(file)
 
 
-def _weights_file(out: Path, step: int) -> Path:
+def weights_file(out: Path, step: int) -> Path:
+    """Where a run keeps the weights of a step."""
     return out / "weights" / f"{step}.safetensors"
 
 
@@ -168,6 +211,20 @@ def _record(step: int, report: Report, *, learning_rate: float) -> dict[str, Any
         "learning_rate": learning_rate,
         "expert_load": [float(load.max() / load.mean()) for load in map(np.asarray, found.load)],
     }
+
+
+def _held_out_record(step: int, found: Losses) -> dict[str, Any]:
+    return {
+        "step": step,
+        "held_out_loss": float(found.next_token),
+        "held_out_mtp_loss": [float(each) for each in found.mtp],
+        "held_out_accuracy": [float(each) for each in found.accuracy],
+    }
+
+
+def _write(metrics: TextIO, record: dict[str, Any]) -> None:
+    metrics.write(json.dumps(record) + "\n")
+    metrics.flush()
 
 
 @contextlib.contextmanager

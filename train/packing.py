@@ -10,6 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from stepjax.train import tasks
+from stepjax.train.words import Split
 
 PATIENCE = 4  # a batch is closed when this many examples fitted nowhere; they are dropped
 PAD_ID = 2
@@ -100,8 +101,9 @@ def batch(
     rows: int,
     length: int,
     mix: Mapping[str, float] = tasks.MIX,
+    split: Split = "train",
 ) -> Rows:
-    """The training batch of one step, a function of the seed and the step alone.
+    """The batch of one step, a function of the seed and the step alone.
 
     Items are drawn until ``PATIENCE`` of them found no room; dropping the few that did not fit favours short examples
     slightly, so the shares in a batch differ from ``mix`` by a little.
@@ -110,17 +112,24 @@ def batch(
     bins = Bins(length, limit=rows)
     misses = 0
     while misses < PATIENCE:
-        example = encode(tasks.draw(rng, "train", mix), tokenizer, template)
+        example = encode(tasks.draw(rng, split, mix), tokenizer, template)
         if example.num_tokens <= length:  # a rare long one is skipped, not cut
             misses += not bins.add(example)
     return bins.arrays()
 
 
 def batches(
-    tokenizer: Tokenizer, *, seed: int, step: int, rows: int, length: int, mix: Mapping[str, float] = tasks.MIX
+    tokenizer: Tokenizer,
+    *,
+    seed: int,
+    step: int,
+    rows: int,
+    length: int,
+    mix: Mapping[str, float] = tasks.MIX,
+    split: Split = "train",
 ) -> Iterator[Rows]:
     """Batches ``step``, ``step + 1``, … without end; entering at a step gives what a run from 0 would see there."""
     template = tasks.TinyTemplate()
     while True:
-        yield batch(tokenizer, template, seed=seed, step=step, rows=rows, length=length, mix=mix)
+        yield batch(tokenizer, template, seed=seed, step=step, rows=rows, length=length, mix=mix, split=split)
         step += 1

@@ -71,5 +71,20 @@ def make_step(
         }
         return TrainState(params, biases, inner, state.step + 1), Report(found, optax.tree.norm(gradients))
 
-    whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
+    whole, split = _placements(mesh)
     return jax.jit(update, donate_argnums=0, in_shardings=(whole, split), out_shardings=whole)
+
+
+def make_held_out(model: Step3p5, mesh: Mesh, *, mtp_weight: float) -> Callable[[TrainState, Rows], Losses]:
+    """The losses of a state on rows that it does not learn from."""
+    whole, split = _placements(mesh)
+    return jax.jit(
+        lambda state, rows: losses(bind(model, state.params | state.biases), rows, mtp_weight=mtp_weight),
+        in_shardings=(whole, split),
+        out_shardings=whole,
+    )
+
+
+def _placements(mesh: Mesh) -> tuple[NamedSharding, NamedSharding]:
+    """A copy on every device; split over the mesh's one axis."""
+    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
