@@ -7,11 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from stepjax.cache import SPARE_ROWS
+from stepjax.infer.hosts import agreed
 from stepjax.infer.runner import Runner, State
 from stepjax.infer.sampler import Sampling, SamplingParams
 from stepjax.infer.transcript import Delta, FinishReason, Transcript, begins_in_reasoning
@@ -73,7 +72,8 @@ class Batch:
     ):
         self.runner, self.params, self.prompts = runner, params, prompts
         self.size = _bucket(len(prompts), 1)
-        self.sampling = Sampling.of([*sampling, *[SamplingParams()] * (self.size - len(prompts))])
+        padding = [SamplingParams(temperature=0.0, seed=0)] * (self.size - len(prompts))
+        self.sampling: Sampling = agreed(Sampling.of([*sampling, *padding]))
         longest = max(len(ids) + each.max_tokens for ids, each in zip(prompts, sampling, strict=True))
         self.state: State = runner.start(self.size, _bucket(longest + SPARE_ROWS, 256), dtype)
         self.clock = _Clock(decoded=[0] * len(prompts), steps=[0] * len(prompts))
@@ -96,7 +96,7 @@ class Batch:
         self.clock.prefill_tokens += sum(map(len, self.prompts))
         return first
 
-    def _chunk(self, start: int, width: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _chunk(self, start: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         ids, count = np.zeros((self.size, width), np.int32), np.zeros((self.size,), np.int32)
         follow = np.full((self.size,), -1, np.int32)
         for row, prompt in enumerate(self.prompts):
@@ -104,11 +104,11 @@ class Batch:
             ids[row, : len(piece)], count[row] = piece, len(piece)
             if start + width < len(prompt):
                 follow[row] = prompt[start + width]
-        return jnp.asarray(ids), jnp.asarray(count), jnp.asarray(follow)
+        return ids, count, follow
 
     def step(self, active: Sequence[bool]) -> list[list[int]]:
         """One decode step; returns the new tokens of each row, none for an idle one."""
-        mask = jnp.asarray([*active, *[False] * (self.size - len(active))])
+        mask = np.asarray([*active, *[False] * (self.size - len(active))])
         arguments = (self.params, self.state, mask, self.sampling)
         run = self.runner.step.compiled(*arguments)
         began = time.perf_counter()

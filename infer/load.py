@@ -22,6 +22,7 @@ from stepjax.folder import ModelFolder, open_folder
 from stepjax.infer.generate import Completion, generate
 from stepjax.infer.runner import Runner
 from stepjax.infer.sampler import SamplingParams
+from stepjax.layout import Layout
 from stepjax.model import Params, Step3p5, abstract, bind
 from stepjax.tokenizer import Tokenizer
 
@@ -101,11 +102,12 @@ class Session:
         tokenizer: Tokenizer | None = None,
         template: ChatTemplate | None = None,
         generation_config: Mapping[str, Any] | None = None,
+        layout: Layout | None = None,
     ):
         self.config, self.params, self.dtype = config, params, dtype
         self.tokenizer, self.template = tokenizer, template
         self.generation_config = dict(generation_config or {})
-        self.model: Step3p5 = abstract(config, dtype=dtype, mtp=mtp)
+        self.model: Step3p5 = abstract(config, dtype=dtype, mtp=mtp, layout=layout)
         self._runners: dict[int, Runner] = {}
 
     @property
@@ -191,11 +193,11 @@ class Session:
             raise RequestError("text: this checkpoint has no tokenizer.json; pass token ids")
         return self.tokenizer
 
-    def _padded(self, ids: Sequence[int]) -> jax.Array:
+    def _padded(self, ids: Sequence[int]) -> np.ndarray:
         """[1, T'] with T' the next power of two: causal, so padding behind changes nothing before it."""
         self.check_ids(ids)
         width = max(16, 1 << (len(ids) - 1).bit_length())
-        return jnp.asarray([[*ids, *[0] * (width - len(ids))]], jnp.int32)
+        return np.asarray([[*ids, *[0] * (width - len(ids))]], np.int32)
 
     @cached_property
     def _score(self) -> Callable[..., tuple[jax.Array, list[jax.Array]]]:
@@ -207,18 +209,19 @@ class Session:
         return jax.jit(run, static_argnames="mtp")
 
     @cached_property
-    def _logits(self) -> Callable[[Params, jax.Array, int | None], jax.Array]:
-        def run(params: Params, hidden_BTD: jax.Array, depth: int | None) -> jax.Array:
-            model = bind(self.model, params)
-            logits = model.logits(hidden_BTD) if depth is None else model.mtp[depth].logits(hidden_BTD)
+    def _logits(self) -> Callable[[Params, jax.Array, np.int32, int | None], jax.Array]:
+        def run(params: Params, hidden_BTD: jax.Array, at: jax.Array, depth: int | None) -> jax.Array:
+            model, rows = bind(self.model, params), min(HEAD_ROWS, hidden_BTD.shape[1])
+            block = jax.lax.dynamic_slice_in_dim(hidden_BTD, at, rows, axis=1)
+            logits = model.logits(block) if depth is None else model.mtp[depth].logits(block)
             return logits[0]
 
-        return jax.jit(run, static_argnums=2)
+        return jax.jit(run, static_argnums=3, out_shardings=self.model.layout.replicated)
 
     def _head(self, hidden_BTD: jax.Array, rows: int, depth: int | None) -> np.ndarray:
         """Logits of the first ``rows`` rows, a block at a time."""
         out = np.empty((rows, self.config.vocab_size), np.float32)
         for at in range(0, rows, HEAD_ROWS):
-            block = self._logits(self.params, hidden_BTD[:, at : at + HEAD_ROWS], depth)
+            block = self._logits(self.params, hidden_BTD, np.int32(at), depth)
             out[at : at + HEAD_ROWS] = np.asarray(block)[: rows - at]
         return out

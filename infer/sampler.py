@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from stepjax.errors import RequestError
 
@@ -82,11 +83,11 @@ class Sampling:
     @classmethod
     def of(cls, params: Sequence[SamplingParams]) -> Sampling:
         return cls(
-            jnp.asarray([p.temperature for p in params], jnp.float32),
-            jnp.asarray([p.top_p for p in params], jnp.float32),
-            jnp.asarray([p.top_k for p in params], jnp.int32),
-            jnp.asarray([p.min_p for p in params], jnp.float32),
-            jnp.asarray([p.seed for p in params], jnp.uint32),
+            np.asarray([p.temperature for p in params], np.float32),
+            np.asarray([p.top_p for p in params], np.float32),
+            np.asarray([p.top_k for p in params], np.int32),
+            np.asarray([p.min_p for p in params], np.float32),
+            np.asarray([p.seed for p in params], np.uint32),
         )
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from stepjax.cache import CacheView, Chunk
 from stepjax.infer.sampler import mask_padding
 from stepjax.model import Step3p5
+from stepjax.ops.rows import put_row, take_row
 
 
 def accepted(target_BT: jax.Array, draft_BK: jax.Array) -> jax.Array:
@@ -59,20 +60,19 @@ def draft(
 
     Returns: drafts int32 [B, depths] and the new state.
     """
-    batch = jnp.arange(tokens_BA.shape[0])
     live = count_B > 0
     caches, tails, drafts = [], [], []
     for depth, layer in enumerate(model.mtp[: len(drafter.caches)]):
         if depth:
             hidden_BAD = jnp.concatenate([drafter.tails[depth - 1][:, None, :], hidden_BAD], axis=1)
             tokens_BA = jnp.pad(tokens_BA, [(0, 0), (0, 1)])
-            tokens_BA = tokens_BA.at[batch, count_B + depth - 1].set(drafts[-1])
+            tokens_BA = put_row(tokens_BA, count_B + depth - 1, drafts[-1])
         total = jnp.where(live, count_B + depth, 0)
         chunk = Chunk.at(start_B - depth, total, tokens_BA.shape[1])
         with jax.named_scope(f"mtp_{depth + 1}"):
             hidden_BAD, cache = layer(model.embed(tokens_BA), hidden_BAD, chunk, drafter.caches[depth])
-            logits_BV = layer.logits(hidden_BAD[batch, total - 1][:, None, :])[:, 0]
+            logits_BV = layer.logits(take_row(hidden_BAD, total - 1)[:, None, :])[:, 0]
         drafts.append(jnp.argmax(mask_padding(logits_BV, num_tokens), axis=-1).astype(jnp.int32))
         caches.append(cache)
-        tails.append(jnp.where(live[:, None], hidden_BAD[batch, count_B - 1], drafter.tails[depth]))
+        tails.append(jnp.where(live[:, None], take_row(hidden_BAD, count_B - 1), drafter.tails[depth]))
     return jnp.stack(drafts, axis=1), Drafter(tuple(caches), tuple(tails))

@@ -10,7 +10,6 @@ from stepjax.cache import CacheView, Chunk
 from stepjax.config import LayerSpec
 from stepjax.layers import Linear, RMSNorm
 from stepjax.layout import Layout
-from stepjax.ops.attention import Keys, attention
 from stepjax.rope import rotate
 
 
@@ -46,11 +45,7 @@ class Attention(nnx.Module):
         v_BTKH = self._heads(self.v_proj(x_BTD), "kv_heads")
         q_BTNH = rotate(self.q_norm(q_BTNH), chunk.position_BT, spec.rope)
         k_BTKH = rotate(self.k_norm(k_BTKH), chunk.position_BT, spec.rope)
-        parts = [Keys(k_BTKH, v_BTKH, chunk.position_BT, chunk.segment_BT, aligned=True)]
-        if cache is not None:
-            parts.append(cache.prefix(chunk))
-            cache = cache.write(chunk, k_BTKH, v_BTKH)
-        out_BTNH = attention(q_BTNH, chunk.position_BT, parts, window=spec.window, segment_BT=chunk.segment_BT)
+        out_BTNH, cache = self.layout.attend(q_BTNH, k_BTKH, v_BTKH, chunk, cache, window=spec.window)
         out_BTNH *= jax.nn.sigmoid(self.g_proj(x_BTD))[..., None]
         out = self.layout.constrain(out_BTNH.reshape(B, T, -1), "batch", "length", "heads")
         return self.o_proj(out), cache

@@ -34,11 +34,15 @@ class Block(nnx.Module):
         self, x_BTD: jax.Array, chunk: Chunk, cache: CacheView | None
     ) -> tuple[jax.Array, CacheView | None, jax.Array | None]:
         """The residual stream after the layer, the layer's cache, and the expert ids [B, T, A] of a MoE layer."""
-        out, cache = self.attn(self.input_norm(x_BTD), chunk, cache)
-        x_BTD = self.layout.constrain(x_BTD + out, "batch", "length", "embed")
-        normed, ids = self.post_norm(x_BTD), None
+        out, cache = self.attn(self._whole(self.input_norm(x_BTD)), chunk, cache)
+        x_BTD = self.layout.constrain(x_BTD + out, "batch", "stream", "embed")
+        normed, ids = self._whole(self.post_norm(x_BTD)), None
         if hasattr(self, "moe"):
             out, ids = self.moe(normed, chunk.position_BT >= 0)
         else:
             out = self.mlp(normed)
-        return self.layout.constrain(x_BTD + out, "batch", "length", "embed"), cache, ids
+        return self.layout.constrain(x_BTD + out, "batch", "stream", "embed"), cache, ids
+
+    def _whole(self, x_BTD: jax.Array) -> jax.Array:
+        """From where the stream lies to where its tokens meet weights."""
+        return self.layout.constrain(x_BTD, "batch", "length", "embed")

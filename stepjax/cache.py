@@ -8,13 +8,13 @@ which rows are live follows from where a chunk starts, so taking back rejected d
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 import jax
 import jax.numpy as jnp
 
 from stepjax.config import LayerSpec, ModelConfig
-from stepjax.ops.attention import Keys
+from stepjax.ops.attention import Keys, attention
 
 MAX_DRAFTS = 3
 SPARE_ROWS = MAX_DRAFTS + 1  # a rejected draft must not overwrite a key that the next query still sees
@@ -45,7 +45,9 @@ class Chunk:
 
 
 class CacheView(Protocol):
-    """One layer's cache as attention sees it."""
+    """One layer's cache as attention sees it: a pytree of two arrays with the same logical axes."""
+
+    axes: ClassVar[tuple[str | None, ...]]  # logical axes of keys and of values
 
     def prefix(self, chunk: Chunk) -> Keys:
         """The keys before the chunk, with their positions."""
@@ -63,6 +65,7 @@ class Rows:
 
     k_BSKH: jax.Array
     v_BSKH: jax.Array
+    axes: ClassVar[tuple[str | None, ...]] = ("batch", "rows", "kv_heads", "head")
 
     def prefix(self, chunk: Chunk) -> Keys:
         row = jnp.arange(self.k_BSKH.shape[1], dtype=jnp.int32)[None, :]
@@ -70,7 +73,7 @@ class Rows:
 
     def write(self, chunk: Chunk, k_BTKH: jax.Array, v_BTKH: jax.Array) -> Rows:
         row = jnp.where(chunk.position_BT >= 0, chunk.position_BT, self.k_BSKH.shape[1])
-        return Rows(_store(self.k_BSKH, row, k_BTKH), _store(self.v_BSKH, row, v_BTKH))
+        return Rows(store(self.k_BSKH, row, k_BTKH), store(self.v_BSKH, row, v_BTKH))
 
 
 @jax.tree_util.register_dataclass
@@ -80,6 +83,7 @@ class Ring:
 
     k_BRKH: jax.Array
     v_BRKH: jax.Array
+    axes: ClassVar[tuple[str | None, ...]] = ("batch", None, "kv_heads", "head")
 
     def prefix(self, chunk: Chunk) -> Keys:
         size = self.k_BRKH.shape[1]
@@ -93,12 +97,37 @@ class Ring:
         newest = jnp.max(position, axis=1, keepdims=True)
         keep = (position >= 0) & (position > newest - size)  # a chunk longer than the ring stores its tail
         row = jnp.where(keep, position % size, size)
-        return Ring(_store(self.k_BRKH, row, k_BTKH), _store(self.v_BRKH, row, v_BTKH))
+        return Ring(store(self.k_BRKH, row, k_BTKH), store(self.v_BRKH, row, v_BTKH))
 
 
-def _store(cache_BSKH: jax.Array, row_BT: jax.Array, new_BTKH: jax.Array) -> jax.Array:
-    batch = jnp.arange(cache_BSKH.shape[0])[:, None]
-    return cache_BSKH.at[batch, row_BT].set(new_BTKH.astype(cache_BSKH.dtype), mode="drop")
+def store(cache_BSKH: jax.Array, row_BT: jax.Array, new_BTKH: jax.Array) -> jax.Array:
+    """The cache with new rows in place; a row past the end is dropped.
+
+    Mapped over the batch, so that a partitioner sees that no sequence writes into another's rows.
+    """
+
+    def one(cache: jax.Array, row: jax.Array, new: jax.Array) -> jax.Array:
+        return cache.at[row].set(new, mode="drop")
+
+    return jax.vmap(one)(cache_BSKH, row_BT, new_BTKH.astype(cache_BSKH.dtype))
+
+
+def attend(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    chunk: Chunk,
+    cache: CacheView | None,
+    *,
+    window: int | None,
+) -> tuple[jax.Array, CacheView | None]:
+    """A chunk attends to the cache's prefix and to itself, and is stored: output [B, T, N, H] and the new view."""
+    parts = [Keys(k_BTKH, v_BTKH, chunk.position_BT, chunk.segment_BT, offset=0)]
+    if cache is not None:
+        parts.append(cache.prefix(chunk))
+        cache = cache.write(chunk, k_BTKH, v_BTKH)
+    out = attention(q_BTNH, chunk.position_BT, parts, window=window, segment_BT=chunk.segment_BT)
+    return out, cache
 
 
 @jax.tree_util.register_dataclass

@@ -39,7 +39,11 @@ class RMSNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """``y[..., out] = x[..., in] · Wᵀ``, accumulated in float32, returned in x's dtype. This model has no bias."""
+    """``y[..., out] = x[..., in] · Wᵀ``, accumulated in float32, returned in x's dtype. This model has no bias.
+
+    Rounding belongs to the product: were the contracted axis split, a later cast would leave the devices to exchange
+    float32.
+    """
 
     def __init__(
         self,
@@ -54,12 +58,15 @@ class Linear(nnx.Module):
         self.weight = normal(rngs, (size_out, size_in), axes, std=scale * size_in**-0.5, dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.wide(x).astype(x.dtype)
+        return self._product(x, x.dtype)
 
     def wide(self, x: jax.Array) -> jax.Array:
         """The float32 accumulator itself, for logits: rounded to bfloat16, near-ties would become ties."""
+        return self._product(x, jnp.float32)
+
+    def _product(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
         weight = dequantize(self.weight.get_value(), x.dtype)
-        return jnp.einsum("...i,oi->...o", x, weight, precision=precision(x.dtype), preferred_element_type=jnp.float32)
+        return jnp.einsum("...i,oi->...o", x, weight, precision=precision(x.dtype), preferred_element_type=dtype)
 
 
 class Embed(nnx.Module):
@@ -84,4 +91,11 @@ class SwiGLU(nnx.Module):
         self.down_proj = Linear(hidden, size, axes=("embed", "mlp"), rngs=rngs, dtype=dtype, scale=scale)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), self.limit))
+        return self.down_proj(self._hidden(x))
+
+    def wide(self, x: jax.Array) -> jax.Array:
+        """The float32 accumulator of the last product, to be added to others before it is rounded."""
+        return self.down_proj.wide(self._hidden(x))
+
+    def _hidden(self, x: jax.Array) -> jax.Array:
+        return swiglu(self.gate_proj(x), self.up_proj(x), self.limit)

@@ -9,35 +9,72 @@ from typing import Protocol
 
 import jax
 
-from stepjax.ops.experts import ExpertWeights, Form, routed_experts
+from stepjax.cache import CacheView, Chunk, attend
+from stepjax.ops.experts import Form
 
-# Logical axes of parameters and activations. One alphabet for the whole project.
+# Logical axes of parameters, activations and caches. One alphabet for the whole project.
 AXES = (
     "batch",  # sequences
-    "length",  # positions within a sequence
+    "length",  # positions within a sequence, where its tokens meet weights
+    "stream",  # positions of the residual stream between the layers' parts
+    "rows",  # cached positions of a full-attention layer
     "vocab",
-    "embed",  # the residual stream
-    "embed_in",  # input side of a square-ish map on the residual stream (MTP merge, 2·D wide)
+    "embed",  # width of the residual stream
+    "embed_in",  # input side of the map that merges two streams (MTP), 2·D wide
     "heads",  # query heads × head width, or query heads
     "kv_heads",
     "head",  # width of one head
     "mlp",  # hidden width of a dense or shared MLP
-    "expert",
+    "router",  # experts, as the router scores them
+    "expert",  # experts, as their weights lie
     "expert_mlp",  # hidden width of one routed expert
 )
 
 
+class Routed(Protocol):
+    """What a layout runs of a mixture of experts."""
+
+    def local(
+        self, x_BTD: jax.Array, real_BT: jax.Array, *, first_expert: int | jax.Array = 0, form: Form | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Routed part and shared part, float32 [B, T, D], and expert ids [B, T, A].
+
+        The weights may be a slice (experts from ``first_expert`` on, a share of each width); each part is a summand.
+        """
+        ...
+
+
 class Layout(Protocol):
-    """How activations are placed and how the routed experts run. Hashable: it is part of a jitted function's key."""
+    """Where arrays lie, and how the parts run that exchange data. Hashable: it is part of a jitted function's key."""
+
+    @property
+    def replicated(self) -> jax.sharding.NamedSharding | None:
+        """Placement of what every device holds whole; None: jax's default."""
+        ...
+
+    def sharding(self, shape: tuple[int, ...], *axes: str | None) -> jax.sharding.NamedSharding | None:
+        """Placement of an array of this shape, one logical axis name (or None) per dimension."""
+        ...
 
     def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
         """Place ``x``, one logical axis name (or None) per dimension."""
         ...
 
-    def experts(
-        self, x_TD: jax.Array, ids_TA: jax.Array, combine_TA: jax.Array, weights: ExpertWeights, limit: float | None
-    ) -> jax.Array:
-        """Run the routed experts: float32 [T, D], summed over each token's A experts with ``combine_TA``."""
+    def attend(
+        self,
+        q_BTNH: jax.Array,
+        k_BTKH: jax.Array,
+        v_BTKH: jax.Array,
+        chunk: Chunk,
+        cache: CacheView | None,
+        *,
+        window: int | None,
+    ) -> tuple[jax.Array, CacheView | None]:
+        """`stepjax.cache.attend`."""
+        ...
+
+    def mixture(self, moe: Routed, x_BTD: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The sum of both parts of ``moe.local`` over all slices, in x's dtype, and the expert ids [B, T, A]."""
         ...
 
 
@@ -53,11 +90,29 @@ class SingleDevice:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SingleDevice) and self.form == other.form
 
+    @property
+    def replicated(self) -> None:
+        return None
+
+    def sharding(self, shape: tuple[int, ...], *axes: str | None) -> None:
+        assert len(shape) == len(axes), f"{len(axes)} axis names for shape {shape}"
+
     def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
         assert x.ndim == len(axes), f"{len(axes)} axis names for shape {x.shape}"
         return x
 
-    def experts(
-        self, x_TD: jax.Array, ids_TA: jax.Array, combine_TA: jax.Array, weights: ExpertWeights, limit: float | None
-    ) -> jax.Array:
-        return routed_experts(x_TD, ids_TA, combine_TA, weights, limit=limit, form=self.form)
+    def attend(
+        self,
+        q_BTNH: jax.Array,
+        k_BTKH: jax.Array,
+        v_BTKH: jax.Array,
+        chunk: Chunk,
+        cache: CacheView | None,
+        *,
+        window: int | None,
+    ) -> tuple[jax.Array, CacheView | None]:
+        return attend(q_BTNH, k_BTKH, v_BTKH, chunk, cache, window=window)
+
+    def mixture(self, moe: Routed, x_BTD: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        routed, shared, ids = moe.local(x_BTD, real_BT, form=self.form)
+        return routed.astype(x_BTD.dtype) + shared.astype(x_BTD.dtype), ids

@@ -40,7 +40,7 @@ class Step3p5(nnx.Module):
         mtp: bool = True,
     ):
         layout = layout or SingleDevice()
-        self.config = config
+        self.config, self.layout = config, layout
         size, vocab = config.hidden_size, config.vocab_size
         self.embed = Embed(vocab, size, rngs=rngs, dtype=dtype)
         self.layers = nnx.List([Block(spec, config, rngs=rngs, dtype=dtype, layout=layout) for spec in config.layers])
@@ -51,7 +51,7 @@ class Step3p5(nnx.Module):
 
     def forward(self, ids_BT: jax.Array, chunk: Chunk, cache: Cache | None = None) -> Hidden:
         """Run the backbone over a chunk of tokens, reading and extending the cache if there is one."""
-        x = self.embed(ids_BT)
+        x = self.layout.constrain(self.embed(ids_BT), "batch", "stream", "embed")
         views, expert_ids = [], []
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):

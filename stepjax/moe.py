@@ -9,7 +9,7 @@ from flax import nnx
 from stepjax.config import LayerSpec, ModelConfig
 from stepjax.layers import SwiGLU, normal
 from stepjax.layout import Layout
-from stepjax.ops.experts import ExpertWeights
+from stepjax.ops.experts import ExpertWeights, Form, routed_experts
 
 
 class RouterBias(nnx.Variable):
@@ -22,8 +22,8 @@ class Router(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         self.top_k, self.scale = config.top_k, config.router_scale
         size, experts = config.hidden_size, config.num_experts
-        self.weight = normal(rngs, (experts, size), ("expert", "embed"), std=size**-0.5, dtype=dtype)
-        self.bias = RouterBias(jnp.zeros((experts,), jnp.float32), axes=("expert",))
+        self.weight = normal(rngs, (experts, size), ("router", "embed"), std=size**-0.5, dtype=dtype)
+        self.bias = RouterBias(jnp.zeros((experts,), jnp.float32), axes=("router",))
 
     def __call__(self, x_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Expert ids [T, A] int32 and combine weights [T, A] float32.
@@ -77,9 +77,17 @@ class MoE(nnx.Module):
         Padding (``real`` false) chooses no expert, which is written as id E: its rows are all alike and would crowd
         into the same few experts.
         """
+        return self.layout.mixture(self, x_BTD, real_BT)
+
+    def local(
+        self, x_BTD: jax.Array, real_BT: jax.Array, *, first_expert: int | jax.Array = 0, form: Form | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What the weights at hand contribute: see `stepjax.layout.Routed`."""
         x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
         ids_TA, combine_TA = self.router(x_TD)
         ids_TA = jnp.where(real_BT.reshape(-1, 1), ids_TA, self.num_experts)
-        routed = self.layout.experts(x_TD, ids_TA, combine_TA, self.experts.weights(), self.spec.limit)
-        out = routed.astype(x_BTD.dtype).reshape(x_BTD.shape) + self.shared(x_BTD)
-        return out, ids_TA.reshape(*x_BTD.shape[:2], -1)
+        weights = self.experts.weights()
+        ours = ids_TA - first_expert
+        ours = jnp.where((ours >= 0) & (ours < weights.gate.shape[0]), ours, weights.gate.shape[0])
+        routed = routed_experts(x_TD, ours, combine_TA, weights, limit=self.spec.limit, form=form)
+        return routed.reshape(x_BTD.shape), self.shared.wide(x_BTD), ids_TA.reshape(*x_BTD.shape[:2], -1)

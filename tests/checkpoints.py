@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
+
+from stepjax.config import ASSETS
 
 Tensors = dict[str, np.ndarray]
 
@@ -231,3 +234,21 @@ def renamed(tensors: Mapping[str, np.ndarray], changes: Iterable[tuple[str, str]
             name = name.replace(old, new)
         out[name] = value
     return out
+
+
+def speaking_folder(folder: Path) -> Path:
+    """A random checkpoint with step-tiny's tokenizer and template.
+
+    No entry of the tokenizer has the last id, which alone ends an answer: answers never end by themselves.
+    """
+    hub = tiny_hub_config(vocab_size=512, max_position_embeddings=8192, eos_token_id=[511])
+    write_folder(folder, hub, random_tensors(hub))
+    for name in COMPANIONS:
+        shutil.copy(ASSETS / "step-tiny" / name, folder / name)
+    return folder
+
+
+def sparse(path: Path) -> None:
+    """A file of 64 GiB that takes no room."""
+    with path.open("wb") as file:
+        file.truncate(2**36)

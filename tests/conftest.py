@@ -40,6 +40,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out.add("gpu")
     if not (find_spec("torch") and find_spec("transformers")):
         left_out.add("oracle")
+    if not (find_spec("jax_plugins") and any(find_spec(f"jax_plugins.xla_cuda{major}") for major in (12, 13))):
+        left_out.add("aot")
     deselected = [item for item in items if left_out & {mark.name for mark in item.iter_markers()}]
     if deselected:
         config.hook.pytest_deselected(items=deselected)

@@ -78,7 +78,7 @@ def test_blocks_and_bands_equal_reference(length, window):
     chunk = Chunk.at(jnp.array([0, 9]), jnp.array([length, length - 11]), length)
     _, before_k, before_v = drawn(12, seed=1)
     prefix = Rows(before_k, before_v).prefix(chunk)
-    parts = [Keys(k, v, chunk.position_BT, aligned=True), prefix]
+    parts = [Keys(k, v, chunk.position_BT, offset=0), prefix]
     found, expected = both(q, chunk.position_BT, parts, window=window)
     np.testing.assert_allclose(found, expected, atol=3e-6)
     np.testing.assert_array_equal(found[1, length - 11 :], 0)  # padding sees no key
@@ -89,7 +89,7 @@ def test_block_of_the_real_size(window):
     length = stepjax.ops.attention.BLOCK + 3
     q, k, v = drawn(length)
     position = Chunk.whole(B, length).position_BT
-    found, expected = both(q, position, [Keys(k, v, position, aligned=True)], window=window)
+    found, expected = both(q, position, [Keys(k, v, position, offset=0)], window=window)
     np.testing.assert_allclose(found, expected, atol=3e-6)
 
 
@@ -101,7 +101,7 @@ def test_gradients_equal_reference(window):
     chunk = Chunk.at(jnp.zeros(B, jnp.int32), jnp.array([37, 20]), 37)
 
     def loss(implementation, q, k, v):
-        parts = [Keys(k, v, chunk.position_BT, aligned=True)]
+        parts = [Keys(k, v, chunk.position_BT, offset=0)]
         return jnp.sum(jnp.sin(attention(q, chunk.position_BT, parts, window=window, implementation=implementation)))
 
     blocked, reference = (
@@ -118,7 +118,7 @@ def test_segments_equal_separate_sequences(window):
     q, k, v = drawn(total)
     position = jnp.concatenate([jnp.arange(n, dtype=jnp.int32) for n in lengths])[None].repeat(B, 0)
     segment = jnp.repeat(jnp.arange(3), jnp.array(lengths), total_repeat_length=total)[None].repeat(B, 0)
-    parts = [Keys(k, v, position, segment, aligned=True)]
+    parts = [Keys(k, v, position, segment, offset=0)]
     for found in both(q, position, parts, window=window, segment_BT=segment):
         for row in range(B):
             for start, n in zip(np.cumsum([0, *lengths[:-1]]), lengths, strict=True):
@@ -132,7 +132,7 @@ def test_large_scores_stay_finite_and_exact():
     q, k, v = drawn(8)
     _, before_k, before_v = drawn(8, seed=1)
     chunk = Chunk.at(jnp.array([8, 3]), jnp.array([8, 8]), 8)
-    parts = [Keys(k, v, chunk.position_BT, aligned=True), Rows(30 * before_k, before_v).prefix(chunk)]
+    parts = [Keys(k, v, chunk.position_BT, offset=0), Rows(30 * before_k, before_v).prefix(chunk)]
     found, expected = both(100 * q, chunk.position_BT, parts, window=None)
     assert np.isfinite(found).all()
     np.testing.assert_allclose(
@@ -144,7 +144,7 @@ def test_bfloat16_is_rounded_twice():
     """Scores and sums are float32: what is rounded is the weights before the product with v, and the result."""
     q, k, v = drawn(64, dtype=jnp.bfloat16)
     position = Chunk.whole(B, 64).position_BT
-    found, expected = both(q, position, [Keys(k, v, position, aligned=True)], window=None)
+    found, expected = both(q, position, [Keys(k, v, position, offset=0)], window=None)
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(jnp.float32), rtol=2.0**-7, atol=2.0**-7)
 
@@ -177,7 +177,7 @@ def test_rows_past_the_last_are_dropped():
 def test_no_two_keys_are_written_to_one_row(monkeypatch):
     """Which of them stayed would be the device's choice."""
     stored = []
-    monkeypatch.setattr(stepjax.cache, "_store", lambda cache, row, new: stored.append(np.asarray(row)) or cache)
+    monkeypatch.setattr(stepjax.cache, "store", lambda cache, row, new: stored.append(np.asarray(row)) or cache)
     ring = Ring(jnp.zeros((B, 9, K, H)), jnp.zeros((B, 9, K, H)))
     ring.write(Chunk.at(jnp.array([2, 0]), jnp.array([30, 17]), 30), *drawn(30)[1:])
     for row in stored[0]:

@@ -2,39 +2,36 @@
 
 from __future__ import annotations
 
-import fcntl
-import io
 import json
 import os
-import pty
 import re
-import select
 import shutil
 import subprocess
 import sys
-import termios
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from checkpoints import random_tensors, tiny_hub_config, without_mtp, write_folder
+from checkpoints import (
+    COMPANIONS,
+    random_tensors,
+    sparse,
+    speaking_folder,
+    tiny_hub_config,
+    without_mtp,
+    write_folder,
+)
 
 from stepjax.cli import VERBS, main
 from stepjax.config import ASSETS
 from stepjax.errors import RequestError
-from stepjax.infer.cli_chat import Conversation
 from stepjax.infer.cli_options import Printer
 from stepjax.infer.load import Session, load, use_compile_cache
 from stepjax.infer.sampler import SamplingParams
 from stepjax.infer.transcript import Delta
 
 ROOT = Path(__file__).resolve().parent.parent
-COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
-# No entry of step-tiny's tokenizer has the last id, so that an answer never ends by itself.
-HUB = tiny_hub_config(vocab_size=512, max_position_embeddings=8192, eos_token_id=[511])
 TOKENS = [[0, 3, 5, 90], [7]]
 
 
@@ -47,11 +44,7 @@ def bare(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """A random checkpoint with step-tiny's tokenizer and template."""
-    folder = write_folder(tmp_path_factory.mktemp("whole") / "model", HUB, random_tensors(HUB))
-    for name in COMPANIONS:
-        shutil.copy(ASSETS / "step-tiny" / name, folder / name)
-    return folder
+    return speaking_folder(tmp_path_factory.mktemp("whole") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -189,137 +182,9 @@ def test_an_interrupt_is_130_and_a_full_disk_1(capsys, monkeypatch):
     assert run("info", "step-tiny") == 0
 
 
-# Broken folders
-
-
-def text(name: str, content: str | bytes) -> Callable[[Path], object]:
-    return lambda folder: (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-
-
-def field(name: str, key: str, value: object) -> Callable[[Path], object]:
-    def change(folder: Path) -> None:
-        content = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps(content | {key: value}))
-
-    return change
-
-
-def swap(name: str, make: Callable[[Path], object]) -> Callable[[Path], object]:
-    def change(folder: Path) -> None:
-        (folder / name).unlink()
-        make(folder / name)
-
-    return change
-
-
-def cut_file(folder: Path) -> None:
-    file = folder / "model-00002.safetensors"
-    file.write_bytes(file.read_bytes()[:-2])
-
-
-def sparse(path: Path) -> None:
-    with path.open("wb") as file:
-        file.truncate(2**36)
-
-
-CONFIG, INDEX, FIRST = "config.json", "model.safetensors.index.json", "model-00001.safetensors"
-TOKENIZER, TEMPLATE, DEFAULTS = "tokenizer.json", "chat_template.jinja", "generation_config.json"
-
-# Kind → (what is done to a good folder, what the line must hold beside the folder's path).
-BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no-config": (lambda folder: (folder / CONFIG).unlink(), CONFIG),
-    "cut-config": (text(CONFIG, "{"), CONFIG),
-    "binary-config": (text(CONFIG, b"\xff\xfe\0"), CONFIG),
-    "list-config": (text(CONFIG, "[]"), CONFIG),
-    "deep-config": (text(CONFIG, "[" * 100_000), CONFIG),
-    "folder-config": (swap(CONFIG, Path.mkdir), CONFIG),
-    "llama": (field(CONFIG, "model_type", "llama"), "model_type"),
-    "other-width": (field(CONFIG, "hidden_size", 128), "hidden_size|expected"),
-    "no-layers": (field(CONFIG, "layer_types", None), "layer_types"),
-    "zero-experts": (field(CONFIG, "moe_top_k", 0), "moe_top_k"),
-    "nan-theta": (field(CONFIG, "rope_theta", float("nan")), "rope_theta"),
-    "other-quantization": (field(CONFIG, "quantization_config", {"quant_method": "gptq"}), "quant_method"),
-    "cut-weights": (cut_file, "truncated"),
-    "empty-weights": (text(FIRST, ""), "0 bytes"),
-    "text-weights": (text(FIRST, "<!DOCTYPE html>" * 9), FIRST),
-    "lost-weights": (lambda folder: (folder / FIRST).unlink(), FIRST),
-    "foreign-weights": (swap(FIRST, lambda path: path.symlink_to("/etc/hosts")), "link out of the folder"),
-    "pipe-weights": (swap(FIRST, os.mkfifo), "not a regular file"),
-    "only-pickle": (
-        lambda folder: (
-            [(folder / name).unlink() for name in (INDEX, FIRST, "model-00002.safetensors")]
-            and (folder / "pytorch_model.bin").write_bytes(b"\x80\x04")
-        ),
-        "pytorch_model.bin",
-    ),
-    "cut-index": (text(INDEX, "{"), INDEX),
-    "empty-index": (text(INDEX, '{"weight_map": {}}'), "weight_map"),
-    "leaving-index": (text(INDEX, '{"weight_map": {"a": "../b.safetensors"}}'), "said to be in"),
-    "cut-tokenizer": (text(TOKENIZER, "{"), TOKENIZER),
-    "empty-tokenizer": (text(TOKENIZER, ""), TOKENIZER),
-    "other-decoder": (field(TOKENIZER, "decoder", {"type": "WordPiece"}), "ByteLevel"),
-    "odd-tokenizer": (field(TOKENIZER, "added_tokens", 5), TOKENIZER),
-    "larger-tokenizer": (field(CONFIG, "vocab_size", 300), "300|expected"),
-    "pipe-tokenizer": (swap(TOKENIZER, os.mkfifo), "not a regular file"),
-    "endless-tokenizer": (swap(TOKENIZER, lambda path: path.symlink_to("/dev/zero")), "link out of the folder"),
-    "huge-tokenizer": (swap(TOKENIZER, sparse), "is larger than"),
-    "dangling-tokenizer": (swap(TOKENIZER, lambda path: path.symlink_to("nothing")), TOKENIZER),
-    "odd-tokenizer-config": (text("tokenizer_config.json", "[]"), "tokenizer_config.json"),
-    "wrong-template": (text(TEMPLATE, "{% for %}"), TEMPLATE),
-    "binary-template": (text(TEMPLATE, b"\xff"), TEMPLATE),
-    "folder-template": (swap(TEMPLATE, Path.mkdir), TEMPLATE),
-    "no-template": (lambda folder: (folder / TEMPLATE).unlink(), "no chat template"),
-    "no-tokenizer": (lambda folder: (folder / TOKENIZER).unlink(), "no tokenizer.json"),
-    "cut-defaults": (text(DEFAULTS, "{"), DEFAULTS),
-    "list-defaults": (text(DEFAULTS, "[1]"), DEFAULTS),
-    "odd-defaults": (text(DEFAULTS, '{"temperature": "hot"}'), DEFAULTS),
-    "nan-defaults": (text(DEFAULTS, '{"top_p": NaN}'), DEFAULTS),
-}
-
-# Runs main on each folder in one fresh process, and says for each: exit code, CPU seconds, whether jax is there, lines.
-SCRIPT = """
-import contextlib, io, json, sys, time
-from stepjax.cli import main
-for folder in sys.argv[1:]:
-    out, err, began = io.StringIO(), io.StringIO(), time.process_time()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(["generate", "--model", folder, "--prompt", "hi"])
-    print(json.dumps([code, time.process_time() - began, "jax" in sys.modules, out.getvalue(), err.getvalue()]))
-"""
-
-
-@pytest.fixture(scope="module")
-def refusals(whole, tmp_path_factory) -> dict[str, list]:
-    home = tmp_path_factory.mktemp("broken")
-    for kind, (change, _) in BROKEN.items():
-        shutil.copytree(whole, home / kind)
-        change(home / kind)
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *(str(home / kind) for kind in BROKEN)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
-    assert done.stderr == ""
-    return dict(zip(BROKEN, map(json.loads, done.stdout.splitlines()), strict=True))
-
-
-@pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_folder_is_one_clear_line_at_once_and_without_jax(refusals, kind):
-    code, seconds, with_jax, out, err = refusals[kind]
-    assert (code, with_jax, out) == (1, False, "")
-    assert seconds < 1
-    assert err.startswith("stepjax: error: ")
-    assert kind in err  # the folder's name
-    assert re.search(BROKEN[kind][1], err)
-    assert "Traceback" not in err
-
-
 def test_a_tokenizer_without_template_still_takes_ids(capsys, whole, tokens, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "model")
-    (folder / TEMPLATE).unlink()
+    (folder / "chat_template.jinja").unlink()
     assert run("score", "--model", folder, "--tokens", tokens, "--out", tmp_path / "out.npz") == 0
     assert "2 sequences" in capsys.readouterr().out
     assert "no chat template" in refused(capsys, "chat", "--model", folder)
@@ -355,7 +220,7 @@ def test_info_has_the_figures_of_the_release(capsys):
 
 def test_info_reads_a_folder_a_file_and_a_name_alike(capsys):
     shown = []
-    for name in ("step-tiny", ASSETS / "step-tiny", ASSETS / "step-tiny" / CONFIG):
+    for name in ("step-tiny", ASSETS / "step-tiny", ASSETS / "step-tiny" / "config.json"):
         assert run("info", name, "--json") == 0
         shown.append(capsys.readouterr().out)
     assert shown[0] == shown[1] == shown[2]
@@ -363,9 +228,9 @@ def test_info_reads_a_folder_a_file_and_a_name_alike(capsys):
 
 @pytest.mark.parametrize("make", [os.mkfifo, sparse, Path.mkdir], ids=["pipe", "huge", "folder"])
 def test_info_does_not_block_or_fill_the_memory(capsys, tmp_path, make):
-    make(tmp_path / CONFIG)
+    make(tmp_path / "config.json")
     refused(capsys, "info", tmp_path)
-    refused(capsys, "info", tmp_path / CONFIG)
+    refused(capsys, "info", tmp_path / "config.json")
 
 
 # score
@@ -435,7 +300,7 @@ BAD_TOKENS = {
 def test_files_of_tokens_that_are_none(capsys, bare, tmp_path, verb, kind):
     file, content = tmp_path / "in.json", BAD_TOKENS[kind]
     if content is not None:
-        text(file.name, content)(tmp_path)
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
     flags = ["--out", tmp_path / "out.npz"] if verb == "score" else []
     line = refused(capsys, verb, "--model", bare, "--tokens", file, *flags)
     assert re.search("in.json|tokens: ", line)
@@ -488,7 +353,7 @@ def test_one_token(capsys, bare, tokens):
 
 
 def test_a_prompt_that_fills_the_context_is_refused_before_the_first_answer(capsys, bare, tmp_path):
-    text("in.json", json.dumps([[0], [5] * 256]))(tmp_path)
+    (tmp_path / "in.json").write_text(json.dumps([[0], [5] * 256]))
     assert "the context is 256" in refused(capsys, "generate", "--model", bare, "--tokens", tmp_path / "in.json")
 
 
@@ -577,119 +442,3 @@ def test_without_home_and_from_another_folder(tmp_path):
     done = process("env -u HOME -u XDG_CACHE_HOME stepjax info step-tiny --json", cwd=tmp_path)
     assert done.returncode == 0
     assert list(tmp_path.iterdir()) == []
-
-
-# chat
-
-
-def talk(monkeypatch, said: str, *flags: object) -> int:
-    monkeypatch.setattr("sys.stdin", io.StringIO(said))
-    return run("chat", "--max-tokens", 40, "--temperature", 0, *flags)
-
-
-def test_a_conversation_through_a_pipe(capsys, monkeypatch):
-    assert talk(monkeypatch, "\nWhat is 467 + 358?\n/help\n/what now\n/reset\n/exit\nWhat is 1 + 1?\n") == 0
-    out = capsys.readouterr().out
-    assert out.count("825") == 1
-    assert (
-        out.index("825")
-        < out.index("Ctrl-C stops an answer")
-        < out.index("/what is not a command")
-        < out.index("(forgotten)")
-    )
-    assert out.endswith("(forgotten)\n")
-    assert talk(monkeypatch, "") == 0  # the end of the input
-
-
-def test_chat_refuses_at_the_start_what_no_answer_could_do(capsys, monkeypatch, bare):
-    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
-    assert "no tokenizer.json" in refused(capsys, "chat", "--model", bare)
-    assert "speculate: is 9" in refused(capsys, "chat", "--speculate", 9)
-
-
-def test_a_message_that_cannot_be_answered_leaves_the_conversation_as_it_was(capsys, whole):
-    session = load(whole, dtype="float32")
-    chat = Conversation(session, SamplingParams(max_tokens=2), system="s", speculate=0)
-    chat.answer("x" * 20_000)
-    assert "context is 8192" in capsys.readouterr().err
-    assert chat.messages == [{"role": "system", "content": "s"}]
-    chat.answer("hi")
-    assert [message["role"] for message in chat.messages] == ["system", "user", "assistant"]
-
-
-class Terminal:
-    """A process on a terminal of its own, so that Ctrl-C and Ctrl-D are what they are."""
-
-    START = (
-        "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
-        "from stepjax.cli import main; sys.exit(main(sys.argv[1:]))"
-    )
-
-    def __init__(self, *args: object):
-        self._ours, theirs = pty.openpty()
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, b"\x28\0\xc8\0\0\0\0\0")  # 40 lines of 200 characters
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"}
-        env.pop("NO_COLOR", None)
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", self.START, *map(str, args)],
-            stdin=theirs,
-            stdout=theirs,
-            stderr=theirs,
-            start_new_session=True,
-            env=env,
-        )
-        os.close(theirs)
-        self._unread = b""
-
-    def type(self, keys: str) -> None:
-        os.write(self._ours, keys.encode())
-
-    def until(self, expected: str, seconds: float = 240) -> str:
-        """What is shown up to and with ``expected``."""
-        deadline = time.monotonic() + seconds
-        while expected.encode() not in self._unread:
-            ready, _, _ = select.select([self._ours], [], [], max(0.0, deadline - time.monotonic()))
-            assert ready, f"{expected!r} did not come; shown: {self._unread[-2000:]!r}"
-            try:
-                self._unread += os.read(self._ours, 65536)
-            except OSError:  # the other side was closed
-                pytest.fail(f"{expected!r} did not come before the end; shown: {self._unread[-2000:]!r}")
-        shown, _, self._unread = self._unread.partition(expected.encode())
-        return (shown + expected.encode()).decode(errors="replace")
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self._ours)
-
-
-@pytest.fixture
-def terminal(whole) -> Iterator[Terminal]:
-    one = Terminal("chat", "--model", whole, "--temperature", "0", "--max-tokens", "4000")
-    yield one
-    one.close()
-
-
-def test_chat_on_a_terminal(terminal):
-    terminal.until("Ctrl-C stops an answer")
-    terminal.until("> ")
-    terminal.type("half a line")
-    terminal.until("half a line")
-    time.sleep(0.5)  # Python's readline misses an interrupt that comes before it waits for keys
-    terminal.type("\x03")  # drops the line
-    terminal.until("> ")
-    terminal.type("/help\n")
-    terminal.until("/reset forgets the conversation")
-    terminal.until("> ")
-    for _ in range(2):
-        terminal.type("hello\n")
-        shown = terminal.until("\x1b[2m")  # the thinking, which has no end here, is dimmed
-        assert "(stopped)" not in shown
-        terminal.type("\x03")
-        terminal.until("(stopped)", 60)
-        terminal.until("> ")
-    terminal.type("/reset\n")
-    terminal.until("(forgotten)")
-    terminal.until("> ")
-    terminal.type("\x04")
-    assert terminal.process.wait(60) == 0

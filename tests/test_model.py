@@ -80,6 +80,7 @@ def test_every_axis_has_a_name(flash):
         "embed_in": {8192},
         "kv_heads": {1024},
         "head": {128},
+        "router": {288},
         "expert": {288},
         "expert_mlp": {1280},
     }

@@ -19,6 +19,7 @@ from golden.ours import Arrays, build, difference, params_of_hub
 
 import stepjax.attention
 import stepjax.layers
+import stepjax.ops.attention
 import stepjax.ops.experts
 from stepjax.attention import Attention
 from stepjax.block import Block
@@ -189,8 +190,8 @@ def attention(
             v = self._heads(self.v_proj(x), "kv_heads")
             if per_head:  # query head a reads KV head a mod K
                 k, v = (jnp.tile(y, (1, 1, spec.num_heads // spec.num_kv_heads, 1)) for y in (k, v))
-            keys = Keys(k, v, at, None, aligned=True)
-            out = stepjax.attention.attention(scale * q, at, [keys], window=spec.window)
+            keys = Keys(k, v, at, None, offset=0)
+            out = stepjax.ops.attention.attention(scale * q, at, [keys], window=spec.window)
             if gate is not None:
                 out *= gate(self.g_proj(stream["raw"] if gate_input == "raw" else x))[..., None]
             return self.o_proj(out.reshape(*x.shape[:2], -1)), cache

@@ -7,9 +7,10 @@ masks of their own: an empty row has position −1.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,43 @@ class Keys:
     v_BSKH: jax.Array
     position_BS: jax.Array  # int32; −1 is an empty row
     segment_BS: jax.Array | None = None  # int32; packed examples see only their own segment
-    aligned: bool = field(default=False, metadata={"static": True})  # row j of the keys is row j of the queries
+    offset: int | jax.Array | None = None  # row offset + j of the keys is row j of the queries; None: unrelated rows
+
+    def sliced(self, start: jax.Array, count: int) -> Keys:
+        """Rows ``start`` … ``start + count − 1``, no longer tied to the queries' rows."""
+        return jax.tree.map(lambda x: _rows(x, start, count), replace(self, offset=None))
+
+    def padded(self, before: int, after: int) -> Keys:
+        """Empty rows in front and behind."""
+        empty = jnp.pad(self.position_BS, [(0, 0), (before, after)], constant_values=-1)
+        wide = jax.tree.map(lambda x: _pad_rows(x, before, after), replace(self, offset=None))
+        return replace(wide, position_BS=empty, offset=self.offset)
+
+
+class Partial(NamedTuple):
+    """Attention to some of the keys, before the division: what `merge` needs to join it with the rest. All float32."""
+
+    out_BTKGH: jax.Array
+    top_BTKG: jax.Array  # largest score
+    total_BTKG: jax.Array  # sum of exp(score − top)
+
+    def scaled(self, top_BTKG: jax.Array) -> Partial:
+        """The same, measured against another largest score."""
+        scale = jnp.exp(self.top_BTKG - top_BTKG)
+        return Partial(self.out_BTKGH * scale[..., None], top_BTKG, self.total_BTKG * scale)
+
+
+def merge(first: Partial, second: Partial) -> Partial:
+    """Attention to the keys of both."""
+    top = jnp.maximum(first.top_BTKG, second.top_BTKG)
+    a, b = first.scaled(top), second.scaled(top)
+    return Partial(a.out_BTKGH + b.out_BTKGH, top, a.total_BTKG + b.total_BTKG)
+
+
+def finish(partial: Partial, dtype: jnp.dtype) -> jax.Array:
+    """The softmax average [B, T, N, H]; a query without visible keys gets zeros."""
+    out = partial.out_BTKGH / jnp.maximum(partial.total_BTKG, 1e-30)[..., None]
+    return out.reshape(*out.shape[:2], -1, out.shape[-1]).astype(dtype)
 
 
 def attention(
@@ -48,44 +85,51 @@ def attention(
     """
     if implementation == "reference":
         return _reference(q_BTNH, position_BT, parts, window=window, segment_BT=segment_BT)
-    B, T, N, H = q_BTNH.shape
+    return finish(attention_to(q_BTNH, position_BT, parts, window=window, segment_BT=segment_BT), q_BTNH.dtype)
+
+
+def attention_to(
+    q_BTNH: jax.Array,
+    position_BT: jax.Array,
+    parts: Sequence[Keys],
+    *,
+    window: int | None,
+    segment_BT: jax.Array | None = None,
+) -> Partial:
+    """`attention` to these keys only, to be merged with others."""
+    B, T, _, H = q_BTNH.shape
     q = q_BTNH.reshape(B, T, parts[0].k_BSKH.shape[2], -1, H)
     if T <= BLOCK:
-        out = _block(q, position_BT, segment_BT, parts, window)
-    else:
-        out = _by_blocks(q, position_BT, segment_BT, parts, window)
-    return out.reshape(B, T, N, H).astype(q_BTNH.dtype)
+        return _block(q, position_BT, segment_BT, parts, window)
+    return _by_blocks(q, position_BT, segment_BT, parts, window)
 
 
 def _by_blocks(
     q: jax.Array, position: jax.Array, segment: jax.Array | None, parts: Sequence[Keys], window: int | None
-) -> jax.Array:
-    """Run the queries BLOCK at a time; a windowed causal part is cut to the keys that the block can see."""
+) -> Partial:
+    """Run the queries BLOCK at a time; windowed keys that follow the queries' rows are cut to what a block can see."""
     T = q.shape[1]
     blocks = -(-T // BLOCK)
     queries = jax.tree.map(lambda x: _pad_rows(x, 0, blocks * BLOCK - T), (q, position, segment))
-    bands = [window is not None and part.aligned for part in parts]
+    bands = [window is not None and part.offset is not None for part in parts]
     before = 0 if window is None else window - 1  # keys that the first query of a block sees before itself
-    # With that many empty rows in front, the keys of the block at query i start at row i.
+    # With that many empty rows in front, the keys of the block at query i start at row offset + i.
     padded = [
-        _pad_keys(part, before, blocks * BLOCK - T) if band else part for part, band in zip(parts, bands, strict=True)
+        part.padded(before, blocks * BLOCK - T) if band else part for part, band in zip(parts, bands, strict=True)
     ]
 
-    def one(i: jax.Array) -> jax.Array:
+    def one(i: jax.Array) -> Partial:
         rows = [
-            jax.tree.map(lambda x: _rows(x, i * BLOCK, before + BLOCK), part) if band else part
+            part.sliced(part.offset + i * BLOCK, before + BLOCK) if band and part.offset is not None else part
             for part, band in zip(padded, bands, strict=True)
         ]
         q_rows, at, segments = jax.tree.map(lambda x: _rows(x, i * BLOCK, BLOCK), queries)
         return _block(q_rows, at, segments, rows, window)
 
-    out = jax.lax.map(one, jnp.arange(blocks))  # [blocks, B, BLOCK, K, G, H]
-    return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], blocks * BLOCK, *q.shape[2:])[:, :T]
+    def joined(x: jax.Array) -> jax.Array:  # [blocks, B, BLOCK, …]
+        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], blocks * BLOCK, *x.shape[3:])[:, :T]
 
-
-def _pad_keys(part: Keys, before: int, after: int) -> Keys:
-    empty = jnp.pad(part.position_BS, [(0, 0), (before, after)], constant_values=-1)
-    return replace(jax.tree.map(lambda x: _pad_rows(x, before, after), part), position_BS=empty)
+    return jax.tree.map(joined, jax.lax.map(one, jnp.arange(blocks)))
 
 
 def _pad_rows(x: jax.Array, before: int, after: int) -> jax.Array:
@@ -98,22 +142,12 @@ def _rows(x: jax.Array, start: jax.Array, count: int) -> jax.Array:
 
 def _block(
     q_BTKGH: jax.Array, position: jax.Array, segment: jax.Array | None, parts: Sequence[Keys], window: int | None
-) -> jax.Array:
-    """Attend to every part and merge: float32 [B, T, K, G, H]."""
-    outs, maxima, sums = zip(*(_part(q_BTKGH, position, segment, part, window) for part in parts), strict=True)
-    top = maxima[0]
-    for each in maxima[1:]:
-        top = jnp.maximum(top, each)
-    scales = [jnp.exp(each - top) for each in maxima]
-    total = sum(s * scale for s, scale in zip(sums, scales, strict=True))
-    out = sum(o * scale[..., None] for o, scale in zip(outs, scales, strict=True))
-    return out / jnp.maximum(total, 1e-30)[..., None]
+) -> Partial:
+    """Attend to every part and merge."""
+    return functools.reduce(merge, (_part(q_BTKGH, position, segment, part, window) for part in parts))
 
 
-def _part(
-    q: jax.Array, position: jax.Array, segment: jax.Array | None, part: Keys, window: int | None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Un-normalised output [B, T, K, G, H], row maxima and row sums [B, T, K, G], all float32."""
+def _part(q: jax.Array, position: jax.Array, segment: jax.Array | None, part: Keys, window: int | None) -> Partial:
     exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     scores = jnp.einsum("btkgh,bskh->btkgs", q, part.k_BSKH, precision=exact, preferred_element_type=jnp.float32)
     seen = _visible(position, segment, part, window)[:, :, None, None, :]
@@ -127,7 +161,7 @@ def _part(
         precision=exact,
         preferred_element_type=jnp.float32,
     )
-    return out, top, jnp.sum(weights, axis=-1)
+    return Partial(out, top, jnp.sum(weights, axis=-1))
 
 
 def _visible(position: jax.Array, segment: jax.Array | None, part: Keys, window: int | None) -> jax.Array:

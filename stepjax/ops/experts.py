@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from stepjax.ops.swiglu import swiglu
+from stepjax.ops.varying import vary_alike, vary_with
 from stepjax.quant import BlockScaled, dequantize, take
 
 Form = Literal["gathered", "batched", "capacity", "reference"]
@@ -53,6 +54,7 @@ def routed_experts(
       limit: clamp inside the SwiGLU, or None.
       form: pins the formulation; None chooses by the static token count.
     """
+    x_TD, ids_TA, combine_TA, weights = vary_alike((x_TD, ids_TA, combine_TA, weights))
     form = form or choose_form(x_TD.shape[0], weights.gate.shape[0], ids_TA.shape[1])
     run = {"gathered": _gathered, "batched": _batched, "capacity": _capacity, "reference": _reference}[form]
     with jax.named_scope(f"experts_{form}"):
@@ -76,7 +78,8 @@ def _reference(x: jax.Array, ids: jax.Array, combine: jax.Array, weights: Expert
         share = jnp.sum(jnp.where(ids == expert, combine, 0.0), axis=-1, keepdims=True)
         return out + share * jnp.dot(hidden, down.T, precision="highest"), None
 
-    return jax.lax.scan(one, jnp.zeros(x.shape, jnp.float32), jnp.arange(weights.gate.shape[0]))[0]
+    zero = vary_with(jnp.zeros(x.shape, jnp.float32), x)
+    return jax.lax.scan(one, zero, jnp.arange(weights.gate.shape[0]))[0]
 
 
 def _gathered(x: jax.Array, ids: jax.Array, combine: jax.Array, weights: ExpertWeights, limit: float | None):
@@ -156,8 +159,8 @@ class _Sorted(NamedTuple):
 def _sort(ids: jax.Array, num_experts: int) -> _Sorted:
     """Group assignments by expert; a stable sort keeps tokens in order, so results never depend on ties.
 
-    Under ``shard_map(check_vma=True)`` argsort types its result as replicated and gradients come out silently wrong:
-    a caller there casts the activations to varying first.
+    Under ``shard_map(check_vma=True)`` argsort types its result as replicated and gradients would come out silently
+    wrong: hence `vary_alike` in `routed_experts`.
     """
     flat = jnp.minimum(ids.reshape(-1), num_experts)
     order = jnp.argsort(flat, stable=True)
@@ -198,7 +201,8 @@ def _passes_forward(
     def body(index: jax.Array, out: jax.Array) -> jax.Array:
         return out + _one_pass(limit, rows, index, x, combine, weights, by)
 
-    return jax.lax.fori_loop(0, _num_passes(rows, by), body, jnp.zeros(x.shape, jnp.float32))
+    zero = vary_with(jnp.zeros(x.shape, jnp.float32), x)
+    return jax.lax.fori_loop(0, _num_passes(rows, by), body, zero)
 
 
 # The number of passes depends on the routing, so reverse mode cannot run through the loop: the backward pass runs the
@@ -220,7 +224,7 @@ def _passes_bwd(limit, rows, saved, cotangent):
         _, pull = jax.vjp(forward, x, combine, weights)
         return jax.tree.map(jnp.add, total, pull(cotangent))
 
-    zero = jax.tree.map(jnp.zeros_like, (x, combine, weights))
+    zero = vary_with(jax.tree.map(jnp.zeros_like, (x, combine, weights)), x)
     return (*jax.lax.fori_loop(0, _num_passes(rows, by), body, zero), None)
 
 

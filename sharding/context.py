@@ -1,0 +1,120 @@
+"""Attention over sequences that are split by position: the bodies that run on each device of the `context` axis.
+
+In prefill the chunk's tokens lie in blocks, device c holding the c-th. A full-attention layer's cache lies in stripes,
+position p on device p mod C, so that sequences of any length fill all devices alike. Window layers keep their small
+ring on every device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+
+from stepjax.cache import CacheView, Chunk, Rows, store
+from stepjax.ops.attention import Keys, Partial, attention_to, finish, merge
+
+AXIS = "context"
+RING_BYTES = 64 * 2**20  # keys and values of a chunk above which they pass round instead of being gathered
+
+
+@dataclass(frozen=True)
+class Split:
+    """What of a call is split over the ``size`` devices of the axis."""
+
+    size: int
+    tokens: bool  # the chunk, in blocks
+    rows: bool  # the cache, in stripes
+
+
+def attend_split(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    chunk: Chunk,
+    cache: CacheView | None,
+    *,
+    window: int | None,
+    split: Split,
+    select: Callable[[Keys], Keys],
+) -> tuple[jax.Array, CacheView | None]:
+    """`stepjax.cache.attend` on one device's share: its heads, its block of the chunk, its stripe of the cache.
+
+    Args:
+      select: the key-value heads that the local query heads use.
+    """
+    keys = Keys(k_BTKH, v_BTKH, chunk.position_BT, chunk.segment_BT, offset=0)
+    if split.tokens and cache is None and 2 * k_BTKH.nbytes * split.size > RING_BYTES:
+        return finish(_ring(q_BTNH, select(keys), window, split.size), q_BTNH.dtype), None
+    if split.tokens:
+        keys = _gathered(keys, offset=jax.lax.axis_index(AXIS) * q_BTNH.shape[1])
+    everything = Chunk(keys.position_BS, chunk.start_B)
+
+    def attend_to(keys: Keys) -> Partial:
+        return attention_to(q_BTNH, chunk.position_BT, [select(keys)], window=window, segment_BT=chunk.segment_BT)
+
+    out = attend_to(keys)
+    if split.rows:
+        assert isinstance(cache, Rows), "only full-attention layers are split by position"
+        stripe = _Stripe(cache, split.size)
+        out = merge(out, _prefix(q_BTNH, everything, select(stripe.prefix(chunk)), split))
+        cache = stripe.write(everything, keys.k_BSKH, keys.v_BSKH)
+    elif cache is not None:
+        out = merge(out, attend_to(cache.prefix(chunk)))
+        cache = cache.write(everything, keys.k_BSKH, keys.v_BSKH)
+    return finish(out, q_BTNH.dtype), cache
+
+
+@dataclass(frozen=True)
+class _Stripe:
+    """This device's rows of a full-attention layer: row r holds position r·C + c."""
+
+    rows: Rows
+    size: int
+
+    def prefix(self, chunk: Chunk) -> Keys:
+        row = jnp.arange(self.rows.k_BSKH.shape[1], dtype=jnp.int32)[None, :]
+        position = row * self.size + jax.lax.axis_index(AXIS)
+        return Keys(self.rows.k_BSKH, self.rows.v_BSKH, jnp.where(position < chunk.start_B[:, None], position, -1))
+
+    def write(self, chunk: Chunk, k_BTKH: jax.Array, v_BTKH: jax.Array) -> Rows:
+        position, past = chunk.position_BT, self.rows.k_BSKH.shape[1]
+        ours = (position >= 0) & (position % self.size == jax.lax.axis_index(AXIS))
+        row = jnp.where(ours, position // self.size, past)
+        return Rows(store(self.rows.k_BSKH, row, k_BTKH), store(self.rows.v_BSKH, row, v_BTKH))
+
+
+def _prefix(q_BTNH: jax.Array, everything: Chunk, prefix: Keys, split: Split) -> Partial:
+    """Attention of this device's queries to all stripes. The queries travel, not the cache: they are fewer."""
+    q = jax.lax.all_gather(q_BTNH, AXIS, axis=1, tiled=True) if split.tokens else q_BTNH
+    part = attention_to(q, everything.position_BT, [prefix], window=None)
+    part = part.scaled(jax.lax.pmax(part.top_BTKG, AXIS))
+    if not split.tokens:
+        return Partial(jax.lax.psum(part.out_BTKGH, AXIS), part.top_BTKG, jax.lax.psum(part.total_BTKG, AXIS))
+    count = q_BTNH.shape[1]
+    return Partial(
+        jax.lax.psum_scatter(part.out_BTKGH, AXIS, scatter_dimension=1, tiled=True),
+        jax.lax.dynamic_slice_in_dim(part.top_BTKG, jax.lax.axis_index(AXIS) * count, count, axis=1),
+        jax.lax.psum_scatter(part.total_BTKG, AXIS, scatter_dimension=1, tiled=True),
+    )
+
+
+def _gathered(keys: Keys, *, offset: jax.Array) -> Keys:
+    """The keys of the whole chunk, in which this device's queries begin at row ``offset``."""
+    whole = jax.tree.map(lambda x: jax.lax.all_gather(x, AXIS, axis=1, tiled=True), replace(keys, offset=None))
+    return replace(whole, offset=offset)
+
+
+def _ring(q_BTNH: jax.Array, keys: Keys, window: int | None, size: int) -> Partial:
+    """Blocks of keys pass from device to device; a window needs only the last few before one's own."""
+    length = q_BTNH.shape[1]
+    hops = size - 1 if window is None else min(size - 1, -(-(window - 1) // length))
+    position, segment = keys.position_BS, keys.segment_BS
+    onward = [(device, (device + 1) % size) for device in range(size)]
+    out = attention_to(q_BTNH, position, [keys], window=window, segment_BT=segment)
+    for _ in range(hops):
+        keys = jax.tree.map(lambda x: jax.lax.ppermute(x, AXIS, onward), replace(keys, offset=None))
+        out = merge(out, attention_to(q_BTNH, position, [keys], window=window, segment_BT=segment))
+    return out

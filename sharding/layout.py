@@ -1,0 +1,190 @@
+"""The model on a mesh: `stepjax.layout.Layout` by placement (jit partitions the products) and shard_map islands.
+
+Widths are split by placement alone: each attention or MLP has one product whose contracted axis is split, which costs
+one reduction. Islands hold what a partitioner would get wrong or slow: attention with its cache, and the experts.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from stepjax.cache import CacheView, Chunk
+from stepjax.layout import Routed
+from stepjax.ops.attention import Keys
+from stepjax.ops.experts import Form
+from stepjax.sharding.context import Split, attend_split
+from stepjax.sharding.rules import GROUP, Axes, Rules
+
+Leaves = dict[Any, Any]  # path → parameter
+Merge = Callable[[Leaves], Any]
+
+STREAM_TOKENS = 1024  # tokens of a sequence from which the residual stream is split over the group
+CONTEXT_TOKENS = 16  # tokens a device from which a chunk is split over `context`
+
+
+@dataclass(frozen=True)
+class MeshLayout:
+    """A `Layout` on a mesh.
+
+    In decode the residual stream is whole on each device of a group (``expert`` × ``tensor``) and each layer ends in
+    two all-reduces. From ``stream_tokens`` tokens on, in prefill and training, it is split over the group by tokens:
+    a reduce-scatter after each part, an all-gather before, the same bytes and 1/n of the saved activations.
+    """
+
+    mesh: Mesh
+    rules: Rules
+    form: Form | None = None  # pins a formulation of the experts
+    stream_tokens: int = STREAM_TOKENS
+
+    @property
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def sharding(self, shape: tuple[int, ...], *axes: str | None) -> NamedSharding:
+        return NamedSharding(self.mesh, self._fit(shape, *axes))
+
+    def parameter(self, *axes: str | None) -> NamedSharding:
+        """Where a parameter lies."""
+        return NamedSharding(self.mesh, self.rules.spec(*axes))
+
+    def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, self.sharding(x.shape, *axes))
+
+    def attend(
+        self,
+        q_BTNH: jax.Array,
+        k_BTKH: jax.Array,
+        v_BTKH: jax.Array,
+        chunk: Chunk,
+        cache: CacheView | None,
+        *,
+        window: int | None,
+    ) -> tuple[jax.Array, CacheView | None]:
+        """q[B_data, T_context, N_heads, H] → the same; keys and values are split as far as their heads go round."""
+        q_spec = self._fit(q_BTNH.shape, "batch", "length", "heads", "head")
+        kv_spec = self._fit(k_BTKH.shape, "batch", "length", "kv_heads", "head")
+        token_spec = PartitionSpec(*q_spec[:2])
+        chunk_spec = Chunk(token_spec, PartitionSpec(q_spec[0]), None if chunk.segment_BT is None else token_spec)
+        cache_spec = None if cache is None else jax.tree.map(lambda x: self._fit(x.shape, *cache.axes), cache)
+        split = Split(
+            self.rules.mesh.context,
+            tokens=q_spec[1] is not None,
+            rows=any(spec[1] is not None for spec in jax.tree.leaves(cache_spec)),
+        )
+        heads = LocalHeads(q_BTNH.shape[2] // k_BTKH.shape[2], _axes(q_spec[2]), _axes(kv_spec[2]))
+
+        def body(q: jax.Array, k: jax.Array, v: jax.Array, chunk: Chunk, cache: CacheView | None) -> Any:
+            select = functools.partial(heads.of, num_heads=q.shape[2])
+            return attend_split(q, k, v, chunk, cache, window=window, split=split, select=select)
+
+        return jax.shard_map(
+            body,
+            mesh=self.mesh,
+            in_specs=(q_spec, kv_spec, kv_spec, chunk_spec, cache_spec),
+            out_specs=(q_spec, cache_spec),
+            check_vma=cache is None,  # a gathered ring is alike on all devices, which its type cannot say
+        )(q_BTNH, k_BTKH, v_BTKH, chunk, cache)
+
+    def mixture(self, moe: Routed, x_BTD: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """x[B_data, T_context, D] → [B_data, T_stream, D]: replicated tokens, local experts, one reduction."""
+        x_spec = self._fit(x_BTD.shape, "batch", "length", "embed")
+        out_spec = self._fit(x_BTD.shape, "batch", "stream", "embed")
+        token_spec = PartitionSpec(*x_spec[:2])
+        merge, leaves, specs = self._taken_apart(moe)
+        scatter = out_spec[1] != x_spec[1]
+        body = functools.partial(self._mixture, merge, scatter=scatter)
+        return jax.shard_map(
+            body,
+            mesh=self.mesh,
+            in_specs=(specs, x_spec, token_spec),
+            out_specs=(out_spec, PartitionSpec(*token_spec, None)),
+        )(leaves, x_BTD, real_BT)
+
+    def _mixture(
+        self, merge: Merge, leaves: Leaves, x_BTD: jax.Array, real_BT: jax.Array, *, scatter: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        table, group = self.rules.table, self.rules.live(GROUP)
+        moe = merge(leaves)
+        first = _index(table.get("expert", ())) * (
+            self.rules.config.num_experts // self.rules.size(table.get("expert", ()))
+        )
+        routed, shared, ids = moe.local(x_BTD, real_BT, first_expert=first, form=self.form)
+        split = (*table.get("expert", ()), *table.get("expert_mlp", ()))
+        out = _once(routed, set(group) - set(split)) + _once(shared, set(group) - set(table["mlp"]))
+        out = out.astype(x_BTD.dtype)
+        if not group:
+            return out, ids
+        if scatter:
+            return jax.lax.psum_scatter(out, group, scatter_dimension=1, tiled=True), ids
+        return jax.lax.psum(out, group), ids
+
+    def _taken_apart(self, module: Any) -> tuple[Merge, Leaves, dict[Any, PartitionSpec]]:
+        """A module as a flat table of its parameters, their placement inside an island, and the way back."""
+        graph, state = nnx.split(module)
+        variables = dict(nnx.to_flat_state(state))
+        leaves = {path: variable.get_value() for path, variable in variables.items()}
+        specs = {path: self.rules.gathered(*variable.get_metadata("axes")) for path, variable in variables.items()}
+
+        def merge(leaves: Leaves) -> Any:
+            placed = [(path, variables[path].replace(value)) for path, value in leaves.items()]
+            return nnx.merge(graph, nnx.from_flat_state(placed))
+
+        return merge, leaves, specs
+
+    def _fit(self, shape: tuple[int, ...], *axes: str | None) -> PartitionSpec:
+        return self.rules.fit(shape, *(self._named(size, axis) for size, axis in zip(shape, axes, strict=True)))
+
+    def _named(self, size: int, axis: str | None) -> str | None:
+        """The axis, unless there are too few tokens for splitting them to pay."""
+        context = self.rules.mesh.context
+        if axis == "stream" and (size < self.stream_tokens or size % (context * self.rules.size(GROUP))):
+            axis = "length"
+        return None if axis == "length" and size < context * CONTEXT_TOKENS else axis
+
+
+@dataclass(frozen=True)
+class LocalHeads:
+    """Which key-value heads the query heads of a device use, where the latter are split further than the former."""
+
+    group: int  # query heads that share a key-value head
+    q_axes: Axes
+    kv_axes: Axes
+
+    def of(self, keys: Keys, *, num_heads: int) -> Keys:
+        """The heads that ``num_heads`` local query heads use: one a group of them, or one each where groups are cut."""
+        if self.q_axes == self.kv_axes:
+            return keys
+        first = _index(self.q_axes) * num_heads
+        held = _index(self.kv_axes) * keys.k_BSKH.shape[2]
+        if self.group % num_heads == 0 or num_heads % self.group == 0:
+            start, count = first // self.group - held, max(num_heads // self.group, 1)
+            k, v = (jax.lax.dynamic_slice_in_dim(x, start, count, axis=2) for x in (keys.k_BSKH, keys.v_BSKH))
+        else:
+            used = (first + jnp.arange(num_heads)) // self.group - held
+            k, v = (jnp.take(x, used, axis=2, mode="clip") for x in (keys.k_BSKH, keys.v_BSKH))
+        return replace(keys, k_BSKH=k, v_BSKH=v)
+
+
+def _index(axes: Axes) -> jax.Array | int:
+    """This device's place along these mesh axes together."""
+    return jax.lax.axis_index(axes) if axes else 0
+
+
+def _once(x: jax.Array, axes: set[str]) -> jax.Array:
+    """``x`` on one device of these axes and zeros on the others, which hold the same: it is about to be summed."""
+    if not axes:
+        return x
+    return jnp.where(_index(tuple(sorted(axes))) == 0, x, jnp.zeros((), x.dtype))
+
+
+def _axes(entry: Any) -> Axes:
+    """The mesh axes of one entry of a PartitionSpec."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)

@@ -1,0 +1,199 @@
+"""Which mesh axes a logical axis is split over: one table per strategy, resolved against a model and a mesh.
+
+Parameters, activations, caches, adapters and optimiser state take their placement from the same table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from jax.sharding import PartitionSpec
+
+from stepjax.config import ModelConfig
+from stepjax.errors import MeshError
+from stepjax.layout import AXES as LOGICAL
+from stepjax.sharding.mesh import MeshSpec
+
+Axes = tuple[str, ...]
+
+GROUP: Axes = ("expert", "tensor")  # devices that hold one copy of the model between them
+
+# Logical axis → mesh axes, outermost first. What a table leaves out is not split.
+_WIDTHS: dict[str, Axes] = {"vocab": GROUP, "heads": GROUP, "kv_heads": GROUP, "mlp": GROUP, "embed_in": GROUP}
+STRATEGIES: dict[str, dict[str, Axes]] = {
+    # Every width is split, the experts' too: least memory a device in small groups, smallest products.
+    "tensor": _WIDTHS | {"expert_mlp": GROUP},
+    # Whole experts only: legal for FP8 blocks at any size, no reduction inside an expert.
+    "expert": _WIDTHS | {"expert": GROUP},
+    # Whole experts over one axis, the width of each over the other.
+    "expert_tensor": _WIDTHS | {"expert": ("expert",), "expert_mlp": ("tensor",)},
+    # For training: the former, and every matrix also over the replicas, gathered where it is used.
+    "fsdp": _WIDTHS | {"expert": ("expert",), "expert_mlp": ("tensor",), "embed": ("data",)},
+}
+
+# Activations, whatever the strategy.
+_ACTIVATIONS: dict[str, Axes] = {
+    "batch": ("data",),
+    "length": ("context",),
+    "stream": ("context", *GROUP),
+    "rows": ("context",),
+}
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The table of one model on one mesh.
+
+    Raises:
+      MeshError: the model cannot be split that way; the message says what would be legal.
+    """
+
+    config: ModelConfig
+    mesh: MeshSpec
+    strategy: str = "expert_tensor"
+    keep_fp8: bool = False  # the experts' weights stay in blocks, which no device may share
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise MeshError(f"strategy: is {self.strategy!r}, expected one of {', '.join(STRATEGIES)}")
+        self.table  # noqa: B018  (resolved now, so that a bad mesh is refused now)
+
+    @cached_property
+    def table(self) -> dict[str, Axes]:
+        """Logical axis → the mesh axes that it is split over here; axes of size 1 are left out."""
+        return {name: axes for name, axes, _ in self._resolved}
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """What is copied where the user may expect it to be split, one line each."""
+        return tuple(note for _, _, note in self._resolved if note)
+
+    def spec(self, *axes: str | None) -> PartitionSpec:
+        """Placement of a parameter with these logical axes. Vectors are small: every device holds them whole."""
+        if len(axes) == 1:
+            return PartitionSpec(None)
+        return self._spec([self.table.get(axis or "", ()) for axis in axes])
+
+    def gathered(self, *axes: str | None) -> PartitionSpec:
+        """Placement of a parameter where it is used: `spec` without what only saves memory."""
+        return self._spec([tuple(a for a in self.table.get(axis or "", ()) if a in GROUP) for axis in axes])
+
+    def fit(self, shape: Sequence[int], *axes: str | None) -> PartitionSpec:
+        """Placement of an activation or a cache: a dimension that its mesh axes do not divide is copied instead."""
+        assert len(shape) == len(axes), f"{len(axes)} axis names for shape {tuple(shape)}"
+        table = self.table | {name: self.live(mesh_axes) for name, mesh_axes in _ACTIVATIONS.items()} | {"embed": ()}
+        chosen = [table.get(axis or "", ()) for axis in axes]
+        return self._spec(
+            [each if size % self.size(each) == 0 else () for each, size in zip(chosen, shape, strict=True)]
+        )
+
+    def size(self, axes: Axes) -> int:
+        """Devices along these mesh axes together."""
+        return math.prod(self.mesh.sizes[axis] for axis in axes)
+
+    def live(self, axes: Axes) -> Axes:
+        """Those of the mesh axes that split anything."""
+        return tuple(axis for axis in axes if self.mesh.sizes[axis] > 1)
+
+    def _spec(self, entries: Sequence[Axes]) -> PartitionSpec:
+        used = [axis for entry in entries for axis in entry]
+        assert len(used) == len(set(used)), f"{entries} split two dimensions over one mesh axis"
+        return PartitionSpec(*(entry if len(entry) > 1 else entry[0] if entry else None for entry in entries))
+
+    @cached_property
+    def _resolved(self) -> list[tuple[str, Axes, str]]:
+        asked = STRATEGIES[self.strategy]
+        return [(name, *self._resolve(name, self.live(asked.get(name, ())))) for name in LOGICAL if name in asked]
+
+    def _resolve(self, name: str, axes: Axes) -> tuple[Axes, str]:
+        """The axes that ``name`` can be split over, and a note if they are fewer than asked for."""
+        sizes = _sizes(self.config, name)
+        what = f"{_MEANING[name]} ({' and '.join(map(str, sorted(sizes)))})"
+        if name == "kv_heads":
+            kept = self._leading(axes, sizes)
+        elif name in ("expert", "expert_mlp", "embed"):
+            if not self._divides(sizes, axes):
+                raise MeshError(self._refusal(what, axes, sizes))
+            kept = axes
+        else:
+            kept = next((each for each in (axes, self.live(("tensor",))) if self._divides(sizes, each)), None)
+            if kept is None and name in ("vocab", "embed_in"):
+                kept = ()
+            elif kept is None:
+                raise MeshError(self._refusal(what, self.live(("tensor",)), sizes))
+        if name in ("expert_mlp", "embed") and self.keep_fp8:
+            self._check_blocks(what, axes, sizes, self.config.fp8_block)
+        if kept == axes:
+            return kept, ""
+        copied = f"{self.size(axes) // self.size(kept)} devices each hold a copy"
+        return kept, f"{what} are not split over all of {_text(self.mesh, axes)}: {copied}"
+
+    def _divides(self, sizes: frozenset[int], axes: Axes) -> bool:
+        return all(size % self.size(axes) == 0 for size in sizes)
+
+    def _leading(self, axes: Axes, sizes: frozenset[int]) -> Axes:
+        """As many of the leading axes as divide every size, so that a device's query heads meet its own kv heads."""
+        heads = self._resolve("heads", axes)[0]
+        count = len(heads)
+        while not self._divides(sizes, heads[:count]):
+            count -= 1
+        return heads[:count]
+
+    def _check_blocks(self, what: str, axes: Axes, sizes: frozenset[int], block: tuple[int, int] | None) -> None:
+        if block is None or not axes:
+            return
+        for size in sizes:
+            for width in sorted(set(block)):
+                if (size // self.size(axes)) % width:
+                    legal = [n for n in range(1, size // width + 1) if size % n == 0 and (size // n) % width == 0]
+                    raise MeshError(
+                        f"{_text(self.mesh, axes)}: {what} would be cut inside an FP8 block of {width}; expected "
+                        f"{' or '.join(map(str, legal))} ways, or load the weights widened (without keep_fp8)"
+                    )
+
+    def _refusal(self, what: str, axes: Axes, sizes: frozenset[int]) -> str:
+        common = math.gcd(*sizes)
+        legal = [n for n in range(1, common + 1) if common % n == 0]
+        asked = self.size(axes)
+        near = min(legal, key=lambda n: (abs(n - asked), n))
+        return (
+            f"{_text(self.mesh, axes)}: {what} cannot be split {asked} ways; the nearest that can is {near} "
+            f"(all that can: {', '.join(map(str, legal))})"
+        )
+
+
+def _text(mesh: MeshSpec, axes: Axes) -> str:
+    return ",".join(f"{axis}={mesh.sizes[axis]}" for axis in axes) or "mesh"
+
+
+_MEANING = {
+    "vocab": "the vocabulary",
+    "embed": "the model's width",
+    "embed_in": "the input of the MTP merge",
+    "heads": "query heads",
+    "kv_heads": "key-value heads",
+    "mlp": "widths of dense and shared MLPs",
+    "expert": "routed experts",
+    "expert_mlp": "the width of a routed expert",
+}
+
+
+def _sizes(config: ModelConfig, name: str) -> frozenset[int]:
+    """Every size that a logical axis has in the model."""
+    layers = config.all_layers
+    dense = any(not layer.moe for layer in layers)
+    return frozenset(
+        {
+            "vocab": [config.vocab_size],
+            "embed": [config.hidden_size],
+            "embed_in": [2 * config.hidden_size],
+            "heads": [layer.num_heads for layer in layers],
+            "kv_heads": [layer.num_kv_heads for layer in layers],
+            "mlp": [config.shared_size, *([config.intermediate_size] if dense else [])],
+            "expert": [config.num_experts],
+            "expert_mlp": [config.expert_size],
+        }[name]
+    )

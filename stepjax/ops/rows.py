@@ -1,0 +1,17 @@
+"""One row of each sequence, in a form that keeps sequences apart when they lie on different devices."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def take_row(x_BT: jax.Array, row_B: jax.Array) -> jax.Array:
+    """``x[b, row[b]]``: [B, T, …] → [B, …]; a negative row counts from the end."""
+    index = row_B.reshape(-1, *(1,) * (x_BT.ndim - 1))
+    return jnp.take_along_axis(x_BT, index, axis=1)[:, 0]
+
+
+def put_row(x_BT: jax.Array, row_B: jax.Array, value_B: jax.Array) -> jax.Array:
+    """[B, T] with ``x[b, row[b]] = value[b]``; a negative row counts from the end."""
+    return jax.vmap(lambda x, row, value: x.at[row].set(value))(x_BT, row_B, value_B)

@@ -1,0 +1,224 @@
+"""Meshes as text, the table of rules, and what is refused: each with its reason, none with a crash."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import pytest
+from checkpoints import tiny_hub_config
+from jax.sharding import PartitionSpec as P
+
+from stepjax.config import ModelConfig
+from stepjax.errors import MeshError
+from stepjax.layout import AXES as LOGICAL
+from stepjax.model import abstract, axes_of, params_of
+from stepjax.sharding.mesh import AXES, MeshSpec
+from stepjax.sharding.rules import GROUP, STRATEGIES, Rules
+
+FLASH = ModelConfig.preset("step-3.5-flash")
+FP8 = dataclasses.replace(FLASH, fp8_block=(128, 128))
+TINY = ModelConfig.from_hf(tiny_hub_config())
+EIGHT = dataclasses.replace(TINY, num_experts=12)
+
+# Text, devices, strategy, configuration, FP8 kept, what the message must say.
+ILLEGAL = [
+    ("expert", 8, "expert", FLASH, False, "expert = ''"),
+    ("expert=", 8, "expert", FLASH, False, "expected a whole number"),
+    ("expert=two", 8, "expert", FLASH, False, "expert = 'two'"),
+    ("expert=1.5", 8, "expert", FLASH, False, "expected a whole number"),
+    ("expert=0", 8, "expert", FLASH, False, "expert = 0, expected at least 1"),
+    ("expert=-2", 8, "expert", FLASH, False, "expert = -2"),
+    ("expert=--1", 8, "expert", FLASH, False, "expected a whole number"),
+    ("expert=9999999", 8, "expert", FLASH, False, "expected a whole number"),
+    ("expert=²", 8, "expert", FLASH, False, "expected a whole number"),
+    ("experts=8", 8, "expert", FLASH, False, "'experts' is not an axis, expected one of data, context, expert, tensor"),
+    ("model=8", 8, "expert", FLASH, False, "'model' is not an axis"),
+    ("8", 8, "expert", FLASH, False, "'8' is not an axis"),
+    ("tensor=2;expert=4", 8, "expert", FLASH, False, "expected a whole number"),
+    ("expert=2,expert=4", 8, "expert", FLASH, False, "expert stands there twice"),
+    ("tensor=1,tensor=1", 8, "expert", FLASH, False, "tensor stands there twice"),
+    ("data=-1,expert=-1", 8, "expert", FLASH, False, "leaves two axes open"),
+    ("expert=16", 8, "expert", FLASH, False, "takes 16 devices, found 8; expert=8 would fit"),
+    ("expert=4,tensor=4", 8, "expert", FLASH, False, "takes 16 devices, found 8; expert=2,tensor=4 would fit"),
+    ("expert=3,data=-1", 8, "expert", FLASH, False, "leaves 8 / 3 devices for data"),
+    ("tensor=16,data=-1", 8, "expert", FLASH, False, "leaves 8 / 16 devices for data"),
+    ("expert=8", 8, "experts", FLASH, False, "strategy: is 'experts', expected one of tensor, expert"),
+    ("expert=8", 8, "", FLASH, False, "strategy: is ''"),
+    (
+        "expert=5",
+        5,
+        "expert",
+        FLASH,
+        False,
+        "expert=5: routed experts (288) cannot be split 5 ways; the nearest that can is 4",
+    ),
+    ("expert=7", 7, "expert", FLASH, False, "routed experts (288) cannot be split 7 ways; the nearest that can is 6"),
+    (
+        "expert=64",
+        64,
+        "expert_tensor",
+        FLASH,
+        False,
+        "routed experts (288) cannot be split 64 ways; the nearest that can is 72",
+    ),
+    ("expert=256", 256, "expert_tensor", FLASH, False, "the nearest that can is 288"),
+    (
+        "expert=40",
+        40,
+        "expert",
+        FLASH,
+        False,
+        "routed experts (288) cannot be split 40 ways; the nearest that can is 36",
+    ),
+    ("expert=512", 512, "expert", FLASH, False, "routed experts (288) cannot be split 512 ways"),
+    ("expert=11,tensor=2", 22, "expert_tensor", FLASH, False, "routed experts (288) cannot be split 11 ways"),
+    ("expert=16,tensor=5", 80, "expert", FLASH, False, "cannot be split"),
+    (
+        "tensor=3",
+        3,
+        "tensor",
+        FLASH,
+        False,
+        "query heads (64 and 96) cannot be split 3 ways; the nearest that can is 2",
+    ),
+    (
+        "tensor=5",
+        5,
+        "tensor",
+        FLASH,
+        False,
+        "query heads (64 and 96) cannot be split 5 ways; the nearest that can is 4",
+    ),
+    ("tensor=6", 6, "tensor", FLASH, False, "query heads (64 and 96) cannot be split 6 ways"),
+    ("tensor=7", 7, "tensor", FLASH, False, "query heads (64 and 96) cannot be split 7 ways"),
+    (
+        "tensor=12",
+        12,
+        "expert_tensor",
+        FLASH,
+        False,
+        "query heads (64 and 96) cannot be split 12 ways; the nearest that can is 8",
+    ),
+    ("tensor=24", 24, "expert_tensor", FLASH, False, "query heads (64 and 96) cannot be split 24 ways"),
+    ("tensor=48", 48, "expert_tensor", FLASH, False, "(all that can: 1, 2, 4, 8, 16, 32)"),
+    (
+        "tensor=64",
+        64,
+        "expert_tensor",
+        FLASH,
+        False,
+        "query heads (64 and 96) cannot be split 64 ways; the nearest that can is 32",
+    ),
+    ("tensor=96", 96, "expert_tensor", FLASH, False, "query heads (64 and 96) cannot be split 96 ways"),
+    ("expert=9,tensor=3", 27, "expert_tensor", FLASH, False, "tensor=3: query heads"),
+    ("tensor=4", 4, "tensor", FP8, True, "cut inside an FP8 block of 128; expected 1 or 2 or 5 or 10 ways"),
+    ("tensor=8", 8, "tensor", FP8, True, "the width of a routed expert (1280) would be cut inside an FP8 block"),
+    ("tensor=16", 16, "expert_tensor", FP8, True, "expected 1 or 2 or 5 or 10 ways"),
+    ("tensor=32", 32, "expert_tensor", FP8, True, "or load the weights widened"),
+    ("expert=8,tensor=4", 32, "expert_tensor", FP8, True, "tensor=4: the width of a routed expert"),
+    ("expert=2,tensor=2", 4, "tensor", FP8, True, "expert=2,tensor=2: the width of a routed expert"),
+    ("data=3", 3, "fsdp", FLASH, False, "data=3: the model's width (4096) cannot be split 3 ways"),
+    ("data=48", 48, "fsdp", FLASH, False, "the model's width (4096) cannot be split 48 ways"),
+    ("data=64", 64, "fsdp", FP8, True, "the model's width (4096) would be cut inside an FP8 block of 128"),
+    ("expert=3", 3, "expert", TINY, False, "routed experts (8) cannot be split 3 ways"),
+    ("tensor=4", 4, "tensor", TINY, False, "query heads (4 and 6) cannot be split 4 ways; the nearest that can is 2"),
+    ("expert=8", 8, "expert_tensor", EIGHT, False, "routed experts (12) cannot be split 8 ways"),
+]
+
+
+@pytest.mark.parametrize(("text", "devices", "strategy", "config", "fp8", "message"), ILLEGAL)
+def test_an_illegal_mesh_is_refused_with_its_reason(text, devices, strategy, config, fp8, message):
+    with pytest.raises(MeshError) as refused:
+        Rules(config, MeshSpec.parse(text).resolve(devices), strategy, keep_fp8=fp8)
+    assert message in str(refused.value)
+
+
+LEGAL = [
+    ("", 1, "tensor", FLASH, False, 0),
+    ("expert=8", 8, "expert", FLASH, False, 0),
+    ("expert=8,tensor=4", 32, "expert_tensor", FLASH, False, 1),
+    ("expert=32", 32, "expert", FLASH, False, 1),
+    ("expert=36", 36, "expert", FLASH, False, 5),
+    ("expert=8", 8, "expert", FP8, True, 0),
+    ("expert=4,tensor=2", 8, "expert_tensor", FP8, True, 0),
+    ("tensor=16", 16, "tensor", FP8, False, 1),
+    ("data=4,context=8", 32, "fsdp", FLASH, False, 0),
+    ("data=-1,expert=4", 8, "fsdp", FLASH, False, 0),
+]
+
+
+@pytest.mark.parametrize(("text", "devices", "strategy", "config", "fp8", "notes"), LEGAL)
+def test_a_legal_mesh_says_what_it_copies(text, devices, strategy, config, fp8, notes):
+    rules = Rules(config, MeshSpec.parse(text).resolve(devices), strategy, keep_fp8=fp8)
+    assert len(rules.notes) == notes
+    assert all("each hold a copy" in note for note in rules.notes)
+
+
+@pytest.mark.parametrize(("text", "devices", "strategy", "config", "fp8", "notes"), LEGAL)
+def test_no_parameter_is_cut_unevenly(text, devices, strategy, config, fp8, notes):
+    spec = MeshSpec.parse(text).resolve(devices)
+    rules = Rules(config, spec, strategy, keep_fp8=fp8)
+    model = abstract(config)
+    shapes = params_of(model)
+    for name, axes in axes_of(model).items():
+        for size, entry in zip(shapes[name].shape, rules.spec(*axes), strict=True):
+            split = rules.size(() if entry is None else (entry,) if isinstance(entry, str) else entry)
+            assert size % split == 0, (name, axes)
+
+
+def test_parameters_of_a_device_are_the_arithmetic():
+    """32 devices: routed experts and widths in 32 parts, key-value projections in 8, norms and routers whole."""
+    rules = Rules(FLASH, MeshSpec(expert=8, tensor=4), "expert_tensor")
+    model = abstract(FLASH, mtp=False)
+    shapes, total = params_of(model), 0
+    for name, axes in axes_of(model).items():
+        split = 1
+        for entry in rules.spec(*axes):
+            split *= rules.size(() if entry is None else (entry,) if isinstance(entry, str) else entry)
+        total += shapes[name].size // split
+    D, E, F, V, H = 4096, 288, 1280, 128896, 128
+    experts = 42 * 3 * E * D * F // 32
+    widths = (
+        2 * V * D + 42 * 3 * D * F + 3 * 3 * D * 11264 + 12 * D * (2 * 64 * H + 64) + 33 * D * (2 * 96 * H + 96)
+    ) // 32
+    kv = 45 * 2 * D * 8 * H // 8
+    whole = 42 * (E * D + E) + 45 * (2 * D + 2 * H) + D
+    assert total == experts + widths + kv + whole == 6_238_649_408
+
+
+def test_text_goes_round():
+    for text in ("data=2,context=2,expert=4,tensor=8", "expert=-1,tensor=2", "data=1"):
+        assert str(MeshSpec.parse(text)) == text
+    assert MeshSpec.parse(" expert = 4 , tensor=2,") == MeshSpec(expert=4, tensor=2)
+    assert MeshSpec.parse("data=-1,expert=4").resolve(8) == MeshSpec(data=2, expert=4)
+
+
+def test_neighbours_in_tensor_are_neighbours():
+    mesh = MeshSpec(data=2, expert=2, tensor=2).build()
+    assert mesh.axis_names == AXES
+    assert [device.id for device in mesh.devices.flat] == list(range(8))
+    assert mesh.devices[1, 0, 0].tolist() == jax.devices()[4:6]
+    assert MeshSpec(tensor=2).build().size == 2  # the rest stays idle
+
+
+def test_an_activation_that_does_not_divide_is_copied():
+    rules = Rules(TINY, MeshSpec(data=2, context=2, tensor=2), "tensor")
+    assert rules.fit((4, 64, 64), "batch", "length", "embed") == P("data", "context", None)
+    assert rules.fit((3, 64, 64), "batch", "length", "embed") == P(None, "context", None)
+    assert rules.fit((4, 64, 64), "batch", "stream", "embed") == P("data", ("context", "tensor"), None)
+    assert rules.fit((4, 63, 2, 16), "batch", "rows", "kv_heads", "head") == P("data", None, "tensor", None)
+
+
+def test_training_keeps_matrices_apart_and_vectors_whole():
+    rules = Rules(TINY, MeshSpec(data=2, expert=2, tensor=2), "fsdp")
+    assert rules.spec("expert", "expert_mlp", "embed") == P("expert", "tensor", "data")
+    assert rules.gathered("expert", "expert_mlp", "embed") == P("expert", "tensor", None)
+    assert rules.spec("embed") == P(None)
+
+
+def test_the_tables_use_the_two_alphabets():
+    for table in STRATEGIES.values():
+        assert set(table) <= set(LOGICAL)
+        assert {axis for axes in table.values() for axis in axes} <= set(AXES)
+    assert set(GROUP) <= set(AXES)
