@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from stepjax.cache import CacheView, Chunk, Rows, store
-from stepjax.ops.attention import Keys, Partial, attention_to, finish, merge
+from stepjax.ops.attention import Heads, Keys, Partial, attention_to, finish, merge
 
 AXIS = "context"
 RING_BYTES = 64 * 2**20  # keys and values of a chunk above which they pass round instead of being gathered
@@ -30,9 +30,7 @@ class Split:
 
 
 def attend_split(
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
+    heads: Heads,
     chunk: Chunk,
     cache: CacheView | None,
     *,
@@ -45,8 +43,9 @@ def attend_split(
     Args:
       select: the key-value heads that the local query heads use.
     """
-    keys = Keys(k_BTKH, v_BTKH, chunk.position_BT, chunk.segment_BT, offset=0)
-    if split.tokens and cache is None and 2 * k_BTKH.nbytes * split.size > RING_BYTES:
+    q_BTNH = heads.q_BTNH
+    keys = Keys(heads.k_BTKH, heads.v_BTKH, chunk.position_BT, chunk.segment_BT, offset=0)
+    if split.tokens and cache is None and 2 * keys.k_BSKH.nbytes * split.size > RING_BYTES:
         return finish(_ring(q_BTNH, select(keys), window, split.size), q_BTNH.dtype), None
     if split.tokens:
         keys = _gathered(keys, offset=jax.lax.axis_index(AXIS) * q_BTNH.shape[1])

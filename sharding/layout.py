@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stepjax.cache import CacheView, Chunk
 from stepjax.layout import Routed
-from stepjax.ops.attention import Keys
+from stepjax.ops.attention import Heads, Keys
 from stepjax.ops.experts import Form
 from stepjax.sharding.context import Split, attend_split
 from stepjax.sharding.rules import GROUP, Axes, Rules
@@ -59,18 +59,11 @@ class MeshLayout:
         return jax.lax.with_sharding_constraint(x, self.sharding(x.shape, *axes))
 
     def attend(
-        self,
-        q_BTNH: jax.Array,
-        k_BTKH: jax.Array,
-        v_BTKH: jax.Array,
-        chunk: Chunk,
-        cache: CacheView | None,
-        *,
-        window: int | None,
+        self, heads: Heads, chunk: Chunk, cache: CacheView | None, *, window: int | None
     ) -> tuple[jax.Array, CacheView | None]:
         """q[B_data, T_context, N_heads, H] → the same; keys and values are split as far as their heads go round."""
-        q_spec = self._fit(q_BTNH.shape, "batch", "length", "heads", "head")
-        kv_spec = self._fit(k_BTKH.shape, "batch", "length", "kv_heads", "head")
+        q_spec = self._fit(heads.q_BTNH.shape, "batch", "length", "heads", "head")
+        kv_spec = self._fit(heads.k_BTKH.shape, "batch", "length", "kv_heads", "head")
         token_spec = PartitionSpec(*q_spec[:2])
         chunk_spec = Chunk(token_spec, PartitionSpec(q_spec[0]), None if chunk.segment_BT is None else token_spec)
         cache_spec = None if cache is None else jax.tree.map(lambda x: self._fit(x.shape, *cache.axes), cache)
@@ -79,19 +72,20 @@ class MeshLayout:
             tokens=q_spec[1] is not None,
             rows=any(spec[1] is not None for spec in jax.tree.leaves(cache_spec)),
         )
-        heads = LocalHeads(q_BTNH.shape[2] // k_BTKH.shape[2], _axes(q_spec[2]), _axes(kv_spec[2]))
+        group = heads.q_BTNH.shape[2] // heads.k_BTKH.shape[2]
+        local = LocalHeads(group, _axes(q_spec[2]), _axes(kv_spec[2]))
 
-        def body(q: jax.Array, k: jax.Array, v: jax.Array, chunk: Chunk, cache: CacheView | None) -> Any:
-            select = functools.partial(heads.of, num_heads=q.shape[2])
-            return attend_split(q, k, v, chunk, cache, window=window, split=split, select=select)
+        def body(heads: Heads, chunk: Chunk, cache: CacheView | None) -> Any:
+            select = functools.partial(local.of, num_heads=heads.q_BTNH.shape[2])
+            return attend_split(heads, chunk, cache, window=window, split=split, select=select)
 
         return jax.shard_map(
             body,
             mesh=self.mesh,
-            in_specs=(q_spec, kv_spec, kv_spec, chunk_spec, cache_spec),
+            in_specs=(Heads(q_spec, kv_spec, kv_spec), chunk_spec, cache_spec),
             out_specs=(q_spec, cache_spec),
             check_vma=cache is None,  # a gathered ring is alike on all devices, which its type cannot say
-        )(q_BTNH, k_BTKH, v_BTKH, chunk, cache)
+        )(heads, chunk, cache)
 
     def mixture(self, moe: Routed, x_BTD: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x[B_data, T_context, D] → [B_data, T_stream, D]: replicated tokens, local experts, one reduction."""

@@ -40,10 +40,15 @@ def has_cuda_plugin() -> bool:
     return find_spec("jax_plugins") is not None and any(find_spec(name) for name in PLUGINS)
 
 
-def _cpu_devices(count: int) -> list[Any]:
+def want_virtual_devices(count: int) -> None:
+    """Have the CPU appear as ``count`` devices, unless XLA_FLAGS says how many or jax has been used already."""
     if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        with contextlib.suppress(RuntimeError):  # jax is up, and keeps the devices that it has
+        with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", count)
+
+
+def _cpu_devices(count: int) -> list[Any]:
+    want_virtual_devices(count)
     found = jax.devices("cpu")
     if len(found) < count:
         raise MeshError(

@@ -10,6 +10,7 @@ from stepjax.cache import CacheView, Chunk
 from stepjax.config import LayerSpec
 from stepjax.layers import Linear, RMSNorm
 from stepjax.layout import Layout
+from stepjax.ops.attention import Heads
 from stepjax.rope import rotate
 
 
@@ -45,7 +46,7 @@ class Attention(nnx.Module):
         v_BTKH = self._heads(self.v_proj(x_BTD), "kv_heads")
         q_BTNH = rotate(self.q_norm(q_BTNH), chunk.position_BT, spec.rope)
         k_BTKH = rotate(self.k_norm(k_BTKH), chunk.position_BT, spec.rope)
-        out_BTNH, cache = self.layout.attend(q_BTNH, k_BTKH, v_BTKH, chunk, cache, window=spec.window)
+        out_BTNH, cache = self.layout.attend(Heads(q_BTNH, k_BTKH, v_BTKH), chunk, cache, window=spec.window)
         out_BTNH *= jax.nn.sigmoid(self.g_proj(x_BTD))[..., None]
         out = self.layout.constrain(out_BTNH.reshape(B, T, -1), "batch", "length", "heads")
         return self.o_proj(out), cache

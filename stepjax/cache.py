@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from stepjax.config import LayerSpec, ModelConfig
-from stepjax.ops.attention import Keys, attention
+from stepjax.ops.attention import Heads, Keys, attention
 
 MAX_DRAFTS = 3
 SPARE_ROWS = MAX_DRAFTS + 1  # a rejected draft must not overwrite a key that the next query still sees
@@ -113,20 +113,15 @@ def store(cache_BSKH: jax.Array, row_BT: jax.Array, new_BTKH: jax.Array) -> jax.
 
 
 def attend(
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    chunk: Chunk,
-    cache: CacheView | None,
-    *,
-    window: int | None,
+    heads: Heads, chunk: Chunk, cache: CacheView | None, *, window: int | None
 ) -> tuple[jax.Array, CacheView | None]:
     """A chunk attends to the cache's prefix and to itself, and is stored: output [B, T, N, H] and the new view."""
-    parts = [Keys(k_BTKH, v_BTKH, chunk.position_BT, chunk.segment_BT, offset=0)]
+    q, k, v = heads
+    parts = [Keys(k, v, chunk.position_BT, chunk.segment_BT, offset=0)]
     if cache is not None:
         parts.append(cache.prefix(chunk))
-        cache = cache.write(chunk, k_BTKH, v_BTKH)
-    out = attention(q_BTNH, chunk.position_BT, parts, window=window, segment_BT=chunk.segment_BT)
+        cache = cache.write(chunk, k, v)
+    out = attention(q, chunk.position_BT, parts, window=window, segment_BT=chunk.segment_BT)
     return out, cache
 
 

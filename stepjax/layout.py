@@ -10,6 +10,7 @@ from typing import Protocol
 import jax
 
 from stepjax.cache import CacheView, Chunk, attend
+from stepjax.ops.attention import Heads
 from stepjax.ops.experts import Form
 
 # Logical axes of parameters, activations and caches. One alphabet for the whole project.
@@ -61,14 +62,7 @@ class Layout(Protocol):
         ...
 
     def attend(
-        self,
-        q_BTNH: jax.Array,
-        k_BTKH: jax.Array,
-        v_BTKH: jax.Array,
-        chunk: Chunk,
-        cache: CacheView | None,
-        *,
-        window: int | None,
+        self, heads: Heads, chunk: Chunk, cache: CacheView | None, *, window: int | None
     ) -> tuple[jax.Array, CacheView | None]:
         """`stepjax.cache.attend`."""
         ...
@@ -102,16 +96,9 @@ class SingleDevice:
         return x
 
     def attend(
-        self,
-        q_BTNH: jax.Array,
-        k_BTKH: jax.Array,
-        v_BTKH: jax.Array,
-        chunk: Chunk,
-        cache: CacheView | None,
-        *,
-        window: int | None,
+        self, heads: Heads, chunk: Chunk, cache: CacheView | None, *, window: int | None
     ) -> tuple[jax.Array, CacheView | None]:
-        return attend(q_BTNH, k_BTKH, v_BTKH, chunk, cache, window=window)
+        return attend(heads, chunk, cache, window=window)
 
     def mixture(self, moe: Routed, x_BTD: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         routed, shared, ids = moe.local(x_BTD, real_BT, form=self.form)

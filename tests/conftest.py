@@ -1,12 +1,20 @@
 """Settings of every test. They are environment variables, so that processes which a test starts have them too."""
 
+from __future__ import annotations
+
 import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from stepjax.train.tasks import TinyTemplate
 
 assert "jax" not in sys.modules, "a pytest plugin imported jax before its settings were made"
 
@@ -46,3 +54,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if deselected:
         config.hook.pytest_deselected(items=deselected)
         items[:] = [item for item in items if item not in deselected]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """step-tiny's."""
+    from tokenizers import Tokenizer
+
+    from stepjax.train.tasks import ASSETS
+
+    return Tokenizer.from_file(str(ASSETS / "tokenizer.json"))
+
+
+@pytest.fixture(scope="session")
+def template() -> TinyTemplate:
+    """step-tiny's chat template."""
+    from stepjax.train.tasks import TinyTemplate
+
+    return TinyTemplate()

@@ -19,6 +19,7 @@ from stepjax.infer.load import Session
 from stepjax.infer.sampler import SamplingParams
 from stepjax.layout import Layout, SingleDevice
 from stepjax.model import Step3p5, abstract, axes_of, bind
+from stepjax.ops.attention import Heads
 from stepjax.sharding import context
 from stepjax.sharding.collectives import collectives
 from stepjax.sharding.layout import MeshLayout
@@ -195,7 +196,7 @@ def test_keys_that_pass_round_are_keys_that_were_gathered(monkeypatch, window):
 
     def run(of: Layout) -> Any:
         def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            return jnp.sum(jnp.sin(of.attend(q, k, v, chunk, None, window=window)[0]))
+            return jnp.sum(jnp.sin(of.attend(Heads(q, k, v), chunk, None, window=window)[0]))
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(q, k, v)
 
@@ -240,6 +241,6 @@ def test_query_heads_find_their_key_value_heads(num_heads, num_kv, tensor):
     rng = np.random.default_rng(1)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 8, heads, 4)), jnp.float32) for heads in (num_heads, num_kv, num_kv))
     chunk = Chunk.whole(2, 8)
-    found, _ = jax.jit(lambda q, k, v: where.attend(q, k, v, chunk, None, window=None))(q, k, v)
-    expected, _ = SingleDevice().attend(q, k, v, chunk, None, window=None)
+    found, _ = jax.jit(lambda q, k, v: where.attend(Heads(q, k, v), chunk, None, window=None))(q, k, v)
+    expected, _ = SingleDevice().attend(Heads(q, k, v), chunk, None, window=None)
     np.testing.assert_allclose(found, expected, atol=1e-6)

@@ -7,26 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from items import items
 from tokenizers import Tokenizer
 
-from stepjax.train import packing, tasks, words
+from stepjax.train import packing, tasks
 
 LENGTH = 192  # tokens of a training row
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.from_file(str(tasks.ASSETS / "tokenizer.json"))
-
-
-@pytest.fixture(scope="module")
-def template() -> tasks.TinyTemplate:
-    return tasks.TinyTemplate()
-
-
-def items(split: words.Split, count: int = 60, seed: int = 0) -> list[tasks.Item]:
-    rng = np.random.default_rng(seed)
-    return [tasks.make(task, rng, split) for task in tasks.MIX for _ in range(count)]
 
 
 def unpack(rows: packing.Rows) -> list[packing.Example]:

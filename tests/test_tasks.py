@@ -16,11 +16,6 @@ from stepjax.train import tasks, tools as toolbox, words
 SPLITS: tuple[words.Split, ...] = ("train", "test")
 
 
-@pytest.fixture(scope="module")
-def template() -> tasks.TinyTemplate:
-    return tasks.TinyTemplate()
-
-
 def items(split: words.Split, count: int = 60, seed: int = 0) -> list[tasks.Item]:
     rng = np.random.default_rng(seed)
     return [tasks.make(task, rng, split) for task in tasks.MIX for _ in range(count)]

@@ -8,6 +8,7 @@ import re
 
 import numpy as np
 import pytest
+from items import items
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
@@ -16,21 +17,6 @@ from stepjax.train import packing, tasks, tiny_tokenizer, tools as toolbox, word
 
 MAX_COMPLETION = 72  # tokens; what an evaluation must allow for
 SPLITS: tuple[words.Split, ...] = ("train", "test")
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.from_file(str(tasks.ASSETS / "tokenizer.json"))
-
-
-@pytest.fixture(scope="module")
-def template() -> tasks.TinyTemplate:
-    return tasks.TinyTemplate()
-
-
-def items(split: words.Split, count: int = 60, seed: int = 0) -> list[tasks.Item]:
-    rng = np.random.default_rng(seed)
-    return [tasks.make(task, rng, split) for task in tasks.MIX for _ in range(count)]
 
 
 def test_tokenizer_is_the_one_its_script_builds(tokenizer: Tokenizer) -> None:

@@ -19,6 +19,14 @@ BLOCK = 256  # queries per block: bounds the score matrix to BLOCK × keys per h
 _MASKED = -1e30  # finite, so that a row without visible keys stays finite
 
 
+class Heads(NamedTuple):
+    """What a layer made of the tokens of one call: queries for N heads, keys and values for K."""
+
+    q_BTNH: jax.Array
+    k_BTKH: jax.Array
+    v_BTKH: jax.Array
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Keys:
