@@ -13,6 +13,7 @@ from rich.style import Style
 
 from stepjax.errors import RequestError
 from stepjax.folder import open_folder
+from stepjax.sharding.mesh import MeshSpec
 from stepjax.tool_parser import CallStart
 
 if TYPE_CHECKING:
@@ -27,6 +28,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: float32 on CPU, else bfloat16"
     )
     parser.add_argument("--keep-fp8", action="store_true", help="keep an FP8 release's expert weights in 8 bits")
+    parser.add_argument("--mesh", metavar="AXES", help="split the model over devices, as expert=4,tensor=2")
+    parser.add_argument(
+        "--strategy",
+        default="expert_tensor",
+        choices=("tensor", "expert", "expert_tensor", "fsdp"),
+        help="what --mesh splits over which axis (%(default)s)",
+    )
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +61,7 @@ def open_session(args: argparse.Namespace, *, needs: Literal["ids", "text", "cha
     """Check the folder and what a command ``needs`` of it first, then import jax and place the weights behind a
     progress bar.
     """
+    mesh = None if args.mesh is None else MeshSpec.parse(args.mesh)
     folder = open_folder(args.model)
     if needs != "ids" and folder.tokenizer is None:
         raise RequestError(f"{folder.path}: has no tokenizer.json, so it takes token ids only: generate --tokens")
@@ -71,6 +80,8 @@ def open_session(args: argparse.Namespace, *, needs: Literal["ids", "text", "cha
             folder,
             dtype=args.dtype,
             keep_fp8=args.keep_fp8,
+            mesh=mesh,
+            strategy=args.strategy,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
 

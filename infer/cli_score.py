@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     if args.mtp and not session.max_drafts:
         raise RequestError("--mtp: this checkpoint has no MTP layers")
 
+    import jax
     import numpy as np
 
     arrays = {}
@@ -44,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
             continue
         arrays[f"p{j}_logits"], depths = session.score(ids)
         arrays |= {f"p{j}_mtp{k}_logits": logits for k, logits in enumerate(depths, start=1)}
+    if jax.process_index():  # all have the same arrays; one writes them
+        return 0
     try:
         with args.out.open("wb") as file:  # a file object: numpy would append .npz to another name
             np.savez(file, **arrays)

@@ -17,13 +17,18 @@ from stepjax.cache import MAX_DRAFTS, Chunk
 from stepjax.chat import ChatTemplate, encode_chat
 from stepjax.checkpoint import load_params
 from stepjax.config import ModelConfig
-from stepjax.errors import RequestError
+from stepjax.errors import MeshError, RequestError
 from stepjax.folder import ModelFolder, open_folder
 from stepjax.infer.generate import Completion, generate
 from stepjax.infer.runner import Runner
 from stepjax.infer.sampler import SamplingParams
-from stepjax.layout import Layout
-from stepjax.model import Params, Step3p5, abstract, bind
+from stepjax.layout import Layout, SingleDevice
+from stepjax.model import Params, Step3p5, abstract, axes_of, bind
+from stepjax.sharding.layout import MeshLayout
+from stepjax.sharding.load import LoadReport, load_sharded
+from stepjax.sharding.mesh import MeshSpec
+from stepjax.sharding.rules import Rules
+from stepjax.sharding.target import want_virtual_devices
 from stepjax.tokenizer import Tokenizer
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -36,6 +41,8 @@ def load(
     *,
     dtype: Dtype = "auto",
     keep_fp8: bool = False,
+    mesh: str | MeshSpec | None = None,
+    strategy: str = "expert_tensor",
     progress: Callable[[int, int], None] | None = None,
 ) -> Session:
     """Open a checkpoint and place its weights.
@@ -46,24 +53,50 @@ def load(
       dtype: of weights and activations. "auto" is bfloat16 on an accelerator and float32 on a CPU, which has no faster
         bfloat16 product and where greedy answers then do not depend on how a step is shaped.
       keep_fp8: keep the FP8 release's expert weights in 8 bits and widen them where they are used.
+      mesh: split the model over devices, as ``expert=4,tensor=2`` (`stepjax.sharding.mesh`); None is one device. When
+        several processes run, each calls this alike and reads only what its own devices hold.
+      strategy: what is split over which axis (`stepjax.sharding.rules`).
       progress: called with (bytes read, bytes in all) after each tensor.
 
     Raises:
       CheckpointError, ConfigError, TokenizerError, TemplateError: the folder is not a usable checkpoint. Everything is
         checked before the first weight is placed.
+      MeshError: the mesh fits neither the devices nor the model.
     """
-    chosen = _resolve_dtype(dtype)
     folder = name_or_path if isinstance(name_or_path, ModelFolder) else open_folder(name_or_path)
-    params = load_params(folder.checkpoint, chosen, keep_fp8=keep_fp8, progress=progress)
+    checkpoint = folder.checkpoint
+    layout = _layout(mesh, strategy, checkpoint.config, keep_fp8=keep_fp8 and checkpoint.fp8)
+    chosen = _resolve_dtype(dtype)
+    report = None
+    if isinstance(layout, MeshLayout):
+        axes = axes_of(abstract(checkpoint.config, layout=layout, mtp=checkpoint.has_mtp))
+        shardings = {path: layout.parameter(*names) for path, names in axes.items()}
+        params, report = load_sharded(checkpoint, shardings, chosen, keep_fp8=keep_fp8, progress=progress)
+    else:
+        params = load_params(checkpoint, chosen, keep_fp8=keep_fp8, progress=progress)
     return Session(
-        folder.checkpoint.config,
+        checkpoint.config,
         params,
         dtype=chosen,
-        mtp=folder.checkpoint.has_mtp,
+        mtp=checkpoint.has_mtp,
         tokenizer=folder.tokenizer,
         template=folder.template,
         generation_config=folder.generation_config,
+        layout=layout,
+        load_report=report,
     )
+
+
+def _layout(mesh: str | MeshSpec | None, strategy: str, config: ModelConfig, *, keep_fp8: bool) -> Layout:
+    if mesh is None:
+        if jax.process_count() > 1:
+            raise MeshError(f"mesh: {jax.process_count()} processes run, but no mesh is given; try --mesh expert=-1")
+        return SingleDevice()
+    spec = MeshSpec.parse(mesh) if isinstance(mesh, str) else mesh
+    if -1 not in spec.sizes.values() and not jax.distributed.is_initialized():
+        want_virtual_devices(spec.num_devices)
+    spec = spec.resolve(jax.device_count())
+    return MeshLayout(spec.build(), Rules(config, spec, strategy, keep_fp8=keep_fp8))
 
 
 def use_compile_cache() -> None:
@@ -103,10 +136,11 @@ class Session:
         template: ChatTemplate | None = None,
         generation_config: Mapping[str, Any] | None = None,
         layout: Layout | None = None,
+        load_report: LoadReport | None = None,
     ):
         self.config, self.params, self.dtype = config, params, dtype
         self.tokenizer, self.template = tokenizer, template
-        self.generation_config = dict(generation_config or {})
+        self.generation_config, self.load_report = dict(generation_config or {}), load_report
         self.model: Step3p5 = abstract(config, dtype=dtype, mtp=mtp, layout=layout)
         self._runners: dict[int, Runner] = {}
 

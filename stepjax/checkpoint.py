@@ -6,6 +6,7 @@ Nothing here imports jax until weights are wanted, so that a broken folder is re
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -15,7 +16,7 @@ import numpy as np
 from stepjax.config import ModelConfig
 from stepjax.errors import CheckpointError
 from stepjax.names import Piece, Recipe, Resolution, resolve_names
-from stepjax.safetensors_file import Entry, regular_size
+from stepjax.safetensors_file import DTYPES, Entry, regular_size
 from stepjax.shards import inside, open_shards
 from stepjax.weights import FP8_BLOCK, scale_shape
 
@@ -80,13 +81,15 @@ class Checkpoint:
         """Shape of a weight."""
         return self._recipe(path).spec.shape
 
-    def stored_bytes(self, path: str) -> int:
-        """Bytes that a weight, with its scales, takes in the files."""
-        recipe, total = self._recipe(path), 0
-        for name, piece in zip((*(p.name for p in recipe.pieces), *recipe.scales), recipe.pieces * 2, strict=False):
-            share = piece.shape[-2] // piece.rows if piece.rows else 1
-            total += self._entry(name).num_bytes // share
-        return total
+    def stored_bytes(self, path: str, index: Index | None = None) -> int:
+        """Bytes that a weight, or its part at ``index``, takes in the files, scales of its blocks included."""
+        recipe = self._recipe(path)
+        where = _absolute(index, recipe.spec.shape)
+        if not recipe.scales:
+            return _size(where) * DTYPES[self._entry(recipe.pieces[0].name).dtype].itemsize
+        cover, _ = _cover(where, recipe.spec.shape, self._fp8_block)
+        scales = _size(self._of_scales(cover)) * DTYPES[self._entry(recipe.scales[0]).dtype].itemsize
+        return _size(cover) + scales
 
     def is_fp8(self, path: str) -> bool:
         """Whether this weight is stored in 8 bits with scales."""
@@ -151,18 +154,22 @@ class Checkpoint:
         """The part of an FP8 weight at ``where``, which begins and ends at blocks."""
         from stepjax.quant import BlockScaled
 
-        rows, columns = self._fp8_block
+        rows, _ = self._fp8_block
         scales = tuple(
             Piece(name, self._entry(name).shape, piece.start // rows)
             for name, piece in zip(recipe.scales, recipe.pieces, strict=True)
         )
-        of_scales = (
+        scale = self._slab(scales, self._of_scales(where)).astype(np.float32, copy=False)
+        return BlockScaled(self._slab(recipe.pieces, where), scale, self._fp8_block)
+
+    def _of_scales(self, where: Index) -> Index:
+        """Where the scales of a part that begins and ends at blocks lie."""
+        rows, columns = self._fp8_block
+        return (
             *where[:-2],
             slice(where[-2].start // rows, -(-where[-2].stop // rows)),
             slice(where[-1].start // columns, -(-where[-1].stop // columns)),
         )
-        scale = self._slab(scales, of_scales).astype(np.float32, copy=False)
-        return BlockScaled(self._slab(recipe.pieces, where), scale, self._fp8_block)
 
     def _name_problems(self, names: Resolution) -> list[str]:
         at = self._files
@@ -294,6 +301,11 @@ def _absolute(index: Index | None, shape: tuple[int, ...]) -> Index:
     ranges = [each.indices(size) for each, size in zip(index, shape, strict=True)]
     assert all(step == 1 for _, _, step in ranges), f"{index} has steps"
     return tuple(slice(start, stop) for start, stop, _ in ranges)
+
+
+def _size(where: Index) -> int:
+    """Elements of a part."""
+    return math.prod(each.stop - each.start for each in where)
 
 
 def _shifted(where: Index, start: int) -> Index:

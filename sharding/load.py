@@ -1,0 +1,177 @@
+"""From safetensors to arrays on a mesh: each process reads the slices that its own devices hold, each of them once."""
+
+from __future__ import annotations
+
+import re
+import resource
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+
+from stepjax.checkpoint import Checkpoint, Index, Progress
+from stepjax.quant import BlockScaled
+from stepjax.weights import scale_shape
+
+READERS = 4  # threads; the copy out of the file releases the interpreter's lock
+AHEAD_BYTES = 2**30  # read but not placed yet, beside the weight being placed
+
+# Weights whose first axis is the experts as the router numbers them.
+_BY_EXPERT = re.compile(r"layers\.(\d+)\.moe\.(?:experts\.(?:gate|up|down)|router\.(?:weight|bias))")
+
+ExpertOrder = Mapping[int, Sequence[int]]  # by layer: our expert j is the stored expert order[j]
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What one process did to load its part."""
+
+    process: int
+    num_weights: int
+    bytes_read: int  # of the files, scales included; a slice that several devices hold counts once
+    placed_bytes: int  # on this process's devices
+    seconds: float
+    peak_growth_bytes: int  # by which the process's peak resident memory rose, which a CPU's arrays are part of
+
+    @property
+    def gb_per_s(self) -> float:
+        """Read speed in 10⁹ bytes a second."""
+        return self.bytes_read / max(self.seconds, 1e-9) / 1e9
+
+
+def load_sharded(
+    checkpoint: Checkpoint,
+    shardings: Mapping[str, Sharding],
+    dtype: Any,
+    *,
+    keep_fp8: bool = False,
+    expert_order: ExpertOrder | None = None,
+    progress: Progress | None = None,
+) -> tuple[dict[str, jax.Array | BlockScaled], LoadReport]:
+    """Every weight on its devices.
+
+    Args:
+      shardings: by our path, one for each weight of the checkpoint. A weight that stays in FP8 blocks must not be cut
+        inside one (`stepjax.sharding.rules` sees to it).
+      expert_order: relabel experts while reading, so that busy ones lie on different devices; answers do not change.
+      progress: called with (bytes read, bytes that this process will read).
+    """
+    assert set(shardings) == set(checkpoint.paths), set(shardings) ^ set(checkpoint.paths)
+    began, before = time.perf_counter(), _peak_bytes()
+    slices = [piece for path in checkpoint.paths for piece in _slices(checkpoint, path, shardings[path])]
+    total, done, placed_bytes = sum(piece.num_bytes for piece in slices), 0, 0
+    arrays: dict[str, list[Any]] = {}
+    read = _Reader(checkpoint, dtype, keep_fp8=keep_fp8, order=expert_order or {})
+    for piece, value in _read_ahead(slices, read):
+        copies = [jax.tree.map(lambda x, to=device: jax.device_put(x, to), value) for device in piece.devices]
+        arrays.setdefault(piece.path, []).extend(jax.block_until_ready(copies))
+        placed_bytes += sum(copy.nbytes for copy in copies)
+        done += piece.num_bytes
+        if progress:
+            progress(done, total)
+    params = {path: _assembled(checkpoint.shape(path), shardings[path], pieces) for path, pieces in arrays.items()}
+    report = LoadReport(
+        process=jax.process_index(),
+        num_weights=len(params),
+        bytes_read=total,
+        placed_bytes=placed_bytes,
+        seconds=time.perf_counter() - began,
+        peak_growth_bytes=_peak_bytes() - before,
+    )
+    return params, report
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """A part of a weight, and the devices of this process that hold it."""
+
+    path: str
+    index: Index
+    devices: tuple[jax.Device, ...]
+    num_bytes: int  # in the file
+
+
+def _slices(checkpoint: Checkpoint, path: str, sharding: Sharding) -> Iterator[_Slice]:
+    shape = checkpoint.shape(path)
+    holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        ranges = [part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True)]
+        holders.setdefault(tuple((start, stop) for start, stop in ranges), []).append(device)
+    for ranges, devices in holders.items():
+        index = tuple(slice(start, stop) for start, stop in ranges)
+        yield _Slice(path, index, tuple(devices), checkpoint.stored_bytes(path, index))
+
+
+def _read_ahead(
+    slices: Sequence[_Slice], read: Callable[[_Slice], np.ndarray | BlockScaled]
+) -> Iterator[tuple[_Slice, np.ndarray | BlockScaled]]:
+    """The slices in order, while threads read those that follow."""
+    with ThreadPoolExecutor(READERS) as pool:
+        waiting = deque(slices)
+        ahead: deque[tuple[_Slice, Future[np.ndarray | BlockScaled]]] = deque()
+        try:
+            while waiting or ahead:
+                pending = sum(piece.num_bytes for piece, _ in ahead)
+                while waiting and (not ahead or pending + waiting[0].num_bytes <= AHEAD_BYTES):
+                    piece = waiting.popleft()
+                    ahead.append((piece, pool.submit(read, piece)))
+                    pending += piece.num_bytes
+                piece, future = ahead.popleft()
+                yield piece, future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads slices into memory of their own: a view of the file would be read again, or change, later."""
+
+    checkpoint: Checkpoint
+    dtype: Any
+    keep_fp8: bool
+    order: ExpertOrder
+
+    def __call__(self, piece: _Slice) -> np.ndarray | BlockScaled:
+        parts = [self._part(piece.path, index) for index in self._stored(piece)]
+        return parts[0] if len(parts) == 1 else jax.tree.map(lambda *each: np.concatenate(each), *parts)
+
+    def _part(self, path: str, index: Index) -> np.ndarray | BlockScaled:
+        keep = self.keep_fp8 and self.checkpoint.is_fp8(path)
+        return jax.tree.map(_owned, self.checkpoint.read(path, dtype=self.dtype, keep_fp8=keep, index=index))
+
+    def _stored(self, piece: _Slice) -> list[Index]:
+        """Where the slice lies in the file: more than one run of experts if they are relabelled."""
+        found = _BY_EXPERT.fullmatch(piece.path)
+        order = self.order.get(int(found[1])) if found else None
+        if order is None:
+            return [piece.index]
+        chosen = list(order[piece.index[0]])
+        starts = [i for i, expert in enumerate(chosen) if i == 0 or expert != chosen[i - 1] + 1]
+        runs = zip(starts, [*starts[1:], len(chosen)], strict=True)
+        return [(slice(chosen[i], chosen[i] + j - i), *piece.index[1:]) for i, j in runs]
+
+
+def _owned(x: np.ndarray) -> np.ndarray:
+    return x if x.flags.writeable and x.flags.owndata else np.array(x)
+
+
+def _assembled(shape: tuple[int, ...], sharding: Sharding, pieces: list[Any]) -> Any:
+    """The global array (or block-scaled array) of which this process holds ``pieces``."""
+    if not isinstance(pieces[0], BlockScaled):
+        return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
+    q = jax.make_array_from_single_device_arrays(shape, sharding, [piece.q for piece in pieces])
+    of_scales = scale_shape(shape, pieces[0].block)
+    scale = jax.make_array_from_single_device_arrays(of_scales, sharding, [piece.scale for piece in pieces])
+    return BlockScaled(q, scale, pieces[0].block)
+
+
+def _peak_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

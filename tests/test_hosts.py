@@ -1,0 +1,85 @@
+"""Two processes with four devices each: the same answers as one device, and each reads its own part."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import speaking_folder
+
+from stepjax.checkpoint import Checkpoint
+from stepjax.infer.load import load
+
+ROOT = Path(__file__).resolve().parent.parent
+TOKENS = [[0, 3, 5, 300, 17] * 8, [7, 8]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return speaking_folder(tmp_path_factory.mktemp("hosts") / "model")
+
+
+def together(*args: object, cwd: Path) -> list[str]:
+    """What each of two processes prints on stdout."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    }
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "two_processes.py"), str(port), str(process), *map(str, args)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=cwd,
+        )
+        for process in (0, 1)
+    ]
+    ended = [each.communicate(timeout=300) for each in running]
+    for each, (_, errors) in zip(running, ended, strict=True):
+        assert each.returncode == 0, errors
+    return [out for out, _ in ended]
+
+
+def test_scores_are_those_of_one_device(folder, tmp_path):
+    (tmp_path / "in.json").write_text(json.dumps(TOKENS))
+    flags = ["--model", folder, "--tokens", "in.json", "--out", "out.npz", "--dtype", "float32", "--mtp"]
+    together("score", *flags, "--mesh", "expert=8", cwd=tmp_path)
+    session = load(folder, dtype="float32")
+    with np.load(tmp_path / "out.npz") as found:
+        for j, ids in enumerate(TOKENS):
+            logits, depths = session.score(ids)
+            np.testing.assert_allclose(found[f"p{j}_logits"], logits, atol=2e-4)
+            for k, depth in enumerate(depths, start=1):
+                np.testing.assert_allclose(found[f"p{j}_mtp{k}_logits"], depth, atol=2e-4)
+
+
+def test_answers_are_those_of_one_device(folder, tmp_path):
+    """Sampled with a seed that only process 0 draws would show if the processes disagreed."""
+    (tmp_path / "in.json").write_text(json.dumps(TOKENS))
+    flags = ["--model", folder, "--tokens", "in.json", "--dtype", "float32", "--max-tokens", "12", "--json"]
+    greedy = together("generate", *flags, "--temperature", "0", "--mesh", "expert=4,tensor=2", cwd=tmp_path)
+    session = load(folder, dtype="float32")
+    expected = [session.generate([ids], session.sampling(temperature=0.0, max_tokens=12))[0].ids for ids in TOKENS]
+    assert [json.loads(line)["ids"] for line in greedy[0].splitlines() if line.startswith("{")] == expected
+
+
+@pytest.mark.parametrize("mesh", ["expert=8", "data=2,expert=4"])
+def test_a_process_reads_its_own_part(folder, mesh):
+    """Copied weights are read by both; with data outermost each process holds everything."""
+    reports = [json.loads(out.splitlines()[-1]) for out in together("report", folder, mesh, cwd=ROOT)]
+    whole = Checkpoint(folder).num_bytes
+    for report in reports:
+        assert report["parts"] <= report["bytes_read"] <= 1.05 * report["parts"]
+        assert report["bytes_read"] == whole if mesh.startswith("data") else report["bytes_read"] < 0.75 * whole
