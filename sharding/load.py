@@ -94,13 +94,13 @@ class _Slice:
 
     path: str
     index: Index
-    devices: tuple[jax.Device, ...]
+    devices: tuple[Any, ...]
     num_bytes: int  # in the file
 
 
 def _slices(checkpoint: Checkpoint, path: str, sharding: Sharding) -> Iterator[_Slice]:
     shape = checkpoint.shape(path)
-    holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    holders: dict[tuple[tuple[int, int], ...], list[Any]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         ranges = [part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True)]
         holders.setdefault(tuple((start, stop) for start, stop in ranges), []).append(device)

@@ -1,6 +1,7 @@
 """Run as ``two_processes.py PORT PROCESS ARGUMENTS``: one of two processes of a cluster that runs a stepjax command.
 
-The first argument may be "report" and a folder: then what loading read is printed as JSON.
+Instead of a command there may be "report FOLDER MESH", which prints as JSON what loading read, or "restore FOLDER BASE
+MESH", which compares a converted base with the folder it came from.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ def main(port: str, process: str, *args: str) -> int:
     jax.distributed.initialize(f"localhost:{port}", 2, int(process))
     if args[0] == "report":
         return report(args[1], args[2])
+    if args[0] == "restore":
+        return restore(*args[1:])
     from stepjax.cli import main as stepjax
 
     return stepjax(args)
@@ -32,6 +35,28 @@ def report(folder: str, mesh: str) -> int:
         held = {str(shard.index): shard.data.nbytes for shard in value.addressable_shards}
         parts += sum(held.values())
     print(json.dumps(dataclasses.asdict(session.load_report) | {"parts": parts}))
+    return 0
+
+
+def restore(folder: str, base: str, mesh: str) -> int:
+    """Restore, and count the weights of which any part on this process differs from the folder's."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from stepjax.checkpoint import Checkpoint
+    from stepjax.sharding.checkpoint import restore_params, stored_config
+    from stepjax.sharding.layout import MeshLayout
+    from stepjax.sharding.mesh import MeshSpec
+    from stepjax.sharding.rules import Rules
+
+    checkpoint, spec = Checkpoint(folder), MeshSpec.parse(mesh)
+    params = restore_params(base, MeshLayout(spec.build(), Rules(stored_config(base), spec)))
+    different = 0
+    for path, value in params.items():
+        stored = checkpoint.read(path, dtype=jnp.bfloat16)
+        assert isinstance(value, jax.Array)
+        different += any((np.asarray(part.data) != stored[part.index]).any() for part in value.addressable_shards)
+    print(json.dumps({"restored": len(params), "different": different}))
     return 0
 
 

@@ -1,0 +1,148 @@
+"""Trees of arrays on disk, from one mesh to any other: converted weights, adapters, optimiser state (by orbax).
+
+Leaves go by key, never by order. A checkpoint appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
+
+from stepjax.config import ModelConfig
+from stepjax.errors import CheckpointError
+from stepjax.hub_config import to_hf
+from stepjax.model import abstract, axes_of, params_of
+from stepjax.quant import BlockScaled
+from stepjax.sharding.layout import MeshLayout
+from stepjax.weights import scale_shape
+
+T = TypeVar("T")
+
+_LISTED = 5  # differences that a message spells out
+
+
+def save_tree(path: Path | str, tree: Any, *, about: Mapping[str, Any] | None = None, overwrite: bool = False) -> None:
+    """Write a tree of arrays; every process calls this, each writes what its devices hold.
+
+    Args:
+      about: JSON values to keep beside the arrays.
+      overwrite: replace a checkpoint that is there.
+
+    Raises:
+      CheckpointError: something is there already, or the place cannot be written.
+    """
+    path = Path(path).absolute()
+    if path.exists() and not (overwrite and _is_checkpoint(path)):
+        what = "a checkpoint" if _is_checkpoint(path) else "something that is no checkpoint"
+        raise CheckpointError(f"{path}: there is {what} already; choose another name, or overwrite a checkpoint")
+    try:
+        ocp.save(str(path), _by_key(tree), overwrite=overwrite, custom_metadata=dict(about or {}))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def restore_tree(path: Path | str, like: T) -> T:
+    """A tree that `save_tree` wrote, placed as ``like`` says.
+
+    Args:
+      like: the tree with ``jax.ShapeDtypeStruct`` leaves, each with a sharding; the mesh may be any.
+
+    Raises:
+      CheckpointError: there is no whole checkpoint, or its keys, shapes or dtypes are others.
+    """
+    path = Path(path).absolute()
+    wanted = _by_key(like)
+    stored = _metadata(path).metadata
+    problems = [
+        *(f"{key} is missing" for key in wanted.keys() - stored.keys()),
+        *(f"{key} is not expected" for key in stored.keys() - wanted.keys()),
+        *(
+            f"{key} has {_text(stored[key])}, expected {_text(leaf)}"
+            for key, leaf in wanted.items()
+            if key in stored and _text(stored[key]) != _text(leaf)
+        ),
+    ]
+    if problems:
+        listed = "; ".join(sorted(problems)[:_LISTED])
+        more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        raise CheckpointError(f"{path}: {listed}{more}")
+    found = ocp.load(str(path), wanted)
+    leaves = [found[_key(key)] for key, _ in jax.tree_util.tree_leaves_with_path(like)]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def save_params(path: Path | str, config: ModelConfig, params: Mapping[str, Any], *, overwrite: bool = False) -> None:
+    """Write a model's weights with its configuration: a base that loads without being converted again."""
+    block = next((list(weight.block) for weight in params.values() if isinstance(weight, BlockScaled)), None)
+    dtypes = {path: str(np.dtype(weight.dtype)) for path, weight in params.items()}
+    save_tree(
+        path, dict(params), about={"config": to_hf(config), "dtypes": dtypes, "block": block}, overwrite=overwrite
+    )
+
+
+def stored_config(path: Path | str) -> ModelConfig:
+    """The configuration of weights that `save_params` wrote."""
+    return ModelConfig.from_hf(_about(Path(path).absolute())["config"])
+
+
+def restore_params(path: Path | str, layout: MeshLayout) -> dict[str, jax.Array | BlockScaled]:
+    """Weights that `save_params` wrote, on the mesh of ``layout``."""
+    about = _about(Path(path).absolute())
+    dtypes = about["dtypes"]
+    model = abstract(layout.rules.config, layout=layout, mtp=any(path.startswith("mtp.") for path in dtypes))
+    axes, shapes = axes_of(model), {name: value.shape for name, value in params_of(model).items()}
+
+    def like(name: str) -> Any:
+        placed, dtype = layout.parameter(*axes[name]), np.dtype(dtypes[name])
+        weight = jax.ShapeDtypeStruct(shapes[name], dtype, sharding=placed)
+        if about["block"] is None or dtype.itemsize != 1:
+            return weight
+        block = (about["block"][0], about["block"][1])
+        scale = jax.ShapeDtypeStruct(scale_shape(shapes[name], block), np.float32, sharding=placed)
+        return BlockScaled(weight, scale, block)
+
+    return restore_tree(path, {name: like(name) for name in axes if name in dtypes})
+
+
+def _by_key(tree: Any) -> dict[str, Any]:
+    return {_key(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _key(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=":") or "value"
+
+
+def _text(leaf: Any) -> str:
+    return f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
+
+
+def _about(path: Path) -> dict[str, Any]:
+    about = _metadata(path).custom_metadata
+    if not isinstance(about, dict) or not {"config", "dtypes", "block"} <= about.keys():
+        raise CheckpointError(f"{path}: is a checkpoint, but not of a model's weights")
+    return about
+
+
+def _metadata(path: Path) -> Any:
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: is not there, expected a checkpoint folder")
+    try:
+        found = ocp.metadata(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        reason = re.sub(r"\s+", " ", str(error))[:200]
+        raise CheckpointError(f"{path}: is not a whole checkpoint ({reason})") from error
+    return found
+
+
+def _is_checkpoint(path: Path) -> bool:
+    try:
+        _metadata(path)
+    except CheckpointError:
+        return False
+    return True

@@ -1,0 +1,142 @@
+"""Arrays written on one mesh and read on another, by key, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from checkpoints import fp8_hub_config, fp8_tensors, random_tensors, speaking_folder, tiny_hub_config, write_folder
+from jax.sharding import NamedSharding, PartitionSpec
+from test_hosts import together
+
+from stepjax.checkpoint import Checkpoint, load_params
+from stepjax.errors import CheckpointError
+from stepjax.model import abstract, axes_of
+from stepjax.sharding.checkpoint import restore_params, restore_tree, save_params, save_tree, stored_config
+from stepjax.sharding.layout import MeshLayout
+from stepjax.sharding.load import load_sharded
+from stepjax.sharding.mesh import MeshSpec
+from stepjax.sharding.rules import Rules
+
+
+def layout(config: Any, mesh: str, *, keep_fp8: bool = False) -> MeshLayout:
+    spec = MeshSpec.parse(mesh)
+    return MeshLayout(spec.build(), Rules(config, spec, "expert_tensor", keep_fp8=keep_fp8))
+
+
+def loaded(checkpoint: Checkpoint, mesh: str, *, keep_fp8: bool = False) -> dict[str, Any]:
+    where = layout(checkpoint.config, mesh, keep_fp8=keep_fp8)
+    shardings = {
+        path: where.parameter(*axes) for path, axes in axes_of(abstract(checkpoint.config, layout=where)).items()
+    }
+    return load_sharded(checkpoint, shardings, jnp.bfloat16, keep_fp8=keep_fp8)[0]
+
+
+def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found.keys() == expected.keys()
+    for path, value in expected.items():
+        for a, b in zip(jax.tree.leaves(found[path]), jax.tree.leaves(value), strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=path)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_weights_saved_on_eight_devices_are_restored_on_fewer(tmp_path, fp8):
+    hub = fp8_hub_config() if fp8 else tiny_hub_config()
+    tensors = random_tensors(hub)
+    checkpoint = Checkpoint(write_folder(tmp_path / "model", hub, fp8_tensors(tensors) if fp8 else tensors))
+    expected = load_params(checkpoint, jnp.bfloat16, keep_fp8=fp8)
+    save_params(tmp_path / "base", checkpoint.config, loaded(checkpoint, "expert=8", keep_fp8=fp8))
+    config = stored_config(tmp_path / "base")
+    assert config.layers == checkpoint.config.layers
+    for mesh in ("expert=4", "data=2", "data=1", "expert=2,data=4"):
+        same(restore_params(tmp_path / "base", layout(checkpoint.config, mesh, keep_fp8=fp8)), expected)
+
+
+def test_two_processes_restore_what_one_saved(tmp_path):
+    folder = speaking_folder(tmp_path / "model")
+    checkpoint = Checkpoint(folder)
+    save_params(tmp_path / "base", checkpoint.config, loaded(checkpoint, "expert=4,tensor=2"))
+    for out in together("restore", folder, tmp_path / "base", "expert=8", cwd=tmp_path):
+        assert json.loads(out.splitlines()[-1]) == {"restored": len(checkpoint.paths), "different": 0}
+
+
+def test_optimiser_state_goes_to_another_mesh(tmp_path):
+    one, two = (MeshSpec.parse(text).build() for text in ("data=8", "data=2,tensor=2"))
+    params = {"a": jnp.arange(64.0).reshape(16, 4), "b": {"c": jnp.ones((8,))}}
+    state = optax.adam(1e-3).init(params)
+
+    def placed(tree: Any, mesh: Any) -> Any:
+        return jax.tree.map(lambda x: NamedSharding(mesh, PartitionSpec("data") if x.ndim else PartitionSpec()), tree)
+
+    save_tree(tmp_path / "state", jax.device_put(state, placed(state, one)))
+    shardings = placed(state, two)
+    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+    found = restore_tree(tmp_path / "state", like)
+    assert jax.tree.structure(found) == jax.tree.structure(state)
+    for a, b, where in zip(*map(jax.tree.leaves, (found, state, shardings)), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert a.sharding == where
+
+
+# Refusals
+
+TREE = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.zeros(4, np.int32)}
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    save_tree(tmp_path / "tree", TREE)
+    return tmp_path / "tree"
+
+
+def like(**changes: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    one = NamedSharding(MeshSpec().build(), PartitionSpec())
+    tree = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one) for name, x in TREE.items()} | changes
+    return {name: leaf for name, leaf in tree.items() if leaf is not None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"c": jax.ShapeDtypeStruct((1,), np.float32)}, "c is missing"),
+        ({"b": None}, "b is not expected"),
+        ({"a": jax.ShapeDtypeStruct((3, 2), np.float32)}, r"a has float32\[2, 3\], expected float32\[3, 2\]"),
+        ({"a": jax.ShapeDtypeStruct((2, 3), np.float16)}, r"a has float32\[2, 3\], expected float16\[2, 3\]"),
+    ],
+)
+def test_another_tree_is_refused_by_key(saved, changes, message):
+    with pytest.raises(CheckpointError, match=message):
+        restore_tree(saved, like(**changes))
+
+
+def test_what_is_there_stays_unless_it_may_be_replaced(saved, tmp_path):
+    with pytest.raises(CheckpointError, match="there is a checkpoint already"):
+        save_tree(saved, {"other": np.ones(2)})
+    save_tree(saved, {"a": np.ones((2, 3), np.float32), "b": TREE["b"]}, overwrite=True)
+    assert (np.asarray(restore_tree(saved, like())["a"]) == 1).all()
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(CheckpointError, match="something that is no checkpoint"):
+        save_tree(tmp_path / "notes", TREE, overwrite=True)
+
+
+def test_half_a_checkpoint_is_refused(saved):
+    with pytest.raises(CheckpointError, match="is not there"):
+        restore_tree(saved.parent / "none", like())
+    with pytest.raises(CheckpointError, match="not of a model's weights"):
+        stored_config(saved)
+    for file in saved.rglob("*METADATA*"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+        restore_tree(saved, like())
+    shutil.rmtree(saved)
+    saved.mkdir()
+    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+        restore_tree(saved, like())
