@@ -6,10 +6,11 @@ import re
 import resource
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,8 +21,8 @@ from stepjax.checkpoint import Checkpoint, Index, Progress
 from stepjax.quant import BlockScaled
 from stepjax.weights import scale_shape
 
-READERS = 4  # threads; the copy out of the file releases the interpreter's lock
-AHEAD_BYTES = 2**30  # read but not placed yet, beside the weight being placed
+READERS = 4  # threads; reading releases the interpreter's lock
+AHEAD = 0.2  # of the largest weight's part: how much more than that may be read and not placed yet
 
 # Weights whose first axis is the experts as the router numbers them.
 _BY_EXPERT = re.compile(r"layers\.(\d+)\.moe\.(?:experts\.(?:gate|up|down)|router\.(?:weight|bias))")
@@ -38,7 +39,7 @@ class LoadReport:
     bytes_read: int  # of the files, scales included; a slice that several devices hold counts once
     placed_bytes: int  # on this process's devices
     seconds: float
-    peak_growth_bytes: int  # by which the process's peak resident memory rose, which a CPU's arrays are part of
+    peak_growth_bytes: int  # of resident memory, from the start to its peak; a CPU's arrays are part of it
 
     @property
     def gb_per_s(self) -> float:
@@ -64,12 +65,12 @@ def load_sharded(
       progress: called with (bytes read, bytes that this process will read).
     """
     assert set(shardings) == set(checkpoint.paths), set(shardings) ^ set(checkpoint.paths)
-    began, before = time.perf_counter(), _peak_bytes()
+    began, before = time.perf_counter(), _resident_bytes()
     slices = [piece for path in checkpoint.paths for piece in _slices(checkpoint, path, shardings[path])]
     total, done, placed_bytes = sum(piece.num_bytes for piece in slices), 0, 0
     arrays: dict[str, list[Any]] = {}
     read = _Reader(checkpoint, dtype, keep_fp8=keep_fp8, order=expert_order or {})
-    for piece, value in _read_ahead(slices, read):
+    for piece, value in _read_ahead(slices, read, limit=(1 + AHEAD) * _largest(slices)):
         copies = [jax.tree.map(lambda x, to=device: jax.device_put(x, to), value) for device in piece.devices]
         arrays.setdefault(piece.path, []).extend(jax.block_until_ready(copies))
         placed_bytes += sum(copy.nbytes for copy in copies)
@@ -109,29 +110,36 @@ def _slices(checkpoint: Checkpoint, path: str, sharding: Sharding) -> Iterator[_
         yield _Slice(path, index, tuple(devices), checkpoint.stored_bytes(path, index))
 
 
+def _largest(slices: Sequence[_Slice]) -> int:
+    """Bytes of the weight of which this process reads most."""
+    by_weight: Counter[str] = Counter()
+    for piece in slices:
+        by_weight[piece.path] += piece.num_bytes
+    return max(by_weight.values())
+
+
 def _read_ahead(
-    slices: Sequence[_Slice], read: Callable[[_Slice], np.ndarray | BlockScaled]
+    slices: Sequence[_Slice], read: Callable[[_Slice], np.ndarray | BlockScaled], *, limit: float
 ) -> Iterator[tuple[_Slice, np.ndarray | BlockScaled]]:
-    """The slices in order, while threads read those that follow."""
+    """The slices in order, while threads read those that follow: up to ``limit`` bytes that are not placed yet."""
     with ThreadPoolExecutor(READERS) as pool:
-        waiting = deque(slices)
+        waiting, pending = deque(slices), 0
         ahead: deque[tuple[_Slice, Future[np.ndarray | BlockScaled]]] = deque()
         try:
             while waiting or ahead:
-                pending = sum(piece.num_bytes for piece, _ in ahead)
-                while waiting and (not ahead or pending + waiting[0].num_bytes <= AHEAD_BYTES):
-                    piece = waiting.popleft()
-                    ahead.append((piece, pool.submit(read, piece)))
-                    pending += piece.num_bytes
+                while waiting and (not ahead or pending + waiting[0].num_bytes <= limit):
+                    pending += waiting[0].num_bytes
+                    ahead.append((waiting[0], pool.submit(read, waiting.popleft())))
                 piece, future = ahead.popleft()
                 yield piece, future.result()
+                pending -= piece.num_bytes
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads slices into memory of their own: a view of the file would be read again, or change, later."""
+    """Reads slices into memory of their own: pages of a view would count as ours, and could change under us."""
 
     checkpoint: Checkpoint
     dtype: Any
@@ -144,7 +152,7 @@ class _Reader:
 
     def _part(self, path: str, index: Index) -> np.ndarray | BlockScaled:
         keep = self.keep_fp8 and self.checkpoint.is_fp8(path)
-        return jax.tree.map(_owned, self.checkpoint.read(path, dtype=self.dtype, keep_fp8=keep, index=index))
+        return self.checkpoint.read(path, dtype=self.dtype, keep_fp8=keep, index=index, own=True)
 
     def _stored(self, piece: _Slice) -> list[Index]:
         """Where the slice lies in the file: more than one run of experts if they are relabelled."""
@@ -158,10 +166,6 @@ class _Reader:
         return [(slice(chosen[i], chosen[i] + j - i), *piece.index[1:]) for i, j in runs]
 
 
-def _owned(x: np.ndarray) -> np.ndarray:
-    return x if x.flags.writeable and x.flags.owndata else np.array(x)
-
-
 def _assembled(shape: tuple[int, ...], sharding: Sharding, pieces: list[Any]) -> Any:
     """The global array (or block-scaled array) of which this process holds ``pieces``."""
     if not isinstance(pieces[0], BlockScaled):
@@ -170,6 +174,15 @@ def _assembled(shape: tuple[int, ...], sharding: Sharding, pieces: list[Any]) ->
     of_scales = scale_shape(shape, pieces[0].block)
     scale = jax.make_array_from_single_device_arrays(of_scales, sharding, [piece.scale for piece in pieces])
     return BlockScaled(q, scale, pieces[0].block)
+
+
+def _resident_bytes() -> int:
+    """Resident memory now, where the system tells it (Linux), else its peak so far."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return _peak_bytes()
+    return pages * resource.getpagesize()
 
 
 def _peak_bytes() -> int:

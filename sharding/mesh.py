@@ -6,12 +6,11 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stepjax.errors import MeshError
 
 if TYPE_CHECKING:
-    import jax
     from jax.sharding import Mesh
 
 # Outermost first. Neighbours in `tensor` sit next to each other, on the fastest links; replicas of `data` exchange
@@ -89,7 +88,7 @@ class MeshSpec:
             )
         return MeshSpec(**given, **{open_axes[0]: num_devices // product})
 
-    def build(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    def build(self, devices: Sequence[Any] | None = None) -> Mesh:
         """The jax mesh over the first devices that there are, all axes Auto; every process must own some of them."""
         import jax
         from jax.sharding import AxisType

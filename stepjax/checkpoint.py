@@ -97,14 +97,14 @@ class Checkpoint:
 
     @overload
     def read(
-        self, path: str, *, dtype: Any, keep_fp8: Literal[False] = False, index: Index | None = None
+        self, path: str, *, dtype: Any, keep_fp8: Literal[False] = False, index: Index | None = None, own: bool = False
     ) -> np.ndarray: ...
     @overload
     def read(
-        self, path: str, *, dtype: Any, keep_fp8: bool, index: Index | None = None
+        self, path: str, *, dtype: Any, keep_fp8: bool, index: Index | None = None, own: bool = False
     ) -> np.ndarray | BlockScaled: ...
     def read(
-        self, path: str, *, dtype: Any, keep_fp8: bool = False, index: Index | None = None
+        self, path: str, *, dtype: Any, keep_fp8: bool = False, index: Index | None = None, own: bool = False
     ) -> np.ndarray | BlockScaled:
         """One weight, or the part of it at ``index``, in ``dtype``; the router's bias is float32 always.
 
@@ -113,16 +113,17 @@ class Checkpoint:
         Args:
           keep_fp8: leave an FP8 weight as `BlockScaled` with numpy leaves; ``index`` must then begin and end at blocks.
           index: one slice per axis, without steps.
+          own: read into memory of its own rather than map the file.
         """
         recipe = self._recipe(path)
         where = _absolute(index, recipe.spec.shape)
         if not recipe.scales:
-            value = self._slab(recipe.pieces, where)
+            value = self._slab(recipe.pieces, where, own=own)
             return value.astype(np.float32 if recipe.spec.dtype == "F32" else dtype, copy=False)
         from stepjax.quant import dequantize_numpy
 
         cover, inner = _cover(where, recipe.spec.shape, self._fp8_block)
-        weight = self._block_scaled(recipe, cover)
+        weight = self._block_scaled(recipe, cover, own=own)
         if keep_fp8:
             assert cover == where, f"{path}: {index} does not begin and end at blocks of {self._block}"
             return weight
@@ -141,16 +142,18 @@ class Checkpoint:
     def _entry(self, name: str) -> Entry:
         return self._files[name].entries[name]
 
-    def _slab(self, pieces: tuple[Piece, ...], where: Index) -> np.ndarray:
+    def _slab(self, pieces: tuple[Piece, ...], where: Index, *, own: bool) -> np.ndarray:
         """The part of a weight at ``where``, as stored."""
         rank = len(pieces[0].shape)
-        parts = [
-            self._files[piece.name].view(piece.name)[_shifted(where[-rank:], piece.start)]
-            for piece in (pieces[where[0]] if rank < len(where) else pieces)
-        ]
+
+        def part(piece: Piece) -> np.ndarray:
+            file, index = self._files[piece.name], _shifted(where[-rank:], piece.start)
+            return file.read(piece.name, index) if own else file.view(piece.name)[index]
+
+        parts = [part(piece) for piece in (pieces[where[0]] if rank < len(where) else pieces)]
         return np.stack(parts) if rank < len(where) else parts[0]
 
-    def _block_scaled(self, recipe: Recipe, where: Index) -> BlockScaled:
+    def _block_scaled(self, recipe: Recipe, where: Index, *, own: bool) -> BlockScaled:
         """The part of an FP8 weight at ``where``, which begins and ends at blocks."""
         from stepjax.quant import BlockScaled
 
@@ -159,8 +162,8 @@ class Checkpoint:
             Piece(name, self._entry(name).shape, piece.start // rows)
             for name, piece in zip(recipe.scales, recipe.pieces, strict=True)
         )
-        scale = self._slab(scales, self._of_scales(where)).astype(np.float32, copy=False)
-        return BlockScaled(self._slab(recipe.pieces, where), scale, self._fp8_block)
+        scale = self._slab(scales, self._of_scales(where), own=own).astype(np.float32, copy=False)
+        return BlockScaled(self._slab(recipe.pieces, where, own=own), scale, self._fp8_block)
 
     def _of_scales(self, where: Index) -> Index:
         """Where the scales of a part that begins and ends at blocks lie."""

@@ -23,6 +23,8 @@ MAX_HEADER_BYTES = 16 * 2**20
 MAX_ENTRIES = 2**16
 MAX_RANK = 8
 
+_LINE = 64  # bytes of a cache line
+
 DTYPES: Mapping[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
     "U8": np.dtype(np.uint8),
@@ -76,6 +78,44 @@ class SafetensorsFile:
         if self.path.stat().st_size != self.size:
             raise CheckpointError(f"{self.path}: changed its size since it was opened; load it again")
         return np.asarray(np.memmap(self.path, DTYPES[entry.dtype], "r", entry.start, entry.shape))
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """The part of the tensor at ``index`` (with numbers for ends, without steps) in memory of its own.
+
+        A part that lies in one run of bytes is read as such. Any other is copied out of a view, for which the system
+        reads all pages that the part touches.
+        """
+        entry = self.entries[name]
+        offset = _offset_of_run(entry.shape, index)
+        if offset is None:
+            return np.array(self.view(name)[index])
+        out = _aligned(tuple(each.stop - each.start for each in index), DTYPES[entry.dtype])
+        left = memoryview(out.reshape(-1).view(np.uint8))
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(entry.start + offset * out.itemsize)
+            while left:
+                count = file.readinto(left)
+                if not count:
+                    raise CheckpointError(f"{self.path}: ends within tensor {name}; load it again when it is whole")
+                left = left[count:]
+        return out
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array that begins at a cache line: XLA:CPU takes it over as it is, what begins elsewhere it copies."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    memory = np.empty(num_bytes + _LINE, np.uint8)
+    start = -memory.ctypes.data % _LINE
+    return memory[start : start + num_bytes].view(dtype).reshape(shape)
+
+
+def _offset_of_run(shape: tuple[int, ...], index: tuple[slice, ...]) -> int | None:
+    """Elements before a part that lies in one run; None if it does not: whole rows may only be cut on one axis."""
+    lengths = [each.stop - each.start for each in index]
+    first = next((axis for axis, length in enumerate(lengths) if length != 1), len(shape))
+    if any(length != size for length, size in zip(lengths[first + 1 :], shape[first + 1 :], strict=True)):
+        return None
+    return sum(each.start * math.prod(shape[axis + 1 :]) for axis, each in enumerate(index))
 
 
 def regular_size(path: Path) -> int:

@@ -109,7 +109,7 @@ def test_copies_share_one_read(bf16, monkeypatch):
 
 
 def test_progress_ends_at_the_total(bf16, monkeypatch):
-    monkeypatch.setattr(loading, "AHEAD_BYTES", 1)  # nothing is read ahead, and nothing waits for ever
+    monkeypatch.setattr(loading, "AHEAD", -1)  # nothing is read ahead, and nothing waits for ever
     checkpoint, seen = Checkpoint(bf16), []
     load_sharded(
         checkpoint, placement(checkpoint, "expert=8", "expert"), jnp.bfloat16, progress=lambda *each: seen.append(each)
