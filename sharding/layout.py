@@ -21,6 +21,7 @@ from stepjax.layout import Routed
 from stepjax.ops.attention import Heads, Keys
 from stepjax.ops.experts import Form
 from stepjax.sharding.context import Split, attend_split
+from stepjax.sharding.expert_parallel import Group, exchange_pays, exchanged, gathered, replicated
 from stepjax.sharding.rules import GROUP, Axes, Rules
 
 Leaves = dict[Any, Any]  # path → parameter
@@ -43,6 +44,7 @@ class MeshLayout:
     rules: Rules
     form: Form | None = None  # pins a formulation of the experts
     stream_tokens: int = STREAM_TOKENS
+    exchange: bool | None = None  # whether rows of a split stream travel to their experts; None: where it pays
 
     @property
     def replicated(self) -> NamedSharding:
@@ -64,8 +66,8 @@ class MeshLayout:
         """q[B_data, T_context, N_heads, H] → the same; keys and values are split as far as their heads go round."""
         q_spec = self._fit(heads.q_BTNH.shape, "batch", "length", "heads", "head")
         kv_spec = self._fit(heads.k_BTKH.shape, "batch", "length", "kv_heads", "head")
-        token_spec = PartitionSpec(*q_spec[:2])
-        chunk_spec = Chunk(token_spec, PartitionSpec(q_spec[0]), None if chunk.segment_BT is None else token_spec)
+        head_specs: list[Any] = [q_spec, kv_spec, kv_spec]
+        chunk_spec = jax.tree.map(lambda x: PartitionSpec(*q_spec[: x.ndim]), chunk)
         cache_spec = None if cache is None else jax.tree.map(lambda x: self._fit(x.shape, *cache.axes), cache)
         split = Split(
             self.rules.mesh.context,
@@ -82,50 +84,46 @@ class MeshLayout:
         return jax.shard_map(
             body,
             mesh=self.mesh,
-            in_specs=(Heads(q_spec, kv_spec, kv_spec), chunk_spec, cache_spec),
+            in_specs=(Heads(*head_specs), chunk_spec, cache_spec),
             out_specs=(q_spec, cache_spec),
             check_vma=cache is None,  # a gathered ring is alike on all devices, which its type cannot say
         )(heads, chunk, cache)
 
     def mixture(self, moe: Routed, x_BTD: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """x[B_data, T_context, D] → [B_data, T_stream, D]: replicated tokens, local experts, one reduction."""
-        x_spec = self._fit(x_BTD.shape, "batch", "length", "embed")
-        out_spec = self._fit(x_BTD.shape, "batch", "stream", "embed")
-        token_spec = PartitionSpec(*x_spec[:2])
-        merge, leaves, specs = self._taken_apart(moe)
-        scatter = out_spec[1] != x_spec[1]
-        body = functools.partial(self._mixture, merge, scatter=scatter)
+        """x[B_data, T_stream, D] → the same, by one of the bodies of `stepjax.sharding.expert_parallel`."""
+        group, whole = Group.of(self.rules), ""
+        spec = self._fit(x_BTD.shape, "batch", "stream", "embed")
+        if spec == self._fit(x_BTD.shape, "batch", "length", "embed"):
+            body = replicated
+        elif self._exchanges(group, NamedSharding(self.mesh, spec).shard_shape(x_BTD.shape)):
+            body, whole = exchanged, "mlp"
+        else:
+            body = gathered
+        merge, leaves, leaf_specs = self._taken_apart(moe, whole)
+        token_spec = PartitionSpec(*spec[:2])
         return jax.shard_map(
-            body,
+            lambda leaves, *tokens: body(merge(leaves), *tokens, group=group, form=self.form),
             mesh=self.mesh,
-            in_specs=(specs, x_spec, token_spec),
-            out_specs=(out_spec, PartitionSpec(*token_spec, None)),
+            in_specs=(leaf_specs, spec, token_spec),
+            out_specs=(spec, PartitionSpec(*token_spec, None)),
         )(leaves, x_BTD, real_BT)
 
-    def _mixture(
-        self, merge: Merge, leaves: Leaves, x_BTD: jax.Array, real_BT: jax.Array, *, scatter: bool
-    ) -> tuple[jax.Array, jax.Array]:
-        table, group = self.rules.table, self.rules.live(GROUP)
-        moe = merge(leaves)
-        first = _index(table.get("expert", ())) * (
-            self.rules.config.num_experts // self.rules.size(table.get("expert", ()))
-        )
-        routed, shared, ids = moe.local(x_BTD, real_BT, first_expert=first, form=self.form)
-        split = (*table.get("expert", ()), *table.get("expert_mlp", ()))
-        out = _once(routed, set(group) - set(split)) + _once(shared, set(group) - set(table["mlp"]))
-        out = out.astype(x_BTD.dtype)
-        if not group:
-            return out, ids
-        if scatter:
-            return jax.lax.psum_scatter(out, group, scatter_dimension=1, tiled=True), ids
-        return jax.lax.psum(out, group), ids
+    def _exchanges(self, group: Group, local: tuple[int, ...]) -> bool:
+        """Whether rows of a split stream, [B, T, D] on a device, travel to their experts."""
+        if not group.ranks:
+            return False  # no device holds a whole expert
+        return exchange_pays(self.rules.config, group, local[0] * local[1]) if self.exchange is None else self.exchange
 
-    def _taken_apart(self, module: Any) -> tuple[Merge, Leaves, dict[Any, PartitionSpec]]:
-        """A module as a flat table of its parameters, their placement inside an island, and the way back."""
+    def _taken_apart(self, module: Any, whole: str) -> tuple[Merge, Leaves, dict[Any, PartitionSpec]]:
+        """A module as a flat table of its parameters, their placement inside an island, and the way back.
+
+        The axis ``whole`` is split over nothing there.
+        """
         graph, state = nnx.split(module)
         variables = dict(nnx.to_flat_state(state))
         leaves = {path: variable.get_value() for path, variable in variables.items()}
-        specs = {path: self.rules.gathered(*variable.get_metadata("axes")) for path, variable in variables.items()}
+        axes = {path: variable.get_metadata("axes") for path, variable in variables.items()}
+        specs = {path: self.rules.gathered(*(a if a != whole else None for a in each)) for path, each in axes.items()}
 
         def merge(leaves: Leaves) -> Any:
             placed = [(path, variables[path].replace(value)) for path, value in leaves.items()]
@@ -170,13 +168,6 @@ class LocalHeads:
 def _index(axes: Axes) -> jax.Array | int:
     """This device's place along these mesh axes together."""
     return jax.lax.axis_index(axes) if axes else 0
-
-
-def _once(x: jax.Array, axes: set[str]) -> jax.Array:
-    """``x`` on one device of these axes and zeros on the others, which hold the same: it is about to be summed."""
-    if not axes:
-        return x
-    return jnp.where(_index(tuple(sorted(axes))) == 0, x, jnp.zeros((), x.dtype))
 
 
 def _axes(entry: Any) -> Axes:

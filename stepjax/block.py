@@ -36,11 +36,11 @@ class Block(nnx.Module):
         """The residual stream after the layer, the layer's cache, and the expert ids [B, T, A] of a MoE layer."""
         out, cache = self.attn(self._whole(self.input_norm(x_BTD)), chunk, cache)
         x_BTD = self.layout.constrain(x_BTD + out, "batch", "stream", "embed")
-        normed, ids = self._whole(self.post_norm(x_BTD)), None
+        normed, ids = self.post_norm(x_BTD), None
         if hasattr(self, "moe"):
             out, ids = self.moe(normed, chunk.position_BT >= 0)
         else:
-            out = self.mlp(normed)
+            out = self._whole(self.mlp(self._whole(normed)))  # or the backward pass would gather weights, not tokens
         return self.layout.constrain(x_BTD + out, "batch", "stream", "embed"), cache, ids
 
     def _whole(self, x_BTD: jax.Array) -> jax.Array:

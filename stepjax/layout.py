@@ -11,7 +11,7 @@ import jax
 
 from stepjax.cache import CacheView, Chunk, attend
 from stepjax.ops.attention import Heads
-from stepjax.ops.experts import Form
+from stepjax.ops.experts import ExpertWeights, Form
 
 # Logical axes of parameters, activations and caches. One alphabet for the whole project.
 AXES = (
@@ -33,15 +33,38 @@ AXES = (
 
 
 class Routed(Protocol):
-    """What a layout runs of a mixture of experts."""
+    """What a layout runs of a mixture of experts: its router, then the experts whose weights are at hand."""
+
+    @property
+    def limit(self) -> float | None:
+        """Clamp inside the routed experts."""
+        ...
+
+    def route(self, x_BTD: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Expert ids [B, T, A], E for padding, and float32 combine weights [B, T, A]."""
+        ...
 
     def local(
-        self, x_BTD: jax.Array, real_BT: jax.Array, *, first_expert: int | jax.Array = 0, form: Form | None = None
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Routed part and shared part, float32 [B, T, D], and expert ids [B, T, A].
+        self,
+        x_BTD: jax.Array,
+        ids_BTA: jax.Array,
+        combine_BTA: jax.Array,
+        *,
+        first_expert: int | jax.Array = 0,
+        form: Form | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Routed part and shared part, float32 [B, T, D].
 
         The weights may be a slice (experts from ``first_expert`` on, a share of each width); each part is a summand.
         """
+        ...
+
+    def weights(self) -> ExpertWeights:
+        """The routed experts', for a layout that runs them itself."""
+        ...
+
+    def common(self, x_BTD: jax.Array) -> jax.Array:
+        """The shared part alone, float32 [B, T, D]."""
         ...
 
 
@@ -68,7 +91,10 @@ class Layout(Protocol):
         ...
 
     def mixture(self, moe: Routed, x_BTD: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The sum of both parts of ``moe.local`` over all slices, in x's dtype, and the expert ids [B, T, A]."""
+        """The sum of both parts of ``moe.local`` over all slices, in x's dtype, and the expert ids [B, T, A].
+
+        ``x`` comes and goes as the residual stream lies.
+        """
         ...
 
 
@@ -101,5 +127,6 @@ class SingleDevice:
         return attend(heads, chunk, cache, window=window)
 
     def mixture(self, moe: Routed, x_BTD: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        routed, shared, ids = moe.local(x_BTD, real_BT, form=self.form)
+        ids, combine = moe.route(x_BTD, real_BT)
+        routed, shared = moe.local(x_BTD, ids, combine, form=self.form)
         return routed.astype(x_BTD.dtype) + shared.astype(x_BTD.dtype), ids

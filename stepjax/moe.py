@@ -9,7 +9,7 @@ from flax import nnx
 from stepjax.config import LayerSpec, ModelConfig
 from stepjax.layers import SwiGLU, normal
 from stepjax.layout import Layout
-from stepjax.ops.experts import ExpertWeights, Form, routed_experts
+from stepjax.ops.experts import ExpertWeights, Form, held_ids, routed_experts
 
 
 class RouterBias(nnx.Variable):
@@ -79,15 +79,34 @@ class MoE(nnx.Module):
         """
         return self.layout.mixture(self, x_BTD, real_BT)
 
-    def local(
-        self, x_BTD: jax.Array, real_BT: jax.Array, *, first_expert: int | jax.Array = 0, form: Form | None = None
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """What the weights at hand contribute: see `stepjax.layout.Routed`."""
-        x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
-        ids_TA, combine_TA = self.router(x_TD)
+    @property
+    def limit(self) -> float | None:
+        return self.spec.limit
+
+    def route(self, x_BTD: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        ids_TA, combine_TA = self.router(x_BTD.reshape(-1, x_BTD.shape[-1]))
         ids_TA = jnp.where(real_BT.reshape(-1, 1), ids_TA, self.num_experts)
-        weights = self.experts.weights()
-        ours = ids_TA - first_expert
-        ours = jnp.where((ours >= 0) & (ours < weights.gate.shape[0]), ours, weights.gate.shape[0])
-        routed = routed_experts(x_TD, ours, combine_TA, weights, limit=self.spec.limit, form=form)
-        return routed.reshape(x_BTD.shape), self.shared.wide(x_BTD), ids_TA.reshape(*x_BTD.shape[:2], -1)
+        return ids_TA.reshape(*real_BT.shape, -1), combine_TA.reshape(*real_BT.shape, -1)
+
+    def local(
+        self,
+        x_BTD: jax.Array,
+        ids_BTA: jax.Array,
+        combine_BTA: jax.Array,
+        *,
+        first_expert: int | jax.Array = 0,
+        form: Form | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """What the weights at hand contribute: see `stepjax.layout.Routed`."""
+        x_TD, ids_TA, combine_TA = (each.reshape(-1, each.shape[-1]) for each in (x_BTD, ids_BTA, combine_BTA))
+        weights = self.weights()
+        count = weights.gate.shape[0]
+        ours, load = held_ids(ids_TA, first_expert, count), ids_TA.size * count // self.num_experts
+        routed = routed_experts(x_TD, ours, combine_TA, weights, limit=self.limit, form=form, load=load)
+        return routed.reshape(x_BTD.shape), self.common(x_BTD)
+
+    def weights(self) -> ExpertWeights:
+        return self.experts.weights()
+
+    def common(self, x_BTD: jax.Array) -> jax.Array:
+        return self.shared.wide(x_BTD)

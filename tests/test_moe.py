@@ -10,7 +10,7 @@ from flax import nnx
 from stepjax.config import ModelConfig
 from stepjax.layout import SingleDevice
 from stepjax.moe import MoE, Router
-from stepjax.ops.experts import ExpertWeights, choose_form, routed_experts
+from stepjax.ops.experts import ExpertWeights, buffer_rows, choose_form, routed_experts
 from stepjax.ops.swiglu import swiglu
 from stepjax.quant import dequantize, quantize_blocks
 
@@ -117,7 +117,7 @@ def sample(dtype, count=T):
     return x, ExpertWeights(gate, up, down)
 
 
-experts = jax.jit(routed_experts, static_argnames=("limit", "form"))
+experts = jax.jit(routed_experts, static_argnames=("limit", "form", "load"))
 
 
 def pulled_plainly(x, ids, combine, weights, *, form):
@@ -219,6 +219,22 @@ def test_a_broken_token_spoils_no_other(form, name):
         spoiled[:3], sound[:3], strict=True
     ):  # the value, and gradients of tokens and combine weights
         np.testing.assert_allclose(one[others], other[others], atol=1e-6)
+
+
+@pytest.mark.parametrize("load", [0, 1, 10 * T * A])
+def test_a_wrong_guess_of_the_load_costs_passes_and_no_token(load):
+    x, weights = sample(jnp.float32)
+    for name in ("all on one", "unknown", "nothing known"):
+        ids, combine = routing(name)
+        found = experts(x, ids, combine, weights, limit=None, form="capacity", load=load)
+        expected = experts(x, ids, combine, weights, limit=None, form="reference")
+        np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=name)
+
+
+def test_buffers_hold_half_more_than_the_mean():
+    assert buffer_rows(114, most=4096) == 176
+    assert buffer_rows(0.1, most=4096) == 8
+    assert buffer_rows(114, most=100) == 100
 
 
 def test_form_by_token_count():

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from stepjax.cache import Chunk
 from stepjax.model import Step3p5
+from stepjax.ops.experts import expert_load
 from stepjax.train.packing import Rows
 
 
@@ -38,7 +39,7 @@ def losses(model: Step3p5, rows: Rows, *, mtp_weight: float) -> Losses:
     means = [_cross_entropy(each, rows, ahead=k + 1) for k, each in enumerate(logits)]
     mtp = jnp.stack([loss for loss, _ in means[1:]]) if mtp_weight else jnp.zeros((len(model.mtp),))
     accuracy = jnp.stack([right for _, right in means])
-    load = tuple(_load(each, segment, model.config.num_experts) for each in out.expert_ids)
+    load = tuple(expert_load(each, model.config.num_experts) for each in out.expert_ids)
     total = means[0][0] + (mtp_weight * jnp.mean(mtp) if mtp_weight else 0.0)
     return Losses(total, means[0][0], mtp, accuracy, load)
 
@@ -55,8 +56,3 @@ def _cross_entropy(logits_BTV: jax.Array, rows: Rows, *, ahead: int) -> tuple[ja
     total = jnp.maximum(jnp.sum(weight), 1.0)
     right = (jnp.argmax(logits_BTV, axis=-1) == label).astype(jnp.float32)
     return jnp.sum(loss * weight) / total, jnp.sum(right * weight) / total
-
-
-def _load(ids_BTA: jax.Array, segment_BT: jax.Array, num_experts: int) -> jax.Array:
-    hot = ids_BTA[..., None] == jnp.arange(num_experts)[None, None, None, :]
-    return jnp.sum(hot & (segment_BT > 0)[..., None, None], axis=(0, 1, 2), dtype=jnp.int32)

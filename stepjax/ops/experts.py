@@ -10,6 +10,7 @@ products win at small T. `jax.lax.ragged_dot` does expert-fold work on both, so 
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -45,6 +46,7 @@ def routed_experts(
     *,
     limit: float | None,
     form: Form | None = None,
+    load: int | None = None,
 ) -> jax.Array:
     """``Σ_a combine[t, a] · SwiGLU_{ids[t, a]}(x[t])`` as float32 [T, D].
 
@@ -53,10 +55,12 @@ def routed_experts(
       combine_TA: float32.
       limit: clamp inside the SwiGLU, or None.
       form: pins the formulation; None chooses by the static token count.
+      load: assignments to expect among ``ids`` that are not ≥ E; None: all. It sizes buffers and bounds nothing.
     """
     x_TD, ids_TA, combine_TA, weights = vary_alike((x_TD, ids_TA, combine_TA, weights))
     form = form or choose_form(x_TD.shape[0], weights.gate.shape[0], ids_TA.shape[1])
-    run = {"gathered": _gathered, "batched": _batched, "capacity": _capacity, "reference": _reference}[form]
+    capacity = partial(_capacity, load=ids_TA.size if load is None else load)
+    run = {"gathered": _gathered, "batched": _batched, "capacity": capacity, "reference": _reference}[form]
     with jax.named_scope(f"experts_{form}"):
         return run(x_TD, ids_TA, combine_TA, weights, limit)
 
@@ -66,6 +70,23 @@ def choose_form(num_tokens: int, num_experts: int, top_k: int) -> Form:
     if num_tokens <= GATHERED_TOKENS and num_tokens * top_k < num_experts:
         return "gathered"
     return "batched" if num_tokens <= BATCHED_TOKENS else "capacity"
+
+
+def buffer_rows(mean: float, *, most: int) -> int:
+    """Rows of a buffer for a share of the tokens that is ``mean`` rows on average and never more than ``most``."""
+    return min(most, max(8, 8 * math.ceil(HEADROOM * mean / 8)))
+
+
+def held_ids(ids_TA: jax.Array, first: int | jax.Array, count: int) -> jax.Array:
+    """Ids among all experts as ids among the ``count`` from ``first`` on, which are held here; others become count."""
+    ours = ids_TA - first
+    return jnp.where((ours >= 0) & (ours < count), ours, count)
+
+
+def expert_load(ids_BTA: jax.Array, num_experts: int) -> jax.Array:
+    """Assignments of each expert, int32 [E]; an id ≥ E (padding) counts nowhere."""
+    hot = ids_BTA.reshape(-1, 1) == jnp.arange(num_experts)[None, :]
+    return jnp.sum(hot, axis=0, dtype=jnp.int32)
 
 
 def _reference(x: jax.Array, ids: jax.Array, combine: jax.Array, weights: ExpertWeights, limit: float | None):
@@ -139,10 +160,11 @@ def _batched(x: jax.Array, ids: jax.Array, combine: jax.Array, weights: ExpertWe
     return jnp.einsum("te,etd->td", share_TE, out_ETD, precision="highest")
 
 
-def _capacity(x: jax.Array, ids: jax.Array, combine: jax.Array, weights: ExpertWeights, limit: float | None):
+def _capacity(
+    x: jax.Array, ids: jax.Array, combine: jax.Array, weights: ExpertWeights, limit: float | None, *, load: int
+):
     num_experts = weights.gate.shape[0]
-    rows = max(8, -8 * (-int(HEADROOM * ids.size) // (8 * num_experts)))
-    rows = min(rows, x.shape[0])  # an expert is chosen at most once by a token
+    rows = buffer_rows(load / num_experts, most=x.shape[0])  # an expert is chosen at most once by a token
     return _passes(limit, rows, x, combine, weights, _sort(ids, num_experts))
 
 

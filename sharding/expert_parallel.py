@@ -1,0 +1,284 @@
+"""A mixture of experts on a mesh: the bodies that run on each device of a group (`expert` × `tensor`).
+
+  replicated  every device has all tokens, runs the experts that it holds, and one reduction adds up: decode
+  gathered    the same for a stream that is split by tokens: gathered before, scattered by the reduction
+  exchanged   every device keeps its tokens; a row travels once to each rank that holds experts it chose, and back
+
+A rank is a place along the axes that whole experts are split over; if each expert's width is split too, the devices of
+a rank hold shares of the same experts. No form drops a token, whatever the routing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from stepjax.config import ModelConfig
+from stepjax.layout import Routed
+from stepjax.ops.experts import ExpertWeights, Form, buffer_rows, held_ids, routed_experts
+from stepjax.ops.varying import vary_alike, vary_with
+from stepjax.sharding.rules import GROUP, Axes, Rules
+from stepjax.sharding.traffic import WORTHWHILE, exchanged_traffic, gathered_traffic, reach
+
+
+@dataclass(frozen=True)
+class Group:
+    """How the devices that hold one copy of the model share its experts."""
+
+    axes: Axes  # of the group
+    ranks: Axes  # of them, those that whole experts are split over
+    width: Axes  # and those that each expert's width is split over
+    shared: Axes  # and those that the shared expert's width is split over
+    num_ranks: int
+    num_shares: int  # of an expert's width
+    num_experts: int  # of the whole model
+
+    @classmethod
+    def of(cls, rules: Rules) -> Group:
+        """The group of a model on a mesh."""
+        ranks, width = (rules.table.get(name, ()) for name in ("expert", "expert_mlp"))
+        return cls(
+            axes=rules.live(GROUP),
+            ranks=ranks,
+            width=width,
+            shared=rules.table["mlp"],
+            num_ranks=rules.size(ranks),
+            num_shares=rules.size(width),
+            num_experts=rules.config.num_experts,
+        )
+
+    @property
+    def experts_each(self) -> int:
+        """Experts that a rank holds."""
+        return self.num_experts // self.num_ranks
+
+    def first_expert(self) -> jax.Array | int:
+        """The first of this device's experts."""
+        return jax.lax.axis_index(self.ranks) * self.experts_each if self.ranks else 0
+
+
+def replicated(
+    moe: Routed, x_BTD: jax.Array, real_BT: jax.Array, *, group: Group, form: Form | None
+) -> tuple[jax.Array, jax.Array]:
+    """x[B_data, T_context, D] → the same, and expert ids: one reduction."""
+    ids, combine = moe.route(x_BTD, real_BT)
+    if not group.axes:
+        return _summand(moe, x_BTD, ids, combine, group, form), ids
+    # Cast once: each product of a replicated value would reduce its gradient for itself.
+    x_BTD = jax.lax.pcast(x_BTD, group.axes, to="varying")
+    return jax.lax.psum(_summand(moe, x_BTD, ids, combine, group, form), group.axes), ids
+
+
+def gathered(
+    moe: Routed, x_BTD: jax.Array, real_BT: jax.Array, *, group: Group, form: Form | None
+) -> tuple[jax.Array, jax.Array]:
+    """x[B_data, T_stream, D] → the same, and expert ids: `replicated` between an all-gather and a reduce-scatter.
+
+    Each is the other's transpose, so the backward pass sends what the forward pass does.
+    """
+    ids, combine = moe.route(x_BTD, real_BT)
+    x, all_ids, weight = (jax.lax.all_gather(each, group.axes, axis=1, tiled=True) for each in (x_BTD, ids, combine))
+    out = _summand(moe, x, all_ids, weight, group, form)
+    return jax.lax.psum_scatter(out, group.axes, scatter_dimension=1, tiled=True), ids
+
+
+def exchanged(
+    moe: Routed, x_BTD: jax.Array, real_BT: jax.Array, *, group: Group, form: Form | None
+) -> tuple[jax.Array, jax.Array]:
+    """x[B_data, T_stream, D] → the same, and expert ids. ``moe`` holds the shared expert whole.
+
+    Splitting its width would bring every token to every device, which is what this form is there to avoid. Gathered,
+    its weights cost (n−1)/n · 3·1280·4096·2 bytes = 31.5 MB a device and layer; moving T tokens to split weights and
+    back costs (n−1)/n · 2·4096·2·T bytes: as much at T = 1920 tokens a group, twice at 3840. Prefill and training,
+    the only users, bring more.
+    """
+    ids, combine = moe.route(x_BTD, real_BT)
+    x, flat_ids, weight = (each.reshape(-1, each.shape[-1]) for each in (x_BTD, ids, combine))
+    routed = exchanged_experts(x, flat_ids, weight, moe.weights(), group=group, limit=moe.limit, form=form)
+    out = routed.reshape(x_BTD.shape) + moe.common(x_BTD)
+    return out.astype(x_BTD.dtype), ids
+
+
+def _summand(
+    moe: Routed, x_BTD: jax.Array, ids_BTA: jax.Array, combine_BTA: jax.Array, group: Group, form: Form | None
+) -> jax.Array:
+    """What this device adds to the output of the tokens that it sees."""
+    routed, shared = moe.local(x_BTD, ids_BTA, combine_BTA, first_expert=group.first_expert(), form=form)
+    out = _once(routed, {*group.axes} - {*group.ranks, *group.width}) + _once(shared, {*group.axes} - {*group.shared})
+    return out.astype(x_BTD.dtype)
+
+
+def exchanged_experts(
+    x_TD: jax.Array,
+    ids_TA: jax.Array,
+    combine_TA: jax.Array,
+    weights: ExpertWeights,
+    *,
+    group: Group,
+    limit: float | None,
+    form: Form | None = None,
+) -> jax.Array:
+    """`routed_experts` for tokens and experts that lie on different devices: x[T_group, D] → float32 [T_group, D].
+
+    Rows travel in buffers of `exchange_rows` for each pair of ranks, as many times as the fullest pair of the group
+    needs: usually once.
+    """
+    tokens, top_k = ids_TA.shape
+    rows = exchange_rows(tokens, group.num_experts, top_k, group.num_ranks)
+    plan = _Plan(group, rows, limit, form)
+    with jax.named_scope("exchange"):
+        to = _address(ids_TA, group)
+        num_passes = jax.lax.pmax(-(-jnp.max(to.count) // rows), group.axes)
+        return _passes(plan, *vary_alike((x_TD, combine_TA, weights, ids_TA, to)), num_passes)
+
+
+def exchange_rows(num_tokens: int, num_experts: int, top_k: int, num_ranks: int) -> int:
+    """Rows of the buffer from one device to one rank, of the device's ``num_tokens`` tokens."""
+    return buffer_rows(num_tokens * reach(num_experts, top_k, num_ranks), most=num_tokens)
+
+
+def exchange_pays(config: ModelConfig, group: Group, num_tokens: int) -> bool:
+    """Whether the links have clearly less to do if each device's ``num_tokens`` tokens are exchanged."""
+    row_bytes, num_devices = 2 * config.hidden_size, group.num_ranks * group.num_shares  # bfloat16
+    rows = exchange_rows(num_tokens, config.num_experts, config.top_k, group.num_ranks)
+    exchange = exchanged_traffic(
+        row_bytes,
+        group.num_ranks,
+        width=group.num_shares,
+        share=rows / num_tokens,
+        common_bytes=3 * config.shared_size * row_bytes / (num_tokens * num_devices),
+    )
+    return WORTHWHILE * exchange.cost <= gathered_traffic(row_bytes, num_devices).cost
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is static of an exchange."""
+
+    group: Group
+    rows: int  # to each rank in one pass
+    limit: float | None
+    form: Form | None
+
+
+class _Addresses(NamedTuple):
+    """Where this device's rows go: each of the A places of a token is a rank, or none if an earlier one is the same."""
+
+    rank: jax.Array  # [T, A], num_ranks for none
+    place: jax.Array  # [T, A] among this device's rows to that rank, in order of tokens
+    count: jax.Array  # [num_ranks] rows
+
+
+def _address(ids_TA: jax.Array, group: Group) -> _Addresses:
+    """Places by cumulative sums: an argsort's result would be typed as alike on all devices."""
+    rank = jnp.minimum(ids_TA // group.experts_each, group.num_ranks)
+    again = rank[:, :, None] == rank[:, None, :]
+    again = jnp.any(jnp.tril(again, -1), axis=-1)
+    rank = jnp.where(again, group.num_ranks, rank)
+    goes_TR = jnp.any(rank[:, :, None] == jnp.arange(group.num_ranks)[None, None, :], axis=1)
+    so_far_TR = jnp.cumsum(goes_TR, axis=0, dtype=jnp.int32)
+    place = jnp.take_along_axis(so_far_TR, rank, axis=1, mode="clip") - 1
+    return _Addresses(rank, place, so_far_TR[-1])
+
+
+def _one_pass(
+    plan: _Plan,
+    index: jax.Array,
+    x: jax.Array,
+    combine: jax.Array,
+    weights: ExpertWeights,
+    ids: jax.Array,
+    to: _Addresses,
+) -> jax.Array:
+    """Rows index·C … index·C + C − 1 to every rank, through its experts and back: float32 [T, D].
+
+    A row goes to the device of the rank that has its sender's place along the width and is gathered over the width
+    there. The other way round it would cross the slow links between ranks once for every share; now it takes the fast
+    ones along the width instead, on which gathering rows of k ranks costs k times what gathering tokens would.
+    """
+    group, rows = plan.group, plan.rows
+    (num_tokens, top_k), num_slots = ids.shape, group.num_ranks * rows
+    place = to.place - index * rows
+    here = (to.rank < group.num_ranks) & (place >= 0) & (place < rows)
+    slot_TA = jnp.where(here, to.rank * rows + place, num_slots)
+    token = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32)[:, None], slot_TA.shape)
+    token_S = jnp.full((num_slots,), num_tokens, jnp.int32).at[slot_TA].set(token, mode="drop")
+
+    # Ids are whole numbers below 2²⁴, exact in float32, so that both small tables are one message.
+    ids_SA = _rows(ids, token_S, fill=group.num_experts)
+    table = jnp.concatenate([ids_SA.astype(jnp.float32), _rows(combine, token_S)], axis=-1)
+    x_RD, table = (_gather(_all_to_all(each, group), group) for each in (_rows(x, token_S), table))
+
+    ours = held_ids(table[:, :top_k].astype(jnp.int32), group.first_expert(), group.experts_each)
+    load = num_tokens * top_k * group.num_shares  # what a rank's devices send, they get if all ranks are alike
+    y_RD = routed_experts(x_RD, ours, table[:, top_k:], weights, limit=plan.limit, form=plan.form, load=load)
+    y_RD = y_RD.astype(x.dtype)
+    if group.width:
+        y_RD = jax.lax.psum_scatter(y_RD, group.width, scatter_dimension=0, tiled=True)
+    return jnp.sum(_rows(_all_to_all(y_RD, group), slot_TA).astype(jnp.float32), axis=1)
+
+
+def _rows(x: jax.Array, index: jax.Array, fill: int = 0) -> jax.Array:
+    """``x[index]``, ``fill`` past the end: chosen, not multiplied by zero, for another token's row may be NaN."""
+    return jnp.take(x, index, axis=0, mode="fill", fill_value=fill)
+
+
+def _all_to_all(x: jax.Array, group: Group) -> jax.Array:
+    """The r-th of equal parts goes to rank r, into the part that is numbered as its sender."""
+    return jax.lax.all_to_all(x, group.ranks, split_axis=0, concat_axis=0, tiled=True)
+
+
+def _gather(x: jax.Array, group: Group) -> jax.Array:
+    """What reached all devices of a rank, on each of them."""
+    return jax.lax.all_gather(x, group.width, axis=0, tiled=True) if group.width else x
+
+
+def _passes_forward(
+    plan: _Plan,
+    x: jax.Array,
+    combine: jax.Array,
+    weights: ExpertWeights,
+    ids: jax.Array,
+    to: _Addresses,
+    num_passes: jax.Array,
+) -> jax.Array:
+    def body(index: jax.Array, out: jax.Array) -> jax.Array:
+        return out + _one_pass(plan, index, x, combine, weights, ids, to)
+
+    return jax.lax.fori_loop(0, num_passes, body, vary_with(jnp.zeros(x.shape, jnp.float32), x))
+
+
+# A loop rather than a full-size branch beside a fast one: memory stays that of the fast buffer, and a group that
+# overflows pays one pass more, not the worst case. As in `stepjax.ops.experts`, the backward pass runs the passes
+# again; it saves tokens and routing, not what was received. All devices of a group agree on their number, or they
+# would hang.
+_passes = jax.custom_vjp(_passes_forward, nondiff_argnums=(0,))
+
+
+def _passes_fwd(plan, x, combine, weights, ids, to, num_passes):
+    return _passes_forward(plan, x, combine, weights, ids, to, num_passes), (x, combine, weights, ids, to, num_passes)
+
+
+def _passes_bwd(plan, saved, cotangent):
+    x, combine, weights, ids, to, num_passes = saved
+
+    def body(index: jax.Array, total):
+        _, pull = jax.vjp(partial(_one_pass, plan, index, ids=ids, to=to), x, combine, weights)
+        return jax.tree.map(jnp.add, total, pull(cotangent))
+
+    zero = vary_with(jax.tree.map(jnp.zeros_like, (x, combine, weights)), x)
+    return (*jax.lax.fori_loop(0, num_passes, body, zero), None, None, None)
+
+
+_passes.defvjp(_passes_fwd, _passes_bwd)
+
+
+def _once(x: jax.Array, axes: set[str]) -> jax.Array:
+    """``x`` on one device of these axes and zeros on the others, which hold the same: it is about to be summed."""
+    if not axes:
+        return x
+    return jnp.where(jax.lax.axis_index(tuple(sorted(axes))) == 0, x, jnp.zeros((), x.dtype))
