@@ -14,6 +14,7 @@ from stepjax.infer.hosts import agreed
 from stepjax.infer.runner import Runner, State
 from stepjax.infer.sampler import Sampling, SamplingParams
 from stepjax.infer.transcript import Delta, FinishReason, Transcript, begins_in_reasoning
+from stepjax.sharding.watchdog import deadline
 from stepjax.tool_parser import ToolCall
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 CHUNK = 512  # prompt tokens per prefill call
 MAX_BATCH = 8  # prompts that run together
+STEP_S = 300.0  # after which a compiled step on several hosts is taken to hang
 
 Tools = Sequence[Mapping[str, Any]]  # function schemas in OpenAI form
 
@@ -87,8 +89,9 @@ class Batch:
             arguments = (self.params, self.state, *self._chunk(start, width), self.sampling)
             run = self.runner.prefill.compiled(*arguments)
             began = time.perf_counter()
-            self.state, token_B = run(*arguments)
-            drawn = np.asarray(token_B)
+            with deadline("a prefill chunk", STEP_S):
+                self.state, token_B = run(*arguments)
+                drawn = np.asarray(token_B)
             self.clock.prefill_s += time.perf_counter() - began
             for row, prompt in enumerate(self.prompts):
                 if start < len(prompt) <= start + width:
@@ -112,8 +115,9 @@ class Batch:
         arguments = (self.params, self.state, mask, self.sampling)
         run = self.runner.step.compiled(*arguments)
         began = time.perf_counter()
-        self.state, emitted = run(*arguments)
-        tokens, counts = np.asarray(emitted.token_BT), np.asarray(emitted.count_B)
+        with deadline("a decode step", STEP_S):
+            self.state, emitted = run(*arguments)
+            tokens, counts = np.asarray(emitted.token_BT), np.asarray(emitted.count_B)
         self.clock.decode_s += time.perf_counter() - began
         for row, live in enumerate(active):
             self.clock.decoded[row] += int(counts[row])

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from stepjax import __version__
@@ -22,15 +22,29 @@ VERBS = {
     "release": ("stepjax.train.cli_release", "write a training run as a checkpoint folder and grade it"),
 }
 
+SEVERAL_HOSTS = ("generate", "score")  # verbs that several processes can run together
+CLUSTER = "stepjax.sharding.cluster"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Exit codes: 0 done, 1 the input is at fault, 2 the command line is, 130 interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     _mend_streams()
+    return _guarded(lambda: _run(argv))
+
+
+def _run(argv: list[str]) -> int:
+    verb = argv[0] if argv else None
+    args = _parser(verb).parse_args(argv)
+    if verb not in SEVERAL_HOSTS:
+        return args.run(args)
+    return import_module(CLUSTER).run(args, lambda: _guarded(lambda: args.run(args)))
+
+
+def _guarded(command: Callable[[], int]) -> int:
+    """The command's exit code, or that of the error that ended it."""
     try:
-        parser = _parser(argv[0] if argv else None)
-        args = parser.parse_args(argv)
-        code = args.run(args)
+        code = command()
         sys.stdout.flush()  # here, where a failure to write is still caught
         return code
     except StepjaxError as error:
@@ -73,5 +87,7 @@ def _parser(verb: str | None) -> argparse.ArgumentParser:
         if name == verb:
             home = import_module(module)
             home.add_arguments(sub)
+            if name in SEVERAL_HOSTS:
+                import_module(CLUSTER).add_arguments(sub)
             sub.set_defaults(run=home.run)
     return parser

@@ -31,3 +31,7 @@ class TrainingError(StepjaxError):
 
 class MeshError(StepjaxError):
     """A mesh does not fit the devices, or the model cannot be split over it."""
+
+
+class ClusterError(StepjaxError):
+    """Processes that should run one command together do not know or do not find each other."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import speaking_folder
+from ports import two_free_ports
 
 from stepjax.checkpoint import Checkpoint
+from stepjax.cli import VERBS
 from stepjax.infer.load import load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,18 +27,23 @@ def folder(tmp_path_factory) -> Path:
 
 
 def together(*args: object, cwd: Path) -> list[str]:
-    """What each of two processes prints on stdout."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    """What each of two processes prints on stdout: of a stepjax command, or of a task of ``two_processes.py``."""
+    port = two_free_ports()
     environment = {
         **os.environ,
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
     }
+
+    def command(process: int) -> list[str]:
+        if args[0] in VERBS:
+            place = ["--coordinator", f"localhost:{port}", "--processes", "2", "--process-id", str(process)]
+            return ["-m", "stepjax", *map(str, args), *place]
+        return [str(ROOT / "tests" / "two_processes.py"), str(port), str(process), *map(str, args)]
+
     running = [
         subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "two_processes.py"), str(port), str(process), *map(str, args)],
+            [sys.executable, *command(process)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -55,7 +61,8 @@ def together(*args: object, cwd: Path) -> list[str]:
 def test_scores_are_those_of_one_device(folder, tmp_path):
     (tmp_path / "in.json").write_text(json.dumps(TOKENS))
     flags = ["--model", folder, "--tokens", "in.json", "--out", "out.npz", "--dtype", "float32", "--mtp"]
-    together("score", *flags, "--mesh", "expert=8", cwd=tmp_path)
+    outs = together("score", *flags, "--mesh", "expert=8", cwd=tmp_path)
+    assert outs == ["out.npz: 2 sequences, 42 tokens\n", ""]
     session = load(folder, dtype="float32")
     with np.load(tmp_path / "out.npz") as found:
         for j, ids in enumerate(TOKENS):
@@ -72,7 +79,8 @@ def test_answers_are_those_of_one_device(folder, tmp_path):
     greedy = together("generate", *flags, "--temperature", "0", "--mesh", "expert=4,tensor=2", cwd=tmp_path)
     session = load(folder, dtype="float32")
     expected = [session.generate([ids], session.sampling(temperature=0.0, max_tokens=12))[0].ids for ids in TOKENS]
-    assert [json.loads(line)["ids"] for line in greedy[0].splitlines() if line.startswith("{")] == expected
+    assert [json.loads(line)["ids"] for line in greedy[0].splitlines()] == expected
+    assert greedy[1] == ""
 
 
 @pytest.mark.parametrize("mesh", ["expert=8", "data=2,expert=4"])

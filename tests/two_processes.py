@@ -1,7 +1,7 @@
-"""Run as ``two_processes.py PORT PROCESS ARGUMENTS``: one of two processes of a cluster that runs a stepjax command.
+"""Run as ``two_processes.py PORT PROCESS TASK ...``: one of two processes that do a task and print JSON.
 
-Instead of a command there may be "report FOLDER MESH", which prints as JSON what loading read, or "restore FOLDER BASE
-MESH", which compares a converted base with the folder it came from.
+report FOLDER MESH        what loading read, and what this process must hold
+restore FOLDER BASE MESH  how many weights of a converted base differ from the folder it came from
 """
 
 from __future__ import annotations
@@ -13,15 +13,9 @@ import sys
 import jax
 
 
-def main(port: str, process: str, *args: str) -> int:
+def main(port: str, process: str, task: str, *args: str) -> int:
     jax.distributed.initialize(f"localhost:{port}", 2, int(process))
-    if args[0] == "report":
-        return report(args[1], args[2])
-    if args[0] == "restore":
-        return restore(*args[1:])
-    from stepjax.cli import main as stepjax
-
-    return stepjax(args)
+    return {"report": report, "restore": restore}[task](*args)
 
 
 def report(folder: str, mesh: str) -> int:

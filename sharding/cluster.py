@@ -1,0 +1,224 @@
+"""Several processes that run one command: who they are, how they find each other, how they start and leave.
+
+Nothing here imports jax until the processes join, so that a bad setting is refused at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from stepjax.errors import ClusterError
+from stepjax.sharding.watchdog import Watchdog
+
+SILENCE_S = 15  # after which the watchdog takes a process for lost
+HEARTBEAT_S = 20  # after which jax would, which ends without a word
+JOIN_S = 300  # how long processes wait for each other at the start
+FLAGS = ("coordinator", "processes", "process_id")
+
+_PORTS = range(61440, 65530, 2)  # of SLURM jobs, by job id; each takes a pair
+
+
+@dataclass(frozen=True)
+class ClusterSpec:
+    """One process's place among those that run the same command."""
+
+    coordinator: str  # host:port of process 0; its watchdog listens on the port after that
+    num_processes: int
+    process_id: int
+    local_device_ids: tuple[int, ...] | None = None  # None: all devices of the host
+    source: str = "flags"
+
+    def __post_init__(self) -> None:
+        host, _, port = self.coordinator.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65535:
+            raise ClusterError(
+                f"{self.source}: the coordinator is {self.coordinator!r}, expected HOST:PORT of process 0"
+            )
+        if self.num_processes < 1:
+            raise ClusterError(f"{self.source}: {self.num_processes} processes, expected at least 1")
+        if not 0 <= self.process_id < self.num_processes:
+            last = self.num_processes - 1
+            raise ClusterError(f"{self.source}: this is process {self.process_id}, expected one of 0 to {last}")
+
+    @property
+    def watch_address(self) -> tuple[str, int]:
+        """Where process 0's watchdog listens."""
+        host, _, port = self.coordinator.rpartition(":")
+        return host.strip("[]"), int(port) + 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "several hosts", "found by themselves under srun, mpirun and in indexed Kubernetes jobs"
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    group.add_argument("--processes", type=int, metavar="N", help="processes that run this command")
+    group.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
+
+
+def find(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> ClusterSpec | None:
+    """The cluster that the flags name, else the one that the environment does; None if this process runs alone.
+
+    Raises:
+      ClusterError: half of what is needed is there, or it contradicts itself.
+    """
+    given = {name: value for name in FLAGS if (value := getattr(args, name, None)) is not None}
+    if not given:
+        return detect(environ)
+    if missing := [f"--{name.replace('_', '-')}" for name in FLAGS if name not in given]:
+        raise ClusterError(f"{' and '.join(missing)} missing: --coordinator, --processes and --process-id go together")
+    return _unless_alone(ClusterSpec(args.coordinator, args.processes, args.process_id))
+
+
+def detect(environ: Mapping[str, str]) -> ClusterSpec | None:
+    """The cluster that environment variables describe: our own, an indexed Kubernetes job's, SLURM's or Open MPI's."""
+    for look in (_own, _slurm, _open_mpi):
+        if found := look(environ):
+            return _unless_alone(found)
+    return None
+
+
+def run(args: argparse.Namespace, command: Callable[[], int]) -> int:
+    """Run a command as this process's part of its cluster; ``command`` turns errors into an exit code.
+
+    Only process 0 writes to stdout. When one process fails or falls silent, all end: with the code of the failure
+    there, with `stepjax.sharding.watchdog.EXIT_CODE` elsewhere.
+    """
+    spec = find(args)
+    if spec is None:
+        return command()
+    _take_stdout(quiet=spec.process_id > 0)
+    with Watchdog(spec.watch_address, spec.num_processes, spec.process_id, timeout_s=SILENCE_S, join_s=JOIN_S) as watch:
+        _start(spec)
+        try:
+            code = command()
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        if code:
+            watch.give_up(f"process {spec.process_id} ended with exit code {code}")
+            os._exit(code)  # jax would wait at its exit for processes that wait for this one
+        import jax
+
+        jax.distributed.shutdown()
+    return code
+
+
+def _start(spec: ClusterSpec) -> None:
+    import jax
+
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "grpc_proxy"):
+        os.environ.pop(name, None)  # the processes speak to each other directly
+    try:
+        jax.distributed.initialize(
+            spec.coordinator,
+            spec.num_processes,
+            spec.process_id,
+            local_device_ids=None if spec.local_device_ids is None else list(spec.local_device_ids),
+            initialization_timeout=JOIN_S,
+            heartbeat_timeout_seconds=HEARTBEAT_S,
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = re.sub(r"\s+", " ", str(error))[:300]
+        raise ClusterError(f"{spec.coordinator}: the processes did not find each other ({reason})") from error
+
+
+def _take_stdout(*, quiet: bool) -> None:
+    """Keep stdout for what the command prints: libraries below Python (gloo) write to its descriptor, too."""
+    sys.stdout.flush()
+    with contextlib.suppress(OSError, ValueError):
+        kept = os.dup(sys.stdout.fileno())
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        target = os.devnull if quiet else kept
+        sys.stdout = open(target, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115
+
+
+def _unless_alone(spec: ClusterSpec) -> ClusterSpec | None:
+    return spec if spec.num_processes > 1 else None
+
+
+def _own(environ: Mapping[str, str]) -> ClusterSpec | None:
+    """STEPJAX_COORDINATOR, STEPJAX_PROCESSES and the index that Kubernetes gives to a pod of an indexed job."""
+    if "STEPJAX_PROCESSES" not in environ:
+        return None
+    at = "STEPJAX_PROCESS_ID" if "STEPJAX_PROCESS_ID" in environ else "JOB_COMPLETION_INDEX"
+    return ClusterSpec(
+        _text(environ, "STEPJAX_COORDINATOR", "HOST:PORT of process 0, as the pod's name behind a headless service"),
+        _number(environ, "STEPJAX_PROCESSES"),
+        _number(environ, at),
+        source=f"STEPJAX_COORDINATOR, STEPJAX_PROCESSES, {at}",
+    )
+
+
+def _slurm(environ: Mapping[str, str]) -> ClusterSpec | None:
+    """A job step: srun sets SLURM_STEP_ID, sbatch and salloc alone do not."""
+    if "SLURM_STEP_ID" not in environ or "SLURM_STEP_NODELIST" not in environ:
+        return None
+    count = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
+    shared = not re.fullmatch(r"1(\(x\d+\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    port = _PORTS[_number(environ, "SLURM_JOB_ID") % len(_PORTS)]
+    return ClusterSpec(
+        environ.get("STEPJAX_COORDINATOR") or f"{first_host(environ['SLURM_STEP_NODELIST'])}:{port}",
+        _number(environ, count),
+        _number(environ, "SLURM_PROCID"),
+        (_number(environ, "SLURM_LOCALID"),) if shared else None,
+        source=f"SLURM ({count}, SLURM_PROCID)",
+    )
+
+
+def _open_mpi(environ: Mapping[str, str]) -> ClusterSpec | None:
+    if "OMPI_COMM_WORLD_SIZE" not in environ:
+        return None
+    size = _number(environ, "OMPI_COMM_WORLD_SIZE")
+    shared = _number(environ, "OMPI_COMM_WORLD_LOCAL_SIZE") > 1
+    return ClusterSpec(
+        (environ.get("STEPJAX_COORDINATOR") or _launcher(environ)) if size > 1 else "localhost:1",
+        size,
+        _number(environ, "OMPI_COMM_WORLD_RANK"),
+        (_number(environ, "OMPI_COMM_WORLD_LOCAL_RANK"),) if shared else None,
+        source="Open MPI (OMPI_COMM_WORLD_SIZE, OMPI_COMM_WORLD_RANK)",
+    )
+
+
+def _launcher(environ: Mapping[str, str]) -> str:
+    """Where mpirun runs, and process 0 with it: ``1531576320.0;tcp://10.96.0.1,10.148.0.1:34911``."""
+    uri = environ.get("OMPI_MCA_orte_hnp_uri", "")
+    found = re.search(r"tcp://([^,:]+)", uri) or re.search(r"tcp6://\[([^\],]+)", uri)
+    number = re.match(r"\d+", uri)
+    if not found or not number:
+        raise ClusterError(
+            "Open MPI: its variables do not tell where process 0 runs; set STEPJAX_COORDINATOR=HOST:PORT or pass "
+            "--coordinator, --processes and --process-id"
+        )
+    host = f"[{found[1]}]" if ":" in found[1] else found[1]
+    return f"{host}:{_PORTS[int(number[0]) % len(_PORTS)]}"
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a SLURM node list: ``gpu[003-006,010],login1`` begins with gpu003."""
+    found = re.match(r"([^,\[]+)(?:\[([^\]]+)\])?([^,\[]*)", nodelist.strip())
+    if not found:
+        raise ClusterError(f"SLURM_STEP_NODELIST: is {nodelist!r}, expected host names, as gpu[003-006]")
+    prefix, numbers, suffix = found[1], found[2], found[3]
+    return prefix if numbers is None else prefix + re.split("[-,]", numbers)[0] + suffix
+
+
+def _text(environ: Mapping[str, str], name: str, expected: str) -> str:
+    if not environ.get(name):
+        raise ClusterError(f"{name}: is not set, expected {expected}")
+    return environ[name]
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    value = _text(environ, name, "a whole number")
+    if not re.fullmatch(r"[0-9]{1,9}", value):
+        raise ClusterError(f"{name}: is {value!r}, expected a whole number")
+    return int(value)

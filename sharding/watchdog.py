@@ -1,0 +1,204 @@
+"""A thread in each process of a cluster that ends it when another is lost: never a silent hang.
+
+jax notices a peer that died, but not one that is alive and stuck, and a collective waits for either without end. Here
+every process tells process 0 once a second that it lives, and hears the same from it, over a connection of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import selectors
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Self
+
+from stepjax.errors import ClusterError
+
+EXIT_CODE = 75  # of a process that ends for another's sake (EX_TEMPFAIL: starting all of them again may help)
+BEAT_S = 1.0
+GRACE_S = 3.0  # that a process has to end by itself after another said why it gives up
+
+_HELLO = 16  # bytes in which a process says its number
+_ALIVE, _BYE, _FAILED = b".", b"bye", b"failed "
+
+
+@dataclass
+class _Peer:
+    """A connection, and when it was last heard."""
+
+    socket: socket.socket
+    process: int
+    heard: float = field(default_factory=time.monotonic)
+    unread: bytes = b""
+
+
+class Watchdog:
+    """Watches the other processes while its ``with`` block runs, and ends this one if one of them is lost.
+
+    A process is lost when its connection closes without a goodbye, when it is silent for ``timeout_s``, or when it says
+    that it failed. The stacks of all threads then go to stderr and the process exits with `EXIT_CODE`, even while its
+    main thread waits inside a collective.
+
+    Raises:
+      ClusterError: on entry, when the processes do not find each other within ``join_s``.
+    """
+
+    def __init__(self, address: tuple[str, int], num_processes: int, process: int, *, timeout_s: float, join_s: float):
+        self.process, self._num_processes = process, num_processes
+        self._address, self._timeout_s, self._join_s = address, timeout_s, join_s
+        self._peers: list[_Peer] = []
+        self._lock = threading.Lock()  # of the sockets' sending side
+        self._done = threading.Event()
+        self._deadline: tuple[float, str] | None = None
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Self:
+        try:
+            self._peers = self._accept() if self.process == 0 else [self._connect()]
+        except OSError as error:
+            host, port = self._address
+            raise ClusterError(
+                f"{host}:{port}: the processes did not find each other within {self._join_s:.0f} s ({error}); is this "
+                f"process 0's address and are all {self._num_processes} started?"
+            ) from error
+        self._thread.start()
+        _running.append(self)
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self.give_up(f"process {self.process} failed: {type(error).__name__}: {error}")
+            return
+        self._tell(_BYE)
+        self._stop()
+
+    def give_up(self, reason: str) -> None:
+        """Tell the others that this process ends without them, and why."""
+        self._tell(_FAILED + reason.replace("\n", " ").encode()[:500])
+        self._stop()
+
+    def expect(self, what: str | None, within_s: float = 0.0) -> None:
+        """``what`` must end, by a call with None, within so many seconds; else this process does."""
+        self._deadline = (time.monotonic() + within_s, f"{what} took longer than {within_s:.0f} s") if what else None
+
+    def _accept(self) -> list[_Peer]:
+        peers: list[_Peer] = []
+        deadline = time.monotonic() + self._join_s
+        with socket.create_server(("", self._address[1]), backlog=self._num_processes) as server:
+            while len(peers) < self._num_processes - 1:
+                server.settimeout(max(0.01, deadline - time.monotonic()))
+                connection, _ = server.accept()
+                if peer := _introduced(connection, {*range(1, self._num_processes)} - {each.process for each in peers}):
+                    peers.append(peer)
+        return peers
+
+    def _connect(self) -> _Peer:
+        deadline = time.monotonic() + self._join_s
+        while True:
+            try:
+                connection = socket.create_connection(self._address, timeout=5)
+                connection.sendall(f"{self.process:<{_HELLO}}".encode())
+                return _Peer(connection, 0)
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+
+    def _watch(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            for peer in self._peers:
+                selector.register(peer.socket, selectors.EVENT_READ, peer)
+            beaten = 0.0
+            while not self._done.is_set():
+                if time.monotonic() - beaten >= BEAT_S:
+                    beaten = time.monotonic()
+                    self._tell(_ALIVE)
+                for key, _ in selector.select(timeout=BEAT_S / 4):
+                    self._hear(selector, key.data)
+                self._check()
+
+    def _hear(self, selector: selectors.BaseSelector, peer: _Peer) -> None:
+        try:
+            got = peer.socket.recv(4096)
+        except OSError:
+            got = b""
+        if not got:
+            self._fall(f"process {peer.process} is gone: its connection closed without a goodbye")
+        peer.heard = time.monotonic()
+        *lines, peer.unread = (peer.unread + got).split(b"\n")
+        for line in lines:
+            if line == _BYE:
+                selector.unregister(peer.socket)
+                self._peers.remove(peer)
+                return
+            if line.startswith(_FAILED):
+                reason = line.removeprefix(_FAILED).decode(errors="replace")
+                self._tell(line)  # to those who hear of it only through process 0
+                self._done.wait(GRACE_S)
+                self._fall(reason)
+
+    def _check(self) -> None:
+        now = time.monotonic()
+        for peer in self._peers:
+            if now - peer.heard > self._timeout_s:
+                self._fall(f"process {peer.process} has been silent for {now - peer.heard:.0f} s")
+        deadline = self._deadline
+        if deadline and now > deadline[0]:
+            self._fall(deadline[1])
+
+    def _tell(self, line: bytes) -> None:
+        with self._lock:
+            for peer in self._peers:
+                with contextlib.suppress(OSError):  # a lost peer is noticed where it is heard
+                    peer.socket.sendall(line + b"\n")
+
+    def _stop(self) -> None:
+        self._done.set()
+        _running.clear()
+        if threading.current_thread() is not self._thread and self._thread.is_alive():
+            self._thread.join(timeout=2 * BEAT_S)
+        for peer in self._peers:
+            peer.socket.close()
+
+    def _fall(self, reason: str) -> None:
+        """End this process, whatever its other threads wait for."""
+        if self._done.is_set():
+            return
+        self._tell(_FAILED + reason.encode())
+        print(f"stepjax: process {self.process} ends: {reason}. Its threads:", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        os._exit(EXIT_CODE)
+
+
+_running: list[Watchdog] = []  # this process's, if it is one of several
+
+
+@contextlib.contextmanager
+def deadline(what: str, within_s: float) -> Iterator[None]:
+    """A part of the work that must end in time if several processes do it together, for a hang to have an end."""
+    for watchdog in _running:
+        watchdog.expect(what, within_s)
+    try:
+        yield
+    finally:
+        for watchdog in _running:
+            watchdog.expect(None)
+
+
+def _introduced(connection: socket.socket, missing: set[int]) -> _Peer | None:
+    """The process that connected, if it is one of those that are missing."""
+    connection.settimeout(5)
+    with contextlib.suppress(OSError, ValueError):
+        hello = b""
+        while len(hello) < _HELLO and (more := connection.recv(_HELLO - len(hello))):
+            hello += more
+        if int(hello) in missing:
+            return _Peer(connection, int(hello))
+    connection.close()
+    return None

@@ -1,0 +1,212 @@
+"""Who a process is among those that run the same command: from flags, or from what launchers set."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from stepjax.cli import main
+from stepjax.errors import ClusterError
+from stepjax.sharding.cluster import ClusterSpec, detect, first_host
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCH = ROOT / "sharding" / "launch"
+
+SLURM = {
+    "SLURM_JOB_ID": "12345",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "gpu[003-006,010]",
+    "SLURM_STEP_NUM_TASKS": "32",
+    "SLURM_STEP_TASKS_PER_NODE": "8(x4)",
+    "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1",
+}
+MPI = {
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
+}
+POD = {"STEPJAX_COORDINATOR": "stepjax-0.stepjax:61440", "STEPJAX_PROCESSES": "4", "JOB_COMPLETION_INDEX": "2"}
+
+
+def without(environ: dict[str, str], name: str) -> dict[str, str]:
+    return {key: value for key, value in environ.items() if key != name}
+
+
+FOUND: list[tuple[dict[str, str], tuple[str, int, int, Any] | None]] = [
+    ({}, None),
+    ({"PATH": "/bin", "HOME": "/root"}, None),
+    (SLURM, ("gpu003:61590", 32, 9, (1,))),
+    (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, ("gpu003:61590", 32, 9, None)),
+    (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1"}, ("gpu003:61590", 32, 9, None)),
+    (SLURM | {"SLURM_STEP_NODELIST": "login1"}, ("login1:61590", 32, 9, (1,))),
+    (SLURM | {"STEPJAX_COORDINATOR": "other:9000"}, ("other:9000", 32, 9, (1,))),
+    (without(SLURM, "SLURM_STEP_NUM_TASKS") | {"SLURM_NTASKS": "16"}, ("gpu003:61590", 16, 9, (1,))),
+    (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
+    # sbatch's own shell, and salloc's: no step
+    ({"SLURM_JOB_ID": "12345", "SLURM_NTASKS": "32", "SLURM_PROCID": "0", "SLURM_JOB_NODELIST": "gpu[1-4]"}, None),
+    (MPI, ("10.96.0.1:61750", 4, 3, (1,))),
+    (MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, ("10.96.0.1:61750", 4, 3, None)),
+    (MPI | {"OMPI_MCA_orte_hnp_uri": "7;tcp6://[fe80::1]:34911"}, ("[fe80::1]:61454", 4, 3, (1,))),
+    (without(MPI, "OMPI_MCA_orte_hnp_uri") | {"STEPJAX_COORDINATOR": "h:1234"}, ("h:1234", 4, 3, (1,))),
+    (MPI | {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}, None),
+    (POD, ("stepjax-0.stepjax:61440", 4, 2, None)),
+    (POD | {"STEPJAX_PROCESS_ID": "3"}, ("stepjax-0.stepjax:61440", 4, 3, None)),
+    (POD | SLURM, ("stepjax-0.stepjax:61440", 4, 2, None)),  # what the user set goes first
+    (POD | {"STEPJAX_PROCESSES": "1", "JOB_COMPLETION_INDEX": "0"}, None),
+    ({"JOB_COMPLETION_INDEX": "2"}, None),  # an indexed job of independent pods
+]
+
+REFUSED: list[tuple[dict[str, str], str]] = [
+    (without(POD, "STEPJAX_COORDINATOR"), "STEPJAX_COORDINATOR: is not set, expected HOST:PORT"),
+    (without(POD, "JOB_COMPLETION_INDEX"), "JOB_COMPLETION_INDEX: is not set, expected a whole number"),
+    (POD | {"STEPJAX_PROCESSES": "four"}, "STEPJAX_PROCESSES: is 'four', expected a whole number"),
+    (POD | {"STEPJAX_PROCESSES": ""}, "STEPJAX_PROCESSES: is not set"),
+    (POD | {"STEPJAX_PROCESSES": "-4"}, "STEPJAX_PROCESSES: is '-4'"),
+    (POD | {"STEPJAX_PROCESSES": "0"}, "0 processes, expected at least 1"),
+    (POD | {"JOB_COMPLETION_INDEX": "4"}, "this is process 4, expected one of 0 to 3"),
+    (POD | {"STEPJAX_COORDINATOR": "host"}, "the coordinator is 'host', expected HOST:PORT"),
+    (POD | {"STEPJAX_COORDINATOR": "host:"}, "expected HOST:PORT"),
+    (POD | {"STEPJAX_COORDINATOR": "host:70000"}, "expected HOST:PORT"),
+    (SLURM | {"SLURM_PROCID": "32"}, "SLURM (SLURM_STEP_NUM_TASKS, SLURM_PROCID): this is process 32"),
+    (without(SLURM, "SLURM_PROCID"), "SLURM_PROCID: is not set"),
+    (without(SLURM, "SLURM_JOB_ID"), "SLURM_JOB_ID: is not set"),
+    (SLURM | {"SLURM_STEP_NODELIST": "[]"}, "SLURM_STEP_NODELIST: is '[]', expected host names"),
+    (without(MPI, "OMPI_COMM_WORLD_RANK"), "OMPI_COMM_WORLD_RANK: is not set"),
+    (without(MPI, "OMPI_MCA_orte_hnp_uri"), "set STEPJAX_COORDINATOR=HOST:PORT"),
+]
+
+
+@pytest.mark.parametrize(("environ", "expected"), FOUND)
+def test_a_launcher_s_variables_are_understood(environ, expected):
+    spec = detect(environ)
+    found = spec and (spec.coordinator, spec.num_processes, spec.process_id, spec.local_device_ids)
+    assert found == expected
+
+
+@pytest.mark.parametrize(("environ", "message"), REFUSED)
+def test_half_a_cluster_is_refused_by_the_variable_s_name(environ, message):
+    with pytest.raises(ClusterError, match=re.escape(message)):
+        detect(environ)
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "host"),
+    [
+        ("a", "a"),
+        ("a,b", "a"),
+        ("gpu[003-006,010],login1", "gpu003"),
+        ("gpu[7]", "gpu7"),
+        ("rack1-n[10-20]-ib", "rack1-n10-ib"),
+    ],
+)
+def test_the_first_host_of_a_node_list(nodelist, host):
+    assert first_host(nodelist) == host
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--coordinator", "h:1"], "--processes and --process-id missing"),
+        (["--processes", "2", "--process-id", "0"], "--coordinator missing"),
+        (
+            ["--coordinator", "h:1", "--processes", "2", "--process-id", "2"],
+            "this is process 2, expected one of 0 to 1",
+        ),
+        (["--coordinator", "h", "--processes", "2", "--process-id", "0"], "the coordinator is 'h'"),
+    ],
+)
+def test_flags_go_together(capsys, flags, message):
+    assert main(["generate", "--prompt", "x", *flags]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_an_address_of_six_goes_without_its_brackets_to_sockets():
+    assert ClusterSpec("[fe80::1]:100", 2, 0).watch_address == ("fe80::1", 101)
+
+
+# The files to start from
+
+
+def test_the_slurm_script_is_clean():
+    checker = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert checker, "install the test extra, which brings shellcheck"
+    done = subprocess.run([checker, str(LAUNCH / "slurm.sh")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_slurm_script_runs_on_two_local_processes(tmp_path):
+    """With an srun that sets what SLURM would."""
+    srun = tmp_path / "bin" / "srun"
+    srun.parent.mkdir()
+    job = random.SystemRandom().randrange(10**6)
+    srun.write_text(
+        f"""#!/usr/bin/env bash
+while [[ $1 == --* ]]; do shift; done
+export SLURM_JOB_ID={job} SLURM_STEP_ID=0 SLURM_STEP_NODELIST=localhost
+export SLURM_STEP_NUM_TASKS=2 SLURM_STEP_TASKS_PER_NODE='1(x2)'
+SLURM_PROCID=0 SLURM_LOCALID=0 "$@" & first=$!
+SLURM_PROCID=1 SLURM_LOCALID=0 "$@" & second=$!
+wait $first && wait $second
+"""
+    )
+    (tmp_path / "bin" / "stepjax").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m stepjax "$@"\n')
+    for file in srun.parent.iterdir():
+        file.chmod(0o755)
+    (tmp_path / "tokens.json").write_text("[[0, 5, 9]]")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "PATH": f"{srun.parent}:{os.environ['PATH']}",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "MODEL": "step-tiny",
+        "MESH": "expert=4",
+        "SHARED": str(tmp_path / "shared"),
+    }
+    done = subprocess.run(
+        [str(LAUNCH / "slurm.sh")],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "logits.npz: 1 sequences, 3 tokens\n"
+    with np.load(tmp_path / "logits.npz") as found:
+        assert found["p0_logits"].shape[0] == 3
+
+
+def test_the_kubernetes_manifest_says_what_the_code_reads():
+    service, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text(encoding="utf-8"))
+    spec = job["spec"]
+    pod = spec["template"]["spec"]
+    (container,) = pod["containers"]
+    environ = {each["name"]: each["value"] for each in container["env"]}
+    assert spec["completionMode"] == "Indexed"
+    assert spec["completions"] == spec["parallelism"] == int(environ["STEPJAX_PROCESSES"])
+    found = detect(environ | {"JOB_COMPLETION_INDEX": "3"})
+    assert found is not None
+    host, port = found.coordinator.split(":")
+    # A pod of an indexed job is called JOB-INDEX, and SUBDOMAIN is the headless service that gives it a name.
+    assert host == f"{job['metadata']['name']}-0.{pod['subdomain']}"
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["selector"].items() <= spec["template"]["metadata"]["labels"].items()
+    assert [each["port"] for each in service["spec"]["ports"]] == [int(port), found.watch_address[1]]
+    mesh = container["args"][container["args"].index("--mesh") + 1]
+    devices = int(np.prod([int(size) for size in re.findall(r"=(\d+)", mesh)]))
+    assert devices == spec["completions"] * container["resources"]["limits"]["nvidia.com/gpu"]
