@@ -52,7 +52,7 @@ def test_every_block_runs_or_says_why_not():
     assert len(RUN) >= 5
 
 
-@pytest.mark.parametrize("block", RUN, ids=[block.code.splitlines()[0][:50] for block in RUN])
+@pytest.mark.parametrize("block", RUN, ids=[f"{i}: {block.code.splitlines()[0][:50]}" for i, block in enumerate(RUN)])
 def test_a_block_runs(folder, block):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
     command = ["bash", "-euo", "pipefail", "-c"] if block.language == "bash" else [sys.executable, "-c"]
