@@ -62,10 +62,13 @@ class Program:
         """The executable for arguments of these shapes."""
         key = tuple(leaf.shape for leaf in jax.tree.leaves((state, rest)))
         if key not in self._executables:
-            placed = (placement(state, self._layout), self._layout.replicated)
-            jitted = jax.jit(self._function, donate_argnums=(1,), out_shardings=placed)
-            self._executables[key] = jitted.lower(params, state, *rest).compile()
+            self._executables[key] = self.jitted(state).lower(params, state, *rest).compile()
         return self._executables[key]
+
+    def jitted(self, state: State) -> jax.stages.Wrapped:
+        """The function for a state of these shapes."""
+        placed = (placement(state, self._layout), self._layout.replicated)
+        return jax.jit(self._function, donate_argnums=(1,), out_shardings=placed)
 
 
 class Runner:
@@ -87,6 +90,12 @@ class Runner:
         """An empty batch whose sequences can grow to ``length`` tokens."""
         create = functools.partial(self._empty, batch, length, dtype)
         return jax.jit(create, out_shardings=placement(jax.eval_shape(create), self.model.layout))()
+
+    def shapes(self, batch: int, length: int, dtype: jnp.dtype) -> State:
+        """What `start` makes, as shapes where they would lie."""
+        state = jax.eval_shape(functools.partial(self._empty, batch, length, dtype))
+        where = placement(state, self.model.layout)
+        return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, where)
 
     def _empty(self, batch: int, length: int, dtype: jnp.dtype) -> State:
         config = self.model.config
@@ -128,8 +137,8 @@ class Runner:
         return self._advance(model, state, out, token_BT, count_B, last), Emitted(token_BT, count_B)
 
     def _logits(self, model: Step3p5, hidden_BTD: jax.Array) -> jax.Array:
-        """Logits whole on every device, since sampling sorts them."""
-        return model.layout.constrain(model.logits(hidden_BTD), None, None, None)
+        """Logits of a sequence whole on each of its devices, since sampling sorts them."""
+        return model.layout.constrain(model.logits(hidden_BTD), "batch", None, None)
 
     def _forward(self, model: Step3p5, state: State, ids_BT: jax.Array, count_B: jax.Array) -> Hidden:
         chunk = Chunk.at(state.length_B, count_B, ids_BT.shape[1])

@@ -122,20 +122,22 @@ def table(report: CompileReport) -> Group:
     facts = Table(title=f"{report.device_kind}, mesh {shape or 'of one device'}", show_header=False)
     facts.add_row("lowering", f"{report.lower_s:.1f} s")
     facts.add_row("compilation", f"{report.compile_s:.1f} s")
-    facts.add_row("peak host memory", f"{_size(report.host_peak_bytes)} (+{_size(report.host_growth_bytes)})")
-    facts.add_row("arguments per device", _size(report.argument_bytes))
-    facts.add_row("outputs per device", f"{_size(report.output_bytes)}, {_size(report.alias_bytes)} of them in place")
-    facts.add_row("temporaries per device", _size(report.temp_bytes))
-    facts.add_row("peak per device", _size(report.peak_bytes))
-    sums = Table("collective", "axes", "devices", "launches", "payload", "sent by a device", "", box=box.SIMPLE)
+    facts.add_row("peak host memory", f"{size_text(report.host_peak_bytes)} (+{size_text(report.host_growth_bytes)})")
+    facts.add_row("arguments per device", size_text(report.argument_bytes))
+    facts.add_row(
+        "outputs per device", f"{size_text(report.output_bytes)}, {size_text(report.alias_bytes)} of them in place"
+    )
+    facts.add_row("temporaries per device", size_text(report.temp_bytes))
+    facts.add_row("peak per device", size_text(report.peak_bytes))
+    sums = Table("collective", "axes", "devices", "launches", "payload", "each sends", "", box=box.SIMPLE)
     for total in totals(report.collectives):
         sums.add_row(
             total.kind,
             _along(total, report.mesh_shape),
             str(total.group_size),
             str(total.num_launches),
-            _size(total.payload_bytes),
-            _size(total.wire_bytes),
+            size_text(total.payload_bytes),
+            size_text(total.wire_bytes),
             REMARKS[total.certainty],
         )
     note = "" if report.temp_is_of_target else "Temporaries and collectives are the CPU's, not an accelerator's."
@@ -157,7 +159,7 @@ def _peak_host_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _size(num_bytes: float) -> str:
+def size_text(num_bytes: float) -> str:
     """In the largest binary unit that leaves at least one, as 1.50 GiB."""
     power = min(3, max(0, int(num_bytes).bit_length() - 1) // 10)
     return f"{num_bytes / 1024**power:.{2 if power else 0}f} {('B', 'KiB', 'MiB', 'GiB')[power]}"

@@ -18,6 +18,7 @@ VERBS = {
     "chat": ("stepjax.infer.cli_chat", "talk with a model in the terminal"),
     "score": ("stepjax.infer.cli_score", "write the logits of given tokens to a file"),
     "info": ("stepjax.cli_info", "show what a model consists of"),
+    "study": ("stepjax.train.cli_study", "compile a step for a mesh that need not exist, and count its bytes"),
     "pretrain": ("stepjax.train.cli_pretrain", "train a model from scratch, as step-tiny was"),
     "release": ("stepjax.train.cli_release", "write a training run as a checkpoint folder and grade it"),
 }

@@ -61,8 +61,11 @@ class Step3p5(nnx.Module):
         return Hidden(x, Cache(tuple(views), cache.mtp) if cache else None, tuple(expert_ids))
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Next-token logits, float32 [B, T, V], from the pre-norm hidden state."""
-        return self.lm_head.wide(self.norm(hidden_BTD))
+        """Next-token logits, float32 [B, T, V], from the pre-norm hidden state.
+
+        They are placed here: wanted whole by what comes after, a partitioner may gather the matrix instead of them.
+        """
+        return self.layout.constrain(self.lm_head.wide(self.norm(hidden_BTD)), "batch", "length", "vocab")
 
     def mtp_hidden(self, ids_BT: jax.Array, hidden_BTD: jax.Array, chunk: Chunk) -> list[jax.Array]:
         """Teacher-forced MTP over whole sequences: per depth k a hidden state [B, T, D]; row t was fed token t + k.

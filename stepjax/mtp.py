@@ -21,6 +21,7 @@ class MtpLayer(nnx.Module):
     """One depth: merge the two inputs, run a dense sliding-window block, read the result with its own head."""
 
     def __init__(self, spec: LayerSpec, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, layout: Layout):
+        self.layout = layout
         size, eps = config.hidden_size, config.norm_eps
         self.embed_norm = RMSNorm(size, eps=eps, dtype=dtype)
         self.hidden_norm = RMSNorm(size, eps=eps, dtype=dtype)
@@ -34,9 +35,10 @@ class MtpLayer(nnx.Module):
     ) -> tuple[jax.Array, CacheView | None]:
         """The depth's pre-norm hidden state [B, T, D]; the embedding half comes first."""
         both = jnp.concatenate([self.embed_norm(embedding_BTD), self.hidden_norm(hidden_BTD)], axis=-1)
+        both = self.layout.constrain(both, "batch", "length", None)  # or norms and inputs would split like `merge`
         hidden, cache, _ = self.block(self.merge(both), chunk, cache)
         return hidden, cache
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Logits of the token after the one fed, float32 [B, T, V]."""
-        return self.head.wide(self.norm(hidden_BTD))
+        return self.layout.constrain(self.head.wide(self.norm(hidden_BTD)), "batch", "length", "vocab")

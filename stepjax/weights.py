@@ -161,14 +161,15 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
     """Parameters of ``config`` by part."""
     counts: Counter[str] = Counter()
     for spec in inventory(config):
-        counts[_counted_as(spec, num_layers=len(config.layers))] += spec.num_elements
+        counts[counted_as(spec, num_layers=len(config.layers))] += spec.num_elements
     parts = "embedding head attention dense router experts shared final_norm mtp_blocks mtp_heads".split()
     return ParameterCounts(
         **{part: counts[part] for part in parts}, experts_per_token=(config.top_k, config.num_experts)
     )
 
 
-def _counted_as(spec: TensorSpec, *, num_layers: int) -> str:
+def counted_as(spec: TensorSpec, *, num_layers: int) -> str:
+    """The field of `ParameterCounts` that a tensor of the BF16 release adds to."""
     if spec.layer is not None and spec.layer >= num_layers:
         return "mtp_heads" if spec.part == "mtp_head" else "mtp_blocks"
     if spec.part == "norm":

@@ -16,8 +16,12 @@ from tiny import random_params, small_config
 
 from stepjax.cache import Chunk
 from stepjax.cli import main
+from stepjax.config import ModelConfig
 from stepjax.errors import ConfigError, TrainingError
-from stepjax.model import abstract, bind
+from stepjax.model import abstract, axes_of, bind
+from stepjax.sharding.layout import MeshLayout
+from stepjax.sharding.mesh import MeshSpec
+from stepjax.sharding.rules import Rules as RuleTable
 from stepjax.train import loop
 from stepjax.train.balance import balanced
 from stepjax.train.config import PretrainConfig, read_pretrain, write_resolved
@@ -25,7 +29,7 @@ from stepjax.train.evaluate import Score
 from stepjax.train.losses import losses
 from stepjax.train.optimizer import adamw, learning_rate
 from stepjax.train.packing import Example, Rows, pack
-from stepjax.train.step import TrainState, make_step, split_biases
+from stepjax.train.step import Placement, TrainState, make_step, split_biases
 from stepjax.train.tasks import MIX
 
 CONFIG = small_config()
@@ -101,13 +105,23 @@ def test_the_schedule_has_its_corners():
     np.testing.assert_allclose(found, [0.1, 1, 1, 1, 1, 0.51, 0.02], rtol=1e-5)
 
 
-def run_steps(params, rows, devices: int, count: int) -> tuple[TrainState, list[float]]:
+def run_steps(
+    params, rows, *, devices: int = 1, layout: MeshLayout | None = None, count: int, of: ModelConfig = CONFIG
+) -> tuple[TrainState, list[float]]:
+    """Steps on copies of the state, or on the parts of it that a layout makes."""
     schedule = learning_rate(1e-2, warmup=2, decay_from=50, steps=100, floor=0.1)
     optimizer = adamw(schedule, b1=0.9, b2=0.98, weight_decay=0.01, clip=1.0)
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
-    step = make_step(MODEL, optimizer, schedule, mesh, mtp_weight=0.3, balance_rate=1.0)
     trained, biases = split_biases(jax.tree.map(jnp.copy, params))
     state = TrainState(trained, biases, optimizer.init(trained), jnp.zeros((), jnp.int32))
+    model = abstract(of, dtype=jnp.float32, layout=layout)
+    if layout:
+        placement = Placement.split(layout, state, rows, axes_of(model))
+    else:
+        mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+        placement = Placement.copied(mesh)
+    mtp_weight = 0.3 if of.mtp_layers else 0.0
+    step = make_step(model, optimizer, schedule, placement, mtp_weight=mtp_weight, balance_rate=1.0)
+    state = jax.device_put(state, placement.state)
     history = []
     for _ in range(count):
         state, report = step(state, jax.tree.map(jnp.asarray, rows))
@@ -124,6 +138,21 @@ def test_two_devices_learn_what_one_learns(params, rows):
         np.testing.assert_array_equal(one.biases[name], two.biases[name])
     norms = [name for name in one.params if name.endswith("norm.weight")]
     assert all((one.params[name] != params[name]).any() for name in norms if name.startswith("layers"))
+
+
+def test_a_state_in_parts_learns_what_a_whole_one_learns(rows):
+    short = dataclasses.replace(CONFIG, layers=CONFIG.layers[:2], mtp_layers=())  # for the sake of compiling
+    params = random_params(short, 3)
+    spec = MeshSpec(data=2, expert=2, tensor=2)
+    layout = MeshLayout(spec.build(), RuleTable(short, spec, "fsdp"))
+    _, whole = run_steps(params, rows, count=4, of=short)
+    state, parts = run_steps(params, rows, layout=layout, count=4, of=short)
+    np.testing.assert_allclose(parts, whole, rtol=1e-4)
+    gate = state.params["layers.1.moe.experts.gate"]
+    assert gate.sharding.shard_shape(gate.shape) == (8 // 2, 32 // 2, 64 // 2)
+    leaves = jax.tree_util.tree_leaves_with_path(state.optimizer)
+    moments = [leaf for path, leaf in leaves if "layers.1.moe.experts.gate" in jax.tree_util.keystr(path)]
+    assert [moment.sharding for moment in moments] == [gate.sharding] * 2
 
 
 SHORT = PretrainConfig(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 import tokenizers
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.numpy import load_file, save_file
@@ -29,7 +29,7 @@ from stepjax.train.config import PretrainConfig, read_pretrain, write_resolved
 from stepjax.train.losses import Losses
 from stepjax.train.optimizer import adamw, learning_rate
 from stepjax.train.packing import Rows
-from stepjax.train.step import Report, TrainState, make_held_out, make_step, split_biases
+from stepjax.train.step import Placement, Report, TrainState, make_held_out, make_step, split_biases
 from stepjax.train.words import Split
 
 # At step-tiny's shapes sorting tokens by expert took 0.37 s a step on two cores, running every expert on every token
@@ -51,7 +51,7 @@ def pretrain(config: PretrainConfig, out: Path) -> TrainState:
     out = out.resolve()  # orbax takes absolute paths only
     _claim(config, out)
     model_config = ModelConfig.preset(config.model)
-    mesh = _mesh(config.devices)
+    placement = Placement.copied(_mesh(config.devices))
     schedule = learning_rate(
         config.peak_lr,
         warmup=config.warmup_steps,
@@ -63,12 +63,12 @@ def pretrain(config: PretrainConfig, out: Path) -> TrainState:
     model = abstract(model_config, dtype=jnp.float32, layout=LAYOUT)
     params, biases = split_biases(_first_weights(config, model_config))
     fresh = TrainState(params, biases, optimizer.init(params), jnp.zeros((), jnp.int32))
-    fresh = jax.device_put(fresh, NamedSharding(mesh, PartitionSpec()))
+    fresh = jax.device_put(fresh, placement.state)
 
     def functions(mtp_weight: float) -> tuple[Any, Any]:
         return (
-            make_step(model, optimizer, schedule, mesh, mtp_weight=mtp_weight, balance_rate=config.balance_rate),
-            make_held_out(model, mesh, mtp_weight=mtp_weight),
+            make_step(model, optimizer, schedule, placement, mtp_weight=mtp_weight, balance_rate=config.balance_rate),
+            make_held_out(model, placement, mtp_weight=mtp_weight),
         )
 
     plain, with_mtp = functions(0.0), functions(config.mtp_weight)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 
@@ -41,5 +40,5 @@ def apply(
     """One update. optax mixes integer counts with float32, which strict dtype promotion forbids elsewhere."""
     with jax.numpy_dtype_promotion("standard"):
         updates, state = optimizer.update(gradients, state, params)
-        params = jax.tree.map(jnp.add, params, updates)
+        params = optax.apply_updates(params, updates)  # in the parameters' own dtype
     return params, state

@@ -1,8 +1,9 @@
-"""The jitted update of full-parameter training, data parallel over the local devices."""
+"""The jitted update of full-parameter training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stepjax.model import Step3p5, bind
+from stepjax.sharding.layout import MeshLayout
 from stepjax.train.balance import balanced
 from stepjax.train.losses import Losses, losses
 from stepjax.train.optimizer import apply
@@ -41,16 +43,47 @@ def split_biases(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
     return {name: value for name, value in params.items() if name not in biases}, biases
 
 
+@dataclass(frozen=True)
+class Placement:
+    """Where a run's arrays lie: a sharding for all leaves, or a tree of them."""
+
+    state: Any
+    rows: Any
+    whole: NamedSharding  # of what is measured
+
+    @classmethod
+    def copied(cls, mesh: Mesh) -> Placement:
+        """The state whole on every device, rows split over the mesh's one axis."""
+        whole = NamedSharding(mesh, PartitionSpec())
+        return cls(whole, NamedSharding(mesh, PartitionSpec(mesh.axis_names[0])), whole)
+
+    @classmethod
+    def split(cls, layout: MeshLayout, state: TrainState, rows: Rows, axes: Mapping[str, tuple[str, ...]]) -> Placement:
+        """Everything as the layout's rules say; what an optimiser keeps of a parameter lies as the parameter does.
+
+        Args:
+          state, rows: arrays or their shapes.
+          axes: of every parameter (`stepjax.model.axes_of`).
+        """
+
+        def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+            of = next((key.key for key in path if getattr(key, "key", None) in axes), None)
+            return layout.replicated if of is None else layout.parameter(*axes[of])
+
+        of_rows = layout.sharding(rows.ids.shape, "batch", "length")
+        return cls(jax.tree_util.tree_map_with_path(place, state), of_rows, layout.replicated)
+
+
 def make_step(
     model: Step3p5,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
-    mesh: Mesh,
+    placement: Placement,
     *,
     mtp_weight: float,
     balance_rate: float,
-) -> Callable[[TrainState, Rows], tuple[TrainState, Report]]:
-    """The update for a fixed MTP weight. ``rows`` are split over the mesh's one axis, the state is replicated.
+) -> jax.stages.Wrapped:
+    """The update for a fixed MTP weight: ``(state, rows) -> (state, report)``.
 
     Args:
       balance_rate: step of the router bias per unit of learning rate, whose schedule it follows.
@@ -71,20 +104,18 @@ def make_step(
         }
         return TrainState(params, biases, inner, state.step + 1), Report(found, optax.tree.norm(gradients))
 
-    whole, split = _placements(mesh)
-    return jax.jit(update, donate_argnums=0, in_shardings=(whole, split), out_shardings=whole)
-
-
-def make_held_out(model: Step3p5, mesh: Mesh, *, mtp_weight: float) -> Callable[[TrainState, Rows], Losses]:
-    """The losses of a state on rows that it does not learn from."""
-    whole, split = _placements(mesh)
     return jax.jit(
-        lambda state, rows: losses(bind(model, state.params | state.biases), rows, mtp_weight=mtp_weight),
-        in_shardings=(whole, split),
-        out_shardings=whole,
+        update,
+        donate_argnums=0,
+        in_shardings=(placement.state, placement.rows),
+        out_shardings=(placement.state, placement.whole),
     )
 
 
-def _placements(mesh: Mesh) -> tuple[NamedSharding, NamedSharding]:
-    """A copy on every device; split over the mesh's one axis."""
-    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
+def make_held_out(model: Step3p5, placement: Placement, *, mtp_weight: float) -> Callable[[TrainState, Rows], Losses]:
+    """The losses of a state on rows that it does not learn from."""
+    return jax.jit(
+        lambda state, rows: losses(bind(model, state.params | state.biases), rows, mtp_weight=mtp_weight),
+        in_shardings=(placement.state, placement.rows),
+        out_shardings=placement.whole,
+    )
