@@ -90,7 +90,7 @@ class SafetensorsFile:
         if offset is None:
             return np.array(self.view(name)[index])
         out = _aligned(tuple(each.stop - each.start for each in index), DTYPES[entry.dtype])
-        left = memoryview(out.reshape(-1).view(np.uint8))
+        left = out.reshape(-1).view(np.uint8).data
         with self.path.open("rb", buffering=0) as file:
             file.seek(entry.start + offset * out.itemsize)
             while left:

@@ -1,0 +1,63 @@
+"""Pages of the full-attention cache: who holds which, by reference counts.
+
+A page that several hold is full and never written again, so nothing is ever copied on a write.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+TRASH_PAGE = 0  # takes the writes of padding and of surplus tokens; nobody's
+
+
+class PagePool:
+    """Pages 1 … num_pages − 1, each free or held by at least one user."""
+
+    def __init__(self, num_pages: int):
+        assert num_pages > 1, "page 0 is the trash page"
+        self._users = [0] * num_pages
+        self._free = list(range(num_pages - 1, TRASH_PAGE, -1))  # a stack: pages just freed are used again first
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that can be held."""
+        return len(self._users) - 1
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def users(self, page: int) -> int:
+        return self._users[page]
+
+    def allocate(self, count: int) -> tuple[int, ...] | None:
+        """``count`` pages with one user each, or None and nothing changed."""
+        if count > len(self._free):
+            return None
+        pages = tuple(self._free.pop() for _ in range(count))
+        for page in pages:
+            self._users[page] = 1
+        return pages
+
+    def share(self, pages: Iterable[int]) -> None:
+        """One more user for each page, which must have one."""
+        for page in pages:
+            assert self._users[page] > 0, f"page {page} is free"
+            self._users[page] += 1
+
+    def release(self, pages: Iterable[int]) -> None:
+        """One user less for each page; a page without users is free."""
+        for page in pages:
+            assert self._users[page] > 0, f"page {page} is free"
+            self._users[page] -= 1
+            if not self._users[page]:
+                self._free.append(page)
+
+    def check(self, held: Iterable[int]) -> None:
+        """Assert that the counts are those of ``held``, all pages of all users, and that every other page is free."""
+        expected = Counter(held)
+        assert TRASH_PAGE not in expected, "the trash page is held"
+        counted = {page: users for page, users in enumerate(self._users) if users}
+        assert counted == expected, f"counted {counted}, held {dict(expected)}"
+        assert sorted(self._free) == [page for page in range(1, len(self._users)) if page not in expected]
