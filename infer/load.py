@@ -25,7 +25,7 @@ from stepjax.infer.sampler import SamplingParams
 from stepjax.layout import Layout, SingleDevice
 from stepjax.model import Params, Step3p5, abstract, axes_of, bind
 from stepjax.sharding.layout import MeshLayout
-from stepjax.sharding.load import LoadReport, load_sharded
+from stepjax.sharding.load import ExpertOrder, LoadReport, load_sharded
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.rules import Rules
 from stepjax.sharding.target import want_virtual_devices
@@ -43,6 +43,7 @@ def load(
     keep_fp8: bool = False,
     mesh: str | MeshSpec | None = None,
     strategy: str = "expert_tensor",
+    expert_order: ExpertOrder | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Session:
     """Open a checkpoint and place its weights.
@@ -56,6 +57,8 @@ def load(
       mesh: split the model over devices, as ``expert=4,tensor=2`` (`stepjax.sharding.mesh`); None is one device. When
         several processes run, each calls this alike and reads only what its own devices hold.
       strategy: what is split over which axis (`stepjax.sharding.rules`).
+      expert_order: with a mesh, by layer: which stored expert becomes our j-th, so that busy ones lie on different
+        devices (`stepjax.sharding.balance.balanced_order`); answers do not change.
       progress: called with (bytes read, bytes in all) after each tensor.
 
     Raises:
@@ -71,8 +74,12 @@ def load(
     if isinstance(layout, MeshLayout):
         axes = axes_of(abstract(checkpoint.config, layout=layout, mtp=checkpoint.has_mtp))
         shardings = {path: layout.parameter(*names) for path, names in axes.items()}
-        params, report = load_sharded(checkpoint, shardings, chosen, keep_fp8=keep_fp8, progress=progress)
+        params, report = load_sharded(
+            checkpoint, shardings, chosen, keep_fp8=keep_fp8, expert_order=expert_order, progress=progress
+        )
     else:
+        if expert_order:
+            raise RequestError("expert_order: one device holds all experts; give it together with a mesh")
         params = load_params(checkpoint, chosen, keep_fp8=keep_fp8, progress=progress)
     return Session(
         checkpoint.config,

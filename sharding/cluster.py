@@ -11,11 +11,11 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from stepjax.errors import ClusterError
-from stepjax.sharding.watchdog import Watchdog
+from stepjax.sharding.watchdog import Watchdog, listen
 
 SILENCE_S = 15  # after which the watchdog takes a process for lost
 HEARTBEAT_S = 20  # after which jax would, which ends without a word
@@ -78,11 +78,29 @@ def find(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> C
 
 
 def detect(environ: Mapping[str, str]) -> ClusterSpec | None:
-    """The cluster that environment variables describe: our own, an indexed Kubernetes job's, SLURM's or Open MPI's."""
-    for look in (_own, _slurm, _open_mpi):
+    """The cluster that environment variables describe: our own, an indexed Kubernetes job's, Open MPI's or SLURM's.
+
+    Open MPI goes before SLURM: in an allocation mpirun starts its daemons by srun, and the processes that these start
+    inherit srun's variables, which count daemons.
+    """
+    for look in (_own, _open_mpi, _slurm):
         if found := look(environ):
             return _unless_alone(found)
+    if "STEPJAX_COORDINATOR" in environ:
+        raise ClusterError(
+            f"STEPJAX_COORDINATOR: is {environ['STEPJAX_COORDINATOR']!r}, but nothing says how many processes there "
+            "are; set STEPJAX_PROCESSES and STEPJAX_PROCESS_ID, or start them by srun or mpirun"
+        )
     return None
+
+
+def refuse(verb: str, environ: Mapping[str, str] = os.environ) -> None:
+    """For a command that talks with a person: several of it would each wait for the terminal."""
+    if spec := detect(environ):
+        raise ClusterError(
+            f"{verb}: runs in one process, found {spec.num_processes} ({spec.source}); start it without srun or "
+            "mpirun, or use generate"
+        )
 
 
 def run(args: argparse.Namespace, command: Callable[[], int]) -> int:
@@ -96,7 +114,7 @@ def run(args: argparse.Namespace, command: Callable[[], int]) -> int:
         return command()
     _take_stdout(quiet=spec.process_id > 0)
     with Watchdog(spec.watch_address, spec.num_processes, spec.process_id, timeout_s=SILENCE_S, join_s=JOIN_S) as watch:
-        _start(spec)
+        _start(spec, mesh=getattr(args, "mesh", None))
         try:
             code = command()
         except BaseException:
@@ -112,23 +130,39 @@ def run(args: argparse.Namespace, command: Callable[[], int]) -> int:
     return code
 
 
-def _start(spec: ClusterSpec) -> None:
+def _start(spec: ClusterSpec, *, mesh: str | None) -> None:
     import jax
 
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "grpc_proxy"):
-        os.environ.pop(name, None)  # the processes speak to each other directly
+    from stepjax.sharding.mesh import MeshSpec
+    from stepjax.sharding.target import want_virtual_devices
+
+    if mesh is not None and -1 not in (asked := MeshSpec.parse(mesh)).sizes.values():
+        want_virtual_devices(max(1, asked.num_devices // spec.num_processes))
+    if spec.process_id == 0:  # jaxlib 0.10 may crash on a port that is taken
+        listen(int(spec.coordinator.rpartition(":")[2]), 1).close()
     try:
-        jax.distributed.initialize(
-            spec.coordinator,
-            spec.num_processes,
-            spec.process_id,
-            local_device_ids=None if spec.local_device_ids is None else list(spec.local_device_ids),
-            initialization_timeout=JOIN_S,
-            heartbeat_timeout_seconds=HEARTBEAT_S,
-        )
+        with _no_proxy():
+            jax.distributed.initialize(
+                spec.coordinator,
+                spec.num_processes,
+                spec.process_id,
+                local_device_ids=None if spec.local_device_ids is None else list(spec.local_device_ids),
+                initialization_timeout=JOIN_S,
+                heartbeat_timeout_seconds=HEARTBEAT_S,
+            )
     except (RuntimeError, ValueError) as error:
         reason = re.sub(r"\s+", " ", str(error))[:300]
         raise ClusterError(f"{spec.coordinator}: the processes did not find each other ({reason})") from error
+
+
+@contextlib.contextmanager
+def _no_proxy() -> Iterator[None]:
+    """The processes speak to each other directly; a download of weights later may need the proxy again."""
+    taken = {name: os.environ.pop(name) for name in list(os.environ) if name.lower().endswith("_proxy")}
+    try:
+        yield
+    finally:
+        os.environ.update(taken)
 
 
 def _take_stdout(*, quiet: bool) -> None:
@@ -147,7 +181,9 @@ def _unless_alone(spec: ClusterSpec) -> ClusterSpec | None:
 
 def _own(environ: Mapping[str, str]) -> ClusterSpec | None:
     """STEPJAX_COORDINATOR, STEPJAX_PROCESSES and the index that Kubernetes gives to a pod of an indexed job."""
-    if "STEPJAX_PROCESSES" not in environ:
+    if "STEPJAX_PROCESSES" not in environ and not (
+        "STEPJAX_PROCESS_ID" in environ or {"STEPJAX_COORDINATOR", "JOB_COMPLETION_INDEX"} <= environ.keys()
+    ):
         return None
     at = "STEPJAX_PROCESS_ID" if "STEPJAX_PROCESS_ID" in environ else "JOB_COMPLETION_INDEX"
     return ClusterSpec(
@@ -164,12 +200,13 @@ def _slurm(environ: Mapping[str, str]) -> ClusterSpec | None:
         return None
     count = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
     shared = not re.fullmatch(r"1(\(x\d+\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
-    port = _PORTS[_number(environ, "SLURM_JOB_ID") % len(_PORTS)]
+    step = _number(environ, "SLURM_STEP_ID")  # of a job there may be several at a time
+    port = _PORTS[(_number(environ, "SLURM_JOB_ID") + step) % len(_PORTS)]
     return ClusterSpec(
         environ.get("STEPJAX_COORDINATOR") or f"{first_host(environ['SLURM_STEP_NODELIST'])}:{port}",
         _number(environ, count),
         _number(environ, "SLURM_PROCID"),
-        (_number(environ, "SLURM_LOCALID"),) if shared else None,
+        _device(environ, "SLURM_LOCALID") if shared else None,
         source=f"SLURM ({count}, SLURM_PROCID)",
     )
 
@@ -183,9 +220,15 @@ def _open_mpi(environ: Mapping[str, str]) -> ClusterSpec | None:
         (environ.get("STEPJAX_COORDINATOR") or _launcher(environ)) if size > 1 else "localhost:1",
         size,
         _number(environ, "OMPI_COMM_WORLD_RANK"),
-        (_number(environ, "OMPI_COMM_WORLD_LOCAL_RANK"),) if shared else None,
+        _device(environ, "OMPI_COMM_WORLD_LOCAL_RANK") if shared else None,
         source="Open MPI (OMPI_COMM_WORLD_SIZE, OMPI_COMM_WORLD_RANK)",
     )
+
+
+def _device(environ: Mapping[str, str], name: str) -> tuple[int] | None:
+    """This process's GPU of those that the host's processes share; all it sees if that is only one of them."""
+    place, seen = _number(environ, name), environ.get("CUDA_VISIBLE_DEVICES", "")
+    return None if seen and "," not in seen else (place,)
 
 
 def _launcher(environ: Mapping[str, str]) -> str:
@@ -219,6 +262,6 @@ def _text(environ: Mapping[str, str], name: str, expected: str) -> str:
 
 def _number(environ: Mapping[str, str], name: str) -> int:
     value = _text(environ, name, "a whole number")
-    if not re.fullmatch(r"[0-9]{1,9}", value):
+    if not re.fullmatch(r"[0-9]{1,10}", value):
         raise ClusterError(f"{name}: is {value!r}, expected a whole number")
     return int(value)

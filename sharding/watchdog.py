@@ -23,6 +23,8 @@ from stepjax.errors import ClusterError
 EXIT_CODE = 75  # of a process that ends for another's sake (EX_TEMPFAIL: starting all of them again may help)
 BEAT_S = 1.0
 GRACE_S = 3.0  # that a process has to end by itself after another said why it gives up
+LAST_WORDS_S = 3.0  # that saying why may take: stderr may be a pipe that nobody reads
+STARVED_S = 5.0  # beyond the timeout, after which a process whose lock this thread never gets ends, too
 
 _HELLO = 16  # bytes in which a process says its number
 _ALIVE, _BYE, _FAILED = b".", b"bye", b"failed "
@@ -67,21 +69,20 @@ class Watchdog:
                 f"{host}:{port}: the processes did not find each other within {self._join_s:.0f} s ({error}); is this "
                 f"process 0's address and are all {self._num_processes} started?"
             ) from error
-        self._thread.start()
+        self._arm()
         _running.append(self)
+        self._thread.start()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None:
             self.give_up(f"process {self.process} failed: {type(error).__name__}: {error}")
             return
-        self._tell(_BYE)
-        self._stop()
+        self._stop(_BYE)
 
     def give_up(self, reason: str) -> None:
         """Tell the others that this process ends without them, and why."""
-        self._tell(_FAILED + reason.replace("\n", " ").encode()[:500])
-        self._stop()
+        self._stop(_FAILED + reason.replace("\n", " ").encode()[:500])
 
     def expect(self, what: str | None, within_s: float = 0.0) -> None:
         """``what`` must end, by a call with None, within so many seconds; else this process does."""
@@ -90,12 +91,23 @@ class Watchdog:
     def _accept(self) -> list[_Peer]:
         peers: list[_Peer] = []
         deadline = time.monotonic() + self._join_s
-        with socket.create_server(("", self._address[1]), backlog=self._num_processes) as server:
-            while len(peers) < self._num_processes - 1:
+        with listen(self._address[1], self._num_processes) as server:
+            while missing := {*range(1, self._num_processes)} - {each.process for each in peers}:
                 server.settimeout(max(0.01, deadline - time.monotonic()))
-                connection, _ = server.accept()
-                if peer := _introduced(connection, {*range(1, self._num_processes)} - {each.process for each in peers}):
+                try:
+                    connection, _ = server.accept()
+                except TimeoutError:
+                    raise TimeoutError(f"missing: process {', '.join(map(str, sorted(missing)))}") from None
+                if peer := _introduced(connection, {*range(1, self._num_processes)}):
+                    for old in [each for each in peers if each.process == peer.process]:  # that was started again
+                        old.socket.close()
+                        peers.remove(old)
                     peers.append(peer)
+        now = time.monotonic()
+        for peer in peers:
+            peer.heard = now
+            with contextlib.suppress(OSError):
+                peer.socket.sendall(_ALIVE + b"\n")  # tells it that all are here
         return peers
 
     def _connect(self) -> _Peer:
@@ -104,13 +116,24 @@ class Watchdog:
             try:
                 connection = socket.create_connection(self._address, timeout=5)
                 connection.sendall(f"{self.process:<{_HELLO}}".encode())
-                return _Peer(connection, 0)
+                connection.settimeout(max(0.01, deadline - time.monotonic()))
+                welcome = connection.recv(len(_ALIVE) + 1)  # when all are here, which may take longer than the timeout
+                if not welcome:
+                    raise ConnectionResetError("process 0 turned this one away")
+                connection.settimeout(5)
+                return _Peer(connection, 0, unread=welcome)
             except OSError:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.2)
 
     def _watch(self) -> None:
+        try:
+            self._listen()
+        except Exception as error:  # without this thread nobody would watch
+            self._fall(f"its watchdog failed: {error!r}")
+
+    def _listen(self) -> None:
         with selectors.DefaultSelector() as selector:
             for peer in self._peers:
                 selector.register(peer.socket, selectors.EVENT_READ, peer)
@@ -119,6 +142,7 @@ class Watchdog:
                 if time.monotonic() - beaten >= BEAT_S:
                     beaten = time.monotonic()
                     self._tell(_ALIVE)
+                    self._arm()
                 for key, _ in selector.select(timeout=BEAT_S / 4):
                     self._hear(selector, key.data)
                 self._check()
@@ -135,7 +159,9 @@ class Watchdog:
         for line in lines:
             if line == _BYE:
                 selector.unregister(peer.socket)
-                self._peers.remove(peer)
+                with self._lock:
+                    self._peers.remove(peer)
+                peer.socket.close()
                 return
             if line.startswith(_FAILED):
                 reason = line.removeprefix(_FAILED).decode(errors="replace")
@@ -158,22 +184,32 @@ class Watchdog:
                 with contextlib.suppress(OSError):  # a lost peer is noticed where it is heard
                     peer.socket.sendall(line + b"\n")
 
-    def _stop(self) -> None:
-        self._done.set()
+    def _stop(self, last: bytes) -> None:
+        self._done.set()  # first: the other side may hang up as soon as it has heard the last line
+        self._tell(last)
         _running.clear()
         if threading.current_thread() is not self._thread and self._thread.is_alive():
             self._thread.join(timeout=2 * BEAT_S)
+        faulthandler.cancel_dump_traceback_later()
         for peer in self._peers:
-            peer.socket.close()
+            _hang_up(peer.socket)
 
     def _fall(self, reason: str) -> None:
         """End this process, whatever its other threads wait for."""
         if self._done.is_set():
             return
-        self._tell(_FAILED + reason.encode())
-        print(f"stepjax: process {self.process} ends: {reason}. Its threads:", file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-        os._exit(EXIT_CODE)
+        threading.Thread(target=_end_after, args=(LAST_WORDS_S,), daemon=True).start()
+        try:
+            self._tell(_FAILED + reason.encode())
+            print(f"stepjax: process {self.process} ends: {reason}. Its threads:", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        finally:
+            os._exit(EXIT_CODE)
+
+    def _arm(self) -> None:
+        """Let faulthandler, whose thread needs no lock of Python's, end the process (with 1) if this thread starves."""
+        with contextlib.suppress(OSError, RuntimeError, ValueError):  # stderr may be no file
+            faulthandler.dump_traceback_later(self._timeout_s + STARVED_S, exit=True)
 
 
 _running: list[Watchdog] = []  # this process's, if it is one of several
@@ -189,6 +225,41 @@ def deadline(what: str, within_s: float) -> Iterator[None]:
     finally:
         for watchdog in _running:
             watchdog.expect(None)
+
+
+def listen(port: int, backlog: int) -> socket.socket:
+    """A socket that listens to both kinds of addresses where the host has both.
+
+    Raises:
+      ClusterError: something else listens there.
+    """
+    try:
+        if socket.has_dualstack_ipv6():
+            with contextlib.suppress(OSError):  # switched off on this host; a port in use fails again below
+                return socket.create_server(("", port), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True)
+        return socket.create_server(("", port), backlog=backlog)
+    except OSError as error:
+        raise ClusterError(
+            f"port {port}: process 0 cannot listen there ({error.strerror}); choose a free pair, the "
+            "coordinator's and the next, by STEPJAX_COORDINATOR or --coordinator"
+        ) from error
+
+
+def _hang_up(connection: socket.socket, within_s: float = 1.0) -> None:
+    """Close without a reset, which could overtake the last line: the other side has read it when it closes, too."""
+    deadline = time.monotonic() + within_s
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_WR)
+        while (left := deadline - time.monotonic()) > 0:
+            connection.settimeout(left)
+            if not connection.recv(4096):
+                break
+    connection.close()
+
+
+def _end_after(seconds: float) -> None:
+    time.sleep(seconds)
+    os._exit(EXIT_CODE)
 
 
 def _introduced(connection: socket.socket, missing: set[int]) -> _Peer | None:

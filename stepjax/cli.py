@@ -24,6 +24,7 @@ VERBS = {
 }
 
 SEVERAL_HOSTS = ("generate", "score")  # verbs that several processes can run together
+ALONE = ("chat",)  # verbs that several must not run
 CLUSTER = "stepjax.sharding.cluster"
 
 
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: list[str]) -> int:
     verb = argv[0] if argv else None
     args = _parser(verb).parse_args(argv)
+    if verb in ALONE:
+        import_module(CLUSTER).refuse(verb)
     if verb not in SEVERAL_HOSTS:
         return args.run(args)
     return import_module(CLUSTER).run(args, lambda: _guarded(lambda: args.run(args)))

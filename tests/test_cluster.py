@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from ports import two_free_ports
 
 from stepjax.cli import main
 from stepjax.errors import ClusterError
 from stepjax.sharding.cluster import ClusterSpec, detect, first_host
+from stepjax.sharding.watchdog import EXIT_CODE
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "sharding" / "launch"
@@ -66,11 +69,22 @@ FOUND: list[tuple[dict[str, str], tuple[str, int, int, Any] | None]] = [
     (POD | {"STEPJAX_PROCESS_ID": "3"}, ("stepjax-0.stepjax:61440", 4, 3, None)),
     (POD | SLURM, ("stepjax-0.stepjax:61440", 4, 2, None)),  # what the user set goes first
     (POD | {"STEPJAX_PROCESSES": "1", "JOB_COMPLETION_INDEX": "0"}, None),
+    # mpirun in an allocation: srun started its daemons, one a node, and in salloc's shell there is a step of one task
+    (SLURM | MPI | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, ("10.96.0.1:61750", 4, 3, (1,))),
+    (SLURM | MPI | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, ("10.96.0.1:61750", 4, 3, (1,))),
+    (SLURM | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
+    (SLURM | {"SLURM_STEP_ID": "1"}, ("gpu003:61592", 32, 9, (1,))),  # beside step 0
+    (SLURM | {"CUDA_VISIBLE_DEVICES": "3"}, ("gpu003:61590", 32, 9, None)),  # --gpus-per-task: it sees its own only
+    (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, ("gpu003:61590", 32, 9, (1,))),
+    (MPI | {"CUDA_VISIBLE_DEVICES": "3"}, ("10.96.0.1:61750", 4, 3, None)),
     ({"JOB_COMPLETION_INDEX": "2"}, None),  # an indexed job of independent pods
 ]
 
 REFUSED: list[tuple[dict[str, str], str]] = [
     (without(POD, "STEPJAX_COORDINATOR"), "STEPJAX_COORDINATOR: is not set, expected HOST:PORT"),
+    (without(POD, "STEPJAX_PROCESSES"), "STEPJAX_PROCESSES: is not set, expected a whole number"),
+    ({"STEPJAX_PROCESS_ID": "1"}, "STEPJAX_COORDINATOR: is not set"),
+    ({"STEPJAX_COORDINATOR": "h:1"}, "nothing says how many processes"),
     (without(POD, "JOB_COMPLETION_INDEX"), "JOB_COMPLETION_INDEX: is not set, expected a whole number"),
     (POD | {"STEPJAX_PROCESSES": "four"}, "STEPJAX_PROCESSES: is 'four', expected a whole number"),
     (POD | {"STEPJAX_PROCESSES": ""}, "STEPJAX_PROCESSES: is not set"),
@@ -133,6 +147,49 @@ def test_flags_go_together(capsys, flags, message):
     assert message in capsys.readouterr().err
 
 
+def test_a_conversation_has_one_process(capsys, monkeypatch):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    assert main(["chat"]) == 1
+    assert "chat: runs in one process, found 32 (SLURM" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_port_that_is_taken_is_named(after):
+    """jax's, or that of the watchdog."""
+    port = two_free_ports()
+    flags = ["--coordinator", f"localhost:{port}", "--processes", "2", "--process-id"]
+    script = "import sys; from stepjax.sharding import cluster; cluster.JOIN_S = 4; from stepjax.cli import main; "
+    with socket.create_server(("", port + after)):
+        both = [
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    "-c",
+                    script + "sys.exit(main(sys.argv[1:]))",
+                    "generate",
+                    "--prompt",
+                    "x",
+                    *flags,
+                    me,
+                ],
+                stderr=subprocess.PIPE,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                text=True,
+            )
+            for me in "01"
+        ]
+        errors = [each.communicate(timeout=60)[1] for each in both]
+    assert both[0].returncode == 1
+    assert errors[0].startswith(
+        f"stepjax: error: port {port + after}: process 0 cannot listen there (Address already in"
+    )
+    assert both[1].returncode == (1 if after else EXIT_CODE)
+    assert (
+        "did not find each other" in errors[1] if after else f"process 0 failed: ClusterError: port {port}" in errors[1]
+    )
+
+
 def test_an_address_of_six_goes_without_its_brackets_to_sockets():
     assert ClusterSpec("[fe80::1]:100", 2, 0).watch_address == ("fe80::1", 101)
 
@@ -156,9 +213,9 @@ def test_the_slurm_script_runs_on_two_local_processes(tmp_path):
         f"""#!/usr/bin/env bash
 while [[ $1 == --* ]]; do shift; done
 export SLURM_JOB_ID={job} SLURM_STEP_ID=0 SLURM_STEP_NODELIST=localhost
-export SLURM_STEP_NUM_TASKS=2 SLURM_STEP_TASKS_PER_NODE='1(x2)'
+export SLURM_STEP_NUM_TASKS=2 SLURM_STEP_TASKS_PER_NODE=2
 SLURM_PROCID=0 SLURM_LOCALID=0 "$@" & first=$!
-SLURM_PROCID=1 SLURM_LOCALID=0 "$@" & second=$!
+SLURM_PROCID=1 SLURM_LOCALID=1 "$@" & second=$!
 wait $first && wait $second
 """
     )
@@ -188,6 +245,29 @@ wait $first && wait $second
     assert done.stdout == "logits.npz: 1 sequences, 3 tokens\n"
     with np.load(tmp_path / "logits.npz") as found:
         assert found["p0_logits"].shape[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "again"),
+    [(0, 0, False), (1, 0, False), (2, 0, False), (124, 0, False), (75, 0, True), (137, 2, True), (75, 3, False)],
+)
+def test_the_slurm_script_goes_back_to_the_queue_when_another_try_may_help(tmp_path, code, restarts, again):
+    (tmp_path / "srun").write_text(f"#!/bin/sh\nexit {code}\n")
+    (tmp_path / "scontrol").write_text('#!/bin/sh\necho "$@" > "$(dirname "$0")/asked"\n')
+    for file in tmp_path.iterdir():
+        file.chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SHARED": str(tmp_path / "shared"),
+        "SLURM_JOB_ID": "17",
+        "SLURM_RESTART_COUNT": str(restarts),
+    }
+    done = subprocess.run(
+        [str(LAUNCH / "slurm.sh")], cwd=tmp_path, env={**environment, "HOME": str(tmp_path)}, check=False
+    )
+    assert done.returncode == code
+    asked = tmp_path / "asked"
+    assert (asked.read_text() if asked.exists() else None) == ("requeue 17\n" if again else None)
 
 
 def test_the_kubernetes_manifest_says_what_the_code_reads():

@@ -18,7 +18,7 @@ from stepjax.cli import VERBS
 from stepjax.infer.load import load
 
 ROOT = Path(__file__).resolve().parent.parent
-TOKENS = [[0, 3, 5, 300, 17] * 8, [7, 8]]
+TOKENS = [[0, 3, 5, 300, 17] * 8, [7, 8] * 20]  # one shape, so that each program compiles once
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def together(*args: object, cwd: Path) -> list[str]:
     environment = {
         **os.environ,
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] and "--xla_force_host_platform_device_count=4",
     }
 
     def command(process: int) -> list[str]:
@@ -62,7 +62,7 @@ def test_scores_are_those_of_one_device(folder, tmp_path):
     (tmp_path / "in.json").write_text(json.dumps(TOKENS))
     flags = ["--model", folder, "--tokens", "in.json", "--out", "out.npz", "--dtype", "float32", "--mtp"]
     outs = together("score", *flags, "--mesh", "expert=8", cwd=tmp_path)
-    assert outs == ["out.npz: 2 sequences, 42 tokens\n", ""]
+    assert outs == ["out.npz: 2 sequences, 80 tokens\n", ""]
     session = load(folder, dtype="float32")
     with np.load(tmp_path / "out.npz") as found:
         for j, ids in enumerate(TOKENS):
@@ -70,6 +70,14 @@ def test_scores_are_those_of_one_device(folder, tmp_path):
             np.testing.assert_allclose(found[f"p{j}_logits"], logits, atol=2e-4)
             for k, depth in enumerate(depths, start=1):
                 np.testing.assert_allclose(found[f"p{j}_mtp{k}_logits"], depth, atol=2e-4)
+
+
+def test_processes_without_accelerators_make_the_devices_of_the_mesh(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    (tmp_path / "in.json").write_text("[[7, 8]]")
+    flags = ["--model", folder, "--tokens", "in.json", "--out", "o.npz", "--mesh", "expert=4"]
+    outs = together("score", *flags, cwd=tmp_path)
+    assert outs == ["o.npz: 1 sequences, 2 tokens\n", ""]
 
 
 def test_answers_are_those_of_one_device(folder, tmp_path):

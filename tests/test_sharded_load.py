@@ -12,6 +12,7 @@ import pytest
 from checkpoints import fp8_hub_config, fp8_tensors, random_tensors, speaking_folder, tiny_hub_config, write_folder
 
 from stepjax.checkpoint import Checkpoint, load_params
+from stepjax.errors import RequestError
 from stepjax.infer.load import Session, load
 from stepjax.model import abstract, axes_of
 from stepjax.quant import BlockScaled
@@ -162,6 +163,14 @@ def test_relabelled_experts_answer_alike(folder, request):
         for params in (plain, moved)
     )
     np.testing.assert_allclose(before, after, atol=1e-4)
+
+
+def test_an_order_of_experts_needs_a_mesh(tmp_path):
+    folder, order = speaking_folder(tmp_path / "model"), {3: [7, 6, 5, 4, 3, 2, 1, 0]}
+    with pytest.raises(RequestError, match="together with a mesh"):
+        load(folder, expert_order=order)
+    plain, moved = (load(folder, dtype="float32", mesh="expert=2", expert_order=each) for each in (None, order))
+    np.testing.assert_allclose(plain.logits([1, 2, 3]), moved.logits([1, 2, 3]), atol=1e-4)
 
 
 def test_a_session_on_a_mesh(tmp_path):
