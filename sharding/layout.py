@@ -99,7 +99,7 @@ class MeshLayout:
             body, whole = exchanged, "mlp"
         else:
             body = gathered
-        merge, leaves, leaf_specs = self._taken_apart(moe, whole)
+        merge, leaves, leaf_specs = self._taken_apart(moe, whole, stored=spec[0] is not None)
         token_spec = PartitionSpec(*spec[:2])
         return jax.shard_map(
             lambda leaves, *tokens: body(merge(leaves), *tokens, group=group, form=self.form),
@@ -114,19 +114,22 @@ class MeshLayout:
             return False  # no device holds a whole expert
         return exchange_pays(self.rules.config, group, local[0] * local[1]) if self.exchange is None else self.exchange
 
-    def _taken_apart(self, module: Any, whole: str) -> tuple[Merge, Leaves, dict[Any, PartitionSpec]]:
+    def _taken_apart(self, module: Any, whole: str, *, stored: bool) -> tuple[Merge, Leaves, dict[Any, PartitionSpec]]:
         """A module as a flat table of its parameters, their placement inside an island, and the way back.
 
-        The axis ``whole`` is split over nothing there.
+        The axis ``whole`` is split over nothing there. Parameters that are ``stored`` in pieces by replicas come in as
+        they lie and are gathered inside, so that their gradients are scattered by the reduction that sums them. That
+        needs replicas with sequences of their own: copies of one sequence would be summed as if they were two.
         """
         graph, state = nnx.split(module)
         variables = dict(nnx.to_flat_state(state))
         leaves = {path: variable.get_value() for path, variable in variables.items()}
         axes = {path: variable.get_metadata("axes") for path, variable in variables.items()}
-        specs = {path: self.rules.gathered(*(a if a != whole else None for a in each)) for path, each in axes.items()}
+        place = self.rules.spec if stored else self.rules.gathered
+        specs = {path: place(*(a if a != whole else None for a in each)) for path, each in axes.items()}
 
         def merge(leaves: Leaves) -> Any:
-            placed = [(path, variables[path].replace(value)) for path, value in leaves.items()]
+            placed = [(path, variables[path].replace(_gather(value, specs[path]))) for path, value in leaves.items()]
             return nnx.merge(graph, nnx.from_flat_state(placed))
 
         return merge, leaves, specs
@@ -163,6 +166,15 @@ class LocalHeads:
             used = (first + jnp.arange(num_heads)) // self.group - held
             k, v = (jnp.take(x, used, axis=2, mode="clip") for x in (keys.k_BSKH, keys.v_BSKH))
         return replace(keys, k_BSKH=k, v_BSKH=v)
+
+
+def _gather(value: Any, spec: PartitionSpec) -> Any:
+    """A parameter without the splits that only save memory."""
+    for dimension, entry in enumerate(spec):
+        if storage := tuple(axis for axis in _axes(entry) if axis not in GROUP):
+            gather = functools.partial(jax.lax.all_gather, axis_name=storage, axis=dimension, tiled=True)
+            value = jax.tree.map(gather, value)
+    return value
 
 
 def _index(axes: Axes) -> jax.Array | int:

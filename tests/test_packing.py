@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import numpy as np
 import pytest
@@ -48,12 +47,12 @@ def test_pack_refuses_what_does_not_fit() -> None:
 
 
 def test_batches_depend_on_seed_and_step_only(tokenizer: Tokenizer) -> None:
-    start: dict[str, Any] = {"rows": 6, "length": LENGTH}
-    first = list(itertools.islice(packing.batches(tokenizer, seed=3, step=0, **start), 4))
-    resumed = next(packing.batches(tokenizer, seed=3, step=3, **start))
+    draw = packing.Draw(3, 6, LENGTH)
+    first = list(itertools.islice(packing.batches(tokenizer, draw, step=0), 4))
+    resumed = next(packing.batches(tokenizer, draw, step=3))
     assert all((a == b).all() for a, b in zip(first[3], resumed, strict=True))
     assert (first[2].ids != first[3].ids).any()
-    assert (next(packing.batches(tokenizer, seed=4, step=3, **start)).ids != resumed.ids).any()
+    assert (next(packing.batches(tokenizer, packing.Draw(4, 6, LENGTH), step=3)).ids != resumed.ids).any()
     for rows in first:
         assert rows.ids.shape == (6, LENGTH)
         for example in unpack(rows):  # nothing is cut: every example runs from bos to <|im_end|>
@@ -61,7 +60,7 @@ def test_batches_depend_on_seed_and_step_only(tokenizer: Tokenizer) -> None:
 
 
 def test_batches_keep_the_shares(tokenizer: Tokenizer) -> None:
-    rows = list(itertools.islice(packing.batches(tokenizer, seed=0, step=0, rows=12, length=LENGTH), 30))
+    rows = list(itertools.islice(packing.batches(tokenizer, packing.Draw(0, 12, LENGTH), step=0), 30))
     assert np.mean([(batch.segment_ids > 0).mean() for batch in rows]) > 0.88
     answered = tokenizer.encode("The tool answered.").ids[0]
     examples = [example for batch in rows for example in unpack(batch)]

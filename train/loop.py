@@ -119,15 +119,8 @@ def _finite(step: int, report: Report) -> float:
 
 def _stream(config: PretrainConfig, step: int, *, split: Split = "train") -> Iterator[Rows]:
     tokenizer = tokenizers.Tokenizer.from_file(str(ASSETS / config.model / "tokenizer.json"))
-    return packing.batches(
-        tokenizer,
-        seed=config.seed,
-        step=step,
-        rows=config.rows,
-        length=config.length,
-        mix=config.shares,
-        split=split,
-    )
+    draw = packing.Draw(config.seed, config.rows, config.length, config.shares, split)
+    return packing.batches(tokenizer, draw, step=step)
 
 
 def _held_out_rows(config: PretrainConfig) -> Rows:

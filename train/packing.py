@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -92,44 +92,36 @@ def encode(item: tasks.Item, tokenizer: Tokenizer, template: tasks.Template) -> 
     return Example(*(tokenizer.encode(text, add_special_tokens=False).ids for text in (prompt, completion)))
 
 
-def batch(
-    tokenizer: Tokenizer,
-    template: tasks.Template,
-    *,
-    seed: int,
-    step: int,
-    rows: int,
-    length: int,
-    mix: Mapping[str, float] = tasks.MIX,
-    split: Split = "train",
-) -> Rows:
-    """The batch of one step, a function of the seed and the step alone.
+@dataclass(frozen=True)
+class Draw:
+    """What every batch of a stream is drawn from."""
+
+    seed: int
+    rows: int
+    length: int  # tokens of a row
+    mix: Mapping[str, float] = field(default_factory=lambda: tasks.MIX)
+    split: Split = "train"
+
+
+def batch(tokenizer: Tokenizer, template: tasks.Template, draw: Draw, *, step: int) -> Rows:
+    """The batch of one step, a function of the draw and the step alone.
 
     Items are drawn until ``PATIENCE`` of them found no room; dropping the few that did not fit favours short examples
-    slightly, so the shares in a batch differ from ``mix`` by a little.
+    slightly, so the shares in a batch differ from the mix by a little.
     """
-    rng = np.random.default_rng([seed, step])
-    bins = Bins(length, limit=rows)
+    rng = np.random.default_rng([draw.seed, step])
+    bins = Bins(draw.length, limit=draw.rows)
     misses = 0
     while misses < PATIENCE:
-        example = encode(tasks.draw(rng, split, mix), tokenizer, template)
-        if example.num_tokens <= length:  # a rare long one is skipped, not cut
+        example = encode(tasks.draw(rng, draw.split, draw.mix), tokenizer, template)
+        if example.num_tokens <= draw.length:  # a rare long one is skipped, not cut
             misses += not bins.add(example)
     return bins.arrays()
 
 
-def batches(
-    tokenizer: Tokenizer,
-    *,
-    seed: int,
-    step: int,
-    rows: int,
-    length: int,
-    mix: Mapping[str, float] = tasks.MIX,
-    split: Split = "train",
-) -> Iterator[Rows]:
+def batches(tokenizer: Tokenizer, draw: Draw, *, step: int) -> Iterator[Rows]:
     """Batches ``step``, ``step + 1``, … without end; entering at a step gives what a run from 0 would see there."""
     template = tasks.TinyTemplate()
     while True:
-        yield batch(tokenizer, template, seed=seed, step=step, rows=rows, length=length, mix=mix, split=split)
+        yield batch(tokenizer, template, draw, step=step)
         step += 1
