@@ -76,7 +76,7 @@ def open_session(args: argparse.Namespace, *, needs: Literal["ids", "text", "cha
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("loading", total=None)
-        return load(
+        session = load(
             folder,
             dtype=args.dtype,
             keep_fp8=args.keep_fp8,
@@ -84,6 +84,9 @@ def open_session(args: argparse.Namespace, *, needs: Literal["ids", "text", "cha
             strategy=args.strategy,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
+    for note in session.model.layout.notes:
+        print(f"stepjax: {note}", file=sys.stderr)
+    return session
 
 
 class Printer:

@@ -47,6 +47,10 @@ class MeshLayout:
     exchange: bool | None = None  # whether rows of a split stream travel to their experts; None: where it pays
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        return self.rules.notes
+
+    @property
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
 

@@ -72,6 +72,11 @@ class Layout(Protocol):
     """Where arrays lie, and how the parts run that exchange data. Hashable: it is part of a jitted function's key."""
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What lies in copies where a user may expect it to be split, one line each."""
+        ...
+
+    @property
     def replicated(self) -> jax.sharding.NamedSharding | None:
         """Placement of what every device holds whole; None: jax's default."""
         ...
@@ -109,6 +114,10 @@ class SingleDevice:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SingleDevice) and self.form == other.form
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ()
 
     @property
     def replicated(self) -> None:

@@ -254,6 +254,24 @@ def test_score_writes_what_the_session_computes(capsys, bare, session, tokens, t
     assert "2 sequences, 5 tokens" in capsys.readouterr().out
 
 
+def test_a_mesh_says_what_it_copies_and_one_that_cannot_be_is_refused(capsys, bare, session, tokens, tmp_path):
+    score = ("score", "--model", bare, "--tokens", tokens, "--out", tmp_path / "o.npz", "--dtype", "float32")
+    assert run(*score, "--mesh", "expert=8") == 0
+    assert (
+        "query heads (4 and 6) are not split over all of expert=8: 8 devices each hold a copy"
+        in capsys.readouterr().err
+    )
+    with np.load(tmp_path / "o.npz") as found:
+        np.testing.assert_allclose(found["p0_logits"], session.logits(TOKENS[0]), atol=2e-4)
+    for mesh, message in (
+        ("expert=3", "routed experts (8) cannot be split 3 ways; the nearest that can is 2"),
+        ("tensor=4", "query heads (4 and 6) cannot be split 4 ways"),
+        ("expert=16", "takes 16 devices, found 8"),
+        ("model=2", "'model' is not an axis"),
+    ):
+        assert message in refused(capsys, *score, "--mesh", mesh)
+
+
 def test_score_without_mtp(bare, session, tokens, tmp_path):
     assert run("score", "--model", bare, "--tokens", tokens, "--out", tmp_path / "o.npz", "--dtype", "float32") == 0
     with np.load(tmp_path / "o.npz") as found:
