@@ -38,7 +38,11 @@ PLANS = [
     ("expert=2,tensor=2,data=2", "fsdp", 1024, "capacity"),
     ("tensor=8", "tensor", 1024, "batched"),
 ]
-IDS = [plan[0] + ":" + plan[1] for plan in PLANS]
+ALWAYS = (0, 1, 3, 4, 6)  # the others go with --slow
+CASES = [
+    pytest.param(plan, id=f"{plan[0]}:{plan[1]}", marks=() if i in ALWAYS else pytest.mark.slow)
+    for i, plan in enumerate(PLANS)
+]
 TOKENS = np.random.default_rng(0).integers(0, 128, (2, 64)).astype(np.int32)
 
 
@@ -128,7 +132,7 @@ def largest_error(found: Any, expected: Any) -> float:
     return max(jax.tree.leaves(errors))
 
 
-@pytest.mark.parametrize("plan", PLANS, ids=IDS)
+@pytest.mark.parametrize("plan", CASES)
 def test_logits_and_gradients_are_those_of_one_device(plan):
     assert_as_on_one_device(layout(*plan))
 
@@ -171,7 +175,11 @@ def answers(session: Session, drafts: int, temperature: float) -> list[list[int]
 
 @pytest.mark.parametrize(
     ("mesh", "strategy"),
-    [("expert=4,tensor=2", "expert_tensor"), ("expert=2,tensor=2,context=2", "expert"), ("context=4,data=2", "tensor")],
+    [
+        ("expert=4,tensor=2", "expert_tensor"),
+        ("expert=2,tensor=2,context=2", "expert"),
+        pytest.param("context=4,data=2", "tensor", marks=pytest.mark.slow),
+    ],
 )
 def test_answers_are_those_of_one_device(mesh, strategy):
     """Past the window (8), over several chunks of cache, with drafts taken back."""
