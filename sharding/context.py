@@ -11,9 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import jax
-import jax.numpy as jnp
 
-from stepjax.cache import CacheView, Chunk, Rows, store
+from stepjax.cache import CacheView, Chunk, Stripe
 from stepjax.ops.attention import Heads, Keys, Partial, attention_to, finish, merge
 
 AXIS = "context"
@@ -49,46 +48,29 @@ def attend_split(
         return finish(_ring(q_BTNH, select(keys), window, split.size), q_BTNH.dtype), None
     if split.tokens:
         keys = _gathered(keys, offset=jax.lax.axis_index(AXIS) * q_BTNH.shape[1])
-    everything = Chunk(keys.position_BS, chunk.start_B)
+    everything = replace(chunk, position_BT=keys.position_BS, segment_BT=None)
 
     def attend_to(keys: Keys) -> Partial:
         return attention_to(q_BTNH, chunk.position_BT, [select(keys)], window=window, segment_BT=chunk.segment_BT)
 
     out = attend_to(keys)
     if split.rows:
-        assert isinstance(cache, Rows), "only full-attention layers are split by position"
-        stripe = _Stripe(cache, split.size)
-        out = merge(out, _prefix(q_BTNH, everything, select(stripe.prefix(chunk)), split))
-        cache = stripe.write(everything, keys.k_BSKH, keys.v_BSKH)
+        assert cache is not None
+        stripe = Stripe(jax.lax.axis_index(AXIS), split.size)
+        out = merge(out, _prefix(q_BTNH, everything, cache, split, stripe, select))
+        cache = cache.write(everything, keys.k_BSKH, keys.v_BSKH, stripe=stripe)
     elif cache is not None:
-        out = merge(out, attend_to(cache.prefix(chunk)))
+        out = merge(out, cache.look(q_BTNH, chunk, window=window, select=select))
         cache = cache.write(everything, keys.k_BSKH, keys.v_BSKH)
     return finish(out, q_BTNH.dtype), cache
 
 
-@dataclass(frozen=True)
-class _Stripe:
-    """This device's rows of a full-attention layer: row r holds position r·C + c."""
-
-    rows: Rows
-    size: int
-
-    def prefix(self, chunk: Chunk) -> Keys:
-        row = jnp.arange(self.rows.k_BSKH.shape[1], dtype=jnp.int32)[None, :]
-        position = row * self.size + jax.lax.axis_index(AXIS)
-        return Keys(self.rows.k_BSKH, self.rows.v_BSKH, jnp.where(position < chunk.start_B[:, None], position, -1))
-
-    def write(self, chunk: Chunk, k_BTKH: jax.Array, v_BTKH: jax.Array) -> Rows:
-        position, past = chunk.position_BT, self.rows.k_BSKH.shape[1]
-        ours = (position >= 0) & (position % self.size == jax.lax.axis_index(AXIS))
-        row = jnp.where(ours, position // self.size, past)
-        return Rows(store(self.rows.k_BSKH, row, k_BTKH), store(self.rows.v_BSKH, row, v_BTKH))
-
-
-def _prefix(q_BTNH: jax.Array, everything: Chunk, prefix: Keys, split: Split) -> Partial:
+def _prefix(
+    q_BTNH: jax.Array, everything: Chunk, cache: CacheView, split: Split, stripe: Stripe, select: Callable[[Keys], Keys]
+) -> Partial:
     """Attention of this device's queries to all stripes. The queries travel, not the cache: they are fewer."""
     q = jax.lax.all_gather(q_BTNH, AXIS, axis=1, tiled=True) if split.tokens else q_BTNH
-    part = attention_to(q, everything.position_BT, [prefix], window=None)
+    part = cache.look(q, everything, window=None, select=select, stripe=stripe)
     part = part.scaled(jax.lax.pmax(part.top_BTKG, AXIS))
     if not split.tokens:
         return Partial(jax.lax.psum(part.out_BTKGH, AXIS), part.top_BTKG, jax.lax.psum(part.total_BTKG, AXIS))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from stepjax.sharding.context import Split, attend_split
 from stepjax.sharding.expert_parallel import Group, exchange_pays, exchanged, gathered, replicated
 from stepjax.sharding.rules import GROUP, Axes, Rules
 
+T = TypeVar("T")
 Leaves = dict[Any, Any]  # path → parameter
 Merge = Callable[[Leaves], Any]
 
@@ -44,6 +45,7 @@ class MeshLayout:
     rules: Rules
     form: Form | None = None  # pins a formulation of the experts
     stream_tokens: int = STREAM_TOKENS
+    split_batch: bool = True  # sequences over `data`
     exchange: bool | None = None  # whether rows of a split stream travel to their experts; None: where it pays
 
     @property
@@ -64,6 +66,15 @@ class MeshLayout:
     def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, self.sharding(x.shape, *axes))
 
+    def together(self) -> MeshLayout:
+        return replace(self, split_batch=False)
+
+    def by_sequence(self, function: Callable[..., T], *arguments: Any) -> T:
+        """On each device for its own sequences: a partitioner would gather them all to sort one."""
+        leaves = jax.tree.leaves(arguments)
+        spec = PartitionSpec(self._fit(leaves[0].shape[:1], "batch")[0])
+        return jax.shard_map(function, mesh=self.mesh, in_specs=spec, out_specs=spec)(*arguments)
+
     def attend(
         self, heads: Heads, chunk: Chunk, cache: CacheView | None, *, window: int | None
     ) -> tuple[jax.Array, CacheView | None]:
@@ -72,6 +83,8 @@ class MeshLayout:
         kv_spec = self._fit(heads.k_BTKH.shape, "batch", "length", "kv_heads", "head")
         head_specs: list[Any] = [q_spec, kv_spec, kv_spec]
         chunk_spec = jax.tree.map(lambda x: PartitionSpec(*q_spec[: x.ndim]), chunk)
+        if chunk.page_BN is not None:
+            chunk_spec = replace(chunk_spec, page_BN=PartitionSpec(q_spec[0], None))
         cache_spec = None if cache is None else jax.tree.map(lambda x: self._fit(x.shape, *cache.axes), cache)
         split = Split(
             self.rules.mesh.context,
@@ -142,8 +155,10 @@ class MeshLayout:
         return self.rules.fit(shape, *(self._named(size, axis) for size, axis in zip(shape, axes, strict=True)))
 
     def _named(self, size: int, axis: str | None) -> str | None:
-        """The axis, unless there are too few tokens for splitting them to pay."""
+        """The axis, unless it is kept whole or there are too few tokens for splitting them to pay."""
         context = self.rules.mesh.context
+        if axis == "batch" and not self.split_batch:
+            return None
         if axis == "stream" and (size < self.stream_tokens or size % (context * self.rules.size(GROUP))):
             axis = "length"
         return None if axis == "length" and size < context * CONTEXT_TOKENS else axis

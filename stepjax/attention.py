@@ -46,6 +46,8 @@ class Attention(nnx.Module):
         v_BTKH = self._heads(self.v_proj(x_BTD), "kv_heads")
         q_BTNH = rotate(self.q_norm(q_BTNH), chunk.position_BT, spec.rope)
         k_BTKH = rotate(self.k_norm(k_BTKH), chunk.position_BT, spec.rope)
+        if cache is not None:
+            k_BTKH, v_BTKH = _finite(k_BTKH), _finite(v_BTKH)
         out_BTNH, cache = self.layout.attend(Heads(q_BTNH, k_BTKH, v_BTKH), chunk, cache, window=spec.window)
         out_BTNH *= jax.nn.sigmoid(self.g_proj(x_BTD))[..., None]
         out = self.layout.constrain(out_BTNH.reshape(B, T, -1), "batch", "length", "heads")
@@ -53,3 +55,10 @@ class Attention(nnx.Module):
 
     def _heads(self, x: jax.Array, axis: str) -> jax.Array:
         return self.layout.constrain(x.reshape(*x.shape[:2], -1, self.spec.head_dim), "batch", "length", axis, "head")
+
+
+def _finite(x: jax.Array) -> jax.Array:
+    """Zeros for what is no number. A weight of 0 does not hide it, so a bad draft would spoil the tokens before it, and
+    a freed page the next request; the token itself still shows it in its own residual stream.
+    """
+    return jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype))

@@ -1,41 +1,60 @@
 """What a layer remembers of earlier tokens, behind one small interface.
 
-`CacheView` is all that attention knows. Full layers keep every position in a row of its own (pages will implement the
-same view); sliding layers keep a ring of the last window + drafts positions. Nothing but keys and values is stored:
-which rows are live follows from where a chunk starts, so taking back rejected drafts is starting the next one earlier.
+`CacheView` is all that attention knows. Full layers keep every position, in a row of its own or in pages that a table
+names; sliding layers keep a ring of the last window + drafts positions. Nothing but keys and values is stored: which
+rows are live follows from where a chunk starts, so taking back rejected drafts is starting the next one earlier.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, Self
+from typing import ClassVar, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
 
 from stepjax.config import LayerSpec, ModelConfig
-from stepjax.ops.attention import Heads, Keys, attention
+from stepjax.ops.attention import Heads, Keys, Partial, attention_to, empty_partial, finish, merge
 
 MAX_DRAFTS = 3
 SPARE_ROWS = MAX_DRAFTS + 1  # a rejected draft must not overwrite a key that the next query still sees
+SMALL_BLOCK = 256  # positions of a sequence that are gathered from pages at once
+LARGE_BLOCK = 4096  # the same while at least so many are left, for few sequences
+GATHERED_ROWS = 32768  # of all sequences together: bounds what a gather copies
+
+Select = Callable[[Keys], Keys]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Chunk:
-    """The tokens of one call: where each stands, and how much of each sequence the cache already holds."""
+    """The tokens of one call: where each stands, and how much of each sequence the cache already holds, and where."""
 
     position_BT: jax.Array  # int32; −1 is padding
     start_B: jax.Array  # int32: the first position of the call; cached rows at or past it are void
     segment_BT: jax.Array | None = None  # int32, for packed training rows; no cache then
+    slot_B: jax.Array | None = None  # int32: the cache's entry of each sequence, past the end: none; None: the first B
+    page_BN: jax.Array | None = None  # int32: the pages of each sequence, in order; for `Pages` only
+    first_B: jax.Array | None = None  # int32: cached positions before it are void too
 
     @classmethod
-    def at(cls, start_B: jax.Array, count_B: jax.Array, length: int) -> Chunk:
-        """``count`` tokens from ``start`` on, padded to ``length``; negative positions are padding too."""
+    def at(
+        cls,
+        start_B: jax.Array,
+        count_B: jax.Array,
+        length: int,
+        *,
+        slot_B: jax.Array | None = None,
+        page_BN: jax.Array | None = None,
+        first_B: jax.Array | None = None,
+    ) -> Chunk:
+        """``count`` tokens from ``start`` on, padded to ``length``; so are positions before ``first``, or 0."""
         offset = jnp.arange(length, dtype=jnp.int32)[None, :]
         position = start_B[:, None] + offset
-        valid = (offset < count_B[:, None]) & (position >= 0)
-        return cls(jnp.where(valid, position, -1), start_B)
+        valid = (offset < count_B[:, None]) & (position >= (0 if first_B is None else first_B[:, None]))
+        return cls(jnp.where(valid, position, -1), start_B, None, slot_B, page_BN, first_B)
 
     @classmethod
     def whole(cls, batch: int, length: int) -> Chunk:
@@ -44,16 +63,51 @@ class Chunk:
         return cls.at(zero, zero + length, length)
 
 
+class Stripe(NamedTuple):
+    """The positions that one of several devices keeps: index, index + count, index + 2 · count, …"""
+
+    index: int | jax.Array
+    count: int
+
+    def position(self, row: jax.Array) -> jax.Array:
+        return row * self.count + self.index
+
+    def row(self, position: jax.Array) -> jax.Array:
+        """The row of a position; −1 where another device keeps it, or for padding."""
+        ours = (position >= 0) & (position % self.count == self.index)
+        return jnp.where(ours, position // self.count, -1)
+
+
+EVERYTHING = Stripe(0, 1)
+
+
+def every_head(keys: Keys) -> Keys:
+    return keys
+
+
 class CacheView(Protocol):
     """One layer's cache as attention sees it: a pytree of two arrays with the same logical axes."""
 
     axes: ClassVar[tuple[str | None, ...]]  # logical axes of keys and of values
 
-    def prefix(self, chunk: Chunk) -> Keys:
-        """The keys before the chunk, with their positions."""
+    def look(
+        self,
+        q_BTNH: jax.Array,
+        chunk: Chunk,
+        *,
+        window: int | None,
+        select: Select = every_head,
+        stripe: Stripe = EVERYTHING,
+    ) -> Partial:
+        """Attention to the keys before the chunk.
+
+        Args:
+          select: the key-value heads that the queries use.
+          stripe: which positions these rows hold, where several devices share them.
+        """
         ...
 
-    def write(self, chunk: Chunk, k_BTKH: jax.Array, v_BTKH: jax.Array) -> Self:
+    def write(self, chunk: Chunk, k_BTKH: jax.Array, v_BTKH: jax.Array, *, stripe: Stripe = EVERYTHING) -> Self:
         """The view with the chunk's keys and values stored; padding stores nothing."""
         ...
 
@@ -67,13 +121,103 @@ class Rows:
     v_BSKH: jax.Array
     axes: ClassVar[tuple[str | None, ...]] = ("batch", "rows", "kv_heads", "head")
 
-    def prefix(self, chunk: Chunk) -> Keys:
-        row = jnp.arange(self.k_BSKH.shape[1], dtype=jnp.int32)[None, :]
-        return Keys(self.k_BSKH, self.v_BSKH, jnp.where(row < chunk.start_B[:, None], row, -1))
+    def prefix(self, chunk: Chunk, stripe: Stripe = EVERYTHING) -> Keys:
+        """The keys before the chunk, with their positions."""
+        position = stripe.position(jnp.arange(self.k_BSKH.shape[1], dtype=jnp.int32))[None, :]
+        return Keys(self.k_BSKH, self.v_BSKH, jnp.where(position < chunk.start_B[:, None], position, -1))
 
-    def write(self, chunk: Chunk, k_BTKH: jax.Array, v_BTKH: jax.Array) -> Rows:
-        row = jnp.where(chunk.position_BT >= 0, chunk.position_BT, self.k_BSKH.shape[1])
+    def look(
+        self,
+        q_BTNH: jax.Array,
+        chunk: Chunk,
+        *,
+        window: int | None,
+        select: Select = every_head,
+        stripe: Stripe = EVERYTHING,
+    ) -> Partial:
+        return attention_to(q_BTNH, chunk.position_BT, [select(self.prefix(chunk, stripe))], window=window)
+
+    def write(self, chunk: Chunk, k_BTKH: jax.Array, v_BTKH: jax.Array, *, stripe: Stripe = EVERYTHING) -> Rows:
+        row = stripe.row(chunk.position_BT)
+        row = jnp.where(row >= 0, row, self.k_BSKH.shape[1])
         return Rows(store(self.k_BSKH, row, k_BTKH), store(self.v_BSKH, row, v_BTKH))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Pages:
+    """Cache of a full-attention layer in pages of R positions: position p in row p mod R of its sequence's page ⌊p/R⌋.
+
+    Positions without a page in ``chunk.page_BN`` are not stored.
+    """
+
+    k_PRKH: jax.Array
+    v_PRKH: jax.Array
+    axes: ClassVar[tuple[str | None, ...]] = (None, "rows", "kv_heads", "head")
+
+    def look(
+        self,
+        q_BTNH: jax.Array,
+        chunk: Chunk,
+        *,
+        window: int | None,
+        select: Select = every_head,
+        stripe: Stripe = EVERYTHING,
+    ) -> Partial:
+        """Runs over the longest prefix of the batch, a block of pages at a time: no shape depends on the lengths.
+
+        A sequence's own length decides which of its pages go into large blocks and which into small ones, so that its
+        sums never depend on its neighbours.
+        """
+        table, size = _table(chunk), self.k_PRKH.shape[1]
+        batch, num_pages = table.shape
+        small = max(1, min(num_pages, SMALL_BLOCK // size))
+        large = min(num_pages, LARGE_BLOCK // size, GATHERED_ROWS // (batch * size)) // small * small
+        table = jnp.pad(table, [(0, 0), (0, -num_pages % small)])
+
+        def block(first_B: jax.Array, end_B: jax.Array, count: int) -> Partial:
+            """Attention to ``count`` pages of each sequence from ``first`` on, up to the position ``end``."""
+            place = first_B[:, None] + jnp.arange(count, dtype=jnp.int32)[None, :]
+            ids = jnp.take_along_axis(table, place, axis=1, mode="clip").reshape(-1)
+            k, v = (jnp.take(x, ids, axis=0, mode="clip") for x in (self.k_PRKH, self.v_PRKH))
+            row = (place * size)[..., None] + jnp.arange(size, dtype=jnp.int32)[None, None, :]
+            position = stripe.position(row.reshape(batch, -1))
+            position = jnp.where(position < end_B[:, None], position, -1)
+            shape = (batch, count * size, *k.shape[2:])
+            keys = select(Keys(k.reshape(shape), v.reshape(shape), position))
+            return attention_to(q_BTNH, chunk.position_BT, [keys], window=window)
+
+        end_B, per_page = chunk.start_B, size * stripe.count
+        done_B = jnp.zeros_like(end_B)
+        part = empty_partial(jax.eval_shape(functools.partial(block, count=small), done_B, end_B))
+        if large > small:
+            done_B = end_B // (large * per_page) * large
+            rounds = jnp.max(done_B) // large
+            covered_B = done_B * per_page
+
+            def far(i: jax.Array, part: Partial) -> Partial:
+                return merge(part, block(jnp.full_like(end_B, large) * i, covered_B, large))
+
+            part = jax.lax.fori_loop(0, rounds, far, part)
+        rounds = -(-jnp.max(end_B - done_B * per_page) // (small * per_page))
+
+        def near(i: jax.Array, part: Partial) -> Partial:
+            return merge(part, block(done_B + i * small, end_B, small))
+
+        return jax.lax.fori_loop(0, rounds, near, part)
+
+    def write(self, chunk: Chunk, k_BTKH: jax.Array, v_BTKH: jax.Array, *, stripe: Stripe = EVERYTHING) -> Pages:
+        table, (num_pages, size) = _table(chunk), self.k_PRKH.shape[:2]
+        row = stripe.row(chunk.position_BT)
+        at = row // size
+        known = (row >= 0) & (at < table.shape[1])
+        page = jnp.take_along_axis(table, jnp.clip(at, 0, table.shape[1] - 1), axis=1)
+        page = jnp.where(known, page, num_pages)
+
+        def put(cache: jax.Array, new: jax.Array) -> jax.Array:
+            return cache.at[page, row % size].set(new.astype(cache.dtype), mode="drop")
+
+        return Pages(put(self.k_PRKH, k_BTKH), put(self.v_PRKH, v_BTKH))
 
 
 @jax.tree_util.register_dataclass
@@ -81,23 +225,57 @@ class Rows:
 class Ring:
     """Ring cache of a sliding-window layer: position p in row p mod R, R = window + SPARE_ROWS."""
 
-    k_BRKH: jax.Array
-    v_BRKH: jax.Array
+    k_SRKH: jax.Array  # S entries: sequences, or slots for them
+    v_SRKH: jax.Array
     axes: ClassVar[tuple[str | None, ...]] = ("batch", None, "kv_heads", "head")
 
     def prefix(self, chunk: Chunk) -> Keys:
-        size = self.k_BRKH.shape[1]
+        """The keys before the chunk, with their positions."""
+        size = self.k_SRKH.shape[1]
         last = chunk.start_B[:, None] - 1
         row = jnp.arange(size, dtype=jnp.int32)[None, :]
         position = last - (last - row) % size  # the newest position before the chunk that falls on this row
-        return Keys(self.k_BRKH, self.v_BRKH, jnp.where(position >= 0, position, -1))
+        live = position >= (0 if chunk.first_B is None else chunk.first_B[:, None])
+        return Keys(_entries(self.k_SRKH, chunk), _entries(self.v_SRKH, chunk), jnp.where(live, position, -1))
 
-    def write(self, chunk: Chunk, k_BTKH: jax.Array, v_BTKH: jax.Array) -> Ring:
-        size, position = self.k_BRKH.shape[1], chunk.position_BT
+    def look(
+        self,
+        q_BTNH: jax.Array,
+        chunk: Chunk,
+        *,
+        window: int | None,
+        select: Select = every_head,
+        stripe: Stripe = EVERYTHING,
+    ) -> Partial:
+        assert stripe is EVERYTHING, "a ring is never shared"
+        return attention_to(q_BTNH, chunk.position_BT, [select(self.prefix(chunk))], window=window)
+
+    def write(self, chunk: Chunk, k_BTKH: jax.Array, v_BTKH: jax.Array, *, stripe: Stripe = EVERYTHING) -> Ring:
+        assert stripe is EVERYTHING, "a ring is never shared"
+        size, position = self.k_SRKH.shape[1], chunk.position_BT
         newest = jnp.max(position, axis=1, keepdims=True)
         keep = (position >= 0) & (position > newest - size)  # a chunk longer than the ring stores its tail
         row = jnp.where(keep, position % size, size)
-        return Ring(store(self.k_BRKH, row, k_BTKH), store(self.v_BRKH, row, v_BTKH))
+
+        def put(cache: jax.Array, new: jax.Array) -> jax.Array:
+            if chunk.slot_B is None and cache.shape[0] == new.shape[0]:
+                return store(cache, row, new)
+            slot = jnp.arange(new.shape[0]) if chunk.slot_B is None else chunk.slot_B
+            return cache.at[slot[:, None], row].set(new.astype(cache.dtype), mode="drop")
+
+        return Ring(put(self.k_SRKH, k_BTKH), put(self.v_SRKH, v_BTKH))
+
+
+def _table(chunk: Chunk) -> jax.Array:
+    assert chunk.page_BN is not None, "pages are found by a table"
+    return chunk.page_BN
+
+
+def _entries(cache_SRKH: jax.Array, chunk: Chunk) -> jax.Array:
+    """The rings of a chunk's sequences."""
+    if chunk.slot_B is not None:
+        return jnp.take(cache_SRKH, chunk.slot_B, axis=0, mode="clip")
+    return cache_SRKH[: chunk.position_BT.shape[0]]
 
 
 def store(cache_BSKH: jax.Array, row_BT: jax.Array, new_BTKH: jax.Array) -> jax.Array:
@@ -117,12 +295,12 @@ def attend(
 ) -> tuple[jax.Array, CacheView | None]:
     """A chunk attends to the cache's prefix and to itself, and is stored: output [B, T, N, H] and the new view."""
     q, k, v = heads
-    parts = [Keys(k, v, chunk.position_BT, chunk.segment_BT, offset=0)]
+    own = Keys(k, v, chunk.position_BT, chunk.segment_BT, offset=0)
+    part = attention_to(q, chunk.position_BT, [own], window=window, segment_BT=chunk.segment_BT)
     if cache is not None:
-        parts.append(cache.prefix(chunk))
+        part = merge(part, cache.look(q, chunk, window=window))
         cache = cache.write(chunk, k, v)
-    out = attention(q, chunk.position_BT, parts, window=window, segment_BT=chunk.segment_BT)
-    return out, cache
+    return finish(part, q.dtype), cache
 
 
 @jax.tree_util.register_dataclass
@@ -134,15 +312,30 @@ class Cache:
     mtp: tuple[CacheView, ...]
 
 
-def empty_cache(config: ModelConfig, *, batch: int, length: int, dtype: jnp.dtype, mtp: bool = True) -> Cache:
+def empty_cache(
+    config: ModelConfig,
+    *,
+    batch: int,
+    length: int,
+    dtype: jnp.dtype,
+    mtp: bool = True,
+    pages: tuple[int, int] | None = None,
+) -> Cache:
     """A cache for ``batch`` sequences of up to ``length`` positions, zeros throughout.
 
     Bytes: 2 · K · H · itemsize per layer and row; ``length`` rows in full layers, window + 4 in sliding ones.
+
+    Args:
+      pages: their number and positions each; full layers then share them, and ``length`` means nothing.
     """
 
     def view(layer: LayerSpec) -> CacheView:
-        rows = length if layer.window is None else layer.window + SPARE_ROWS
-        k, v = (jnp.zeros((batch, rows, layer.num_kv_heads, layer.head_dim), dtype) for _ in range(2))
-        return Rows(k, v) if layer.window is None else Ring(k, v)
+        def pair(*lead: int) -> tuple[jax.Array, jax.Array]:
+            shape = (*lead, layer.num_kv_heads, layer.head_dim)
+            return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+
+        if layer.window is not None:
+            return Ring(*pair(batch, layer.window + SPARE_ROWS))
+        return Pages(*pair(*pages)) if pages else Rows(*pair(batch, length))
 
     return Cache(tuple(map(view, config.layers)), tuple(map(view, config.mtp_layers)) if mtp else ())

@@ -5,13 +5,16 @@ The model names axes and never devices. A `Layout` gives the names a meaning: `S
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 
 import jax
 
 from stepjax.cache import CacheView, Chunk, attend
 from stepjax.ops.attention import Heads
 from stepjax.ops.experts import ExpertWeights, Form
+
+T = TypeVar("T")
 
 # Logical axes of parameters, activations and caches. One alphabet for the whole project.
 AXES = (
@@ -89,6 +92,14 @@ class Layout(Protocol):
         """Place ``x``, one logical axis name (or None) per dimension."""
         ...
 
+    def together(self) -> Layout:
+        """The same with every sequence on all devices, for sequences that share a cache."""
+        ...
+
+    def by_sequence(self, function: Callable[..., T], *arguments: Any) -> T:
+        """``function(*arguments)``, which maps trees of arrays [B, …] to such a tree and each sequence by itself."""
+        ...
+
     def attend(
         self, heads: Heads, chunk: Chunk, cache: CacheView | None, *, window: int | None
     ) -> tuple[jax.Array, CacheView | None]:
@@ -129,6 +140,12 @@ class SingleDevice:
     def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
         assert x.ndim == len(axes), f"{len(axes)} axis names for shape {x.shape}"
         return x
+
+    def together(self) -> SingleDevice:
+        return self
+
+    def by_sequence(self, function: Callable[..., T], *arguments: Any) -> T:
+        return function(*arguments)
 
     def attend(
         self, heads: Heads, chunk: Chunk, cache: CacheView | None, *, window: int | None

@@ -293,7 +293,7 @@ def test_empty_cache_is_as_large_as_its_layers_need():
     config = ModelConfig.preset("step-3.5-flash")
     cache = jax.eval_shape(lambda: empty_cache(config, batch=2, length=1000, dtype=jnp.bfloat16))
     shapes = [
-        view.k_BSKH.shape if isinstance(view, Rows) else view.k_BRKH.shape for view in (*cache.layers, *cache.mtp)
+        view.k_BSKH.shape if isinstance(view, Rows) else view.k_SRKH.shape for view in (*cache.layers, *cache.mtp)
     ]
     assert shapes == [(2, 516 if i % 4 else 1000, 8, 128) for i in range(48)]
     assert not jax.eval_shape(lambda: empty_cache(config, batch=1, length=8, dtype=jnp.bfloat16, mtp=False)).mtp

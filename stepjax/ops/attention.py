@@ -62,6 +62,12 @@ class Partial(NamedTuple):
         return Partial(self.out_BTKGH * scale[..., None], top_BTKG, self.total_BTKG * scale)
 
 
+def empty_partial(like: Partial) -> Partial:
+    """Attention to no keys at all, in the shapes of ``like``."""
+    out, top, total = (each.shape for each in like)
+    return Partial(jnp.zeros(out, jnp.float32), jnp.full(top, _MASKED), jnp.zeros(total, jnp.float32))
+
+
 def merge(first: Partial, second: Partial) -> Partial:
     """Attention to the keys of both."""
     top = jnp.maximum(first.top_BTKG, second.top_BTKG)
