@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import insort
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
@@ -34,9 +35,11 @@ class SchedulerConfig:
     token_budget: int = 512  # positions of a prefill step, padding included: what decoding sequences wait for
     num_snapshots: int = 0  # ring snapshots on the device; 0 turns the prefix cache off
     max_waiting: int = 1024  # sequences; more are refused
+    prefill_rows: int = 1 << 30  # prompts that a prefill step may run pieces of
+    reserve: bool = False  # take the pages of the whole answer at once, so that nobody is ever preempted
 
     def __post_init__(self) -> None:
-        for name in ("num_slots", "context", "page_size", "max_waiting"):
+        for name in ("num_slots", "context", "page_size", "max_waiting", "prefill_rows"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: is {getattr(self, name)}, expected at least 1")
         if self.num_pages < 2:
@@ -114,7 +117,7 @@ class Admission:
         self.changes = Changes()
         self.num_preemptions = 0
         self._alive: dict[str, Sequence] = {}
-        self._slots = list(range(config.num_slots - 1, -1, -1))  # free ones
+        self._slots = list(range(config.num_slots))  # free ones: a heap, so that steps may run the lowest few
         self._num_added = 0
         self._stuck: tuple[Sequence, int] | None = None  # who did not fit last time, into so many spare pages
 
@@ -186,11 +189,12 @@ class Admission:
         """Put the first who waits into a slot, with pages for its whole prompt; False if they are too few."""
         tokens = (*sequence.prompt, *sequence.output)
         page_size, prefix = self.config.page_size, self.prefix
-        keys = prefix.keys(tokens) if prefix.enabled else []
+        keys = prefix.keys(tokens) if prefix.enabled and sequence.use_prefix else []
         last = (len(tokens) - 1) // page_size  # the last token runs in any case: its logits are needed
         match = prefix.match(sequence.owner, keys[:last])
         prefix.acquire(match.nodes)
-        missing = self.config.num_pages_for(len(tokens)) - len(match.nodes)
+        reserved = max(len(tokens), sequence.max_cached) if self.config.reserve else len(tokens)
+        missing = self.config.num_pages_for(reserved) - len(match.nodes)
         new = prefix.allocate(missing) if missing <= self._spare_pages else None
         if new is None:
             prefix.release(match.nodes)
@@ -199,8 +203,8 @@ class Admission:
         start = len(match.nodes) * page_size
         pages = [*(node.page for node in match.nodes), *new]
         # Where a known chain ends without a snapshot, prompts part: others will want to start there.
-        marks = tuple(sorted({match.num_pages * page_size, last * page_size})) if prefix.enabled else ()
-        slot = self._slots.pop()
+        marks = tuple(sorted({match.num_pages * page_size, last * page_size})) if keys else ()
+        slot = heappop(self._slots)
         run = Run(sequence, slot, tokens, keys, marks, list(match.nodes), pages, start, start)
         self.waiting.remove(sequence)
         insort(self.running, run, key=_RUN_RANK)
@@ -236,7 +240,7 @@ class Admission:
 
     def keep_prefix(self, run: Run, end: int, snapshot: int | None) -> None:
         """Make the pages filled up to ``end`` known to the prefix cache, with the rings there if they were saved."""
-        if run.left or not self.prefix.enabled:
+        if run.left or not run.keys:
             if snapshot is not None:
                 self.prefix.discard(snapshot)
             return
@@ -267,7 +271,7 @@ class Admission:
         """Free a slot and its pages. Steps in flight still write there, and before anything planned later."""
         run.left = True
         self.running.remove(run)
-        self._slots.append(run.slot)
+        heappush(self._slots, run.slot)
         run.sequence.slot = None
         self.changes.forget(run.slot)
         self.pool.release(run.pages[len(run.nodes) :])

@@ -18,7 +18,7 @@ from stepjax.tool_parser import CallStart
 
 if TYPE_CHECKING:
     from stepjax.infer.load import Session
-    from stepjax.infer.sampler import SamplingParams
+    from stepjax.infer.sampling import SamplingParams
     from stepjax.infer.transcript import Delta
 
 

@@ -21,7 +21,7 @@ from stepjax.errors import MeshError, RequestError
 from stepjax.folder import ModelFolder, open_folder
 from stepjax.infer.generate import Completion, generate
 from stepjax.infer.runner import Runner
-from stepjax.infer.sampler import SamplingParams
+from stepjax.infer.sampling import SamplingParams
 from stepjax.layout import Layout, SingleDevice
 from stepjax.model import Params, Step3p5, abstract, axes_of, bind
 from stepjax.sharding.layout import MeshLayout
@@ -169,8 +169,16 @@ class Session:
             )
         if drafts not in self._runners:
             num_tokens = len(self.tokenizer) if self.tokenizer else self.config.vocab_size
-            self._runners[drafts] = Runner(self.model, num_tokens=num_tokens, drafts=drafts)
+            self._runners[drafts] = Runner(self._together, num_tokens=num_tokens, drafts=drafts)
         return self._runners[drafts]
+
+    @cached_property
+    def _together(self) -> Step3p5:
+        """The model for sequences that share a cache."""
+        layout = self.model.layout.together()
+        if layout == self.model.layout:
+            return self.model
+        return abstract(self.config, dtype=self.dtype, mtp=bool(self.model.mtp), layout=layout)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Next-token logits of one sequence: float32 [T, V]; row t has seen tokens 0 … t."""

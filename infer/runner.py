@@ -1,30 +1,58 @@
-"""The compiled steps of generation: prefill a chunk, and verify-accept-draft. Plain arrays in, plain arrays out."""
+"""The compiled steps of generation: prefill pieces of prompts, and verify-accept-draft. Arrays in, arrays out.
+
+A state has S slots. A step runs the first B of them, so that few sequences need not pay for many; prefill runs any
+R. Caches of full layers are rows, one per slot, or pages that a table given with each call assigns to slots.
+"""
 
 from __future__ import annotations
 
 import functools
+import logging
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from stepjax.cache import MAX_DRAFTS, Cache, CacheView, Chunk, empty_cache
-from stepjax.infer.sampler import Sampling, sample
+from stepjax.cache import MAX_DRAFTS, Cache, CacheView, Chunk, Ring, empty_cache
+from stepjax.infer.sampler import Logprobs, logprobs, mask_padding, record, sample
+from stepjax.infer.sampling import MAX_LOGPROBS, Sampling, SlotSampling, assign
 from stepjax.infer.speculative import Drafter, accepted, draft
 from stepjax.layout import Layout
-from stepjax.model import Hidden, Params, Step3p5, bind
+from stepjax.model import Params, Step3p5, bind
 from stepjax.ops.rows import put_row, take_row
+
+log = logging.getLogger(__name__)
+
+
+class Progress(NamedTuple):
+    """How far each slot is. Position ``length`` holds ``last``, the newest token, which is not in the cache yet."""
+
+    tails: tuple[jax.Array, ...]  # of the drafter, per depth [S, D]
+    first_SK: jax.Array  # int32: by MTP depth, the index from which its cache has no gap
+    length_S: jax.Array  # int32: tokens in the cache
+    last_S: jax.Array  # int32
+    draft_SK: jax.Array  # int32
 
 
 class State(NamedTuple):
-    """A batch in flight. Position ``length`` holds ``last``, the newest token, which is not in the cache yet."""
+    """All that the device remembers between steps."""
 
     cache: Cache
-    tails: tuple[jax.Array, ...]  # of the drafter, per depth [B, D]
-    length_B: jax.Array  # int32: tokens in the cache
-    last_B: jax.Array  # int32
-    draft_BK: jax.Array  # int32
+    progress: Progress
+    sampling: Sampling
+
+
+class Pieces(NamedTuple):
+    """Prompt tokens of one prefill call, padded to T. Rows with count 0 are left alone."""
+
+    id_RT: Any  # int32
+    count_R: Any  # int32
+    next_R: Any  # int32: the prompt token that follows, or −1 where the prompt ends and a token is sampled
+    start_R: Any = None  # int32: tokens in the cache; None: as many as the slot's length says
+    slot_R: Any = None  # int32; None: row r is slot r
+    page_RN: Any = None  # int32
 
 
 class Emitted(NamedTuple):
@@ -32,6 +60,9 @@ class Emitted(NamedTuple):
 
     token_BT: jax.Array
     count_B: jax.Array
+    finite_B: jax.Array  # bool: whether the logits were numbers
+    scores: Logprobs | None = None  # of the tokens
+    prompt: Logprobs | None = None  # of the prompt token after each token of a piece
 
 
 def placement(state: State, layout: Layout) -> State:
@@ -44,26 +75,35 @@ def placement(state: State, layout: Layout) -> State:
         return layout.sharding(x.shape, "batch", *(None,) * (x.ndim - 1))
 
     cache = Cache(tuple(map(view, state.cache.layers)), tuple(map(view, state.cache.mtp)))
-    rest = jax.tree.map(by_sequence, state._replace(cache=Cache((), ())))
-    return rest._replace(cache=cache)
+    return State(cache, *jax.tree.map(by_sequence, (state.progress, state.sampling)))
 
 
 class Program:
     """A jitted function, compiled when asked to, once per set of shapes, and not in the middle of a timed call."""
 
-    def __init__(self, function: Callable[..., Any], layout: Layout):
+    def __init__(self, name: str, function: Callable[..., Any], layout: Layout):
         """``function(params, state, …) -> (state, …)``; the state is donated and stays where it lies, the rest of the
         result is whole on every device. The parameters keep their shapes between calls.
         """
-        self._function, self._layout = function, layout
+        self.name, self._function, self._layout = name, function, layout
         self._executables: dict[tuple[tuple[int, ...], ...], Any] = {}
+        self.compile_s = 0.0
 
     def compiled(self, params: Params, state: State, *rest: Any) -> Callable[..., Any]:
-        """The executable for arguments of these shapes."""
-        key = tuple(leaf.shape for leaf in jax.tree.leaves((state, rest)))
+        """The executable for arguments of these shapes. Compiling one is logged: someone may be waiting."""
+        key = _shapes(state, rest)
         if key not in self._executables:
+            began = time.perf_counter()
             self._executables[key] = self.jitted(state).lower(params, state, *rest).compile()
+            shapes = " ".join(str(list(leaf.shape)) for leaf in jax.tree.leaves(rest) if leaf.ndim)
+            took = time.perf_counter() - began
+            self.compile_s += took
+            log.info("compiled %s for %s in %.1f s", self.name, shapes, took)
         return self._executables[key]
+
+    def has(self, state: State, *rest: Any) -> bool:
+        """Whether the executable for arguments of these shapes is there."""
+        return _shapes(state, rest) in self._executables
 
     def jitted(self, state: State) -> jax.stages.Wrapped:
         """The function for a state of these shapes."""
@@ -71,95 +111,220 @@ class Program:
         return jax.jit(self._function, donate_argnums=(1,), out_shardings=placed)
 
 
+def _shapes(*arguments: Any) -> tuple[tuple[int, ...], ...]:
+    return tuple(leaf.shape for leaf in jax.tree.leaves(arguments))
+
+
 class Runner:
-    """Compiles and runs the steps of one model; batch, cache length and chunk width follow from the arguments."""
+    """Compiles and runs the steps of one model; slots, cache length and widths follow from the arguments."""
 
     def __init__(self, model: Step3p5, *, num_tokens: int, drafts: int):
         """
         Args:
           model: abstract; the parameters come with each call.
           num_tokens: entries of the tokenizer.
-          drafts: MTP drafts per step, 0 … 3.
+          drafts: MTP drafts that the state has room for, 0 … 3.
         """
         assert 0 <= drafts <= min(MAX_DRAFTS, len(model.mtp))
         self.model, self.num_tokens, self.drafts = model, num_tokens, drafts
-        self.prefill = Program(self._prefill, model.layout)
-        self.step = Program(self._step, model.layout)
+        self._programs: dict[Any, Program] = {}
 
-    def start(self, batch: int, length: int, dtype: jnp.dtype) -> State:
-        """An empty batch whose sequences can grow to ``length`` tokens."""
-        create = functools.partial(self._empty, batch, length, dtype)
-        return jax.jit(create, out_shardings=placement(jax.eval_shape(create), self.model.layout))()
+    @property
+    def compile_s(self) -> float:
+        """Seconds spent compiling so far."""
+        return sum(program.compile_s for program in self._programs.values())
 
-    def shapes(self, batch: int, length: int, dtype: jnp.dtype) -> State:
+    def prefill(self, *, scores: bool = False, prompt_scores: bool = False) -> Program:
+        """``(params, state, pieces) -> (state, emitted)``: run pieces of prompts, emit the first token of answers."""
+        function = functools.partial(self._prefill, scores=scores, prompt_scores=prompt_scores)
+        return self._program(("prefill", scores, prompt_scores), function)
+
+    def step(self, drafts: int | None = None, *, scores: bool = False) -> Program:
+        """``(params, state, active_B, page_BN) -> (state, emitted)``: verify and draft, emit 1 … drafts + 1 tokens."""
+        drafts = self.drafts if drafts is None else drafts
+        assert 0 <= drafts <= self.drafts
+        return self._program(("step", drafts, scores), functools.partial(self._step, drafts=drafts, scores=scores))
+
+    def assign(self) -> Program:
+        """``(params, state, slot, SlotSampling) -> (state, ())``: give a slot the sampling of its sequence."""
+
+        def run(params: Params, state: State, slot: jax.Array, row: SlotSampling) -> tuple[State, tuple[()]]:
+            return state._replace(sampling=assign(state.sampling, slot, row)), ()
+
+        return self._program(("assign",), run)
+
+    def _program(self, key: tuple[Any, ...], function: Callable[..., Any]) -> Program:
+        if key not in self._programs:
+            self._programs[key] = Program(" ".join(map(str, key)), function, self.model.layout)
+        return self._programs[key]
+
+    def start(self, batch: int, length: int, dtype: jnp.dtype, sampling: Sampling) -> State:
+        """An empty batch, a row per sequence, that can grow to ``length`` tokens each."""
+        return self._placed(functools.partial(self._empty, batch, length, dtype, None), sampling)
+
+    def start_paged(self, slots: int, pages: tuple[int, int], dtype: jnp.dtype, sampling: Sampling) -> State:
+        """Empty slots that share ``pages``: their number and size."""
+        return self._placed(functools.partial(self._empty, slots, 0, dtype, pages), sampling)
+
+    def shapes(self, batch: int, length: int, dtype: jnp.dtype, sampling: Sampling) -> State:
         """What `start` makes, as shapes where they would lie."""
-        state = jax.eval_shape(functools.partial(self._empty, batch, length, dtype))
+        state = jax.eval_shape(functools.partial(self._empty, batch, length, dtype, None), sampling)
         where = placement(state, self.model.layout)
         return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, where)
 
-    def _empty(self, batch: int, length: int, dtype: jnp.dtype) -> State:
+    def _placed(self, create: Callable[[Sampling], State], sampling: Sampling) -> State:
+        where = placement(jax.eval_shape(create, sampling), self.model.layout)
+        return jax.jit(create, out_shardings=where)(sampling)
+
+    def _empty(
+        self, batch: int, length: int, dtype: jnp.dtype, pages: tuple[int, int] | None, sampling: Sampling
+    ) -> State:
         config = self.model.config
-        cache = empty_cache(config, batch=batch, length=length, dtype=dtype)
+        cache = empty_cache(config, batch=batch, length=length, dtype=dtype, pages=pages)
         cache = Cache(cache.layers, cache.mtp[: self.drafts])
         tails = tuple(jnp.zeros((batch, config.hidden_size), dtype) for _ in range(self.drafts))
-        zero = jnp.zeros((batch,), jnp.int32)
-        return State(cache, tails, zero, zero, jnp.zeros((batch, self.drafts), jnp.int32))
+        zero, per_depth = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch, self.drafts), jnp.int32)
+        return State(cache, Progress(tails, per_depth, zero, zero, per_depth), jax.tree.map(jnp.asarray, sampling))
 
     def _prefill(
-        self, params: Params, state: State, ids_BT: jax.Array, count_B: jax.Array, next_B: jax.Array, sampling: Sampling
-    ) -> tuple[State, jax.Array]:
-        """Run ``count`` prompt tokens of each row; rows with count 0 are left alone.
+        self, params: Params, state: State, pieces: Pieces, *, scores: bool, prompt_scores: bool
+    ) -> tuple[State, Emitted]:
+        """Run the pieces; where a prompt ends, the first token of its answer is sampled."""
+        model, count_R, slot_R = bind(self.model, params), pieces.count_R, pieces.slot_R
+        mine, sampling = _rows((state.progress, state.sampling), slot_R, count_R.shape[0])
+        if pieces.start_R is not None:
+            first = jnp.where(pieces.start_R[:, None] > 0, mine.first_SK, 0)
+            mine = mine._replace(length_S=pieces.start_R, first_SK=first)
+        chunk = Chunk.at(mine.length_S, count_R, pieces.id_RT.shape[1], slot_B=slot_R, page_BN=pieces.page_RN)
+        out = model.forward(pieces.id_RT, chunk, state.cache)
+        logits = self._logits(model, take_row(out.hidden_BTD, count_R - 1)[:, None, :])
+        drawn = self._sample(logits, (mine.length_S + count_R)[:, None], sampling)[:, 0]
+        inside = pieces.next_R >= 0
+        follow = jnp.where(inside, pieces.next_R, drawn)
+        tokens_RT = put_row(jnp.roll(pieces.id_RT, -1, axis=1), count_R - 1, follow)
+        prompt = None
+        if prompt_scores:
+            prompt = self._scores(self._logits(model, out.hidden_BTD), tokens_RT)
+        count = jnp.where((count_R > 0) & ~inside, 1, 0)
+        finite = _finite(out.hidden_BTD, count_R) & _finite(logits, jnp.minimum(count_R, 1))
+        own = self._scores(logits, follow[:, None]) if scores else None
+        emitted = Emitted(follow[:, None], count, finite, own, prompt)
+        cache, after = self._advance(model, out, mine, tokens_RT, count_R, follow, slot_R, drafts=self.drafts)
+        return self._committed(state, cache, after, emitted, count_R > 0, slot_R), emitted
 
-        ``next_B`` is the prompt token that follows the chunk, or −1 where the prompt ends: there the first answer token
-        is sampled. Returns the state and, per row, the token that follows.
-        """
-        model = bind(self.model, params)
-        out = self._forward(model, state, ids_BT, count_B)
-        logits = self._logits(model, take_row(out.hidden_BTD, count_B - 1)[:, None, :])
-        length = state.length_B + count_B
-        drawn = sample(logits, length[:, None], sampling, num_tokens=self.num_tokens)[:, 0]
-        follow = jnp.where(next_B >= 0, next_B, drawn)
-        tokens_BT = put_row(jnp.roll(ids_BT, -1, axis=1), count_B - 1, follow)
-        last = jnp.where(count_B > 0, follow, state.last_B)
-        return self._advance(model, state, out, tokens_BT, count_B, last), follow
-
-    def _step(self, params: Params, state: State, active_B: jax.Array, sampling: Sampling) -> tuple[State, Emitted]:
-        """Verify the drafts of the active rows, emit 1 … drafts + 1 tokens each, and draft again."""
-        model = bind(self.model, params)
-        ids_BT = jnp.concatenate([state.last_B[:, None], state.draft_BK], axis=1)
-        width = ids_BT.shape[1]
-        out = self._forward(model, state, ids_BT, jnp.where(active_B, width, 0))
-        position = state.length_B[:, None] + 1 + jnp.arange(width, dtype=jnp.int32)[None, :]
-        token_BT = sample(self._logits(model, out.hidden_BTD), position, sampling, num_tokens=self.num_tokens)
-        count_B = jnp.where(active_B, 1 + accepted(token_BT, state.draft_BK), 0)
-        newest = take_row(token_BT, count_B - 1)
-        last = jnp.where(active_B, newest, state.last_B)
-        return self._advance(model, state, out, token_BT, count_B, last), Emitted(token_BT, count_B)
+    def _step(
+        self,
+        params: Params,
+        state: State,
+        active_B: jax.Array,
+        page_BN: jax.Array | None,
+        *,
+        drafts: int,
+        scores: bool,
+    ) -> tuple[State, Emitted]:
+        """Verify ``drafts`` tokens of the active slots, emit 1 … drafts + 1 each, and draft as many again."""
+        model, width = bind(self.model, params), 1 + drafts
+        mine, sampling = _rows((state.progress, state.sampling), None, active_B.shape[0])
+        guess_BK = mine.draft_SK[:, :drafts]
+        chunk = Chunk.at(mine.length_S, jnp.where(active_B, width, 0), width, page_BN=page_BN)
+        out = model.forward(jnp.concatenate([mine.last_S[:, None], guess_BK], axis=1), chunk, state.cache)
+        position = mine.length_S[:, None] + 1 + jnp.arange(width, dtype=jnp.int32)[None, :]
+        logits = self._logits(model, out.hidden_BTD)
+        token_BT = self._sample(logits, position, sampling, guess_BK)
+        count_B = jnp.where(active_B, 1 + accepted(token_BT, guess_BK), 0)
+        own = self._scores(logits, token_BT) if scores else None
+        emitted = Emitted(token_BT, count_B, _finite(logits, count_B), own)
+        last = take_row(token_BT, count_B - 1)
+        cache, after = self._advance(model, out, mine, token_BT, count_B, last, None, drafts=drafts)
+        return self._committed(state, cache, after, emitted, active_B, None), emitted
 
     def _logits(self, model: Step3p5, hidden_BTD: jax.Array) -> jax.Array:
         """Logits of a sequence whole on each of its devices, since sampling sorts them."""
         return model.layout.constrain(model.logits(hidden_BTD), "batch", None, None)
 
-    def _forward(self, model: Step3p5, state: State, ids_BT: jax.Array, count_B: jax.Array) -> Hidden:
-        chunk = Chunk.at(state.length_B, count_B, ids_BT.shape[1])
-        return model.forward(ids_BT, chunk, state.cache)
+    def _sample(
+        self, logits: jax.Array, position_BT: jax.Array, sampling: Sampling, draft_BK: jax.Array | None = None
+    ) -> jax.Array:
+        def run(*arguments: Any) -> jax.Array:
+            *rest, guess_BK = arguments
+            return sample(*rest, num_tokens=self.num_tokens, draft_BK=guess_BK)
+
+        return self.model.layout.by_sequence(run, logits, position_BT, sampling, draft_BK)
+
+    def _scores(self, logits: jax.Array, token_BT: jax.Array) -> Logprobs:
+        def run(logits: jax.Array, token_BT: jax.Array) -> Logprobs:
+            return logprobs(mask_padding(logits, self.num_tokens), token_BT, top=MAX_LOGPROBS)
+
+        return self.model.layout.by_sequence(run, logits, token_BT)
 
     def _advance(
-        self, model: Step3p5, state: State, out: Hidden, token_BT: jax.Array, count_B: jax.Array, last_B: jax.Array
-    ) -> State:
-        """Commit ``count`` tokens of each row and draft the next."""
-        assert out.cache is not None
-        length = state.length_B + count_B
-        if not self.drafts:
-            return State(out.cache, (), length, last_B, state.draft_BK)
-        drafts, drafter = draft(
-            model,
-            Drafter(state.cache.mtp, state.tails),
-            out.hidden_BTD,
-            token_BT,
-            state.length_B,
-            count_B,
-            num_tokens=self.num_tokens,
+        self,
+        model: Step3p5,
+        out: Any,
+        mine: Progress,
+        token_BT: jax.Array,
+        count_B: jax.Array,
+        last_B: jax.Array,
+        slot_B: jax.Array | None,
+        *,
+        drafts: int,
+    ) -> tuple[Cache, Progress]:
+        """Commit ``count`` tokens of each row and draft the next; depths that are left out begin anew afterwards."""
+        length = mine.length_S + count_B
+        rings, tails, guess = out.cache.mtp[:drafts], mine.tails[:drafts], mine.draft_SK[:, :0]
+        if drafts:
+            guess, (rings, tails) = draft(
+                model,
+                Drafter(rings, tails),
+                out.hidden_BTD,
+                token_BT,
+                mine.length_S,
+                count_B,
+                num_tokens=self.num_tokens,
+                slot_B=slot_B,
+                first_BK=mine.first_SK,
+            )
+        depth = jnp.arange(self.drafts)[None, :]
+        after = Progress(
+            (*tails, *mine.tails[drafts:]),
+            jnp.where(depth < drafts, mine.first_SK, length[:, None]),
+            length,
+            last_B,
+            jnp.concatenate([guess, mine.draft_SK[:, drafts:]], axis=1),
         )
-        drafts = jnp.where((count_B > 0)[:, None], drafts, state.draft_BK)
-        return State(Cache(out.cache.layers, drafter.caches), drafter.tails, length, last_B, drafts)
+        return Cache(out.cache.layers, (*rings, *out.cache.mtp[drafts:])), after
+
+    def _committed(
+        self, state: State, cache: Cache, after: Progress, emitted: Emitted, live_B: jax.Array, slot_B: jax.Array | None
+    ) -> State:
+        progress = jax.tree.map(functools.partial(_put, slot_B=slot_B, live_B=live_B), state.progress, after)
+        return State(cache, progress, record(state.sampling, emitted.token_BT, emitted.count_B, slot_B=slot_B))
+
+
+def _finite(x_BTD: jax.Array, count_B: jax.Array) -> jax.Array:
+    """Whether the first ``count`` rows of each sequence are numbers: bool [B]."""
+    live = jnp.arange(x_BTD.shape[1])[None, :] < count_B[:, None]
+    return jnp.all(jnp.isfinite(x_BTD) | ~live[..., None], axis=(1, 2))
+
+
+def _rows(tree: Any, slot_B: jax.Array | None, count: int) -> Any:
+    """The rows of these slots, or of the first ``count``."""
+    if slot_B is None:
+        return jax.tree.map(lambda x: x if x.shape[0] == count else x[:count], tree)
+    return jax.tree.map(lambda x: jnp.take(x, slot_B, axis=0, mode="clip"), tree)
+
+
+def _put(old: jax.Array, new: jax.Array, *, slot_B: jax.Array | None, live_B: jax.Array) -> jax.Array:
+    """``old`` with the live rows of ``new`` in the place of their slots."""
+    count = new.shape[0]
+    if slot_B is None:
+        live = live_B.reshape(-1, *(1,) * (new.ndim - 1))
+        mixed = jnp.where(live, new, old if old.shape[0] == count else old[:count])
+        return mixed if old.shape[0] == count else old.at[:count].set(mixed)
+    return old.at[jnp.where(live_B, slot_B, old.shape[0])].set(new, mode="drop")
+
+
+def slot_parts(state: State) -> Any:
+    """What of a slot dies with it unless it is copied aside: its rings and the drafter's tails."""
+    rings = tuple(view for view in state.cache.layers if isinstance(view, Ring))
+    return rings, state.cache.mtp, state.progress.tails

@@ -1,105 +1,50 @@
-"""From logits to tokens: temperature, top-k, top-p, min-p, and noise that depends on nothing but seed and position.
+"""From logits to tokens: rules, temperature, top-k, top-p, min-p, and noise that depends on seed and position alone.
 
 Because the noise of a token is a function of its request's seed and its position, a sampled token never depends on the
-batch, on how the prompt was chunked, or on whether drafts were verified along the way.
+batch, on how the prompt was chunked, or on whether drafts were verified along the way. What a request does not ask for
+is the exact identity on its logits, so that a neighbour's wishes change nothing either.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from stepjax.errors import RequestError
+from stepjax.infer.sampling import REMOVED, Rules, Sampling
 
-_REMOVED = -1e30  # below every real logit, and finite under division by a temperature
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How one request is sampled. The defaults are the model card's."""
-
-    max_tokens: int = 1024
-    temperature: float = 1.0  # 0 is greedy
-    top_p: float = 0.95  # 1 is off
-    top_k: int = 40  # 0 is off
-    min_p: float = 0.0  # relative to the most likely token; 0 is off
-    seed: int = field(default_factory=lambda: secrets.randbits(32))  # fresh for each request unless given
-    stop: tuple[str, ...] = ()  # strings; the text ends before the first one
-    stop_ids: tuple[int, ...] = ()  # beside the model's own end-of-sequence ids
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        _within("max_tokens", self.max_tokens, 1, 1 << 20, whole=True)
-        _within("temperature", self.temperature, 0, 100)
-        _within("top_p", self.top_p, 1e-6, 1)
-        _within("top_k", self.top_k, 0, 1 << 30, whole=True)
-        _within("min_p", self.min_p, 0, 1)
-        _within("seed", self.seed, 0, (1 << 32) - 1, whole=True)
-        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
-            raise RequestError(f"stop: is {self.stop!r}, expected a tuple of non-empty strings")
-
-    @classmethod
-    def from_defaults(cls, generation_config: dict[str, Any], **given: Any) -> SamplingParams:
-        """The checkpoint's generation_config where it has a field, the model card elsewhere, ``given`` over both."""
-        given = {name: value for name, value in given.items() if value is not None}
-        names = {"temperature", "top_p", "top_k", "min_p"} - given.keys()
-        fields = {name: generation_config[name] for name in names if generation_config.get(name) is not None}
-        if generation_config.get("do_sample") is False:
-            fields["temperature"] = 0.0
-        try:
-            cls(**fields)
-        except RequestError as error:
-            raise RequestError(f"generation_config.json: {error}; correct the file, or give a value") from None
-        return cls(**(fields | given))
-
-    def replace(self, **changes: Any) -> SamplingParams:
-        return dataclasses.replace(self, **changes)
+FEW = 64  # the largest top_k that is found without sorting the vocabulary
 
 
-def _within(name: str, value: Any, low: float, high: float, *, whole: bool = False) -> None:
-    number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-    if not number or not low <= value <= high:
-        raise RequestError(f"{name}: is {value!r}, expected a {'whole ' if whole else ''}number from {low} to {high}")
+class Logprobs(NamedTuple):
+    """Log-probabilities of the model's own distribution, before any option of sampling."""
+
+    token_BT: jax.Array  # float32: of the tokens themselves
+    top_id_BTN: jax.Array  # int32: the likeliest, in order
+    top_BTN: jax.Array  # float32
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Sampling:
-    """The sampling parameters of a batch, as arrays."""
-
-    temperature_B: jax.Array  # float32
-    top_p_B: jax.Array  # float32
-    top_k_B: jax.Array  # int32
-    min_p_B: jax.Array  # float32
-    seed_B: jax.Array  # uint32
-
-    @classmethod
-    def of(cls, params: Sequence[SamplingParams]) -> Sampling:
-        return cls(
-            np.asarray([p.temperature for p in params], np.float32),
-            np.asarray([p.top_p for p in params], np.float32),
-            np.asarray([p.top_k for p in params], np.int32),
-            np.asarray([p.min_p for p in params], np.float32),
-            np.asarray([p.seed for p in params], np.uint32),
-        )
-
-
-def sample(logits_BTV: jax.Array, position_BT: jax.Array, sampling: Sampling, *, num_tokens: int) -> jax.Array:
+def sample(
+    logits_BTV: jax.Array,
+    position_BT: jax.Array,
+    sampling: Sampling,
+    *,
+    num_tokens: int,
+    draft_BK: jax.Array | None = None,
+) -> jax.Array:
     """One token per row: int32 [B, T].
 
     Args:
       logits_BTV: float32.
       position_BT: the position that the token will take; with the seed it decides the noise.
       num_tokens: entries of the tokenizer; the matrix has more rows, and those are never sampled.
+      draft_BK: K = T − 1 tokens that were answered if row t is reached: row t has seen the first t of them.
     """
     logits = mask_padding(logits_BTV, num_tokens)
+    if sampling.rules is not None:
+        logits = _ruled(logits, position_BT, sampling.rules, draft_BK)
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     drawn = jax.lax.cond(
         jnp.any(sampling.temperature_B > 0), lambda: _draw(logits, position_BT, sampling), lambda: greedy
@@ -110,7 +55,64 @@ def sample(logits_BTV: jax.Array, position_BT: jax.Array, sampling: Sampling, *,
 def mask_padding(logits: jax.Array, num_tokens: int) -> jax.Array:
     """Remove the padding rows of the output matrix from the last axis."""
     real = jnp.arange(logits.shape[-1]) < num_tokens
-    return jnp.where(real.reshape((1,) * (logits.ndim - 1) + (-1,)), logits, jnp.asarray(_REMOVED, logits.dtype))
+    return jnp.where(real.reshape((1,) * (logits.ndim - 1) + (-1,)), logits, jnp.asarray(REMOVED, logits.dtype))
+
+
+def record(sampling: Sampling, token_BT: jax.Array, count_B: jax.Array, *, slot_B: jax.Array | None = None) -> Sampling:
+    """``sampling`` after the first ``count`` tokens of each row were answered.
+
+    Args:
+      slot_B: the rows of ``sampling`` that are meant, past the end: none; None: the first B.
+    """
+    if sampling.rules is None:
+        return sampling
+    batch, width = token_BT.shape
+    slot = jnp.arange(batch, dtype=jnp.int32) if slot_B is None else slot_B
+    count_BV = sampling.rules.count_BV
+    live = jnp.arange(width, dtype=jnp.int32)[None, :] < count_B[:, None]
+    token = jnp.where(live, token_BT, count_BV.shape[1])
+    return replace(
+        sampling, rules=sampling.rules._replace(count_BV=count_BV.at[slot[:, None], token].add(1, mode="drop"))
+    )
+
+
+def logprobs(logits_BTV: jax.Array, token_BT: jax.Array, *, top: int) -> Logprobs:
+    """Log-probabilities of tokens and of the ``top`` likeliest, from logits without padding rows."""
+    scores = logits_BTV - jax.nn.logsumexp(logits_BTV, axis=-1, keepdims=True)
+    values, ids = jax.lax.top_k(scores, top)
+    return Logprobs(jnp.take_along_axis(scores, token_BT[..., None], axis=-1)[..., 0], ids, values)
+
+
+def _ruled(logits: jax.Array, position_BT: jax.Array, rules: Rules, draft_BK: jax.Array | None) -> jax.Array:
+    """Bias and allowed ids, then the least length, then penalties; each only if somebody asks for it."""
+    early_BT = position_BT < rules.first_end_B[:, None]
+    penalised = (rules.repetition_B != 1) | (rules.presence_B != 0) | (rules.frequency_B != 0)
+    logits = jax.lax.cond(
+        jnp.any(rules.biased_B), lambda x: jnp.maximum(x + rules.bias_BV[:, None, :], REMOVED), lambda x: x, logits
+    )
+    logits = jax.lax.cond(jnp.any(early_BT), lambda x: _without_ends(x, early_BT, rules), lambda x: x, logits)
+    return jax.lax.cond(jnp.any(penalised), lambda x: _penalised(x, rules, draft_BK), lambda x: x, logits)
+
+
+def _without_ends(logits: jax.Array, early_BT: jax.Array, rules: Rules) -> jax.Array:
+    size = logits.shape[-1]
+    ends = jnp.where(rules.end_BI >= 0, rules.end_BI, size)
+    ends_BV = jax.vmap(lambda ids: jnp.zeros((size,), bool).at[ids].set(True, mode="drop"))(ends)
+    return jnp.where(early_BT[..., None] & ends_BV[:, None, :], REMOVED, logits)
+
+
+def _penalised(logits: jax.Array, rules: Rules, draft_BK: jax.Array | None) -> jax.Array:
+    """Repetition counts the prompt, the other two only what was answered."""
+    count_BTV = jnp.broadcast_to(rules.count_BV[:, None, :], logits.shape)
+    if draft_BK is not None and draft_BK.shape[1]:
+        hot_BKV = (draft_BK[..., None] == jnp.arange(logits.shape[-1])[None, None, :]).astype(jnp.int32)
+        seen = jnp.pad(jnp.cumsum(hot_BKV, axis=1), [(0, 0), (1, 0), (0, 0)])
+        count_BTV = count_BTV + seen
+    repetition = rules.repetition_B[:, None, None]
+    known = rules.in_prompt_BV[:, None, :] | (count_BTV > 0)
+    logits = jnp.where(known, jnp.where(logits > 0, logits / repetition, logits * repetition), logits)
+    logits -= rules.frequency_B[:, None, None] * count_BTV.astype(jnp.float32)
+    return jnp.maximum(logits - rules.presence_B[:, None, None] * (count_BTV > 0).astype(jnp.float32), REMOVED)
 
 
 def process(logits_BTV: jax.Array, sampling: Sampling) -> jax.Array:
@@ -125,18 +127,29 @@ def process(logits_BTV: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def _filter(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    size = logits.shape[-1]
-    ordered = -jnp.sort(-logits, axis=-1)
-    rank = jnp.arange(size)[None, None, :]
-    count = jnp.where(sampling.top_k_B > 0, sampling.top_k_B, size)[:, None, None]
-    ordered = jnp.where(rank < count, ordered, _REMOVED)
+    """Which of the two ways finds a row's threshold depends on its own top_k: they round differently."""
+    few_B = (sampling.top_k_B > 0) & (sampling.top_k_B <= FEW)
+    likeliest, _ = jax.lax.top_k(logits, min(FEW, logits.shape[-1]))
+    lowest = _lowest(likeliest, sampling)
+    lowest = jax.lax.cond(
+        jnp.all(few_B),
+        lambda: lowest,
+        lambda: jnp.where(few_B[:, None, None], lowest, _lowest(-jnp.sort(-logits, axis=-1), sampling)),
+    )
+    return jnp.where(logits >= lowest, logits, REMOVED)
+
+
+def _lowest(ordered: jax.Array, sampling: Sampling) -> jax.Array:
+    """The least logit that is kept, from the likeliest in order: [B, T, 1]."""
+    rank = jnp.arange(ordered.shape[-1])[None, None, :]
+    count = jnp.where(sampling.top_k_B > 0, sampling.top_k_B, ordered.shape[-1])[:, None, None]
+    ordered = jnp.where(rank < count, ordered, REMOVED)
     probs = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(probs, axis=-1) - probs  # mass of the likelier tokens
     keep = (before < sampling.top_p_B[:, None, None]) & (probs >= sampling.min_p_B[:, None, None] * probs[..., :1])
     keep &= rank < count
     keep |= rank == 0
-    lowest = jnp.min(jnp.where(keep, ordered, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits >= lowest, logits, _REMOVED)
+    return jnp.min(jnp.where(keep, ordered, jnp.inf), axis=-1, keepdims=True)
 
 
 def _draw(logits: jax.Array, position_BT: jax.Array, sampling: Sampling) -> jax.Array:

@@ -95,7 +95,7 @@ class Scheduler:
                 continue
             count = self._chunk_end(run) - run.position
             width = width or next(bucket for bucket in self.config.widths if bucket >= count)
-            if (len(parts) + 1) * width > self.config.token_budget:
+            if (len(parts) + 1) * width > self.config.token_budget or len(parts) == self.config.prefill_rows:
                 break
             if count <= width:
                 parts.append(self._prefill(run, run.position + count))
@@ -118,7 +118,7 @@ class Scheduler:
             run.sequence.state = SequenceState.DECODING
             run.least = run.most = 1
         full = end % self.config.page_size == 0
-        snapshot = self.admission.prefix.reserve_snapshot(evict=end in run.marks) if full else None
+        snapshot = self.admission.prefix.reserve_snapshot(evict=end in run.marks) if full and run.keys else None
         return _Part(row, run, int(last), int(last), snapshot)
 
     def _plan_decode(self) -> StepPlan | None:

@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:  # the scheduler runs where jax is not loaded
-    from stepjax.infer.sampler import SamplingParams
+    from stepjax.infer.sampling import SamplingParams
     from stepjax.infer.transcript import FinishReason
 
 
@@ -31,6 +31,7 @@ class Sequence:
     priority: int = 0  # lower goes first
     adapter: str = ""  # sequences share cached prefixes only under the same adapter and salt
     salt: str = ""
+    use_prefix: bool = True  # whether its prompt may start from the prefix cache, and enter it
 
     output: list[int] = field(default_factory=list)  # committed tokens
     state: SequenceState = SequenceState.WAITING

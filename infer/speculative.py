@@ -47,6 +47,8 @@ def draft(
     count_B: jax.Array,
     *,
     num_tokens: int,
+    slot_B: jax.Array | None = None,
+    first_BK: jax.Array | None = None,
 ) -> tuple[jax.Array, Drafter]:
     """Bring every depth up to date with the tokens just fixed, and draft one token per depth (spec §3.3).
 
@@ -57,6 +59,8 @@ def draft(
 
     Args:
       hidden_BAD, tokens_BA: padded to A; ``count_B`` of them are real. A row with count 0 keeps its state.
+      slot_B: the rings' entry of each row, where they are not the rows themselves.
+      first_BK: by depth, the index from which its entries are of this sequence, where a depth has been left out.
 
     Returns: drafts int32 [B, depths] and the new state.
     """
@@ -68,7 +72,8 @@ def draft(
             tokens_BA = jnp.pad(tokens_BA, [(0, 0), (0, 1)])
             tokens_BA = put_row(tokens_BA, count_B + depth - 1, drafts[-1])
         total = jnp.where(live, count_B + depth, 0)
-        chunk = Chunk.at(start_B - depth, total, tokens_BA.shape[1])
+        first = None if first_BK is None else first_BK[:, depth]
+        chunk = Chunk.at(start_B - depth, total, tokens_BA.shape[1], slot_B=slot_B, first_B=first)
         with jax.named_scope(f"mtp_{depth + 1}"):
             hidden_BAD, cache = layer(model.embed(tokens_BA), hidden_BAD, chunk, drafter.caches[depth])
             logits_BV = layer.logits(take_row(hidden_BAD, total - 1)[:, None, :])[:, 0]

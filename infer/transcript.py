@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from stepjax.infer.sampler import SamplingParams
+from stepjax.infer.sampling import SamplingParams
 from stepjax.reasoning import ReasoningParser, held_length, reasoning_ended
 from stepjax.tokenizer import IncrementalDetokenizer, Tokenizer
 from stepjax.tool_parser import ArgumentsDelta, CallStart, ContentDelta, ToolCall, ToolCallParser, ToolEvent
 
-FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
+FinishReason = Literal["stop", "length", "tool_calls", "cancelled", "error"]
 
 
 class Delta(NamedTuple):
@@ -63,6 +63,10 @@ class Transcript:
                 break
             delta = _join(delta, self._push(token))
         return delta
+
+    def fail(self) -> Delta:
+        """End the answer because the model's logits were no numbers."""
+        return Delta() if self.finish_reason else self._finish("error")
 
     def cancel(self) -> Delta:
         """End the answer where it stands."""

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from stepjax.config import ModelConfig
     from stepjax.infer.generate import generate
     from stepjax.infer.load import load
-    from stepjax.infer.sampler import SamplingParams
+    from stepjax.infer.sampling import SamplingParams
     from stepjax.model import Step3p5
     from stepjax.tokenizer import Tokenizer
 
@@ -20,7 +20,7 @@ __all__ = ["ModelConfig", "SamplingParams", "Step3p5", "Tokenizer", "generate", 
 
 _HOME = {
     "ModelConfig": "stepjax.config",
-    "SamplingParams": "stepjax.infer.sampler",
+    "SamplingParams": "stepjax.infer.sampling",
     "Step3p5": "stepjax.model",
     "Tokenizer": "stepjax.tokenizer",
     "generate": "stepjax.infer.generate",

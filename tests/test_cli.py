@@ -28,7 +28,7 @@ from stepjax.config import ASSETS
 from stepjax.errors import RequestError
 from stepjax.infer.cli_options import Printer
 from stepjax.infer.load import Session, load, use_compile_cache
-from stepjax.infer.sampler import SamplingParams
+from stepjax.infer.sampling import SamplingParams
 from stepjax.infer.transcript import Delta
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -21,7 +21,7 @@ from checkpoints import speaking_folder
 from stepjax.cli import main
 from stepjax.infer.cli_chat import Conversation
 from stepjax.infer.load import load
-from stepjax.infer.sampler import SamplingParams
+from stepjax.infer.sampling import SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent
 

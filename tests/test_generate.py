@@ -6,7 +6,7 @@ from tiny import tiny_session
 
 from stepjax.errors import RequestError
 from stepjax.infer.generate import CHUNK, Generation, generate
-from stepjax.infer.sampler import SamplingParams
+from stepjax.infer.sampling import SamplingParams
 
 RNG = np.random.default_rng(3)
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, seed=0)

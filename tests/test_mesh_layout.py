@@ -17,7 +17,8 @@ import stepjax.ops.experts
 from stepjax.cache import Chunk, Ring, Rows
 from stepjax.config import ModelConfig
 from stepjax.infer.load import Session
-from stepjax.infer.sampler import SamplingParams
+from stepjax.infer.runner import Runner
+from stepjax.infer.sampling import Sampling, SamplingParams
 from stepjax.layout import Layout, SingleDevice
 from stepjax.model import Step3p5, abstract, axes_of, bind
 from stepjax.ops.attention import Heads
@@ -194,12 +195,14 @@ def test_answers_are_those_of_one_device(mesh, strategy):
 
 def test_a_cache_is_split_by_sequence_position_and_head():
     where = layout("context=2,tensor=2,data=2", "tensor")
-    state = session(where, CONFIG, PARAMS).runner(0).start(4, 256, jnp.float32)
+    sampling = Sampling.of([SamplingParams(seed=0)] * 4)
+    runner = Runner(session(where, CONFIG, PARAMS).model, num_tokens=128, drafts=0)
+    state = runner.start(4, 256, jnp.float32, sampling)
     full, ring = state.cache.layers[:2]
     assert isinstance(full, Rows)
     assert isinstance(ring, Ring)
     assert full.k_BSKH.sharding.shard_shape(full.k_BSKH.shape) == (2, 128, 1, 16)
-    assert ring.k_BRKH.sharding.shard_shape(ring.k_BRKH.shape) == (2, 12, 1, 16)
+    assert ring.k_SRKH.sharding.shard_shape(ring.k_SRKH.shape) == (2, 12, 1, 16)
     assert {shard.data.nbytes for shard in full.k_BSKH.addressable_shards} == {full.k_BSKH.nbytes // 8}
 
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from stepjax.errors import RequestError
-from stepjax.infer.sampler import Sampling, SamplingParams, process, sample
+from stepjax.infer.sampler import process, sample
+from stepjax.infer.sampling import Sampling, SamplingParams
 
 V = 12
 

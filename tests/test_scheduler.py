@@ -12,7 +12,7 @@ import pytest
 from stepjax.errors import ConfigError, RequestError
 from stepjax.infer.admission import QueueFullError, SchedulerConfig
 from stepjax.infer.pages import TRASH_PAGE, PagePool
-from stepjax.infer.sampler import SamplingParams
+from stepjax.infer.sampling import SamplingParams
 from stepjax.infer.scheduler import Scheduler
 from stepjax.infer.sequence import Row, Sequence, SequenceState, StepOutput, StepPlan
 

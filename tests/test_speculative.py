@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+from alone import Batch
 from tiny import tiny_session
 
-from stepjax.infer.generate import Batch
-from stepjax.infer.sampler import SamplingParams
+from stepjax.infer.sampling import SamplingParams
 
 PROMPT = np.random.default_rng(0).integers(8, 128, 21).tolist()
 GREEDY = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True, seed=0)
@@ -45,8 +45,12 @@ def test_drafts_equal_the_heads_evaluated_over_the_whole_sequence():
     batch = Batch(session.runner(3), session.params, [PROMPT], [GREEDY], dtype=session.dtype)
     known = PROMPT + batch.prefill()
     for _ in range(12):
-        assert np.asarray(batch.state.draft_BK)[0].tolist() == drafts_by_hand(session, known)
+        assert np.asarray(batch.state.progress.draft_SK)[0].tolist() == drafts_by_hand(session, known)
         known += batch.step([True])[0]
+
+
+def with_drafts(state, drafts):
+    return state._replace(progress=state.progress._replace(draft_SK=drafts))
 
 
 def test_right_drafts_are_all_accepted():
@@ -57,7 +61,7 @@ def test_right_drafts_are_all_accepted():
     known = batch.prefill()
     while len(known) < 36:
         drafts = np.asarray([answer[len(known) : len(known) + 3]], np.int32)
-        batch.state = batch.state._replace(draft_BK=drafts)
+        batch.state = with_drafts(batch.state, drafts)
         new = batch.step([True])[0]
         assert len(new) == 4
         known += new
@@ -74,7 +78,7 @@ def test_partly_right_drafts_are_accepted_as_far_as_they_are_right():
             break
         drafts = answer[len(known) : len(known) + 3]
         drafts = [token if i < right else (token + 1) % 128 for i, token in enumerate(drafts)]
-        batch.state = batch.state._replace(draft_BK=np.asarray([drafts], np.int32))
+        batch.state = with_drafts(batch.state, np.asarray([drafts], np.int32))
         new = batch.step([True])[0]
         assert len(new) == right + 1
         known += new

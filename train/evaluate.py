@@ -9,7 +9,7 @@ import numpy as np
 
 from stepjax.infer.generate import Completion, Generation
 from stepjax.infer.load import Session
-from stepjax.infer.sampler import SamplingParams
+from stepjax.infer.sampling import SamplingParams
 from stepjax.train import tasks
 
 BATCH = 64  # prompts that run together

@@ -1,0 +1,362 @@
+"""The engine: many requests at once, each with the tokens that it would get alone.
+
+A step is planned (`stepjax.infer.scheduler`), launched (`stepjax.infer.executor`) and read. It is launched before the
+one before it has been read, so that the device does not wait for the host; what ends an answer is seen a step late,
+and the surplus is dropped.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence as Tokens
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+
+from stepjax.errors import RequestError
+from stepjax.infer.admission import SchedulerConfig
+from stepjax.infer.draft_policy import DRAFTS, DraftPolicy, StepBytes
+from stepjax.infer.engine_config import EngineConfig
+from stepjax.infer.executor import Assignment, CacheSize, Executor, Order
+from stepjax.infer.runner import Emitted
+from stepjax.infer.sampling import SamplingParams
+from stepjax.infer.scheduler import Scheduler
+from stepjax.infer.sequence import Row, Sequence, StepOutput, StepPlan
+from stepjax.infer.transcript import FinishReason
+from stepjax.sharding.watchdog import deadline
+
+if TYPE_CHECKING:
+    from stepjax.infer.load import Session
+
+STEP_S = 300.0  # after which a compiled step on several hosts is taken to hang
+
+
+class Score(NamedTuple):
+    """Log-probabilities at one position: of the token there, and of the likeliest."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # token id and log-probability, likeliest first
+
+
+class Update(NamedTuple):
+    """What a step added to one answer."""
+
+    id: str
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    scores: tuple[Score, ...] = ()  # of the tokens, if asked for
+    prompt_scores: tuple[Score, ...] = ()  # of the prompt from its second token on, with the first tokens
+
+
+@dataclass
+class Stats:
+    """Sums since the engine was made."""
+
+    num_steps: int = 0
+    num_prefill_steps: int = 0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    decode_rows: int = 0  # sequences, summed over decode steps
+    drafted: list[int] = field(default_factory=lambda: [0, 0, 0])  # by depth: drafts that were reached
+    accepted: list[int] = field(default_factory=lambda: [0, 0, 0])
+    host_s: float = 0.0  # planning, launching and committing
+    wait_s: float = 0.0  # for results
+    num_idle: int = 0  # steps that were launched when the device had nothing left to do
+    prefill_s: float = 0.0  # from the end of the step before, or its own launch, to the end of a prefill step
+    decode_s: float = 0.0
+
+
+class Engine:
+    """Runs requests on one model. Not thread-safe: one thread calls `add`, `step`, `finish` and `cancel`."""
+
+    def __init__(self, session: Session, config: EngineConfig | None = None):
+        """
+        Raises:
+          ConfigError: the configuration contradicts itself, or the cache has no room for a single page.
+          RequestError: more drafts than the checkpoint has MTP layers.
+        """
+        self.config = config = config or EngineConfig()
+        self.stats = Stats()
+        drafts = session.max_drafts if config.speculate is None else config.speculate
+        self._runner = session.runner(drafts)
+        sizes = config.sizes(session)
+        self._policy = DraftPolicy(StepBytes.of(session.config, session.params), most=drafts)
+        fixed = config.speculate if config.speculate is not None else drafts if config.deterministic else None
+        self._fixed_drafts = fixed
+        self.scheduler = Scheduler(self._scheduler_config(sizes), drafts=self._drafts)
+        self.executor = Executor(
+            self._runner, session.params, sizes, dtype=session.dtype, eos_ids=session.config.eos_ids
+        )
+        self._session = session
+        self._eos = frozenset(session.config.eos_ids)
+        self._in_flight: deque[tuple[Order, Emitted]] = deque()
+        self._owners: dict[int, str] = {}  # slot → the sequence whose sampling it has
+        self._answers: dict[str, _Answer] = {}
+        self._numbers = itertools.count()
+        self._free = 0.0  # since when the device has worked on the step that is read next
+        self._slot_buckets = _slot_buckets(config)
+
+    def add(
+        self,
+        prompt: Tokens[int],
+        params: SamplingParams | None = None,
+        *,
+        id: str | None = None,
+        priority: int = 0,
+        adapter: str = "",
+        salt: str = "",
+    ) -> list[str]:
+        """Queue a request; returns the ids of its answers, one unless ``params.n`` asks for more.
+
+        Args:
+          params: ``max_tokens`` is cut to the room that the context leaves. None: the checkpoint's defaults.
+          id: of the request; that of answer i of several is ``id/i``.
+          priority: lower goes first.
+          adapter, salt: requests share cached prompts only if both are the same.
+
+        Raises:
+          RequestError: a bad prompt, bad parameters, or more than the cache can ever hold.
+          QueueFullError: too many wait.
+        """
+        session, id = self._session, id if id is not None else f"request-{next(self._numbers)}"
+        params = params or session.sampling()
+        room = min(session.check_prompt(prompt), self.scheduler.config.context - len(prompt))
+        if room < 1:
+            raise RequestError(
+                f"prompt: has {len(prompt)} tokens, but the engine's context is {self.scheduler.config.context}; "
+                "shorten the prompt or give the engine a larger context"
+            )
+        params = params.replace(max_tokens=min(params.max_tokens, room), min_tokens=min(params.min_tokens, room))
+        params.check(self._runner.num_tokens)
+        ids = [id] if params.n == 1 else [f"{id}/{index}" for index in range(params.n)]
+        for index, each in enumerate(ids):
+            own = params.replace(n=1, seed=(params.seed + index) % 2**32)
+            sequence = Sequence(
+                each,
+                tuple(map(int, prompt)),
+                own,
+                priority,
+                adapter,
+                salt,
+                use_prefix=own.prompt_logprobs is None or index > 0,
+            )
+            if index:
+                sequence.params = own.replace(prompt_logprobs=None)
+            try:
+                self.scheduler.add(sequence)
+            except RequestError:
+                for earlier in ids[:index]:  # all answers of a request or none
+                    self.cancel(earlier)
+                raise
+            self._answers[each] = _Answer(sequence, self._ends(own))
+        return ids
+
+    def finish(self, id: str, reason: FinishReason = "stop") -> None:
+        """End an answer, as where its text reached a stop string; nothing more comes of it."""
+        self.scheduler.finish(id, reason)
+        self._answers.pop(id, None)
+
+    def cancel(self, id: str) -> None:
+        self.finish(id, "cancelled")
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._in_flight or self._answers)
+
+    def step(self) -> list[Update]:
+        """Launch a step and read the one before it."""
+        began = time.perf_counter()
+        plan = self.scheduler.plan()
+        if plan is not None:
+            if self._in_flight and self._in_flight[-1][1].token_BT.is_ready():
+                self.stats.num_idle += 1
+            order, compiled = self._order(plan), self._runner.compile_s
+            emitted = self.executor.run(order)
+            compiled = self._runner.compile_s - compiled
+            if compiled:
+                self._free = time.perf_counter()
+            self._free = max(self._free, began) if not self._in_flight else self._free
+            self._in_flight.append((order, emitted))
+            self.stats.host_s -= compiled
+        self.stats.host_s += time.perf_counter() - began
+        if not self._in_flight or (plan is not None and len(self._in_flight) == 1):
+            return []
+        order, emitted = self._in_flight.popleft()
+        began = time.perf_counter()
+        with deadline("a step", STEP_S):
+            emitted = jax.tree.map(np.asarray, emitted)
+        ready = time.perf_counter()
+        updates = self._commit(order, emitted)
+        self.stats.wait_s += ready - began
+        if order.plan.kind == "prefill":
+            self.stats.prefill_s += ready - self._free
+        else:
+            self.stats.decode_s += ready - self._free
+        self._free = ready
+        self.stats.host_s += time.perf_counter() - ready
+        return updates
+
+    def run(self) -> Iterator[Update]:
+        """Steps until nothing is left to do."""
+        while self.has_work:
+            yield from self.step()
+
+    def warm(self) -> None:
+        """Compile every step that these settings can ask for, so that none is compiled while requests wait."""
+        drafts = DRAFTS if self._fixed_drafts is None else (self._fixed_drafts,)
+        decode = [(slots, k) for slots in self._slot_buckets for k in drafts if k <= self._runner.drafts]
+        config = self.scheduler.config
+        prefill = [
+            (rows, width)
+            for width in config.widths
+            for rows in self.executor.row_buckets_for(min(config.prefill_rows, config.token_budget // width))
+        ]
+        self.executor.warm(decode, prefill)
+
+    def _scheduler_config(self, sizes: CacheSize) -> SchedulerConfig:
+        config = self.config
+        return SchedulerConfig(
+            num_slots=sizes.num_slots,
+            num_pages=sizes.num_pages,
+            context=sizes.context,
+            page_size=sizes.page_size,
+            widths=config.widths,
+            token_budget=config.token_budget,
+            num_snapshots=sizes.num_snapshots,
+            max_waiting=config.max_waiting,
+            prefill_rows=1 if config.deterministic else sizes.num_slots,
+            reserve=config.deterministic,
+        )
+
+    def _drafts(self, batch: int) -> int:
+        return self._policy.drafts(batch) if self._fixed_drafts is None else self._fixed_drafts
+
+    def _ends(self, params: SamplingParams) -> frozenset[int]:
+        return frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else self._eos)
+
+    def _order(self, plan: StepPlan) -> Order:
+        for slot in plan.resets:
+            self._owners.pop(slot, None)
+        assignments = []
+        rows = [(row, self._answers.get(row.id)) for row in plan.rows]
+        for row, answer in rows:
+            if answer is not None and self._owners.get(row.slot) != row.id:
+                self._owners[row.slot] = row.id
+                sequence = answer.sequence
+                assignments.append(Assignment(row.slot, sequence.params, sequence.prompt, tuple(sequence.output)))
+        wanted = [answer.sequence.params for _, answer in rows if answer is not None]
+        highest = 1 + max(row.slot for row in plan.rows)
+        return Order(
+            plan,
+            tuple(assignments),
+            num_slots=next(bucket for bucket in self._slot_buckets if bucket >= highest),
+            scores=any(params.logprobs is not None for params in wanted),
+            prompt_scores=plan.kind == "prefill" and any(params.prompt_logprobs is not None for params in wanted),
+        )
+
+    def _commit(self, order: Order, emitted: Any) -> list[Update]:
+        """Take a step's tokens: end what they end, and tell the scheduler."""
+        plan, stats = order.plan, self.stats
+        at = [row.slot for row in plan.rows] if plan.kind == "decode" else range(len(plan.rows))
+        counts = emitted.count_B[list(at)].tolist()
+        self._count(plan, counts)
+        taken: list[tuple[Row, int, tuple[int, ...], FinishReason | None]] = []
+        for row, place, count in zip(plan.rows, at, counts, strict=True):
+            answer = self._answers.get(row.id)
+            tokens: tuple[int, ...] = ()
+            reason: FinishReason | None = None
+            if answer is not None:
+                if order.prompt_scores and answer.sequence.params.prompt_logprobs is not None:
+                    answer.take_prompt(row, jax.tree.map(lambda x, p=place: x[p], emitted.prompt))
+                if emitted.finite_B[place]:
+                    tokens, ended = _cut(emitted.token_BT[place, :count].tolist(), answer)
+                    reason = "stop" if ended else None
+                else:
+                    reason = "error"
+                    self.scheduler.finish(row.id, reason)
+            taken.append((row, place, tokens, reason))
+        done = {each.id for each in self.scheduler.commit(plan, StepOutput(tuple(each[2] for each in taken)))}
+        updates = []
+        for row, place, tokens, reason in taken:
+            answer = self._answers.get(row.id)
+            if answer is None or not (tokens or reason):
+                continue
+            if reason == "stop":
+                self.scheduler.finish(row.id, reason)
+            elif reason is None and row.id in done:
+                reason = "length"
+            scores = answer.scores(emitted.scores, place, len(tokens)) if order.scores else ()
+            updates.append(Update(row.id, tokens, reason, scores, answer.give_prompt()))
+            if reason:
+                del self._answers[row.id]
+        stats.num_steps += 1
+        return updates
+
+    def _count(self, plan: StepPlan, counts: list[int]) -> None:
+        stats = self.stats
+        if plan.kind == "prefill":
+            stats.num_prefill_steps += 1
+            stats.prefill_tokens += sum(row.count for row in plan.rows)
+            return
+        stats.decode_rows += len(counts)
+        stats.decode_tokens += sum(counts)
+        self._policy.observe(plan.drafts, counts)
+        for depth in range(plan.drafts):
+            stats.drafted[depth] += sum(count > depth for count in counts)
+            stats.accepted[depth] += sum(count > depth + 1 for count in counts)
+
+
+@dataclass(eq=False)
+class _Answer:
+    """An answer in the making."""
+
+    sequence: Sequence
+    ends: frozenset[int]  # ids that end it
+    _prompt: list[Score | None] | None = None
+
+    def scores(self, found: Any, place: int, count: int) -> tuple[Score, ...]:
+        """Of the ``count`` tokens of a row, if asked for."""
+        top = self.sequence.params.logprobs
+        return () if top is None else tuple(_score(found, (place, at), top) for at in range(count))
+
+    def take_prompt(self, row: Row, found: Any) -> None:
+        """The scores of the prompt tokens that follow a piece's."""
+        prompt, top = self.sequence.prompt, self.sequence.params.prompt_logprobs
+        if self._prompt is None:
+            self._prompt = [None] * (len(prompt) - 1)
+        for at in range(row.start, min(row.start + row.count, len(prompt) - 1)):
+            self._prompt[at] = _score(found, at - row.start, top or 0)
+
+    def give_prompt(self) -> tuple[Score, ...]:
+        """The scores of the whole prompt, once."""
+        if self._prompt is None or None in self._prompt:
+            return ()
+        found, self._prompt = self._prompt, []
+        self.sequence.params = self.sequence.params.replace(prompt_logprobs=None)
+        return tuple(each for each in found if each is not None)
+
+
+def _score(found: Any, at: Any, top: int) -> Score:
+    ids, values = found.top_id_BTN[at][:top].tolist(), found.top_BTN[at][:top].tolist()
+    return Score(float(found.token_BT[at]), tuple(zip(ids, values, strict=True)))
+
+
+def _cut(tokens: list[int], answer: _Answer) -> tuple[tuple[int, ...], bool]:
+    """The tokens up to the first that ends the answer, and whether there is one within ``max_tokens``."""
+    room = answer.sequence.params.max_tokens - len(answer.sequence.output)
+    for at, token in enumerate(tokens[:room]):
+        if token in answer.ends:
+            return tuple(tokens[: at + 1]), True
+    return tuple(tokens[:room]), False
+
+
+def _slot_buckets(config: EngineConfig) -> tuple[int, ...]:
+    """Numbers of slots that a decode step may run."""
+    if config.deterministic:
+        return (config.num_slots,)
+    powers = itertools.takewhile(lambda count: count < config.num_slots, (1 << at for at in itertools.count()))
+    return (*powers, config.num_slots)

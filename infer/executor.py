@@ -1,0 +1,232 @@
+"""The device's side of the engine: carries out numbered orders of plain integers, whoever planned them.
+
+On several hosts every process has an executor and is given the same orders, so that all launch the same programs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stepjax.infer.pages import TRASH_PAGE
+from stepjax.infer.runner import Emitted, Pieces, Program, Runner, State, slot_parts
+from stepjax.infer.sampling import Sampling, SamplingParams, SlotSampling
+from stepjax.infer.sequence import RingCopy, StepPlan
+from stepjax.model import Params
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """What an executor keeps on the device."""
+
+    num_slots: int
+    num_pages: int  # the trash page included
+    page_size: int  # tokens
+    context: int  # tokens of the longest sequence
+    num_snapshots: int
+
+    @property
+    def pages_per_sequence(self) -> int:
+        return -(-self.context // self.page_size)
+
+
+class Assignment(NamedTuple):
+    """The sequence that a slot is about to take in, as far as sampling must know it."""
+
+    slot: int
+    params: SamplingParams
+    prompt: tuple[int, ...]
+    output: tuple[int, ...] = ()  # answered before a preemption
+
+
+class Order(NamedTuple):
+    """One step of the device: the plan, and what goes with it."""
+
+    plan: StepPlan
+    assignments: tuple[Assignment, ...] = ()
+    num_slots: int = 0  # that a decode step runs: the first so many
+    scores: bool = False  # log-probabilities of the new tokens
+    prompt_scores: bool = False
+
+
+class Executor:
+    """Holds the device's state and runs orders on it, in the order they come."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        params: Params,
+        size: CacheSize,
+        *,
+        dtype: Any,
+        eos_ids: Sequence[int],
+        row_buckets: Sequence[int] = (1, 4, 16, 64),
+    ):
+        """
+        Args:
+          row_buckets: numbers of prompt pieces that a prefill program is compiled for.
+        """
+        self.runner, self.params, self.size = runner, params, size
+        self._eos_ids = tuple(eos_ids)
+        self.row_buckets = sorted({*(each for each in row_buckets if each < size.num_slots), size.num_slots})
+        vocab = runner.model.config.vocab_size
+        pages = (size.num_pages, size.page_size)
+        self.state: State = runner.start_paged(size.num_slots, pages, dtype, Sampling.empty(size.num_slots, vocab))
+        self._table = np.full((size.num_slots, size.pages_per_sequence), TRASH_PAGE, np.int32)
+        self._device_table: tuple[int, jax.Array] | None = None  # as many rows as given, while it has not changed
+        self._snapshots = self._no_snapshots() if size.num_snapshots else None
+
+    def run(self, order: Order) -> Emitted:
+        """Launch an order. Its result is not there yet; nothing waits for it here."""
+        plan = order.plan
+        self._update_table(plan)
+        for copy in plan.restores:
+            self.state = self._restore(self.state, self._snapshots, np.int32(copy.slot), np.int32(copy.snapshot))
+        for assignment in order.assignments:
+            row = self._sampling_row(assignment)
+            arguments = (self.params, self.state, np.int32(assignment.slot), row)
+            self.state, _ = self.runner.assign().compiled(*arguments)(*arguments)
+        program, rest = self._call(order)
+        arguments = (self.params, self.state, *rest)
+        self.state, emitted = program.compiled(*arguments)(*arguments)
+        for leaf in jax.tree.leaves(emitted):
+            leaf.addressable_data(0).copy_to_host_async()
+        for copy in plan.saves:
+            self._save(copy)
+        return emitted
+
+    def prepared(self, order: Order) -> bool:
+        """Whether the program of an order is compiled."""
+        program, rest = self._call(order)
+        return program.has(self.state, *rest)
+
+    def prepare(self, order: Order) -> None:
+        """Compile the program of an order, without launching it."""
+        program, rest = self._call(order)
+        program.compiled(self.params, self.state, *rest)
+
+    def warm(self, decode: Iterable[tuple[int, int]], prefill: Iterable[tuple[int, int]]) -> None:
+        """Compile ahead of time, several programs at once.
+
+        Args:
+          decode: slots and drafts of each decode step.
+          prefill: rows and width of each prefill step.
+        """
+        pages = self.size.pages_per_sequence
+        jobs: list[tuple[Program, tuple[Any, ...]]] = []
+        for slots, drafts in decode:
+            jobs.append((self.runner.step(drafts), (np.zeros((slots,), bool), jnp.zeros((slots, pages), jnp.int32))))
+        for rows, width in prefill:
+            jobs.append((self.runner.prefill(), (self._no_pieces(rows, width),)))
+        with ThreadPoolExecutor(max_workers=4, thread_name_prefix="compile") as pool:
+            for job in [pool.submit(program.compiled, self.params, self.state, *rest) for program, rest in jobs]:
+                job.result()
+
+    def row_buckets_for(self, most: int) -> list[int]:
+        """Those that ``most`` pieces or fewer are padded to."""
+        return [rows for rows, less in zip(self.row_buckets, [0, *self.row_buckets], strict=False) if less < most]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values on one device."""
+        return sum(leaf.nbytes // _ways(leaf) for leaf in jax.tree.leaves(self.state.cache))
+
+    def _update_table(self, plan: StepPlan) -> None:
+        for slot in plan.resets:
+            self._table[slot] = TRASH_PAGE
+        for slot, first, pages in plan.page_updates:
+            self._table[slot, first : first + len(pages)] = pages
+        if plan.resets or plan.page_updates:
+            self._device_table = None
+
+    def _call(self, order: Order) -> tuple[Program, tuple[Any, ...]]:
+        """The program of an order, and its arguments beside parameters and state."""
+        return self._prefill(order) if order.plan.kind == "prefill" else self._decode(order)
+
+    def _decode(self, order: Order) -> tuple[Program, tuple[Any, ...]]:
+        active = np.zeros((order.num_slots,), bool)
+        active[[row.slot for row in order.plan.rows]] = True
+        table = self._table[: order.num_slots]
+        if jax.process_count() > 1:
+            return self.runner.step(order.plan.drafts, scores=order.scores), (active, table.copy())
+        if self._device_table is None or self._device_table[0] != order.num_slots:
+            self._device_table = order.num_slots, jnp.array(table)
+        return self.runner.step(order.plan.drafts, scores=order.scores), (active, self._device_table[1])
+
+    def _prefill(self, order: Order) -> tuple[Program, tuple[Any, ...]]:
+        plan = order.plan
+        rows = next(each for each in self.row_buckets if each >= len(plan.rows))
+        pieces = self._no_pieces(rows, plan.width)
+        for at, row in enumerate(plan.rows):
+            pieces.id_RT[at, : row.count] = row.ids
+            pieces.count_R[at], pieces.next_R[at] = row.count, row.next_id
+            pieces.start_R[at], pieces.slot_R[at] = row.start, row.slot
+            pieces.page_RN[at] = self._table[row.slot]
+        return self.runner.prefill(scores=order.scores, prompt_scores=order.prompt_scores), (pieces,)
+
+    def _no_pieces(self, rows: int, width: int) -> Pieces:
+        """Rows that do nothing: their slot is past the last."""
+        zero = np.zeros((rows,), np.int32)
+        slot = np.full((rows,), self.size.num_slots, np.int32)
+        pages = np.full((rows, self.size.pages_per_sequence), TRASH_PAGE, np.int32)
+        return Pieces(np.zeros((rows, width), np.int32), zero.copy(), zero - 1, zero.copy(), slot, pages)
+
+    def _sampling_row(self, assignment: Assignment) -> SlotSampling:
+        vocab = self.runner.model.config.vocab_size
+        return SlotSampling.of(
+            assignment.params, assignment.prompt, assignment.output, eos_ids=self._eos_ids, vocab_size=vocab
+        )
+
+    def _no_snapshots(self) -> Any:
+        def create() -> Any:
+            return jax.tree.map(
+                lambda x: jnp.zeros((self.size.num_snapshots, *x.shape[1:]), x.dtype), slot_parts(self.state)
+            )
+
+        where = jax.tree.map(lambda x: x.sharding, slot_parts(self.state))
+        return jax.jit(create, out_shardings=where)()
+
+    def _save(self, copy: RingCopy) -> None:
+        self._snapshots = self._saver(self._snapshots, self.state, np.int32(copy.slot), np.int32(copy.snapshot))
+
+    @cached_property
+    def _saver(self) -> Any:
+        def save(snapshots: Any, state: State, slot: jax.Array, snapshot: jax.Array) -> Any:
+            return jax.tree.map(lambda kept, x: kept.at[snapshot].set(x[slot]), snapshots, slot_parts(state))
+
+        return jax.jit(save, donate_argnums=(0,))
+
+    @cached_property
+    def _restore(self) -> Any:
+        def restore(state: State, snapshots: Any, slot: jax.Array, snapshot: jax.Array) -> State:
+            put = jax.tree.map(lambda x, kept: x.at[slot].set(kept[snapshot]), slot_parts(state), snapshots)
+            layers, mtp, tails = put
+            rings = iter(layers)
+            own = tuple(
+                next(rings) if is_ring else view
+                for view, is_ring in zip(state.cache.layers, self._is_ring, strict=True)
+            )
+            first = state.progress.first_SK.at[slot].set(0)
+            progress = state.progress._replace(tails=tails, first_SK=first)
+            return State(type(state.cache)(own, mtp), progress, state.sampling)
+
+        return jax.jit(restore, donate_argnums=(0,))
+
+    @cached_property
+    def _is_ring(self) -> tuple[bool, ...]:
+        return tuple(layer.window is not None for layer in self.runner.model.config.layers)
+
+
+def _ways(x: jax.Array) -> int:
+    """Devices that share an array."""
+    return x.nbytes // x.addressable_shards[0].data.nbytes
