@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from stepjax.errors import RequestError
@@ -22,6 +23,7 @@ from stepjax.infer.admission import SchedulerConfig
 from stepjax.infer.draft_policy import DRAFTS, DraftPolicy, StepBytes
 from stepjax.infer.engine_config import EngineConfig
 from stepjax.infer.executor import Assignment, CacheSize, Executor, Order
+from stepjax.infer.replay import Channel, Leader, connect, follow
 from stepjax.infer.runner import Emitted
 from stepjax.infer.sampling import SamplingParams
 from stepjax.infer.scheduler import Scheduler
@@ -73,24 +75,25 @@ class Stats:
 class Engine:
     """Runs requests on one model. Not thread-safe: one thread calls `add`, `step`, `finish` and `cancel`."""
 
-    def __init__(self, session: Session, config: EngineConfig | None = None):
+    def __init__(self, session: Session, config: EngineConfig | None = None, *, channels: Tokens[Channel] = ()):
         """
+        Args:
+          channels: to the other processes of a cluster, which `follow` this one; see `stepjax.infer.replay`.
+
         Raises:
           ConfigError: the configuration contradicts itself, or the cache has no room for a single page.
           RequestError: more drafts than the checkpoint has MTP layers.
         """
         self.config = config = config or EngineConfig()
         self.stats = Stats()
-        drafts = session.max_drafts if config.speculate is None else config.speculate
-        self._runner = session.runner(drafts)
-        sizes = config.sizes(session)
+        self.executor = executor_of(session, config)
+        self._runner, sizes = self.executor.runner, self.executor.size
+        self._leader = Leader(self.executor, channels) if channels else None
+        drafts = self._runner.drafts
         self._policy = DraftPolicy(StepBytes.of(session.config, session.params), most=drafts)
         fixed = config.speculate if config.speculate is not None else drafts if config.deterministic else None
         self._fixed_drafts = fixed
         self.scheduler = Scheduler(self._scheduler_config(sizes), drafts=self._drafts)
-        self.executor = Executor(
-            self._runner, session.params, sizes, dtype=session.dtype, eos_ids=session.config.eos_ids
-        )
         self._session = session
         self._eos = frozenset(session.config.eos_ids)
         self._in_flight: deque[tuple[Order, Emitted]] = deque()
@@ -175,7 +178,7 @@ class Engine:
             if self._in_flight and self._in_flight[-1][1].token_BT.is_ready():
                 self.stats.num_idle += 1
             order, compiled = self._order(plan), self._runner.compile_s
-            emitted = self.executor.run(order)
+            emitted = (self._leader or self.executor).run(order)
             compiled = self._runner.compile_s - compiled
             if compiled:
                 self._free = time.perf_counter()
@@ -215,7 +218,12 @@ class Engine:
             for width in config.widths
             for rows in self.executor.row_buckets_for(min(config.prefill_rows, config.token_budget // width))
         ]
-        self.executor.warm(decode, prefill)
+        (self._leader or self.executor).warm(decode, prefill)
+
+    def close(self) -> None:
+        """Let the processes go that follow this one."""
+        if self._leader:
+            self._leader.close()
 
     def _scheduler_config(self, sizes: CacheSize) -> SchedulerConfig:
         config = self.config
@@ -308,6 +316,30 @@ class Engine:
         for depth in range(plan.drafts):
             stats.drafted[depth] += sum(count > depth for count in counts)
             stats.accepted[depth] += sum(count > depth + 1 for count in counts)
+
+
+def executor_of(session: Session, config: EngineConfig) -> Executor:
+    """The device's side of an engine, alike on every process of a cluster."""
+    runner = session.runner(config.speculate)
+    eos = session.config.eos_ids
+    return Executor(runner, session.params, config.sizes(session), dtype=session.dtype, eos_ids=eos)
+
+
+def open_engine(session: Session, config: EngineConfig, *, host: str) -> Engine | None:
+    """An engine on all processes of a cluster: on process 0 it is returned, the others carry out its orders until it
+    is closed and get None.
+
+    Args:
+      host: process 0's.
+
+    Raises:
+      ClusterError: the processes do not find each other, run with different settings, or lose each other.
+    """
+    channels = connect(host, f"{config} of {session.config} in {jnp.dtype(session.dtype)}")
+    if jax.process_index() == 0:
+        return Engine(session, config, channels=channels)
+    follow(executor_of(session, config), channels[0])
+    return None
 
 
 @dataclass(eq=False)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from stepjax.errors import ConfigError
 from stepjax.infer.executor import CacheSize
+from stepjax.infer.hosts import least
 from stepjax.weights import kv_bytes_per_token
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class EngineConfig:
         if self.num_pages is not None:
             pages = self.num_pages
         else:
-            room = self.cache_bytes if self.cache_bytes is not None else _free_bytes()
+            room = self.cache_bytes if self.cache_bytes is not None else least(_free_bytes())
             pages = min(wanted, room // per_page if per_page else wanted)
         if pages < 1:
             raise ConfigError(

@@ -12,10 +12,14 @@ import numpy as np
 import pytest
 from checkpoints import speaking_folder
 from ports import two_free_ports
+from two_processes import requests
 
 from stepjax.checkpoint import Checkpoint
 from stepjax.cli import VERBS
+from stepjax.infer.engine import Engine
+from stepjax.infer.engine_config import EngineConfig
 from stepjax.infer.load import load
+from stepjax.infer.sampling import SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENS = [[0, 3, 5, 300, 17] * 8, [7, 8] * 20]  # one shape, so that each program compiles once
@@ -70,6 +74,23 @@ def test_scores_are_those_of_one_device(folder, tmp_path):
             np.testing.assert_allclose(found[f"p{j}_logits"], logits, atol=2e-4)
             for k, depth in enumerate(depths, start=1):
                 np.testing.assert_allclose(found[f"p{j}_mtp{k}_logits"], depth, atol=2e-4)
+
+
+def test_an_engine_that_the_others_follow_answers_as_one_device(folder, tmp_path):
+    """Orders, announced compilations, preemptions, snapshots and sampling rules reach the other process."""
+    first, second = (out.splitlines()[-1] for out in together("serve", folder, "expert=4,tensor=2", cwd=tmp_path))
+    found = json.loads(first)  # after what gloo says
+    assert second == "followed"
+    assert found["preemptions"] > 0
+    session = load(folder, dtype="float32")
+    engine = Engine(session, EngineConfig(num_slots=8, context=128, speculate=0, num_snapshots=0))
+    asked = requests(SamplingParams)
+    for id, (prompt, params) in asked.items():
+        engine.add(prompt, params, id=id)
+    expected: dict[str, list[int]] = {id: [] for id in asked}
+    for update in engine.run():
+        expected[update.id] += update.tokens
+    assert found["answers"] == expected
 
 
 def test_processes_without_accelerators_make_the_devices_of_the_mesh(folder, tmp_path, monkeypatch):

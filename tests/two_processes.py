@@ -1,6 +1,7 @@
 """Run as ``two_processes.py PORT PROCESS TASK ...``: one of two processes that do a task and print JSON.
 
 report FOLDER MESH        what loading read, and what this process must hold
+serve FOLDER MESH         the answers of an engine that process 0 leads
 restore FOLDER BASE MESH  how many weights of a converted base differ from the folder it came from
 """
 
@@ -9,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from typing import Any
 
 import jax
 
 
 def main(port: str, process: str, task: str, *args: str) -> int:
     jax.distributed.initialize(f"localhost:{port}", 2, int(process))
-    return {"report": report, "restore": restore}[task](*args)
+    return {"report": report, "restore": restore, "serve": serve}[task](*args)
 
 
 def report(folder: str, mesh: str) -> int:
@@ -30,6 +32,43 @@ def report(folder: str, mesh: str) -> int:
         parts += sum(held.values())
     print(json.dumps(dataclasses.asdict(session.load_report) | {"parts": parts}))
     return 0
+
+
+def serve(folder: str, mesh: str) -> int:
+    """Eight requests, half of them sampled, in a cache too small for all: the answers by id, on process 0."""
+    from stepjax.infer.engine import open_engine
+    from stepjax.infer.engine_config import EngineConfig
+    from stepjax.infer.load import load
+    from stepjax.infer.sampling import SamplingParams
+
+    session = load(folder, dtype="float32", mesh=mesh)
+    config = EngineConfig(
+        num_slots=3, context=64, num_pages=11, page_size=8, widths=(32,), token_budget=32, speculate=3, num_snapshots=4
+    )
+    engine = open_engine(session, config, host="localhost")
+    if engine is None:
+        print("followed")
+        return 0
+    for id, (prompt, params) in requests(SamplingParams).items():
+        engine.add(prompt, params, id=id)
+    answers: dict[str, list[int]] = {}
+    for update in engine.run():
+        answers.setdefault(update.id, []).extend(update.tokens)
+    engine.close()
+    print(json.dumps({"answers": answers, "preemptions": engine.scheduler.admission.num_preemptions}))
+    return 0
+
+
+def requests(make: Any) -> dict[str, tuple[list[int], Any]]:
+    """What `serve` asks."""
+    shared = list(range(20, 44))
+    return {
+        str(at): (
+            [*shared[: 8 * (at % 4)], 7 + at, 9, 100 + at],
+            make(max_tokens=20, temperature=at % 2, seed=at, ignore_eos=True, presence_penalty=at % 3 / 2),
+        )
+        for at in range(8)
+    }
 
 
 def restore(folder: str, base: str, mesh: str) -> int:
