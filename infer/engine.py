@@ -269,19 +269,19 @@ class Engine:
     def _commit(self, order: Order, emitted: Any) -> list[Update]:
         """Take a step's tokens: end what they end, and tell the scheduler."""
         plan, stats = order.plan, self.stats
-        at = [row.slot for row in plan.rows] if plan.kind == "decode" else range(len(plan.rows))
-        counts = emitted.count_B[list(at)].tolist()
+        at = [row.slot for row in plan.rows] if plan.kind == "decode" else list(range(len(plan.rows)))
+        counts, found, finite = (x[at].tolist() for x in (emitted.count_B, emitted.token_BT, emitted.finite_B))
         self._count(plan, counts)
         taken: list[tuple[Row, int, tuple[int, ...], FinishReason | None]] = []
-        for row, place, count in zip(plan.rows, at, counts, strict=True):
+        for row, place, count, ids, sound in zip(plan.rows, at, counts, found, finite, strict=True):
             answer = self._answers.get(row.id)
             tokens: tuple[int, ...] = ()
             reason: FinishReason | None = None
             if answer is not None:
                 if order.prompt_scores and answer.sequence.params.prompt_logprobs is not None:
                     answer.take_prompt(row, jax.tree.map(lambda x, p=place: x[p], emitted.prompt))
-                if emitted.finite_B[place]:
-                    tokens, ended = _cut(emitted.token_BT[place, :count].tolist(), answer)
+                if sound:
+                    tokens, ended = _cut(ids[:count], answer)
                     reason = "stop" if ended else None
                 else:
                     reason = "error"

@@ -6,7 +6,7 @@ On several hosts every process has an executor and is given the same orders, so 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -84,6 +84,7 @@ class Executor:
         self.state: State = runner.start_paged(size.num_slots, pages, dtype, Sampling.empty(size.num_slots, vocab))
         self._table = np.full((size.num_slots, size.pages_per_sequence), TRASH_PAGE, np.int32)
         self._device_table: tuple[int, jax.Array] | None = None  # as many rows as given, while it has not changed
+        self._launchers: dict[Any, Callable[..., Any]] = {}
         self._snapshots = self._no_snapshots() if size.num_snapshots else None
 
     def run(self, order: Order) -> Emitted:
@@ -91,14 +92,15 @@ class Executor:
         plan = order.plan
         self._update_table(plan)
         for copy in plan.restores:
-            self.state = self._restore(self.state, self._snapshots, np.int32(copy.slot), np.int32(copy.snapshot))
+            self._restore(copy)
         for assignment in order.assignments:
-            row = self._sampling_row(assignment)
-            arguments = (self.params, self.state, np.int32(assignment.slot), row)
-            self.state, _ = self.runner.assign().compiled(*arguments)(*arguments)
+            self._assign(assignment)
         program, rest = self._call(order)
-        arguments = (self.params, self.state, *rest)
-        self.state, emitted = program.compiled(*arguments)(*arguments)
+        key = (program.name, jax.tree.leaves(rest)[0].shape)  # the rest of the shapes is the executor's own
+        run = self._launchers.get(key)
+        if run is None:
+            run = self._launchers[key] = program.compiled(self.params, self.state, *rest)
+        self.state, emitted = run(self.params, self.state, *rest)
         for leaf in jax.tree.leaves(emitted):
             leaf.addressable_data(0).copy_to_host_async()
         for copy in plan.saves:
@@ -116,7 +118,7 @@ class Executor:
         program.compiled(self.params, self.state, *rest)
 
     def warm(self, decode: Iterable[tuple[int, int]], prefill: Iterable[tuple[int, int]]) -> None:
-        """Compile ahead of time, several programs at once.
+        """Compile ahead of time, several programs at once, while no slot is in use.
 
         Args:
           decode: slots and drafts of each decode step.
@@ -131,6 +133,11 @@ class Executor:
         with ThreadPoolExecutor(max_workers=4, thread_name_prefix="compile") as pool:
             for job in [pool.submit(program.compiled, self.params, self.state, *rest) for program, rest in jobs]:
                 job.result()
+        self._assign(Assignment(0, SamplingParams(seed=0), (0,)))
+        if self.size.num_snapshots:
+            self._save(RingCopy(0, 0))
+            self._restore(RingCopy(0, 0))
+        jax.block_until_ready(self.state)
 
     def row_buckets_for(self, most: int) -> list[int]:
         """Those that ``most`` pieces or fewer are padded to."""
@@ -181,11 +188,13 @@ class Executor:
         pages = np.full((rows, self.size.pages_per_sequence), TRASH_PAGE, np.int32)
         return Pieces(np.zeros((rows, width), np.int32), zero.copy(), zero - 1, zero.copy(), slot, pages)
 
-    def _sampling_row(self, assignment: Assignment) -> SlotSampling:
+    def _assign(self, assignment: Assignment) -> None:
         vocab = self.runner.model.config.vocab_size
-        return SlotSampling.of(
+        row = SlotSampling.of(
             assignment.params, assignment.prompt, assignment.output, eos_ids=self._eos_ids, vocab_size=vocab
         )
+        arguments = (self.params, self.state, np.int32(assignment.slot), row)
+        self.state, _ = self.runner.assign().compiled(*arguments)(*arguments)
 
     def _no_snapshots(self) -> Any:
         def create() -> Any:
@@ -206,8 +215,11 @@ class Executor:
 
         return jax.jit(save, donate_argnums=(0,))
 
+    def _restore(self, copy: RingCopy) -> None:
+        self.state = self._restorer(self.state, self._snapshots, np.int32(copy.slot), np.int32(copy.snapshot))
+
     @cached_property
-    def _restore(self) -> Any:
+    def _restorer(self) -> Any:
         def restore(state: State, snapshots: Any, slot: jax.Array, snapshot: jax.Array) -> State:
             put = jax.tree.map(lambda x, kept: x.at[slot].set(kept[snapshot]), slot_parts(state), snapshots)
             layers, mtp, tails = put

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -94,12 +94,24 @@ class Program:
         key = _shapes(state, rest)
         if key not in self._executables:
             began = time.perf_counter()
-            self._executables[key] = self.jitted(state).lower(params, state, *rest).compile()
+            self._executables[key] = self._compile(params, state, *rest)
             shapes = " ".join(str(list(leaf.shape)) for leaf in jax.tree.leaves(rest) if leaf.ndim)
             took = time.perf_counter() - began
             self.compile_s += took
             log.info("compiled %s for %s in %.1f s", self.name, shapes, took)
         return self._executables[key]
+
+    def _compile(self, params: Params, state: State, *rest: Any) -> Callable[..., Any]:
+        """The executable takes the parameters as a list: to sort hundreds of names costs 0.4 ms a call."""
+        names = tuple(params)
+
+        def run(values: Sequence[Any], state: State, *rest: Any) -> Any:
+            return self._function(dict(zip(names, values, strict=True)), state, *rest)
+
+        placed = (placement(state, self._layout), self._layout.replicated)
+        jitted = jax.jit(run, donate_argnums=(1,), out_shardings=placed)
+        executable = jitted.lower(tuple(params.values()), state, *rest).compile()
+        return lambda params, *arguments: executable(tuple(params.values()), *arguments)
 
     def has(self, state: State, *rest: Any) -> bool:
         """Whether the executable for arguments of these shapes is there."""

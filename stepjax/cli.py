@@ -17,6 +17,7 @@ VERBS = {
     "generate": ("stepjax.infer.cli_generate", "answer prompts"),
     "chat": ("stepjax.infer.cli_chat", "talk with a model in the terminal"),
     "score": ("stepjax.infer.cli_score", "write the logits of given tokens to a file"),
+    "bench": ("stepjax.infer.cli_bench", "measure how fast requests are answered"),
     "info": ("stepjax.cli_info", "show what a model consists of"),
     "study": ("stepjax.train.cli_study", "compile a step for a mesh that need not exist, and count its bytes"),
     "pretrain": ("stepjax.train.cli_pretrain", "train a model from scratch, as step-tiny was"),

@@ -1,0 +1,182 @@
+"""Offline speed of the engine on a list of requests: throughput, latencies, and where the time went."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from stepjax.infer.engine import Engine
+from stepjax.infer.sampling import SamplingParams
+from stepjax.weights import kv_bytes_per_token, kv_window_bytes
+
+
+class Request(NamedTuple):
+    """What is asked, and when."""
+
+    prompt: Sequence[int]
+    params: SamplingParams
+    arrival_s: float = 0.0  # after the start
+
+
+class Spread(NamedTuple):
+    """Of one quantity over all requests."""
+
+    mean: float
+    median: float
+    p99: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        if not values:
+            return cls(0.0, 0.0, 0.0)
+        return cls(float(np.mean(values)), float(np.median(values)), float(np.percentile(values, 99)))
+
+
+@dataclass(frozen=True)
+class Report:
+    """Times are without compiling, which happens before the start."""
+
+    requests: int
+    seconds: float
+    prompt_tokens: int
+    output_tokens: int
+    output_tokens_per_s: float
+    total_tokens_per_s: float
+    time_to_first_token_s: Spread
+    time_per_output_token_s: Spread  # after the first
+    steps: int
+    prefill_steps: int
+    tokens_per_decode_step: float  # of one sequence: 1 without drafts
+    acceptance: list[float]  # by depth: of the drafts that were reached
+    cached_prompt_tokens: int  # that the prefix cache spared
+    preemptions: int
+    host_ms_per_step: float  # planning, launching, committing
+    idle_share: float  # of steps, launched when the device had nothing left to do
+    cache_bytes: int  # keys and values, on one device
+    cache_over_formula: float  # 1: nothing allocated but what tokens and windows need
+    peak_bytes: int  # of the device, or of the process on a CPU
+    errors: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {name: value._asdict() if isinstance(value, Spread) else value for name, value in vars(self).items()}
+
+
+@dataclass
+class _Times:
+    """Of one request."""
+
+    asked: float
+    first: float = 0.0
+    last: float = 0.0
+    tokens: int = 0
+    failed: bool = False
+
+
+def bench(engine: Engine, requests: Sequence[Request]) -> Report:
+    """Run the requests to their ends, each added when it arrives."""
+    engine.warm()
+    stats, prefix = engine.stats, engine.scheduler.admission.prefix.stats
+    waiting = sorted(requests, key=lambda each: each.arrival_s)
+    times: dict[str, _Times] = {}
+    began = time.perf_counter()
+    while waiting or engine.has_work:
+        now = time.perf_counter() - began
+        while waiting and waiting[0].arrival_s <= now:
+            request = waiting.pop(0)
+            for id in engine.add(request.prompt, request.params):
+                times[id] = _Times(request.arrival_s)
+        if not engine.has_work:
+            time.sleep(max(0.0, waiting[0].arrival_s - now))
+            continue
+        updates = engine.step()
+        now = time.perf_counter() - began
+        for update in updates:
+            _note(times[update.id], len(update.tokens), update.finish_reason == "error", now)
+    seconds = time.perf_counter() - began
+    done = [each for each in times.values() if each.tokens]
+    output = sum(each.tokens for each in done)
+    prompt = sum(len(each.prompt) * each.params.n for each in requests)
+    later = [(each.last - each.first) / (each.tokens - 1) for each in done if each.tokens > 1]
+    return Report(
+        requests=len(times),
+        seconds=seconds,
+        prompt_tokens=prompt,
+        output_tokens=output,
+        output_tokens_per_s=output / seconds,
+        total_tokens_per_s=(output + prompt) / seconds,
+        time_to_first_token_s=Spread.of([each.first - each.asked for each in done]),
+        time_per_output_token_s=Spread.of(later),
+        steps=stats.num_steps,
+        prefill_steps=stats.num_prefill_steps,
+        tokens_per_decode_step=stats.decode_tokens / max(stats.decode_rows, 1),
+        acceptance=[a / d for a, d in zip(stats.accepted, stats.drafted, strict=True) if d],
+        cached_prompt_tokens=prefix.hit_tokens,
+        preemptions=engine.scheduler.admission.num_preemptions,
+        host_ms_per_step=1e3 * stats.host_s / max(stats.num_steps, 1),
+        idle_share=stats.num_idle / max(stats.num_steps, 1),
+        cache_bytes=engine.executor.cache_bytes,
+        cache_over_formula=cache_over_formula(engine),
+        peak_bytes=peak_bytes(),
+        errors=sum(each.failed for each in times.values()),
+    )
+
+
+def _note(times: _Times, tokens: int, failed: bool, now: float) -> None:
+    times.first = times.first or (now if tokens else 0.0)
+    times.tokens += tokens
+    times.last, times.failed = now, failed
+
+
+def cache_over_formula(engine: Engine) -> float:
+    """Allocated bytes of keys and values over those that the tokens and windows need (all devices)."""
+    model, size = engine.executor.runner.model.config, engine.executor.size
+    element = jax.tree.leaves(engine.executor.state.cache)[0].dtype.itemsize
+    mtp = engine.executor.runner.drafts > 0
+    needed = kv_bytes_per_token(model, element_bytes=element) * (size.num_pages - 1) * size.page_size
+    needed += kv_window_bytes(model, element_bytes=element, mtp=mtp) * size.num_slots
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(engine.executor.state.cache)) / needed
+
+
+def peak_bytes() -> int:
+    """The most memory in use so far: of the first device, or of this process where the device is the CPU."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return int(stats["peak_bytes_in_use"])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def random_requests(
+    count: int,
+    *,
+    vocab: int,
+    prompt_tokens: tuple[int, int],
+    params: SamplingParams,
+    shared_tokens: int = 0,
+    rate: float | None = None,
+    seed: int = 0,
+) -> list[Request]:
+    """Prompts of random ids.
+
+    Args:
+      prompt_tokens: least and most of each prompt, drawn alike.
+      shared_tokens: of them, how many all prompts begin with.
+      rate: arrivals per second, at exponential distances; None: all at once.
+    """
+    rng = np.random.default_rng(seed)
+    shared = rng.integers(3, vocab, shared_tokens).tolist()
+    gaps = rng.exponential(1 / rate, count) if rate else np.zeros(count)
+    requests = []
+    for at, arrival in enumerate(np.cumsum(gaps)):
+        length = int(rng.integers(prompt_tokens[0], prompt_tokens[1] + 1))
+        own = rng.integers(3, vocab, max(0, length - shared_tokens)).tolist()
+        prompt = [*shared, *own][:length]
+        requests.append(Request(prompt, params.replace(seed=(params.seed + at) % 2**32), float(arrival)))
+    return requests
