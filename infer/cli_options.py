@@ -28,6 +28,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: float32 on CPU, else bfloat16"
     )
     parser.add_argument("--keep-fp8", action="store_true", help="keep an FP8 release's expert weights in 8 bits")
+    parser.add_argument("--quantize", choices=("int8", "int4"), help="hold the routed experts in whole numbers")
+    parser.add_argument("--group", type=int, default=64, metavar="N", help="values a scale in int4 (%(default)s)")
     parser.add_argument("--mesh", metavar="AXES", help="split the model over devices, as expert=4,tensor=2")
     parser.add_argument(
         "--strategy",
@@ -80,6 +82,8 @@ def open_session(args: argparse.Namespace, *, needs: Literal["ids", "text", "cha
             folder,
             dtype=args.dtype,
             keep_fp8=args.keep_fp8,
+            quantize=args.quantize,
+            group=args.group,
             mesh=mesh,
             strategy=args.strategy,
             progress=lambda done, total: bar.update(task, completed=done, total=total),

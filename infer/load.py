@@ -15,7 +15,7 @@ import numpy as np
 
 from stepjax.cache import MAX_DRAFTS, Chunk
 from stepjax.chat import ChatTemplate, encode_chat
-from stepjax.checkpoint import load_params
+from stepjax.checkpoint import Change, load_params
 from stepjax.config import ModelConfig
 from stepjax.errors import MeshError, RequestError
 from stepjax.folder import ModelFolder, open_folder
@@ -24,6 +24,7 @@ from stepjax.infer.runner import Runner
 from stepjax.infer.sampling import SamplingParams
 from stepjax.layout import Layout, SingleDevice
 from stepjax.model import Params, Step3p5, abstract, axes_of, bind
+from stepjax.quant_groups import BITS, GROUP, IntFormat, quantize_groups
 from stepjax.sharding.layout import MeshLayout
 from stepjax.sharding.load import ExpertOrder, LoadReport, load_sharded
 from stepjax.sharding.mesh import MeshSpec
@@ -41,6 +42,8 @@ def load(
     *,
     dtype: Dtype = "auto",
     keep_fp8: bool = False,
+    quantize: IntFormat | None = None,
+    group: int = GROUP,
     mesh: str | MeshSpec | None = None,
     strategy: str = "expert_tensor",
     expert_order: ExpertOrder | None = None,
@@ -54,6 +57,9 @@ def load(
       dtype: of weights and activations. "auto" is bfloat16 on an accelerator and float32 on a CPU, which has no faster
         bfloat16 product and where greedy answers then do not depend on how a step is shaped.
       keep_fp8: keep the FP8 release's expert weights in 8 bits and widen them where they are used.
+      quantize: hold the routed experts in whole numbers: "int8" with a scale per output channel, or "int4" with one
+        per ``group`` columns. Each weight is quantised as it is read.
+      group: columns that share a scale in int4, 32 or 64 as a rule.
       mesh: split the model over devices, as ``expert=4,tensor=2`` (`stepjax.sharding.mesh`); None is one device. When
         several processes run, each calls this alike and reads only what its own devices hold.
       strategy: what is split over which axis (`stepjax.sharding.rules`).
@@ -70,17 +76,24 @@ def load(
     checkpoint = folder.checkpoint
     layout = _layout(mesh, strategy, checkpoint.config, keep_fp8=keep_fp8 and checkpoint.fp8)
     chosen = _resolve_dtype(dtype)
+    change = _quantiser(quantize, group, layout, keep_fp8=keep_fp8)
     report = None
     if isinstance(layout, MeshLayout):
         axes = axes_of(abstract(checkpoint.config, layout=layout, mtp=checkpoint.has_mtp))
         shardings = {path: layout.parameter(*names) for path, names in axes.items()}
         params, report = load_sharded(
-            checkpoint, shardings, chosen, keep_fp8=keep_fp8, expert_order=expert_order, progress=progress
+            checkpoint,
+            shardings,
+            chosen,
+            keep_fp8=keep_fp8,
+            expert_order=expert_order,
+            change=change,
+            progress=progress,
         )
     else:
         if expert_order:
             raise RequestError("expert_order: one device holds all experts; give it together with a mesh")
-        params = load_params(checkpoint, chosen, keep_fp8=keep_fp8, progress=progress)
+        params = load_params(checkpoint, chosen, keep_fp8=keep_fp8, change=change, progress=progress)
     return Session(
         checkpoint.config,
         params,
@@ -92,6 +105,30 @@ def load(
         layout=layout,
         load_report=report,
     )
+
+
+def _quantiser(format: IntFormat | None, group: int, layout: Layout, *, keep_fp8: bool) -> Change | None:
+    """What turns experts into whole numbers while they are read."""
+    if format is None:
+        return None
+    if format not in BITS:
+        raise RequestError(f"quantize: is {format!r}, expected {' or '.join(BITS)}")
+    if keep_fp8:
+        raise RequestError(
+            f"quantize {format} and keep_fp8: expected one of them, since each says how experts are held"
+        )
+    if isinstance(layout, MeshLayout):
+        split = [axis for name in ("expert_mlp", "embed") for axis in layout.rules.table.get(name, ())]
+        if split:
+            raise MeshError(
+                f"quantize {format}: experts would be cut over {', '.join(split)} before they are quantised; expected "
+                "a mesh that splits them by whole experts, as expert=8 with --strategy expert"
+            )
+
+    def change(path: str, value: Any) -> Any:
+        return quantize_groups(value, format, group) if ".experts." in path else value
+
+    return change
 
 
 def _layout(mesh: str | MeshSpec | None, strategy: str, config: ModelConfig, *, keep_fp8: bool) -> Layout:

@@ -17,8 +17,9 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from stepjax.checkpoint import Checkpoint, Index, Progress
-from stepjax.quant import BlockScaled
+from stepjax.checkpoint import Change, Checkpoint, Index, Progress
+from stepjax.quant import BlockScaled, Weight
+from stepjax.quant_groups import Grouped
 from stepjax.weights import scale_shape
 
 READERS = 4  # threads; reading releases the interpreter's lock
@@ -54,14 +55,16 @@ def load_sharded(
     *,
     keep_fp8: bool = False,
     expert_order: ExpertOrder | None = None,
+    change: Change | None = None,
     progress: Progress | None = None,
-) -> tuple[dict[str, jax.Array | BlockScaled], LoadReport]:
+) -> tuple[dict[str, Weight], LoadReport]:
     """Every weight on its devices.
 
     Args:
       shardings: by our path, one for each weight of the checkpoint. A weight that stays in FP8 blocks must not be cut
         inside one (`stepjax.sharding.rules` sees to it).
       expert_order: relabel experts while reading, so that busy ones lie on different devices; answers do not change.
+      change: applied to each slice before it is placed; it may quantise experts, which must be whole then.
       progress: called with (bytes read, bytes that this process will read).
     """
     assert set(shardings) == set(checkpoint.paths), set(shardings) ^ set(checkpoint.paths)
@@ -71,6 +74,7 @@ def load_sharded(
     arrays: dict[str, list[Any]] = {}
     read = _Reader(checkpoint, dtype, keep_fp8=keep_fp8, order=expert_order or {})
     for piece, value in _read_ahead(slices, read, limit=(1 + AHEAD) * _largest(slices)):
+        value = change(piece.path, value) if change else value
         copies = [jax.tree.map(lambda x, to=device: jax.device_put(x, to), value) for device in piece.devices]
         arrays.setdefault(piece.path, []).extend(jax.block_until_ready(copies))
         placed_bytes += sum(copy.nbytes for copy in copies)
@@ -167,7 +171,14 @@ class _Reader:
 
 
 def _assembled(shape: tuple[int, ...], sharding: Sharding, pieces: list[Any]) -> Any:
-    """The global array (or block-scaled array) of which this process holds ``pieces``."""
+    """The global array (or quantised weight) of which this process holds ``pieces``."""
+    if isinstance(pieces[0], Grouped):
+        experts = shape[0]
+
+        def joined(*leaves: jax.Array) -> jax.Array:
+            return jax.make_array_from_single_device_arrays((experts, *leaves[0].shape[1:]), sharding, list(leaves))
+
+        return jax.tree.map(joined, *pieces)
     if not isinstance(pieces[0], BlockScaled):
         return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
     q = jax.make_array_from_single_device_arrays(shape, sharding, [piece.q for piece in pieces])

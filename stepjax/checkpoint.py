@@ -23,9 +23,10 @@ from stepjax.weights import FP8_BLOCK, scale_shape
 if TYPE_CHECKING:
     import jax
 
-    from stepjax.quant import BlockScaled
+    from stepjax.quant import BlockScaled, Weight
 
 Index = tuple[slice, ...]
+Change = Callable[[str, Any], Any]  # a weight by its path → the weight to keep
 Progress = Callable[[int, int], None]  # bytes of weights done so far, bytes in all
 
 MAX_CONFIG_BYTES = 2**20
@@ -269,14 +270,24 @@ def read_config(folder: Path, name: str = "config.json") -> ModelConfig:
 
 
 def load_params(
-    checkpoint: Checkpoint, dtype: Any, *, keep_fp8: bool = False, progress: Progress | None = None
-) -> dict[str, jax.Array | BlockScaled]:
-    """Every weight as jax arrays on the default device, one at a time: beside the model, memory holds one weight."""
+    checkpoint: Checkpoint,
+    dtype: Any,
+    *,
+    keep_fp8: bool = False,
+    change: Change | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Weight]:
+    """Every weight as jax arrays on the default device, one at a time: beside the model, memory holds one weight.
+
+    Args:
+      change: applied to each weight by its path before it is placed, as to quantise it.
+    """
     import jax
 
     params, done, total = {}, 0, checkpoint.num_bytes
     for path in checkpoint.paths:
-        params[path] = jax.tree.map(_place, checkpoint.read(path, dtype=dtype, keep_fp8=keep_fp8))
+        value = checkpoint.read(path, dtype=dtype, keep_fp8=keep_fp8)
+        params[path] = jax.tree.map(_place, change(path, value) if change else value)
         done += checkpoint.stored_bytes(path)
         if progress:
             progress(done, total)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from stepjax.quant_groups import Grouped
 from stepjax.weights import scale_shape
 
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -58,21 +59,23 @@ class BlockScaled:
         return BlockScaled(_take(self.q, ids), _take(self.scale, ids), self.block)
 
 
-Weight = jax.Array | BlockScaled
+Weight = jax.Array | BlockScaled | Grouped
 
 
 def dequantize(w: Weight, dtype: Any) -> jax.Array:
     """Any weight as an array of ``dtype``."""
-    return w.dequantize(dtype) if isinstance(w, BlockScaled) else w.astype(dtype)
+    return w.dequantize(dtype) if isinstance(w, BlockScaled | Grouped) else w.astype(dtype)
 
 
 @overload
 def take(w: BlockScaled, ids: jax.Array) -> BlockScaled: ...
 @overload
+def take(w: Grouped, ids: jax.Array) -> Grouped: ...
+@overload
 def take(w: jax.Array, ids: jax.Array) -> jax.Array: ...
 def take(w: Weight, ids: jax.Array) -> Weight:
     """Entries of any weight's leading axis, which the axes of ``ids`` replace; ids are clamped into range."""
-    return w.take(ids) if isinstance(w, BlockScaled) else _take(w, ids)
+    return w.take(ids) if isinstance(w, BlockScaled | Grouped) else _take(w, ids)
 
 
 def quantize_blocks(w: jax.Array, block: tuple[int, int]) -> BlockScaled:

@@ -22,7 +22,7 @@ from checkpoints import (
 from stepjax.checkpoint import Checkpoint, load_params
 from stepjax.config import ModelConfig
 from stepjax.errors import CheckpointError
-from stepjax.quant import BlockScaled
+from stepjax.quant import BlockScaled, dequantize
 from stepjax.weights import inventory
 
 HUB = tiny_hub_config()
@@ -224,7 +224,7 @@ def test_load_params_gives_jax_arrays_of_the_dtype(tmp_path, keep_fp8):
     assert params["layers.3.moe.router.bias"].dtype == jnp.float32
     assert isinstance(params[EXPERTS], BlockScaled) == keep_fp8
     for path, value in params.items():
-        wide = value.dequantize(jnp.float32) if isinstance(value, BlockScaled) else value
+        wide = dequantize(value, jnp.float32)
         assert np.array_equal(wide, checkpoint.read(path, dtype=np.float32)), path
     assert calls[-1] == (checkpoint.num_bytes, checkpoint.num_bytes)
     assert calls == sorted(calls)

@@ -19,15 +19,14 @@ import jax.numpy as jnp
 
 from stepjax.ops.swiglu import swiglu
 from stepjax.ops.varying import vary_alike, vary_with
-from stepjax.quant import BlockScaled, dequantize, take
+from stepjax.quant import Weight, dequantize, take
 
 Form = Literal["gathered", "batched", "capacity", "reference"]
 
 GATHERED_TOKENS = 16  # up to here the gather reads less than all experts would cost
 BATCHED_TOKENS = 256  # about where a batched GEMM over all experts turns from memory- to compute-bound (H100, bf16)
+WIDENED_BYTES = 16 * 2**20  # of one quantised matrix: what is widened stays in an H100's L2 cache until it is used
 HEADROOM = 1.5  # rows of capacity over the mean load: one pass usually suffices
-
-Weight = jax.Array | BlockScaled
 
 
 class ExpertWeights(NamedTuple):
@@ -142,7 +141,28 @@ def _exact(x: jax.Array) -> jax.lax.Precision | None:
 
 
 def _grouped(x_ECD: jax.Array, weights: ExpertWeights, limit: float | None) -> jax.Array:
-    """Each expert on its own rows: [E, C, D] → float32 [E, C, D]. No weight is transposed or copied."""
+    """Each expert on its own rows: [E, C, D] → float32 [E, C, D]. No weight is transposed or copied.
+
+    Quantised weights are widened a few experts at a time: XLA multiplies scales into a copy, not into the product.
+    """
+    num_experts = x_ECD.shape[0]
+    tile = _tile(weights.gate, x_ECD.dtype)
+    if tile == num_experts:
+        return _multiplied(x_ECD, weights, limit)
+    tiles = jax.tree.map(lambda a: a.reshape(num_experts // tile, tile, *a.shape[1:]), (x_ECD, weights))
+    return jax.lax.map(lambda each: _multiplied(each[0], each[1], limit), tiles).reshape(x_ECD.shape)
+
+
+def _tile(weight: Weight, dtype: jnp.dtype) -> int:
+    """Experts whose weights are widened together, a divisor of all."""
+    num_experts, rows, columns = weight.shape
+    if isinstance(weight, jax.Array):
+        return num_experts
+    most = max(1, WIDENED_BYTES // (rows * columns * jnp.dtype(dtype).itemsize))
+    return max(n for n in range(1, num_experts + 1) if n <= most and num_experts % n == 0)
+
+
+def _multiplied(x_ECD: jax.Array, weights: ExpertWeights, limit: float | None) -> jax.Array:
     gate, up, down = (dequantize(w, x_ECD.dtype) for w in weights)
 
     def gemm(form: str, x: jax.Array, w: jax.Array) -> jax.Array:
@@ -238,16 +258,18 @@ def _passes_fwd(limit, rows, x, combine, weights, by):
 
 def _passes_bwd(limit, rows, saved, cotangent):
     x, combine, weights, by = saved
+    moving = (weights,) if isinstance(weights.gate, jax.Array) else ()  # quantised weights have no gradient
 
     def body(index: jax.Array, total):
-        def forward(x: jax.Array, combine: jax.Array, weights: ExpertWeights) -> jax.Array:
-            return _one_pass(limit, rows, index, x, combine, weights, by)
+        def forward(x: jax.Array, combine: jax.Array, *moving: ExpertWeights) -> jax.Array:
+            return _one_pass(limit, rows, index, x, combine, moving[0] if moving else weights, by)
 
-        _, pull = jax.vjp(forward, x, combine, weights)
+        _, pull = jax.vjp(forward, x, combine, *moving)
         return jax.tree.map(jnp.add, total, pull(cotangent))
 
-    zero = vary_with(jax.tree.map(jnp.zeros_like, (x, combine, weights)), x)
-    return (*jax.lax.fori_loop(0, _num_passes(rows, by), body, zero), None)
+    zero = vary_with(jax.tree.map(jnp.zeros_like, (x, combine, *moving)), x)
+    found = jax.lax.fori_loop(0, _num_passes(rows, by), body, zero)
+    return (*found, *(() if moving else (None,)), None)
 
 
 _passes.defvjp(_passes_fwd, _passes_bwd)

@@ -1,0 +1,139 @@
+"""Whole-number weights: what they hold, how near they are, and that every formulation of the experts agrees on them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoints import speaking_folder
+
+import stepjax.ops.experts
+from stepjax.checkpoint import Checkpoint
+from stepjax.errors import ConfigError, MeshError, RequestError
+from stepjax.infer.load import load
+from stepjax.ops.experts import ExpertWeights, routed_experts
+from stepjax.quant import dequantize, take
+from stepjax.quant_groups import Grouped, quantize_groups
+
+FORMATS = [("int8", 64), ("int4", 64), ("int4", 32)]
+E, D, F = 6, 64, 128
+
+
+def drawn(shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def by_hand(w: np.ndarray, bits: int, group: int) -> np.ndarray:
+    """Value by value, with Python's own numbers."""
+    out = np.empty_like(w)
+    low = 2 ** (bits - 1)
+    for lead in np.ndindex(w.shape[:-1]):
+        for start in range(0, w.shape[-1], group):
+            values = w[lead][start : start + group]
+            scale = values[np.abs(values).argmax()] / np.float32(-low)
+            scale = np.float32(jnp.bfloat16(scale)) if bits == 4 else np.float32(scale)
+            scale = scale or np.float32(1)
+            out[lead][start : start + group] = [
+                np.float32(min(max(int(np.rint(v / scale)), -low), low - 1)) * scale for v in values
+            ]
+    return out
+
+
+@pytest.mark.parametrize(("name", "group"), FORMATS)
+def test_values_are_those_by_hand(name, group):
+    w = drawn((2, 3, F))
+    w[0, 1] = 0  # a group of zeros has no scale of its own
+    held = quantize_groups(w, name, group)
+    bits = int(name[3:])
+    expected = by_hand(w, bits, F if bits == 8 else group)
+    np.testing.assert_array_equal(np.asarray(dequantize(jax.tree.map(jnp.asarray, held), jnp.float32)), expected)
+    assert held.shape == w.shape
+    assert held.group == (F if bits == 8 else group)
+    assert held.nbytes == w.size * bits // 8 + held.scale.nbytes
+
+
+@pytest.mark.parametrize(("name", "group", "bound"), [("int8", 64, 0.011), ("int4", 64, 0.12), ("int4", 32, 0.10)])
+def test_errors_are_those_of_the_format(name, group, bound):
+    """Of normal values, relative: half a step over √3, a step being the largest of the group over 2^(bits−1)."""
+    w = drawn((4, 32, 256))
+    held = quantize_groups(w, name, group)
+    wide = np.asarray(dequantize(jax.tree.map(jnp.asarray, held), jnp.float32))
+    assert bound / 2 < np.sqrt(np.mean((wide - w) ** 2)) < bound
+
+
+def test_a_weight_may_be_cut_at_any_group_and_any_expert():
+    w = drawn((E, 4, F))
+    whole = jax.tree.map(jnp.asarray, quantize_groups(w, "int4", 32))
+    part = quantize_groups(w[2:4, :, 32:96], "int4", 32)
+    np.testing.assert_array_equal(
+        dequantize(whole, jnp.float32)[2:4, :, 32:96], dequantize(jax.tree.map(jnp.asarray, part), jnp.float32)
+    )
+    np.testing.assert_array_equal(
+        take(whole, jnp.asarray([[5, 0]])).dequantize(jnp.float32),
+        dequantize(whole, jnp.float32)[jnp.asarray([[5, 0]])],
+    )
+
+
+def test_what_cannot_be_held_is_refused():
+    with pytest.raises(ConfigError, match="groups of 64"):
+        quantize_groups(drawn((2, 96)), "int4", 64)
+    broken = drawn((2, 64))
+    broken[1, 3] = np.inf
+    for name in ("int8", "int4"):
+        with pytest.raises(ConfigError, match="not finite"):
+            quantize_groups(broken, name)
+
+
+@pytest.mark.parametrize(("name", "group"), FORMATS)
+@pytest.mark.parametrize("form", ["gathered", "batched", "capacity"])
+def test_every_form_agrees_with_the_widened_weights(monkeypatch, name, group, form):
+    """Some experts at a time, as where they are large."""
+    monkeypatch.setattr(stepjax.ops.experts, "WIDENED_BYTES", 2 * D * F * 4)
+    weights = [drawn(shape, at) * 0.1 for at, shape in enumerate([(E, F, D), (E, F, D), (E, D, F)])]
+    held = [jax.tree.map(jnp.asarray, quantize_groups(w, name, group)) for w in weights]
+    wide = [dequantize(w, jnp.float32) for w in held]
+    x, random = jnp.asarray(drawn((20, D), 7)), np.random.default_rng(8)
+    ids = jnp.asarray(np.stack([random.permutation(E)[:2] for _ in range(20)]), jnp.int32)
+    combine = jnp.asarray(random.random((20, 2)), jnp.float32)
+    expected = routed_experts(x, ids, combine, ExpertWeights(*wide), limit=None, form="reference")
+    found = jax.jit(lambda *a: routed_experts(*a, limit=None, form=form))(x, ids, combine, ExpertWeights(*held))
+    np.testing.assert_allclose(found, expected, atol=2e-5)  # float32 sums in another order
+    gradient = jax.grad(lambda x: routed_experts(x, ids, combine, ExpertWeights(*held), limit=None, form=form).sum())
+    wanted = jax.grad(lambda x: routed_experts(x, ids, combine, ExpertWeights(*wide), limit=None, form=form).sum())
+    np.testing.assert_allclose(gradient(x), wanted(x), atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return speaking_folder(tmp_path_factory.mktemp("groups") / "model")
+
+
+@pytest.mark.parametrize("mesh", [None, "expert=8"])
+def test_a_checkpoint_is_quantised_as_it_is_read(folder, mesh):
+    """Experts only, split by whole experts; the logits are those of the widened weights."""
+    strategy = {} if mesh is None else {"mesh": mesh, "strategy": "expert"}
+    session = load(folder, dtype="float32", quantize="int4", group=16, **strategy)
+    kinds = {path: isinstance(value, Grouped) for path, value in session.params.items()}
+    assert kinds == {path: ".experts." in path for path in kinds}
+    plain = load(folder, dtype="float32")
+    wide = dict(plain.params)
+    for path in Checkpoint(folder).paths:
+        if ".experts." in path:
+            held = quantize_groups(np.asarray(plain.params[path]), "int4", 16)
+            wide[path] = dequantize(jax.tree.map(jnp.asarray, held), jnp.float32)
+    ids = list(range(20, 60))
+    expected = type(plain)(plain.config, wide, dtype=jnp.float32).logits(ids)
+    np.testing.assert_allclose(session.logits(ids), expected, atol=2e-4)
+    assert np.abs(expected - plain.logits(ids)).max() > 1e-3  # it is another model, if a near one
+
+
+def test_bad_requests_are_refused(folder):
+    with pytest.raises(RequestError, match="int8 or int4"):
+        load(folder, quantize="int5")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(RequestError, match="expected one of them"):
+        load(folder, quantize="int8", keep_fp8=True)
+    with pytest.raises(MeshError, match="whole experts"):
+        load(folder, quantize="int8", mesh="expert=4,tensor=2")
+    with pytest.raises(ConfigError, match="groups of 48"):
+        load(folder, quantize="int4", group=48)
