@@ -17,6 +17,7 @@ VERBS = {
     "generate": ("stepjax.infer.cli_generate", "answer prompts"),
     "chat": ("stepjax.infer.cli_chat", "talk with a model in the terminal"),
     "score": ("stepjax.infer.cli_score", "write the logits of given tokens to a file"),
+    "convert": ("stepjax.cli_convert", "write a checkpoint with its experts in another precision"),
     "bench": ("stepjax.infer.cli_bench", "measure how fast requests are answered"),
     "info": ("stepjax.cli_info", "show what a model consists of"),
     "study": ("stepjax.train.cli_study", "compile a step for a mesh that need not exist, and count its bytes"),

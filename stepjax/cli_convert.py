@@ -1,0 +1,80 @@
+"""``stepjax convert``: write a checkpoint again with its routed experts in BF16 or in the FP8 release's blocks."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from stepjax.checkpoint import Checkpoint
+from stepjax.errors import CheckpointError
+from stepjax.folder import open_folder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="checkpoint folder, hub id or embedded name")
+    parser.add_argument("target", metavar="DST", type=Path, help="folder to write; it appears whole or not at all")
+    parser.add_argument("--experts", required=True, choices=("bf16", "fp8"), help="precision of the routed experts")
+    parser.add_argument(
+        "--max-shard-gib", type=float, default=9.0, metavar="X", help="largest file (%(default)s, as the release has)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    folder = open_folder(args.source)
+    source = folder.checkpoint
+    if not args.max_shard_gib > 0:
+        raise CheckpointError(f"--max-shard-gib: is {args.max_shard_gib}, expected more than 0")
+    from stepjax.export import save
+
+    columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("writing", total=None)
+        written = save(
+            args.target,
+            source.config,
+            Widened(source) if args.experts == "bf16" else {},
+            source=folder.path,
+            fp8=args.experts == "fp8",
+            max_shard_bytes=int(args.max_shard_gib * 2**30),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    print(f"{written}: {Checkpoint(written).num_bytes:,} bytes of weights, experts in {args.experts}")
+    return 0
+
+
+class Widened(Mapping[str, Any]):
+    """The FP8 weights of a checkpoint in bfloat16, each read when it is asked for."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self._checkpoint = checkpoint
+        self._paths = [path for path in checkpoint.paths if checkpoint.is_fp8(path)]
+
+    def __getitem__(self, path: str) -> Any:
+        import ml_dtypes
+
+        if path not in self._paths:
+            raise KeyError(path)
+        return _Lazy(self._checkpoint, path, ml_dtypes.bfloat16)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+
+class _Lazy:
+    """A weight whose shape is known before it is read."""
+
+    def __init__(self, checkpoint: Checkpoint, path: str, dtype: Any):
+        self._checkpoint, self._path, self._dtype = checkpoint, path, dtype
+        self.shape = checkpoint.shape(path)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        return self._checkpoint.read(self._path, dtype=dtype or self._dtype)

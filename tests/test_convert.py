@@ -1,0 +1,64 @@
+"""``stepjax convert``: experts from one precision to the other, and nothing when it cannot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from checkpoints import speaking_folder
+
+from stepjax.checkpoint import Checkpoint
+from stepjax.cli import main
+from stepjax.quant import dequantize_numpy, quantize_numpy
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return speaking_folder(tmp_path_factory.mktemp("convert") / "model")
+
+
+def convert(source: Path, target: Path, *flags: str) -> int:
+    return main(["convert", str(source), str(target), *flags])
+
+
+def test_there_and_back(capsys, folder, tmp_path):
+    """FP8 holds what quantising gives; written again it is the same to the byte; back in BF16 it is what FP8 says."""
+    assert convert(folder, tmp_path / "fp8", "--experts", "fp8", "--max-shard-gib", "0.0001") == 0
+    assert convert(tmp_path / "fp8", tmp_path / "again", "--experts", "fp8", "--max-shard-gib", "0.0001") == 0
+    assert convert(tmp_path / "fp8", tmp_path / "bf16", "--experts", "bf16") == 0
+    out, _ = capsys.readouterr()
+    assert f"{tmp_path / 'bf16'}: {Checkpoint(folder).num_bytes:,} bytes of weights, experts in bf16" in out
+    plain, fp8, wide = (Checkpoint(each) for each in (folder, tmp_path / "fp8", tmp_path / "bf16"))
+    block = fp8.config.fp8_block
+    assert block
+    for path in plain.paths:
+        exact = plain.read(path, dtype=ml_dtypes.bfloat16)
+        if fp8.is_fp8(path):
+            expected = dequantize_numpy(quantize_numpy(exact, block), exact.dtype)
+            np.testing.assert_array_equal(wide.read(path, dtype=exact.dtype), expected)
+        else:
+            expected = exact
+        np.testing.assert_array_equal(fp8.read(path, dtype=ml_dtypes.bfloat16), expected)
+    files = sorted(path.name for path in (tmp_path / "fp8").iterdir())
+    assert len([name for name in files if name.startswith("model-")]) > 3
+    assert "tokenizer.json" in files
+    for name in files:
+        assert (tmp_path / "fp8" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+    assert "quantization_config" not in json.loads((tmp_path / "bf16" / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--experts", "fp8", "--max-shard-gib", "0"], "max-shard-gib: is 0.0"), (["--experts", "fp8"], "is not empty")],
+)
+def test_what_cannot_be_done_leaves_nothing(capsys, folder, tmp_path, flags, message):
+    target = tmp_path / "there"
+    if message == "is not empty":
+        target.mkdir()
+        (target / "mine.txt").write_text("kept")
+    assert convert(folder, target, *flags) == 1
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["mine.txt"] * target.exists()
