@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from stepjax.config import ModelConfig
+    from stepjax.infer.engine import Engine
+    from stepjax.infer.engine_config import EngineConfig
     from stepjax.infer.generate import generate
     from stepjax.infer.load import load
     from stepjax.infer.sampling import SamplingParams
@@ -16,9 +18,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["ModelConfig", "SamplingParams", "Step3p5", "Tokenizer", "generate", "load"]
+__all__ = ["Engine", "EngineConfig", "ModelConfig", "SamplingParams", "Step3p5", "Tokenizer", "generate", "load"]
 
 _HOME = {
+    "Engine": "stepjax.infer.engine",
+    "EngineConfig": "stepjax.infer.engine_config",
     "ModelConfig": "stepjax.config",
     "SamplingParams": "stepjax.infer.sampling",
     "Step3p5": "stepjax.model",
