@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import jax
 
-from stepjax.cache import CacheView, Chunk, Stripe
+from stepjax.cache import CacheView, Chunk, Stripe, after
 from stepjax.ops.attention import Heads, Keys, Partial, attention_to, finish, merge
 
 AXIS = "context"
@@ -57,11 +57,13 @@ def attend_split(
     if split.rows:
         assert cache is not None
         stripe = Stripe(jax.lax.axis_index(AXIS), split.size)
-        out = merge(out, _prefix(q_BTNH, everything, cache, split, stripe, select))
-        cache = cache.write(everything, keys.k_BSKH, keys.v_BSKH, stripe=stripe)
+        seen = _prefix(q_BTNH, everything, cache, split, stripe, select)
+        out = merge(out, seen)
+        cache = cache.write(after(seen, everything), keys.k_BSKH, keys.v_BSKH, stripe=stripe)
     elif cache is not None:
-        out = merge(out, cache.look(q_BTNH, chunk, window=window, select=select))
-        cache = cache.write(everything, keys.k_BSKH, keys.v_BSKH)
+        seen = cache.look(q_BTNH, chunk, window=window, select=select)
+        out = merge(out, seen)
+        cache = cache.write(after(seen, everything), keys.k_BSKH, keys.v_BSKH)
     return finish(out, q_BTNH.dtype), cache
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple, Protocol, Self
 
 import jax
@@ -266,6 +266,16 @@ class Ring:
         return Ring(put(self.k_SRKH, k_BTKH), put(self.v_SRKH, v_BTKH))
 
 
+def after(seen: Partial, chunk: Chunk) -> Chunk:
+    """The chunk, with positions that are not known before ``seen`` is.
+
+    Without that the compiler may write into a cache before it has been read, and copies all of it to be safe (an
+    optimization_barrier does not stop it). No total is negative, which it cannot know.
+    """
+    never_B = jnp.any((seen.total_BTKG < 0) & jnp.isnan(seen.out_BTKGH[..., 0]), axis=(1, 2, 3)).astype(jnp.int32)
+    return replace(chunk, position_BT=chunk.position_BT + never_B[:, None])
+
+
 def _table(chunk: Chunk) -> jax.Array:
     assert chunk.page_BN is not None, "pages are found by a table"
     return chunk.page_BN
@@ -298,8 +308,8 @@ def attend(
     own = Keys(k, v, chunk.position_BT, chunk.segment_BT, offset=0)
     part = attention_to(q, chunk.position_BT, [own], window=window, segment_BT=chunk.segment_BT)
     if cache is not None:
-        part = merge(part, cache.look(q, chunk, window=window))
-        cache = cache.write(chunk, k, v)
+        seen = cache.look(q, chunk, window=window)
+        part, cache = merge(part, seen), cache.write(after(seen, chunk), k, v)
     return finish(part, q.dtype), cache
 
 

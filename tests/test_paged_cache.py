@@ -1,14 +1,18 @@
 """Pages against contiguous rows, and slots against sequences in their own places."""
 
+import re
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import tiny_session
 
 import stepjax.cache
 from stepjax.cache import SPARE_ROWS, Chunk, Pages, Ring, Rows, Stripe, attend
+from stepjax.infer.runner import Pieces
+from stepjax.infer.sampling import Sampling
 from stepjax.ops.attention import Heads, finish, merge
 
 N, K, H, SIZE = 4, 2, 8, 4  # heads, and positions a page
@@ -142,3 +146,21 @@ def test_a_gap_hides_what_lies_before_it():
     assert ring.prefix(chunk).position_BS[0].tolist() == [-1] * 7 + [7, 8] + [-1] * 3
     early = Chunk.at(jnp.asarray([5]), jnp.asarray([4]), 4, first_B=first)
     assert early.position_BT.tolist() == [[-1, -1, 7, 8]]
+
+
+@pytest.mark.parametrize("slots", [3, 2], ids=["all slots", "the first slots"])
+def test_no_program_copies_a_cache(slots):
+    """Keys are written in place although they are read in the same step; a copy would cost more than attention."""
+    session = tiny_session()
+    runner, pages = session.runner(1), 5
+    sampling = Sampling.empty(3, session.config.vocab_size)
+    state = runner.start_paged(3, (17, 16), jnp.float32, sampling)
+    zero = np.zeros((slots,), np.int32)
+    table = np.zeros((slots, pages), np.int32)
+    pieces = Pieces(np.zeros((slots, 8), np.int32), zero, zero, zero, zero, table)
+    for program, rest in ((runner.step(1), (np.ones((slots,), bool), table)), (runner.prefill(), (pieces,))):
+        text = program.jitted(state).lower(session.params, state, *rest).compile().as_text()
+        for leaf in jax.tree.leaves(state.cache):
+            shape = ",".join(map(str, leaf.shape))
+            assert f"= f32[{shape}]" in text
+            assert not re.search(rf"= f32\[{shape}\]\S* copy\(", text), f"{program.name} copies {leaf.shape}"
