@@ -95,7 +95,6 @@ class Engine:
         self._fixed_drafts = fixed
         self.scheduler = Scheduler(self._scheduler_config(sizes), drafts=self._drafts)
         self._session = session
-        self._eos = frozenset(session.config.eos_ids)
         self._in_flight: deque[tuple[Order, Emitted]] = deque()
         self._owners: dict[int, str] = {}  # slot → the sequence whose sampling it has
         self._answers: dict[str, _Answer] = {}
@@ -134,7 +133,7 @@ class Engine:
                 "shorten the prompt or give the engine a larger context"
             )
         params = params.replace(max_tokens=min(params.max_tokens, room), min_tokens=min(params.min_tokens, room))
-        params.check(self._runner.num_tokens)
+        params.check(self._runner.num_tokens, eos_ids=session.config.eos_ids)
         ids = [id] if params.n == 1 else [f"{id}/{index}" for index in range(params.n)]
         for index, each in enumerate(ids):
             own = params.replace(n=1, seed=(params.seed + index) % 2**32)
@@ -155,7 +154,7 @@ class Engine:
                 for earlier in ids[:index]:  # all answers of a request or none
                     self.cancel(earlier)
                 raise
-            self._answers[each] = _Answer(sequence, self._ends(own))
+            self._answers[each] = _Answer(sequence, frozenset(own.ends(session.config.eos_ids)))
         return ids
 
     def finish(self, id: str, reason: FinishReason = "stop") -> None:
@@ -242,9 +241,6 @@ class Engine:
 
     def _drafts(self, batch: int) -> int:
         return self._policy.drafts(batch) if self._fixed_drafts is None else self._fixed_drafts
-
-    def _ends(self, params: SamplingParams) -> frozenset[int]:
-        return frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else self._eos)
 
     def _order(self, plan: StepPlan) -> Order:
         for slot in plan.resets:

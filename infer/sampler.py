@@ -42,14 +42,22 @@ def sample(
       num_tokens: entries of the tokenizer; the matrix has more rows, and those are never sampled.
       draft_BK: K = T − 1 tokens that were answered if row t is reached: row t has seen the first t of them.
     """
-    logits = mask_padding(logits_BTV, num_tokens)
-    if sampling.rules is not None:
-        logits = _ruled(logits, position_BT, sampling.rules, draft_BK)
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    drawn = jax.lax.cond(
-        jnp.any(sampling.temperature_B > 0), lambda: _draw(logits, position_BT, sampling), lambda: greedy
-    )
-    return jnp.where(sampling.temperature_B[:, None] > 0, drawn, greedy)
+    rules, random_B = sampling.rules, sampling.temperature_B > 0
+    ruled = jnp.asarray(False) if rules is None else _in_force(rules, position_BT)
+
+    def likeliest() -> jax.Array:
+        return _argmax(mask_padding(logits_BTV, num_tokens))
+
+    def asked() -> jax.Array:
+        logits = mask_padding(logits_BTV, num_tokens)
+        if rules is not None:
+            logits = jax.lax.cond(ruled, lambda: _ruled(logits, position_BT, rules, draft_BK), lambda: logits)
+        greedy = _argmax(logits)
+        drawn = jax.lax.cond(jnp.any(random_B), lambda: _draw(logits, position_BT, sampling), lambda: greedy)
+        return jnp.where(random_B[:, None], drawn, greedy)
+
+    # Masks are made inside the branches: an operand of a condition is written out, 4 bytes per logit.
+    return jax.lax.cond(ruled | jnp.any(random_B), asked, likeliest)
 
 
 def mask_padding(logits: jax.Array, num_tokens: int) -> jax.Array:
@@ -83,15 +91,32 @@ def logprobs(logits_BTV: jax.Array, token_BT: jax.Array, *, top: int) -> Logprob
     return Logprobs(jnp.take_along_axis(scores, token_BT[..., None], axis=-1)[..., 0], ids, values)
 
 
+def _argmax(logits_BTV: jax.Array) -> jax.Array:
+    return jnp.argmax(logits_BTV, axis=-1).astype(jnp.int32)
+
+
+def _in_force(rules: Rules, position_BT: jax.Array) -> jax.Array:
+    """Whether any row has a rule that matters at its positions."""
+    early = jnp.any(_early(rules, position_BT), axis=-1)
+    return jnp.any(rules.biased_B | early | _with_penalties(rules))
+
+
+def _early(rules: Rules, position_BT: jax.Array) -> jax.Array:
+    return position_BT < rules.first_end_B[:, None]
+
+
+def _with_penalties(rules: Rules) -> jax.Array:
+    return (rules.repetition_B != 1) | (rules.presence_B != 0) | (rules.frequency_B != 0)
+
+
 def _ruled(logits: jax.Array, position_BT: jax.Array, rules: Rules, draft_BK: jax.Array | None) -> jax.Array:
     """Bias and allowed ids, then the least length, then penalties; each only if somebody asks for it."""
-    early_BT = position_BT < rules.first_end_B[:, None]
-    penalised = (rules.repetition_B != 1) | (rules.presence_B != 0) | (rules.frequency_B != 0)
+    early_BT = _early(rules, position_BT)
     logits = jax.lax.cond(
         jnp.any(rules.biased_B), lambda x: jnp.maximum(x + rules.bias_BV[:, None, :], REMOVED), lambda x: x, logits
     )
     logits = jax.lax.cond(jnp.any(early_BT), lambda x: _without_ends(x, early_BT, rules), lambda x: x, logits)
-    return jax.lax.cond(jnp.any(penalised), lambda x: _penalised(x, rules, draft_BK), lambda x: x, logits)
+    return jax.lax.cond(jnp.any(_with_penalties(rules)), lambda x: _penalised(x, rules, draft_BK), lambda x: x, logits)
 
 
 def _without_ends(logits: jax.Array, early_BT: jax.Array, rules: Rules) -> jax.Array:
@@ -118,38 +143,47 @@ def _penalised(logits: jax.Array, rules: Rules, draft_BK: jax.Array | None) -> j
 def process(logits_BTV: jax.Array, sampling: Sampling) -> jax.Array:
     """Logits of the distribution that is sampled: temperature, then top-k, then top-p, then min-p.
 
-    A greedy row (temperature 0) is left at temperature 1. Tokens tied with the last one kept are kept.
+    Greedy rows (temperature 0) are left as they are. Tokens tied with the last one kept are kept.
     """
-    temperature = jnp.where(sampling.temperature_B > 0, sampling.temperature_B, 1.0)
-    logits = logits_BTV / temperature[:, None, None]
-    filtered = (sampling.top_k_B > 0) | (sampling.top_p_B < 1) | (sampling.min_p_B > 0)
-    return jax.lax.cond(jnp.any(filtered), lambda: _filter(logits, sampling), lambda: logits)
+    random_B = sampling.temperature_B > 0
+    logits = logits_BTV / jnp.where(random_B, sampling.temperature_B, 1.0)[:, None, None]
+    filtered_B = (sampling.top_k_B > 0) | (sampling.top_p_B < 1) | (sampling.min_p_B > 0)
+    return jax.lax.cond(jnp.any(random_B & filtered_B), lambda: _filter(logits, sampling), lambda: logits)
 
 
 def _filter(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Which of the two ways finds a row's threshold depends on its own top_k: they round differently."""
-    few_B = (sampling.top_k_B > 0) & (sampling.top_k_B <= FEW)
-    likeliest, _ = jax.lax.top_k(logits, min(FEW, logits.shape[-1]))
-    lowest = _lowest(likeliest, sampling)
-    lowest = jax.lax.cond(
-        jnp.all(few_B),
-        lambda: lowest,
-        lambda: jnp.where(few_B[:, None, None], lowest, _lowest(-jnp.sort(-logits, axis=-1), sampling)),
-    )
-    return jnp.where(logits >= lowest, logits, REMOVED)
+    """Remove what top-k, top-p and min-p leave out.
+
+    Which of the two ways finds a row's threshold depends on its own top_k and top_p: they round differently, and where
+    nothing is asked for, a running sum of probabilities may reach 1 before its last term.
+    """
+    random_B = sampling.temperature_B > 0
+    few_B = random_B & (sampling.top_k_B > 0) & (sampling.top_k_B <= FEW)
+    many_B = random_B & ~few_B & ((sampling.top_k_B > 0) | (sampling.top_p_B < 1))
+    none = jnp.full((*logits.shape[:2], 1), -jnp.inf, logits.dtype)
+
+    def of_few() -> jax.Array:
+        return _lowest(jax.lax.top_k(logits, min(FEW, logits.shape[-1]))[0], sampling)
+
+    def of_many() -> jax.Array:
+        return _lowest(-jnp.sort(-logits, axis=-1), sampling)
+
+    lowest = jnp.where(few_B[:, None, None], jax.lax.cond(jnp.any(few_B), of_few, lambda: none), none)
+    lowest = jnp.where(many_B[:, None, None], jax.lax.cond(jnp.any(many_B), of_many, lambda: none), lowest)
+    least_B = jnp.where(random_B, sampling.min_p_B, 0.0)
+    relative = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    return jnp.where((logits >= lowest) & (relative >= least_B[:, None, None]), logits, REMOVED)
 
 
 def _lowest(ordered: jax.Array, sampling: Sampling) -> jax.Array:
-    """The least logit that is kept, from the likeliest in order: [B, T, 1]."""
+    """The least logit that top-k and then top-p keep, from the likeliest in order: [B, T, 1]."""
     rank = jnp.arange(ordered.shape[-1])[None, None, :]
     count = jnp.where(sampling.top_k_B > 0, sampling.top_k_B, ordered.shape[-1])[:, None, None]
-    ordered = jnp.where(rank < count, ordered, REMOVED)
-    probs = jax.nn.softmax(ordered, axis=-1)
+    top_p = sampling.top_p_B[:, None, None]
+    probs = jax.nn.softmax(jnp.where(rank < count, ordered, REMOVED), axis=-1)
     before = jnp.cumsum(probs, axis=-1) - probs  # mass of the likelier tokens
-    keep = (before < sampling.top_p_B[:, None, None]) & (probs >= sampling.min_p_B[:, None, None] * probs[..., :1])
-    keep &= rank < count
-    keep |= rank == 0
-    return jnp.min(jnp.where(keep, ordered, jnp.inf), axis=-1, keepdims=True)
+    keep = (rank < count) & ((before < top_p) | (top_p >= 1))
+    return jnp.min(jnp.where(keep | (rank == 0), ordered, jnp.inf), axis=-1, keepdims=True)
 
 
 def _draw(logits: jax.Array, position_BT: jax.Array, sampling: Sampling) -> jax.Array:
@@ -160,4 +194,4 @@ def _draw(logits: jax.Array, position_BT: jax.Array, sampling: Sampling) -> jax.
         return jax.random.gumbel(key, logits.shape[-1:], jnp.float32)
 
     gumbel = jax.vmap(jax.vmap(noise, in_axes=(None, 0)))(sampling.seed_B, position_BT)
-    return jnp.argmax(process(logits, sampling) + gumbel, axis=-1).astype(jnp.int32)
+    return _argmax(process(logits, sampling) + gumbel)

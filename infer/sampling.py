@@ -20,6 +20,7 @@ MAX_ANSWERS = 8
 MAX_BIASES = 1024
 MAX_STOP_IDS = 16
 NUM_ENDS = 24  # a request's stop ids and the model's own
+COLDEST = 1e-5  # lower temperatures are greedy: no noise reaches the second token, and float32 ends near 1e-38
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class SamplingParams:
     """How one request is sampled. The defaults are the model card's."""
 
     max_tokens: int = 1024
-    temperature: float = 1.0  # 0 is greedy
+    temperature: float = 1.0  # 0 is greedy, and so is anything below 1e-5
     top_p: float = 0.95  # 1 is off
     top_k: int = 40  # 0 is off
     min_p: float = 0.0  # relative to the most likely token; 0 is off
@@ -35,9 +36,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()  # strings; the text ends before the first one
     stop_ids: tuple[int, ...] = ()  # beside the model's own end-of-sequence ids
     ignore_eos: bool = False
-    repetition_penalty: float = (
-        1.0  # of tokens in prompt or answer: logits above 0 are divided by it, others multiplied
-    )
+    repetition_penalty: float = 1.0  # tokens in prompt or answer: logits above 0 are divided by it, others multiplied
     presence_penalty: float = 0.0  # taken from the logit of a token that was answered
     frequency_penalty: float = 0.0  # taken for each time that it was
     logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()  # added to logits; kept as sorted pairs
@@ -62,13 +61,15 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _within(name, getattr(self, name), 0, MAX_LOGPROBS, whole=True)
-        pairs = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else self.logit_bias
-        _at_most("logit_bias", len(pairs), MAX_BIASES)
-        for token, bias in pairs:
-            _within(f"logit_bias[{token!r}]", bias, -100, 100)
-        object.__setattr__(self, "logit_bias", tuple(sorted((token, float(bias)) for token, bias in pairs)))
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
+        for name in ("stop_ids", "allowed_ids"):
+            ids = _listed(name, getattr(self, name), "token ids")
+            for token in ids:
+                _token(name, token)
+            object.__setattr__(self, name, ids)
         _at_most("stop_ids", len(self.stop_ids), MAX_STOP_IDS)
-        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+        object.__setattr__(self, "stop", _listed("stop", self.stop, "non-empty strings"))
+        if not all(isinstance(text, str) and text for text in self.stop):
             raise RequestError(f"stop: is {self.stop!r}, expected a tuple of non-empty strings")
 
     @classmethod
@@ -94,12 +95,28 @@ class SamplingParams:
         """Whether more than the token's own logit and its rank decide."""
         return bool(self.has_penalties or self.logit_bias or self.allowed_ids or self.min_tokens)
 
-    def check(self, num_tokens: int) -> None:
-        """Raise RequestError if an id that is named anywhere is not one of ``num_tokens``."""
+    def ends(self, eos_ids: Iterable[int]) -> tuple[int, ...]:
+        """Ids that end the answer, each once."""
+        return tuple(dict.fromkeys([*self.stop_ids, *(() if self.ignore_eos else eos_ids)]))
+
+    def check(self, num_tokens: int, *, eos_ids: Iterable[int] = ()) -> None:
+        """Hold the request against its model.
+
+        Raises:
+          RequestError: a named id is not one of ``num_tokens``, there are more ids that end the answer than a slot has
+            room for, or before ``min_tokens`` no token may be sampled at all.
+        """
         named = {"stop_ids": self.stop_ids, "allowed_ids": self.allowed_ids}
         for name, ids in (named | {"logit_bias": [token for token, _ in self.logit_bias]}).items():
             for token in ids:
-                _within(f"{name}: token {token!r}", token, 0, num_tokens - 1, whole=True)
+                _token(name, token, num_tokens)
+        ends = self.ends(eos_ids)
+        _at_most("stop_ids and the model's own ends", len(ends), NUM_ENDS)
+        if self.min_tokens and self.allowed_ids and not set(self.allowed_ids) - set(ends):
+            raise RequestError(
+                f"allowed_ids: all of {self.allowed_ids} end the answer, which min_tokens {self.min_tokens} forbids; "
+                "allow another token or leave min_tokens out"
+            )
 
     def replace(self, **changes: Any) -> SamplingParams:
         return dataclasses.replace(self, **changes)
@@ -114,6 +131,37 @@ def _within(name: str, value: Any, low: float, high: float, *, whole: bool = Fal
 def _at_most(name: str, count: int, most: int) -> None:
     if count > most:
         raise RequestError(f"{name}: has {count} entries, expected at most {most}")
+
+
+def _token(name: str, token: Any, num_tokens: int = 1 << 31) -> None:
+    _within(f"{name}: token {token!r}", token, 0, num_tokens - 1, whole=True)
+
+
+def _listed(name: str, values: Any, kind: str) -> tuple[Any, ...]:
+    if not isinstance(values, list | tuple):
+        raise RequestError(f"{name}: is {values!r}, expected a tuple of {kind}")
+    return tuple(values)
+
+
+def _biases(given: Any) -> tuple[tuple[int, float], ...]:
+    """Sorted pairs."""
+    pairs = given.items() if isinstance(given, Mapping) else given
+    try:
+        found = dict(pairs)
+        repeats = len(pairs) - len(found)
+    except (TypeError, ValueError):
+        raise RequestError(f"logit_bias: is {given!r}, expected numbers by token id") from None
+    _at_most("logit_bias", len(found), MAX_BIASES)
+    if repeats:
+        raise RequestError(f"logit_bias: is {given!r}, expected each token id once")
+    for token, bias in found.items():
+        _token("logit_bias", token)
+        _within(f"logit_bias[{token}]", bias, -100, 100)
+    return tuple(sorted((token, float(bias)) for token, bias in found.items()))
+
+
+def _temperature(params: SamplingParams) -> float:
+    return params.temperature if params.temperature >= COLDEST else 0.0
 
 
 class Rules(NamedTuple):
@@ -153,7 +201,7 @@ class Sampling:
             if each.has_rules:
                 raise RequestError("penalties, logit_bias, allowed_ids and min_tokens: only the engine applies them")
         return cls(
-            np.asarray([p.temperature for p in params], np.float32),
+            np.asarray([_temperature(p) for p in params], np.float32),
             np.asarray([p.top_p for p in params], np.float32),
             np.asarray([p.top_k for p in params], np.int32),
             np.asarray([p.min_p for p in params], np.float32),
@@ -211,11 +259,12 @@ class SlotSampling(NamedTuple):
         vocab_size: int,
     ) -> SlotSampling:
         """``output``: what was answered before, if the sequence was preempted."""
-        ends = [*params.stop_ids, *(() if params.ignore_eos else eos_ids)]
+        ends = params.ends(eos_ids)
+        assert len(ends) <= NUM_ENDS, "SamplingParams.check comes first"
         past = vocab_size
         penalised = params.has_penalties
         return cls(
-            np.float32(params.temperature),
+            np.float32(_temperature(params)),
             np.float32(params.top_p),
             np.int32(params.top_k),
             np.float32(params.min_p),
@@ -224,7 +273,7 @@ class SlotSampling(NamedTuple):
             np.float32(params.presence_penalty),
             np.float32(params.frequency_penalty),
             np.asarray([*ends, *[-1] * (NUM_ENDS - len(ends))], np.int32),
-            np.int32(len(prompt) + params.min_tokens),
+            np.int32(len(prompt) + params.min_tokens if params.min_tokens else 0),
             np.bool_(bool(params.logit_bias or params.allowed_ids)),
             np.bool_(bool(params.allowed_ids)),
             _padded(params.allowed_ids, past),
@@ -263,4 +312,4 @@ def assign(sampling: Sampling, slot: jax.Array, row: SlotSampling) -> Sampling:
         count,
     )
     own = Sampling(row.temperature, row.top_p, row.top_k, row.min_p, row.seed, new)
-    return jax.tree.map(lambda kept, one: kept.at[slot].set(one), sampling, own)
+    return jax.tree.map(lambda kept, one: kept.at[slot].set(one, mode="drop"), sampling, own)

@@ -61,7 +61,7 @@ def check_nothing_is_held(engine: Engine) -> None:
     assert admission.prefix.num_available == admission.pool.num_pages
 
 
-@pytest.mark.parametrize("speculate", [0, 1, 3, None])
+@pytest.mark.parametrize("speculate", [*(pytest.param(k, marks=pytest.mark.slow) for k in (0, 1)), 3, None])
 def test_answers_are_those_of_requests_run_alone(speculate):
     """Requests come while others run, in a cache so small that some must go and come back."""
     engine = Engine(tiny_session(), EngineConfig(**{**SMALL.__dict__, "speculate": speculate}))
@@ -195,6 +195,30 @@ def test_what_is_no_number_ends_one_request_only():
     assert [update.finish_reason for update in engine.run() if update.finish_reason] == ["length"]
 
 
+OPTIONS = {
+    "penalties": {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.7},
+    "bias": {"logit_bias": {5: 2.0, 9: -100.0}},
+    "allowed": {"allowed_ids": tuple(range(8, 30))},
+    "least length": {"min_tokens": 20, "stop_ids": (7, 11)},
+    "filters": {"temperature": 1.2, "top_p": 0.9, "top_k": 12, "min_p": 0.01, "seed": 7},
+}
+OPTIONS["all"] = {name: value for changes in OPTIONS.values() for name, value in changes.items()}
+
+
+def test_every_option_with_drafts_is_as_without():
+    """All options run together, in slots of one engine: the same answers with three drafts and with none."""
+    prompt = np.random.default_rng(3).integers(8, 128, 12).tolist()
+    found = []
+    for speculate in (0, 3):
+        engine = Engine(tiny_session(), EngineConfig(**{**SMALL.__dict__, "speculate": speculate}))
+        for name, changes in OPTIONS.items():
+            engine.add(prompt, GREEDY.replace(max_tokens=30, **changes), id=name)
+        found.append(collect(engine))
+    assert found[0] == found[1]
+    assert len({tuple(tokens) for tokens in found[0].values()}) == len(OPTIONS)
+    assert set(found[0]["allowed"]) <= {*range(8, 30)}
+
+
 def probe(engine: Engine, prompt: list[int], neighbours: list[tuple[list[int], SamplingParams]]) -> list[Update]:
     for at, (other, params) in enumerate(neighbours):
         engine.add(other, params, id=f"n{at}")
@@ -216,7 +240,7 @@ def test_deterministic_log_probabilities_are_bitwise_those_of_any_company():
 
     expected = scores([])
     assert len(expected) == GREEDY.max_tokens
-    for seed in range(4):
+    for seed in range(2):
         assert scores(requests(6, seed)) == expected
     assert engine.scheduler.admission.num_preemptions == 0
 
@@ -242,7 +266,7 @@ def test_bad_requests_and_settings_are_refused():
 
 
 def test_nothing_is_compiled_after_warming_up(caplog):
-    engine = Engine(tiny_session(), EngineConfig(**{**SMALL.__dict__, "num_slots": 2}))
+    engine = Engine(tiny_session(), EngineConfig(**{**SMALL.__dict__, "num_slots": 2, "widths": (8,)}))
     engine.warm()
     caplog.set_level("INFO", "stepjax")
     for at, (prompt, params) in enumerate(requests(6)):

@@ -159,7 +159,7 @@ def test_no_program_copies_a_cache(slots):
     table = np.zeros((slots, pages), np.int32)
     pieces = Pieces(np.zeros((slots, 8), np.int32), zero, zero, zero, zero, table)
     for program, rest in ((runner.step(1), (np.ones((slots,), bool), table)), (runner.prefill(), (pieces,))):
-        text = program.jitted(state).lower(session.params, state, *rest).compile().as_text()
+        text = program.jitted(state).lower(session.params, state, *rest).compile().as_text() or ""
         for leaf in jax.tree.leaves(state.cache):
             shape = ",".join(map(str, leaf.shape))
             assert f"= f32[{shape}]" in text
