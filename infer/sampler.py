@@ -7,6 +7,7 @@ is the exact identity on its logits, so that a neighbour's wishes change nothing
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -166,7 +167,7 @@ def _filter(logits: jax.Array, sampling: Sampling) -> jax.Array:
         return _lowest(jax.lax.top_k(logits, min(FEW, logits.shape[-1]))[0], sampling)
 
     def of_many() -> jax.Array:
-        return _lowest(-jnp.sort(-logits, axis=-1), sampling)
+        return _searched(logits, sampling)
 
     lowest = jnp.where(few_B[:, None, None], jax.lax.cond(jnp.any(few_B), of_few, lambda: none), none)
     lowest = jnp.where(many_B[:, None, None], jax.lax.cond(jnp.any(many_B), of_many, lambda: none), lowest)
@@ -184,6 +185,54 @@ def _lowest(ordered: jax.Array, sampling: Sampling) -> jax.Array:
     before = jnp.cumsum(probs, axis=-1) - probs  # mass of the likelier tokens
     keep = (rank < count) & ((before < top_p) | (top_p >= 1))
     return jnp.min(jnp.where(keep | (rank == 0), ordered, jnp.inf), axis=-1, keepdims=True)
+
+
+def _searched(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """``_lowest`` without an order: [B, T, 1]. Sorting a vocabulary of 128,896 takes ten times as long on a CPU."""
+    key = _ordered_bits(logits)
+    weight = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    top_k, top_p = sampling.top_k_B[:, None, None], sampling.top_p_B[:, None, None]
+
+    def count(least: jax.Array) -> jax.Array:
+        return jnp.sum(key > least, axis=-1, keepdims=True, dtype=jnp.int32)
+
+    def mass(least: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(key > least, weight, 0.0), axis=-1, keepdims=True)
+
+    most = jnp.max(key, axis=-1, keepdims=True)
+    first = jnp.full_like(most, jnp.iinfo(jnp.int32).min)
+    by_rank = jax.lax.cond(
+        jnp.any(sampling.top_k_B > 0),
+        lambda: _bisected(lambda least: (top_k == 0) | (count(least) < top_k), first, most),
+        lambda: first,
+    )
+    tied = jnp.max(jnp.where(key == by_rank, weight, 0.0), axis=-1, keepdims=True)
+    total = mass(by_rank) + jnp.maximum(top_k - count(by_rank), 0).astype(jnp.float32) * tied  # of exactly top_k tokens
+    by_mass = _bisected(lambda least: (top_p >= 1) | (mass(least) < top_p * total), by_rank, most)
+    return jnp.where(by_mass == first, -jnp.inf, _from_ordered_bits(by_mass))
+
+
+def _bisected(holds: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax.Array) -> jax.Array:
+    """The least int32 from ``low`` to ``high`` at which ``holds``, which it does at ``high`` and above its least."""
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds
+        middle = (low & high) + ((low ^ high) >> 1)  # their mean, rounded down, without overflow
+        found = holds(middle)
+        return jnp.where(found, low, middle + 1), jnp.where(found, middle, high)
+
+    return jax.lax.fori_loop(0, 32, halve, (low, high))[1]
+
+
+def _ordered_bits(x: jax.Array) -> jax.Array:
+    """float32 to the int32 of the same order."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    return jnp.where(bits < 0, bits ^ jnp.iinfo(jnp.int32).max, bits)
+
+
+def _from_ordered_bits(key: jax.Array) -> jax.Array:
+    bits = jnp.where(key < 0, key ^ jnp.iinfo(jnp.int32).max, key)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _draw(logits: jax.Array, position_BT: jax.Array, sampling: Sampling) -> jax.Array:

@@ -146,7 +146,16 @@ def test_a_large_top_k_keeps_as_many_where_top_p_is_off():
     assert int(jnp.sum(process(logits, Sampling.of([DRAWN.replace(temperature=1.0, top_k=4090)])) > -1e29)) == 4090
 
 
-def test_the_short_list_and_the_whole_order_give_the_same_tokens(monkeypatch):
+@pytest.mark.parametrize(("min_p", "kept"), [(0.0, 8), (0.1, 4), (1.0, 2)])
+def test_min_p_keeps_what_equals_it_and_everything_at_0(min_p, kept):
+    """At 0 even what is too unlikely for float32; at 1 the likeliest, both of them."""
+    logits = jnp.asarray([[[2.0, 2.0, 1.0, 0.0, -1.0, -3.0, -50.0, -200.0]]])
+    beside = [DRAWN.replace(temperature=1.0, min_p=each) for each in (min_p, 0.5)]
+    found = process(jnp.concatenate([logits, logits]), Sampling.of(beside))
+    assert int(jnp.sum(found[0] > -1e29)) == kept
+
+
+def test_the_short_list_and_the_search_give_the_same_tokens(monkeypatch):
     logits = jnp.asarray(np.random.default_rng(13).normal(0, 2, (4, 50, 500)), jnp.float32)
     position = jnp.tile(jnp.arange(50, dtype=jnp.int32)[None], (4, 1))
     params = [
@@ -175,6 +184,7 @@ def test_the_coldest_temperatures_are_greedy(temperature):
     logits = np.random.default_rng(14).normal(0, 3, (1, 30, V)).astype(np.float32)
     position = np.arange(30, dtype=np.int32)[None]
     cold = DRAWN.replace(temperature=temperature, top_k=5)
+    assert (Sampling.of([cold]).temperature_B[0] > 0) == (temperature > 1e-5)  # devices differ in numbers below 1e-38
     for sampling in (Sampling.of([cold]), slots([row(cold, [])])):
         np.testing.assert_array_equal(drawn(logits, position, sampling), logits[..., :TOKENS].argmax(-1))
 
