@@ -10,12 +10,12 @@ from flax import nnx
 from stepjax.config import ModelConfig
 from stepjax.layout import SingleDevice
 from stepjax.moe import MoE, Router
-from stepjax.ops.experts import ExpertWeights, buffer_rows, choose_form, routed_experts
+from stepjax.ops.experts import ExpertWeights, block_rows, buffer_rows, choose_form, routed_experts
 from stepjax.ops.swiglu import swiglu
 from stepjax.quant import dequantize, quantize_blocks
 
 T, A, E, D, F = 40, 2, 8, 24, 16
-FORMS = ("gathered", "batched", "capacity")
+FORMS = ("gathered", "batched", "capacity", "blocked")
 ULP = {jnp.float32: 2.0**-24, jnp.bfloat16: 2.0**-8}
 
 
@@ -149,19 +149,6 @@ def test_forms_agree_in_value_and_gradient(form, dtype):
             np.testing.assert_allclose(one.astype(jnp.float32), other, atol=16 * ULP[dtype] * scale, err_msg=name)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_gathered_form_of_other_devices_agrees(monkeypatch, dtype):
-    """What a GPU compiles for the gathered form, here on the CPU."""
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
-    x, weights = sample(dtype)
-    wide_x, wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (x, weights))
-    ids, combine = routing("unknown")
-    found = pulled_plainly(x, ids, combine, weights, form="gathered")
-    expected = pulled(wide_x, ids, combine, wide, form="reference")
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(one.astype(jnp.float32), other, atol=16 * ULP[dtype] * np.abs(other).max())
-
-
 @pytest.mark.parametrize("form", [*FORMS, "reference"])
 def test_float8_weights_equal_their_dequantised_form(form):
     """Frozen, so that gradients reach tokens and combine weights only."""
@@ -221,12 +208,13 @@ def test_a_broken_token_spoils_no_other(form, name):
         np.testing.assert_allclose(one[others], other[others], atol=1e-6)
 
 
+@pytest.mark.parametrize("form", ["capacity", "blocked"])
 @pytest.mark.parametrize("load", [0, 1, 10 * T * A])
-def test_a_wrong_guess_of_the_load_costs_passes_and_no_token(load):
+def test_a_wrong_guess_of_the_load_costs_passes_and_no_token(form, load):
     x, weights = sample(jnp.float32)
     for name in ("all on one", "unknown", "nothing known"):
         ids, combine = routing(name)
-        found = experts(x, ids, combine, weights, limit=None, form="capacity", load=load)
+        found = experts(x, ids, combine, weights, limit=None, form=form, load=load)
         expected = experts(x, ids, combine, weights, limit=None, form="reference")
         np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=name)
 
@@ -237,6 +225,13 @@ def test_buffers_hold_half_more_than_the_mean():
     assert buffer_rows(114, most=100) == 100
 
 
+def test_blocks_hold_half_of_the_mean():
+    assert block_rows(buffer_rows(128, most=512), most=512) == 64
+    assert block_rows(buffer_rows(64, most=512), most=512) == 32
+    assert block_rows(buffer_rows(2, most=512), most=512) == 16
+    assert block_rows(buffer_rows(2, most=3), most=3) == 3
+
+
 def test_form_by_token_count():
     assert choose_form(1, 288, 8) == "gathered"
     assert choose_form(16, 288, 8) == "gathered"
@@ -244,6 +239,11 @@ def test_form_by_token_count():
     assert choose_form(17, 288, 8) == "batched"
     assert choose_form(256, 288, 8) == "batched"
     assert choose_form(257, 288, 8) == "capacity"
+    assert [choose_form(n, 288, 8, cpu=True) for n in (1, 16, 17, 32, 33)] == [
+        *2 * ["blocked"],
+        *2 * ["batched"],
+        "blocked",
+    ]
 
 
 def test_layer_adds_an_unscaled_shared_expert_and_names_its_experts():

@@ -86,7 +86,7 @@ def test_what_cannot_be_held_is_refused():
 
 
 @pytest.mark.parametrize(("name", "group"), FORMATS)
-@pytest.mark.parametrize("form", ["gathered", "batched", "capacity"])
+@pytest.mark.parametrize("form", ["gathered", "batched", "capacity", "blocked"])
 def test_every_form_agrees_with_the_widened_weights(monkeypatch, name, group, form):
     """Some experts at a time, as where they are large."""
     monkeypatch.setattr(stepjax.ops.experts, "WIDENED_BYTES", 2 * D * F * 4)
@@ -97,7 +97,10 @@ def test_every_form_agrees_with_the_widened_weights(monkeypatch, name, group, fo
     ids = jnp.asarray(np.stack([random.permutation(E)[:2] for _ in range(20)]), jnp.int32)
     combine = jnp.asarray(random.random((20, 2)), jnp.float32)
     expected = routed_experts(x, ids, combine, ExpertWeights(*wide), limit=None, form="reference")
-    found = jax.jit(lambda *a: routed_experts(*a, limit=None, form=form))(x, ids, combine, ExpertWeights(*held))
+    # jaxlib 0.10.2 to 0.12 fuse the CPU's gathered form into one YNNPACK kernel, whose int4 products are wrong; nothing
+    # but a test runs that form on a CPU.
+    compiled = (lambda f: f) if form == "gathered" else jax.jit
+    found = compiled(lambda *a: routed_experts(*a, limit=None, form=form))(x, ids, combine, ExpertWeights(*held))
     np.testing.assert_allclose(found, expected, atol=2e-5)  # float32 sums in another order
     gradient = jax.grad(lambda x: routed_experts(x, ids, combine, ExpertWeights(*held), limit=None, form=form).sum())
     wanted = jax.grad(lambda x: routed_experts(x, ids, combine, ExpertWeights(*wide), limit=None, form=form).sum())

@@ -1,16 +1,18 @@
 """Routed experts without dropping a token: one function, three fast forms, one slow reference.
 
-Which form copies weights and which does not was read from code compiled for an H100; on CPU, sliced matrix-vector
-products win at small T. `jax.lax.ragged_dot` does expert-fold work on both, so nothing here uses it.
+Which form copies weights and which does not was read from code compiled for an H100. `jax.lax.ragged_dot` does
+expert-fold work there and on CPU, so nothing here uses it.
 
-  gathered   T·A rows of weights are read once each: small T, where few experts are touched
+  gathered   T·A rows of weights are read once each: small T, where few experts are touched (not on CPU)
   batched    every expert runs every token, one GEMM batched over experts: T where most experts are touched
   capacity   tokens sorted by expert, C rows of each expert a pass, as many passes as the fullest expert needs
+  blocked    tokens sorted by expert, block after block of one expert's rows: on CPU, where such small products are fast
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -21,10 +23,11 @@ from stepjax.ops.swiglu import swiglu
 from stepjax.ops.varying import vary_alike, vary_with
 from stepjax.quant import Weight, dequantize, take
 
-Form = Literal["gathered", "batched", "capacity", "reference"]
+Form = Literal["gathered", "batched", "capacity", "blocked", "reference"]
 
 GATHERED_TOKENS = 16  # up to here the gather reads less than all experts would cost
 BATCHED_TOKENS = 256  # about where a batched GEMM over all experts turns from memory- to compute-bound (H100, bf16)
+BATCHED_TOKENS_CPU = 32  # beyond, a CPU is busy with the tokens that did not choose an expert
 WIDENED_BYTES = 16 * 2**20  # of one quantised matrix: what is widened stays in an H100's L2 cache until it is used
 HEADROOM = 1.5  # rows of capacity over the mean load: one pass usually suffices
 
@@ -57,23 +60,37 @@ def routed_experts(
       load: assignments to expect among ``ids`` that are not ≥ E; None: all. It sizes buffers and bounds nothing.
     """
     x_TD, ids_TA, combine_TA, weights = vary_alike((x_TD, ids_TA, combine_TA, weights))
-    form = form or choose_form(x_TD.shape[0], weights.gate.shape[0], ids_TA.shape[1])
-    capacity = partial(_capacity, load=ids_TA.size if load is None else load)
-    run = {"gathered": _gathered, "batched": _batched, "capacity": capacity, "reference": _reference}[form]
-    with jax.named_scope(f"experts_{form}"):
-        return run(x_TD, ids_TA, combine_TA, weights, limit)
+    rows = buffer_rows((ids_TA.size if load is None else load) / weights.gate.shape[0], most=x_TD.shape[0])
+
+    def run(form: Form) -> Callable[..., jax.Array]:
+        forms = {"gathered": _gathered, "batched": _batched, "reference": _reference}
+        forms |= {"capacity": partial(_capacity, rows=rows), "blocked": partial(_blocked, rows=rows)}
+        return jax.named_scope(f"experts_{form}")(partial(forms[form], limit=limit))
+
+    if form:
+        return run(form)(x_TD, ids_TA, combine_TA, weights)
+    size = (x_TD.shape[0], weights.gate.shape[0], ids_TA.shape[1])
+    cpu, other = choose_form(*size, cpu=True), choose_form(*size)
+    return jax.lax.platform_dependent(x_TD, ids_TA, combine_TA, weights, cpu=run(cpu), default=run(other))
 
 
-def choose_form(num_tokens: int, num_experts: int, top_k: int) -> Form:
+def choose_form(num_tokens: int, num_experts: int, top_k: int, *, cpu: bool = False) -> Form:
     """The form for a step of ``num_tokens`` (static) tokens."""
     if num_tokens <= GATHERED_TOKENS and num_tokens * top_k < num_experts:
-        return "gathered"
-    return "batched" if num_tokens <= BATCHED_TOKENS else "capacity"
+        return "blocked" if cpu else "gathered"
+    if num_tokens <= (BATCHED_TOKENS_CPU if cpu else BATCHED_TOKENS):
+        return "batched"
+    return "blocked" if cpu else "capacity"
 
 
 def buffer_rows(mean: float, *, most: int) -> int:
     """Rows of a buffer for a share of the tokens that is ``mean`` rows on average and never more than ``most``."""
     return min(most, max(8, 8 * math.ceil(HEADROOM * mean / 8)))
+
+
+def block_rows(capacity: int, *, most: int) -> int:
+    """Rows of a block, for buffers of ``capacity`` rows: half the mean load, as far as that makes a good product."""
+    return min(most, 64, max(16, 16 * math.ceil(capacity / (32 * HEADROOM))))
 
 
 def held_ids(ids_TA: jax.Array, first: int | jax.Array, count: int) -> jax.Array:
@@ -88,7 +105,7 @@ def expert_load(ids_BTA: jax.Array, num_experts: int) -> jax.Array:
     return jnp.sum(hot, axis=0, dtype=jnp.int32)
 
 
-def _reference(x: jax.Array, ids: jax.Array, combine: jax.Array, weights: ExpertWeights, limit: float | None):
+def _reference(x: jax.Array, ids: jax.Array, combine: jax.Array, weights: ExpertWeights, *, limit: float | None):
     """Expert by expert over all tokens in float32."""
     x = x.astype(jnp.float32)
 
@@ -102,55 +119,40 @@ def _reference(x: jax.Array, ids: jax.Array, combine: jax.Array, weights: Expert
     return jax.lax.scan(one, zero, jnp.arange(weights.gate.shape[0]))[0]
 
 
-def _gathered(x: jax.Array, ids: jax.Array, combine: jax.Array, weights: ExpertWeights, limit: float | None):
+def _gathered(x: jax.Array, ids: jax.Array, combine: jax.Array, weights: ExpertWeights, *, limit: float | None):
+    """Gather, multiply, sum: XLA fuses it into three kernels on a GPU that read each chosen expert exactly once."""
     known = ids < weights.gate.shape[0]
     safe, combine = jnp.where(known, ids, 0), jnp.where(known, combine, 0.0)
-    out = jax.lax.platform_dependent(
-        x, safe, weights, cpu=partial(_sliced, limit=limit), default=partial(_fused, limit=limit)
-    )
-    return jnp.sum(out * combine[..., None], axis=1)
-
-
-def _fused(x: jax.Array, ids: jax.Array, weights: ExpertWeights, *, limit: float | None) -> jax.Array:
-    """Gather, multiply, sum: XLA fuses it into three kernels on a GPU that read each chosen expert exactly once."""
-    gate, up, down = (dequantize(take(w, ids), jnp.float32) for w in weights)  # [T, A, out, in], never materialised
+    gate, up, down = (dequantize(take(w, safe), jnp.float32) for w in weights)  # [T, A, out, in], never materialised
     wide = x.astype(jnp.float32)[:, None, None, :]
     hidden = swiglu(jnp.sum(gate * wide, axis=-1), jnp.sum(up * wide, axis=-1), limit).astype(x.dtype)
-    return jnp.sum(down * hidden.astype(jnp.float32)[:, :, None, :], axis=-1)
-
-
-def _sliced(x: jax.Array, ids: jax.Array, weights: ExpertWeights, *, limit: float | None) -> jax.Array:
-    """One slice of each weight per assignment, multiplied while it is in cache: XLA:CPU does not fuse the gather."""
-
-    def one(assignment: tuple[jax.Array, jax.Array]) -> jax.Array:
-        expert, row = assignment
-        gate, up, down = (dequantize(take(w, expert), x.dtype) for w in weights)
-        hidden = swiglu(_matvec(gate, row), _matvec(up, row), limit)
-        return _matvec(down, hidden.astype(x.dtype))
-
-    rows = jnp.repeat(x, ids.shape[1], axis=0)
-    return jax.lax.map(one, (ids.reshape(-1), rows)).reshape(*ids.shape, -1)
-
-
-def _matvec(w: jax.Array, x: jax.Array) -> jax.Array:
-    return jnp.dot(w, x, precision=_exact(x), preferred_element_type=jnp.float32)
+    out = jnp.sum(down * hidden.astype(jnp.float32)[:, :, None, :], axis=-1)
+    return jnp.sum(out * combine[..., None], axis=1)
 
 
 def _exact(x: jax.Array) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
-def _grouped(x_ECD: jax.Array, weights: ExpertWeights, limit: float | None) -> jax.Array:
-    """Each expert on its own rows: [E, C, D] → float32 [E, C, D]. No weight is transposed or copied.
+def _product(form: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(form, a, b, precision=_exact(a), preferred_element_type=jnp.float32)
+
+
+def _tiled(run: Callable[..., jax.Array], weights: ExpertWeights, dtype: jnp.dtype, *rows: jax.Array) -> jax.Array:
+    """``run(weights in dtype, *rows)`` over the experts, which every argument has in front, and so has the result.
 
     Quantised weights are widened a few experts at a time: XLA multiplies scales into a copy, not into the product.
     """
-    num_experts = x_ECD.shape[0]
-    tile = _tile(weights.gate, x_ECD.dtype)
+    num_experts, tile = weights.gate.shape[0], _tile(weights.gate, dtype)
+
+    def widened(weights: ExpertWeights, *rows: jax.Array) -> jax.Array:
+        return run(ExpertWeights(*(dequantize(w, dtype) for w in weights)), *rows)
+
     if tile == num_experts:
-        return _multiplied(x_ECD, weights, limit)
-    tiles = jax.tree.map(lambda a: a.reshape(num_experts // tile, tile, *a.shape[1:]), (x_ECD, weights))
-    return jax.lax.map(lambda each: _multiplied(each[0], each[1], limit), tiles).reshape(x_ECD.shape)
+        return widened(weights, *rows)
+    tiles = jax.tree.map(lambda a: a.reshape(num_experts // tile, tile, *a.shape[1:]), (weights, *rows))
+    out = jax.lax.map(lambda each: widened(*each), tiles)
+    return out.reshape(num_experts, *out.shape[2:])
 
 
 def _tile(weight: Weight, dtype: jnp.dtype) -> int:
@@ -162,30 +164,39 @@ def _tile(weight: Weight, dtype: jnp.dtype) -> int:
     return max(n for n in range(1, num_experts + 1) if n <= most and num_experts % n == 0)
 
 
-def _multiplied(x_ECD: jax.Array, weights: ExpertWeights, limit: float | None) -> jax.Array:
-    gate, up, down = (dequantize(w, x_ECD.dtype) for w in weights)
+def _batched(x: jax.Array, ids: jax.Array, combine: jax.Array, weights: ExpertWeights, *, limit: float | None):
+    """The weights stand left: a CPU multiplies few columns by them without rearranging them first."""
 
-    def gemm(form: str, x: jax.Array, w: jax.Array) -> jax.Array:
-        return jnp.einsum(form, x, w, precision=_exact(x), preferred_element_type=jnp.float32)
+    def run(weights: ExpertWeights) -> jax.Array:
+        hidden_EFT = swiglu(_product("efd,td->eft", weights.gate, x), _product("efd,td->eft", weights.up, x), limit)
+        return _product("edf,eft->edt", weights.down, hidden_EFT.astype(x.dtype))
 
-    hidden = swiglu(gemm("ecd,efd->ecf", x_ECD, gate), gemm("ecd,efd->ecf", x_ECD, up), limit)
-    return gemm("ecf,edf->ecd", hidden.astype(x_ECD.dtype), down)
-
-
-def _batched(x: jax.Array, ids: jax.Array, combine: jax.Array, weights: ExpertWeights, limit: float | None):
-    num_experts = weights.gate.shape[0]
-    out_ETD = _grouped(jnp.broadcast_to(x, (num_experts, *x.shape)), weights, limit)
-    chosen = ids[..., None] == jnp.arange(num_experts)[None, None, :]
+    out_EDT = _tiled(run, weights, x.dtype)
+    chosen = ids[..., None] == jnp.arange(weights.gate.shape[0])[None, None, :]
     share_TE = jnp.sum(jnp.where(chosen, combine[..., None], 0.0), axis=1)
-    return jnp.einsum("te,etd->td", share_TE, out_ETD, precision="highest")
+    return jnp.einsum("te,edt->td", share_TE, out_EDT, precision="highest")
+
+
+def _grouped(x_ECD: jax.Array, weights: ExpertWeights, limit: float | None) -> jax.Array:
+    """Each expert on its own rows: [E, C, D] → float32 [E, C, D]. No weight is transposed or copied."""
+
+    def run(weights: ExpertWeights, x: jax.Array) -> jax.Array:
+        hidden = swiglu(_product("ecd,efd->ecf", x, weights.gate), _product("ecd,efd->ecf", x, weights.up), limit)
+        return _product("ecf,edf->ecd", hidden.astype(x.dtype), weights.down)
+
+    return _tiled(run, weights, x_ECD.dtype, x_ECD)
 
 
 def _capacity(
-    x: jax.Array, ids: jax.Array, combine: jax.Array, weights: ExpertWeights, limit: float | None, *, load: int
+    x: jax.Array, ids: jax.Array, combine: jax.Array, weights: ExpertWeights, *, limit: float | None, rows: int
 ):
-    num_experts = weights.gate.shape[0]
-    rows = buffer_rows(load / num_experts, most=x.shape[0])  # an expert is chosen at most once by a token
-    return _passes(limit, rows, x, combine, weights, _sort(ids, num_experts))
+    return _passes(limit, rows, x, combine, weights, _sort(ids, weights.gate.shape[0]))
+
+
+def _blocked(
+    x: jax.Array, ids: jax.Array, combine: jax.Array, weights: ExpertWeights, *, limit: float | None, rows: int
+):
+    return _blocks(limit, rows, x, combine, weights, _sort(ids, weights.gate.shape[0]))
 
 
 class _Sorted(NamedTuple):
@@ -273,3 +284,42 @@ def _passes_bwd(limit, rows, saved, cotangent):
 
 
 _passes.defvjp(_passes_fwd, _passes_bwd)
+
+
+def _blocks_forward(
+    limit: float | None, capacity: int, x: jax.Array, combine: jax.Array, weights: ExpertWeights, by: _Sorted
+) -> jax.Array:
+    """Expert after expert that was chosen, its rows in blocks: float32 [T, D]."""
+    rows = block_rows(capacity, most=x.shape[0])
+    token = jnp.pad(by.token, (0, rows))
+    chosen = jnp.argsort(by.count == 0, stable=True)
+
+    def expert(index: jax.Array, out: jax.Array) -> jax.Array:
+        e = chosen[index]
+        gate, up, down = (dequantize(take(w, e), x.dtype) for w in weights)
+
+        def block(index: jax.Array, out: jax.Array) -> jax.Array:
+            start = by.start[e] + index * rows
+            mine = x[jax.lax.dynamic_slice_in_dim(token, start, rows)]
+            hidden = swiglu(_product("cd,fd->cf", mine, gate), _product("cd,fd->cf", mine, up), limit)
+            found = _product("cf,df->cd", hidden.astype(x.dtype), down)
+            # What a block has beyond its expert's rows is written over by the next expert's, or never read.
+            return jax.lax.dynamic_update_slice_in_dim(out, found, start, 0)
+
+        return jax.lax.fori_loop(0, (by.count[e] + rows - 1) // rows, block, out)
+
+    zero = vary_with(jnp.zeros((token.size, x.shape[1]), jnp.float32), x)
+    out = jax.lax.fori_loop(0, jnp.sum(by.count > 0, dtype=jnp.int32), expert, zero)
+    ours = by.expert < by.start.size
+    back = out[jnp.where(ours, jnp.append(by.start, 0)[by.expert] + by.rank, 0)]  # [T, A, D]
+    return jnp.sum(combine[..., None] * jnp.where(ours[..., None], back, 0.0), axis=1)
+
+
+_blocks = jax.custom_vjp(_blocks_forward, nondiff_argnums=(0, 1))
+
+
+def _blocks_fwd(limit, rows, x, combine, weights, by):
+    return _blocks_forward(limit, rows, x, combine, weights, by), (x, combine, weights, by)
+
+
+_blocks.defvjp(_blocks_fwd, _passes_bwd)
