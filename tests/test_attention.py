@@ -28,7 +28,8 @@ FEW = settings(max_examples=15)
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of 16 queries, so that short sequences have several."""
-    monkeypatch.setattr(stepjax.ops.attention, "BLOCK", 16)
+    for name in ("BLOCK", "WINDOWED_BLOCK"):
+        monkeypatch.setattr(stepjax.ops.attention, name, 16)
 
 
 def drawn(length, seed=0, dtype=jnp.float32):

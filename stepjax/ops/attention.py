@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 BLOCK = 256  # queries per block: bounds the score matrix to BLOCK × keys per head
+WINDOWED_BLOCK = 128  # where a block's keys are cut to what it sees, so that shorter blocks see less in vain
 _MASKED = -1e30  # finite, so that a row without visible keys stays finite
 
 
@@ -113,35 +114,34 @@ def attention_to(
     """`attention` to these keys only, to be merged with others."""
     B, T, _, H = q_BTNH.shape
     q = q_BTNH.reshape(B, T, parts[0].k_BSKH.shape[2], -1, H)
-    if T <= BLOCK:
+    size = BLOCK if window is None else WINDOWED_BLOCK
+    if size >= T:
         return _block(q, position_BT, segment_BT, parts, window)
-    return _by_blocks(q, position_BT, segment_BT, parts, window)
+    return _by_blocks(q, position_BT, segment_BT, parts, window, size)
 
 
 def _by_blocks(
-    q: jax.Array, position: jax.Array, segment: jax.Array | None, parts: Sequence[Keys], window: int | None
+    q: jax.Array, position: jax.Array, segment: jax.Array | None, parts: Sequence[Keys], window: int | None, size: int
 ) -> Partial:
-    """Run the queries BLOCK at a time; windowed keys that follow the queries' rows are cut to what a block can see."""
+    """Run ``size`` queries at a time; windowed keys that follow the queries' rows are cut to what a block can see."""
     T = q.shape[1]
-    blocks = -(-T // BLOCK)
-    queries = jax.tree.map(lambda x: _pad_rows(x, 0, blocks * BLOCK - T), (q, position, segment))
+    blocks = -(-T // size)
+    queries = jax.tree.map(lambda x: _pad_rows(x, 0, blocks * size - T), (q, position, segment))
     bands = [window is not None and part.offset is not None for part in parts]
     before = 0 if window is None else window - 1  # keys that the first query of a block sees before itself
     # With that many empty rows in front, the keys of the block at query i start at row offset + i.
-    padded = [
-        part.padded(before, blocks * BLOCK - T) if band else part for part, band in zip(parts, bands, strict=True)
-    ]
+    padded = [part.padded(before, blocks * size - T) if band else part for part, band in zip(parts, bands, strict=True)]
 
     def one(i: jax.Array) -> Partial:
         rows = [
-            part.sliced(part.offset + i * BLOCK, before + BLOCK) if band and part.offset is not None else part
+            part.sliced(part.offset + i * size, before + size) if band and part.offset is not None else part
             for part, band in zip(padded, bands, strict=True)
         ]
-        q_rows, at, segments = jax.tree.map(lambda x: _rows(x, i * BLOCK, BLOCK), queries)
+        q_rows, at, segments = jax.tree.map(lambda x: _rows(x, i * size, size), queries)
         return _block(q_rows, at, segments, rows, window)
 
-    def joined(x: jax.Array) -> jax.Array:  # [blocks, B, BLOCK, …]
-        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], blocks * BLOCK, *x.shape[3:])[:, :T]
+    def joined(x: jax.Array) -> jax.Array:  # [blocks, B, size, …]
+        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], blocks * size, *x.shape[3:])[:, :T]
 
     return jax.tree.map(joined, jax.lax.map(one, jnp.arange(blocks)))
 

@@ -139,14 +139,14 @@ def _product(form: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _tiled(run: Callable[..., jax.Array], weights: ExpertWeights, dtype: jnp.dtype, *rows: jax.Array) -> jax.Array:
-    """``run(weights in dtype, *rows)`` over the experts, which every argument has in front, and so has the result.
+    """``run(gate, up, down, *rows)`` in ``dtype`` over the experts, which every argument has in front, and so has the result.
 
     Quantised weights are widened a few experts at a time: XLA multiplies scales into a copy, not into the product.
     """
     num_experts, tile = weights.gate.shape[0], _tile(weights.gate, dtype)
 
     def widened(weights: ExpertWeights, *rows: jax.Array) -> jax.Array:
-        return run(ExpertWeights(*(dequantize(w, dtype) for w in weights)), *rows)
+        return run(*(dequantize(w, dtype) for w in weights), *rows)
 
     if tile == num_experts:
         return widened(weights, *rows)
@@ -167,9 +167,9 @@ def _tile(weight: Weight, dtype: jnp.dtype) -> int:
 def _batched(x: jax.Array, ids: jax.Array, combine: jax.Array, weights: ExpertWeights, *, limit: float | None):
     """The weights stand left: a CPU multiplies few columns by them without rearranging them first."""
 
-    def run(weights: ExpertWeights) -> jax.Array:
-        hidden_EFT = swiglu(_product("efd,td->eft", weights.gate, x), _product("efd,td->eft", weights.up, x), limit)
-        return _product("edf,eft->edt", weights.down, hidden_EFT.astype(x.dtype))
+    def run(gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
+        hidden_EFT = swiglu(_product("efd,td->eft", gate, x), _product("efd,td->eft", up, x), limit)
+        return _product("edf,eft->edt", down, hidden_EFT.astype(x.dtype))
 
     out_EDT = _tiled(run, weights, x.dtype)
     chosen = ids[..., None] == jnp.arange(weights.gate.shape[0])[None, None, :]
@@ -180,9 +180,9 @@ def _batched(x: jax.Array, ids: jax.Array, combine: jax.Array, weights: ExpertWe
 def _grouped(x_ECD: jax.Array, weights: ExpertWeights, limit: float | None) -> jax.Array:
     """Each expert on its own rows: [E, C, D] → float32 [E, C, D]. No weight is transposed or copied."""
 
-    def run(weights: ExpertWeights, x: jax.Array) -> jax.Array:
-        hidden = swiglu(_product("ecd,efd->ecf", x, weights.gate), _product("ecd,efd->ecf", x, weights.up), limit)
-        return _product("ecf,edf->ecd", hidden.astype(x.dtype), weights.down)
+    def run(gate: jax.Array, up: jax.Array, down: jax.Array, x: jax.Array) -> jax.Array:
+        hidden = swiglu(_product("ecd,efd->ecf", x, gate), _product("ecd,efd->ecf", x, up), limit)
+        return _product("ecf,edf->ecd", hidden.astype(x.dtype), down)
 
     return _tiled(run, weights, x_ECD.dtype, x_ECD)
 
