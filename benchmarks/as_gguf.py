@@ -77,6 +77,7 @@ def describe(writer: Any, hub: dict[str, Any]) -> None:
     writer.add_expert_shared_feed_forward_length(hub["share_expert_dim"])
     writer.add_expert_weights_scale(hub["moe_router_scaling_factor"])
     writer.add_expert_weights_norm(True)
+    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
     writer.add_leading_dense_block_count(moe[0])
     for name, add in (("", writer.add_swiglu_clamp_exp), ("_shared", writer.add_swiglu_clamp_shexp)):
         add([float(limit or 0) for limit in hub[f"swiglu_limits{name}"][: len(sliding)]])

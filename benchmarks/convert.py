@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -38,14 +39,16 @@ def main() -> None:
     args = parser.parse_args()
     found: dict[str, Any] = {"machine": platform.platform(), "cores": os.cpu_count(), "commit": commit()}
     with tempfile.TemporaryDirectory() as scratch:
-        source, target = Path(scratch) / "model", Path(scratch) / "fp8"
+        source = Path(scratch) / "model"
         write_model(source)
         shard = ["--max-shard-gib", str(args.max_shard_gib)]
         idle, _ = peak("convert", source, Path(scratch), "--experts", "fp8", *shard)
-        for name, origin, folder in (("fp8", source, target), ("bf16", target, Path(scratch) / "bf16")):
-            used, seconds = peak("convert", origin, folder, "--experts", name, *shard)
+        for origin, name in (("model", "fp8"), ("fp8", "bf16"), ("fp8", "int8"), ("model", "int4"), ("int4", "bf16")):
+            folder = Path(scratch) / name
+            shutil.rmtree(folder, ignore_errors=True)
+            used, seconds = peak("convert", Path(scratch) / origin, folder, "--experts", name, *shard)
             largest = max(file.stat().st_size for file in folder.glob("*.safetensors"))
-            found[f"to {name}"] = {
+            found[f"{'bf16' if origin == 'model' else origin} to {name}"] = {
                 "seconds": round(seconds, 1),
                 "peak_growth_bytes": used - idle,
                 "largest_shard_bytes": largest,

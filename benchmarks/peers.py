@@ -180,6 +180,8 @@ class LlamaCpp(Stepwise):
         options = lib.llama_context_default_params()
         options.n_ctx, options.n_seq_max = batch * (length + room), batch
         options.n_batch, options.n_ubatch = batch * length, 512
+        options.type_k = options.type_v = lib.GGML_TYPE_F32
+        options.flash_attn_type = 0  # which computes in float16: logits 3e-3 away, and then other experts
         options.n_threads = options.n_threads_batch = self.threads
         self.context = lib.llama_init_from_model(self.model, options)
         self.batch = lib.llama_batch_init(batch * length, 0, 1)

@@ -81,7 +81,7 @@ def source(model: str, name: str, scratch: Path) -> Path | str:
     folder = open_folder(model)
     if name != "fp8" or folder.checkpoint.fp8:
         return model
-    return save(scratch / "fp8", folder.checkpoint.config, {}, source=folder.path, fp8=True)
+    return save(scratch / "fp8", folder.checkpoint.config, {}, source=folder.path, experts="fp8")
 
 
 def by_layer(base: Session, held: Session) -> dict[str, float]:

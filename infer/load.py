@@ -15,7 +15,7 @@ import numpy as np
 
 from stepjax.cache import MAX_DRAFTS, Chunk
 from stepjax.chat import ChatTemplate, encode_chat
-from stepjax.checkpoint import Change, load_params
+from stepjax.checkpoint import Change, Checkpoint, load_params
 from stepjax.config import ModelConfig
 from stepjax.errors import MeshError, RequestError
 from stepjax.folder import ModelFolder, open_folder
@@ -24,13 +24,14 @@ from stepjax.infer.runner import Runner
 from stepjax.infer.sampling import SamplingParams
 from stepjax.layout import Layout, SingleDevice
 from stepjax.model import Params, Step3p5, abstract, axes_of, bind
-from stepjax.quant_groups import BITS, GROUP, IntFormat, quantize_groups
+from stepjax.quant_groups import BITS, GROUP, IntFormat, form_of, quantize_groups
 from stepjax.sharding.layout import MeshLayout
 from stepjax.sharding.load import ExpertOrder, LoadReport, load_sharded
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.rules import Rules
 from stepjax.sharding.target import want_virtual_devices
 from stepjax.tokenizer import Tokenizer
+from stepjax.weights import Groups
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -58,7 +59,8 @@ def load(
         bfloat16 product and where greedy answers then do not depend on how a step is shaped.
       keep_fp8: keep the FP8 release's expert weights in 8 bits and widen them where they are used.
       quantize: hold the routed experts in whole numbers: "int8" with a scale per output channel, or "int4" with one
-        per ``group`` columns. Each weight is quantised as it is read.
+        per ``group`` columns. Each weight is quantised as it is read. A checkpoint that ``stepjax convert`` wrote in
+        whole numbers is held as it is stored.
       group: columns that share a scale in int4, 32 or 64 as a rule.
       mesh: split the model over devices, as ``expert=4,tensor=2`` (`stepjax.sharding.mesh`); None is one device. When
         several processes run, each calls this alike and reads only what its own devices hold.
@@ -74,9 +76,10 @@ def load(
     """
     folder = name_or_path if isinstance(name_or_path, ModelFolder) else open_folder(name_or_path)
     checkpoint = folder.checkpoint
-    layout = _layout(mesh, strategy, checkpoint.config, keep_fp8=keep_fp8 and checkpoint.fp8)
+    change = _quantiser(quantize, group, checkpoint, keep_fp8=keep_fp8)
+    groups = form_of(quantize, group) if quantize else checkpoint.groups
+    layout = _layout(mesh, strategy, checkpoint.config, keep_fp8=keep_fp8 and checkpoint.fp8, groups=groups)
     chosen = _resolve_dtype(dtype)
-    change = _quantiser(quantize, group, layout, keep_fp8=keep_fp8)
     report = None
     if isinstance(layout, MeshLayout):
         axes = axes_of(abstract(checkpoint.config, layout=layout, mtp=checkpoint.has_mtp))
@@ -107,7 +110,7 @@ def load(
     )
 
 
-def _quantiser(format: IntFormat | None, group: int, layout: Layout, *, keep_fp8: bool) -> Change | None:
+def _quantiser(format: IntFormat | None, group: int, checkpoint: Checkpoint, *, keep_fp8: bool) -> Change | None:
     """What turns experts into whole numbers while they are read."""
     if format is None:
         return None
@@ -117,13 +120,11 @@ def _quantiser(format: IntFormat | None, group: int, layout: Layout, *, keep_fp8
         raise RequestError(
             f"quantize {format} and keep_fp8: expected one of them, since each says how experts are held"
         )
-    if isinstance(layout, MeshLayout):
-        split = [axis for name in ("expert_mlp", "embed") for axis in layout.rules.table.get(name, ())]
-        if split:
-            raise MeshError(
-                f"quantize {format}: experts would be cut over {', '.join(split)} before they are quantised; expected "
-                "a mesh that splits them by whole experts, as expert=8 with --strategy expert"
-            )
+    if checkpoint.groups:
+        raise RequestError(
+            f"quantize {format}: {checkpoint.folder} holds its experts in {checkpoint.groups.bits} bits already; load "
+            "it as it is, or quantise the checkpoint that it was made from"
+        )
 
     def change(path: str, value: Any) -> Any:
         return quantize_groups(value, format, group) if ".experts." in path else value
@@ -131,7 +132,9 @@ def _quantiser(format: IntFormat | None, group: int, layout: Layout, *, keep_fp8
     return change
 
 
-def _layout(mesh: str | MeshSpec | None, strategy: str, config: ModelConfig, *, keep_fp8: bool) -> Layout:
+def _layout(
+    mesh: str | MeshSpec | None, strategy: str, config: ModelConfig, *, keep_fp8: bool, groups: Groups | None
+) -> Layout:
     if mesh is None:
         if jax.process_count() > 1:
             raise MeshError(f"mesh: {jax.process_count()} processes run, but no mesh is given; try --mesh expert=-1")
@@ -140,7 +143,7 @@ def _layout(mesh: str | MeshSpec | None, strategy: str, config: ModelConfig, *, 
     if -1 not in spec.sizes.values() and not jax.distributed.is_initialized():
         want_virtual_devices(spec.num_devices)
     spec = spec.resolve(jax.device_count())
-    return MeshLayout(spec.build(), Rules(config, spec, strategy, keep_fp8=keep_fp8))
+    return MeshLayout(spec.build(), Rules(config, spec, strategy, keep_fp8=keep_fp8, groups=groups))
 
 
 def use_compile_cache() -> None:

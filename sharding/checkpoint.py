@@ -19,6 +19,7 @@ from stepjax.errors import CheckpointError
 from stepjax.hub_config import to_hf
 from stepjax.model import abstract, axes_of, params_of
 from stepjax.quant import BlockScaled
+from stepjax.quant_groups import Grouped
 from stepjax.sharding.layout import MeshLayout
 from stepjax.weights import scale_shape
 
@@ -79,6 +80,8 @@ def restore_tree(path: Path | str, like: T) -> T:
 
 def save_params(path: Path | str, config: ModelConfig, params: Mapping[str, Any], *, overwrite: bool = False) -> None:
     """Write a model's weights with its configuration: a base that loads without being converted again."""
+    if any(isinstance(weight, Grouped) for weight in params.values()):
+        raise CheckpointError(f"{path}: weights in whole numbers go to a checkpoint folder, by stepjax convert")
     block = next((list(weight.block) for weight in params.values() if isinstance(weight, BlockScaled)), None)
     dtypes = {path: str(np.dtype(weight.dtype)) for path, weight in params.items()}
     save_tree(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import resource
 import sys
@@ -20,7 +21,7 @@ from jax.sharding import Sharding
 from stepjax.checkpoint import Change, Checkpoint, Index, Progress
 from stepjax.quant import BlockScaled, Weight
 from stepjax.quant_groups import Grouped
-from stepjax.weights import scale_shape
+from stepjax.weights import Groups, scale_shape
 
 READERS = 4  # threads; reading releases the interpreter's lock
 AHEAD = 0.2  # of the largest weight's part: how much more than that may be read and not placed yet
@@ -28,6 +29,7 @@ AHEAD = 0.2  # of the largest weight's part: how much more than that may be read
 # Weights whose first axis is the experts as the router numbers them.
 _BY_EXPERT = re.compile(r"layers\.(\d+)\.moe\.(?:experts\.(?:gate|up|down)|router\.(?:weight|bias))")
 
+Read = np.ndarray | BlockScaled | Grouped
 ExpertOrder = Mapping[int, Sequence[int]]  # by layer: our expert j is the stored expert order[j]
 
 
@@ -64,7 +66,8 @@ def load_sharded(
       shardings: by our path, one for each weight of the checkpoint. A weight that stays in FP8 blocks must not be cut
         inside one (`stepjax.sharding.rules` sees to it).
       expert_order: relabel experts while reading, so that busy ones lie on different devices; answers do not change.
-      change: applied to each slice before it is placed; it may quantise experts, which must be whole then.
+      keep_fp8: leave FP8 weights in their blocks. What is stored in whole numbers stays so always.
+      change: applied to each slice before it is placed, as to quantise it.
       progress: called with (bytes read, bytes that this process will read).
     """
     assert set(shardings) == set(checkpoint.paths), set(shardings) ^ set(checkpoint.paths)
@@ -123,12 +126,12 @@ def _largest(slices: Sequence[_Slice]) -> int:
 
 
 def _read_ahead(
-    slices: Sequence[_Slice], read: Callable[[_Slice], np.ndarray | BlockScaled], *, limit: float
-) -> Iterator[tuple[_Slice, np.ndarray | BlockScaled]]:
+    slices: Sequence[_Slice], read: Callable[[_Slice], Read], *, limit: float
+) -> Iterator[tuple[_Slice, Read]]:
     """The slices in order, while threads read those that follow: up to ``limit`` bytes that are not placed yet."""
     with ThreadPoolExecutor(READERS) as pool:
         waiting, pending = deque(slices), 0
-        ahead: deque[tuple[_Slice, Future[np.ndarray | BlockScaled]]] = deque()
+        ahead: deque[tuple[_Slice, Future[Read]]] = deque()
         try:
             while waiting or ahead:
                 while waiting and (not ahead or pending + waiting[0].num_bytes <= limit):
@@ -150,13 +153,13 @@ class _Reader:
     keep_fp8: bool
     order: ExpertOrder
 
-    def __call__(self, piece: _Slice) -> np.ndarray | BlockScaled:
+    def __call__(self, piece: _Slice) -> Read:
         parts = [self._part(piece.path, index) for index in self._stored(piece)]
         return parts[0] if len(parts) == 1 else jax.tree.map(lambda *each: np.concatenate(each), *parts)
 
-    def _part(self, path: str, index: Index) -> np.ndarray | BlockScaled:
-        keep = self.keep_fp8 and self.checkpoint.is_fp8(path)
-        return self.checkpoint.read(path, dtype=self.dtype, keep_fp8=keep, index=index, own=True)
+    def _part(self, path: str, index: Index) -> Read:
+        keep = self.keep_fp8 or not self.checkpoint.is_fp8(path)
+        return self.checkpoint.read(path, dtype=self.dtype, keep=keep, index=index, own=True)
 
     def _stored(self, piece: _Slice) -> list[Index]:
         """Where the slice lies in the file: more than one run of experts if they are relabelled."""
@@ -172,19 +175,16 @@ class _Reader:
 
 def _assembled(shape: tuple[int, ...], sharding: Sharding, pieces: list[Any]) -> Any:
     """The global array (or quantised weight) of which this process holds ``pieces``."""
-    if isinstance(pieces[0], Grouped):
-        experts = shape[0]
-
-        def joined(*leaves: jax.Array) -> jax.Array:
-            return jax.make_array_from_single_device_arrays((experts, *leaves[0].shape[1:]), sharding, list(leaves))
-
-        return jax.tree.map(joined, *pieces)
-    if not isinstance(pieces[0], BlockScaled):
+    first = pieces[0]
+    if not isinstance(first, BlockScaled | Grouped):
         return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
-    q = jax.make_array_from_single_device_arrays(shape, sharding, [piece.q for piece in pieces])
-    of_scales = scale_shape(shape, pieces[0].block)
+    if isinstance(first, Grouped):
+        of_values, of_scales = Groups(first.bits, first.group).shapes(shape)
+    else:
+        of_values, of_scales = shape, scale_shape(shape, first.block)
+    q = jax.make_array_from_single_device_arrays(of_values, sharding, [piece.q for piece in pieces])
     scale = jax.make_array_from_single_device_arrays(of_scales, sharding, [piece.scale for piece in pieces])
-    return BlockScaled(q, scale, pieces[0].block)
+    return dataclasses.replace(first, q=q, scale=scale)
 
 
 def _resident_bytes() -> int:

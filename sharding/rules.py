@@ -16,6 +16,7 @@ from stepjax.config import ModelConfig
 from stepjax.errors import MeshError
 from stepjax.layout import AXES as LOGICAL
 from stepjax.sharding.mesh import MeshSpec
+from stepjax.weights import Groups
 
 Axes = tuple[str, ...]
 
@@ -55,6 +56,7 @@ class Rules:
     mesh: MeshSpec
     strategy: str = "expert_tensor"
     keep_fp8: bool = False  # the experts' weights stay in blocks, which no device may share
+    groups: Groups | None = None  # the experts' weights are held in whole numbers, whose groups no device may share
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
@@ -124,8 +126,14 @@ class Rules:
                 kept = ()
             elif kept is None:
                 raise MeshError(self._refusal(what, self.live(("tensor",)), sizes))
-        if name in ("expert_mlp", "embed") and self.keep_fp8:
-            self._check_blocks(what, axes, sizes, self.config.fp8_block)
+        if name in ("expert_mlp", "embed") and axes:
+            if self.keep_fp8:
+                widths, advice = self.config.fp8_block or (), "load the weights widened (without keep_fp8)"
+                self._check_blocks(what, axes, sizes, frozenset(widths), "an FP8 block", advice)
+            if self.groups:
+                widths = frozenset({self.groups.columns}) if self.groups.columns else sizes
+                advice = "split whole experts only (--strategy expert)"
+                self._check_blocks(what, axes, sizes, widths, f"an int{self.groups.bits} group", advice)
         if kept == axes:
             return kept, ""
         copied = f"{self.size(axes) // self.size(kept)} devices each hold a copy"
@@ -142,16 +150,16 @@ class Rules:
             count -= 1
         return heads[:count]
 
-    def _check_blocks(self, what: str, axes: Axes, sizes: frozenset[int], block: tuple[int, int] | None) -> None:
-        if block is None or not axes:
-            return
+    def _check_blocks(
+        self, what: str, axes: Axes, sizes: frozenset[int], widths: frozenset[int], block: str, advice: str
+    ) -> None:
         for size in sizes:
-            for width in sorted(set(block)):
+            for width in sorted(widths):
                 if (size // self.size(axes)) % width:
                     legal = [n for n in range(1, size // width + 1) if size % n == 0 and (size // n) % width == 0]
                     raise MeshError(
-                        f"{_text(self.mesh, axes)}: {what} would be cut inside an FP8 block of {width}; expected "
-                        f"{' or '.join(map(str, legal))} ways, or load the weights widened (without keep_fp8)"
+                        f"{_text(self.mesh, axes)}: {what} would be cut inside {block} of {width}; expected "
+                        f"{' or '.join(map(str, legal))} ways, or {advice}"
                     )
 
     def _refusal(self, what: str, axes: Axes, sizes: frozenset[int]) -> str:

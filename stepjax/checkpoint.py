@@ -18,12 +18,13 @@ from stepjax.errors import CheckpointError
 from stepjax.names import Piece, Recipe, Resolution, resolve_names
 from stepjax.safetensors_file import DTYPES, Entry, regular_size
 from stepjax.shards import inside, open_shards
-from stepjax.weights import FP8_BLOCK, scale_shape
+from stepjax.weights import FP8_BLOCK, Form, Groups, scale_shape
 
 if TYPE_CHECKING:
     import jax
 
     from stepjax.quant import BlockScaled, Weight
+    from stepjax.quant_groups import Grouped
 
 Index = tuple[slice, ...]
 Change = Callable[[str, Any], Any]  # a weight by its path → the weight to keep
@@ -52,6 +53,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder}: cannot be read ({error.strerror}); check its permissions") from None
         names = resolve_names(config, shards.files)
         self._files, self._recipes = shards.files, names.recipes
+        self._groups: dict[str, Groups] = {}
         problems = [*shards.problems, *self._name_problems(names), *self._tensor_problems()]
         self._refuse(problems, config)
         self.has_mtp = names.has_mtp
@@ -70,8 +72,13 @@ class Checkpoint:
 
     @property
     def fp8(self) -> bool:
-        """Whether any weight is stored in 8 bits with scales."""
+        """Whether any weight is stored in FP8 blocks."""
         return self._block is not None
+
+    @property
+    def groups(self) -> Groups | None:
+        """How the routed experts are stored in whole numbers, if they are."""
+        return next(iter(self._groups.values()), None)
 
     @property
     def num_bytes(self) -> int:
@@ -88,31 +95,38 @@ class Checkpoint:
         where = _absolute(index, recipe.spec.shape)
         if not recipe.scales:
             return _size(where) * DTYPES[self._entry(recipe.pieces[0].name).dtype].itemsize
-        cover, _ = _cover(where, recipe.spec.shape, self._fp8_block)
-        scales = _size(self._of_scales(cover)) * DTYPES[self._entry(recipe.scales[0]).dtype].itemsize
-        return _size(cover) + scales
+        unit = self._unit(recipe)
+        cover, _ = _cover(where, recipe.spec.shape, unit)
+        scales = _size(_of_scales(cover, unit)) * DTYPES[self._entry(recipe.scales[0]).dtype].itemsize
+        form = self._groups.get(path)
+        return _size(cover) * (form.bits if form else 8) // 8 + scales
+
+    def form(self, path: str) -> Form | None:
+        """How this weight is quantised in the files; None: it is not."""
+        return (self._groups.get(path) or self._fp8_block) if self._recipe(path).scales else None
 
     def is_fp8(self, path: str) -> bool:
-        """Whether this weight is stored in 8 bits with scales."""
-        return bool(self._recipe(path).scales)
+        """Whether this weight is stored in FP8 blocks."""
+        return bool(self._recipe(path).scales) and path not in self._groups
 
     @overload
     def read(
-        self, path: str, *, dtype: Any, keep_fp8: Literal[False] = False, index: Index | None = None, own: bool = False
+        self, path: str, *, dtype: Any, keep: Literal[False] = False, index: Index | None = None, own: bool = False
     ) -> np.ndarray: ...
     @overload
     def read(
-        self, path: str, *, dtype: Any, keep_fp8: bool, index: Index | None = None, own: bool = False
-    ) -> np.ndarray | BlockScaled: ...
+        self, path: str, *, dtype: Any, keep: bool, index: Index | None = None, own: bool = False
+    ) -> np.ndarray | BlockScaled | Grouped: ...
     def read(
-        self, path: str, *, dtype: Any, keep_fp8: bool = False, index: Index | None = None, own: bool = False
-    ) -> np.ndarray | BlockScaled:
+        self, path: str, *, dtype: Any, keep: bool = False, index: Index | None = None, own: bool = False
+    ) -> np.ndarray | BlockScaled | Grouped:
         """One weight, or the part of it at ``index``, in ``dtype``; the router's bias is float32 always.
 
         A weight stored whole in ``dtype`` comes back as a read-only view of the file, not yet in memory.
 
         Args:
-          keep_fp8: leave an FP8 weight as `BlockScaled` with numpy leaves; ``index`` must then begin and end at blocks.
+          keep: leave a quantised weight as `BlockScaled` or `Grouped` with numpy leaves; ``index`` must then begin and
+            end where its scales do.
           index: one slice per axis, without steps.
           own: read into memory of its own rather than map the file.
         """
@@ -121,19 +135,25 @@ class Checkpoint:
         if not recipe.scales:
             value = self._slab(recipe.pieces, where, own=own)
             return value.astype(np.float32 if recipe.spec.dtype == "F32" else dtype, copy=False)
-        from stepjax.quant import dequantize_numpy
-
-        cover, inner = _cover(where, recipe.spec.shape, self._fp8_block)
-        weight = self._block_scaled(recipe, cover, own=own)
-        if keep_fp8:
-            assert cover == where, f"{path}: {index} does not begin and end at blocks of {self._block}"
+        unit = self._unit(recipe)
+        cover, inner = _cover(where, recipe.spec.shape, unit)
+        weight = self._grouped(recipe, cover, own=own) if recipe.grouped else self._block_scaled(recipe, cover, own=own)
+        if keep:
+            assert cover == where, f"{path}: {index} does not begin and end at blocks of {unit}"
             return weight
-        return dequantize_numpy(weight, dtype)[inner]
+        from stepjax.quant import widened
+
+        return widened(weight, dtype)[inner]
 
     @property
     def _fp8_block(self) -> tuple[int, int]:
         assert self._block is not None
         return self._block
+
+    def _unit(self, recipe: Recipe) -> tuple[int, int]:
+        """Rows and columns that share a scale."""
+        form = self._groups.get(recipe.spec.path)
+        return (1, form.columns or recipe.spec.shape[-1]) if form else self._fp8_block
 
     def _recipe(self, path: str) -> Recipe:
         if path not in self._recipes:
@@ -158,22 +178,25 @@ class Checkpoint:
         """The part of an FP8 weight at ``where``, which begins and ends at blocks."""
         from stepjax.quant import BlockScaled
 
-        rows, _ = self._fp8_block
-        scales = tuple(
-            Piece(name, self._entry(name).shape, piece.start // rows)
-            for name, piece in zip(recipe.scales, recipe.pieces, strict=True)
-        )
-        scale = self._slab(scales, self._of_scales(where), own=own).astype(np.float32, copy=False)
+        scale = self._scales(recipe, where, own=own).astype(np.float32, copy=False)
         return BlockScaled(self._slab(recipe.pieces, where, own=own), scale, self._fp8_block)
 
-    def _of_scales(self, where: Index) -> Index:
-        """Where the scales of a part that begins and ends at blocks lie."""
-        rows, columns = self._fp8_block
-        return (
-            *where[:-2],
-            slice(where[-2].start // rows, -(-where[-2].stop // rows)),
-            slice(where[-1].start // columns, -(-where[-1].stop // columns)),
+    def _grouped(self, recipe: Recipe, where: Index, *, own: bool) -> Grouped:
+        """The part of a weight in whole numbers at ``where``, which begins and ends at groups."""
+        from stepjax.quant_groups import Grouped
+
+        bits, columns = self._groups[recipe.spec.path].bits, where[-1]
+        packed = (*where[:-1], slice(columns.start * bits // 8, columns.stop * bits // 8))
+        return Grouped(self._slab(recipe.pieces, packed, own=own), self._scales(recipe, where, own=own), bits)
+
+    def _scales(self, recipe: Recipe, where: Index, *, own: bool) -> np.ndarray:
+        """The scales of a part that begins and ends where they do."""
+        unit = self._unit(recipe)
+        scales = tuple(
+            Piece(name, self._entry(name).shape, piece.start // unit[0])
+            for name, piece in zip(recipe.scales, recipe.pieces, strict=True)
         )
+        return self._slab(scales, _of_scales(where, unit), own=own)
 
     def _name_problems(self, names: Resolution) -> list[str]:
         at = self._files
@@ -187,6 +210,9 @@ class Checkpoint:
         """Wrong shapes and dtypes; those of scales wait until the block is known."""
         problems = []
         for recipe in self._recipes.values():
+            if recipe.grouped:
+                problems += self._grouped_problems(recipe)
+                continue
             fp8 = bool(recipe.scales)
             allowed = ("F8_E4M3",) if fp8 else _FLOATS
             for piece in recipe.pieces:
@@ -203,9 +229,32 @@ class Checkpoint:
                     problems.append(f"{where} is {entry.dtype}, expected {' or '.join(allowed)}{also}")
         return problems
 
+    def _grouped_problems(self, recipe: Recipe) -> list[str]:
+        """What is wrong with a weight in whole numbers; its form is noted where nothing is."""
+        spec, problems = recipe.spec, []
+        for name, piece in zip(recipe.scales, recipe.pieces, strict=True):
+            stored, scale = self._entry(piece.name), self._entry(name)
+            where, of_scale = (f"{self._files[each].path}: tensor {each}" for each in (piece.name, name))
+            bits = {"I8": 8, "U8": 4}.get(stored.dtype, 0)
+            form = Groups(bits, None if bits == 8 else _columns(piece.shape, scale))
+            if spec.part != "experts":
+                problems.append(f"{where} has scales of whole numbers, which routed experts alone may have")
+            elif not form.bits:
+                problems.append(f"{where} is {stored.dtype}, expected I8 or U8 since it has scales {name}")
+            elif form.columns == 0 or (stored.shape, scale.shape) != form.shapes(piece.shape):
+                found = f"{list(stored.shape)} and its scales {list(scale.shape)}"
+                problems.append(f"{where} has shape {found}, which do not hold {list(piece.shape)} in {form.bits} bits")
+            elif scale.dtype != form.dtypes[1]:
+                problems.append(f"{of_scale} is {scale.dtype}, expected {form.dtypes[1]}")
+            elif self._groups.setdefault(spec.path, form) != form or (self.groups or form) != form:
+                problems.append(f"{where} is not held as other weights are: {form}, expected {self.groups}")
+            elif not np.isfinite(self._files[name].view(name).astype(np.float32)).all():
+                problems.append(f"{of_scale} has scales that are not finite")
+        return problems
+
     def _find_block(self, config: ModelConfig) -> tuple[tuple[int, int] | None, list[str]]:
         """Rows and columns per scale, or None when nothing is stored in 8 bits: the tensors decide, not config.json."""
-        quantised = [recipe for recipe in self._recipes.values() if recipe.scales]
+        quantised = [recipe for recipe in self._recipes.values() if recipe.scales and not recipe.grouped]
         file = self.folder / "config.json"
         if not quantised:
             unused = f"{file}: has a quantization_config, but no weight has FP8 scales; read as BF16"
@@ -229,6 +278,8 @@ class Checkpoint:
         """Scales of another shape or dtype, or that are not positive numbers. Reads them: 46 MB of the release."""
         problems = []
         for recipe in self._recipes.values():
+            if recipe.grouped:
+                continue
             for name, piece in zip(recipe.scales, recipe.pieces, strict=bool(recipe.scales)):
                 entry, expected = self._entry(name), scale_shape(piece.shape, self._fp8_block)
                 where = f"{self._files[name].path}: tensor {name}"
@@ -280,13 +331,14 @@ def load_params(
     """Every weight as jax arrays on the default device, one at a time: beside the model, memory holds one weight.
 
     Args:
+      keep_fp8: leave FP8 weights in their blocks. What is stored in whole numbers stays so always.
       change: applied to each weight by its path before it is placed, as to quantise it.
     """
     import jax
 
     params, done, total = {}, 0, checkpoint.num_bytes
     for path in checkpoint.paths:
-        value = checkpoint.read(path, dtype=dtype, keep_fp8=keep_fp8)
+        value = checkpoint.read(path, dtype=dtype, keep=keep_fp8 or not checkpoint.is_fp8(path))
         params[path] = jax.tree.map(_place, change(path, value) if change else value)
         done += checkpoint.stored_bytes(path)
         if progress:
@@ -328,6 +380,23 @@ def _shifted(where: Index, start: int) -> Index:
         return where
     rows = where[-2]
     return (*where[:-2], slice(rows.start + start, rows.stop + start), where[-1])
+
+
+def _of_scales(where: Index, unit: tuple[int, int]) -> Index:
+    """Where the scales of a part that begins and ends where they do lie."""
+    rows, columns = unit
+    return (
+        *where[:-2],
+        slice(where[-2].start // rows, -(-where[-2].stop // rows)),
+        slice(where[-1].start // columns, -(-where[-1].stop // columns)),
+    )
+
+
+def _columns(shape: tuple[int, ...], scale: Entry) -> int:
+    """Columns that share a scale of a weight of ``shape``: an even number, or 0 if there is none."""
+    groups = scale.shape[-1] if scale.shape else 0
+    columns = shape[-1] // groups if groups else 0
+    return columns if columns * groups == shape[-1] and columns % 2 == 0 else 0
 
 
 def _cover(where: Index, shape: tuple[int, ...], block: tuple[int, int]) -> tuple[Index, Index]:

@@ -1,4 +1,4 @@
-"""``stepjax convert``: write a checkpoint again with its routed experts in BF16 or in the FP8 release's blocks."""
+"""``stepjax convert``: write a checkpoint again with its routed experts in another precision."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ from stepjax.folder import open_folder
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="checkpoint folder, hub id or embedded name")
     parser.add_argument("target", metavar="DST", type=Path, help="folder to write; it appears whole or not at all")
-    parser.add_argument("--experts", required=True, choices=("bf16", "fp8"), help="precision of the routed experts")
+    parser.add_argument(
+        "--experts",
+        required=True,
+        choices=("bf16", "fp8", "int8", "int4"),
+        help="precision of the routed experts: the releases' own, or whole numbers, which only this package reads",
+    )
+    parser.add_argument("--group", type=int, default=64, help="columns that share a scale in int4 (%(default)s)")
     parser.add_argument(
         "--max-shard-gib", type=float, default=9.0, metavar="X", help="largest file (%(default)s, as the release has)"
     )
@@ -30,7 +36,9 @@ def run(args: argparse.Namespace) -> int:
     if not args.max_shard_gib > 0:
         raise CheckpointError(f"--max-shard-gib: is {args.max_shard_gib}, expected more than 0")
     from stepjax.export import save
+    from stepjax.quant_groups import form_of
 
+    form = None if args.experts == "bf16" else "fp8" if args.experts == "fp8" else form_of(args.experts, args.group)
     columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -40,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
             source.config,
             Widened(source) if args.experts == "bf16" else {},
             source=folder.path,
-            fp8=args.experts == "fp8",
+            experts=form,
             max_shard_bytes=int(args.max_shard_gib * 2**30),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
@@ -49,11 +57,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Widened(Mapping[str, Any]):
-    """The FP8 weights of a checkpoint in bfloat16, each read when it is asked for."""
+    """The quantised weights of a checkpoint in bfloat16, each read when it is asked for."""
 
     def __init__(self, checkpoint: Checkpoint):
         self._checkpoint = checkpoint
-        self._paths = [path for path in checkpoint.paths if checkpoint.is_fp8(path)]
+        self._paths = [path for path in checkpoint.paths if checkpoint.form(path)]
 
     def __getitem__(self, path: str) -> Any:
         import ml_dtypes

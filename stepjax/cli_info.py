@@ -15,7 +15,16 @@ from rich.table import Table
 
 from stepjax import checkpoint
 from stepjax.config import PRESETS, ModelConfig
-from stepjax.weights import count_parameters, inventory, kv_bytes_per_token, kv_window_bytes, layer_table
+from stepjax.weights import (
+    FP8_BLOCK,
+    Form,
+    Groups,
+    count_parameters,
+    inventory,
+    kv_bytes_per_token,
+    kv_window_bytes,
+    layer_table,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +54,7 @@ def read_config(name_or_path: str) -> ModelConfig:
 
 
 def describe(config: ModelConfig) -> dict[str, Any]:
-    """Parameters by part, the two release layouts, cache sizes (bfloat16) and the layer table."""
+    """Parameters by part, the layouts of a release, cache sizes (bfloat16) and the layer table."""
     counts = count_parameters(config)
     parts = dataclasses.asdict(counts)
     parts.pop("experts_per_token")
@@ -56,7 +65,7 @@ def describe(config: ModelConfig) -> dict[str, Any]:
             "active": counts.active,
             "parts": parts,
         },
-        "release": {name: _release(config, fp8=name == "fp8") for name in ("bf16", "fp8")},
+        "release": {name: _release(config, form) for name, form in _forms(config).items()},
         "kv": {
             "bytes_per_token": kv_bytes_per_token(config),
             "window_bytes_per_sequence": kv_window_bytes(config, mtp=False),
@@ -87,8 +96,15 @@ def describe(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _release(config: ModelConfig, *, fp8: bool) -> dict[str, int]:
-    specs = inventory(config, fp8=fp8)
+def _forms(config: ModelConfig) -> dict[str, Form | None]:
+    """What the routed experts may be held in; int4 where its groups fill the rows."""
+    forms: dict[str, Form | None] = {"bf16": None, "fp8": config.fp8_block or FP8_BLOCK, "int8": Groups(8, None)}
+    fits = [columns for columns in (64, 32) if config.hidden_size % columns == config.expert_size % columns == 0]
+    return forms | {f"int4 in {columns}s": Groups(4, columns) for columns in fits}
+
+
+def _release(config: ModelConfig, form: Form | None) -> dict[str, int]:
+    specs = inventory(config, experts=form)
     return {"tensors": len(specs), "bytes": sum(spec.num_bytes for spec in specs)}
 
 
@@ -102,7 +118,7 @@ def _show(name: str, found: dict[str, Any]) -> None:
     for part, count in parameters["parts"].items():
         facts.add_row(f"  {part.replace('_', ' ')}", f"{count:,}")
     for release, size in found["release"].items():
-        facts.add_row(f"{release.upper()} release", f"{size['tensors']} tensors, {size['bytes']:,} bytes")
+        facts.add_row(f"experts in {release}", f"{size['tensors']} tensors, {size['bytes']:,} bytes")
     facts.add_row("KV bytes per token", f"{kv['bytes_per_token']:,}")
     facts.add_row("KV bytes of the windows", f"{kv['window_bytes_per_sequence']:,} a sequence")
     facts.add_row("context, vocabulary", f"{found['context']:,} tokens, {found['vocabulary']:,} entries")

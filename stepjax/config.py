@@ -20,6 +20,7 @@ from stepjax.errors import ConfigError
 FULL, SLIDE = "full_attention", "sliding_attention"
 ASSETS = Path(__file__).parent / "assets"
 PRESETS = ("step-3.5-flash", "step-tiny")
+WHOLE_NUMBERS = "stepjax"  # quant_method of a checkpoint whose experts `stepjax convert` wrote in int8 or int4
 
 
 @dataclass(frozen=True)
@@ -412,6 +413,8 @@ class _Reader:
         where = "quantization_config"
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}: is {value!r}, expected an object or null")
+        if value.get("quant_method") == WHOLE_NUMBERS:
+            return None  # the tensors say how
         for name, expected in (("quant_method", "fp8"), ("fmt", "e4m3"), ("activation_scheme", "dynamic")):
             if value.get(name, expected) != expected or (name == "quant_method" and name not in value):
                 raise ConfigError(f"{where}.{name}: is {value.get(name)!r}, only {expected!r} is supported")

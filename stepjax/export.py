@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -24,10 +24,11 @@ from stepjax.config import ModelConfig
 from stepjax.errors import CheckpointError
 from stepjax.hub_config import quantization_config, to_hf
 from stepjax.quant import BlockScaled, quantize_numpy
+from stepjax.quant_groups import Grouped, check_fit, quantize_groups
 from stepjax.safetensors_file import DTYPES
 from stepjax.shard_writer import ShardWriter
 from stepjax.shards import INDEX, inside, read_json
-from stepjax.weights import FP8_BLOCK, TensorSpec, inventory, quantized
+from stepjax.weights import FP8_BLOCK, Form, Groups, TensorSpec, inventory, quantized
 
 MAX_SHARD_BYTES = 9 * 2**30  # about the release's 44 files
 # What makes the folder usable elsewhere. Python files of the release are copied as data and never imported.
@@ -44,7 +45,7 @@ _COMPANIONS = (
     "LICENSE*",
 )
 
-Params = Mapping[str, Any]  # our path → numpy or jax array, or BlockScaled
+Params = Mapping[str, Any]  # our path → numpy or jax array, BlockScaled or Grouped
 
 
 def save(
@@ -53,46 +54,49 @@ def save(
     params: Params,
     *,
     source: Path | str | None = None,
-    fp8: bool = False,
+    experts: Form | Literal["fp8"] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Write ``params`` as a checkpoint folder and return its path.
 
-    Weights become BF16 and the router's bias F32, as in the release; `BlockScaled` weights are written as they are.
+    Weights become BF16 and the router's bias F32, as in the release; quantised weights are written as they are.
 
     Args:
       params: by our path. An entry may be computed on access; it is asked for twice, to be checked and to be written.
       source: the checkpoint the model came from. Weights that ``params`` lacks are copied from it unchanged (MTP layers
         that were not trained, say), as are its ``config.json``, tokenizer, template and remote code.
-      fp8: quantise the routed experts that are not quantised yet.
+      experts: quantise the routed experts: to "fp8" in the blocks of ``config``, or to whole numbers in `Groups`. What
+        ``source`` has in another form is widened first. None leaves them as they are.
       max_shard_bytes: of one file; a larger tensor gets a file of its own.
       overwrite: replace a checkpoint at ``folder``; anything else there is never replaced.
 
     Raises:
       CheckpointError: a weight is missing, unknown or misshapen, or the folder cannot be written; nothing is left.
+      ConfigError: groups of that size do not fill the experts' rows.
     """
     folder = Path(os.path.abspath(folder))  # not resolved: a link in its place is refused below
     source = Path(source) if source is not None else None
     check_target(folder, overwrite=overwrite)
     if source is not None:
         _check_same_model(config, source)
-    plan = _plan(config, params, source=source, fp8=fp8)
+    form = config.fp8_block or FP8_BLOCK if experts == "fp8" else experts
+    plan = _plan(config, params, source=source, experts=form)
     with _appearing(folder, num_bytes=sum(weight.num_bytes for weight in plan)) as target:
         if source is not None:
             _copy_companions(source, target)
-        _write(target / "config.json", _config_file(config, source=source, block=_block_of(plan)))
+        _write(target / "config.json", _config_file(config, source=source, form=_form_of(plan)))
         _write_shards(target, plan, max_shard_bytes=max_shard_bytes, progress=progress)
     return folder
 
 
 @dataclass(frozen=True)
 class _Weight:
-    """One weight to be written: as one tensor, or as an FP8 tensor and its scales."""
+    """One weight to be written: as one tensor, or as a quantised tensor and its scales."""
 
     tensors: tuple[TensorSpec, ...]
-    block: tuple[int, int] | None  # None: not in 8 bits
+    form: Form | None  # None: not quantised
     get: Callable[[], Any]
 
     @property
@@ -102,12 +106,12 @@ class _Weight:
     def arrays(self) -> Iterator[tuple[TensorSpec, np.ndarray]]:
         """The tensors with their values, in the stored dtype."""
         value = self.get()
-        if self.block is None:
+        if self.form is None:
             yield self.tensors[0], np.asarray(value).astype(DTYPES[self.tensors[0].dtype], copy=False)
             return
-        if not isinstance(value, BlockScaled):
-            value = quantize_numpy(np.asarray(value), self.block)
-        if not np.isfinite(np.asarray(value.scale)).all():
+        if not isinstance(value, BlockScaled | Grouped):
+            value = _quantized(np.asarray(value), self.form)
+        if not np.isfinite(np.asarray(value.scale).astype(np.float32)).all():
             raise CheckpointError(
                 f"export: {self.tensors[0].path} has values that are not finite and cannot be quantised"
             )
@@ -115,7 +119,13 @@ class _Weight:
             yield tensor, np.asarray(leaf)
 
 
-def _plan(config: ModelConfig, params: Params, *, source: Path | None, fp8: bool) -> list[_Weight]:
+def _quantized(value: np.ndarray, form: Form) -> BlockScaled | Grouped:
+    if not isinstance(form, Groups):
+        return quantize_numpy(value, form)
+    return quantize_groups(value, "int8" if form.bits == 8 else "int4", form.columns or value.shape[-1])
+
+
+def _plan(config: ModelConfig, params: Params, *, source: Path | None, experts: Form | None) -> list[_Weight]:
     """Every weight of the inventory with the place it comes from; refuses whatever does not fit."""
     specs = inventory(config)
     unknown = sorted(set(params) - {spec.path for spec in specs})
@@ -127,17 +137,19 @@ def _plan(config: ModelConfig, params: Params, *, source: Path | None, fp8: bool
     origin = _origin(absent, source)
     if origin is not None and not origin.has_mtp and not any(path.startswith("mtp.") for path in params):
         specs = tuple(spec for spec in specs if not spec.path.startswith("mtp."))  # there are none, and never were
-    block = config.fp8_block or FP8_BLOCK
     plan = []
     for spec in specs:
+        form = experts if spec.part == "experts" else None
+        if isinstance(form, Groups):
+            check_fit(form, spec.shape[-1])
         if spec.path in params:
-            plan.append(_from_params(spec, params, block=block if fp8 and spec.part == "experts" else None))
+            plan.append(_from_params(spec, params, form))
         else:
             assert origin is not None
-            plan.append(_from_source(spec, origin, block=block if fp8 and spec.part == "experts" else None))
-    blocks = {weight.block for weight in plan if weight.block}
-    if len(blocks) > 1:
-        raise CheckpointError(f"export: weights are quantised in blocks of {sorted(blocks)}, expected one block size")
+            plan.append(_from_source(spec, origin, form))
+    forms = {str(weight.form) for weight in plan if weight.form}
+    if len(forms) > 1:
+        raise CheckpointError(f"export: weights are quantised as {' and '.join(sorted(forms))}, expected one form")
     return plan
 
 
@@ -153,33 +165,32 @@ def _origin(absent: list[TensorSpec], source: Path | None) -> Checkpoint | None:
     return Checkpoint(source)
 
 
-def _from_params(spec: TensorSpec, params: Params, *, block: tuple[int, int] | None) -> _Weight:
+def _from_params(spec: TensorSpec, params: Params, form: Form | None) -> _Weight:
     value = params[spec.path]
     if tuple(value.shape) != spec.shape:
         raise CheckpointError(f"export: {spec.path} has shape {list(value.shape)}, expected {list(spec.shape)}")
-    if isinstance(value, BlockScaled):
-        if not spec.may_be_fp8:
+    if isinstance(value, BlockScaled | Grouped):
+        if not (spec.part == "experts" if isinstance(value, Grouped) else spec.may_be_fp8):
             raise CheckpointError(f"export: {spec.path} is quantised, but this weight is stored as {spec.dtype} only")
-        block = value.block
-        scale = quantized(spec, block)[1]
+        form = value.form if isinstance(value, Grouped) else value.block
+        scale = quantized(spec, form)[1]
         if tuple(value.scale.shape) != scale.shape:
             found = list(value.scale.shape)
             raise CheckpointError(f"export: {scale.path} has shape {found}, expected {list(scale.shape)}")
-    tensors = (spec,) if block is None else quantized(spec, block)
-    return _Weight(tensors, block, lambda: params[spec.path])
+    tensors = (spec,) if form is None else quantized(spec, form)
+    return _Weight(tensors, form, lambda: params[spec.path])
 
 
-def _from_source(spec: TensorSpec, origin: Checkpoint, *, block: tuple[int, int] | None) -> _Weight:
-    stored_fp8 = origin.is_fp8(spec.path)
-    if stored_fp8:
-        block = origin.config.fp8_block
-    tensors = (spec,) if block is None else quantized(spec, block)
+def _from_source(spec: TensorSpec, origin: Checkpoint, form: Form | None) -> _Weight:
+    stored = origin.form(spec.path)
+    form = form or stored
+    tensors = (spec,) if form is None else quantized(spec, form)
     dtype = DTYPES[spec.dtype]
-    return _Weight(tensors, block, lambda: origin.read(spec.path, dtype=dtype, keep_fp8=stored_fp8))
+    return _Weight(tensors, form, lambda: origin.read(spec.path, dtype=dtype, keep=stored == form))
 
 
-def _block_of(plan: list[_Weight]) -> tuple[int, int] | None:
-    return next((weight.block for weight in plan if weight.block), None)
+def _form_of(plan: list[_Weight]) -> Form | None:
+    return next((weight.form for weight in plan if weight.form), None)
 
 
 def _write_shards(target: Path, plan: list[_Weight], *, max_shard_bytes: int, progress: Progress | None) -> None:
@@ -213,18 +224,18 @@ def _places(target: Path, tensors: list[TensorSpec], max_shard_bytes: int) -> di
     return {tensor.hub_name: writer for writer, group in zip(writers, groups, strict=True) for tensor in group}
 
 
-def _config_file(config: ModelConfig, *, source: Path | None, block: tuple[int, int] | None) -> bytes:
+def _config_file(config: ModelConfig, *, source: Path | None, form: Form | None) -> bytes:
     """The source's ``config.json`` to the byte, except for a quantization_config that no longer holds."""
+    about = quantization_config(config, form) if form else None
     if source is None:
-        return _json(to_hf(dataclasses.replace(config, fp8_block=block)))
-    path = inside(source, "config.json")
-    if read_config(source).fp8_block == block:
-        return path.read_bytes()
-    hub = read_json(path)
+        hub = to_hf(dataclasses.replace(config, fp8_block=None))
+    else:
+        path = inside(source, "config.json")
+        hub, block = read_json(path), read_config(source).fp8_block
+        if hub.get("quantization_config") == about or (block is not None and block == form):
+            return path.read_bytes()
     hub.pop("quantization_config", None)
-    if block:
-        hub["quantization_config"] = quantization_config(config, block)
-    return _json(hub)
+    return _json(hub | ({"quantization_config": about} if about else {}))
 
 
 def _json(value: Any) -> bytes:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from stepjax.config import FULL, SLIDE, LayerSpec, ModelConfig, RopeScaling
+from stepjax.config import FULL, SLIDE, WHOLE_NUMBERS, LayerSpec, ModelConfig, RopeScaling
 from stepjax.errors import ConfigError
-from stepjax.weights import inventory
+from stepjax.weights import Form, Groups, inventory
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -72,12 +72,15 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     return hub
 
 
-def quantization_config(config: ModelConfig, block: tuple[int, int]) -> dict[str, Any]:
-    """The field that marks an FP8 release, whose routed experts alone are quantised.
+def quantization_config(config: ModelConfig, form: Form) -> dict[str, Any]:
+    """The field that marks a release whose routed experts alone are quantised.
 
-    Engines read in ``modules_to_not_convert`` what stays as it is, some by prefix and some by whole name, so every
+    Whole numbers are this package's own form, and named so that no other engine takes them for one of its own. In FP8
+    engines read in ``modules_to_not_convert`` what stays as it is, some by prefix and some by whole name, so every
     module is spelled out. This package goes by the tensors instead.
     """
+    if isinstance(form, Groups):
+        return {"quant_method": WHOLE_NUMBERS, "bits": form.bits, "group_size": form.columns}
     kept = [
         spec.hub_name.removesuffix(".weight")
         for spec in inventory(config)
@@ -87,7 +90,7 @@ def quantization_config(config: ModelConfig, block: tuple[int, int]) -> dict[str
         "quant_method": "fp8",
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
-        "weight_block_size": list(block),
+        "weight_block_size": list(form),
         "modules_to_not_convert": kept,
     }
 

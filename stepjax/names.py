@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from stepjax.config import ModelConfig
-from stepjax.weights import SCALE_SUFFIX, TensorSpec, inventory
+from stepjax.weights import GROUPS_SUFFIX, SCALE_SUFFIX, TensorSpec, inventory
 
 _HF_PREFIX, _PREFIX = "model.language_model.", "model."  # of the vision-language class, and of the release
 
@@ -49,7 +49,8 @@ class Recipe:
 
     spec: TensorSpec
     pieces: tuple[Piece, ...]
-    scales: tuple[str, ...] = ()  # names of the pieces' FP8 scales, or none
+    scales: tuple[str, ...] = ()  # names of the pieces' scales, or none
+    grouped: bool = False  # the scales are those of whole numbers, not of FP8
 
     @property
     def stacked(self) -> bool:
@@ -128,12 +129,13 @@ def _candidates(spec: TensorSpec, stems: Collection[str]) -> Iterator[tuple[Piec
 
 def _recipe(spec: TensorSpec, pieces: tuple[Piece, ...], stored: dict[str, str]) -> tuple[Recipe, list[str]]:
     """The recipe in the checkpoint's spelling, and the scales that some of its pieces have and others lack."""
-    scales = [piece.name + SCALE_SUFFIX for piece in pieces]
+    grouped = any(piece.name + GROUPS_SUFFIX in stored for piece in pieces)
+    scales = [piece.name + (GROUPS_SUFFIX if grouped else SCALE_SUFFIX) for piece in pieces]
     without = [name for name in scales if name not in stored]
     if len(without) == len(scales):
         scales, without = [], []
     spelled = tuple(Piece(stored[piece.name], piece.shape, piece.start, piece.rows) for piece in pieces)
-    return Recipe(spec, spelled, tuple(stored.get(name, name) for name in scales)), without
+    return Recipe(spec, spelled, tuple(stored.get(name, name) for name in scales), grouped), without
 
 
 def _first(pieces: tuple[Piece, ...], stored: dict[str, str]) -> str:
@@ -144,7 +146,8 @@ def _partial(missing: dict[str, TensorSpec], stored: dict[str, str]) -> set[str]
     """Names beside a missing one of the same weight: the weight is incomplete, they are not surplus."""
 
     def stem(name: str) -> str:
-        return _EXPERT_NUMBER.sub(".experts.0.", name).removesuffix(SCALE_SUFFIX)
+        plain = name.removesuffix(SCALE_SUFFIX).removesuffix(GROUPS_SUFFIX)
+        return _EXPERT_NUMBER.sub(".experts.0.", plain)
 
     stems = {stem(name) for name in missing if _EXPERT_NUMBER.search(name)}
     return {name for plain, name in stored.items() if stem(plain) in stems}

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from stepjax.quant_groups import Grouped
+from stepjax.quant_groups import Grouped, dequantize_groups
 from stepjax.weights import scale_shape
 
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -107,6 +107,11 @@ def dequantize_numpy(w: BlockScaled, dtype: Any) -> np.ndarray:
     for lead in np.ndindex(w.shape[:-2]):
         out[lead] = (w.q[lead].astype(np.float32) * _expand(w.scale[lead], w.block, w.shape[-2:])).astype(dtype)
     return out
+
+
+def widened(w: BlockScaled | Grouped, dtype: Any) -> np.ndarray:
+    """A quantised weight with numpy leaves as a plain one."""
+    return dequantize_groups(w, dtype) if isinstance(w, Grouped) else dequantize_numpy(w, dtype)
 
 
 def _block_max(w: Any, block: tuple[int, int]) -> Any:

@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from stepjax.errors import ConfigError
+from stepjax.weights import Groups
 
 IntFormat = Literal["int8", "int4"]
 
@@ -54,6 +55,11 @@ class Grouped:
         """Columns that share a scale."""
         return self.shape[-1] // self.scale.shape[-1]
 
+    @property
+    def form(self) -> Groups:
+        """How the weight is held."""
+        return form_of("int8" if self.bits == 8 else "int4", self.group)
+
     def dequantize(self, dtype: Any) -> jax.Array:
         """The weight in ``dtype``: multiplied in float32, rounded once. A quantised weight is frozen: no gradient."""
         q, scale = jax.lax.stop_gradient((self.q, self.scale))
@@ -74,6 +80,11 @@ class Grouped:
         return Grouped(one(self.q), one(self.scale), self.bits)
 
 
+def form_of(format: IntFormat, group: int = GROUP) -> Groups:
+    """What `quantize_groups` makes of a weight."""
+    return Groups(BITS[format], None if format == "int8" else group)
+
+
 def quantize_groups(w: np.ndarray, format: IntFormat, group: int = GROUP) -> Grouped:
     """Quantise a numpy weight [..., R, C]; one entry of the leading axes at a time, to keep float32 copies small.
 
@@ -85,13 +96,19 @@ def quantize_groups(w: np.ndarray, format: IntFormat, group: int = GROUP) -> Gro
     """
     bits, columns = BITS[format], w.shape[-1]
     group = columns if format == "int8" else group
-    if group % 2 or columns % group:
-        raise ConfigError(f"{format}: rows of {columns} values, expected a multiple of groups of {group}")
+    check_fit(form_of(format, group), columns)
     q = np.empty((*w.shape[:-1], columns * bits // 8), np.int8 if bits == 8 else np.uint8)
     scale = np.empty((*w.shape[:-1], columns // group), SCALE[bits])
     for lead in np.ndindex(w.shape[:-2]):
         q[lead], scale[lead] = _quantized(w[lead].astype(np.float32), bits, group)
     return Grouped(q, scale, bits)
+
+
+def check_fit(form: Groups, columns: int) -> None:
+    """Raise ConfigError unless groups fill rows of so many columns."""
+    group = form.columns or columns
+    if group < 2 or group % 2 or columns % group:
+        raise ConfigError(f"int{form.bits}: rows of {columns} values, expected a multiple of groups of {group}")
 
 
 def _quantized(w: np.ndarray, bits: int, group: int) -> tuple[np.ndarray, np.ndarray]:
@@ -108,3 +125,15 @@ def _quantized(w: np.ndarray, bits: int, group: int) -> tuple[np.ndarray, np.nda
         q = (q + 8).astype(np.uint8)
         q = q[..., :half] | (q[..., half:] << 4)
     return q.reshape(w.shape[0], -1), scale[..., 0]
+
+
+def dequantize_groups(w: Grouped, dtype: Any) -> np.ndarray:
+    """`Grouped.dequantize` of numpy leaves; one entry of the leading axes at a time."""
+    out = np.empty(w.shape, dtype)
+    for lead in np.ndindex(w.shape[:-2]):
+        q, scale = w.q[lead], w.scale[lead]
+        q = q.reshape(*scale.shape, -1)
+        if w.bits == 4:
+            q = np.concatenate([q & 15, q >> 4], axis=-1).astype(np.int8) - np.int8(8)
+        out[lead] = (q * scale[..., None].astype(np.float32)).reshape(out.shape[-2:]).astype(dtype)
+    return out

@@ -16,7 +16,8 @@ from stepjax.config import LayerSpec, ModelConfig
 
 FP8_BLOCK = (128, 128)  # of the FP8 release
 SCALE_SUFFIX = "_scale_inv"  # "inv" since it undoes the quantiser's scale: the weight is q · scale_inv
-DTYPE_BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1}
+GROUPS_SUFFIX = "_scale"  # of whole numbers, which are this package's own form
+DTYPE_BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "I8": 1, "U8": 1}
 
 Part = Literal["embedding", "head", "norm", "attention", "dense", "router", "experts", "shared", "merge", "mtp_head"]
 
@@ -26,7 +27,7 @@ class TensorSpec:
     """One tensor of a release."""
 
     hub_name: str
-    path: str  # of our parameter; the scale of an FP8 weight has its weight's path and ".scale"
+    path: str  # of our parameter; the scale of a quantised weight has its weight's path and ".scale"
     shape: tuple[int, ...]
     dtype: str  # safetensors' name of it
     part: Part
@@ -46,20 +47,48 @@ class TensorSpec:
         return self.part == "experts" or self.path.endswith("_proj.weight")
 
 
-def inventory(config: ModelConfig, *, fp8: bool = False) -> tuple[TensorSpec, ...]:
-    """Every tensor of the BF16 or the FP8 release of ``config``, MTP layers included (§4.1, §4.2)."""
+@dataclass(frozen=True)
+class Groups:
+    """Whole numbers with a scale per group of columns, as `stepjax.quant_groups` holds them."""
+
+    bits: int  # 8, or 4: two values a byte
+    columns: int | None  # that share a scale; None: a whole row
+
+    @property
+    def dtypes(self) -> tuple[str, str]:
+        """Of the values and of the scales."""
+        return ("I8", "F32") if self.bits == 8 else ("U8", "BF16")
+
+    def shapes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of the stored values and of the scales of a weight of ``shape``."""
+        *rows, columns = shape
+        return (*rows, columns * self.bits // 8), (*rows, columns // (self.columns or columns))
+
+
+Form = tuple[int, int] | Groups  # FP8 in blocks of rows and columns, or whole numbers
+
+
+def inventory(config: ModelConfig, *, experts: Form | None = None) -> tuple[TensorSpec, ...]:
+    """Every tensor of a release of ``config``, MTP layers included (§4.1, §4.2).
+
+    Args:
+      experts: what the routed experts are quantised to; None is the BF16 release, `FP8_BLOCK` the FP8 release.
+    """
     specs = tuple(_specs(config))
-    if not fp8:
+    if experts is None:
         return specs
-    block = config.fp8_block or FP8_BLOCK
-    return tuple(each for spec in specs for each in (quantized(spec, block) if spec.part == "experts" else (spec,)))
+    return tuple(each for spec in specs for each in (quantized(spec, experts) if spec.part == "experts" else (spec,)))
 
 
-def quantized(spec: TensorSpec, block: tuple[int, int]) -> tuple[TensorSpec, TensorSpec]:
-    """The two tensors that hold a weight in 8 bits: itself and its scales."""
-    shape = scale_shape(spec.shape, block)
-    weight = TensorSpec(spec.hub_name, spec.path, spec.shape, "F8_E4M3", spec.part, spec.layer)
-    return weight, TensorSpec(spec.hub_name + SCALE_SUFFIX, f"{spec.path}.scale", shape, "F32", spec.part, spec.layer)
+def quantized(spec: TensorSpec, form: Form) -> tuple[TensorSpec, TensorSpec]:
+    """The two tensors that hold a quantised weight: itself and its scales."""
+    if isinstance(form, Groups):
+        dtypes, shapes, suffix = form.dtypes, form.shapes(spec.shape), GROUPS_SUFFIX
+    else:
+        dtypes, shapes, suffix = ("F8_E4M3", "F32"), (spec.shape, scale_shape(spec.shape, form)), SCALE_SUFFIX
+    weight = TensorSpec(spec.hub_name, spec.path, shapes[0], dtypes[0], spec.part, spec.layer)
+    scale = f"{spec.path}.scale"
+    return weight, TensorSpec(spec.hub_name + suffix, scale, shapes[1], dtypes[1], spec.part, spec.layer)
 
 
 def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:

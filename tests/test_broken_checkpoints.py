@@ -27,7 +27,9 @@ from checkpoints import (
 
 from stepjax.checkpoint import Checkpoint
 from stepjax.errors import CheckpointError, ConfigError
+from stepjax.quant_groups import quantize_groups
 from stepjax.safetensors_file import MAX_ENTRIES, MAX_HEADER_BYTES, SafetensorsFile
+from stepjax.weights import Groups
 
 HUB, FP8_HUB = tiny_hub_config(), fp8_hub_config()
 TENSORS = random_tensors(HUB)
@@ -136,6 +138,61 @@ def test_scales_that_do_not_fit(tmp_path, case):
     tensors: Tensors = dict(FP8_TENSORS)
     change(tensors)
     assert re.search(expected, refusal(write_folder(tmp_path, FP8_HUB, tensors)))
+
+
+def grouped(tensors: Tensors, form: Groups) -> Tensors:
+    """The checkpoint with routed experts in whole numbers."""
+    out = dict(tensors)
+    for name, value in tensors.items():
+        if ".moe." in name and name.endswith("_proj.weight"):
+            held = quantize_groups(value, "int4" if form.bits == 4 else "int8", form.columns or 0)
+            out |= {name: held.q, f"{name}_scale": held.scale}
+    return out
+
+
+def one_scale(value):
+    def change(t):
+        t[WHOLE_SCALE] = t[WHOLE_SCALE].copy()
+        t[WHOLE_SCALE][1, 2, 0] = value
+
+    return change
+
+
+WHOLE_SCALE = f"{UP}_scale"
+NORM = "model.norm.weight"
+WRONG_GROUPS = {
+    "nan": (one_scale(np.nan), WHOLE_SCALE + " has scales that are not finite"),
+    "missing": (lambda t: t.pop(WHOLE_SCALE), UP + r" is U8, expected BF16"),
+    "dtype": (
+        lambda t: t.update({WHOLE_SCALE: t[WHOLE_SCALE].astype(np.float32)}),
+        WHOLE_SCALE + " is F32, expected BF16",
+    ),
+    "plain": (lambda t: t.update({UP: TENSORS[UP]}), UP + r" is BF16, expected I8 or U8 since it has scales"),
+    "shape": (
+        lambda t: t.update({UP: t[UP][..., :-2]}),
+        UP + r" has shape .*, which do not hold \[8, 32, 64\] in 4 bits",
+    ),
+    "odd": (lambda t: t.update({WHOLE_SCALE: t[WHOLE_SCALE][..., :3]}), UP + " has shape .*, which do not hold"),
+    "none": (lambda t: t.update({WHOLE_SCALE: t[WHOLE_SCALE][..., :0]}), UP + " has shape .*, which do not hold"),
+    "mixed": (lambda t: t.update(only(UP, Groups(4, 32))), UP + " is not held as other weights are"),
+    "both": (lambda t: t.update({SCALE: FP8_TENSORS[SCALE]}), SCALE + " is not a weight of this model"),
+    "norm": (
+        lambda t: t.update({NORM: np.zeros(64, np.int8), f"{NORM}_scale": np.ones(1, np.float32)}),
+        NORM + " has scales of whole numbers, which routed experts alone may have",
+    ),
+}
+
+
+def only(name: str, form: Groups) -> Tensors:
+    return {key: value for key, value in grouped(TENSORS, form).items() if key.startswith(name)}
+
+
+@pytest.mark.parametrize("case", WRONG_GROUPS)
+def test_whole_numbers_that_do_not_fit(tmp_path, case):
+    change, expected = WRONG_GROUPS[case]
+    tensors = grouped(TENSORS, Groups(4, 16))
+    change(tensors)
+    assert re.search(expected, refusal(write_folder(tmp_path, HUB, tensors)))
 
 
 def test_the_configured_block_must_fit_the_scales(tmp_path):

@@ -197,6 +197,8 @@ FIGURES = {
     ("release", "bf16", "bytes"): 398_768_626_944,
     ("release", "fp8", "tensors"): 930,
     ("release", "fp8", "bytes"): 208_561_446_144,
+    ("release", "int4 in 64s", "tensors"): 930,
+    ("release", "int4 in 64s", "bytes"): 119_333_608_704,
     ("parameters", "total"): 199_384_301_376,
     ("parameters", "without_mtp"): 196_956_130_368,
     ("parameters", "active"): 10_931_407_936,

@@ -13,6 +13,7 @@ from checkpoints import speaking_folder
 from stepjax.checkpoint import Checkpoint
 from stepjax.cli import main
 from stepjax.quant import dequantize_numpy, quantize_numpy
+from stepjax.quant_groups import dequantize_groups, form_of, quantize_groups
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,41 @@ def test_there_and_back(capsys, folder, tmp_path):
     for name in files:
         assert (tmp_path / "fp8" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
     assert "quantization_config" not in json.loads((tmp_path / "bf16" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_whole_numbers_there_and_back(capsys, folder, tmp_path, form):
+    """Written from FP8 as from what FP8 says; written again the same to the byte; then wide or in FP8 again."""
+    flags = ("--group", "16", "--max-shard-gib", "0.0001")
+    assert convert(folder, tmp_path / "fp8", "--experts", "fp8") == 0
+    assert convert(tmp_path / "fp8", tmp_path / "int", "--experts", form, *flags) == 0
+    assert convert(tmp_path / "int", tmp_path / "again", "--experts", form, *flags) == 0
+    assert convert(tmp_path / "int", tmp_path / "bf16", "--experts", "bf16") == 0
+    assert convert(tmp_path / "int", tmp_path / "back", "--experts", "fp8") == 0
+    assert f"experts in {form}" in capsys.readouterr().out
+    fp8, whole, wide, back = (Checkpoint(tmp_path / name) for name in ("fp8", "int", "bf16", "back"))
+    assert whole.groups == form_of(form, 16)
+    assert (wide.groups, wide.fp8, back.groups, back.fp8) == (None, False, None, True)
+    for path in fp8.paths:
+        exact = fp8.read(path, dtype=ml_dtypes.bfloat16)
+        if fp8.is_fp8(path):
+            exact = dequantize_groups(quantize_groups(exact, form, 16), exact.dtype)
+        np.testing.assert_array_equal(whole.read(path, dtype=exact.dtype), exact)
+        np.testing.assert_array_equal(wide.read(path, dtype=exact.dtype), exact)
+        if back.is_fp8(path):
+            exact = dequantize_numpy(quantize_numpy(exact, back.config.fp8_block or (0, 0)), exact.dtype)
+        np.testing.assert_array_equal(back.read(path, dtype=exact.dtype), exact)
+    for file in (tmp_path / "int").iterdir():
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
+    about = json.loads((tmp_path / "int" / "config.json").read_text())["quantization_config"]
+    columns = {"int8": None, "int4": 16}[form]
+    assert about == {"quant_method": "stepjax", "bits": int(form[3:]), "group_size": columns}
+
+
+def test_groups_that_do_not_fill_the_rows_are_refused(capsys, folder, tmp_path):
+    assert convert(folder, tmp_path / "out", "--experts", "int4", "--group", "48") == 1
+    assert "groups of 48" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

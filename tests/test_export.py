@@ -66,7 +66,12 @@ def test_load_save_load_keeps_every_byte(tmp_path, request, kind, max_shard_byte
     checkpoint = Checkpoint(source)
     params = load_params(checkpoint, jnp.bfloat16, keep_fp8=True)
     target = save(
-        tmp_path / "out", checkpoint.config, params, source=source, max_shard_bytes=max_shard_bytes, fp8=kind == "fp8"
+        tmp_path / "out",
+        checkpoint.config,
+        params,
+        source=source,
+        max_shard_bytes=max_shard_bytes,
+        experts="fp8" if kind == "fp8" else None,
     )
     assert stored(target) == stored(source)
     again = Checkpoint(target)
@@ -114,10 +119,10 @@ def test_a_companion_that_is_a_link_out_of_the_source_is_refused(tmp_path, bf16)
 
 def test_fp8_export_quantises_the_routed_experts_only(tmp_path, bf16):
     config = dataclasses.replace(CONFIG, fp8_block=(16, 32))
-    target = save(tmp_path / "out", config, load_params(Checkpoint(bf16), jnp.bfloat16), source=bf16, fp8=True)
+    target = save(tmp_path / "out", config, load_params(Checkpoint(bf16), jnp.bfloat16), source=bf16, experts="fp8")
     found = stored(target)
     assert {name: entry[0] for name, entry in found.items()} == {
-        spec.hub_name: spec.dtype for spec in inventory(config, fp8=True)
+        spec.hub_name: spec.dtype for spec in inventory(config, experts=(16, 32))
     }
     for name, value in FP8_TENSORS.items():
         assert found[name][2] == value.tobytes(), name
@@ -132,7 +137,7 @@ def test_fp8_export_quantises_the_routed_experts_only(tmp_path, bf16):
 
 
 def test_fp8_export_of_experts_copied_from_the_source(tmp_path, bf16):
-    target = save(tmp_path / "out", CONFIG, {}, source=bf16, fp8=True)
+    target = save(tmp_path / "out", CONFIG, {}, source=bf16, experts="fp8")
     q, scale = quantized(TENSORS["model.layers.8.moe.down_proj.weight"], (128, 128))
     found = stored(target)
     assert found["model.layers.8.moe.down_proj.weight"][2] == q.tobytes()
@@ -232,7 +237,7 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_written(tmp_path
 def test_values_that_cannot_be_quantised_are_refused(tmp_path, bf16):
     bad = np.full((8, 32, 64), np.inf, BF16)
     with pytest.raises(CheckpointError, match=r"experts\.up has values that are not finite"):
-        save(tmp_path / "out", CONFIG, {"layers.3.moe.experts.up": bad}, source=bf16, fp8=True)
+        save(tmp_path / "out", CONFIG, {"layers.3.moe.experts.up": bad}, source=bf16, experts="fp8")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bf16"]
 
 

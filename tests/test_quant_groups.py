@@ -11,10 +11,12 @@ from checkpoints import speaking_folder
 import stepjax.ops.experts
 from stepjax.checkpoint import Checkpoint
 from stepjax.errors import ConfigError, MeshError, RequestError
+from stepjax.export import save
 from stepjax.infer.load import load
 from stepjax.ops.experts import ExpertWeights, routed_experts
 from stepjax.quant import dequantize, take
-from stepjax.quant_groups import Grouped, quantize_groups
+from stepjax.quant_groups import Grouped, form_of, quantize_groups
+from stepjax.weights import Groups
 
 FORMATS = [("int8", 64), ("int4", 64), ("int4", 32)]
 E, D, F = 6, 64, 128
@@ -112,11 +114,10 @@ def folder(tmp_path_factory):
     return speaking_folder(tmp_path_factory.mktemp("groups") / "model")
 
 
-@pytest.mark.parametrize("mesh", [None, "expert=8"])
+@pytest.mark.parametrize("mesh", [None, "expert=8", "expert=4,tensor=2"])
 def test_a_checkpoint_is_quantised_as_it_is_read(folder, mesh):
-    """Experts only, split by whole experts; the logits are those of the widened weights."""
-    strategy = {} if mesh is None else {"mesh": mesh, "strategy": "expert"}
-    session = load(folder, dtype="float32", quantize="int4", group=16, **strategy)
+    """Experts only, split by whole experts or between groups; the logits are those of the widened weights."""
+    session = load(folder, dtype="float32", quantize="int4", group=16, mesh=mesh)
     kinds = {path: isinstance(value, Grouped) for path, value in session.params.items()}
     assert kinds == {path: ".experts." in path for path in kinds}
     plain = load(folder, dtype="float32")
@@ -136,7 +137,52 @@ def test_bad_requests_are_refused(folder):
         load(folder, quantize="int5")  # pyright: ignore[reportArgumentType]
     with pytest.raises(RequestError, match="expected one of them"):
         load(folder, quantize="int8", keep_fp8=True)
-    with pytest.raises(MeshError, match="whole experts"):
+    with pytest.raises(MeshError, match=r"cut inside an int8 group of 32; expected 1 ways, or split whole experts"):
         load(folder, quantize="int8", mesh="expert=4,tensor=2")
+    with pytest.raises(MeshError, match="cut inside an int4 group of 32"):
+        load(folder, quantize="int4", group=32, mesh="expert=4,tensor=2")
     with pytest.raises(ConfigError, match="groups of 48"):
         load(folder, quantize="int4", group=48)
+
+
+@pytest.mark.parametrize("form", [("int8", 64), ("int4", 16)])
+@pytest.mark.parametrize("mesh", [None, "expert=8"])
+def test_a_converted_checkpoint_is_held_as_it_is_stored(folder, tmp_path, form, mesh):
+    """To the byte what quantising while reading gives, on one device and on a mesh that reads slices."""
+    written = save(tmp_path / "out", Checkpoint(folder).config, {}, source=folder, experts=form_of(*form))
+    stored = load(written, dtype="float32", mesh=mesh)
+    expected = load(folder, dtype="float32", quantize=form[0], group=form[1], mesh=mesh)
+    assert stored.params.keys() == expected.params.keys()
+    for path, value in expected.params.items():
+        found = stored.params[path]
+        assert isinstance(found, Grouped) == (".experts." in path)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(value), strict=True):
+            assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
+    checkpoint = Checkpoint(written)
+    assert checkpoint.groups == form_of(*form)
+    assert checkpoint.num_bytes == sum(file.nbytes for file in stored.params.values()) - _widening(stored)
+    with pytest.raises(RequestError, match=f"in {form[0][3:]} bits already"):
+        load(written, quantize="int4")
+
+
+def _widening(session) -> int:
+    """Bytes that plain weights, BF16 in the files, take more in float32."""
+    return sum(
+        value.nbytes // 2
+        for path, value in session.params.items()
+        if not isinstance(value, Grouped) and not path.endswith("router.bias")
+    )
+
+
+def test_part_of_a_stored_weight_is_that_part(folder, tmp_path):
+    checkpoint = Checkpoint(save(tmp_path / "out", Checkpoint(folder).config, {}, source=folder, experts=Groups(4, 16)))
+    path = "layers.3.moe.experts.gate"
+    whole = checkpoint.read(path, dtype=np.float32)
+    index = (slice(1, 3), slice(5, 20), slice(16, 48))
+    np.testing.assert_array_equal(checkpoint.read(path, dtype=np.float32, index=index), whole[index])
+    kept = checkpoint.read(path, dtype=np.float32, index=index, keep=True, own=True)
+    assert isinstance(kept, Grouped)
+    np.testing.assert_array_equal(dequantize(jax.tree.map(jnp.asarray, kept), jnp.float32), whole[index])
+    assert checkpoint.stored_bytes(path, index) == kept.nbytes
+    ragged = (slice(None), slice(None), slice(5, 21))
+    np.testing.assert_array_equal(checkpoint.read(path, dtype=np.float32, index=ragged), whole[ragged])

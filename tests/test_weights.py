@@ -10,6 +10,7 @@ from checkpoints import fp8_hub_config, hub_shapes, tiny_hub_config
 from stepjax.config import ModelConfig
 from stepjax.names import resolve_names
 from stepjax.weights import (
+    FP8_BLOCK,
     count_parameters,
     inventory,
     kv_bytes_per_token,
@@ -24,13 +25,13 @@ TINY = ModelConfig.from_hf(tiny_hub_config())
 
 @pytest.mark.parametrize(("fp8", "tensors", "size"), [(False, 804, 398_768_626_944), (True, 930, 208_561_446_144)])
 def test_releases_have_their_published_size(fp8, tensors, size):
-    specs = inventory(FLASH, fp8=fp8)
+    specs = inventory(FLASH, experts=FP8_BLOCK if fp8 else None)
     assert (len(specs), sum(spec.num_bytes for spec in specs)) == (tensors, size)
     assert len({spec.hub_name for spec in specs}) == len({spec.path for spec in specs}) == tensors
 
 
 def test_fp8_release_adds_scales_to_the_routed_experts_only():
-    scales = [spec for spec in inventory(FLASH, fp8=True) if spec.path.endswith(".scale")]
+    scales = [spec for spec in inventory(FLASH, experts=FP8_BLOCK) if spec.path.endswith(".scale")]
     assert (len(scales), sum(spec.num_bytes for spec in scales)) == (126, 46_448_640)
     assert {spec.shape for spec in scales} == {(288, 10, 32), (288, 32, 10)}
     assert scales[0].hub_name == "model.layers.3.moe.gate_proj.weight_scale_inv"
@@ -132,7 +133,7 @@ def test_paths_and_shapes_are_the_model_s(config):
 @pytest.mark.parametrize("block", [(16, 32), (24, 20), (128, 128)])
 def test_fp8_scales_follow_the_configured_block(block):
     config = ModelConfig.from_hf(fp8_hub_config(block))
-    shapes = {spec.path: spec.shape for spec in inventory(config, fp8=True)}
+    shapes = {spec.path: spec.shape for spec in inventory(config, experts=block)}
     down = shapes["layers.3.moe.experts.down"]
     assert shapes["layers.3.moe.experts.down.scale"] == scale_shape(down, block)
     assert shapes["layers.3.moe.experts.down.scale"] == (8, math.ceil(64 / block[0]), math.ceil(32 / block[1]))

@@ -139,7 +139,7 @@ def _product(form: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _tiled(run: Callable[..., jax.Array], weights: ExpertWeights, dtype: jnp.dtype, *rows: jax.Array) -> jax.Array:
-    """``run(gate, up, down, *rows)`` in ``dtype`` over the experts, which every argument has in front, and so has the result.
+    """``run(gate, up, down, *rows)`` in ``dtype``; experts are the first axis of every argument and of the result.
 
     Quantised weights are widened a few experts at a time: XLA multiplies scales into a copy, not into the product.
     """
