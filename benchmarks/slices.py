@@ -1,0 +1,128 @@
+"""Parts of the large model at its real widths, with weights made on the device, and what a step of them must cost.
+
+The release does not fit one device in bf16; its first ten layers do, and all of its layers do with int4 experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stepjax.config import LayerSpec, ModelConfig
+from stepjax.infer.draft_policy import StepBytes
+from stepjax.infer.load import Session
+from stepjax.model import abstract, params_of
+from stepjax.quant import Weight
+from stepjax.quant_groups import Grouped
+from stepjax.weights import Groups, count_parameters, kv_bytes_per_token, kv_window_bytes
+
+
+class Slice(NamedTuple):
+    """Which part of the model, and how it is held."""
+
+    layers: int
+    mtp: int
+    experts: Groups | None  # None: bf16
+    batches: tuple[int, ...]
+    prefill: tuple[int, ...]  # tokens
+
+    def config(self, whole: ModelConfig) -> ModelConfig:
+        return dataclasses.replace(whole, layers=whole.layers[: self.layers], mtp_layers=whole.mtp_layers[: self.mtp])
+
+
+SLICES = {
+    "s10": Slice(10, 0, None, (1, 8, 64), (2048, 8192, 16384)),  # 68.6 GB: an H100
+    "full45-int4": Slice(45, 3, Groups(4, 64), (1, 8, 64), (2048, 8192)),  # 119 GB: an H200
+}
+
+
+def session(part: Slice, whole: ModelConfig) -> Session:
+    """The part with random weights, of which none is anywhere but on the device."""
+    config = part.config(whole)
+    shapes = params_of(abstract(config, dtype=jnp.bfloat16, mtp=bool(part.mtp)))
+    params = {
+        path: random_weight(value.shape, value.dtype, seed, part.experts if ".experts." in path else None)
+        for seed, (path, value) in enumerate(shapes.items())
+    }
+    return Session(config, params, dtype=jnp.bfloat16, mtp=bool(part.mtp))
+
+
+def random_weight(shape: tuple[int, ...], dtype: Any, seed: int, form: Groups | None = None) -> Weight:
+    """Made on the device, in ``dtype`` or in whole numbers."""
+    return _whole_numbers(shape, form, seed) if form else _drawn(shape, dtype, seed)
+
+
+def _drawn(shape: tuple[int, ...], dtype: Any, seed: int) -> jax.Array:
+    """Even numbers of a standard deviation that keeps the stream's size; norms near 0, which is their identity."""
+    spread = 0.1 if len(shape) == 1 else shape[-1] ** -0.5
+
+    def values(seed: jax.Array) -> jax.Array:
+        return ((_hashed(shape, seed) >> 8).astype(jnp.float32) * 2.0**-23 - 1) * (3**0.5 * spread)
+
+    return jax.jit(lambda seed: values(seed).astype(dtype))(jnp.uint32(seed))
+
+
+def _whole_numbers(shape: tuple[int, ...], form: Groups, seed: int) -> Grouped:
+    of_values, of_scales = form.shapes(shape)
+    q_type, scale_type = (jnp.uint8, jnp.bfloat16) if form.bits == 4 else (jnp.int8, jnp.float32)
+    spread = 2 ** (form.bits - 1) / 3**0.5  # of even whole numbers
+    q = jax.jit(lambda seed: (_hashed(of_values, seed) >> 24).astype(jnp.uint8).astype(q_type))(jnp.uint32(seed))
+    return Grouped(q, jnp.full(of_scales, shape[-1] ** -0.5 / spread, scale_type), form.bits)
+
+
+def _hashed(shape: tuple[int, ...], seed: jax.Array) -> jax.Array:
+    """A number from each element's place. One fused loop: a random generator would need memory beside the result."""
+    at = seed * np.uint32(0x9E3779B9)
+    for axis, size in enumerate(shape):
+        at = (at ^ jax.lax.broadcasted_iota(jnp.uint32, shape, axis)) * np.uint32(0x85EBCA6B + 2 * size)
+        at = at ^ (at >> 15)
+    return (at * np.uint32(0xC2B2AE35)) ^ (at >> 13)
+
+
+class Cost(NamedTuple):
+    """What a step cannot do without."""
+
+    bytes: float
+    flops: float
+
+    def seconds(self, bytes_per_s: float, flops_per_s: float) -> float:
+        return max(self.bytes / bytes_per_s, self.flops / flops_per_s)
+
+
+def decode_cost(session: Session, batch: int, context: int, drafts: int) -> Cost:
+    """Experts that even routing touches, everything else, and the caches; twice the active parameters a token."""
+    config = session.config
+    caches = batch * (kv_bytes_per_token(config) * context + kv_window_bytes(config, mtp=drafts > 0))
+    read = StepBytes.of(config, session.params).read(batch, drafts)
+    return Cost(read + caches, 2 * batch * (1 + drafts) * count_parameters(config).active)
+
+
+def prefill_cost(session: Session, tokens: int) -> Cost:
+    """As `decode_cost`; attention adds four operations a query head, channel and pair of positions."""
+    config = session.config
+
+    def pairs(layer: LayerSpec) -> float:
+        window = min(layer.window or tokens, tokens)
+        return window * (tokens - window / 2)
+
+    attention = sum(4 * layer.num_heads * layer.head_dim * pairs(layer) for layer in config.layers)
+    read = StepBytes.of(config, session.params).read(tokens, 0)
+    return Cost(read, 2 * tokens * count_parameters(config).active + attention)
+
+
+def timed(function: Callable[[], Any], *, rounds: int = 20, warm: int = 3) -> float:
+    """Median seconds of a call, its result awaited."""
+    seconds = []
+    for at in range(warm + rounds):
+        began = time.perf_counter()
+        jax.block_until_ready(function())
+        if at >= warm:
+            seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)

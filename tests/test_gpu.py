@@ -1,0 +1,90 @@
+"""On a CUDA device: the same numbers as on a CPU. Run with JAX_PLATFORMS=cuda,cpu."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import random_params, small_config
+
+from stepjax.infer.engine import Engine
+from stepjax.infer.engine_config import EngineConfig
+from stepjax.infer.load import Session
+from stepjax.infer.sampling import SamplingParams
+from stepjax.ops.experts import ExpertWeights, choose_form, routed_experts
+from stepjax.quant import dequantize, quantize_blocks
+from stepjax.quant_groups import quantize_groups
+
+pytestmark = pytest.mark.gpu
+
+T, A, E, D, F = 20, 2, 8, 128, 64
+
+
+@pytest.fixture(scope="module")
+def cpu() -> Any:
+    return jax.devices("cpu")[0]
+
+
+def session(device: Any) -> Session:
+    with jax.default_device(device):
+        return Session(small_config(), random_params(small_config(), 0), dtype=jnp.float32)
+
+
+def weights(held: str) -> ExpertWeights:
+    random = np.random.default_rng(0)
+    plain = [random.standard_normal(shape, np.float32) * 0.1 for shape in ((E, F, D), (E, F, D), (E, D, F))]
+    if held == "fp8":
+        return ExpertWeights(*(quantize_blocks(jnp.asarray(w), (32, 32)) for w in plain))
+    if held != "float32":
+        return ExpertWeights(
+            *(jax.tree.map(jnp.asarray, quantize_groups(w, "int4" if held == "int4" else "int8", 32)) for w in plain)
+        )
+    return ExpertWeights(*map(jnp.asarray, plain))
+
+
+@pytest.mark.parametrize("held", ["float32", "fp8", "int8", "int4"])
+@pytest.mark.parametrize("form", ["gathered", "batched", "capacity", "blocked"])
+def test_every_form_of_the_experts_agrees_with_the_reference(form, held):
+    random = np.random.default_rng(1)
+    x = jnp.asarray(random.standard_normal((T, D)), jnp.float32)
+    ids = jnp.asarray(np.argsort(random.random((T, E)), axis=1)[:, :A], jnp.int32)
+    combine = jnp.asarray(random.random((T, A)), jnp.float32)
+    of = weights(held)
+    wide = ExpertWeights(*(dequantize(w, jnp.float32) for w in of))
+    expected = routed_experts(x, ids, combine, wide, limit=None, form="reference")
+    found = jax.jit(lambda *a: routed_experts(*a, limit=None, form=form))(x, ids, combine, of)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    assert choose_form(T, E, A) == "batched"
+
+
+def test_logits_are_those_of_a_cpu(cpu):
+    ids = np.random.default_rng(2).integers(3, 60, 200).tolist()
+    with jax.default_device(cpu):
+        expected, depths = session(cpu).score(ids)
+    with jax.default_matmul_precision("highest"):
+        found, others = session(jax.devices()[0]).score(ids)
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+    for a, b in zip(others, depths, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+@pytest.mark.parametrize("drafts", [0, 1, 3])
+def test_greedy_answers_are_those_of_a_cpu(cpu, drafts):
+    """Over ring wraps and page edges, in a pool that is too small for all."""
+
+    def answers(device: Any, drafts: int) -> list[list[int]]:
+        with jax.default_device(device), jax.default_matmul_precision("highest"):
+            config = EngineConfig(4, 256, num_pages=40, page_size=16, speculate=drafts, widths=(16, 64))
+            engine = Engine(session(device), config)
+            params = SamplingParams(temperature=0.0, seed=0, max_tokens=80, ignore_eos=True)
+            random = np.random.default_rng(3)
+            prompts = [random.integers(3, 60, size).tolist() for size in (5, 33, 64, 100, 17, 80)]
+            said: dict[str, list[int]] = {engine.add(prompt, params)[0]: [] for prompt in prompts}
+            for update in engine.run():
+                said[update.id] += update.tokens
+            return list(said.values())
+
+    assert answers(jax.devices()[0], drafts) == answers(cpu, 0)
