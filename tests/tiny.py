@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from checkpoints import tiny_hub_config
+from checkpoints import small_hub_config
 
 from stepjax.config import ModelConfig
 from stepjax.infer.load import Session
@@ -22,13 +22,8 @@ def tiny_session(seed: int = 0) -> Session:
 
 
 def small_config() -> ModelConfig:
-    """full, slide, slide, slide, full; MoE from layer 1 on; clamps on layers 3 and 4; three MTP layers."""
-    hub = tiny_hub_config()
-    kept = [0, 1, 2, 3, 8, 9, 10, 11]
-    for name in ("layer_types", "rope_theta", "partial_rotary_factors", "swiglu_limits", "swiglu_limits_shared"):
-        hub[name] = [hub[name][i] for i in kept]
-    hub["swiglu_limits"][3] = 0.5
-    return ModelConfig.from_hf(hub | {"num_hidden_layers": 5, "moe_layers_enum": "1,2,3,4"})
+    """`small_hub_config`, resolved."""
+    return ModelConfig.from_hf(small_hub_config())
 
 
 def random_params(config: ModelConfig, seed: int) -> dict[str, Any]:
