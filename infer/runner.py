@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from stepjax.cache import MAX_DRAFTS, Cache, CacheView, Chunk, Ring, empty_cache
 from stepjax.infer.sampler import Logprobs, logprobs, mask_padding, record, sample
@@ -170,15 +171,15 @@ class Runner:
             self._programs[key] = Program(" ".join(map(str, key)), function, self.model.layout)
         return self._programs[key]
 
-    def start(self, batch: int, length: int, dtype: jnp.dtype, sampling: Sampling) -> State:
+    def start(self, batch: int, length: int, dtype: DTypeLike, sampling: Sampling) -> State:
         """An empty batch, a row per sequence, that can grow to ``length`` tokens each."""
         return self._placed(functools.partial(self._empty, batch, length, dtype, None), sampling)
 
-    def start_paged(self, slots: int, pages: tuple[int, int], dtype: jnp.dtype, sampling: Sampling) -> State:
+    def start_paged(self, slots: int, pages: tuple[int, int], dtype: DTypeLike, sampling: Sampling) -> State:
         """Empty slots that share ``pages``: their number and size."""
         return self._placed(functools.partial(self._empty, slots, 0, dtype, pages), sampling)
 
-    def shapes(self, batch: int, length: int, dtype: jnp.dtype, sampling: Sampling) -> State:
+    def shapes(self, batch: int, length: int, dtype: DTypeLike, sampling: Sampling) -> State:
         """What `start` makes, as shapes where they would lie."""
         state = jax.eval_shape(functools.partial(self._empty, batch, length, dtype, None), sampling)
         where = placement(state, self.model.layout)
@@ -189,7 +190,7 @@ class Runner:
         return jax.jit(create, out_shardings=where)(sampling)
 
     def _empty(
-        self, batch: int, length: int, dtype: jnp.dtype, pages: tuple[int, int] | None, sampling: Sampling
+        self, batch: int, length: int, dtype: DTypeLike, pages: tuple[int, int] | None, sampling: Sampling
     ) -> State:
         config = self.model.config
         cache = empty_cache(config, batch=batch, length=length, dtype=dtype, pages=pages)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from stepjax.cache import CacheView, Chunk
 from stepjax.config import LayerSpec
@@ -24,7 +25,7 @@ class Attention(nnx.Module):
         *,
         eps: float,
         rngs: nnx.Rngs,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         layout: Layout,
         scale: float = 1.0,
     ):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from stepjax.attention import Attention
 from stepjax.cache import CacheView, Chunk
@@ -17,7 +17,7 @@ from stepjax.moe import MoE
 class Block(nnx.Module):
     """``x ← x + attention(norm(x)); x ← x + feed_forward(norm(x))``."""
 
-    def __init__(self, spec: LayerSpec, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, layout: Layout):
+    def __init__(self, spec: LayerSpec, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, layout: Layout):
         self.layout = layout
         size, eps = config.hidden_size, config.norm_eps
         scale = (2 * len(config.layers)) ** -0.5  # maps onto the residual stream start small, as depth grows

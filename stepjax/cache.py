@@ -14,6 +14,7 @@ from typing import ClassVar, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from stepjax.config import LayerSpec, ModelConfig
 from stepjax.ops.attention import Heads, Keys, Partial, attention_to, empty_partial, finish, merge
@@ -327,7 +328,7 @@ def empty_cache(
     *,
     batch: int,
     length: int,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     mtp: bool = True,
     pages: tuple[int, int] | None = None,
 ) -> Cache:

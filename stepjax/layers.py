@@ -5,17 +5,18 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from stepjax.ops.swiglu import swiglu
 from stepjax.quant import dequantize
 
 
-def precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
+def precision(dtype: DTypeLike) -> jax.lax.Precision | None:
     """Matmul precision: float32 means float32, not the accelerator's shortened product."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
-def normal(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], *, std: float, dtype: jnp.dtype) -> nnx.Param:
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], *, std: float, dtype: DTypeLike) -> nnx.Param:
     """A parameter drawn from N(0, std²), with its logical axes as metadata."""
     value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
     return nnx.Param(value.astype(dtype), axes=axes)
@@ -27,7 +28,7 @@ class RMSNorm(nnx.Module):
     The whole product is float32 and only the result is cast back (spec §2.2).
     """
 
-    def __init__(self, size: int, *, eps: float, axis: str = "embed", dtype: jnp.dtype):
+    def __init__(self, size: int, *, eps: float, axis: str = "embed", dtype: DTypeLike):
         self.eps = eps
         self.weight = nnx.Param(jnp.zeros((size,), dtype), axes=(axis,))
 
@@ -52,7 +53,7 @@ class Linear(nnx.Module):
         *,
         axes: tuple[str, str],
         rngs: nnx.Rngs,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         scale: float = 1.0,
     ):
         self.weight = normal(rngs, (size_out, size_in), axes, std=scale * size_in**-0.5, dtype=dtype)
@@ -64,7 +65,7 @@ class Linear(nnx.Module):
         """The float32 accumulator itself, for logits: rounded to bfloat16, near-ties would become ties."""
         return self._product(x, jnp.float32)
 
-    def _product(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    def _product(self, x: jax.Array, dtype: DTypeLike) -> jax.Array:
         weight = dequantize(self.weight.get_value(), x.dtype)
         return jnp.einsum("...i,oi->...o", x, weight, precision=precision(x.dtype), preferred_element_type=dtype)
 
@@ -72,7 +73,7 @@ class Linear(nnx.Module):
 class Embed(nnx.Module):
     """Token id → row of a [V, D] matrix, unscaled."""
 
-    def __init__(self, vocab: int, size: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+    def __init__(self, vocab: int, size: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
         self.weight = normal(rngs, (vocab, size), ("vocab", "embed"), std=0.5, dtype=dtype)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
@@ -83,7 +84,7 @@ class SwiGLU(nnx.Module):
     """Gated MLP ``(silu(h·Gᵀ) ⊙ h·Uᵀ)·Dᵀ`` with an optional clamp (spec §2.4)."""
 
     def __init__(
-        self, size: int, hidden: int, *, limit: float | None, rngs: nnx.Rngs, dtype: jnp.dtype, scale: float = 1.0
+        self, size: int, hidden: int, *, limit: float | None, rngs: nnx.Rngs, dtype: DTypeLike, scale: float = 1.0
     ):
         self.limit = limit
         self.gate_proj = Linear(size, hidden, axes=("mlp", "embed"), rngs=rngs, dtype=dtype)

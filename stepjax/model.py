@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from stepjax.block import Block
 from stepjax.cache import Cache, Chunk
@@ -35,7 +36,7 @@ class Step3p5(nnx.Module):
         config: ModelConfig,
         *,
         rngs: nnx.Rngs,
-        dtype: jnp.dtype = jnp.bfloat16,
+        dtype: DTypeLike = jnp.bfloat16,
         layout: Layout | None = None,
         mtp: bool = True,
     ):
@@ -86,7 +87,7 @@ def initialise(
     config: ModelConfig,
     key: jax.Array,
     *,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     layout: Layout | None = None,
     mtp: bool = True,
 ) -> Step3p5:
@@ -95,7 +96,7 @@ def initialise(
 
 
 def abstract(
-    config: ModelConfig, *, dtype: jnp.dtype = jnp.bfloat16, layout: Layout | None = None, mtp: bool = True
+    config: ModelConfig, *, dtype: DTypeLike = jnp.bfloat16, layout: Layout | None = None, mtp: bool = True
 ) -> Step3p5:
     """The model with shapes in place of arrays: nothing is allocated."""
     return nnx.eval_shape(lambda: initialise(config, jax.random.key(0), dtype=dtype, layout=layout, mtp=mtp))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from stepjax.config import LayerSpec, ModelConfig
 from stepjax.layers import SwiGLU, normal
@@ -19,7 +20,7 @@ class RouterBias(nnx.Variable):
 class Router(nnx.Module):
     """Chooses A of E experts a token. Scores are a true float32 product (``need_fp32_gate``)."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         self.top_k, self.scale = config.top_k, config.router_scale
         size, experts = config.hidden_size, config.num_experts
         self.weight = normal(rngs, (experts, size), ("router", "embed"), std=size**-0.5, dtype=dtype)
@@ -40,7 +41,7 @@ class Router(nnx.Module):
 class Experts(nnx.Module):
     """The routed experts' weights, fused over experts in the hub's orientation."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, scale: float):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, scale: float):
         E, F, D = config.num_experts, config.expert_size, config.hidden_size
         wide = ("expert", "expert_mlp", "embed")
         self.gate = normal(rngs, (E, F, D), wide, std=D**-0.5, dtype=dtype)
@@ -60,7 +61,7 @@ class MoE(nnx.Module):
         config: ModelConfig,
         *,
         rngs: nnx.Rngs,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         layout: Layout,
         scale: float = 1.0,
     ):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from stepjax.block import Block
 from stepjax.cache import CacheView, Chunk
@@ -20,7 +21,7 @@ from stepjax.layout import Layout
 class MtpLayer(nnx.Module):
     """One depth: merge the two inputs, run a dense sliding-window block, read the result with its own head."""
 
-    def __init__(self, spec: LayerSpec, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, layout: Layout):
+    def __init__(self, spec: LayerSpec, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, layout: Layout):
         self.layout = layout
         size, eps = config.hidden_size, config.norm_eps
         self.embed_norm = RMSNorm(size, eps=eps, dtype=dtype)

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 BLOCK = 256  # queries per block: bounds the score matrix to BLOCK × keys per head
 WINDOWED_BLOCK = 128  # where a block's keys are cut to what it sees, so that shorter blocks see less in vain
@@ -76,7 +77,7 @@ def merge(first: Partial, second: Partial) -> Partial:
     return Partial(a.out_BTKGH + b.out_BTKGH, top, a.total_BTKG + b.total_BTKG)
 
 
-def finish(partial: Partial, dtype: jnp.dtype) -> jax.Array:
+def finish(partial: Partial, dtype: DTypeLike) -> jax.Array:
     """The softmax average [B, T, N, H]; a query without visible keys gets zeros."""
     out = partial.out_BTKGH / jnp.maximum(partial.total_BTKG, 1e-30)[..., None]
     return out.reshape(*out.shape[:2], -1, out.shape[-1]).astype(dtype)

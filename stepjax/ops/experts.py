@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from stepjax.ops.swiglu import swiglu
 from stepjax.ops.varying import vary_alike, vary_with
@@ -138,7 +139,7 @@ def _product(form: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(form, a, b, precision=_exact(a), preferred_element_type=jnp.float32)
 
 
-def _tiled(run: Callable[..., jax.Array], weights: ExpertWeights, dtype: jnp.dtype, *rows: jax.Array) -> jax.Array:
+def _tiled(run: Callable[..., jax.Array], weights: ExpertWeights, dtype: DTypeLike, *rows: jax.Array) -> jax.Array:
     """``run(gate, up, down, *rows)`` in ``dtype``; experts are the first axis of every argument and of the result.
 
     Quantised weights are widened a few experts at a time: XLA multiplies scales into a copy, not into the product.
@@ -155,7 +156,7 @@ def _tiled(run: Callable[..., jax.Array], weights: ExpertWeights, dtype: jnp.dty
     return out.reshape(num_experts, *out.shape[2:])
 
 
-def _tile(weight: Weight, dtype: jnp.dtype) -> int:
+def _tile(weight: Weight, dtype: DTypeLike) -> int:
     """Experts whose weights are widened together, a divisor of all."""
     num_experts, rows, columns = weight.shape
     if isinstance(weight, jax.Array):
