@@ -52,6 +52,23 @@ class SchedulerConfig:
     def num_pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
 
+    def check(self, num_prompt: int, max_tokens: int) -> None:
+        """Raise RequestError if a sequence of these lengths could never run, whatever else runs."""
+        longest, available = num_prompt + max_tokens, self.num_pages - 1
+        if not num_prompt:
+            raise RequestError("prompt: is empty, expected at least one token")
+        if longest > self.context:
+            raise RequestError(
+                f"prompt of {num_prompt} tokens and max_tokens {max_tokens}: need {longest} tokens, available are "
+                f"{self.context}; shorten the prompt or ask for fewer tokens"
+            )
+        needed = self.num_pages_for(longest - 1)  # the last token's position is never read
+        if needed > available:
+            raise RequestError(
+                f"prompt of {num_prompt} tokens and max_tokens {max_tokens}: need {needed} cache pages, available are "
+                f"{available}; shorten the prompt or ask for fewer tokens"
+            )
+
 
 @dataclass(eq=False)
 class Run:
@@ -128,23 +145,10 @@ class Admission:
           RequestError: it can never run, whatever else runs.
           QueueFullError: too many wait.
         """
-        config, longest = self.config, len(sequence.prompt) + sequence.params.max_tokens
-        if not sequence.prompt:
-            raise RequestError("prompt: is empty, expected at least one token")
         if sequence.id in self._alive:
             raise RequestError(f"id: {sequence.id!r} is running already, expected a new one")
-        if longest > config.context:
-            raise RequestError(
-                f"prompt of {len(sequence.prompt)} tokens and max_tokens {sequence.params.max_tokens}: need {longest} "
-                f"tokens, available are {config.context}; shorten the prompt or ask for fewer tokens"
-            )
-        needed = config.num_pages_for(sequence.max_cached)
-        if needed > self.pool.num_pages:
-            raise RequestError(
-                f"prompt of {len(sequence.prompt)} tokens and max_tokens {sequence.params.max_tokens}: need {needed} "
-                f"cache pages, available are {self.pool.num_pages}; shorten the prompt or ask for fewer tokens"
-            )
-        if len(self.waiting) >= config.max_waiting:
+        self.config.check(len(sequence.prompt), sequence.params.max_tokens)
+        if len(self.waiting) >= self.config.max_waiting:
             raise QueueFullError(f"queue: {len(self.waiting)} requests wait, expected fewer; try again later")
         sequence.arrival = self._num_added
         self._num_added += 1

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stepjax.errors import RequestError
+from stepjax.errors import ContextError, RequestError
 from stepjax.infer.admission import SchedulerConfig
 from stepjax.infer.draft_policy import DRAFTS, DraftPolicy, StepBytes
 from stepjax.infer.engine_config import EngineConfig
@@ -52,6 +52,7 @@ class Update(NamedTuple):
     finish_reason: FinishReason | None = None
     scores: tuple[Score, ...] = ()  # of the tokens, if asked for
     prompt_scores: tuple[Score, ...] = ()  # of the prompt from its second token on, with the first tokens
+    num_cached: int = 0  # prompt tokens that the prefix cache spared
 
 
 @dataclass
@@ -124,16 +125,8 @@ class Engine:
           RequestError: a bad prompt, bad parameters, or more than the cache can ever hold.
           QueueFullError: too many wait.
         """
-        session, id = self._session, id if id is not None else f"request-{next(self._numbers)}"
-        params = params or session.sampling()
-        room = min(session.check_prompt(prompt), self.scheduler.config.context - len(prompt))
-        if room < 1:
-            raise RequestError(
-                f"prompt: has {len(prompt)} tokens, but the engine's context is {self.scheduler.config.context}; "
-                "shorten the prompt or give the engine a larger context"
-            )
-        params = params.replace(max_tokens=min(params.max_tokens, room), min_tokens=min(params.min_tokens, room))
-        params.check(self._runner.num_tokens, eos_ids=session.config.eos_ids)
+        id = id if id is not None else f"request-{next(self._numbers)}"
+        params = self.fit(prompt, params)
         ids = [id] if params.n == 1 else [f"{id}/{index}" for index in range(params.n)]
         for index, each in enumerate(ids):
             own = params.replace(n=1, seed=(params.seed + index) % 2**32)
@@ -154,8 +147,28 @@ class Engine:
                 for earlier in ids[:index]:  # all answers of a request or none
                     self.cancel(earlier)
                 raise
-            self._answers[each] = _Answer(sequence, frozenset(own.ends(session.config.eos_ids)))
+            self._answers[each] = _Answer(sequence, frozenset(own.ends(self._session.config.eos_ids)))
         return ids
+
+    def fit(self, prompt: Tokens[int], params: SamplingParams | None = None) -> SamplingParams:
+        """The parameters as `add` takes them: checked, and cut to the room that the context leaves. Any thread may ask.
+
+        Raises:
+          ContextError: the prompt leaves no room to answer.
+          RequestError: a bad prompt, bad parameters, or more than the cache can ever hold.
+        """
+        session, config = self._session, self.scheduler.config
+        params = params or session.sampling()
+        room = min(session.check_prompt(prompt), config.context - len(prompt))
+        if room < 1:
+            raise ContextError(
+                f"prompt: has {len(prompt)} tokens, but the engine's context is {config.context}; shorten the prompt "
+                "or give the engine a larger context"
+            )
+        params = params.replace(max_tokens=min(params.max_tokens, room), min_tokens=min(params.min_tokens, room))
+        params.check(self._runner.num_tokens, eos_ids=session.config.eos_ids)
+        config.check(len(prompt), params.max_tokens)
+        return params
 
     def finish(self, id: str, reason: FinishReason = "stop") -> None:
         """End an answer, as where its text reached a stop string; nothing more comes of it."""
@@ -294,7 +307,7 @@ class Engine:
             elif reason is None and row.id in done:
                 reason = "length"
             scores = answer.scores(emitted.scores, place, len(tokens)) if order.scores else ()
-            updates.append(Update(row.id, tokens, reason, scores, answer.give_prompt()))
+            updates.append(Update(row.id, tokens, reason, scores, answer.give_prompt(), answer.sequence.num_cached))
             if reason:
                 del self._answers[row.id]
         stats.num_steps += 1

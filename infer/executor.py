@@ -55,7 +55,7 @@ class Order(NamedTuple):
     plan: StepPlan
     assignments: tuple[Assignment, ...] = ()
     num_slots: int = 0  # that a decode step runs: the first so many
-    scores: bool = False  # log-probabilities of the new tokens
+    scores: bool = False  # log-probabilities of the new tokens are read
     prompt_scores: bool = False
 
 
@@ -101,6 +101,8 @@ class Executor:
         if run is None:
             run = self._launchers[key] = program.compiled(self.params, self.state, *rest)
         self.state, emitted = run(self.params, self.state, *rest)
+        if not order.scores:
+            emitted = emitted._replace(scores=None)
         for leaf in jax.tree.leaves(emitted):
             leaf.addressable_data(0).copy_to_host_async()
         for copy in plan.saves:
@@ -165,10 +167,10 @@ class Executor:
         active[[row.slot for row in order.plan.rows]] = True
         table = self._table[: order.num_slots]
         if jax.process_count() > 1:
-            return self.runner.step(order.plan.drafts, scores=order.scores), (active, table.copy())
+            return self.runner.step(order.plan.drafts), (active, table.copy())
         if self._device_table is None or self._device_table[0] != order.num_slots:
             self._device_table = order.num_slots, jnp.array(table)
-        return self.runner.step(order.plan.drafts, scores=order.scores), (active, self._device_table[1])
+        return self.runner.step(order.plan.drafts), (active, self._device_table[1])
 
     def _prefill(self, order: Order) -> tuple[Program, tuple[Any, ...]]:
         plan = order.plan
@@ -179,7 +181,7 @@ class Executor:
             pieces.count_R[at], pieces.next_R[at] = row.count, row.next_id
             pieces.start_R[at], pieces.slot_R[at] = row.start, row.slot
             pieces.page_RN[at] = self._table[row.slot]
-        return self.runner.prefill(scores=order.scores, prompt_scores=order.prompt_scores), (pieces,)
+        return self.runner.prefill(prompt_scores=order.prompt_scores), (pieces,)
 
     def _no_pieces(self, rows: int, width: int) -> Pieces:
         """Rows that do nothing: their slot is past the last."""

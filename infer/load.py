@@ -17,7 +17,7 @@ from stepjax.cache import MAX_DRAFTS, Chunk
 from stepjax.chat import ChatTemplate, encode_chat
 from stepjax.checkpoint import Change, Checkpoint, load_params
 from stepjax.config import ModelConfig
-from stepjax.errors import MeshError, RequestError
+from stepjax.errors import ContextError, MeshError, RequestError
 from stepjax.folder import ModelFolder, open_folder
 from stepjax.infer.generate import Completion, generate
 from stepjax.infer.runner import Runner
@@ -265,14 +265,14 @@ class Session:
                     f"tokens: entry {at} is {token!r}, expected a whole number from 0 to {self.config.vocab_size - 1}"
                 )
         if len(ids) > self.config.max_positions:
-            raise RequestError(f"tokens: {len(ids)} ids, but the model's context is {self.config.max_positions}")
+            raise ContextError(f"tokens: {len(ids)} ids, but the model's context is {self.config.max_positions}")
 
     def check_prompt(self, ids: Sequence[int]) -> int:
         """Raise RequestError unless the context has room for an answer to ``ids``; returns how many tokens of room."""
         self.check_ids(ids)
         room = self.config.max_positions - len(ids)
         if room < 1:
-            raise RequestError(
+            raise ContextError(
                 f"prompt: has {len(ids)} tokens, but the context is {self.config.max_positions}; shorten the prompt"
             )
         return room

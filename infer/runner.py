@@ -62,7 +62,7 @@ class Emitted(NamedTuple):
     token_BT: jax.Array
     count_B: jax.Array
     finite_B: jax.Array  # bool: whether the logits were numbers
-    scores: Logprobs | None = None  # of the tokens
+    scores: Logprobs | None = None  # of the tokens, where a slot asks for them
     prompt: Logprobs | None = None  # of the prompt token after each token of a piece
 
 
@@ -147,16 +147,16 @@ class Runner:
         """Seconds spent compiling so far."""
         return sum(program.compile_s for program in self._programs.values())
 
-    def prefill(self, *, scores: bool = False, prompt_scores: bool = False) -> Program:
+    def prefill(self, *, prompt_scores: bool = False) -> Program:
         """``(params, state, pieces) -> (state, emitted)``: run pieces of prompts, emit the first token of answers."""
-        function = functools.partial(self._prefill, scores=scores, prompt_scores=prompt_scores)
-        return self._program(("prefill", scores, prompt_scores), function)
+        function = functools.partial(self._prefill, prompt_scores=prompt_scores)
+        return self._program(("prefill", *(["prompt_scores"] if prompt_scores else ())), function)
 
-    def step(self, drafts: int | None = None, *, scores: bool = False) -> Program:
+    def step(self, drafts: int | None = None) -> Program:
         """``(params, state, active_B, page_BN) -> (state, emitted)``: verify and draft, emit 1 … drafts + 1 tokens."""
         drafts = self.drafts if drafts is None else drafts
         assert 0 <= drafts <= self.drafts
-        return self._program(("step", drafts, scores), functools.partial(self._step, drafts=drafts, scores=scores))
+        return self._program(("step", drafts), functools.partial(self._step, drafts=drafts))
 
     def assign(self) -> Program:
         """``(params, state, slot, SlotSampling) -> (state, ())``: give a slot the sampling of its sequence."""
@@ -199,9 +199,7 @@ class Runner:
         zero, per_depth = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch, self.drafts), jnp.int32)
         return State(cache, Progress(tails, per_depth, zero, zero, per_depth), jax.tree.map(jnp.asarray, sampling))
 
-    def _prefill(
-        self, params: Params, state: State, pieces: Pieces, *, scores: bool, prompt_scores: bool
-    ) -> tuple[State, Emitted]:
+    def _prefill(self, params: Params, state: State, pieces: Pieces, *, prompt_scores: bool) -> tuple[State, Emitted]:
         """Run the pieces; where a prompt ends, the first token of its answer is sampled."""
         model, count_R, slot_R = bind(self.model, params), pieces.count_R, pieces.slot_R
         mine, sampling = _rows((state.progress, state.sampling), slot_R, count_R.shape[0])
@@ -217,10 +215,10 @@ class Runner:
         tokens_RT = put_row(jnp.roll(pieces.id_RT, -1, axis=1), count_R - 1, follow)
         prompt = None
         if prompt_scores:
-            prompt = self._scores(self._logits(model, out.hidden_BTD), tokens_RT)
+            prompt = self._logprobs(self._logits(model, out.hidden_BTD), tokens_RT)
         count = jnp.where((count_R > 0) & ~inside, 1, 0)
         finite = _finite(out.hidden_BTD, count_R) & _finite(logits, jnp.minimum(count_R, 1))
-        own = self._scores(logits, follow[:, None]) if scores else None
+        own = self._scores(logits, follow[:, None], sampling, count > 0)
         emitted = Emitted(follow[:, None], count, finite, own, prompt)
         cache, after = self._advance(model, out, mine, tokens_RT, count_R, follow, slot_R, drafts=self.drafts)
         return self._committed(state, cache, after, emitted, count_R > 0, slot_R), emitted
@@ -233,7 +231,6 @@ class Runner:
         page_BN: jax.Array | None,
         *,
         drafts: int,
-        scores: bool,
     ) -> tuple[State, Emitted]:
         """Verify ``drafts`` tokens of the active slots, emit 1 … drafts + 1 each, and draft as many again."""
         model, width = bind(self.model, params), 1 + drafts
@@ -245,7 +242,7 @@ class Runner:
         logits = self._logits(model, out.hidden_BTD)
         token_BT = self._sample(logits, position, sampling, guess_BK)
         count_B = jnp.where(active_B, 1 + accepted(token_BT, guess_BK), 0)
-        own = self._scores(logits, token_BT) if scores else None
+        own = self._scores(logits, token_BT, sampling, active_B)
         emitted = Emitted(token_BT, count_B, _finite(logits, count_B), own)
         last = take_row(token_BT, count_B - 1)
         cache, after = self._advance(model, out, mine, token_BT, count_B, last, None, drafts=drafts)
@@ -264,7 +261,15 @@ class Runner:
 
         return self.model.layout.by_sequence(run, logits, position_BT, sampling, draft_BK)
 
-    def _scores(self, logits: jax.Array, token_BT: jax.Array) -> Logprobs:
+    def _scores(self, logits: jax.Array, token_BT: jax.Array, sampling: Sampling, live_B: jax.Array) -> Logprobs | None:
+        """Log-probabilities, all 0 where none of the live rows asks for them."""
+        if sampling.rules is None:
+            return None
+        none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(self._logprobs, logits, token_BT))
+        wanted = jnp.any(sampling.rules.scored_B & live_B)
+        return jax.lax.cond(wanted, lambda: self._logprobs(logits, token_BT), lambda: none)
+
+    def _logprobs(self, logits: jax.Array, token_BT: jax.Array) -> Logprobs:
         def run(logits: jax.Array, token_BT: jax.Array) -> Logprobs:
             return logprobs(mask_padding(logits, self.num_tokens), token_BT, top=MAX_LOGPROBS)
 

@@ -172,6 +172,7 @@ class Rules(NamedTuple):
     frequency_B: Any  # float32
     end_BI: Any  # int32: ids that end the answer, −1 for none
     first_end_B: Any  # int32: the first position at which they may be sampled
+    scored_B: Any  # bool: whether log-probabilities are asked for
     biased_B: Any  # bool: whether the next is not all 0
     bias_BV: Any  # float32; REMOVED where a token is not allowed
     in_prompt_BV: Any  # bool
@@ -220,6 +221,7 @@ class Sampling:
             np.full((batch, NUM_ENDS), -1, np.int32),
             whole,
             np.zeros((batch,), bool),
+            np.zeros((batch,), bool),
             np.zeros(table, np.float32),
             np.zeros(table, bool),
             np.zeros(table, np.int32),
@@ -240,6 +242,7 @@ class SlotSampling(NamedTuple):
     frequency: np.ndarray
     end_I: np.ndarray
     first_end: np.ndarray
+    scored: np.ndarray
     biased: np.ndarray
     restricted: np.ndarray  # bool: whether only ``allowed_ids`` may be sampled
     allowed_id: np.ndarray  # padded, as all ids here, with one past the vocabulary
@@ -274,6 +277,7 @@ class SlotSampling(NamedTuple):
             np.float32(params.frequency_penalty),
             np.asarray([*ends, *[-1] * (NUM_ENDS - len(ends))], np.int32),
             np.int32(len(prompt) + params.min_tokens if params.min_tokens else 0),
+            np.bool_(params.logprobs is not None),
             np.bool_(bool(params.logit_bias or params.allowed_ids)),
             np.bool_(bool(params.allowed_ids)),
             _padded(params.allowed_ids, past),
@@ -306,6 +310,7 @@ def assign(sampling: Sampling, slot: jax.Array, row: SlotSampling) -> Sampling:
         row.frequency,
         row.end_I,
         row.first_end,
+        row.scored,
         row.biased,
         bias,
         in_prompt,

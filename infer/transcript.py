@@ -20,6 +20,10 @@ class Delta(NamedTuple):
     content: str = ""
     calls: tuple[CallStart | ArgumentsDelta, ...] = ()
 
+    def join(self, other: Delta) -> Delta:
+        """This and what follows it."""
+        return Delta(self.reasoning + other.reasoning, self.content + other.content, self.calls + other.calls)
+
 
 def begins_in_reasoning(prompt: Sequence[int], tokenizer: Tokenizer) -> bool:
     """Whether the prompt leaves the model thinking. A prompt without markers is plain text, not a chat."""
@@ -41,16 +45,21 @@ class Transcript:
         tokenizer: Tokenizer | None = None,
         in_reasoning: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        include_stop: bool = False,
+        skip_special: bool = True,
     ):
+        """``include_stop`` leaves the stop string in the text, ``skip_special=False`` control tokens."""
         self.ids: list[int] = []
         self.text = ""  # all of it, markers included, without what was stopped at
         self.reasoning = ""
         self.content = ""
         self.calls: list[ToolCall] = []
+        self.began_in_reasoning = in_reasoning
         self.finish_reason: FinishReason | None = None
         self._params = params
         self._stop_ids = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else frozenset(eos_ids))
-        self._detokenizer = IncrementalDetokenizer(tokenizer) if tokenizer else None
+        self._detokenizer = IncrementalDetokenizer(tokenizer, skip_special=skip_special) if tokenizer else None
+        self._include_stop = include_stop
         self._held = ""  # text that may be the beginning of a stop string
         self._parser = ReasoningParser(in_reasoning=in_reasoning)
         self._tools = ToolCallParser(tools) if tools else None
@@ -61,7 +70,7 @@ class Transcript:
         for token in ids:
             if self.finish_reason:
                 break
-            delta = _join(delta, self._push(token))
+            delta = delta.join(self._push(token))
         return delta
 
     def fail(self) -> Delta:
@@ -79,7 +88,7 @@ class Transcript:
         text = self._detokenizer.push([token]) if self._detokenizer else ""
         delta = self._take(text)
         if not self.finish_reason and len(self.ids) >= self._params.max_tokens:
-            return _join(delta, self._finish("length"))
+            return delta.join(self._finish("length"))
         return delta
 
     def _take(self, text: str) -> Delta:
@@ -90,7 +99,8 @@ class Transcript:
         # By its end, then its beginning: the result then does not depend on how the text was cut into tokens.
         found = [(at + len(stop), at) for stop in self._params.stop if (at := held.find(stop)) >= 0]
         if found:
-            self._held = held[: min(found)[1]]
+            end, start = min(found)
+            self._held = held[: end if self._include_stop else start]
             return self._finish("stop", text_complete=True)
         keep = held_length(held, self._params.stop)
         self._held = held[len(held) - keep :]
@@ -104,9 +114,9 @@ class Transcript:
         self._held = ""
         delta = self._emit(tail)
         last = self._parser.flush()
-        delta = _join(delta, self._sort(last.reasoning, last.content))
+        delta = delta.join(self._sort(last.reasoning, last.content))
         if self._tools:
-            delta = _join(delta, self._record(self._tools.flush()))
+            delta = delta.join(self._record(self._tools.flush()))
         if self.calls and reason == "stop":
             self.finish_reason = "tool_calls"
         return delta
@@ -118,7 +128,7 @@ class Transcript:
     def _sort(self, reasoning: str, content: str) -> Delta:
         self.reasoning += reasoning
         if self._tools:
-            return _join(Delta(reasoning), self._record(self._tools.push(content)))
+            return Delta(reasoning).join(self._record(self._tools.push(content)))
         self.content += content
         return Delta(reasoning, content)
 
@@ -136,7 +146,3 @@ class Transcript:
                 self.calls[event.index] = ToolCall(call.id, call.name, call.arguments + event.text)
         self.content += content
         return Delta("", content, tuple(calls))
-
-
-def _join(first: Delta, second: Delta) -> Delta:
-    return Delta(first.reasoning + second.reasoning, first.content + second.content, first.calls + second.calls)

@@ -18,6 +18,7 @@ VERBS = {
     "chat": ("stepjax.infer.cli_chat", "talk with a model in the terminal"),
     "score": ("stepjax.infer.cli_score", "write the logits of given tokens to a file"),
     "convert": ("stepjax.cli_convert", "write a checkpoint with its experts in another precision"),
+    "serve": ("stepjax.infer.cli_serve", "answer over HTTP, as OpenAI's interface has it"),
     "bench": ("stepjax.infer.cli_bench", "measure how fast requests are answered"),
     "info": ("stepjax.cli_info", "show what a model consists of"),
     "study": ("stepjax.train.cli_study", "compile a step for a mesh that need not exist, and count its bytes"),
@@ -26,7 +27,7 @@ VERBS = {
 }
 
 SEVERAL_HOSTS = ("generate", "score")  # verbs that several processes can run together
-ALONE = ("chat",)  # verbs that several must not run
+ALONE = ("chat", "serve")  # verbs that several must not run
 CLUSTER = "stepjax.sharding.cluster"
 
 

@@ -25,6 +25,10 @@ class RequestError(StepjaxError):
     """A request (prompt, messages, sampling parameters) is not acceptable."""
 
 
+class ContextError(RequestError):
+    """A prompt is longer than the context, or leaves no room to answer."""
+
+
 class TrainingError(StepjaxError):
     """A training run cannot go on, or its result is not good enough to be released."""
 

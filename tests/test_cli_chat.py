@@ -72,8 +72,9 @@ def test_a_message_that_cannot_be_answered_leaves_the_conversation_as_it_was(cap
 class Terminal:
     """A process on a terminal of its own, so that Ctrl-C and Ctrl-D are what they are."""
 
-    START = (
-        "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    START = (  # with Ctrl-C as at a terminal: a shell's background jobs, and their children, ignore it
+        "import fcntl, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
         "from stepjax.cli import main; sys.exit(main(sys.argv[1:]))"
     )
 

@@ -1,0 +1,140 @@
+"""``stepjax serve``: answer over HTTP, as OpenAI's interface has it."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stepjax.errors import RequestError
+from stepjax.infer.cli_options import add_model_arguments, open_session, printable
+
+if TYPE_CHECKING:
+    from stepjax.infer.engine import Engine
+    from stepjax.infer.load import Session
+    from stepjax.infer.serve.server import Server
+
+KEY_VARIABLE = "STEPJAX_API_KEY"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", metavar="MODEL", help="the same as --model")
+    add_model_arguments(parser)
+    server = parser.add_argument_group("server")
+    server.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    server.add_argument("--port", type=int, default=8000, help="0 takes any that is free (%(default)s)")
+    server.add_argument(
+        "--served-model-name", action="append", metavar="NAME", help="what clients call the model; may be repeated"
+    )
+    server.add_argument("--api-key", action="append", metavar="KEY", help=f"may be repeated; also {KEY_VARIABLE}")
+    server.add_argument("--api-key-file", type=Path, metavar="FILE", help="a key per line")
+    server.add_argument("--cors-origin", action="append", metavar="ORIGIN", help="web pages that may ask; * is any")
+    server.add_argument("--tls-cert", metavar="FILE", help="certificate, as PEM")
+    server.add_argument("--tls-key", metavar="FILE", help="its key, as PEM")
+    server.add_argument(
+        "--drain-seconds", type=float, default=30, metavar="S", help="for answers to end at SIGTERM (%(default)s)"
+    )
+    server.add_argument("--log-format", default="text", choices=("text", "json"), help="of the log on stderr")
+    server.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--max-seqs", type=int, default=16, metavar="N", help="answers that run together (%(default)s)")
+    engine.add_argument("--max-queue", type=int, default=1024, metavar="N", help="answers that may wait (%(default)s)")
+    engine.add_argument("--context", type=int, metavar="N", help="tokens of the longest sequence (default: what fits)")
+    engine.add_argument("--cache-gib", type=float, metavar="X", help="memory for pages (default: what is free)")
+    engine.add_argument("--no-prefix-cache", action="store_true", help="compute every prompt from its beginning")
+    engine.add_argument("--deterministic", action="store_true", help="bitwise the same beside any neighbours")
+    engine.add_argument("--speculate", type=int, metavar="K", help="MTP drafts per step (default: chosen by load)")
+
+
+def run(args: argparse.Namespace) -> int:
+    args.model = args.name or args.model
+    keys = _keys(args)
+    _check_tls(args)
+    session = open_session(args)
+    from stepjax.infer.engine import Engine
+    from stepjax.infer.engine_config import EngineConfig
+    from stepjax.infer.serve.access import Keys
+    from stepjax.infer.serve.app import ServeOptions, create_app
+    from stepjax.infer.serve.metrics import Metrics
+    from stepjax.infer.serve.server import Server, ServerConfig, log_to_stderr
+    from stepjax.infer.serve.service import Service
+
+    log_to_stderr(args.log_format, args.log_level)
+    config = EngineConfig(
+        num_slots=args.max_seqs,
+        context=args.context,
+        cache_bytes=None if args.cache_gib is None else int(args.cache_gib * 2**30),
+        num_snapshots=0 if args.no_prefix_cache or args.deterministic else None,
+        speculate=args.speculate,
+        max_waiting=args.max_queue,
+        deterministic=args.deterministic,
+    )
+    engine = Engine(session, config)
+    names = tuple(args.served_model_name or [Path(args.model).name if Path(args.model).is_dir() else args.model])
+    service = Service(engine, Metrics(engine, names[0]))
+    app = create_app(service, session, ServeOptions(names, Keys(keys), tuple(args.cors_origin or ())))
+    server = Server(
+        app,
+        service,
+        ServerConfig(args.host, args.port, args.drain_seconds, tls_cert=args.tls_cert, tls_key=args.tls_key),
+    )
+    sys.setswitchinterval(0.0005)  # the engine's thread wants to launch its next step, not to wait for a parser
+
+    async def serve() -> int:
+        announcing = asyncio.ensure_future(_announce(server, service.ready, session, engine, names, locked=bool(keys)))
+        code = await server.run_until_ended()
+        announcing.cancel()
+        return code
+
+    return asyncio.run(serve())
+
+
+def _keys(args: argparse.Namespace) -> list[str]:
+    """All keys that the flags, the file and the environment name."""
+    keys = list(args.api_key or ())
+    if args.api_key_file is not None:
+        try:
+            keys += args.api_key_file.read_text(encoding="utf-8").split()
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"{args.api_key_file}: cannot be read ({error})") from None
+        if not keys:
+            raise RequestError(f"{args.api_key_file}: holds no key, expected one per line")
+    if os.environ.get(KEY_VARIABLE):
+        keys.append(os.environ[KEY_VARIABLE])
+    if any(not key.isascii() or not key.isprintable() or " " in key or not key for key in keys):
+        raise RequestError("an API key is empty or holds what a header cannot; expected ASCII without spaces")
+    return keys
+
+
+def _check_tls(args: argparse.Namespace) -> None:
+    if bool(args.tls_cert) != bool(args.tls_key):
+        raise RequestError("--tls-cert and --tls-key: expected both or none")
+    for file in filter(None, (args.tls_cert, args.tls_key)):
+        if not Path(file).is_file():
+            raise RequestError(f"{file}: there is no such file")
+
+
+async def _announce(
+    server: Server, ready: asyncio.Event, session: Session, engine: Engine, names: tuple[str, ...], *, locked: bool
+) -> None:
+    """Say where the server is once it answers."""
+    import jax
+
+    await ready.wait()
+    while not server.started:
+        await asyncio.sleep(0.05)
+    size, devices = engine.executor.size, jax.device_count()
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(session.params))
+    body = f'{{"model": "{names[0]}", "messages": [{{"role": "user", "content": "What is 467 + 358?"}}]}}'
+    key = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if locked else ""
+    lines = (
+        f"{', '.join(map(printable, names))} on {devices} × {jax.local_devices()[0].device_kind}",
+        f"  weights {weights / 2**30:,.2f} GiB, cache {engine.executor.cache_bytes / 2**30:,.2f} GiB a device",
+        f"  {size.num_slots} answers together, context {size.context:,} tokens",
+        f"  {server.url}",
+        f"  curl {server.url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'",
+    )
+    print("\n".join(lines), flush=True)

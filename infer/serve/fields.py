@@ -1,0 +1,145 @@
+"""Bodies of requests as pydantic models: names, types and ranges. What fields mean together is in `asked`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+
+from stepjax.infer.serve.limits import LIMITS, number, sized
+
+_TEXT = {"type": "string"}
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+Stop = Annotated[
+    Any, WithJsonSchema({"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "maxItems": 16}, {"type": "null"}]})
+]
+Prompt = Annotated[
+    Any,
+    WithJsonSchema(
+        {
+            "anyOf": [_TEXT, _IDS, {"type": "array", "items": _TEXT}, {"type": "array", "items": _IDS}],
+            "description": "a text, a list of texts, token ids, or a list of lists of token ids",
+        }
+    ),
+]
+ChatMessage = Annotated[
+    Any,
+    WithJsonSchema(
+        {
+            "type": "object",
+            "required": ["role"],
+            "properties": {
+                "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
+                "content": {"anyOf": [_TEXT, {"type": "array"}, {"type": "null"}]},
+                "reasoning_content": {"anyOf": [_TEXT, {"type": "null"}]},
+                "tool_calls": {"anyOf": [{"type": "array"}, {"type": "null"}]},
+                "tool_call_id": _TEXT,
+                "name": _TEXT,
+            },
+        }
+    ),
+]
+
+
+class Body(BaseModel):
+    """Numbers are numbers, not texts of numbers. A field that is not known is left alone and named in the answer."""
+
+    model_config = ConfigDict(strict=True, extra="allow", hide_input_in_errors=True)
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+
+
+class Sampled(Body):
+    """What all ways to ask for an answer share: OpenAI's fields, and vLLM's beside them."""
+
+    model: str | None = sized("model", doc="one of GET /v1/models; the first if left out")
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = number("max_tokens", doc="cut to what the context leaves, which is also the default")
+    temperature: float | None = number("temperature", doc="0 is greedy")
+    top_p: float | None = number("top_p")
+    top_k: int | None = number("top_k")
+    min_p: float | None = number("min_p")
+    repetition_penalty: float | None = number("repetition_penalty")
+    presence_penalty: float | None = number("presence_penalty")
+    frequency_penalty: float | None = number("frequency_penalty")
+    seed: int | None = number("seed", doc="counts modulo 2^32")
+    n: int | None = number("n")
+    stop: Stop = None
+    stop_token_ids: list[int] | None = sized("stop_token_ids")
+    ignore_eos: bool | None = False
+    min_tokens: int | None = number("min_tokens")
+    logit_bias: dict[str, float] | None = sized("logit_bias", doc="token ids to what is added to their logits")
+    allowed_token_ids: list[int] | None = sized("allowed_token_ids")
+    prompt_logprobs: int | None = number("prompt_logprobs")
+    include_stop_str_in_output: bool | None = False
+    skip_special_tokens: bool | None = True
+    truncate_prompt_tokens: int | None = number("truncate_prompt_tokens", doc="only the last so many are used")
+    return_token_ids: bool | None = False
+    priority: int | None = number("priority", doc="lower goes first")
+    cache_salt: str | None = sized("cache_salt", doc="prompts are cached apart for each salt")
+    user: str | None = Field(None, description="ignored")
+
+
+class JsonSchemaFormat(Body):
+    name: str = ""
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema", "regex"]
+    json_schema: JsonSchemaFormat | None = None
+    pattern: str | None = None
+
+
+class ChatRequest(Sampled):
+    """POST /v1/chat/completions."""
+
+    messages: list[ChatMessage] = sized("messages", ...)
+    max_completion_tokens: int | None = number("max_completion_tokens", doc="goes before max_tokens")
+    logprobs: bool | None = False
+    top_logprobs: int | None = number("top_logprobs")
+    tools: list[dict[str, Any]] | None = sized("tools")
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = True
+    response_format: ResponseFormat | None = None
+    reasoning_effort: str | None = Field(None, description="none switches thinking off; other values change nothing")
+    include_reasoning: bool | None = True
+    thinking_token_budget: int | None = number("thinking_token_budget")
+    chat_template_kwargs: dict[str, Any] | None = sized("chat_template_kwargs", doc="enable_thinking: true or false")
+    add_generation_prompt: bool | None = True
+
+
+class CompletionRequest(Sampled):
+    """POST /v1/completions."""
+
+    prompt: Prompt
+    max_tokens: int | None = Field(16, ge=0, le=int(LIMITS["max_tokens"].high), description="0 only with echo")
+    logprobs: int | None = number("logprobs")
+    echo: bool | None = False
+    best_of: int | None = Field(None, description="only as large as n")
+    suffix: str | None = Field(None, description="not supported")
+    response_format: ResponseFormat | None = None
+
+
+class TokenizeRequest(Body):
+    """POST /tokenize: of a prompt, or of a conversation."""
+
+    model: str | None = sized("model")
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = sized("messages")
+    tools: list[dict[str, Any]] | None = sized("tools")
+    chat_template_kwargs: dict[str, Any] | None = sized("chat_template_kwargs")
+    add_generation_prompt: bool | None = True
+    add_special_tokens: bool | None = True
+    return_token_strs: bool | None = False
+
+
+class DetokenizeRequest(Body):
+    """POST /detokenize."""
+
+    model: str | None = sized("model")
+    tokens: list[int] = sized("tokens", ...)

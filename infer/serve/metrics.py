@@ -1,0 +1,115 @@
+"""Prometheus metrics under vLLM's names with our prefix, so that its dashboards need no more than that change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, get_args
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from stepjax.infer.transcript import FinishReason
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
+    from stepjax.infer.engine import Engine, Update
+    from stepjax.infer.serve.service import Ticket
+
+PREFIX = "stepjax"
+_FIRST_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
+_NEXT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5)
+_WHOLE_S = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000)
+
+
+class Metrics:
+    """Of one server. What the engine counts by itself is read when somebody asks."""
+
+    def __init__(self, engine: Engine, model: str):
+        self._registry = CollectorRegistry()
+        self._model = model
+        self._finished = self._counter("request_success", "Finished requests", "finished_reason")
+        for reason in get_args(FinishReason):  # there from the beginning, at 0
+            self._finished.labels(model, reason)
+        self._prompt = self._counter("prompt_tokens", "Prompt tokens of accepted requests")
+        self._generated = self._counter("generation_tokens", "Answered tokens")
+        self._first = self._histogram("time_to_first_token_seconds", "From request to first token", _FIRST_S)
+        self._next = self._histogram("inter_token_latency_seconds", "Between the tokens of an answer", _NEXT_S)
+        self._whole = self._histogram("e2e_request_latency_seconds", "From request to last token", _WHOLE_S)
+        self._prompt_sizes = self._histogram("request_prompt_tokens", "Prompt tokens of a request", _TOKENS)
+        self._sizes = self._histogram("request_generation_tokens", "Tokens of an answer", _TOKENS)
+        self._registry.register(_EngineCollector(engine, model))
+
+    def expose(self) -> bytes:
+        """The text that Prometheus reads."""
+        return generate_latest(self._registry)
+
+    def observe(self, ticket: Ticket, index: int, update: Update, now: float) -> None:
+        """Count what a step added to an answer."""
+        state = ticket.progress[index]
+        if update.tokens:
+            since = now - (state.last_s or ticket.began)
+            if state.last_s is None:
+                self._first.observe(since)
+                self._prompt.inc(state.num_prompt)
+                self._prompt_sizes.observe(state.num_prompt)
+                state.first_s = now
+            else:
+                for _ in update.tokens:
+                    self._next.observe(since / len(update.tokens))
+            state.last_s = now
+            state.num_output += len(update.tokens)
+            state.num_cached = update.num_cached
+            self._generated.inc(len(update.tokens))
+        if update.finish_reason:
+            self._finished.labels(self._model, update.finish_reason).inc()
+            self._whole.observe(now - ticket.began)
+            self._sizes.observe(state.num_output)
+
+    def _counter(self, name: str, text: str, *labels: str):
+        counter = Counter(f"{PREFIX}:{name}", text, ["model_name", *labels], registry=self._registry)
+        return counter if labels else counter.labels(self._model)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]):
+        histogram = Histogram(f"{PREFIX}:{name}", text, ["model_name"], registry=self._registry, buckets=buckets)
+        return histogram.labels(self._model)
+
+
+class _EngineCollector(Collector):
+    def __init__(self, engine: Engine, model: str):
+        self._engine, self._model = engine, model
+
+    def collect(self) -> Iterator[Metric]:
+        admission, stats = self._engine.scheduler.admission, self._engine.stats
+        prefix, used = admission.prefix.stats, 1 - admission.prefix.num_available / admission.pool.num_pages
+        gauges = {
+            "num_requests_running": ("Answers in slots", len(admission.running)),
+            "num_requests_waiting": ("Answers that wait for a slot", len(admission.waiting)),
+            "kv_cache_usage_perc": ("Share of the cache's pages in use", used),
+        }
+        counters = {
+            "num_preemptions": ("Answers that gave up their pages and were computed again", admission.num_preemptions),
+            "prefix_cache_queries": ("Prompt tokens looked up in the prefix cache", prefix.lookup_tokens),
+            "prefix_cache_hits": ("Prompt tokens that the prefix cache spared", prefix.hit_tokens),
+            "spec_decode_num_draft_tokens": ("Drafts that were reached", sum(stats.drafted)),
+            "spec_decode_num_accepted_tokens": ("Drafts that were accepted", sum(stats.accepted)),
+            "engine_steps": ("Steps of the device", stats.num_steps),
+        }
+        for name, (text, value) in gauges.items():
+            gauge = GaugeMetricFamily(f"{PREFIX}:{name}", text, labels=["model_name"])
+            gauge.add_metric([self._model], value)
+            yield gauge
+        for name, (text, value) in counters.items():
+            counter = CounterMetricFamily(f"{PREFIX}:{name}", text, labels=["model_name"])
+            counter.add_metric([self._model], value)
+            yield counter
+        by_depth = CounterMetricFamily(
+            f"{PREFIX}:spec_decode_num_accepted_tokens_per_pos",
+            "Drafts that were accepted, by depth",
+            labels=["model_name", "position"],
+        )
+        for depth, count in enumerate(stats.accepted):
+            by_depth.add_metric([self._model, str(depth)], count)
+        yield by_depth

@@ -1,0 +1,120 @@
+"""The process around the application: its socket, its end, and what it says when it starts."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from stepjax.infer.serve.body import App
+from stepjax.infer.serve.limits import LIMITS
+from stepjax.infer.serve.service import Service
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    host: str = "127.0.0.1"
+    port: int = 8000  # 0: any that is free
+    drain_seconds: float = 30.0  # after SIGTERM, for answers to end
+    tls_cert: str | None = None
+    tls_key: str | None = None
+
+
+class Server(uvicorn.Server):
+    """Ends by draining: no new requests, then the running ones, then the process, with exit code 0."""
+
+    def __init__(self, app: App, service: Service, config: ServerConfig):
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=config.host,
+                port=config.port,
+                ssl_certfile=config.tls_cert,
+                ssl_keyfile=config.tls_key,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                http="h11",  # refuses headers beyond a size; the faster parser takes any
+                h11_max_incomplete_event_size=int(LIMITS["header_bytes"].high),
+                ws="none",
+                timeout_keep_alive=75,
+                timeout_graceful_shutdown=5,
+                backlog=2048,
+            )
+        )
+        self._service, self._drain_seconds = service, config.drain_seconds
+        self._ending = False
+
+    @property
+    def url(self) -> str:
+        """Where the server listens, with the port that it was given."""
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
+        return f"{'https' if self.config.is_ssl else 'http'}://{host}:{port}"
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A first signal drains; a second one, or Ctrl-C twice, ends at once."""
+        if self._ending:
+            self.force_exit = self.should_exit = True
+            return
+        self._ending = True
+        asyncio.get_running_loop().call_soon_threadsafe(self._begin_end, signal.Signals(sig).name)
+
+    def _begin_end(self, name: str) -> None:
+        log.info("%s: draining for at most %g s", name, self._drain_seconds)
+        self._draining = asyncio.ensure_future(self._end())
+
+    async def _end(self) -> None:
+        await self._service.drain(self._drain_seconds)
+        self.should_exit = True
+
+    async def run_until_ended(self) -> int:
+        """Serve. Returns the exit code: 1 if the engine failed."""
+        watching = asyncio.ensure_future(self._watch())
+        try:
+            await self.serve()
+        finally:
+            watching.cancel()
+        return 1 if self._service.failure is not None else 0
+
+    async def _watch(self) -> None:
+        await self._service.ended.wait()
+        if self._service.failure is not None:
+            await asyncio.sleep(1)  # for the errors to reach the clients
+        self.should_exit = True
+
+
+class JsonLines(logging.Formatter):
+    """A JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        found: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            found["exception"] = self.formatException(record.exc_info)
+        return json.dumps(found)
+
+
+def log_to_stderr(kind: str, level: str) -> None:
+    """One line a record."""
+    handler = logging.StreamHandler(sys.stderr)
+    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler.setFormatter(JsonLines() if kind == "json" else text)
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    for name in ("jax", "jax._src"):
+        logging.getLogger(name).setLevel(logging.WARNING)
