@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu")
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # of 80 GB, the slice takes 69
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ from stepjax.infer.engine_config import EngineConfig
 from stepjax.infer.load import Session, load, use_compile_cache
 from stepjax.infer.runner import Pieces, Program, State
 from stepjax.infer.sampling import Sampling, SamplingParams
-from stepjax.ops.experts import ExpertWeights, Form, choose_form, routed_experts
+from stepjax.ops.experts import ExpertWeights, Form, buffer_rows, choose_form, routed_experts
 from stepjax.weights import Groups
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,8 +75,8 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
 def device(*, small: bool) -> dict[str, Any]:
     """Speeds that everything else is measured by: copying, and bf16 products."""
     size, width = (2**24, 256) if small else (2**31, 8192)
-    held = jnp.zeros((size,), jnp.uint8)
-    copy = jax.jit(lambda x: x + jnp.uint8(1))
+    held = jnp.zeros((size // 4,), jnp.float32)
+    copy = jax.jit(lambda x: x + 1)
     a = jnp.ones((width, width), jnp.bfloat16)
     product = jax.jit(lambda a: a @ a)
     return {
@@ -113,7 +114,9 @@ def parity(*, small: bool) -> dict[str, Any]:
 
 
 def answers(session: Session, prompts: list[list[int]], *, drafts: int) -> list[list[int]]:
-    engine = Engine(session, EngineConfig(len(prompts), 512, num_pages=64, num_snapshots=0, speculate=drafts))
+    engine = Engine(
+        session, EngineConfig(len(prompts), 512, num_pages=64, num_snapshots=0, speculate=drafts, widths=(128,))
+    )
     params = SamplingParams(temperature=0.0, seed=0, max_tokens=60, ignore_eos=True)
     said: dict[str, list[int]] = {engine.add(prompt, params)[0]: [] for prompt in prompts}
     for update in engine.run():
@@ -132,21 +135,29 @@ def forms(*, small: bool) -> dict[str, Any]:
     for name, held in (("bf16", None), ("int4", Groups(4, 64))):
         weights = expert_weights((num_experts, width, hidden), held)
         for tokens in (1, 4, 16) if small else (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192):
-            row = by_form(weights, tokens, top_k)
-            table[f"{name}, {tokens} tokens"] = row | {"chosen": choose_form(tokens, num_experts, top_k)}
+            rows = buffer_rows(tokens * top_k / num_experts, most=tokens)
+            chosen = choose_form(tokens, num_experts, top_k, rows=rows, widened=held is not None)
+            for skew in (0.0, 1.0) if tokens > 16 else (0.0,):
+                row = by_form(weights, tokens, top_k, skew)
+                table[f"{name}, {tokens} tokens{', skewed' if skew else ''}"] = row | {"chosen": chosen}
     return {"milliseconds": table}
 
 
-def by_form(weights: ExpertWeights, tokens: int, top_k: int) -> dict[str, Any]:
-    """Of one number of tokens, evenly routed."""
+def by_form(weights: ExpertWeights, tokens: int, top_k: int, skew: float) -> dict[str, Any]:
+    """Of one number of tokens. ``skew`` spreads the experts' log-odds; with 1 the fullest has some seven mean loads."""
     num_experts, _, width = weights.gate.shape
     rng = np.random.default_rng(tokens)
-    ids = np.argsort(rng.random((tokens, num_experts)), axis=1)[:, :top_k].astype(np.int32)
+    odds = rng.gumbel(size=(tokens, num_experts)) + skew * rng.standard_normal(num_experts)
+    ids = np.argsort(-odds, axis=1)[:, :top_k].astype(np.int32)
     x = jnp.asarray(rng.standard_normal((tokens, width)), jnp.bfloat16)
     combine = jnp.full((tokens, top_k), 1 / top_k, jnp.float32)
-    row: dict[str, Any] = {"distinct_experts": len(np.unique(ids))}
+    load = np.bincount(ids.ravel(), minlength=num_experts)
+    row: dict[str, Any] = {
+        "distinct_experts": int((load > 0).sum()),
+        "fullest_over_mean": float(load.max() / load.mean()),
+    }
     for form in FORMS:
-        if (form == "gathered" and tokens > 64) or (form == "batched" and tokens > 1024):
+        if (form == "gathered" and tokens > 128) or (form == "batched" and tokens > 256):
             continue  # by then hopeless, and large
         run = jax.jit(functools.partial(routed_experts, limit=None, form=form))
         row[form] = round(1e3 * timed(functools.partial(run, x, ids, combine, weights), rounds=10), 4)
@@ -184,10 +195,11 @@ def slice_part(name: str, speeds: dict[str, float], *, small: bool) -> dict[str,
     found["compile_s"] = round(time.perf_counter() - began - found["weights_s"], 1)
     for each in decodes:
         cost = decode_cost(made, each.batch, context, each.drafts)
-        found["decode"][each.name] = rated(timed(each.start()), cost, speeds, each.batch)
+        found["decode"][each.name] = rated(functools.partial(timed, each.start()), cost, speeds, each.batch)
     for each in prefills:
         cost = prefill_cost(made, each.tokens)
-        found["prefill"][each.name] = rated(timed(each.start(), rounds=5, warm=2), cost, speeds, each.tokens)
+        time_it = functools.partial(timed, each.start(), rounds=5, warm=2)
+        found["prefill"][each.name] = rated(time_it, cost, speeds, each.tokens)
     stats = jax.local_devices()[0].memory_stats() or {}
     return found | {"peak_bytes": stats.get("peak_bytes_in_use")}
 
@@ -267,8 +279,12 @@ class Prefill(Call):
         return (Pieces(ids, one + self.tokens, one - 1, one, one, self.table),)
 
 
-def rated(seconds: float, cost: Cost, speeds: dict[str, float], tokens: int) -> dict[str, Any]:
+def rated(time_it: Callable[[], float], cost: Cost, speeds: dict[str, float], tokens: int) -> dict[str, Any]:
     """A step's time beside the least that this device could need."""
+    try:
+        seconds = time_it()
+    except jax.errors.JaxRuntimeError as error:  # no memory for it, say: the other steps are still worth their time
+        return {"error": str(error).splitlines()[0]}
     least = cost.seconds(speeds["copy_bytes_per_s"], speeds["bf16_flops_per_s"])
     return {
         "milliseconds": round(1e3 * seconds, 3),
