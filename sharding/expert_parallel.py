@@ -11,12 +11,12 @@ a rank hold shares of the same experts. No form drops a token, whatever the rout
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from stepjax.adapted import by_token, cotangent, moved, moving
 from stepjax.config import ModelConfig
 from stepjax.layout import Routed
 from stepjax.ops.experts import ExpertWeights, Form, buffer_rows, held_ids, routed_experts
@@ -98,7 +98,9 @@ def exchanged(
     """
     ids, combine = moe.route(x_BTD, real_BT)
     x, flat_ids, weight = (each.reshape(-1, each.shape[-1]) for each in (x_BTD, ids, combine))
-    routed = exchanged_experts(x, flat_ids, weight, moe.weights(), group=group, limit=moe.limit, form=form)
+    bare, slot = by_token(moe.weights(), (x_BTD.shape[0], x_BTD.shape[1]))
+    weights = ExpertWeights(*bare)
+    routed = exchanged_experts(x, flat_ids, weight, weights, group=group, limit=moe.limit, form=form, slot_T=slot)
     out = routed.reshape(x_BTD.shape) + moe.common(x_BTD)
     return out.astype(x_BTD.dtype), ids
 
@@ -121,6 +123,7 @@ def exchanged_experts(
     group: Group,
     limit: float | None,
     form: Form | None = None,
+    slot_T: jax.Array | None = None,
 ) -> jax.Array:
     """`routed_experts` for tokens and experts that lie on different devices: x[T_group, D] → float32 [T_group, D].
 
@@ -131,7 +134,7 @@ def exchanged_experts(
     rows = exchange_rows(tokens, group.num_experts, top_k, group.num_ranks)
     plan = _Plan(group, rows, limit, form)
     with jax.named_scope("exchange"):
-        to = _address(ids_TA, group)
+        to = _address(ids_TA, group, slot_T)
         num_passes = jax.lax.pmax(-(-jnp.max(to.count) // rows), group.axes)
         return _passes(plan, *vary_alike((x_TD, combine_TA, weights, ids_TA, to)), num_passes)
 
@@ -171,9 +174,10 @@ class _Addresses(NamedTuple):
     rank: jax.Array  # [T, A], num_ranks for none
     place: jax.Array  # [T, A] among this device's rows to that rank, in order of tokens
     count: jax.Array  # [num_ranks] rows
+    slot: jax.Array | None  # [T] adapter of each token
 
 
-def _address(ids_TA: jax.Array, group: Group) -> _Addresses:
+def _address(ids_TA: jax.Array, group: Group, slot_T: jax.Array | None) -> _Addresses:
     """Places by cumulative sums: an argsort's result would be typed as alike on all devices."""
     rank = jnp.minimum(ids_TA // group.experts_each, group.num_ranks)
     again = rank[:, :, None] == rank[:, None, :]
@@ -182,7 +186,7 @@ def _address(ids_TA: jax.Array, group: Group) -> _Addresses:
     goes_TR = jnp.any(rank[:, :, None] == jnp.arange(group.num_ranks)[None, None, :], axis=1)
     so_far_TR = jnp.cumsum(goes_TR, axis=0, dtype=jnp.int32)
     place = jnp.take_along_axis(so_far_TR, rank, axis=1, mode="clip") - 1
-    return _Addresses(rank, place, so_far_TR[-1])
+    return _Addresses(rank, place, so_far_TR[-1], slot_T)
 
 
 def _one_pass(
@@ -208,14 +212,18 @@ def _one_pass(
     token = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32)[:, None], slot_TA.shape)
     token_S = jnp.full((num_slots,), num_tokens, jnp.int32).at[slot_TA].set(token, mode="drop")
 
-    # Ids are whole numbers below 2²⁴, exact in float32, so that both small tables are one message.
-    ids_SA = _rows(ids, token_S, fill=group.num_experts)
-    table = jnp.concatenate([ids_SA.astype(jnp.float32), _rows(combine, token_S)], axis=-1)
+    # Ids are whole numbers below 2²⁴, exact in float32, so that the small tables are one message.
+    small = [_rows(ids, token_S, fill=group.num_experts).astype(jnp.float32), _rows(combine, token_S)]
+    if to.slot is not None:
+        small.append(_rows(to.slot[:, None], token_S, fill=-1).astype(jnp.float32))
+    table = jnp.concatenate(small, axis=-1)
     x_RD, table = (_gather(_all_to_all(each, group), group) for each in (_rows(x, token_S), table))
 
     ours = held_ids(table[:, :top_k].astype(jnp.int32), group.first_expert(), group.experts_each)
+    chosen = table[:, top_k : 2 * top_k]
+    slot = None if to.slot is None else table[:, 2 * top_k].astype(jnp.int32)
     load = num_tokens * top_k * group.num_shares  # what a rank's devices send, they get if all ranks are alike
-    y_RD = routed_experts(x_RD, ours, table[:, top_k:], weights, limit=plan.limit, form=plan.form, load=load)
+    y_RD = routed_experts(x_RD, ours, chosen, weights, limit=plan.limit, form=plan.form, load=load, slot_T=slot)
     y_RD = y_RD.astype(x.dtype)
     if group.width:
         y_RD = jax.lax.psum_scatter(y_RD, group.width, scatter_dimension=0, tiled=True)
@@ -263,15 +271,20 @@ def _passes_fwd(plan, x, combine, weights, ids, to, num_passes):
     return _passes_forward(plan, x, combine, weights, ids, to, num_passes), (x, combine, weights, ids, to, num_passes)
 
 
-def _passes_bwd(plan, saved, cotangent):
+def _passes_bwd(plan, saved, cotangent_TD):
     x, combine, weights, ids, to, num_passes = saved
+    arrays = tuple(map(moving, weights))
 
     def body(index: jax.Array, total):
-        _, pull = jax.vjp(partial(_one_pass, plan, index, ids=ids, to=to), x, combine, weights)
-        return jax.tree.map(jnp.add, total, pull(cotangent))
+        def forward(x: jax.Array, combine: jax.Array, arrays: Any) -> jax.Array:
+            return _one_pass(plan, index, x, combine, ExpertWeights(*map(moved, weights, arrays)), ids, to)
 
-    zero = vary_with(jax.tree.map(jnp.zeros_like, (x, combine, weights)), x)
-    return (*jax.lax.fori_loop(0, num_passes, body, zero), None, None, None)
+        _, pull = jax.vjp(forward, x, combine, arrays)
+        return jax.tree.map(jnp.add, total, pull(cotangent_TD))
+
+    zero = vary_with(jax.tree.map(jnp.zeros_like, (x, combine, arrays)), x)
+    dx, dcombine, found = jax.lax.fori_loop(0, num_passes, body, zero)
+    return dx, dcombine, ExpertWeights(*map(cotangent, weights, found)), None, None, None
 
 
 _passes.defvjp(_passes_fwd, _passes_bwd)

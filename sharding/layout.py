@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from stepjax.adapted import Adapted, factor_axes
 from stepjax.cache import CacheView, Chunk
 from stepjax.layout import Routed
 from stepjax.ops.attention import Heads, Keys
@@ -116,7 +117,7 @@ class MeshLayout:
             body, whole = exchanged, "mlp"
         else:
             body = gathered
-        merge, leaves, leaf_specs = self._taken_apart(moe, whole, stored=spec[0] is not None)
+        merge, leaves, leaf_specs = self._taken_apart(moe, whole, batch=spec[0])
         token_spec = PartitionSpec(*spec[:2])
         return jax.shard_map(
             lambda leaves, *tokens: body(merge(leaves), *tokens, group=group, form=self.form),
@@ -131,19 +132,23 @@ class MeshLayout:
             return False  # no device holds a whole expert
         return exchange_pays(self.rules.config, group, local[0] * local[1]) if self.exchange is None else self.exchange
 
-    def _taken_apart(self, module: Any, whole: str, *, stored: bool) -> tuple[Merge, Leaves, dict[Any, PartitionSpec]]:
+    def _taken_apart(self, module: Any, whole: str, *, batch: Any) -> tuple[Merge, Leaves, dict[Any, Any]]:
         """A module as a flat table of its parameters, their placement inside an island, and the way back.
 
-        The axis ``whole`` is split over nothing there. Parameters that are ``stored`` in pieces by replicas come in as
-        they lie and are gathered inside, so that their gradients are scattered by the reduction that sums them. That
-        needs replicas with sequences of their own: copies of one sequence would be summed as if they were two.
+        The axis ``whole`` is split over nothing there. Parameters that replicas store in pieces come in as they lie and
+        are gathered inside, so that their gradients are scattered by the reduction that sums them. That needs replicas
+        with sequences of their own, split over ``batch``: copies of one sequence would be summed as if they were two.
         """
         graph, state = nnx.split(module)
         variables = dict(nnx.to_flat_state(state))
         leaves = {path: variable.get_value() for path, variable in variables.items()}
         axes = {path: variable.get_metadata("axes") for path, variable in variables.items()}
-        place = self.rules.spec if stored else self.rules.gathered
-        specs = {path: place(*(a if a != whole else None for a in each)) for path, each in axes.items()}
+        rule = self.rules.spec if batch is not None else self.rules.gathered
+
+        def place(*axes: str | None) -> PartitionSpec:
+            return rule(*(axis if axis != whole else None for axis in axes))
+
+        specs = {path: placed(leaves[path], each, place, batch=batch) for path, each in axes.items()}
 
         def merge(leaves: Leaves) -> Any:
             placed = [(path, variables[path].replace(_gather(value, specs[path]))) for path, value in leaves.items()]
@@ -187,8 +192,20 @@ class LocalHeads:
         return replace(keys, k_BSKH=k, v_BSKH=v)
 
 
-def _gather(value: Any, spec: PartitionSpec) -> Any:
+def placed(value: Any, axes: tuple[str, ...], place: Callable[..., Any], *, batch: Any = None) -> Any:
+    """A parameter's placement by its logical axes: an adapter's factors lie as the axes that they have in common."""
+    if not isinstance(value, Adapted):
+        return place(*axes)
+    of_a, of_b = factor_axes(axes, a_ndim=value.a.ndim, b_ndim=value.b.ndim)
+    slot = None if value.slot is None else PartitionSpec(batch)
+    return replace(value, base=place(*axes), a=place(*of_a), b=place(*of_b), slot=slot)
+
+
+def _gather(value: Any, spec: Any) -> Any:
     """A parameter without the splits that only save memory."""
+    if isinstance(value, Adapted):
+        base, a, b = (_gather(x, at) for x, at in ((value.base, spec.base), (value.a, spec.a), (value.b, spec.b)))
+        return replace(value, base=base, a=a, b=b)
     for dimension, entry in enumerate(spec):
         if storage := tuple(axis for axis in _axes(entry) if axis not in GROUP):
             gather = functools.partial(jax.lax.all_gather, axis_name=storage, axis=dimension, tiled=True)

@@ -7,13 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from stepjax.adapted import linear
 from stepjax.ops.swiglu import swiglu
-from stepjax.quant import dequantize
-
-
-def precision(dtype: DTypeLike) -> jax.lax.Precision | None:
-    """Matmul precision: float32 means float32, not the accelerator's shortened product."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], *, std: float, dtype: DTypeLike) -> nnx.Param:
@@ -40,11 +35,7 @@ class RMSNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """``y[..., out] = x[..., in] · Wᵀ``, accumulated in float32, returned in x's dtype. This model has no bias.
-
-    Rounding belongs to the product: were the contracted axis split, a later cast would leave the devices to exchange
-    float32.
-    """
+    """``y[..., out] = x[..., in] · Wᵀ``, accumulated in float32, returned in x's dtype. This model has no bias."""
 
     def __init__(
         self,
@@ -59,15 +50,11 @@ class Linear(nnx.Module):
         self.weight = normal(rngs, (size_out, size_in), axes, std=scale * size_in**-0.5, dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self._product(x, x.dtype)
+        return linear(self.weight.get_value(), x, x.dtype)
 
     def wide(self, x: jax.Array) -> jax.Array:
         """The float32 accumulator itself, for logits: rounded to bfloat16, near-ties would become ties."""
-        return self._product(x, jnp.float32)
-
-    def _product(self, x: jax.Array, dtype: DTypeLike) -> jax.Array:
-        weight = dequantize(self.weight.get_value(), x.dtype)
-        return jnp.einsum("...i,oi->...o", x, weight, precision=precision(x.dtype), preferred_element_type=dtype)
+        return linear(self.weight.get_value(), x, jnp.float32)
 
 
 class Embed(nnx.Module):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from stepjax.adapted import by_token
 from stepjax.config import LayerSpec, ModelConfig
 from stepjax.layers import SwiGLU, normal
 from stepjax.layout import Layout
@@ -100,10 +101,11 @@ class MoE(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """What the weights at hand contribute: see `stepjax.layout.Routed`."""
         x_TD, ids_TA, combine_TA = (each.reshape(-1, each.shape[-1]) for each in (x_BTD, ids_BTA, combine_BTA))
-        weights = self.weights()
+        bare, slot_T = by_token(self.weights(), (x_BTD.shape[0], x_BTD.shape[1]))
+        weights = ExpertWeights(*bare)
         count = weights.gate.shape[0]
         ours, load = held_ids(ids_TA, first_expert, count), ids_TA.size * count // self.num_experts
-        routed = routed_experts(x_TD, ours, combine_TA, weights, limit=self.limit, form=form, load=load)
+        routed = routed_experts(x_TD, ours, combine_TA, weights, limit=self.limit, form=form, load=load, slot_T=slot_T)
         return routed.reshape(x_BTD.shape), self.common(x_BTD)
 
     def weights(self) -> ExpertWeights:

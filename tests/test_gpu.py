@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from tiny import random_params, small_config
 
+from stepjax.adapted import merged
 from stepjax.infer.engine import Engine
 from stepjax.infer.engine_config import EngineConfig
 from stepjax.infer.load import Session
 from stepjax.infer.sampling import SamplingParams
 from stepjax.ops.experts import ExpertWeights, routed_experts
-from stepjax.quant import dequantize, quantize_blocks
+from stepjax.quant import quantize_blocks
 from stepjax.quant_groups import quantize_groups
 
 pytestmark = pytest.mark.gpu
@@ -53,7 +54,7 @@ def test_every_form_of_the_experts_agrees_with_the_reference(form, held):
     ids = jnp.asarray(np.argsort(random.random((T, E)), axis=1)[:, :A], jnp.int32)
     combine = jnp.asarray(random.random((T, A)), jnp.float32)
     of = weights(held)
-    wide = ExpertWeights(*(dequantize(w, jnp.float32) for w in of))
+    wide = ExpertWeights(*(merged(w, jnp.float32) for w in of))
     expected = routed_experts(x, ids, combine, wide, limit=None, form="reference")
     found = jax.jit(lambda *a: routed_experts(*a, limit=None, form=form))(x, ids, combine, of)
     np.testing.assert_allclose(found, expected, atol=2e-5)

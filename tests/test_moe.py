@@ -160,8 +160,8 @@ def test_forms_agree_in_value_and_gradient(form, dtype):
 def test_float8_weights_equal_their_dequantised_form(form):
     """Frozen, so that gradients reach tokens and combine weights only."""
     x, weights = sample(jnp.float32)
-    small = ExpertWeights(*(quantize_blocks(jnp.asarray(w), (8, 16)) for w in weights))
-    plain = ExpertWeights(*(dequantize(w, jnp.float32) for w in small))
+    blocks = [quantize_blocks(jnp.asarray(w), (8, 16)) for w in weights]
+    small, plain = ExpertWeights(*blocks), ExpertWeights(*(dequantize(w, jnp.float32) for w in blocks))
     for name in ROUTINGS:
         ids, combine = routing(name)
         found, expected = pulled(x, ids, combine, small, form=form), pulled(x, ids, combine, plain, form="reference")

@@ -14,15 +14,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from stepjax.adapted import (
+    Adapted,
+    AnyWeight,
+    choose,
+    cotangent,
+    merged,
+    moved,
+    moving,
+    plain,
+    product,
+    rows_product,
+    widen,
+)
 from stepjax.ops.swiglu import swiglu
 from stepjax.ops.varying import vary_alike, vary_with
-from stepjax.quant import Weight, dequantize, take
 
 Form = Literal["gathered", "batched", "capacity", "blocked", "reference"]
 
@@ -36,9 +48,9 @@ ROUND = 16  # blocks beyond the capacity that are taken up together; their exper
 class ExpertWeights(NamedTuple):
     """gate, up [E, F, D] and down [E, D, F]: the hub's (out, in) orientation per expert."""
 
-    gate: Weight
-    up: Weight
-    down: Weight
+    gate: AnyWeight
+    up: AnyWeight
+    down: AnyWeight
 
 
 def routed_experts(
@@ -50,6 +62,7 @@ def routed_experts(
     limit: float | None,
     form: Form | None = None,
     load: int | None = None,
+    slot_T: jax.Array | None = None,
 ) -> jax.Array:
     """``Σ_a combine[t, a] · SwiGLU_{ids[t, a]}(x[t])`` as float32 [T, D].
 
@@ -59,8 +72,9 @@ def routed_experts(
       limit: clamp inside the SwiGLU, or None.
       form: pins the formulation; None chooses by the static token count.
       load: assignments to expect among ``ids`` that are not ≥ E; None: all. It sizes buffers and bounds nothing.
+      slot_T: int32, which adapter of a stack each token uses (`stepjax.adapted`).
     """
-    x_TD, ids_TA, combine_TA, weights = vary_alike((x_TD, ids_TA, combine_TA, weights))
+    x_TD, ids_TA, combine_TA, weights, slot_T = vary_alike((x_TD, ids_TA, combine_TA, weights, slot_T))
     mean = (ids_TA.size if load is None else load) / weights.gate.shape[0]
     rows = buffer_rows(mean, most=x_TD.shape[0])
 
@@ -71,11 +85,11 @@ def routed_experts(
         return jax.named_scope(f"experts_{form}")(partial(forms[form], limit=limit))
 
     if form:
-        return run(form)(x_TD, ids_TA, combine_TA, weights)
+        return run(form)(x_TD, ids_TA, combine_TA, weights, slot_T)
     size = (x_TD.shape[0], weights.gate.shape[0], ids_TA.shape[1])
-    other = choose_form(*size, rows=rows, widened=not isinstance(weights.gate, jax.Array))
+    other = choose_form(*size, rows=rows, widened=not isinstance(plain(weights.gate), jax.Array))
     return jax.lax.platform_dependent(
-        x_TD, ids_TA, combine_TA, weights, cpu=run(choose_form_cpu(*size)), default=run(other)
+        x_TD, ids_TA, combine_TA, weights, slot_T, cpu=run(choose_form_cpu(*size)), default=run(other)
     )
 
 
@@ -126,12 +140,24 @@ def expert_load(ids_BTA: jax.Array, num_experts: int) -> jax.Array:
     return jnp.sum(hot, axis=0, dtype=jnp.int32)
 
 
-def _reference(x: jax.Array, ids: jax.Array, combine: jax.Array, weights: ExpertWeights, *, limit: float | None):
-    """Expert by expert over all tokens in float32."""
+Slot = jax.Array | None  # int32 [T], adapter of each token
+
+
+def _reference(
+    x: jax.Array, ids: jax.Array, combine: jax.Array, weights: ExpertWeights, slot: Slot, *, limit: float | None
+):
+    """Expert by expert over all tokens in float32, with adapters merged: one at a time, if tokens have different."""
+    if slot is not None:
+        blocks = max(w.slots for w in weights if isinstance(w, Adapted))
+        own = [_reference(x, ids, combine, _with_block(weights, i), None, limit=limit) for i in range(blocks)]
+        out = _reference(x, ids, combine, ExpertWeights(*map(plain, weights)), None, limit=limit)
+        for i, each in enumerate(own):
+            out = jnp.where((slot == i)[:, None], each, out)
+        return out
     x = x.astype(jnp.float32)
 
     def one(out: jax.Array, expert: jax.Array) -> tuple[jax.Array, None]:
-        gate, up, down = (dequantize(take(w, expert), jnp.float32) for w in weights)
+        gate, up, down = (merged(choose(w, expert), jnp.float32) for w in weights)
         hidden = swiglu(jnp.dot(x, gate.T, precision="highest"), jnp.dot(x, up.T, precision="highest"), limit)
         share = jnp.sum(jnp.where(ids == expert, combine, 0.0), axis=-1, keepdims=True)
         return out + share * jnp.dot(hidden, down.T, precision="highest"), None
@@ -140,57 +166,72 @@ def _reference(x: jax.Array, ids: jax.Array, combine: jax.Array, weights: Expert
     return jax.lax.scan(one, zero, jnp.arange(weights.gate.shape[0]))[0]
 
 
-def _gathered(x: jax.Array, ids: jax.Array, combine: jax.Array, weights: ExpertWeights, *, limit: float | None):
+def _with_block(weights: ExpertWeights, index: int) -> ExpertWeights:
+    return ExpertWeights(*(w.block(index) if isinstance(w, Adapted) else w for w in weights))
+
+
+def _gathered(
+    x: jax.Array, ids: jax.Array, combine: jax.Array, weights: ExpertWeights, slot: Slot, *, limit: float | None
+):
     """Gather, multiply, sum: XLA fuses it into three kernels on a GPU that read each chosen expert exactly once."""
     known = ids < weights.gate.shape[0]
     safe, combine = jnp.where(known, ids, 0), jnp.where(known, combine, 0.0)
-    gate, up, down = (dequantize(take(w, safe), jnp.float32) for w in weights)  # [T, A, out, in], never materialised
-    wide = x.astype(jnp.float32)[:, None, None, :]
-    hidden = swiglu(jnp.sum(gate * wide, axis=-1), jnp.sum(up * wide, axis=-1), limit).astype(x.dtype)
-    out = jnp.sum(down * hidden.astype(jnp.float32)[:, :, None, :], axis=-1)
+    gate, up, down = (widen(choose(w, safe), jnp.float32) for w in weights)  # [T, A, out, in], never materialised
+    wide = x.astype(jnp.float32)[:, None, :]
+    hidden = swiglu(rows_product(gate, wide, slot=slot), rows_product(up, wide, slot=slot), limit).astype(x.dtype)
+    out = rows_product(down, hidden.astype(jnp.float32), slot=slot)
     return jnp.sum(out * combine[..., None], axis=1)
 
 
-def _exact(x: jax.Array) -> jax.lax.Precision | None:
-    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-
-
-def _product(form: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(form, a, b, precision=_exact(a), preferred_element_type=jnp.float32)
-
-
-def _tiled(run: Callable[..., jax.Array], weights: ExpertWeights, dtype: DTypeLike, *rows: jax.Array) -> jax.Array:
+def _tiled(
+    run: Callable[..., jax.Array], weights: ExpertWeights, dtype: DTypeLike, *rows: jax.Array | None
+) -> jax.Array:
     """``run(gate, up, down, *rows)`` in ``dtype``; experts are the first axis of every argument and of the result.
 
     Quantised weights are widened a few experts at a time: XLA multiplies scales into a copy, not into the product.
     """
     num_experts, tile = weights.gate.shape[0], _tile(weights.gate, dtype)
 
-    def widened(weights: ExpertWeights, *rows: jax.Array) -> jax.Array:
-        return run(*(dequantize(w, dtype) for w in weights), *rows)
+    def widened(weights: ExpertWeights, *rows: jax.Array | None) -> jax.Array:
+        return run(*(widen(w, dtype) for w in weights), *rows)
 
     if tile == num_experts:
         return widened(weights, *rows)
-    tiles = jax.tree.map(lambda a: a.reshape(num_experts // tile, tile, *a.shape[1:]), (weights, *rows))
-    out = jax.lax.map(lambda each: widened(*each), tiles)
+    leaves, tree = jax.tree.flatten(weights)
+    by_expert = [leaf.ndim > 2 for leaf in leaves]  # all but an adapter's factors that experts share
+
+    def tiles(arrays: Any) -> Any:
+        return jax.tree.map(lambda a: a.reshape(num_experts // tile, tile, *a.shape[1:]), arrays)
+
+    def each(own: list[jax.Array], rows: Any) -> jax.Array:
+        mine = iter(own)
+        return widened(
+            tree.unflatten([next(mine) if is_own else leaf for leaf, is_own in zip(leaves, by_expert, strict=True)]),
+            *rows,
+        )
+
+    own = [leaf for leaf, is_own in zip(leaves, by_expert, strict=True) if is_own]
+    out = jax.lax.map(lambda tile: each(*tile), (tiles(own), tiles(rows)))
     return out.reshape(num_experts, *out.shape[2:])
 
 
-def _tile(weight: Weight, dtype: DTypeLike) -> int:
+def _tile(weight: AnyWeight, dtype: DTypeLike) -> int:
     """Experts whose weights are widened together, a divisor of all."""
     num_experts, rows, columns = weight.shape
-    if isinstance(weight, jax.Array):
+    if isinstance(plain(weight), jax.Array):
         return num_experts
     most = max(1, WIDENED_BYTES // (rows * columns * jnp.dtype(dtype).itemsize))
     return max(n for n in range(1, num_experts + 1) if n <= most and num_experts % n == 0)
 
 
-def _batched(x: jax.Array, ids: jax.Array, combine: jax.Array, weights: ExpertWeights, *, limit: float | None):
+def _batched(
+    x: jax.Array, ids: jax.Array, combine: jax.Array, weights: ExpertWeights, slot: Slot, *, limit: float | None
+):
     """The weights stand left: a CPU multiplies few columns by them without rearranging them first."""
 
-    def run(gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
-        hidden_EFT = swiglu(_product("efd,td->eft", gate, x), _product("efd,td->eft", up, x), limit)
-        return _product("edf,eft->edt", down, hidden_EFT.astype(x.dtype))
+    def run(gate: Any, up: Any, down: Any) -> jax.Array:
+        gate_EFT, up_EFT = (product("efd,td->eft", w, x, slot=slot) for w in (gate, up))
+        return product("edf,eft->edt", down, swiglu(gate_EFT, up_EFT, limit).astype(x.dtype), slot=slot)
 
     out_EDT = _tiled(run, weights, x.dtype)
     chosen = ids[..., None] == jnp.arange(weights.gate.shape[0])[None, None, :]
@@ -198,20 +239,28 @@ def _batched(x: jax.Array, ids: jax.Array, combine: jax.Array, weights: ExpertWe
     return jnp.einsum("te,edt->td", share_TE, out_EDT, precision="highest")
 
 
-def _grouped(x_ECD: jax.Array, weights: ExpertWeights, limit: float | None) -> jax.Array:
+def _grouped(x_ECD: jax.Array, slot_EC: jax.Array | None, weights: ExpertWeights, limit: float | None) -> jax.Array:
     """Each expert on its own rows: [E, C, D] → float32 [E, C, D]. No weight is transposed or copied."""
 
-    def run(gate: jax.Array, up: jax.Array, down: jax.Array, x: jax.Array) -> jax.Array:
-        hidden = swiglu(_product("ecd,efd->ecf", x, gate), _product("ecd,efd->ecf", x, up), limit)
-        return _product("ecf,edf->ecd", hidden.astype(x.dtype), down)
+    def run(gate: Any, up: Any, down: Any, x: jax.Array, slot: jax.Array | None) -> jax.Array:
+        gate_ECF, up_ECF = (product("ecd,efd->ecf", x, w, slot=slot) for w in (gate, up))
+        hidden = swiglu(gate_ECF, up_ECF, limit)
+        return product("ecf,edf->ecd", hidden.astype(x.dtype), down, slot=slot)
 
-    return _tiled(run, weights, x_ECD.dtype, x_ECD)
+    return _tiled(run, weights, x_ECD.dtype, x_ECD, slot_EC)
 
 
 def _capacity(
-    x: jax.Array, ids: jax.Array, combine: jax.Array, weights: ExpertWeights, *, limit: float | None, rows: int
+    x: jax.Array,
+    ids: jax.Array,
+    combine: jax.Array,
+    weights: ExpertWeights,
+    slot: Slot,
+    *,
+    limit: float | None,
+    rows: int,
 ):
-    return _passes(limit, rows, x, combine, weights, _sort(ids, weights.gate.shape[0]))
+    return _passes(limit, rows, x, combine, weights, _sort(ids, weights.gate.shape[0], slot))
 
 
 def _blocked(
@@ -219,13 +268,14 @@ def _blocked(
     ids: jax.Array,
     combine: jax.Array,
     weights: ExpertWeights,
+    slot: Slot,
     *,
     limit: float | None,
     rows: int,
     block: int,
 ):
     """``rows`` is the capacity of the backward pass, which runs as the capacity form's."""
-    return _blocks(limit, rows, block, x, combine, weights, _sort(ids, weights.gate.shape[0]))
+    return _blocks(limit, rows, block, x, combine, weights, _sort(ids, weights.gate.shape[0], slot))
 
 
 class _Sorted(NamedTuple):
@@ -236,9 +286,10 @@ class _Sorted(NamedTuple):
     count: jax.Array  # [E] assignments of each expert
     expert: jax.Array  # [T, A] expert of each assignment, E where it is not ours
     rank: jax.Array  # [T, A] place of each assignment within its expert
+    slot: jax.Array | None  # [T] adapter of each token
 
 
-def _sort(ids: jax.Array, num_experts: int) -> _Sorted:
+def _sort(ids: jax.Array, num_experts: int, slot: Slot) -> _Sorted:
     """Group assignments by expert; a stable sort keeps tokens in order, so results never depend on ties.
 
     Under ``shard_map(check_vma=True)`` argsort types its result as replicated and gradients would come out silently
@@ -250,7 +301,7 @@ def _sort(ids: jax.Array, num_experts: int) -> _Sorted:
     start = jnp.cumsum(count) - count
     place = jnp.zeros(flat.shape, jnp.int32).at[order].set(jnp.arange(flat.size, dtype=jnp.int32))
     rank = place - jnp.append(start, 0)[flat]
-    return _Sorted(order // ids.shape[1], start, count, flat.reshape(ids.shape), rank.reshape(ids.shape))
+    return _Sorted(order // ids.shape[1], start, count, flat.reshape(ids.shape), rank.reshape(ids.shape), slot)
 
 
 class _Place(NamedTuple):
@@ -298,12 +349,13 @@ def _placed(
     x: jax.Array,
     combine: jax.Array,
     weights: ExpertWeights,
-    token: jax.Array,
+    by: _Sorted,
     place: _Place,
 ) -> jax.Array:
     """C rows of each of K experts (``weights`` are theirs), brought back to their tokens: float32 [T, D]."""
-    slot = place.start_K[:, None] + jnp.arange(rows, dtype=jnp.int32)[None, :]
-    out_KCD = _grouped(x[token[jnp.clip(slot, 0, token.size - 1)]], weights, limit)
+    at = place.start_K[:, None] + jnp.arange(rows, dtype=jnp.int32)[None, :]
+    token_KC = by.token[jnp.clip(at, 0, by.token.size - 1)]
+    out_KCD = _grouped(x[token_KC], None if by.slot is None else by.slot[token_KC], weights, limit)
     mine = place.row_TA >= 0
     back = out_KCD.reshape(-1, x.shape[1])[jnp.where(mine, place.row_TA, 0)]  # [T, A, D]
     # Zeros by selection: row 0 stands in for what is not here, and 0 times another token's NaN would be NaN.
@@ -317,14 +369,14 @@ def _passes_forward(
 
     def body(index: jax.Array, out: jax.Array) -> jax.Array:
         expert_K, place = _round(index, by, rows)
-        return out + _placed(limit, rows, x, combine, _of(weights, expert_K), by.token, place)
+        return out + _placed(limit, rows, x, combine, _of(weights, expert_K), by, place)
 
-    first = _placed(limit, rows, x, combine, weights, by.token, _Place.first(by, rows))
+    first = _placed(limit, rows, x, combine, weights, by, _Place.first(by, rows))
     return jax.lax.fori_loop(0, _num_rounds(by, rows), body, first)
 
 
 def _of(weights: ExpertWeights, expert_K: jax.Array) -> ExpertWeights:
-    return ExpertWeights(*(take(w, expert_K) for w in weights))
+    return ExpertWeights(*(choose(w, expert_K) for w in weights))
 
 
 # The number of rounds depends on the routing, so reverse mode cannot run through the loop: the backward pass runs the
@@ -336,24 +388,25 @@ def _passes_fwd(limit, rows, x, combine, weights, by):
     return _passes_forward(limit, rows, x, combine, weights, by), (x, combine, weights, by)
 
 
-def _passes_bwd(limit, rows, saved, cotangent):
+def _passes_bwd(limit, rows, saved, cotangent_TD):
     x, combine, weights, by = saved
-    moving = (weights,) if isinstance(weights.gate, jax.Array) else ()  # quantised weights have no gradient
+    arrays = tuple(map(moving, weights))  # what is frozen has no gradient
 
     def pulled(place: _Place, expert_K: jax.Array | None):
-        def forward(x: jax.Array, combine: jax.Array, *moving: ExpertWeights) -> jax.Array:
-            held = moving[0] if moving else weights
+        def forward(x: jax.Array, combine: jax.Array, arrays: Any) -> jax.Array:
+            held = ExpertWeights(*map(moved, weights, arrays))
             held = held if expert_K is None else _of(held, expert_K)
-            return _placed(limit, rows, x, combine, held, by.token, place)
+            return _placed(limit, rows, x, combine, held, by, place)
 
-        return jax.vjp(forward, x, combine, *moving)[1](cotangent)
+        return jax.vjp(forward, x, combine, arrays)[1](cotangent_TD)
 
     def body(index: jax.Array, total):
         expert_K, place = _round(index, by, rows)
         return jax.tree.map(jnp.add, total, pulled(place, expert_K))
 
-    found = jax.lax.fori_loop(0, _num_rounds(by, rows), body, pulled(_Place.first(by, rows), None))
-    return (*found, *(() if moving else (None,)), None)
+    first = pulled(_Place.first(by, rows), None)
+    dx, dcombine, found = jax.lax.fori_loop(0, _num_rounds(by, rows), body, first)
+    return dx, dcombine, ExpertWeights(*map(cotangent, weights, found)), None
 
 
 _passes.defvjp(_passes_fwd, _passes_bwd)
@@ -374,13 +427,15 @@ def _blocks_forward(
 
     def expert(index: jax.Array, out: jax.Array) -> jax.Array:
         e = chosen[index]
-        gate, up, down = (dequantize(take(w, e), x.dtype) for w in weights)
+        gate, up, down = (widen(choose(w, e), x.dtype) for w in weights)
 
         def block(index: jax.Array, out: jax.Array) -> jax.Array:
             start = by.start[e] + index * rows
-            mine = x[jax.lax.dynamic_slice_in_dim(token, start, rows)]
-            hidden = swiglu(_product("cd,fd->cf", mine, gate), _product("cd,fd->cf", mine, up), limit)
-            found = _product("cf,df->cd", hidden.astype(x.dtype), down)
+            mine = jax.lax.dynamic_slice_in_dim(token, start, rows)
+            x_CD, slot = x[mine], None if by.slot is None else by.slot[mine]
+            gate_CF, up_CF = (product("cd,fd->cf", x_CD, w, slot=slot) for w in (gate, up))
+            hidden = swiglu(gate_CF, up_CF, limit)
+            found = product("cf,df->cd", hidden.astype(x.dtype), down, slot=slot)
             # What a block has beyond its expert's rows is written over by the next expert's, or never read.
             return jax.lax.dynamic_update_slice_in_dim(out, found, start, 0)
 
@@ -400,8 +455,8 @@ def _blocks_fwd(limit, capacity, rows, x, combine, weights, by):
     return _blocks_forward(limit, capacity, rows, x, combine, weights, by), (x, combine, weights, by)
 
 
-def _blocks_bwd(limit, capacity, rows, saved, cotangent):
-    return _passes_bwd(limit, capacity, saved, cotangent)
+def _blocks_bwd(limit, capacity, rows, saved, cotangent_TD):
+    return _passes_bwd(limit, capacity, saved, cotangent_TD)
 
 
 _blocks.defvjp(_blocks_fwd, _blocks_bwd)
