@@ -78,6 +78,15 @@ def restore_tree(path: Path | str, like: T) -> T:
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
+def stored_about(path: Path | str) -> Any:
+    """What `save_tree` was given to keep beside the arrays.
+
+    Raises:
+      CheckpointError: there is no whole checkpoint.
+    """
+    return _metadata(Path(path).absolute()).custom_metadata
+
+
 def save_params(path: Path | str, config: ModelConfig, params: Mapping[str, Any], *, overwrite: bool = False) -> None:
     """Write a model's weights with its configuration: a base that loads without being converted again."""
     if any(isinstance(weight, Grouped) for weight in params.values()):

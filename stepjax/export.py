@@ -110,7 +110,7 @@ class _Weight:
             yield self.tensors[0], np.asarray(value).astype(DTYPES[self.tensors[0].dtype], copy=False)
             return
         if not isinstance(value, BlockScaled | Grouped):
-            value = _quantized(np.asarray(value), self.form)
+            value = _quantized(value, self.form)  # matrix by matrix, where it is computed so
         if not np.isfinite(np.asarray(value.scale).astype(np.float32)).all():
             raise CheckpointError(
                 f"export: {self.tensors[0].path} has values that are not finite and cannot be quantised"
@@ -119,7 +119,9 @@ class _Weight:
             yield tensor, np.asarray(leaf)
 
 
-def _quantized(value: np.ndarray, form: Form) -> BlockScaled | Grouped:
+def _quantized(value: Any, form: Form) -> BlockScaled | Grouped:
+    if hasattr(value, "dtype") or not hasattr(value, "__getitem__"):
+        value = np.asarray(value)
     if not isinstance(form, Groups):
         return quantize_numpy(value, form)
     return quantize_groups(value, "int8" if form.bits == 8 else "int4", form.columns or value.shape[-1])

@@ -20,7 +20,7 @@ import numpy as np
 from stepjax.errors import CheckpointError
 
 MAX_HEADER_BYTES = 16 * 2**20
-MAX_ENTRIES = 2**16
+MAX_ENTRIES = 2**17  # adapters with a tensor per expert have 72,576 and more
 MAX_RANK = 8
 
 _LINE = 64  # bytes of a cache line
@@ -68,6 +68,7 @@ class SafetensorsFile:
         self.path = path
         self.size, header_bytes, header = _read_header(path)
         self.entries = _entries(path, header, header_bytes, self.size)
+        self.metadata: Mapping[str, str] = header.get("__metadata__", {})
 
     def view(self, name: str) -> np.ndarray:
         """The tensor as a read-only view of the file."""
@@ -177,13 +178,14 @@ def _read_header(path: Path) -> tuple[int, int, dict[str, Any]]:
 
 def _entries(path: Path, header: dict[str, Any], data_start: int, size: int) -> dict[str, Entry]:
     """Check every entry, and that together they cover the data without a hole or an overlap."""
-    metadata = header.pop("__metadata__", {})
+    metadata = header.get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{path}: __metadata__ of the header is not a table of text; download the file again")
-    if len(header) > MAX_ENTRIES:
-        raise CheckpointError(f"{path}: the header has {len(header)}, more than {MAX_ENTRIES} tensors")
+    tensors = {name: value for name, value in header.items() if name != "__metadata__"}
+    if len(tensors) > MAX_ENTRIES:
+        raise CheckpointError(f"{path}: the header has {len(tensors)}, more than {MAX_ENTRIES} tensors")
     entries, spans = {}, []
-    for name, value in header.items():
+    for name, value in tensors.items():
         if not name.isprintable():
             raise CheckpointError(f"{path}: the tensor name {_shown(name)} is not printable text")
         entries[name], begin, end = _entry(f"{path}: tensor {_shown(name)}", value, data_start)
