@@ -36,7 +36,7 @@ from stepjax.infer.engine_config import EngineConfig
 from stepjax.infer.load import Session, load, use_compile_cache
 from stepjax.infer.runner import Pieces, Program, State
 from stepjax.infer.sampling import Sampling, SamplingParams
-from stepjax.ops.experts import ExpertWeights, Form, buffer_rows, choose_form, routed_experts
+from stepjax.ops.experts import ExpertWeights, Form, choose_form, routed_experts
 from stepjax.weights import Groups
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,8 +135,7 @@ def forms(*, small: bool) -> dict[str, Any]:
     for name, held in (("bf16", None), ("int4", Groups(4, 64))):
         weights = expert_weights((num_experts, width, hidden), held)
         for tokens in (1, 4, 16) if small else (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192):
-            rows = buffer_rows(tokens * top_k / num_experts, most=tokens)
-            chosen = choose_form(tokens, num_experts, top_k, rows=rows, widened=held is not None)
+            chosen = choose_form(tokens, num_experts, top_k, widened=held is not None)
             for skew in (0.0, 1.0) if tokens > 16 else (0.0,):
                 row = by_form(weights, tokens, top_k, skew)
                 table[f"{name}, {tokens} tokens{', skewed' if skew else ''}"] = row | {"chosen": chosen}

@@ -4,8 +4,8 @@ Which form copies weights and which does not was read from code compiled for an 
 expert-fold work there and on CPU, so nothing here uses it.
 
   gathered   T·A rows of weights are read once each: small T, where few experts are touched (not on CPU)
-  batched    every expert runs every token, one GEMM batched over experts: so few tokens that C would be as many
-  capacity   tokens sorted by expert, C rows of each expert at once; what is beyond in rounds of a few blocks
+  batched    every expert runs every token, one GEMM batched over experts: T where most experts are touched
+  capacity   tokens sorted by expert, C rows of each expert a pass, as many passes as the fullest expert needs
   blocked    tokens sorted by expert, block after block of one expert's rows: on CPU, where such small products are fast
 """
 
@@ -38,11 +38,12 @@ from stepjax.ops.varying import vary_alike, vary_with
 
 Form = Literal["gathered", "batched", "capacity", "blocked", "reference"]
 
+WIDENED_COST = 3  # of a quantised expert that products over all experts read, over that of one assignment's gather
+BATCHED_TOKENS = 256  # beyond, capacity wins even where its passes read all weights again for a few full experts (H100)
 BLOCKED_TOKENS_CPU = 16  # up to here a CPU takes the touched experts one by one
 BATCHED_TOKENS_CPU = 32  # beyond, a CPU is busy with the tokens that did not choose an expert
-WIDENED_COST = 3.0  # of an expert in whole numbers or FP8 that all experts' products read, over one that is gathered
-WIDENED_BYTES = 256 * 2**20  # of one quantised matrix at a time (H100, int4: 16 MiB are launches, 10.1 against 8.2 ms)
-ROUND = 16  # blocks beyond the capacity that are taken up together; their experts' weights are copied
+WIDENED_BYTES = 256 * 2**20  # of one quantised matrix at a time (H100, int4, 64 tokens: 8.2 ms, with 16 MiB 10.1)
+HEADROOM = 1.5  # rows of capacity over the mean load: one pass usually suffices
 
 
 class ExpertWeights(NamedTuple):
@@ -75,37 +76,32 @@ def routed_experts(
       slot_T: int32, which adapter of a stack each token uses (`stepjax.adapted`).
     """
     x_TD, ids_TA, combine_TA, weights, slot_T = vary_alike((x_TD, ids_TA, combine_TA, weights, slot_T))
-    mean = (ids_TA.size if load is None else load) / weights.gate.shape[0]
-    rows = buffer_rows(mean, most=x_TD.shape[0])
+    rows = buffer_rows((ids_TA.size if load is None else load) / weights.gate.shape[0], most=x_TD.shape[0])
 
     def run(form: Form) -> Callable[..., jax.Array]:
         forms = {"gathered": _gathered, "batched": _batched, "reference": _reference}
-        block = block_rows(mean, most=x_TD.shape[0])
-        forms |= {"capacity": partial(_capacity, rows=rows), "blocked": partial(_blocked, rows=rows, block=block)}
+        forms |= {"capacity": partial(_capacity, rows=rows), "blocked": partial(_blocked, rows=rows)}
         return jax.named_scope(f"experts_{form}")(partial(forms[form], limit=limit))
 
     if form:
         return run(form)(x_TD, ids_TA, combine_TA, weights, slot_T)
     size = (x_TD.shape[0], weights.gate.shape[0], ids_TA.shape[1])
-    other = choose_form(*size, rows=rows, widened=not isinstance(plain(weights.gate), jax.Array))
+    other = choose_form(*size, widened=not isinstance(plain(weights.gate), jax.Array))
     return jax.lax.platform_dependent(
         x_TD, ids_TA, combine_TA, weights, slot_T, cpu=run(choose_form_cpu(*size)), default=run(other)
     )
 
 
-def choose_form(num_tokens: int, num_experts: int, top_k: int, *, rows: int, widened: bool = False) -> Form:
+def choose_form(num_tokens: int, num_experts: int, top_k: int, *, widened: bool = False) -> Form:
     """The form for a step of ``num_tokens`` (static) tokens on a GPU.
 
-    One layer of 288 experts on an H100 takes 0.0115 ms for each assignment that is gathered, whole numbers or not, and
-    for each expert of a product over all of them 0.0117 ms in bf16, 0.0285 ms in int4.
-
-    Args:
-      rows: of the capacity form.
-      widened: whether the weights are quantised.
+    One layer of 288 experts on an H100 takes 0.0115 ms for each assignment that is gathered, in bf16 and in int4; for
+    each expert of products over all of them it takes 0.0117 ms in bf16 and 0.0285 to 0.036 ms in int4, which is
+    ``widened`` first (benchmarks/results/gpu-h100.json).
     """
     if num_tokens * top_k < num_experts * (WIDENED_COST if widened else 1):
         return "gathered"
-    return "batched" if rows >= num_tokens else "capacity"
+    return "batched" if num_tokens <= BATCHED_TOKENS else "capacity"
 
 
 def choose_form_cpu(num_tokens: int, num_experts: int, top_k: int) -> Form:
@@ -116,16 +112,13 @@ def choose_form_cpu(num_tokens: int, num_experts: int, top_k: int) -> Form:
 
 
 def buffer_rows(mean: float, *, most: int) -> int:
-    """Rows of a buffer for a share of the tokens that is ``mean`` rows on average and never more than ``most``.
-
-    Two and a half standard deviations above the mean, as far as tokens choose by themselves.
-    """
-    return min(most, max(8, 8 * math.ceil((mean + 2.5 * math.sqrt(mean)) / 8)))
+    """Rows of a buffer for a share of the tokens that is ``mean`` rows on average and never more than ``most``."""
+    return min(most, max(8, 8 * math.ceil(HEADROOM * mean / 8)))
 
 
-def block_rows(mean: float, *, most: int) -> int:
-    """Rows of a block: half the mean load, as far as that makes a good product."""
-    return min(most, 64, max(16, 16 * math.ceil(mean / 32)))
+def block_rows(capacity: int, *, most: int) -> int:
+    """Rows of a block, for buffers of ``capacity`` rows: half the mean load, as far as that makes a good product."""
+    return min(most, 64, max(16, 16 * math.ceil(capacity / (32 * HEADROOM))))
 
 
 def held_ids(ids_TA: jax.Array, first: int | jax.Array, count: int) -> jax.Array:
@@ -272,10 +265,8 @@ def _blocked(
     *,
     limit: float | None,
     rows: int,
-    block: int,
 ):
-    """``rows`` is the capacity of the backward pass, which runs as the capacity form's."""
-    return _blocks(limit, rows, block, x, combine, weights, _sort(ids, weights.gate.shape[0], slot))
+    return _blocks(limit, rows, x, combine, weights, _sort(ids, weights.gate.shape[0], slot))
 
 
 class _Sorted(NamedTuple):
@@ -304,83 +295,42 @@ def _sort(ids: jax.Array, num_experts: int, slot: Slot) -> _Sorted:
     return _Sorted(order // ids.shape[1], start, count, flat.reshape(ids.shape), rank.reshape(ids.shape), slot)
 
 
-class _Place(NamedTuple):
-    """Where the products of some experts' rows begin, and where each assignment finds its own among them."""
-
-    start_K: jax.Array  # first assignment, in expert order
-    row_TA: jax.Array  # of the products [K · C, D]; −1: of another pass
-
-    @classmethod
-    def first(cls, by: _Sorted, rows: int) -> _Place:
-        """The first C rows of every expert."""
-        mine = (by.rank < rows) & (by.expert < by.start.size)
-        return cls(by.start, jnp.where(mine, by.expert * rows + by.rank, -1))
-
-
-def _round(index: jax.Array, by: _Sorted, rows: int) -> tuple[jax.Array, _Place]:
-    """The experts [K] of a round's blocks: blocks of C rows beyond the first C, numbered through all experts."""
-    num_experts = by.start.size
-    size = min(ROUND, num_experts)
-    blocks = _num_blocks(by, rows)
-    end = jnp.cumsum(blocks)
-    before = end - blocks
-    block_K = index * size + jnp.arange(size, dtype=jnp.int32)
-    expert_K = jnp.sum(block_K[:, None] >= end[None, :], axis=1, dtype=jnp.int32)
-    expert_K = jnp.minimum(expert_K, num_experts - 1)  # past the last block: rows that nobody looks for
-    start_K = by.start[expert_K] + (1 + block_K - before[expert_K]) * rows
-    at = before[jnp.minimum(by.expert, num_experts - 1)] + by.rank // rows - 1 - index * size
-    mine = (by.expert < num_experts) & (by.rank >= rows) & (at >= 0) & (at < size)
-    return expert_K, _Place(start_K, jnp.where(mine, at * rows + by.rank % rows, -1))
-
-
-def _num_blocks(by: _Sorted, rows: int) -> jax.Array:
-    """Blocks of each expert beyond its first C rows: int32 [E]."""
-    return jnp.maximum((by.count + rows - 1) // rows - 1, 0)
-
-
-def _num_rounds(by: _Sorted, rows: int) -> jax.Array:
-    size = min(ROUND, by.start.size)
-    return (jnp.sum(_num_blocks(by, rows)) + size - 1) // size
-
-
-def _placed(
+def _one_pass(
     limit: float | None,
     rows: int,
+    index: jax.Array,
     x: jax.Array,
     combine: jax.Array,
     weights: ExpertWeights,
     by: _Sorted,
-    place: _Place,
 ) -> jax.Array:
-    """C rows of each of K experts (``weights`` are theirs), brought back to their tokens: float32 [T, D]."""
-    at = place.start_K[:, None] + jnp.arange(rows, dtype=jnp.int32)[None, :]
-    token_KC = by.token[jnp.clip(at, 0, by.token.size - 1)]
-    out_KCD = _grouped(x[token_KC], None if by.slot is None else by.slot[token_KC], weights, limit)
-    mine = place.row_TA >= 0
-    back = out_KCD.reshape(-1, x.shape[1])[jnp.where(mine, place.row_TA, 0)]  # [T, A, D]
+    """Rows index·C … index·C + C − 1 of every expert, brought back to their tokens: float32 [T, D]."""
+    offset = index * rows + jnp.arange(rows, dtype=jnp.int32)
+    token_EC = by.token[jnp.minimum(by.start[:, None] + offset[None, :], by.token.size - 1)]
+    out_ECD = _grouped(x[token_EC], None if by.slot is None else by.slot[token_EC], weights, limit)
+    local = by.rank - index * rows
+    mine = (local >= 0) & (local < rows) & (by.expert < by.start.size)
+    back = out_ECD.reshape(-1, x.shape[1])[jnp.where(mine, by.expert * rows + local, 0)]  # [T, A, D]
     # Zeros by selection: row 0 stands in for what is not here, and 0 times another token's NaN would be NaN.
     return jnp.sum(combine[..., None] * jnp.where(mine[..., None], back, 0.0), axis=1)
+
+
+def _num_passes(rows: int, by: _Sorted) -> jax.Array:
+    return (jnp.max(by.count) + rows - 1) // rows
 
 
 def _passes_forward(
     limit: float | None, rows: int, x: jax.Array, combine: jax.Array, weights: ExpertWeights, by: _Sorted
 ) -> jax.Array:
-    """One pass over all experts; what the fuller ones have beyond it costs their own weights and not all of them."""
-
     def body(index: jax.Array, out: jax.Array) -> jax.Array:
-        expert_K, place = _round(index, by, rows)
-        return out + _placed(limit, rows, x, combine, _of(weights, expert_K), by, place)
+        return out + _one_pass(limit, rows, index, x, combine, weights, by)
 
-    first = _placed(limit, rows, x, combine, weights, by, _Place.first(by, rows))
-    return jax.lax.fori_loop(0, _num_rounds(by, rows), body, first)
-
-
-def _of(weights: ExpertWeights, expert_K: jax.Array) -> ExpertWeights:
-    return ExpertWeights(*(choose(w, expert_K) for w in weights))
+    zero = vary_with(jnp.zeros(x.shape, jnp.float32), x)
+    return jax.lax.fori_loop(0, _num_passes(rows, by), body, zero)
 
 
-# The number of rounds depends on the routing, so reverse mode cannot run through the loop: the backward pass runs the
-# same rounds again and adds up their cotangents. Cotangents of frozen weights are unused and removed by the compiler.
+# The number of passes depends on the routing, so reverse mode cannot run through the loop: the backward pass runs the
+# same passes again and adds up their cotangents. Cotangents of frozen weights are unused and removed by the compiler.
 _passes = jax.custom_vjp(_passes_forward, nondiff_argnums=(0, 1))
 
 
@@ -392,20 +342,15 @@ def _passes_bwd(limit, rows, saved, cotangent_TD):
     x, combine, weights, by = saved
     arrays = tuple(map(moving, weights))  # what is frozen has no gradient
 
-    def pulled(place: _Place, expert_K: jax.Array | None):
-        def forward(x: jax.Array, combine: jax.Array, arrays: Any) -> jax.Array:
-            held = ExpertWeights(*map(moved, weights, arrays))
-            held = held if expert_K is None else _of(held, expert_K)
-            return _placed(limit, rows, x, combine, held, by, place)
-
-        return jax.vjp(forward, x, combine, arrays)[1](cotangent_TD)
-
     def body(index: jax.Array, total):
-        expert_K, place = _round(index, by, rows)
-        return jax.tree.map(jnp.add, total, pulled(place, expert_K))
+        def forward(x: jax.Array, combine: jax.Array, arrays: Any) -> jax.Array:
+            return _one_pass(limit, rows, index, x, combine, ExpertWeights(*map(moved, weights, arrays)), by)
 
-    first = pulled(_Place.first(by, rows), None)
-    dx, dcombine, found = jax.lax.fori_loop(0, _num_rounds(by, rows), body, first)
+        _, pull = jax.vjp(forward, x, combine, arrays)
+        return jax.tree.map(jnp.add, total, pull(cotangent_TD))
+
+    zero = vary_with(jax.tree.map(jnp.zeros_like, (x, combine, arrays)), x)
+    dx, dcombine, found = jax.lax.fori_loop(0, _num_passes(rows, by), body, zero)
     return dx, dcombine, ExpertWeights(*map(cotangent, weights, found)), None
 
 
@@ -413,15 +358,10 @@ _passes.defvjp(_passes_fwd, _passes_bwd)
 
 
 def _blocks_forward(
-    limit: float | None,
-    capacity: int,
-    rows: int,
-    x: jax.Array,
-    combine: jax.Array,
-    weights: ExpertWeights,
-    by: _Sorted,
+    limit: float | None, capacity: int, x: jax.Array, combine: jax.Array, weights: ExpertWeights, by: _Sorted
 ) -> jax.Array:
     """Expert after expert that was chosen, its rows in blocks: float32 [T, D]."""
+    rows = block_rows(capacity, most=x.shape[0])
     token = jnp.pad(by.token, (0, rows))
     chosen = jnp.argsort(by.count == 0, stable=True)
 
@@ -448,15 +388,11 @@ def _blocks_forward(
     return jnp.sum(combine[..., None] * jnp.where(ours[..., None], back, 0.0), axis=1)
 
 
-_blocks = jax.custom_vjp(_blocks_forward, nondiff_argnums=(0, 1, 2))
+_blocks = jax.custom_vjp(_blocks_forward, nondiff_argnums=(0, 1))
 
 
-def _blocks_fwd(limit, capacity, rows, x, combine, weights, by):
-    return _blocks_forward(limit, capacity, rows, x, combine, weights, by), (x, combine, weights, by)
+def _blocks_fwd(limit, rows, x, combine, weights, by):
+    return _blocks_forward(limit, rows, x, combine, weights, by), (x, combine, weights, by)
 
 
-def _blocks_bwd(limit, capacity, rows, saved, cotangent_TD):
-    return _passes_bwd(limit, capacity, saved, cotangent_TD)
-
-
-_blocks.defvjp(_blocks_fwd, _blocks_bwd)
+_blocks.defvjp(_blocks_fwd, _passes_bwd)
