@@ -15,6 +15,7 @@ from stepjax.infer.cli_options import add_model_arguments, open_session, printab
 if TYPE_CHECKING:
     from stepjax.infer.engine import Engine
     from stepjax.infer.load import Session
+    from stepjax.infer.serve.app import ServeOptions
     from stepjax.infer.serve.server import Server
 
 KEY_VARIABLE = "STEPJAX_API_KEY"
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     server.add_argument("--api-key", action="append", metavar="KEY", help=f"may be repeated; also {KEY_VARIABLE}")
     server.add_argument("--api-key-file", type=Path, metavar="FILE", help="a key per line")
     server.add_argument("--cors-origin", action="append", metavar="ORIGIN", help="web pages that may ask; * is any")
+    server.add_argument("--no-ui", action="store_true", help="no chat page at /")
     server.add_argument("--tls-cert", metavar="FILE", help="certificate, as PEM")
     server.add_argument("--tls-key", metavar="FILE", help="its key, as PEM")
     server.add_argument(
@@ -75,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
     engine = Engine(session, config)
     names = tuple(args.served_model_name or [Path(args.model).name if Path(args.model).is_dir() else args.model])
     service = Service(engine, Metrics(engine, names[0]))
-    app = create_app(service, session, ServeOptions(names, Keys(keys), tuple(args.cors_origin or ())))
+    options = ServeOptions(names, Keys(keys), tuple(args.cors_origin or ()), ui=not args.no_ui)
+    app = create_app(service, session, options)
     server = Server(
         app,
         service,
@@ -84,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     sys.setswitchinterval(0.0005)  # the engine's thread wants to launch its next step, not to wait for a parser
 
     async def serve() -> int:
-        announcing = asyncio.ensure_future(_announce(server, service.ready, session, engine, names, locked=bool(keys)))
+        announcing = asyncio.ensure_future(_announce(server, service.ready, session, engine, options))
         code = await server.run_until_ended()
         announcing.cancel()
         return code
@@ -118,7 +121,7 @@ def _check_tls(args: argparse.Namespace) -> None:
 
 
 async def _announce(
-    server: Server, ready: asyncio.Event, session: Session, engine: Engine, names: tuple[str, ...], *, locked: bool
+    server: Server, ready: asyncio.Event, session: Session, engine: Engine, options: ServeOptions
 ) -> None:
     """Say where the server is once it answers."""
     import jax
@@ -126,15 +129,18 @@ async def _announce(
     await ready.wait()
     while not server.started:
         await asyncio.sleep(0.05)
-    size, devices = engine.executor.size, jax.device_count()
+    size, mesh = engine.executor.size, getattr(session.model.layout, "mesh", None)
+    split = "" if mesh is None else f", mesh {','.join(f'{axis}={n}' for axis, n in mesh.shape.items() if n > 1)}"
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(session.params))
-    body = f'{{"model": "{names[0]}", "messages": [{{"role": "user", "content": "What is 467 + 358?"}}]}}'
-    key = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if locked else ""
+    body = f'{{"model": "{options.names[0]}", "messages": [{{"role": "user", "content": "What is 467 + 358?"}}]}}'
+    key = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if options.keys else ""
+    devices = f"{1 if mesh is None else mesh.size} × {jax.local_devices()[0].device_kind}{split}"
     lines = (
-        f"{', '.join(map(printable, names))} on {devices} × {jax.local_devices()[0].device_kind}",
+        f"{', '.join(map(printable, options.names))} on {devices}",
         f"  weights {weights / 2**30:,.2f} GiB, cache {engine.executor.cache_bytes / 2**30:,.2f} GiB a device",
         f"  {size.num_slots} answers together, context {size.context:,} tokens",
         f"  {server.url}",
+        *((f"  {server.url}/ in a browser is a page to chat on",) if options.ui else ()),
         f"  curl {server.url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'",
     )
     print("\n".join(lines), flush=True)

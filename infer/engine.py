@@ -239,12 +239,13 @@ class Engine:
 
     def _scheduler_config(self, sizes: CacheSize) -> SchedulerConfig:
         config = self.config
+        enough = next((width for width in config.widths if width >= sizes.context), config.widths[-1])
         return SchedulerConfig(
             num_slots=sizes.num_slots,
             num_pages=sizes.num_pages,
             context=sizes.context,
             page_size=sizes.page_size,
-            widths=config.widths,
+            widths=tuple(width for width in config.widths if width <= enough),  # wider pieces would never be full
             token_budget=config.token_budget,
             num_snapshots=sizes.num_snapshots,
             max_waiting=config.max_waiting,

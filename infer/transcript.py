@@ -56,6 +56,7 @@ class Transcript:
         self.calls: list[ToolCall] = []
         self.began_in_reasoning = in_reasoning
         self.finish_reason: FinishReason | None = None
+        self.stopped_at: str | None = None  # the stop string that ended it
         self._params = params
         self._stop_ids = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else frozenset(eos_ids))
         self._detokenizer = IncrementalDetokenizer(tokenizer, skip_special=skip_special) if tokenizer else None
@@ -66,12 +67,16 @@ class Transcript:
 
     def push(self, ids: Sequence[int]) -> Delta:
         """Take the next tokens; those after the end are ignored."""
-        delta = Delta()
-        for token in ids:
-            if self.finish_reason:
-                break
-            delta = delta.join(self._push(token))
-        return delta
+        if self.finish_reason:
+            return Delta()
+        if self._params.stop:  # which of the tokens completes a stop string has to be found
+            delta = Delta()
+            for token in ids:
+                delta = delta.join(self._push([token]))
+                if self.finish_reason:
+                    break
+            return delta
+        return self._push(ids)
 
     def fail(self) -> Delta:
         """End the answer because the model's logits were no numbers."""
@@ -81,13 +86,18 @@ class Transcript:
         """End the answer where it stands."""
         return Delta() if self.finish_reason else self._finish("cancelled")
 
-    def _push(self, token: int) -> Delta:
-        self.ids.append(token)
-        if token in self._stop_ids:
-            return self._finish("stop")
-        text = self._detokenizer.push([token]) if self._detokenizer else ""
-        delta = self._take(text)
-        if not self.finish_reason and len(self.ids) >= self._params.max_tokens:
+    def _push(self, ids: Sequence[int]) -> Delta:
+        """All of them up to the end, at once: the parsers do not mind how text is cut."""
+        ids = ids[: self._params.max_tokens - len(self.ids)]
+        end = next((at for at, token in enumerate(ids) if token in self._stop_ids), None)
+        said = ids if end is None else ids[:end]
+        self.ids += ids if end is None else ids[: end + 1]
+        delta = self._take(self._detokenizer.push(said) if self._detokenizer else "")
+        if self.finish_reason:
+            return delta
+        if end is not None:
+            return delta.join(self._finish("stop"))
+        if len(self.ids) >= self._params.max_tokens:
             return delta.join(self._finish("length"))
         return delta
 
@@ -97,9 +107,9 @@ class Transcript:
             return self._emit(text)
         held = self._held + text
         # By its end, then its beginning: the result then does not depend on how the text was cut into tokens.
-        found = [(at + len(stop), at) for stop in self._params.stop if (at := held.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._params.stop if (at := held.find(stop)) >= 0]
         if found:
-            end, start = min(found)
+            end, start, self.stopped_at = min(found)
             self._held = held[: end if self._include_stop else start]
             return self._finish("stop", text_complete=True)
         keep = held_length(held, self._params.stop)

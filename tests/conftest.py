@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -14,8 +15,10 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
+    from serving import Serving
     from tokenizers import Tokenizer
 
+    from stepjax.infer.load import Session
     from stepjax.train.tasks import TinyTemplate
 
 assert "jax" not in sys.modules, "a pytest plugin imported jax before its settings were made"
@@ -54,6 +57,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out.add("oracle")
     if not (find_spec("jax_plugins") and any(find_spec(f"jax_plugins.xla_cuda{major}") for major in (12, 13))):
         left_out.add("aot")
+    if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))):
+        left_out.add("browser")
+    if not (shutil.which("node") and shutil.which("npm")):
+        left_out.add("node")
+    if not (find_spec("langchain_nvidia_ai_endpoints") and find_spec("anthropic")):
+        left_out.add("clients")
+    if not find_spec("schemathesis"):
+        left_out.add("fuzz")
     deselected = [item for item in items if left_out & {mark.name for mark in item.iter_markers()}]
     if deselected:
         config.hook.pytest_deselected(items=deselected)
@@ -93,3 +104,20 @@ def template() -> TinyTemplate:
     from stepjax.train.tasks import TinyTemplate
 
     return TinyTemplate()
+
+
+@pytest.fixture(scope="session")
+def step_tiny() -> Session:
+    """The embedded model in float32."""
+    from stepjax.infer.load import load
+
+    return load("step-tiny", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def server(step_tiny) -> Iterator[Serving]:
+    """One server for all tests that do not end or alter it."""
+    from serving import Serving
+
+    with Serving(step_tiny) as serving:
+        yield serving

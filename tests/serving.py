@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
+import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -17,31 +20,61 @@ from stepjax.infer.serve.app import ServeOptions, create_app
 from stepjax.infer.serve.metrics import Metrics
 from stepjax.infer.serve.server import Server, ServerConfig
 from stepjax.infer.serve.service import Service
+from stepjax.infer.transcript import Transcript, begins_in_reasoning
 
 NAME = "stepfun-ai/step-3.5-flash"  # what the vendor's clients ask for
+# Few programs to compile, and the same for all tests: one width of prompt pieces, one piece a step. The context has
+# room for what the vendor's examples ask for, max_tokens 16384.
+CONFIG = EngineConfig(num_slots=4, context=32768, num_pages=1200, speculate=3, widths=(64,), token_budget=64)
+SUM = [{"role": "user", "content": "What is 467 + 358?"}]
+GREEDY = {"messages": SUM, "temperature": 0, "max_tokens": 80}
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+WEATHER = [{"role": "user", "content": "How is the weather in Havana now?"}]
+TOOL = {
+    "type": "function",
+    "function": {"name": "get_weather", "description": "Weather of a city", "parameters": PARAMETERS},
+}
+
+
+def solo(session: Session, prompts: Sequence[Sequence[int]], **sampling: Any) -> list[Transcript]:
+    """Each prompt answered by an engine that runs nothing else, which tests/test_engine.py compares with less."""
+    engine, found = Engine(session, CONFIG), []
+    for prompt in prompts:
+        params = session.sampling(**sampling)
+        assert session.tokenizer
+        thinks = begins_in_reasoning(prompt, session.tokenizer)
+        eos = session.config.eos_ids
+        answer = Transcript(params, eos_ids=eos, tokenizer=session.tokenizer, in_reasoning=thinks)
+        engine.add(prompt, params)
+        for update in engine.run():
+            answer.push(update.tokens)
+        found.append(answer)
+    return found
 
 
 class Serving:
     """Use as a context manager: ready inside of it."""
 
     def __init__(
-        self, session: Session, config: EngineConfig, *, names=("step-tiny", NAME), keys=(), drain_seconds: float = 20
+        self, session: Session, config: EngineConfig = CONFIG, *, keys=(), drain_seconds: float = 20, **options: Any
     ):
         self.engine = Engine(session, config)
-        self._session, self._names, self._keys, self._drain = session, names, keys, drain_seconds
+        self.session, self._drain = session, drain_seconds
+        self._options = ServeOptions(("step-tiny", NAME), Keys(keys), **options)
         self._listening = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self.exit_code: int | None = None
         self.loop: Any = None
         self.service: Any = None
         self.server: Any = None
+        self.app: Any = None
 
     def _run(self) -> None:
         async def serve() -> int:
             self.loop = asyncio.get_running_loop()
-            self.service = Service(self.engine, Metrics(self.engine, self._names[0]))
-            app = create_app(self.service, self._session, ServeOptions(tuple(self._names), Keys(self._keys)))
-            self.server = Server(app, self.service, ServerConfig(port=0, drain_seconds=self._drain))
+            self.service = Service(self.engine, Metrics(self.engine, self._options.names[0]))
+            self.app = create_app(self.service, self.session, self._options)
+            self.server = Server(self.app, self.service, ServerConfig(port=0, drain_seconds=self._drain))
             running = asyncio.ensure_future(self.server.run_until_ended())
             while not self.server.started and not running.done():
                 await asyncio.sleep(0.01)
@@ -67,6 +100,14 @@ class Serving:
     def post(self, path: str, body: object, **options) -> httpx.Response:
         return self.client.post(path, json=body, **options)
 
+    def events(self, path: str, body: dict[str, Any], **options) -> list[Any]:
+        """The JSON of a stream's events."""
+        with self.client.stream("POST", path, json={**body, "stream": True}, **options) as response:
+            assert response.status_code == 200, response.read()
+            assert response.headers["content-type"].startswith("text/event-stream")
+            lines = [line for line in response.iter_lines() if line.startswith("data: {")]
+        return [json.loads(line.removeprefix("data: ")) for line in lines]
+
     def unused(self) -> tuple[int, int]:
         """Pages and slots that nobody uses, once the engine has seen all that was asked of it."""
         done = threading.Event()
@@ -74,3 +115,11 @@ class Serving:
         assert done.wait(60)
         admission = self.engine.scheduler.admission
         return admission.prefix.num_available, admission.config.num_slots - len(admission.running)
+
+    def wait_until_unused(self, before: tuple[int, int], *, seconds: float = 20) -> None:
+        """Until nothing is open and everything is back that ``unused`` counted before."""
+        deadline = time.monotonic() + seconds
+        while (self.service.num_open or self.unused() != before) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert self.service.num_open == 0
+        assert self.unused() == before

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from stepjax.cli import main
@@ -24,19 +26,20 @@ SECRET = "sk-a-key-that-no-log-may-hold"
 
 
 class Process:
-    """The command, from its banner on."""
+    """The command, from its banner on. One answer at a time and a short context, for little to compile."""
 
     def __init__(self, *flags: str, **environment: str):
-        command = [sys.executable, "-m", "stepjax", "serve", "step-tiny", "--port", "0", "--max-seqs", "2"]
+        command = [sys.executable, "-m", "stepjax", "serve", "step-tiny", "--port", "0", "--max-seqs", "1"]
         self.process = subprocess.Popen(
-            [*command, "--context", "2048", "--speculate", "3", *flags],
+            [*command, "--context", "128", "--speculate", "3", *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": os.environ["XLA_FLAGS"], **environment},
         )
         self.log: list[str] = []
-        threading.Thread(target=self._read_log, daemon=True).start()
+        self._reader = threading.Thread(target=self._read_log, daemon=True)
+        self._reader.start()
         self.banner = ""
         assert self.process.stdout is not None
         for line in self.process.stdout:
@@ -55,68 +58,88 @@ class Process:
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(60)
 
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tls")
-    command = "openssl req -x509 -newkey rsa:2048 -nodes -keyout key.pem -out cert.pem -days 2 -subj /CN=localhost"
-    subprocess.run(
-        [*command.split(), "-addext", "subjectAltName=IP:127.0.0.1"], cwd=folder, check=True, capture_output=True
-    )
-    return folder
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait(60)
+        self._reader.join(60)
+        for stream in (self.process.stdout, self.process.stderr):
+            if stream is not None:
+                stream.close()
 
 
 @pytest.fixture
-def plain() -> Iterator[Process]:
-    one = Process("--log-format", "json", STEPJAX_API_KEY=SECRET)
+def certificate(tmp_path) -> Path:
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -keyout key.pem -out cert.pem -days 2 -subj /CN=localhost"
+    subprocess.run(
+        [*command.split(), "-addext", "subjectAltName=IP:127.0.0.1"], cwd=tmp_path, check=True, capture_output=True
+    )
+    return tmp_path
+
+
+@pytest.fixture
+def process(certificate) -> Iterator[Process]:
+    files = ("--tls-cert", str(certificate / "cert.pem"), "--tls-key", str(certificate / "key.pem"))
+    one = Process(*files, "--log-format", "json", STEPJAX_API_KEY=SECRET)
     yield one
-    one.process.kill()
+    one.close()
 
 
-def test_streams_end_and_the_process_with_them(plain):
-    """SIGTERM while answers run: each ends by itself, the process with exit code 0, and nothing secret was logged."""
+def test_from_the_banner_to_the_signal(process, certificate):
+    """The line for the shell works; then SIGTERM while answers run: each ends by itself, the process with exit code 0,
+    and nothing secret was logged.
+    """
+    assert "step-tiny on 1 × cpu" in process.banner
+    assert "1 answers together, context 128 tokens" in process.banner
+    assert f"{process.url}/ in a browser" in process.banner
+    assert SECRET not in process.banner
+    line = next(line for line in process.banner.splitlines() if "curl" in line)
+    found = subprocess.run(
+        f"{line} -s --cacert {certificate}/cert.pem",
+        shell=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "STEPJAX_API_KEY": SECRET},
+    )
+    assert json.loads(found.stdout)["choices"][0]["message"]["content"]
+    assert listening(process.process.pid) == {("127.0.0.1", int(process.url.rpartition(":")[2]))}
+
     headers = {"authorization": f"Bearer {SECRET}"}
-    assert "step-tiny on" in plain.banner
-    assert "answers together" in plain.banner
-    assert SECRET not in plain.banner
+    trusted = ssl.create_default_context(cafile=certificate / "cert.pem")
     began = threading.Barrier(5)
 
     def stream(_: int) -> list[str]:
         lines = []
-        address, body = f"{plain.url}/v1/chat/completions", {**QUESTION, "stream": True}
-        with httpx.stream("POST", address, json=body, headers=headers, timeout=60) as found:
-            for line in found.iter_lines():
+        address, body = f"{process.url}/v1/chat/completions", {**QUESTION, "stream": True}
+        with httpx.stream("POST", address, json=body, headers=headers, timeout=60, verify=trusted) as answer:
+            for each in answer.iter_lines():
                 if not lines:
                     began.wait(60)
-                lines.append(line)
-        return [line for line in lines if line]
+                lines.append(each)
+        return [each for each in lines if each]
 
     with ThreadPoolExecutor(4) as pool:
         running = [pool.submit(stream, at) for at in range(4)]
         began.wait(60)
-        assert plain.end() == 0
+        assert process.end() == 0
         ended = [each.result() for each in running]
     for lines in ended:
         assert lines[-1] == "data: [DONE]"
         assert '"finish_reason":"stop"' in lines[-2]
-    records = [json.loads(line) for line in plain.log]
+    process.close()
+    records = [json.loads(each) for each in process.log]
     assert any("/v1/chat/completions status=200" in record["message"] for record in records)
     assert any("draining" in record["message"] for record in records)
-    logged = "".join(plain.log)
+    logged = "".join(process.log)
     assert SECRET not in logged
     assert "467" not in logged
 
 
-def test_the_line_for_the_shell_works_over_tls(certificate):
-    one = Process("--tls-cert", str(certificate / "cert.pem"), "--tls-key", str(certificate / "key.pem"))
-    try:
-        line = next(line for line in one.banner.splitlines() if "curl" in line)
-        command = f"{line} -s --cacert {certificate}/cert.pem"
-        found = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
-        assert json.loads(found.stdout)["choices"][0]["message"]["content"]
-        assert one.end() == 0
-    finally:
-        one.process.kill()
+def listening(pid: int) -> set[tuple[str, int]]:
+    """Addresses that a process and its children accept connections on."""
+    family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    sockets = [each for one in family for each in one.net_connections("inet") if each.status == psutil.CONN_LISTEN]
+    return {(each.laddr.ip, each.laddr.port) for each in sockets}
 
 
 @pytest.mark.parametrize(

@@ -11,41 +11,21 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from serving import NAME, Serving
+from serving import CONFIG, GREEDY, NAME, SUM, TOOL, Serving, solo
 
-from stepjax.infer.engine_config import EngineConfig
-from stepjax.infer.load import Session, load
+from stepjax.infer.load import Session
 from stepjax.infer.serve.limits import LIMITS
 
-SUM = [{"role": "user", "content": "What is 467 + 358?"}]
-GREEDY = {"messages": SUM, "temperature": 0, "max_tokens": 80}
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "Weather of a city",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-    },
-}
-CONFIG = EngineConfig(num_slots=4, context=32768, num_pages=1200, speculate=3, widths=(64,), token_budget=256)
-
 
 @pytest.fixture(scope="module")
-def session() -> Session:
-    return load("step-tiny", dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def server(session):
-    with Serving(session, CONFIG) as serving:
-        yield serving
+def session(step_tiny) -> Session:
+    return step_tiny
 
 
 @pytest.fixture(scope="module")
 def expected(session) -> Any:
     """The answer to the sum, without a server."""
-    ids = session.encode_chat(SUM)
-    return session.generate([ids], session.sampling(temperature=0.0, max_tokens=80))[0]
+    return solo(session, [session.encode_chat(SUM)], temperature=0.0, max_tokens=80)[0]
 
 
 def events(server: Serving, path: str, body: dict[str, Any]) -> list[Any]:
@@ -69,7 +49,7 @@ def test_a_whole_answer(server, expected):
     choice = found["choices"][0]
     assert (found["object"], found["model"]) == ("chat.completion", NAME)
     assert choice["message"]["content"] == expected.content == "825"
-    assert choice["message"]["reasoning_content"] == expected.reasoning_content
+    assert choice["message"]["reasoning_content"] == expected.reasoning
     assert choice["finish_reason"] == "stop"
     usage = found["usage"]
     assert usage["completion_tokens"] == len(expected.ids)
@@ -81,7 +61,7 @@ def test_a_whole_answer(server, expected):
 def test_a_stream_says_what_the_whole_answer_does(server, expected):
     chunks = events(server, "/v1/chat/completions", {**GREEDY, "stream_options": {"include_usage": True}})
     assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
-    assert joined(chunks, "reasoning_content") == expected.reasoning_content
+    assert joined(chunks, "reasoning_content") == expected.reasoning
     assert joined(chunks, "content") == expected.content
     ends = [choice["finish_reason"] for chunk in chunks for choice in chunk["choices"]]
     assert [end for end in ends if end] == ["stop"]
@@ -194,7 +174,7 @@ def test_completions_of_every_kind_of_prompt(server, session):
     ids = session.encode(text)
     options = {"temperature": 0, "max_tokens": 8}
     alone = server.post("/v1/completions", {"prompt": text, **options}).json()["choices"][0]["text"]
-    assert alone == session.generate([ids], session.sampling(temperature=0.0, max_tokens=8))[0].text
+    assert alone == solo(session, [ids], **options)[0].text
     for prompt in (ids, [text, text], [ids, ids]):
         choices = server.post("/v1/completions", {"prompt": prompt, **options}).json()["choices"]
         assert [choice["index"] for choice in choices] == list(range(1 if prompt is ids else 2))
@@ -281,6 +261,11 @@ def test_counts_grow_by_what_was_answered(server, expected):
     usage = server.post("/v1/chat/completions", GREEDY).json()["usage"]
     after = count("generation_tokens_total"), count("request_success_total"), count("prompt_tokens_total")
     assert [b - a for a, b in zip(before, after, strict=True)] == [len(expected.ids), 1, usage["prompt_tokens"]]
+    assert 0 < usage["completion_tokens_details"]["decode_steps"] < len(expected.ids)
+    before = count("request_success_total"), count("e2e_request_latency_seconds_count")
+    server.post("/v1/chat/completions", {**GREEDY, "stop": expected.text[10:14]})
+    after = count("request_success_total"), count("e2e_request_latency_seconds_count")
+    assert [b - a for a, b in zip(before, after, strict=True)] == [1, 1]
 
 
 IMAGE = [{"role": "user", "content": [{"type": "image_url"}]}]
@@ -394,7 +379,7 @@ def test_many_streams_at_once_say_what_each_says_alone(server, session):
     with ThreadPoolExecutor(24) as pool:
         found = list(pool.map(answer, questions))
     prompts = [session.encode_chat([{"role": "user", "content": question}]) for question in questions]
-    alone = session.generate(prompts, session.sampling(temperature=0.0, max_tokens=80))
+    alone = solo(session, prompts, temperature=0.0, max_tokens=80)
     assert found == [each.content for each in alone]
 
 
@@ -407,17 +392,11 @@ def test_clients_that_leave_give_everything_back(server):
                 pass
     with pytest.raises(httpx.ReadTimeout):
         server.post("/v1/chat/completions", body, timeout=0.5)
-    deadline = time.monotonic() + 20
-    while server.service.num_open and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert server.service.num_open == 0
-    while server.unused() != before and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert server.unused() == before
+    server.wait_until_unused(before)
 
 
 def test_a_server_with_keys(session):
-    with Serving(session, CONFIG, keys=("first", "second")) as server:
+    with Serving(session, keys=("first", "second"), ui=False) as server:
         assert server.client.get("/health").status_code == 200
         for headers in ({}, {"authorization": "Bearer firs"}, {"authorization": "first"}, {"x-api-key": "wrong"}):
             response = server.client.get("/v1/models", headers=headers)
@@ -426,6 +405,7 @@ def test_a_server_with_keys(session):
         for headers in ({"authorization": "Bearer first"}, {"authorization": "bearer second"}, {"x-api-key": "first"}):
             assert server.client.get("/v1/models", headers=headers).status_code == 200
         assert server.client.get("/metrics").status_code == 401
+        assert server.client.get("/").status_code == 404
     assert server.exit_code == 0
 
 

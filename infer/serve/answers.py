@@ -110,7 +110,7 @@ class Answers:
             pass
 
     def usage(self) -> dict[str, Any]:
-        """OpenAI's count of tokens."""
+        """OpenAI's count of tokens, and the steps that they took: with drafts a step brings several."""
         prompt = sum(len(each.prompt) for each in self.ticket.asked)
         completion = sum(len(answer.transcript.ids) for answer in self.all)
         tokenizer = self.reading.tokenizer
@@ -120,5 +120,8 @@ class Answers:
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": max(each.num_cached for each in self.ticket.progress)},
-            "completion_tokens_details": {"reasoning_tokens": thought},
+            "completion_tokens_details": {
+                "reasoning_tokens": thought,
+                "decode_steps": sum(each.num_steps for each in self.ticket.progress),
+            },
         }

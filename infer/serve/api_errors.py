@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 from stepjax.errors import ContextError, RequestError, StepjaxError, TemplateError
 from stepjax.infer.admission import QueueFullError
@@ -18,6 +18,8 @@ TYPES = {
     500: "api_error",
     503: "overloaded_error",
 }
+MAX_MESSAGE = 1000  # characters; some errors repeat what they were given
+Dialect = Literal["openai", "anthropic", "responses"]
 _FIELD = re.compile(r"[A-Za-z_][\w.\[\]]*(?=:)")
 
 
@@ -33,6 +35,7 @@ class ApiError(Exception):
         param: str | None = None,
         retry_after_s: float | None = None,
     ):
+        message = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}…"
         super().__init__(message)
         self.message, self.status, self.code, self.param = message, status, code, param
         self.retry_after_s = retry_after_s
@@ -57,7 +60,7 @@ class ApiError(Exception):
     def headers(self) -> dict[str, str]:
         return {} if self.retry_after_s is None else {"retry-after": str(max(1, round(self.retry_after_s)))}
 
-    def content(self, *, anthropic: bool = False) -> dict[str, Any]:
+    def content(self, dialect: Dialect = "openai") -> dict[str, Any]:
         """The body. ``object`` is for ChatNVIDIA, which otherwise drops an error inside of a stream."""
         error = {
             "object": "error",
@@ -66,4 +69,9 @@ class ApiError(Exception):
             "param": self.param,
             "code": self.code,
         }
-        return {"type": "error", "error": error} if anthropic else {"error": error}
+        return {"error": error} if dialect == "openai" else {"type": "error", "error": error}
+
+
+def dialect_of(path: str) -> Dialect:
+    """Whose form the errors of a path have. Of /v1/responses only those inside of a stream differ from OpenAI's."""
+    return "anthropic" if path.startswith("/v1/messages") else "openai"

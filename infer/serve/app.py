@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from pydantic import BaseModel
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel, ValidationError
 
 from stepjax import __version__
 from stepjax.chat import read_template_kwargs
@@ -21,18 +23,24 @@ from stepjax.errors import RequestError, StepjaxError
 from stepjax.infer.load import Session
 from stepjax.infer.serve.access import Access, Keys
 from stepjax.infer.serve.answers import Answers
-from stepjax.infer.serve.api_errors import ApiError
-from stepjax.infer.serve.asked import ignored, of_chat, of_completion, offered_tools
+from stepjax.infer.serve.api_errors import ApiError, Dialect, dialect_of
+from stepjax.infer.serve.asked import count_prompt, ignored, of_chat, of_completion, offered_tools
 from stepjax.infer.serve.body import App, Receive, Scope, Send, StrictBodies
 from stepjax.infer.serve.chat_api import Chat
 from stepjax.infer.serve.completion_api import Completion
 from stepjax.infer.serve.fields import (
+    Body,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     Sampled,
     TokenizeRequest,
 )
+from stepjax.infer.serve.messages_api import Messages
+from stepjax.infer.serve.messages_asked import CountTokensRequest, MessagesRequest, as_chat as messages_as_chat
+from stepjax.infer.serve.page import page
+from stepjax.infer.serve.responses_api import Responses
+from stepjax.infer.serve.responses_asked import ResponsesRequest, as_chat as responses_as_chat
 from stepjax.infer.serve.service import Service
 from stepjax.infer.serve.stream import EventStream, unless_left
 
@@ -44,6 +52,7 @@ class ServeOptions:
     names: tuple[str, ...]  # that the model is served under; the first is its own
     keys: Keys = field(default_factory=lambda: Keys(()))
     cors_origins: tuple[str, ...] = ()  # web pages that may ask; none: only those of this server
+    ui: bool = True  # whether / is the chat page
 
 
 class ErrorDetail(BaseModel):
@@ -87,6 +96,7 @@ def create_app(service: Service, session: Session, options: ServeOptions) -> App
         redoc_url=None,
         responses=errors,
     )
+    app.openapi = functools.partial(_document, app)
     _add_error_handlers(app)
     _add_generation(app, _Api(service, session, options))
     _add_tokens(app, _Api(service, session, options))
@@ -95,6 +105,26 @@ def create_app(service: Service, session: Session, options: ServeOptions) -> App
     if options.cors_origins:
         inner = CORSMiddleware(app, allow_origins=options.cors_origins, allow_methods=["*"], allow_headers=["*"])
     return Access(StrictBodies(inner, _refuse), options.keys, _refuse)
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document, without the 422 that FastAPI adds: here it is a 400 with the error object."""
+    if app.openapi_schema is None:
+        found = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        for operations in found["paths"].values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            found["components"]["schemas"].pop(name, None)
+        app.openapi_schema = found
+    return app.openapi_schema
+
+
+class Form(Protocol):
+    """Writes answers as one interface has them."""
+
+    async def whole(self) -> dict[str, Any]: ...
+    def events(self) -> AsyncIterator[bytes | None] | AsyncIterator[bytes]: ...
 
 
 class _Api:
@@ -114,12 +144,25 @@ class _Api:
             raise ApiError(f"model: {name[:80]!a} is not served here, but {known}", status=404, code="model_not_found")
         return name or self.options.names[0]
 
-    async def reply(self, request: Request, body: Sampled, answers: Answers, form: Chat | Completion) -> Response:
+    async def asked(self, body: ChatRequest) -> Answers:
+        """Queue a conversation.
+
+        Raises:
+          ApiError, RequestError, TemplateError, QueueFullError: it is not taken.
+        """
+        self.service.check_open()
+        asked, reading = await asyncio.to_thread(of_chat, self.service.engine, self.session, body)
+        return Answers(self.service, [asked], reading)
+
+    async def reply(
+        self, request: Request, body: Body, answers: Answers, form: Form, *, dialect: Dialect = "openai"
+    ) -> Response:
         """An answer, streamed or whole."""
         names = ignored(body)
         headers = {"x-stepjax-ignored": ", ".join(names)[:1000].encode("ascii", "replace").decode()} if names else {}
-        if body.stream:
-            return EventStream(form.events(), close=lambda: self.service.close(answers.ticket), headers=headers)
+        if getattr(body, "stream", False):
+            close = functools.partial(self.service.close, answers.ticket)
+            return EventStream(form.events(), close=close, dialect=dialect, headers=headers)
         found = await unless_left(request.receive, form.whole())
         return _json(found, headers)
 
@@ -132,10 +175,28 @@ def _add_generation(app: FastAPI, api: _Api) -> None:
         """Answer a conversation."""
         name = api.model(body.model)
         _check_stream(body)
-        service.check_open()
-        asked, reading = await asyncio.to_thread(of_chat, service.engine, session, body)
-        answers = Answers(service, [asked], reading)
+        answers = await api.asked(body)
         return await api.reply(request, body, answers, Chat(body, answers, name))
+
+    @app.post("/v1/responses", tags=["OpenAI"])
+    async def responses(request: Request, body: ResponsesRequest) -> Response:
+        """Answer a conversation in OpenAI's newer form. Nothing is kept: previous_response_id is refused."""
+        name = api.model(body.model)
+        answers = await api.asked(responses_as_chat(body))
+        return await api.reply(request, body, answers, Responses(body, answers, name), dialect="responses")
+
+    @app.post("/v1/messages", tags=["Anthropic"])
+    async def messages(request: Request, body: MessagesRequest) -> Response:
+        """Answer a conversation in Anthropic's form."""
+        name = api.model(body.model)
+        answers = await api.asked(messages_as_chat(body))
+        return await api.reply(request, body, answers, Messages(answers, name), dialect="anthropic")
+
+    @app.post("/v1/messages/count_tokens", tags=["Anthropic"])
+    async def count_tokens(body: CountTokensRequest) -> Response:
+        """How long a prompt would be."""
+        api.model(body.model)
+        return _json({"input_tokens": await asyncio.to_thread(count_prompt, session, messages_as_chat(body))})
 
     @app.post("/v1/completions", tags=["OpenAI"])
     async def completions(request: Request, body: CompletionRequest) -> Response:
@@ -228,6 +289,13 @@ def _add_state(app: FastAPI, service: Service, options: ServeOptions) -> None:
             raise ApiError(f"model: {name[:80]!a} is not served here", status=404, code="model_not_found")
         return _json(card(name))
 
+    if options.ui:
+
+        @app.get("/", include_in_schema=False)
+        async def chat_page() -> Response:
+            body, headers = page()
+            return Response(body, headers=headers, media_type="text/html")
+
     @app.get("/health", tags=["state"])
     async def health() -> Response:
         """200 once requests are answered, 503 while they are not."""
@@ -250,7 +318,7 @@ def _add_error_handlers(app: FastAPI) -> None:
         return _error(ApiError.of(error), request.url.path)
 
     async def invalid(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
+        assert isinstance(error, RequestValidationError | ValidationError)
         return _error(_of_validation(error.errors()), request.url.path)
 
     async def missing(request: Request, error: Exception) -> Response:
@@ -262,7 +330,8 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     for kind in (ApiError, StepjaxError, Exception):
         app.add_exception_handler(kind, ours)
-    app.add_exception_handler(RequestValidationError, invalid)
+    for kind in (RequestValidationError, ValidationError):  # the second: as a chat, what another interface allowed
+        app.add_exception_handler(kind, invalid)
     for status in (404, 405):
         app.add_exception_handler(status, missing)
 
@@ -284,7 +353,7 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, error: ApiError) -
 
 
 def _error(error: ApiError, path: str, headers: Mapping[str, str] | None = None) -> Response:
-    content = error.content(anthropic=path.startswith("/v1/messages"))
+    content = error.content(dialect_of(path))
     return _json(content, {**(headers or {}), **error.headers}, status=error.status)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from stepjax.chat import read_template_kwargs
 from stepjax.errors import RequestError
 from stepjax.infer.sampling import SamplingParams
-from stepjax.infer.serve.fields import ChatRequest, CompletionRequest, Sampled
+from stepjax.infer.serve.fields import Body, ChatRequest, CompletionRequest, Sampled
 from stepjax.infer.serve.limits import LIMITS
 from stepjax.infer.serve.service import Asked
 from stepjax.infer.transcript import Transcript, begins_in_reasoning
@@ -69,11 +69,7 @@ def of_chat(engine: Engine, session: Session, body: ChatRequest) -> tuple[Asked,
         raise RequestError("add_generation_prompt: is false, expected true: an answer begins with it")
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("top_logprobs: is given, expected logprobs to be true with it")
-    tools = offered_tools(body.tools, body.tool_choice)
-    options: dict[str, Any] = read_template_kwargs(body.chat_template_kwargs)
-    if body.reasoning_effort == "none":
-        options.setdefault("enable_thinking", False)
-    ids = session.encode_chat(body.messages, tools=tools, **options)
+    ids, tools = _rendered(session, body)
     most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     top = (body.top_logprobs or 0) if body.logprobs else None
     tokenizer = session.tokenizer
@@ -85,6 +81,20 @@ def of_chat(engine: Engine, session: Session, body: ChatRequest) -> tuple[Asked,
         tools=tools,
     )
     return _asked(engine, session, body, ids, max_tokens=most, logprobs=top), reading
+
+
+def count_prompt(session: Session, body: ChatRequest) -> int:
+    """Tokens of a conversation's prompt; errors as `of_chat`."""
+    return len(_rendered(session, body)[0])
+
+
+def _rendered(session: Session, body: ChatRequest) -> tuple[list[int], list[dict[str, Any]] | None]:
+    """The prompt, and the tools in it."""
+    tools = offered_tools(body.tools, body.tool_choice)
+    options: dict[str, Any] = read_template_kwargs(body.chat_template_kwargs)
+    if body.reasoning_effort == "none":
+        options.setdefault("enable_thinking", False)
+    return session.encode_chat(body.messages, tools=tools, **options), tools
 
 
 def of_completion(engine: Engine, session: Session, body: CompletionRequest) -> tuple[list[Asked], Reading]:
@@ -116,7 +126,7 @@ def check_unknown(body: Sampled, *, allowed: Sequence[str] = ()) -> None:
             raise RequestError(f"{name}: is given, but is not supported here; leave it out")
 
 
-def ignored(body: Sampled) -> list[str]:
+def ignored(body: Body) -> list[str]:
     """Fields that are not known and changed nothing."""
     return sorted(name for name in body.model_extra or {} if name not in REFUSED)
 
@@ -125,8 +135,9 @@ def offered_tools(tools: list[dict[str, Any]] | None, choice: Any) -> list[dict[
     """The tools that go into the prompt: none if none may be called."""
     if not tools or choice == "none":
         return None
-    if len(json.dumps(tools)) > LIMITS["tools_bytes"].high:
-        raise RequestError(f"tools: expected at most {LIMITS['tools_bytes'].high} bytes in all")
+    size, most = len(json.dumps(tools, ensure_ascii=False).encode()), LIMITS["tools_bytes"].high
+    if size > most:
+        raise RequestError(f"tools: have {size} bytes in all, expected at most {most}")
     return tools
 
 
@@ -164,7 +175,7 @@ def _asked(
         stop_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=body.ignore_eos,
         min_tokens=body.min_tokens,
-        logit_bias={_token(token): value for token, value in bias.items()},
+        logit_bias={_token(token): _bias(token, value) for token, value in bias.items()},
         allowed_ids=tuple(body.allowed_token_ids or ()),
         logprobs=logprobs,
         prompt_logprobs=body.prompt_logprobs,
@@ -190,6 +201,13 @@ def _token(text: str) -> int:
     if not text.isascii() or not text.isdecimal() or len(text) > 9:
         raise RequestError(f"logit_bias: has the key {text[:40]!a}, expected a token id")
     return int(text)
+
+
+def _bias(token: str, value: float) -> float:
+    low, high = LIMITS["logit_bias_value"].low, LIMITS["logit_bias_value"].high
+    if not low <= value <= high:
+        raise RequestError(f"logit_bias[{token}]: is {value}, expected {low} to {high}")
+    return value
 
 
 def _prompts(session: Session, given: Any) -> list[list[int]]:

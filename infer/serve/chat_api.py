@@ -116,8 +116,8 @@ class Chat:
         if not self._body.logprobs:
             return None
         content = [
-            _scored(self._tokenizer, token, score.logprob)
-            | {"top_logprobs": [_scored(self._tokenizer, *each) for each in score.top]}
+            scored(self._tokenizer, token, score.logprob)
+            | {"top_logprobs": [scored(self._tokenizer, *each) for each in score.top]}
             for token, score in zip(ids, scores, strict=True)
         ]
         return {"content": content, "refusal": None}
@@ -134,7 +134,7 @@ def _call(each: Any) -> dict[str, Any]:
     return {"index": each.index, "function": {"arguments": each.text}}
 
 
-def _scored(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
+def scored(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
     data = tokenizer.token_bytes([token])
     return {"token": data.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(data)}
 

@@ -57,16 +57,19 @@ class Metrics:
                 self._prompt_sizes.observe(state.num_prompt)
                 state.first_s = now
             else:
+                state.num_steps += 1
                 for _ in update.tokens:
                     self._next.observe(since / len(update.tokens))
             state.last_s = now
             state.num_output += len(update.tokens)
             state.num_cached = update.num_cached
             self._generated.inc(len(update.tokens))
-        if update.finish_reason:
-            self._finished.labels(self._model, update.finish_reason).inc()
-            self._whole.observe(now - ticket.began)
-            self._sizes.observe(state.num_output)
+
+    def end(self, ticket: Ticket, index: int, reason: FinishReason, now: float) -> None:
+        """Count an answer that is over, whoever ended it."""
+        self._finished.labels(self._model, reason).inc()
+        self._whole.observe(now - ticket.began)
+        self._sizes.observe(ticket.progress[index].num_output)
 
     def _counter(self, name: str, text: str, *labels: str):
         counter = Counter(f"{PREFIX}:{name}", text, ["model_name", *labels], registry=self._registry)

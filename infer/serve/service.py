@@ -43,6 +43,7 @@ class Progress:
     num_prompt: int
     num_cached: int = 0  # prompt tokens that the prefix cache spared
     num_output: int = 0
+    num_steps: int = 0  # that brought its tokens, without the one that read the prompt's end
     first_s: float | None = None  # when its first and last tokens came
     last_s: float | None = None
 
@@ -157,12 +158,15 @@ class Service:
     def finish(self, ticket: Ticket, index: int) -> None:
         """End one answer, whose text reached its end."""
         if id := ticket.open.get(index):
+            self.metrics.end(ticket, index, "stop", time.monotonic())
             self._close(id)
             self._commands.put(lambda: self.engine.finish(id))
 
     def close(self, ticket: Ticket) -> None:
         """End what is left of a request."""
-        for id in list(ticket.open.values()):
+        now = time.monotonic()
+        for index, id in list(ticket.open.items()):
+            self.metrics.end(ticket, index, "cancelled", now)
             self._close(id)
             self._commands.put(lambda id=id: self.engine.cancel(id))
 
@@ -200,6 +204,7 @@ class Service:
                 continue
             self.metrics.observe(ticket, index, update, now)
             if update.finish_reason:
+                self.metrics.end(ticket, index, update.finish_reason, now)
                 self._close(update.id)
             if not ticket.put(index, update):
                 ticket.fail(ApiError("the answer is not read", status=503, code="slow_reader"))

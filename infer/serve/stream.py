@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from fastapi import Response
 
-from stepjax.infer.serve.api_errors import ApiError
+from stepjax.infer.serve.api_errors import ApiError, Dialect
 from stepjax.infer.serve.body import Receive, Scope, Send
 
 T = TypeVar("T")
@@ -21,11 +21,12 @@ log = logging.getLogger(__name__)
 PING_S = 5.0  # between bytes: clients give up after 60 s of silence
 PING = b": ping\n\n"
 DONE = b"data: [DONE]\n\n"
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # json.dumps makes one at each call
 
 
 def event(content: Mapping[str, Any], *, name: str | None = None) -> bytes:
     """One event, its JSON on one line."""
-    data = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    data = _encode(content)
     return f"event: {name}\ndata: {data}\n\n".encode() if name else f"data: {data}\n\n".encode()
 
 
@@ -36,10 +37,10 @@ class EventStream(Response):
 
     def __init__(
         self,
-        events: AsyncIterator[bytes | None],
+        events: AsyncIterator[bytes | None] | AsyncIterator[bytes],
         *,
         close: Callable[[], None],
-        anthropic: bool = False,
+        dialect: Dialect = "openai",
         headers: Mapping[str, str],
     ):
         """
@@ -49,7 +50,8 @@ class EventStream(Response):
         """
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
         del self.headers["content-length"]
-        self._events, self._close, self._anthropic = events, close, anthropic
+        self._events, self._close = events, close
+        self._dialect: Dialect = dialect
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -73,8 +75,8 @@ class EventStream(Response):
         except Exception as error:
             if not isinstance(error, ApiError):
                 log.exception("a stream failed")
-            content = ApiError.of(error).content(anthropic=self._anthropic)
-            await put(event(content, name="error" if self._anthropic else None))
+            content = ApiError.of(error).content(self._dialect)
+            await put(event(content, name=None if self._dialect == "openai" else "error"))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -1,0 +1,213 @@
+"""POST /v1/messages, Anthropic's interface: its body, brought to the form of a chat so that one path checks both."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, WithJsonSchema
+
+from stepjax.errors import RequestError
+from stepjax.infer.serve.fields import Body, ChatRequest
+from stepjax.infer.serve.limits import number, sized
+
+_TEXT = {"type": "string"}
+_BLOCKS = {"type": "array", "items": {"type": "object", "required": ["type"], "properties": {"type": _TEXT}}}
+Message = Annotated[
+    Any,
+    WithJsonSchema(
+        {
+            "type": "object",
+            "required": ["role", "content"],
+            "properties": {
+                "role": {"enum": ["user", "assistant", "system"]},
+                "content": {"anyOf": [_TEXT, _BLOCKS]},
+            },
+        }
+    ),
+]
+System = Annotated[Any, WithJsonSchema({"anyOf": [_TEXT, _BLOCKS, {"type": "null"}]})]
+# Fields that would change the answer and have no counterpart here.
+REFUSED = ("container", "mcp_servers")
+
+
+class Thinking(Body):
+    """Whether the model thinks first; it does unless this is disabled."""
+
+    type: Literal["enabled", "adaptive", "disabled"]
+    budget_tokens: int | None = number("budget_tokens")
+
+
+class ToolChoice(Body):
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class CountTokensRequest(Body):
+    """POST /v1/messages/count_tokens."""
+
+    model: str = sized("model", ...)
+    messages: list[Message] = sized("messages", ...)
+    system: System = None
+    tools: list[dict[str, Any]] | None = sized("tools")
+    tool_choice: ToolChoice | None = None
+    thinking: Thinking | None = None
+
+
+class MessagesRequest(CountTokensRequest):
+    """POST /v1/messages."""
+
+    max_tokens: int = number("max_tokens", ..., doc="cut to what the context leaves")
+    stream: bool | None = False
+    temperature: float | None = number("temperature", doc="0 is greedy")
+    top_p: float | None = number("top_p")
+    top_k: int | None = number("top_k")
+    stop_sequences: list[str] | None = sized("stop")
+    metadata: dict[str, Any] | None = Field(None, description="ignored")
+
+
+def as_chat(body: CountTokensRequest) -> ChatRequest:
+    """The same request as a chat.
+
+    Raises:
+      RequestError: a message, a tool or a field asks for what is not there.
+    """
+    for name in REFUSED:
+        if (body.model_extra or {}).get(name):
+            raise RequestError(f"{name}: is given, but is not supported here; leave it out")
+    fields: dict[str, Any] = {"model": body.model, "messages": _messages(body), "tools": _tools(body.tools)}
+    if body.tool_choice is not None:
+        fields["tool_choice"] = _choice(body.tool_choice)
+        if body.tool_choice.disable_parallel_tool_use:
+            fields["parallel_tool_calls"] = False
+    if body.thinking is not None and body.thinking.type == "disabled":
+        fields["chat_template_kwargs"] = {"enable_thinking": False}
+    elif body.thinking is not None and body.thinking.budget_tokens is not None:
+        fields["thinking_token_budget"] = body.thinking.budget_tokens
+    if isinstance(body, MessagesRequest):
+        same = ("max_tokens", "stream", "temperature", "top_p", "top_k")
+        fields |= {name: getattr(body, name) for name in same} | {"stop": body.stop_sequences}
+    return ChatRequest.model_validate(fields)
+
+
+def _messages(body: CountTokensRequest) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    if body.system:
+        found.append({"role": "system", "content": _text(body.system, "system")})
+    for at, message in enumerate(body.messages):
+        where = f"messages[{at}]"
+        if not isinstance(message, Mapping):
+            raise RequestError(f"{where}: expected an object, found a {type(message).__name__}")
+        role, content = message.get("role"), message.get("content")
+        if role == "assistant":
+            found.append(_assistant(content, f"{where}.content"))
+        elif role == "user":
+            found += _user(content, f"{where}.content")
+        elif role == "system":
+            found.append({"role": "system", "content": _text(content, f"{where}.content")})
+        else:
+            raise RequestError(f"{where}.role: expected user, assistant or system, found {ascii(role)[:80]}")
+    return found
+
+
+def _blocks(content: Any, where: str) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """The parts of a message, each with its place."""
+    if isinstance(content, str):
+        yield {"type": "text", "text": content}, where
+        return
+    if not isinstance(content, list):
+        raise RequestError(f"{where}: expected a text or a list of blocks, found a {type(content).__name__}")
+    for at, block in enumerate(content):
+        if not isinstance(block, Mapping):
+            raise RequestError(f"{where}[{at}]: expected an object, found a {type(block).__name__}")
+        yield block, f"{where}[{at}]"
+
+
+def _text(content: Any, where: str) -> str:
+    """Of blocks that may hold nothing but text."""
+    return "".join(_of(block, "text", at) for block, at in _checked(content, where, ("text",)))
+
+
+def _checked(content: Any, where: str, kinds: tuple[str, ...]) -> Iterator[tuple[Mapping[str, Any], str]]:
+    for block, at in _blocks(content, where):
+        if block.get("type") not in kinds:
+            raise RequestError(f"{at}.type: expected {' or '.join(kinds)}, found {ascii(block.get('type'))[:80]}")
+        yield block, at
+
+
+def _of(block: Mapping[str, Any], name: str, where: str) -> str:
+    value = block.get(name)
+    if not isinstance(value, str):
+        raise RequestError(f"{where}.{name}: expected a text, found a {type(value).__name__}")
+    return value
+
+
+def _assistant(content: Any, where: str) -> dict[str, Any]:
+    """An earlier answer: its thinking, its text and its calls."""
+    text, thinking, calls = "", None, []
+    for block, at in _checked(content, where, ("text", "thinking", "redacted_thinking", "tool_use")):
+        if block["type"] == "text":
+            text += _of(block, "text", at)
+        elif block["type"] == "thinking":
+            thinking = (thinking or "") + _of(block, "thinking", at)
+        elif block["type"] == "tool_use":
+            arguments = block.get("input")
+            if not isinstance(arguments, Mapping):
+                raise RequestError(f"{at}.input: expected an object, found a {type(arguments).__name__}")
+            function = {"name": _of(block, "name", at), "arguments": dict(arguments)}
+            calls.append({"id": _of(block, "id", at), "type": "function", "function": function})
+    found: dict[str, Any] = {"role": "assistant", "content": text}
+    if thinking is not None:
+        found["reasoning_content"] = thinking
+    return found | ({"tool_calls": calls} if calls else {})
+
+
+def _user(content: Any, where: str) -> Iterator[dict[str, Any]]:
+    """What a user says, and before it the results of tools."""
+    text: str | None = None
+    for block, at in _checked(content, where, ("text", "tool_result")):
+        if block["type"] == "text":
+            text = (text or "") + _of(block, "text", at)
+            continue
+        if text is not None:
+            yield {"role": "user", "content": text}
+            text = None
+        result = block.get("content")
+        said = "" if result is None else _text(result, f"{at}.content")
+        yield {"role": "tool", "tool_call_id": _of(block, "tool_use_id", at), "content": said}
+    if text is not None or content == []:
+        yield {"role": "user", "content": text or ""}
+
+
+def _tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+    found = []
+    for at, tool in enumerate(tools or ()):
+        if tool.get("type") not in (None, "custom"):
+            raise RequestError(f"tools[{at}].type: is {ascii(tool['type'])[:80]}, expected custom: tools run elsewhere")
+        schema = tool.get("input_schema")
+        if not isinstance(schema, dict):
+            raise RequestError(f"tools[{at}].input_schema: expected an object, found a {type(schema).__name__}")
+        function = {"name": tool.get("name"), "parameters": schema}
+        if tool.get("description") is not None:
+            function["description"] = tool["description"]
+        found.append({"type": "function", "function": function})
+    return found or None
+
+
+def _choice(choice: ToolChoice) -> Any:
+    if choice.type != "tool":
+        return {"auto": "auto", "any": "required", "none": "none"}[choice.type]
+    if not choice.name:
+        raise RequestError("tool_choice.name: expected the name of a tool")
+    return {"type": "function", "function": {"name": choice.name}}
+
+
+def arguments_of(text: str) -> dict[str, Any]:
+    """A call's arguments as an object; an answer that was cut inside of them has none."""
+    try:
+        value = json.loads(text or "{}")
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
