@@ -64,7 +64,12 @@ class Embed(nnx.Module):
         self.weight = normal(rngs, (vocab, size), ("vocab", "embed"), std=0.5, dtype=dtype)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        return jnp.take(self.weight.get_value(), ids, axis=0, mode="clip")
+        if ids.size > 1:
+            return jnp.take(self.weight.get_value(), ids, axis=0, mode="clip")
+        # XLA makes a slice of a gather of one row, and on a mesh gathers the whole matrix first: 1 GB a token.
+        pair = jnp.broadcast_to(ids.reshape(-1)[:1], (2,))
+        row = jnp.take(self.weight.get_value(), pair, axis=0, mode="clip")[:1]
+        return row.reshape(*ids.shape, -1)
 
 
 class SwiGLU(nnx.Module):

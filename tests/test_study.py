@@ -57,6 +57,15 @@ def test_a_decode_step_costs_two_reductions_a_layer(on):
     assert logits.payload_bytes == 4 * V * 4  # of all sequences, float32: not the matrix
 
 
+@pytest.mark.aot
+def test_a_single_token_does_not_gather_the_embedding():
+    """The GPU's compiler makes a slice of a gather of one row, and would bring the whole matrix to every device."""
+    one_layer = dataclasses.replace(CONFIG, layers=CONFIG.layers[:1])
+    study = study_model(one_layer, dataclasses.replace(DECODE, batch=1), MeshSpec(expert=4, tensor=2), target="h100")
+    assert launched(study) == {("all-reduce", GROUP): 1, ("all-gather", GROUP): 1}
+    assert max(each.payload_bytes for each in study.report.collectives) == V * 4  # the logits
+
+
 def test_a_draft_costs_four_reductions():
     """Embedding, merge, attention and MLP of each depth; two small gathers for the argmax, which no layer owns."""
     study = studied("expert=4,tensor=2", dataclasses.replace(DECODE, drafts=2))
