@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
-import os
 import re
 import secrets
-import subprocess
-import sys
-import threading
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,12 +15,11 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 
+from stepjax.child import ChildProcess
 from stepjax.errors import RequestError, TemplateError
 from stepjax.tokenizer import Segment
 
 _WORKER = Path(__file__).with_name("template_worker.py")
-# All the child gets to see of the environment: an escape from the sandbox should find no credentials in it.
-_ENVIRONMENT = ("PATH", "PYTHONHOME", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ", "SYSTEMROOT")
 
 
 @dataclass(frozen=True)
@@ -44,20 +37,17 @@ class TemplateLimits:
             raise TemplateError(f"limits must be positive, found {self}")
 
 
-class TemplateProcess:
-    """One template, rendered in a child process that starts on first use and is replaced when it had to be killed.
+class TemplateProcess(ChildProcess):
+    """One template, rendered in a child process."""
 
-    Safe to share between threads, which take turns, and across a fork.
-    """
+    _work = "the process that renders chat templates"
 
     def __init__(self, source: str, *, limits: TemplateLimits | None = None):
         """Starts nothing yet."""
         self._source = source
-        self._limits = limits or TemplateLimits()
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._stop: weakref.finalize | None = None
-        self._owner = os.getpid()
+        self._limits = limits = limits or TemplateLimits()
+        arguments = [str(limits.memory_bytes), str(2 * max(limits.render_s, limits.start_s))]
+        super().__init__(_WORKER, arguments, start_s=limits.start_s)
 
     def render(self, variables: Mapping[str, Any]) -> str:
         """The template's output. variables must be JSON data.
@@ -67,10 +57,7 @@ class TemplateProcess:
         limits = self._limits
         size = len(json.dumps(variables, ensure_ascii=False)) + len(self._source)
         max_chars = limits.output_factor * size + limits.output_chars
-        if os.getpid() != self._owner:  # a forked copy must not share the parent's pipes, nor a lock someone held
-            self._lock, self._owner = threading.Lock(), os.getpid()
-            self._process = self._stop = None
-        with self._lock:
+        with self._turn():
             self._ensure_started()
             request = {"variables": variables, "max_chars": max_chars}
             reply = self._ask(request, seconds=limits.render_s, max_chars=max_chars)
@@ -78,99 +65,19 @@ class TemplateProcess:
             raise TemplateError(f"the chat template failed: {reply.get('error')}")
         return reply["text"]
 
-    def close(self) -> None:
-        """Ends the child; a later rendering starts another."""
-        with self._lock:
-            self._end()
-
-    def _ensure_started(self) -> None:
-        if self._process is not None and self._process.poll() is None:
-            return
-        self._end()
-        limits = self._limits
-        # -P: the script's own folder is this package, whose file names must not shadow the standard library's.
-        command = [sys.executable, "-P", "-B", "-X", "utf8", str(_WORKER)]
-        arguments = [str(limits.memory_bytes), str(2 * max(limits.render_s, limits.start_s))]
-        environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-        try:
-            self._process = subprocess.Popen(
-                command + arguments,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env=environment,
-            )
-        except OSError as error:
-            raise TemplateError(f"the process that renders chat templates does not start: {error}") from error
-        self._stop = weakref.finalize(self, _reap, self._process, os.getpid())
-        self._ask({}, seconds=limits.start_s, max_chars=0)
+    def _prepare(self) -> None:
         # Compiling evaluates constant expressions, so it is under the limits of rendering.
-        reply = self._ask({"source": self._source}, seconds=limits.render_s, max_chars=0)
+        reply = self._ask({"source": self._source}, seconds=self._limits.render_s, max_chars=0)
         if "ok" not in reply:
             self._end()
             raise TemplateError(f"the chat template is not valid Jinja: {reply.get('error')}")
 
-    def _ask(self, request: Mapping[str, Any], *, seconds: float, max_chars: int) -> dict[str, Any]:
-        """One request and its reply. A timer kills the child, which ends the blocking write or read."""
-        process = self._process
-        assert process is not None
-        assert process.stdin is not None
-        assert process.stdout is not None
-        expired = threading.Event()
+    def _error(self, text: str) -> TemplateError:
+        return TemplateError(text)
 
-        def kill() -> None:
-            expired.set()
-            process.kill()
-
-        line = json.dumps(request, ensure_ascii=False).encode("utf-8") + b"\n"
-        timer = threading.Timer(seconds, kill)
-        timer.daemon = True
-        timer.start()
-        try:
-            process.stdin.write(line)
-            process.stdin.flush()
-            # A character takes at most 6 bytes of JSON (\u0000); a child that sends more is not ours any more.
-            reply = process.stdout.readline(6 * max_chars + 65536)
-        except OSError:
-            reply = b""
-        except BaseException:  # an interrupt: a reply that nobody read would answer the next request
-            self._end()
-            raise
-        finally:
-            timer.cancel()
-        complete = reply.endswith(b"\n")
-        if expired.is_set() or not complete:
-            self._end()
-        if not complete:
-            cause = f"took more than {seconds} s" if expired.is_set() else "ended the process that renders it"
-            raise TemplateError(f"the chat template {cause}; simplify it, or shorten the conversation")
-        return _read_reply(reply)
-
-    def _end(self) -> None:
-        if self._stop is not None:
-            self._stop()
-        self._process = self._stop = None
-
-
-def _read_reply(line: bytes) -> dict[str, Any]:
-    """The child is not to be trusted once a template runs in it."""
-    try:
-        reply = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise TemplateError(f"the process that renders chat templates sent no JSON: {error}") from error
-    return reply if isinstance(reply, dict) else {}
-
-
-def _reap(process: subprocess.Popen[bytes], owner: int) -> None:
-    """Kills and collects the child, unless this is a forked copy of the process that it belongs to."""
-    if os.getpid() != owner:
-        return
-    process.kill()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            with contextlib.suppress(OSError):  # unsent bytes to a process that is gone
-                pipe.close()
-    process.wait()
+    def _gone(self, seconds: float, *, expired: bool) -> str:
+        cause = f"took more than {seconds} s" if expired else "ended the process that renders it"
+        return f"the chat template {cause}; simplify it, or shorten the conversation"
 
 
 def template_literals(source: str) -> frozenset[str]:

@@ -10,7 +10,7 @@ import pytest
 
 from stepjax.chat import ChatTemplate
 from stepjax.errors import TemplateError
-from stepjax.template import _WORKER, TemplateLimits, TemplateProcess, _read_reply
+from stepjax.template import _WORKER, TemplateLimits, TemplateProcess
 
 
 def user(content):
@@ -198,8 +198,8 @@ def test_the_worker_imports_nothing_but_jinja():
     assert {name.split(".")[0] for name in names} - sys.stdlib_module_names == {"jinja2"}
 
 
-def test_messages_from_a_child_that_broke_out_are_not_trusted():
+def test_messages_from_a_child_that_broke_out_are_not_trusted(worker):
     for line in (b"\n", b"[" * 100_000 + b"\n", b"\xff\n"):
         with pytest.raises(TemplateError, match="no JSON"):
-            _read_reply(line)
-    assert _read_reply(b"5\n") == {}
+            worker._read_reply(line)
+    assert worker._read_reply(b"5\n") == {}
