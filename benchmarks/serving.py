@@ -2,8 +2,8 @@
 
     python benchmarks/serving.py --json benchmarks/results/serving.json
 
-Parts (``--parts``), each against ``stepjax serve`` as a process of its own:
-  streams     200 at once, prompts of 1 to 1,500 tokens, greedy and seeded; then each alone: tokens that differ, gaps
+Parts (``--parts``), each against a server in a process of its own:
+  streams     200 at once, prompts of 1 to 400 tokens, greedy and seeded; then each alone: tokens that differ, gaps
   cancels     1,000 requests left at random moments; then slots, queue and pages in use, which must be none
   sigterm     100 streams, then SIGTERM, ten times: how each stream ended, exit codes
   throughput  32 streams through HTTP and the same 32 requests in an engine without a server, in turns
@@ -27,29 +27,71 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stepjax.infer.bench import Request, bench
+from stepjax.infer.cli_serve import SWITCH_S
+from stepjax.infer.engine import Engine
+from stepjax.infer.engine_config import EngineConfig
+from stepjax.infer.load import load, use_compile_cache
+from stepjax.infer.serve.app import ServeOptions, create_app
+from stepjax.infer.serve.metrics import Metrics
+from stepjax.infer.serve.server import Server as HttpServer, ServerConfig, log_to_stderr
+from stepjax.infer.serve.service import Service
+
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("streams", "cancels", "sigterm", "throughput")
+LONGEST = 400  # tokens of a prompt, many times step-tiny's window of 32
 STREAM_TOKENS = 64
 SPEED_TOKENS = 128
 
 
-class Server:
-    """The command as a process. Use as a context manager."""
+def config(args: argparse.Namespace) -> EngineConfig:
+    """Of the server and of the engine beside it: one width of prompt pieces, for few programs to compile."""
+    pages = args.context * args.max_seqs // 64
+    return EngineConfig(
+        num_slots=args.max_seqs,
+        context=args.context,
+        num_pages=min(1200, pages),
+        speculate=args.speculate,
+        widths=(64,),
+        token_budget=64 * max(1, args.max_seqs // 8),
+    )
 
-    def __init__(self, *flags: str):
-        command = [sys.executable, "-m", "stepjax", "serve", "step-tiny", "--port", "0", "--no-ui", *flags]
+
+def serve(args: argparse.Namespace) -> int:
+    """What ``stepjax serve`` does, with that configuration."""
+    log_to_stderr("text", "warning")
+    session = load("step-tiny", dtype="float32")
+    engine = Engine(session, config(args))
+    service = Service(engine, Metrics(engine, "step-tiny"))
+    server = HttpServer(
+        create_app(service, session, ServeOptions(("step-tiny",))), service, ServerConfig(port=0, drain_seconds=3)
+    )
+    sys.setswitchinterval(SWITCH_S)
+
+    async def run() -> int:
+        running = asyncio.ensure_future(server.run_until_ended())
+        await service.ready.wait()
+        print(server.url, flush=True)
+        return await running
+
+    return asyncio.run(run())
+
+
+class Server:
+    """A server as a process. Use as a context manager."""
+
+    def __init__(self, args: argparse.Namespace):
+        flags = ["--serve", "--max-seqs", str(args.max_seqs), "--context", str(args.context)]
+        flags += ["--speculate", str(args.speculate)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(
-            [*command, "--log-level", "warning"], stdout=subprocess.PIPE, text=True, env=environment
+            [sys.executable, __file__, *flags], stdout=subprocess.PIPE, text=True, env=environment
         )
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if found := re.match(r"\s*http://([\d.]+):(\d+)$", line):
-                self.address = found[1], int(found[2])
-            if "curl" in line:
-                break
-        else:
+        found = re.match(r"http://([\d.]+):(\d+)$", self.process.stdout.readline())
+        if not found:
             raise SystemExit("the server did not start")
+        self.address = found[1], int(found[2])
 
     def __enter__(self) -> Server:
         return self
@@ -114,12 +156,12 @@ async def gauges(server: Server) -> dict[str, float]:
     return {name: float(re.findall(rf"^stepjax:{name}{{.*}} (\S+)$", text, re.MULTILINE)[0]) for name in names}
 
 
-def requests(count: int, *, longest: int, seed: int = 0) -> list[dict[str, Any]]:
+def requests(count: int, *, seed: int = 0) -> list[dict[str, Any]]:
     """Prompts of random ids: every other one greedy, the others sampled with a seed."""
     draw = random.Random(seed)
     found = []
     for at in range(count):
-        prompt = [draw.randrange(20, 300) for _ in range(draw.choice([1, 20, 60, 200, longest]))]
+        prompt = [draw.randrange(20, 300) for _ in range(draw.choice([1, 20, 60, 200, LONGEST]))]
         body = {"prompt": prompt, "max_tokens": STREAM_TOKENS, "ignore_eos": True, "seed": at}
         found.append(body | ({"temperature": 0} if at % 2 else {"temperature": 1.2, "top_k": 0}))
     return found
@@ -127,9 +169,9 @@ def requests(count: int, *, longest: int, seed: int = 0) -> list[dict[str, Any]]
 
 async def streams(args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for drafts in (3, 0):
-        with Server("--max-seqs", "16", "--context", "2048", "--speculate", str(drafts)) as server:
-            asked = requests(args.streams, longest=1500)
+    for drafts in map(int, args.drafts.split(",")):
+        with Server(argparse.Namespace(**{**vars(args), "speculate": drafts})) as server:
+            asked = requests(args.streams)
             began = time.perf_counter()
             crowd = await asyncio.gather(*(ask(server, body) for body in asked))
             seconds = time.perf_counter() - began
@@ -150,17 +192,17 @@ async def streams(args: argparse.Namespace) -> dict[str, Any]:
 
 async def cancels(args: argparse.Namespace) -> dict[str, Any]:
     draw = random.Random(1)
-    with Server("--max-seqs", "8", "--context", "2048", "--speculate", "3") as server:
+    with Server(args) as server:
         canary = {"prompt": [40, 41, 42], "max_tokens": 32, "temperature": 0}
         before = await ask(server, canary)
         waiting = asyncio.Semaphore(40)
 
         async def one(body: dict[str, Any]) -> str:
             async with waiting:
-                left = await ask(server, {**body, "max_tokens": 400}, leave_after_s=draw.random() * 2)
+                left = await ask(server, {**body, "max_tokens": 100}, leave_after_s=draw.random() * 2)
                 return left.end
 
-        ends = await asyncio.gather(*(one(body) for body in requests(args.cancels, longest=1500, seed=2)))
+        ends = await asyncio.gather(*(one(body) for body in requests(args.cancels, seed=2)))
         deadline = time.perf_counter() + 30
         while any((after := await gauges(server)).values()) and time.perf_counter() < deadline:
             await asyncio.sleep(0.1)
@@ -172,8 +214,8 @@ async def sigterm(args: argparse.Namespace) -> dict[str, Any]:
     ends: dict[str, int] = {}
     codes = []
     for _ in range(args.terms):
-        with Server("--max-seqs", "8", "--context", "512", "--speculate", "3", "--drain-seconds", "3") as server:
-            asked = [{**body, "max_tokens": 200} for body in requests(100, longest=200)]
+        with Server(args) as server:
+            asked = [{**body, "max_tokens": 300} for body in requests(100)]
             events = [asyncio.Event() for _ in asked]
             running = [
                 asyncio.ensure_future(ask(server, body, began=event)) for body, event in zip(asked, events, strict=True)
@@ -187,20 +229,13 @@ async def sigterm(args: argparse.Namespace) -> dict[str, Any]:
 
 
 async def throughput(args: argparse.Namespace) -> dict[str, Any]:
-    import stepjax
-    from stepjax.infer.bench import Request, bench
-    from stepjax.infer.engine import Engine
-    from stepjax.infer.engine_config import EngineConfig
-    from stepjax.infer.load import use_compile_cache
-
-    use_compile_cache()
-    session = stepjax.load("step-tiny")
-    engine = Engine(session, EngineConfig(num_slots=32, context=512, speculate=3))
+    session = load("step-tiny", dtype="float32")
+    engine = Engine(session, config(args))
     prompts = [session.encode_chat([{"role": "user", "content": f"What is {at + 100} + 358?"}]) for at in range(32)]
     params = session.sampling(temperature=0.0, max_tokens=SPEED_TOKENS, ignore_eos=True)
     asked = [{"prompt": p, "temperature": 0, "max_tokens": SPEED_TOKENS, "ignore_eos": True} for p in prompts]
     offline, served = [], []
-    with Server("--max-seqs", "32", "--context", "512", "--speculate", "3") as server:
+    with Server(args) as server:
         await asyncio.gather(*(ask(server, body) for body in asked))
         bench(engine, [Request(prompt, params) for prompt in prompts])
         for _ in range(args.rounds):
@@ -224,11 +259,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--streams", type=int, default=200)
+    parser.add_argument("--max-seqs", type=int, default=32, help="slots of the server")
+    parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--speculate", type=int, default=3, help="drafts, but for streams")
+    parser.add_argument("--serve", action="store_true", help="be the server")
+    parser.add_argument("--drafts", default="3,0", help="that streams are tried with")
     parser.add_argument("--cancels", type=int, default=1000)
     parser.add_argument("--terms", type=int, default=10, help="SIGTERMs")
     parser.add_argument("--rounds", type=int, default=5, help="of throughput")
     parser.add_argument("--json", type=Path, help="what a part found replaces what the file has of it")
     args = parser.parse_args()
+    use_compile_cache()
+    if args.serve:
+        sys.exit(serve(args))
     work = {"streams": streams, "cancels": cancels, "sigterm": sigterm, "throughput": throughput}
     commit = subprocess.run(
         ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
@@ -238,7 +281,8 @@ def main() -> None:
         print(part, json.dumps(found, indent=2), flush=True)
         if args.json:
             old = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else {}
-            about = {"commit": commit, "cpus": os.cpu_count(), "machine": platform.machine(), "model": "step-tiny"}
+            about = {"commit": commit, "model": "step-tiny", "cpus": os.cpu_count(), "machine": platform.machine()}
+            about |= {"max_seqs": args.max_seqs, "context": args.context, "xla_flags": os.environ.get("XLA_FLAGS", "")}
             args.json.write_text(json.dumps(old | {part: about | found}, indent=2) + "\n", encoding="utf-8")
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from stepjax.infer.serve.server import Server
 
 KEY_VARIABLE = "STEPJAX_API_KEY"
+SWITCH_S = 0.0005  # between threads: the engine's wants to launch its next step, not to wait for a parser
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         service,
         ServerConfig(args.host, args.port, args.drain_seconds, tls_cert=args.tls_cert, tls_key=args.tls_key),
     )
-    sys.setswitchinterval(0.0005)  # the engine's thread wants to launch its next step, not to wait for a parser
+    sys.setswitchinterval(SWITCH_S)
 
     async def serve() -> int:
         announcing = asyncio.ensure_future(_announce(server, service.ready, session, engine, options))

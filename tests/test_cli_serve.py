@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -13,12 +14,15 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import psutil
 import pytest
 
 from stepjax.cli import main
+from stepjax.infer.serve.server import Server, ServerConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTION = {"messages": [{"role": "user", "content": "What is 467 + 358?"}], "temperature": 0, "max_tokens": 60}
@@ -133,6 +137,20 @@ def test_from_the_banner_to_the_signal(process, certificate):
     logged = "".join(process.log)
     assert SECRET not in logged
     assert "467" not in logged
+
+
+def test_a_signal_before_the_start_is_complete_ends_at_once(monkeypatch):
+    """While programs are compiled, which nothing can interrupt."""
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr(asyncio, "get_running_loop", lambda: SimpleNamespace(call_soon_threadsafe=lambda *_: None))
+    service: Any = SimpleNamespace(ready=asyncio.Event())
+    server = Server(cast(Any, None), service, ServerConfig())
+    server.handle_exit(signal.SIGTERM, None)
+    assert codes == [0]
+    service.ready.set()
+    Server(cast(Any, None), service, ServerConfig()).handle_exit(signal.SIGTERM, None)
+    assert codes == [0]
 
 
 def listening(pid: int) -> set[tuple[str, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import signal
 import sys
 import time
@@ -63,7 +64,13 @@ class Server(uvicorn.Server):
         return f"{'https' if self.config.is_ssl else 'http'}://{host}:{port}"
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A first signal drains; a second one, or Ctrl-C twice, ends at once."""
+        """A first signal drains; a second one, or Ctrl-C twice, ends at once, and so does one that comes before
+        anything was taken: compiling cannot be interrupted otherwise.
+        """
+        if not self._service.ready.is_set():
+            log.info("%s: ending before the start was complete", signal.Signals(sig).name)
+            logging.shutdown()
+            os._exit(0)
         if self._ending:
             self.force_exit = self.should_exit = True
             return
