@@ -93,8 +93,9 @@ class Run:
 
     @property
     def needs_step(self) -> bool:
-        """Whether it decodes and is not sure to end with what is in flight."""
-        return self.prefilled and len(self.sequence.output) + self.least < self.sequence.params.max_tokens
+        """Whether it decodes, is not held, and is not sure to end with what is in flight."""
+        sequence = self.sequence
+        return self.prefilled and not sequence.held and len(sequence.output) + self.least < sequence.params.max_tokens
 
     def will_cache_part_of(self, other: Sequence) -> bool:
         """Whether its prefill is still on the way to a boundary that another prompt can start from."""

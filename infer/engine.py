@@ -8,9 +8,11 @@ and the surplus is dropped.
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence as Tokens
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +24,9 @@ from stepjax.errors import ContextError, RequestError
 from stepjax.infer.admission import SchedulerConfig
 from stepjax.infer.draft_policy import DRAFTS, DraftPolicy, StepBytes
 from stepjax.infer.engine_config import EngineConfig
-from stepjax.infer.executor import Assignment, CacheSize, Executor, Order
+from stepjax.infer.executor import Assignment, CacheSize, Executor, Mask, Order
+from stepjax.infer.grammar_form import GrammarError
+from stepjax.infer.guide import Constraint, Guide
 from stepjax.infer.replay import Channel, Leader, connect, follow
 from stepjax.infer.runner import Emitted
 from stepjax.infer.sampling import SamplingParams
@@ -33,6 +37,8 @@ from stepjax.sharding.watchdog import deadline
 
 if TYPE_CHECKING:
     from stepjax.infer.load import Session
+
+log = logging.getLogger(__name__)
 
 STEP_S = 300.0  # after which a compiled step on several hosts is taken to hang
 
@@ -53,6 +59,7 @@ class Update(NamedTuple):
     scores: tuple[Score, ...] = ()  # of the tokens, if asked for
     prompt_scores: tuple[Score, ...] = ()  # of the prompt from its second token on, with the first tokens
     num_cached: int = 0  # prompt tokens that the prefix cache spared
+    fault: str = ""  # why it ended in an error, if that was not the model's numbers
 
 
 @dataclass
@@ -102,6 +109,10 @@ class Engine:
         self._numbers = itertools.count()
         self._free = 0.0  # since when the device has worked on the step that is read next
         self._slot_buckets = _slot_buckets(config)
+        self._guides = ThreadPoolExecutor(max_workers=2, thread_name_prefix="masks")  # neighbours do not wait for one
+        self._masking: dict[Future[np.ndarray], str] = {}  # to the answer that waits for it
+        self._masked_slots: set[int] = set()
+        self._failed: list[Update] = []
 
     def add(
         self,
@@ -112,6 +123,7 @@ class Engine:
         priority: int = 0,
         adapter: str = "",
         salt: str = "",
+        constraint: Constraint | None = None,
     ) -> list[str]:
         """Queue a request; returns the ids of its answers, one unless ``params.n`` asks for more.
 
@@ -120,6 +132,7 @@ class Engine:
           id: of the request; that of answer i of several is ``id/i``.
           priority: lower goes first.
           adapter, salt: requests share cached prompts only if both are the same.
+          constraint: bounds the thinking, and holds what follows to a grammar.
 
         Raises:
           RequestError: a bad prompt, bad parameters, or more than the cache can ever hold.
@@ -147,7 +160,11 @@ class Engine:
                 for earlier in ids[:index]:  # all answers of a request or none
                     self.cancel(earlier)
                 raise
-            self._answers[each] = _Answer(sequence, frozenset(own.ends(self._session.config.eos_ids)))
+            answer = _Answer(sequence, frozenset(own.ends(self._session.config.eos_ids)))
+            self._answers[each] = answer
+            if constraint is not None and (guide := constraint.guide()).active:
+                answer.guide, answer.sequence.held = guide, True
+                answer.masks = self._guides.submit(guide.ahead, ())  # for the token that prefill samples
         return ids
 
     def fit(self, prompt: Tokens[int], params: SamplingParams | None = None) -> SamplingParams:
@@ -180,12 +197,17 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._in_flight or self._answers)
+        return bool(self._in_flight or self._answers or self._failed)
 
     def step(self) -> list[Update]:
         """Launch a step and read the one before it."""
         began = time.perf_counter()
+        self._take_masks()
         plan = self.scheduler.plan()
+        if plan is None and not self._in_flight and self._masking:
+            wait(self._masking, return_when=FIRST_COMPLETED)
+            self._take_masks()
+            plan = self.scheduler.plan()
         if plan is not None:
             if self._in_flight and self._in_flight[-1][1].token_BT.is_ready():
                 self.stats.num_idle += 1
@@ -199,13 +221,13 @@ class Engine:
             self.stats.host_s -= compiled
         self.stats.host_s += time.perf_counter() - began
         if not self._in_flight or (plan is not None and len(self._in_flight) == 1):
-            return []
+            return self._take_failed()
         order, emitted = self._in_flight.popleft()
         began = time.perf_counter()
         with deadline("a step", STEP_S):
             emitted = jax.tree.map(np.asarray, emitted)
         ready = time.perf_counter()
-        updates = self._commit(order, emitted)
+        updates = [*self._commit(order, emitted), *self._take_failed()]
         self.stats.wait_s += ready - began
         if order.plan.kind == "prefill":
             self.stats.prefill_s += ready - self._free
@@ -234,6 +256,7 @@ class Engine:
 
     def close(self) -> None:
         """Let the processes go that follow this one."""
+        self._guides.shutdown(cancel_futures=True)
         if self._leader:
             self._leader.close()
 
@@ -259,13 +282,16 @@ class Engine:
     def _order(self, plan: StepPlan) -> Order:
         for slot in plan.resets:
             self._owners.pop(slot, None)
-        assignments = []
+            self._masked_slots.discard(slot)
+        assignments, masks = [], []
         rows = [(row, self._answers.get(row.id)) for row in plan.rows]
         for row, answer in rows:
             if answer is not None and self._owners.get(row.slot) != row.id:
                 self._owners[row.slot] = row.id
                 sequence = answer.sequence
                 assignments.append(Assignment(row.slot, sequence.params, sequence.prompt, tuple(sequence.output)))
+            if answer is not None and (mask := self._mask(row, answer, plan)) is not None:
+                masks.append(mask)
         wanted = [answer.sequence.params for _, answer in rows if answer is not None]
         highest = 1 + max(row.slot for row in plan.rows)
         return Order(
@@ -273,6 +299,8 @@ class Engine:
             tuple(assignments),
             num_slots=next(bucket for bucket in self._slot_buckets if bucket >= highest),
             scores=any(params.logprobs is not None for params in wanted),
+            drafts=any(answer is not None and answer.guide is not None for _, answer in rows),
+            masks=tuple(masks),
             prompt_scores=plan.kind == "prefill" and any(params.prompt_logprobs is not None for params in wanted),
         )
 
@@ -290,12 +318,15 @@ class Engine:
             if answer is not None:
                 if order.prompt_scores and answer.sequence.params.prompt_logprobs is not None:
                     answer.take_prompt(row, jax.tree.map(lambda x, p=place: x[p], emitted.prompt))
-                if sound:
-                    tokens, ended = _cut(ids[:count], answer)
-                    reason = "stop" if ended else None
-                else:
-                    reason = "error"
+                try:
+                    tokens, ended = _cut(ids[:count], answer) if sound else ((), False)
+                    reason = ("stop" if ended else None) if sound else "error"
+                except Exception as error:  # its guide's: one request's, never the engine's
+                    reason, answer.fault = "error", _fault(error)
+                if reason == "error":
                     self.scheduler.finish(row.id, reason)
+                elif tokens and reason is None and answer.guide is not None:
+                    self._look_ahead(answer, emitted.draft_BK[place].tolist())
             taken.append((row, place, tokens, reason))
         done = {each.id for each in self.scheduler.commit(plan, StepOutput(tuple(each[2] for each in taken)))}
         updates = []
@@ -308,11 +339,58 @@ class Engine:
             elif reason is None and row.id in done:
                 reason = "length"
             scores = answer.scores(emitted.scores, place, len(tokens)) if order.scores else ()
-            updates.append(Update(row.id, tokens, reason, scores, answer.give_prompt(), answer.sequence.num_cached))
+            cached = answer.sequence.num_cached
+            updates.append(Update(row.id, tokens, reason, scores, answer.give_prompt(), cached, answer.fault))
             if reason:
                 del self._answers[row.id]
         stats.num_steps += 1
         return updates
+
+    def _look_ahead(self, answer: _Answer, drafts: Tokens[int]) -> None:
+        """Have the tokens found that may follow; no decode step of the answer is planned before they are known."""
+        guide = answer.guide
+        assert guide is not None
+        if guide.active:
+            answer.masks = self._guides.submit(guide.ahead, drafts)
+            self._masking[answer.masks] = answer.sequence.id
+        else:
+            answer.guide = answer.masks = None
+            answer.sequence.held = False
+
+    def _take_masks(self) -> None:
+        """Let answers go on whose masks are there."""
+        for future in [each for each in self._masking if each.done()]:
+            answer = self._answers.get(self._masking.pop(future))
+            if answer is not None and answer.masks is future:
+                answer.sequence.held = False
+
+    def _mask(self, row: Row, answer: _Answer, plan: StepPlan) -> Mask | None:
+        """What the device must be told of a row's tokens."""
+        if answer.guide is None:
+            if row.slot not in self._masked_slots:
+                return None
+            self._masked_slots.discard(row.slot)
+            return Mask(row.slot, b"")
+        if plan.kind == "prefill" and row.next_id >= 0:
+            return None
+        answer.sequence.held = True  # until this step is read
+        assert answer.masks is not None
+        self._masked_slots.add(row.slot)
+        try:
+            return Mask(row.slot, answer.masks.result()[: 1 + plan.drafts].tobytes())
+        except Exception as error:  # one request's, never the engine's
+            self._fail(answer, _fault(error))
+            return None
+
+    def _fail(self, answer: _Answer, fault: str) -> None:
+        """End an answer that cannot go on; what is in flight of it is dropped."""
+        id = answer.sequence.id
+        self.finish(id, "error")
+        self._failed.append(Update(id, (), "error", fault=fault))
+
+    def _take_failed(self) -> list[Update]:
+        failed, self._failed = self._failed, []
+        return failed
 
     def _count(self, plan: StepPlan, counts: list[int]) -> None:
         stats = self.stats
@@ -358,6 +436,9 @@ class _Answer:
 
     sequence: Sequence
     ends: frozenset[int]  # ids that end it
+    guide: Guide | None = None  # while it has a say
+    masks: Future[np.ndarray] | None = None  # for the next step
+    fault: str = ""
     _prompt: list[Score | None] | None = None
 
     def scores(self, found: Any, place: int, count: int) -> tuple[Score, ...]:
@@ -388,12 +469,26 @@ def _score(found: Any, at: Any, top: int) -> Score:
 
 
 def _cut(tokens: list[int], answer: _Answer) -> tuple[tuple[int, ...], bool]:
-    """The tokens up to the first that ends the answer, and whether there is one within ``max_tokens``."""
+    """The tokens up to the first that ends the answer, and whether there is one within ``max_tokens``.
+
+    Raises:
+      GrammarError: a token may not stand where it is.
+    """
     room = answer.sequence.params.max_tokens - len(answer.sequence.output)
     for at, token in enumerate(tokens[:room]):
-        if token in answer.ends:
+        if answer.guide is not None:
+            answer.guide.push(token)
+        if token in answer.ends or (answer.guide is not None and answer.guide.done):
             return tuple(tokens[: at + 1]), True
     return tuple(tokens[:room]), False
+
+
+def _fault(error: Exception) -> str:
+    """What a client is told of a guide's error."""
+    if isinstance(error, GrammarError):
+        return str(error)
+    log.error("a guide failed", exc_info=error)
+    return "the grammar failed at this answer; the server's log says why"
 
 
 def _slot_buckets(config: EngineConfig) -> tuple[int, ...]:

@@ -49,6 +49,13 @@ class Assignment(NamedTuple):
     output: tuple[int, ...] = ()  # answered before a preemption
 
 
+class Mask(NamedTuple):
+    """The tokens that a slot may sample at its next step."""
+
+    slot: int
+    words: bytes  # uint32 by position; none: whatever it likes
+
+
 class Order(NamedTuple):
     """One step of the device: the plan, and what goes with it."""
 
@@ -56,7 +63,9 @@ class Order(NamedTuple):
     assignments: tuple[Assignment, ...] = ()
     num_slots: int = 0  # that a decode step runs: the first so many
     scores: bool = False  # log-probabilities of the new tokens are read
+    drafts: bool = False  # the next drafts are read
     prompt_scores: bool = False
+    masks: tuple[Mask, ...] = ()  # taken over before the step
 
 
 class Executor:
@@ -95,6 +104,8 @@ class Executor:
             self._restore(copy)
         for assignment in order.assignments:
             self._assign(assignment)
+        if order.masks:
+            self._guide(order.masks)
         program, rest = self._call(order)
         key = (program.name, jax.tree.leaves(rest)[0].shape)  # the rest of the shapes is the executor's own
         run = self._launchers.get(key)
@@ -103,6 +114,8 @@ class Executor:
         self.state, emitted = run(self.params, self.state, *rest)
         if not order.scores:
             emitted = emitted._replace(scores=None)
+        if not order.drafts:
+            emitted = emitted._replace(draft_BK=None)
         for leaf in jax.tree.leaves(emitted):
             leaf.addressable_data(0).copy_to_host_async()
         for copy in plan.saves:
@@ -136,6 +149,8 @@ class Executor:
             for job in [pool.submit(program.compiled, self.params, self.state, *rest) for program, rest in jobs]:
                 job.result()
         self._assign(Assignment(0, SamplingParams(seed=0), (0,)))
+        for rows in self.row_buckets:
+            self._guide([Mask(0, b"")] * rows)
         if self.size.num_snapshots:
             self._save(RingCopy(0, 0))
             self._restore(RingCopy(0, 0))
@@ -197,6 +212,17 @@ class Executor:
         )
         arguments = (self.params, self.state, np.int32(assignment.slot), row)
         self.state, _ = self.runner.assign().compiled(*arguments)(*arguments)
+
+    def _guide(self, masks: Sequence[Mask]) -> None:
+        shape = self.state.sampling.rules.mask_BTW.shape[1:]
+        rows = next(each for each in self.row_buckets if each >= len(masks))
+        slot, on = np.full((rows,), self.size.num_slots, np.int32), np.zeros((rows,), bool)
+        words = np.zeros((rows, *shape), np.uint32)
+        for at, mask in enumerate(masks):
+            given = np.frombuffer(mask.words, np.uint32).reshape(-1, shape[1])
+            slot[at], on[at], words[at, : len(given)] = mask.slot, len(given) > 0, given
+        arguments = (self.params, self.state, slot, on, words)
+        self.state, _ = self.runner.guide().compiled(*arguments)(*arguments)
 
     def _no_snapshots(self) -> Any:
         def create() -> Any:

@@ -20,6 +20,8 @@ from stepjax.config import ModelConfig
 from stepjax.errors import ContextError, MeshError, RequestError
 from stepjax.folder import ModelFolder, open_folder
 from stepjax.infer.generate import Completion, generate
+from stepjax.infer.grammar import Grammars
+from stepjax.infer.guide import Masks
 from stepjax.infer.runner import Runner
 from stepjax.infer.sampling import SamplingParams
 from stepjax.layout import Layout, SingleDevice
@@ -219,6 +221,16 @@ class Session:
         if layout == self.model.layout:
             return self.model
         return abstract(self.config, dtype=self.dtype, mtp=bool(self.model.mtp), layout=layout)
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """What compiles grammars over the checkpoint's tokenizer."""
+        return Grammars(self._require_tokenizer(), self.config.eos_ids)
+
+    @cached_property
+    def masks(self) -> Masks:
+        """Sets of the tokenizer's entries."""
+        return Masks(self._require_tokenizer(), self.config.vocab_size)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Next-token logits of one sequence: float32 [T, V]; row t has seen tokens 0 … t."""

@@ -7,6 +7,7 @@ ever unpickled. A program that is not compiled yet is announced first: nobody la
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import hashlib
 import hmac
@@ -14,6 +15,7 @@ import json
 import secrets
 import socket
 import struct
+import zlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,7 +23,7 @@ import jax
 import numpy as np
 
 from stepjax.errors import ClusterError
-from stepjax.infer.executor import Assignment, Executor, Order
+from stepjax.infer.executor import Assignment, Executor, Mask, Order
 from stepjax.infer.hosts import agreed
 from stepjax.infer.runner import Emitted
 from stepjax.infer.sampling import SamplingParams
@@ -197,7 +199,8 @@ def encode(order: Order) -> dict[str, Any]:
     """An order in JSON's terms."""
     assignments = [[*each[:1], dataclasses.asdict(each.params), *each[2:]] for each in order.assignments]
     plan = {field.name: getattr(order.plan, field.name) for field in dataclasses.fields(order.plan)}
-    return {**order._asdict(), "plan": plan, "assignments": assignments}
+    masks = [[slot, base64.b64encode(zlib.compress(words, 1)).decode()] for slot, words in order.masks]
+    return {**order._asdict(), "plan": plan, "assignments": assignments, "masks": masks}
 
 
 def decode(content: dict[str, Any]) -> Order:
@@ -220,6 +223,7 @@ def decode(content: dict[str, Any]) -> Order:
                 Assignment(slot, SamplingParams(**_tuples(params)), tuple(prompt), tuple(output))
                 for slot, params, prompt, output in content["assignments"]
             ),
+            "masks": tuple(Mask(slot, zlib.decompress(base64.b64decode(words))) for slot, words in content["masks"]),
         }
     )
 

@@ -10,6 +10,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from jax.typing import DTypeLike
 
 from stepjax.cache import MAX_DRAFTS, Cache, CacheView, Chunk, Ring, empty_cache
 from stepjax.infer.sampler import Logprobs, logprobs, mask_padding, record, sample
-from stepjax.infer.sampling import MAX_LOGPROBS, Sampling, SlotSampling, assign
+from stepjax.infer.sampling import MAX_LOGPROBS, Sampling, SlotSampling, assign, guide
 from stepjax.infer.speculative import Drafter, accepted, draft
 from stepjax.layout import Layout
 from stepjax.model import Params, Step3p5, bind
@@ -62,6 +63,7 @@ class Emitted(NamedTuple):
     token_BT: jax.Array
     count_B: jax.Array
     finite_B: jax.Array  # bool: whether the logits were numbers
+    draft_BK: jax.Array | None  # int32: what the next step will verify; the host drops it where nobody asks
     scores: Logprobs | None = None  # of the tokens, where a slot asks for them
     prompt: Logprobs | None = None  # of the prompt token after each token of a piece
 
@@ -166,6 +168,14 @@ class Runner:
 
         return self._program(("assign",), run)
 
+    def guide(self) -> Program:
+        """``(params, state, slot_M, on_M, mask_MTW) -> (state, ())``: what slots may sample at their next step."""
+
+        def run(params: Params, state: State, *masks: jax.Array) -> tuple[State, tuple[()]]:
+            return state._replace(sampling=guide(state.sampling, *masks)), ()
+
+        return self._program(("guide",), run)
+
     def _program(self, key: tuple[Any, ...], function: Callable[..., Any]) -> Program:
         if key not in self._programs:
             self._programs[key] = Program(" ".join(map(str, key)), function, self.model.layout)
@@ -219,8 +229,8 @@ class Runner:
         count = jnp.where((count_R > 0) & ~inside, 1, 0)
         finite = _finite(out.hidden_BTD, count_R) & _finite(logits, jnp.minimum(count_R, 1))
         own = self._scores(logits, follow[:, None], sampling, count > 0)
-        emitted = Emitted(follow[:, None], count, finite, own, prompt)
         cache, after = self._advance(model, out, mine, tokens_RT, count_R, follow, slot_R, drafts=self.drafts)
+        emitted = Emitted(follow[:, None], count, finite, after.draft_SK, own, prompt)
         return self._committed(state, cache, after, emitted, count_R > 0, slot_R), emitted
 
     def _step(
@@ -235,6 +245,9 @@ class Runner:
         """Verify ``drafts`` tokens of the active slots, emit 1 … drafts + 1 each, and draft as many again."""
         model, width = bind(self.model, params), 1 + drafts
         mine, sampling = _rows((state.progress, state.sampling), None, active_B.shape[0])
+        if sampling.rules is not None:  # a mask that is left over from an answer that ended costs nothing
+            rules = sampling.rules
+            sampling = replace(sampling, rules=rules._replace(guided_B=rules.guided_B & active_B))
         guess_BK = mine.draft_SK[:, :drafts]
         chunk = Chunk.at(mine.length_S, jnp.where(active_B, width, 0), width, page_BN=page_BN)
         out = model.forward(jnp.concatenate([mine.last_S[:, None], guess_BK], axis=1), chunk, state.cache)
@@ -243,9 +256,9 @@ class Runner:
         token_BT = self._sample(logits, position, sampling, guess_BK)
         count_B = jnp.where(active_B, 1 + accepted(token_BT, guess_BK), 0)
         own = self._scores(logits, token_BT, sampling, active_B)
-        emitted = Emitted(token_BT, count_B, _finite(logits, count_B), own)
         last = take_row(token_BT, count_B - 1)
         cache, after = self._advance(model, out, mine, token_BT, count_B, last, None, drafts=drafts)
+        emitted = Emitted(token_BT, count_B, _finite(logits, count_B), after.draft_SK, own)
         return self._committed(state, cache, after, emitted, active_B, None), emitted
 
     def _logits(self, model: Step3p5, hidden_BTD: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from stepjax.infer.sampling import REMOVED, Rules, Sampling
 
@@ -99,7 +100,7 @@ def _argmax(logits_BTV: jax.Array) -> jax.Array:
 def _in_force(rules: Rules, position_BT: jax.Array) -> jax.Array:
     """Whether any row has a rule that matters at its positions."""
     early = jnp.any(_early(rules, position_BT), axis=-1)
-    return jnp.any(rules.biased_B | early | _with_penalties(rules))
+    return jnp.any(rules.guided_B | rules.biased_B | early | _with_penalties(rules))
 
 
 def _early(rules: Rules, position_BT: jax.Array) -> jax.Array:
@@ -111,13 +112,24 @@ def _with_penalties(rules: Rules) -> jax.Array:
 
 
 def _ruled(logits: jax.Array, position_BT: jax.Array, rules: Rules, draft_BK: jax.Array | None) -> jax.Array:
-    """Bias and allowed ids, then the least length, then penalties; each only if somebody asks for it."""
+    """Masks, bias and allowed ids, then the least length, then penalties; each only if somebody asks for it."""
     early_BT = _early(rules, position_BT)
+    logits = jax.lax.cond(jnp.any(rules.guided_B), lambda x: _guided(x, rules), lambda x: x, logits)
     logits = jax.lax.cond(
         jnp.any(rules.biased_B), lambda x: jnp.maximum(x + rules.bias_BV[:, None, :], REMOVED), lambda x: x, logits
     )
     logits = jax.lax.cond(jnp.any(early_BT), lambda x: _without_ends(x, early_BT, rules), lambda x: x, logits)
     return jax.lax.cond(jnp.any(_with_penalties(rules)), lambda x: _penalised(x, rules, draft_BK), lambda x: x, logits)
+
+
+def _guided(logits: jax.Array, rules: Rules) -> jax.Array:
+    """Without the tokens that a row's mask excludes; masks are kept for as many positions as a step verifies."""
+    mask_BTW = rules.mask_BTW[:, : logits.shape[1]]
+    rest = logits.shape[1] - mask_BTW.shape[1]
+    mask_BTW = jnp.pad(mask_BTW, [(0, 0), (0, rest), (0, 0)], constant_values=np.uint32(2**32 - 1))
+    bits = mask_BTW[..., None] >> jnp.arange(32, dtype=jnp.uint32)[None, None, None, :] & jnp.uint32(1)
+    allowed = bits.reshape(*logits.shape[:2], -1)[..., : logits.shape[-1]] == 1
+    return jnp.where(allowed | ~rules.guided_B[:, None, None], logits, REMOVED)
 
 
 def _without_ends(logits: jax.Array, early_BT: jax.Array, rules: Rules) -> jax.Array:

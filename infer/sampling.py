@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stepjax.cache import MAX_DRAFTS
 from stepjax.errors import RequestError
 
 REMOVED = -1e30  # below every real logit, and finite under division by a temperature
@@ -175,6 +176,8 @@ class Rules(NamedTuple):
     scored_B: Any  # bool: whether log-probabilities are asked for
     biased_B: Any  # bool: whether the next is not all 0
     bias_BV: Any  # float32; REMOVED where a token is not allowed
+    guided_B: Any  # bool: whether the next holds, which the host says anew for every step
+    mask_BTW: Any  # uint32: by position of a step, a bit for each token that may stand there
     in_prompt_BV: Any  # bool
     count_BV: Any  # int32: times a token was answered
 
@@ -223,6 +226,8 @@ class Sampling:
             np.zeros((batch,), bool),
             np.zeros((batch,), bool),
             np.zeros(table, np.float32),
+            np.zeros((batch,), bool),
+            np.zeros((batch, 1 + MAX_DRAFTS, num_words(vocab)), np.uint32),
             np.zeros(table, bool),
             np.zeros(table, np.int32),
         )
@@ -296,6 +301,20 @@ def _padded(values: Sequence[Any], fill: Any, dtype: Any = np.int32) -> np.ndarr
     return np.asarray([*values, *[fill] * (size - len(values))], dtype)
 
 
+def num_words(vocab_size: int) -> int:
+    """32-bit words of a set of tokens."""
+    return -(-vocab_size // 32)
+
+
+def guide(sampling: Sampling, slot_M: jax.Array, on_M: jax.Array, mask_MTW: jax.Array) -> Sampling:
+    """``sampling`` with these slots' masks; slots past the last are none."""
+    rules = sampling.rules
+    assert rules is not None
+    guided = rules.guided_B.at[slot_M].set(on_M, mode="drop")
+    masks = rules.mask_BTW.at[slot_M].set(mask_MTW, mode="drop")
+    return dataclasses.replace(sampling, rules=rules._replace(guided_B=guided, mask_BTW=masks))
+
+
 def assign(sampling: Sampling, slot: jax.Array, row: SlotSampling) -> Sampling:
     """``sampling`` with the sequence's row in place of all that a slot had."""
     rules = sampling.rules
@@ -313,6 +332,8 @@ def assign(sampling: Sampling, slot: jax.Array, row: SlotSampling) -> Sampling:
         row.scored,
         row.biased,
         bias,
+        jnp.asarray(False),
+        jnp.zeros(rules.mask_BTW.shape[1:], jnp.uint32),
         in_prompt,
         count,
     )

@@ -41,6 +41,7 @@ class Sequence:
     num_cached: int = 0  # prompt tokens that the prefix cache spared at the first admission
     num_preemptions: int = 0
     num_in_flight: int = 0  # plans with a row of it that are not committed
+    held: bool = False  # the engine's: no decode step until it knows which tokens may follow
 
     @property
     def rank(self) -> tuple[int, int]:

@@ -47,8 +47,11 @@ class Transcript:
         tools: Sequence[Mapping[str, Any]] | None = None,
         include_stop: bool = False,
         skip_special: bool = True,
+        verbatim: bool = False,
     ):
-        """``include_stop`` leaves the stop string in the text, ``skip_special=False`` control tokens."""
+        """``include_stop`` leaves the stop string in the text, ``skip_special=False`` control tokens, ``verbatim`` what
+        looks like a marker behind the thinking.
+        """
         self.ids: list[int] = []
         self.text = ""  # all of it, markers included, without what was stopped at
         self.reasoning = ""
@@ -62,7 +65,7 @@ class Transcript:
         self._detokenizer = IncrementalDetokenizer(tokenizer, skip_special=skip_special) if tokenizer else None
         self._include_stop = include_stop
         self._held = ""  # text that may be the beginning of a stop string
-        self._parser = ReasoningParser(in_reasoning=in_reasoning)
+        self._parser = ReasoningParser(in_reasoning=in_reasoning, verbatim=verbatim)
         self._tools = ToolCallParser(tools) if tools else None
 
     def push(self, ids: Sequence[int]) -> Delta:
@@ -81,6 +84,10 @@ class Transcript:
     def fail(self) -> Delta:
         """End the answer because the model's logits were no numbers."""
         return Delta() if self.finish_reason else self._finish("error")
+
+    def complete(self) -> Delta:
+        """End the answer because its grammar lets nothing follow."""
+        return Delta() if self.finish_reason else self._finish("stop")
 
     def cancel(self) -> Delta:
         """End the answer where it stands."""

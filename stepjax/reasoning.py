@@ -64,8 +64,11 @@ class ReasoningParser:
     Holds back only what may still turn out to be a marker, or the newline that goes with one.
     """
 
-    def __init__(self, *, in_reasoning: bool = True):
-        """in_reasoning=False where the prompt already closed the thinking."""
+    def __init__(self, *, in_reasoning: bool = True, verbatim: bool = False):
+        """in_reasoning=False where the prompt already closed the thinking; verbatim drops nothing behind it, where a
+        grammar has seen to it that what looks like a marker is text.
+        """
+        self._verbatim = verbatim
         self._held = ""
         self._start = 0  # of what is unsettled in _held; past 0 only within a push
         self._step = self._at_start if in_reasoning else self._in_content
@@ -111,7 +114,8 @@ class ReasoningParser:
             return self._release(0, THINK_CLOSE, "\n" + THINK_CLOSE, TOOL_OPEN, "\n" + TOOL_OPEN)
         newline = self._held.endswith("\n", self._start, end.start())
         self._emit(0, end.start() - newline)
-        self._start = end.start()
+        self._eat_newline = end[0] == THINK_CLOSE
+        self._start = end.end() if self._eat_newline else end.start()
         self._step = self._in_content
         return True
 
@@ -119,6 +123,9 @@ class ReasoningParser:
         if self._eat_newline:
             self._start += self._held.startswith("\n", self._start)
             self._eat_newline = False
+        if self._verbatim:
+            self._emit(1, len(self._held))
+            return False
         marker = _END.search(self._held, self._start)
         if marker is None:
             return self._release(1, THINK_CLOSE, TOOL_OPEN)

@@ -27,6 +27,7 @@ import json
 import math
 import re
 import secrets
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -284,7 +285,7 @@ def _joined(events: Iterable[ToolEvent]) -> list[ToolEvent]:
     return joined
 
 
-def _calls_in(block: str, schemas: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+def _calls_in(block: str, schemas: Mapping[str, Mapping[str, list[str]]]) -> list[tuple[str, str]]:
     """(name, arguments as JSON text) of each function in a closed block."""
     body = block.removeprefix(TOOL_OPEN).removesuffix(TOOL_CLOSE)
     calls = []
@@ -296,8 +297,8 @@ def _calls_in(block: str, schemas: Mapping[str, Mapping[str, Any]]) -> list[tupl
     return calls
 
 
-def _arguments(text: str, properties: Mapping[str, Any]) -> dict[str, Any]:
-    known = "|".join(re.escape(name) for name in properties if isinstance(name, str))
+def _arguments(text: str, types: Mapping[str, list[str]]) -> dict[str, Any]:
+    known = "|".join(map(re.escape, types))
     key = rf"[ \"'=]{{0,8}}(?:{known})[ \"'=]{{0,8}}>" if known else _NAME.pattern.replace("(", "(?:", 1)
     parameter = re.compile(
         rf"{_PARAMETER}{_NAME.pattern}(.*?)"
@@ -309,7 +310,7 @@ def _arguments(text: str, properties: Mapping[str, Any]) -> dict[str, Any]:
         name = _clean_name(match[1])
         if name:
             value = match[2].removeprefix("\n").removesuffix("\n")
-            arguments[name] = _typed(value, _types(properties.get(name)))
+            arguments[name] = read_value(value, types.get(name, []))
     return arguments
 
 
@@ -317,33 +318,72 @@ def _clean_name(text: str) -> str:
     return text.strip(" \t\r\"'=")
 
 
-def _schemas(tools: Sequence[Mapping[str, Any]] | None) -> dict[str, Mapping[str, Any]]:
-    """Properties by function name."""
-    schemas: dict[str, Mapping[str, Any]] = {}
+def _schemas(tools: Sequence[Mapping[str, Any]] | None) -> dict[str, dict[str, list[str]]]:
+    """`argument_types` by function name."""
+    schemas: dict[str, dict[str, list[str]]] = {}
     for tool in tools or ():
         function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            continue
-        parameters = function.get("parameters")
-        properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
-        schemas[function["name"]] = properties if isinstance(properties, Mapping) else {}
+        if isinstance(function, Mapping) and isinstance(function.get("name"), str):
+            schemas[function["name"]] = argument_types(function.get("parameters"))
     return schemas
 
 
-def _types(schema: Any) -> list[str]:
-    """JSON types that a property allows, in the order it names them; empty if it names none."""
-    if not isinstance(schema, Mapping):
-        return []
-    named = schema.get("type")
-    found = [named] if isinstance(named, str) else list(named) if isinstance(named, list) else []
-    for union in ("anyOf", "oneOf"):
-        options = schema.get(union)
-        for option in options if isinstance(options, list) else ():
-            found.extend(_types(option))
-    return [name for name in found if isinstance(name, str)]
+def argument_types(parameters: Any) -> dict[str, list[str]]:
+    """By argument, the JSON types that a function's schema allows, in its order; empty if it names none."""
+    properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
+    if not isinstance(properties, Mapping):
+        return {}
+    return {name: _types(each, parameters) for name, each in properties.items() if isinstance(name, str)}
 
 
-def _typed(text: str, types: Sequence[str]) -> Any:
+def resolved(schema: Any, root: Any) -> Any:
+    """A schema, or what its ``$ref`` into ``root`` leads to; None if it leads nowhere."""
+    for _ in range(_MAX_REFERENCES):
+        if not isinstance(schema, Mapping) or not isinstance(schema.get("$ref"), str):
+            return schema
+        target: Any = root
+        for part in schema["$ref"].removeprefix("#").split("/")[1:]:
+            target = target.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(target, Mapping) else None
+        schema = target if schema["$ref"].startswith("#") else None
+    return None
+
+
+_MAX_REFERENCES = 16
+_MAX_OPTIONS = 256  # of one argument: schemas that refer to each other could name very many
+
+
+def _types(schema: Any, root: Any) -> list[str]:
+    found: dict[str, None] = {}
+    waiting = [schema]
+    for _ in range(_MAX_OPTIONS):
+        if not waiting:
+            break
+        schema = resolved(waiting.pop(), root)
+        if not isinstance(schema, Mapping):
+            continue
+        named = schema.get("type")
+        names = [named] if isinstance(named, str) else named if isinstance(named, list) else []
+        options = [each for union in ("anyOf", "oneOf", "allOf") for each in _listed(schema.get(union))]
+        if not names and not options:
+            names = map(json_type, _listed(schema.get("enum")) or [schema[at] for at in ("const",) if at in schema])
+        found |= dict.fromkeys(name for name in names if isinstance(name, str))
+        waiting += reversed(options[:_MAX_OPTIONS])
+    return list(found)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def json_type(value: Any) -> str:
+    """The JSON type of a value that was read from JSON."""
+    kinds = ((bool, "boolean"), (int, "integer"), (float, "number"), (str, "string"), (list, "array"))
+    if value is None:
+        return "null"
+    return next((name for kind, name in kinds if isinstance(value, kind)), "object")
+
+
+def read_value(text: str, types: Sequence[str]) -> Any:
     """The value as the first type that fits, else the text itself. The bare word null is null whatever the type."""
     if text == "null":
         return None
@@ -390,11 +430,16 @@ def _boolean(text: str) -> bool:
 def _structure(text: str) -> Any:
     """JSON, or Python's spelling of it, which models mix in (single quotes, True). Must have a JSON form in UTF-8."""
     try:
-        value = json.loads(text, parse_constant=_refuse)
+        value = json.loads(text, parse_constant=_refuse, parse_float=_nearest)
     except ValueError:
         value = ast.literal_eval(text)
     json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
     return value
+
+
+def _nearest(text: str) -> float:
+    """A number of JSON that floats do not reach is the last that they do; a string would break the whole structure."""
+    return max(-sys.float_info.max, min(float(text), sys.float_info.max))
 
 
 def _refuse(text: str) -> Any:

@@ -90,6 +90,14 @@ def test_one_delta_may_hold_both_kinds():
     assert ReasoningParser().push("so\n</think>\n<tool_call>\n") == ("so", "<tool_call>\n")
 
 
+def test_verbatim_content_keeps_what_looks_like_a_marker():
+    text = f"a\n</think>\n\nb</think>{CALL}\n</think>"
+    for cut in range(len(text) + 1):
+        parser = ReasoningParser(verbatim=True)
+        parts = [parser.push(text[:cut]), parser.push(text[cut:]), parser.flush()]
+        assert ["".join(part) for part in zip(*parts, strict=True)] == ["a", f"\nb</think>{CALL}\n</think>"]
+
+
 def test_without_thinking_all_is_content():
     assert split_reasoning("a\n</think>\nb", in_reasoning=False) == ("", "a\nb")
 

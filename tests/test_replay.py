@@ -9,7 +9,7 @@ import struct
 import pytest
 
 from stepjax.errors import ClusterError
-from stepjax.infer.executor import Assignment, Order
+from stepjax.infer.executor import Assignment, Mask, Order
 from stepjax.infer.replay import MAX_BYTES, Channel, decode, encode
 from stepjax.infer.sampling import SamplingParams
 from stepjax.infer.sequence import PageUpdate, RingCopy, Row, StepPlan
@@ -28,7 +28,13 @@ PLAN = StepPlan(
     restores=(RingCopy(2, 1),),
     saves=(RingCopy(0, 3),),
 )
-ORDER = Order(PLAN, (Assignment(2, PARAMS, (9, 4), (6,)),), num_slots=4, scores=True)
+ORDER = Order(
+    PLAN,
+    (Assignment(2, PARAMS, (9, 4), (6,)),),
+    num_slots=4,
+    scores=True,
+    masks=(Mask(2, bytes(range(64))), Mask(0, b"")),
+)
 
 
 @pytest.fixture

@@ -49,6 +49,10 @@ class Answer:
             delta = delta.join(transcript.push(update.tokens))
             scores += update.scores[: len(transcript.ids) - before]
             self.prompt_scores = self.prompt_scores or update.prompt_scores
+            if update.finish_reason == "stop":  # without a token for it, where a grammar is complete
+                delta = delta.join(transcript.complete())
+            if update.fault:
+                raise ApiError(f"the answer cannot go on: {update.fault}", code="grammar_failed")
             if update.finish_reason == "error":
                 raise ApiError("the model's logits were no numbers", status=500, code="not_finite")
         self.scores += scores

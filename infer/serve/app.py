@@ -7,9 +7,10 @@ import contextlib
 import functools
 import json
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -20,6 +21,7 @@ from pydantic import BaseModel, ValidationError
 from stepjax import __version__
 from stepjax.chat import read_template_kwargs
 from stepjax.errors import RequestError, StepjaxError
+from stepjax.infer.admission import QueueFullError
 from stepjax.infer.load import Session
 from stepjax.infer.serve.access import Access, Keys
 from stepjax.infer.serve.answers import Answers
@@ -28,6 +30,7 @@ from stepjax.infer.serve.asked import count_prompt, ignored, of_chat, of_complet
 from stepjax.infer.serve.body import App, Receive, Scope, Send, StrictBodies
 from stepjax.infer.serve.chat_api import Chat
 from stepjax.infer.serve.completion_api import Completion
+from stepjax.infer.serve.constrained import wants_grammar
 from stepjax.infer.serve.fields import (
     Body,
     ChatRequest,
@@ -43,6 +46,10 @@ from stepjax.infer.serve.responses_api import Responses
 from stepjax.infer.serve.responses_asked import ResponsesRequest, as_chat as responses_as_chat
 from stepjax.infer.serve.service import Service
 from stepjax.infer.serve.stream import EventStream, unless_left
+
+T = TypeVar("T")
+
+MAX_COMPILING = 16  # requests whose grammars are being compiled, one after the other
 
 
 @dataclass(frozen=True)
@@ -70,11 +77,16 @@ class ErrorBody(BaseModel):
 def create_app(service: Service, session: Session, options: ServeOptions) -> App:
     """The application; ``service`` starts and stops with it."""
 
+    api = _Api(service, session, options)
+
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.start()
+        warming = asyncio.ensure_future(asyncio.to_thread(api.warm))
         yield
+        await warming
         await service.stop()
+        api.close()
 
     errors: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorBody, "description": text}
@@ -98,8 +110,8 @@ def create_app(service: Service, session: Session, options: ServeOptions) -> App
     )
     app.openapi = functools.partial(_document, app)
     _add_error_handlers(app)
-    _add_generation(app, _Api(service, session, options))
-    _add_tokens(app, _Api(service, session, options))
+    _add_generation(app, api)
+    _add_tokens(app, api)
     _add_state(app, service, options)
     inner: App = app
     if options.cors_origins:
@@ -132,6 +144,35 @@ class _Api:
 
     def __init__(self, service: Service, session: Session, options: ServeOptions):
         self.service, self.session, self.options = service, session, options
+        self._num_compiling = 0
+        self._compiling = ThreadPoolExecutor(MAX_COMPILING, thread_name_prefix="grammar")
+
+    def warm(self) -> None:
+        """Start what compiles grammars."""
+        if self.session.tokenizer is not None:
+            self.session.grammars.warm()
+
+    def close(self) -> None:
+        self._compiling.shutdown(wait=False, cancel_futures=True)
+        if self.session.tokenizer is not None:
+            self.session.grammars.close()
+
+    async def prepare(self, read: Callable[..., T], body: Sampled) -> T:
+        """``read(engine, session, body)`` beside the event loop. Grammars that take long do not keep others waiting.
+
+        Raises:
+          QueueFullError: too many grammars are waiting to be compiled.
+        """
+        if not wants_grammar(body):
+            return await asyncio.to_thread(read, self.service.engine, self.session, body)
+        if self._num_compiling >= MAX_COMPILING:
+            raise QueueFullError(f"queue: {self._num_compiling} grammars wait to be compiled; try again later")
+        self._num_compiling += 1
+        try:
+            call = functools.partial(read, self.service.engine, self.session, body)
+            return await asyncio.get_running_loop().run_in_executor(self._compiling, call)
+        finally:
+            self._num_compiling -= 1
 
     def model(self, name: str | None) -> str:
         """The name to answer under.
@@ -151,7 +192,7 @@ class _Api:
           ApiError, RequestError, TemplateError, QueueFullError: it is not taken.
         """
         self.service.check_open()
-        asked, reading = await asyncio.to_thread(of_chat, self.service.engine, self.session, body)
+        asked, reading = await self.prepare(of_chat, body)
         return Answers(self.service, [asked], reading)
 
     async def reply(
@@ -204,7 +245,7 @@ def _add_generation(app: FastAPI, api: _Api) -> None:
         name = api.model(body.model)
         _check_stream(body)
         service.check_open()
-        asked, reading = await asyncio.to_thread(of_completion, service.engine, session, body)
+        asked, reading = await api.prepare(of_completion, body)
         answers = Answers(service, asked, reading)
         return await api.reply(request, body, answers, Completion(body, answers, name))
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from stepjax.chat import read_template_kwargs
 from stepjax.errors import RequestError
 from stepjax.infer.sampling import SamplingParams
+from stepjax.infer.serve.constrained import check_effort, check_tool_choice, constraint_of
 from stepjax.infer.serve.fields import Body, ChatRequest, CompletionRequest, Sampled
 from stepjax.infer.serve.limits import LIMITS
 from stepjax.infer.serve.service import Asked
@@ -52,6 +53,7 @@ class Reading:
     tools: Sequence[Mapping[str, Any]] | None = None
     include_stop: bool = False
     skip_special: bool = True
+    verbatim: bool = False  # nothing behind the thinking is a marker or a call
 
     def transcript(self, params: SamplingParams) -> Transcript:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -69,18 +71,19 @@ def of_chat(engine: Engine, session: Session, body: ChatRequest) -> tuple[Asked,
         raise RequestError("add_generation_prompt: is false, expected true: an answer begins with it")
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("top_logprobs: is given, expected logprobs to be true with it")
+    check_tool_choice(body.tool_choice)
+    check_effort(body.reasoning_effort)
     ids, tools = _rendered(session, body)
     most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     top = (body.top_logprobs or 0) if body.logprobs else None
     tokenizer = session.tokenizer
     assert tokenizer is not None, "encode_chat needs it"
-    reading = _reading(
-        session,
-        body,
-        in_reasoning=begins_in_reasoning(ids, tokenizer),
-        tools=tools,
-    )
-    return _asked(engine, session, body, ids, max_tokens=most, logprobs=top), reading
+    in_reasoning = begins_in_reasoning(ids, tokenizer)
+    asked = _asked(engine, session, body, ids, max_tokens=most, logprobs=top)
+    constraint = constraint_of(session, body, in_reasoning=in_reasoning, tools=tools)
+    verbatim = constraint is not None and constraint.matcher is not None and not constraint.calls
+    options = {"tools": None if verbatim else tools, "verbatim": verbatim}
+    return asked._replace(constraint=constraint), _reading(session, body, in_reasoning=in_reasoning, **options)
 
 
 def count_prompt(session: Session, body: ChatRequest) -> int:
@@ -115,7 +118,9 @@ def of_completion(engine: Engine, session: Session, body: CompletionRequest) -> 
         _asked(engine, session, body, ids, max_tokens=max(1, body.max_tokens or 0), logprobs=body.logprobs)
         for ids in prompts
     ]
-    return asked, _reading(session, body)
+    constraint = constraint_of(session, body)
+    verbatim = constraint is not None
+    return [each._replace(constraint=constraint) for each in asked], _reading(session, body, verbatim=verbatim)
 
 
 def check_unknown(body: Sampled, *, allowed: Sequence[str] = ()) -> None:

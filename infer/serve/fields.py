@@ -51,6 +51,44 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
+class JsonSchemaFormat(Body):
+    name: str = ""
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = Field(None, description="true refuses keywords that cannot be held to")
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema", "regex"]
+    json_schema: JsonSchemaFormat | None = None
+    pattern: str | None = None
+
+
+Schema = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "object"}, _TEXT, {"type": "null"}]})]
+
+
+class StructuredOutputs(Body):
+    """vLLM's; one of the fields."""
+
+    json_: Schema = Field(None, alias="json", description="a JSON schema, or its text")
+    regex: str | None = None
+    choice: list[str] | None = None
+    json_object: bool | None = None
+
+    def of(self, kind: str) -> Any:
+        return self.json_ if kind == "json" else getattr(self, kind)
+
+
+class Nvext(Body):
+    """NIM's; one of the fields."""
+
+    guided_json: Schema = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+
+    def of(self, kind: str) -> Any:
+        return getattr(self, f"guided_{kind}", None)
+
+
 class Sampled(Body):
     """What all ways to ask for an answer share: OpenAI's fields, and vLLM's beside them."""
 
@@ -81,18 +119,12 @@ class Sampled(Body):
     priority: int | None = number("priority", doc="lower goes first")
     cache_salt: str | None = sized("cache_salt", doc="prompts are cached apart for each salt")
     user: str | None = Field(None, description="ignored")
-
-
-class JsonSchemaFormat(Body):
-    name: str = ""
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
-    strict: bool | None = None
-
-
-class ResponseFormat(Body):
-    type: Literal["text", "json_object", "json_schema", "regex"]
-    json_schema: JsonSchemaFormat | None = None
-    pattern: str | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema = Field(None, description="as structured_outputs.json")
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    nvext: Nvext | None = None
 
 
 class ChatRequest(Sampled):
@@ -105,10 +137,11 @@ class ChatRequest(Sampled):
     tools: list[dict[str, Any]] | None = sized("tools")
     tool_choice: Any = None
     parallel_tool_calls: bool | None = True
-    response_format: ResponseFormat | None = None
-    reasoning_effort: str | None = Field(None, description="none switches thinking off; other values change nothing")
+    reasoning_effort: str | None = Field(
+        None, description="none switches thinking off, minimal, low and medium bound it, high, xhigh and max do not"
+    )
     include_reasoning: bool | None = True
-    thinking_token_budget: int | None = number("thinking_token_budget")
+    thinking_token_budget: int | None = number("thinking_token_budget", doc="goes before reasoning_effort")
     chat_template_kwargs: dict[str, Any] | None = sized("chat_template_kwargs", doc="enable_thinking: true or false")
     add_generation_prompt: bool | None = True
 
@@ -122,7 +155,6 @@ class CompletionRequest(Sampled):
     echo: bool | None = False
     best_of: int | None = Field(None, description="only as large as n")
     suffix: str | None = Field(None, description="not supported")
-    response_format: ResponseFormat | None = None
 
 
 class TokenizeRequest(Body):

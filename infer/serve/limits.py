@@ -7,6 +7,8 @@ from typing import Any
 
 from pydantic import Field
 
+from stepjax.infer.grammar_form import MAX_CHOICES, MAX_REGEX_BYTES, MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH
+from stepjax.infer.grammar_tools import MAX_CALLS
 from stepjax.infer.sampling import MAX_ANSWERS, MAX_BIASES, MAX_LOGPROBS, MAX_STOP_IDS
 
 
@@ -59,10 +61,11 @@ LIMITS: dict[str, Limit] = {
     "stop_bytes": Limit(1, 256, "bytes of a stop string"),
     "tools_bytes": Limit(0, 256 * 2**10, "bytes of all tools"),
     "prompts": Limit(1, 128, "prompts of one request"),
-    "schema_depth": Limit(0, 16, "levels of nesting in a JSON schema"),
-    "grammar_bytes": Limit(1, 64 * 2**10, "bytes of a grammar or JSON schema"),
-    "regex_bytes": Limit(1, 2**10, "bytes of a regular expression"),
-    "choices": Limit(1, 256, "texts to choose from"),
+    "schema_depth": Limit(0, MAX_SCHEMA_DEPTH, "levels of schemas in a JSON schema"),
+    "schema_bytes": Limit(1, MAX_SCHEMA_BYTES, "bytes of a JSON schema, or of all choices"),
+    "regex_bytes": Limit(1, MAX_REGEX_BYTES, "bytes of a regular expression"),
+    "choices": Limit(1, MAX_CHOICES, "texts to choose from"),
+    "calls": Limit(1, MAX_CALLS, "calls in an answer that must make some"),
     "chat_template_kwargs": Limit(0, 8, "entries"),
 }
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from stepjax.infer.admission import QueueFullError
 from stepjax.infer.engine import Update
+from stepjax.infer.guide import Constraint
 from stepjax.infer.sampling import SamplingParams
 from stepjax.infer.serve.api_errors import ApiError
 
@@ -34,6 +35,7 @@ class Asked(NamedTuple):
     priority: int = 0
     adapter: str = ""
     salt: str = ""
+    constraint: Constraint | None = None
 
 
 @dataclass
@@ -250,7 +252,13 @@ class Service:
     def _add(self, id: str, asked: Asked, ticket: Ticket) -> None:
         try:
             self.engine.add(
-                asked.prompt, asked.params, id=id, priority=asked.priority, adapter=asked.adapter, salt=asked.salt
+                asked.prompt,
+                asked.params,
+                id=id,
+                priority=asked.priority,
+                adapter=asked.adapter,
+                salt=asked.salt,
+                constraint=asked.constraint,
             )
         except Exception as error:  # one request's, never the server's
             log.exception("request %s could not be added", ticket.id)
