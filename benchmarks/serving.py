@@ -231,7 +231,7 @@ async def sigterm(args: argparse.Namespace) -> dict[str, Any]:
 async def throughput(args: argparse.Namespace) -> dict[str, Any]:
     session = load("step-tiny", dtype="float32")
     engine = Engine(session, config(args))
-    prompts = [session.encode_chat([{"role": "user", "content": f"What is {at + 100} + 358?"}]) for at in range(32)]
+    prompts = [session.encode(f"What is {at + 100} + 358?") for at in range(32)]
     params = session.sampling(temperature=0.0, max_tokens=SPEED_TOKENS, ignore_eos=True)
     asked = [{"prompt": p, "temperature": 0, "max_tokens": SPEED_TOKENS, "ignore_eos": True} for p in prompts]
     offline, served = [], []

@@ -276,11 +276,13 @@ def test_the_log_holds_no_prompt_and_nothing_a_terminal_would_obey(server, caplo
         server.client.get("/a%0a%1b[31mred?token=hidden")
         server.post(CHAT, {**GREEDY, "messages": [{"role": "user", "content": "a-secret-thing"}]})
         server.post(CHAT, {**GREEDY, "messages": [{"role": "a-secret-role", "content": ""}]})
-        server.client.get("/health", headers={"x-request-id": "evil\x1b[31m"})
-        server.client.get("/health", headers={"x-request-id": "mine-1"})
+        server.client.get("/version", headers={"x-request-id": "evil\x1b[31m"})
+        server.client.get("/version", headers={"x-request-id": "mine-1"})
+        server.client.get("/health")
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("stepjax")]
     assert any("/a%0A%1B%5B31mred" in line for line in lines)
-    assert any("id=mine-1 GET /health" in line for line in lines)
+    assert any("id=mine-1 GET /version" in line for line in lines)
+    assert not any("/health" in line for line in lines)
     assert not [line for line in lines if not line.isprintable() or "secret" in line or "hidden" in line]
 
 

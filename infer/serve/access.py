@@ -17,6 +17,7 @@ from stepjax.infer.serve.body import App, Message, Receive, Scope, Send
 log = logging.getLogger(__name__)
 
 OPEN_PATHS = ("/", "/health")  # that need no key
+QUIET_PATHS = ("/health", "/metrics")  # that are asked for again and again
 _GIVEN_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 Refuse = Callable[[Scope, Receive, Send, ApiError], Awaitable[None]]
@@ -78,7 +79,8 @@ class Access:
         finally:
             seconds = time.monotonic() - began
             path = quote(scope["path"][:200])
-            log.info("request id=%s %s %s status=%d seconds=%.3f", id, scope["method"], path, status, seconds)
+            level = logging.DEBUG if scope["path"] in QUIET_PATHS and status < 400 else logging.INFO
+            log.log(level, "request id=%s %s %s status=%d seconds=%.3f", id, scope["method"], path, status, seconds)
 
 
 def _key(headers: dict[bytes, bytes]) -> bytes:
