@@ -48,8 +48,13 @@ def questions(count: int) -> list[dict[str, Any]]:
 
 
 def loglikelihood(session: Session, text: str, choice: str) -> float:
-    """Of a choice after a text, as ``stepjax score`` has it: the sum of its tokens' log-probabilities."""
-    start, ids = len(session.encode(text)), session.encode(text + choice)
+    """Of a choice after a text, as ``stepjax score`` has it: the sum of its tokens' log-probabilities.
+
+    As in lm-eval, whitespace at the end of the text counts to the choice, and no token stands before the text.
+    """
+    spaces = text[len(text.rstrip()) :]
+    text, choice = text.rstrip(), spaces + choice
+    start, ids = len(session.encode(text)) - 1, session.encode(text + choice)[1:]
     logits = session.logits(ids)[:, : len(session.tokenizer or ())].astype(np.float64)
     scores = logits - logits.max(-1, keepdims=True)
     scores -= np.log(np.exp(scores).sum(-1, keepdims=True))
