@@ -6,8 +6,10 @@ import argparse
 import asyncio
 import os
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stepjax.errors import RequestError
 from stepjax.infer.cli_options import add_model_arguments, open_session, printable
@@ -17,9 +19,11 @@ if TYPE_CHECKING:
     from stepjax.infer.load import Session
     from stepjax.infer.serve.app import ServeOptions
     from stepjax.infer.serve.server import Server
+    from stepjax.lora import LoraConfig
 
 KEY_VARIABLE = "STEPJAX_API_KEY"
 SWITCH_S = 0.0005  # between threads: the engine's wants to launch its next step, not to wait for a parser
+DEFAULT_LORAS = 4  # that clients may load, if nothing else is said
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +53,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--cache-gib", type=float, metavar="X", help="memory for pages (default: what is free)")
     engine.add_argument("--no-prefix-cache", action="store_true", help="compute every prompt from its beginning")
     engine.add_argument("--deterministic", action="store_true", help="bitwise the same beside any neighbours")
+    engine.add_argument(
+        "--lora", action="append", metavar="NAME=PATH", help="a PEFT folder, served under this name; may be repeated"
+    )
+    engine.add_argument("--max-loras", type=int, metavar="N", help="adapters that may be loaded (default: those given)")
+    engine.add_argument(
+        "--max-lora-rank", type=int, metavar="R", help="largest rank (default: that of those given, or 32)"
+    )
+    engine.add_argument(
+        "--allow-lora-updates", action="store_true", help="let clients load adapters from folders of this machine"
+    )
     engine.add_argument("--speculate", type=int, metavar="K", help="MTP drafts per step (default: chosen by load)")
 
 
@@ -66,19 +80,29 @@ def run(args: argparse.Namespace) -> int:
     from stepjax.infer.serve.service import Service
 
     log_to_stderr(args.log_format, args.log_level)
+    adapters = GivenAdapters.read(args, session, _served_names(args))
     config = EngineConfig(
         num_slots=args.max_seqs,
         context=args.context,
         cache_bytes=None if args.cache_gib is None else int(args.cache_gib * 2**30),
         num_snapshots=0 if args.no_prefix_cache or args.deterministic else None,
         speculate=args.speculate,
+        **adapters.room(args),
         max_waiting=args.max_queue,
         deterministic=args.deterministic,
     )
     engine = Engine(session, config)
-    names = tuple(args.served_model_name or [Path(args.model).name if Path(args.model).is_dir() else args.model])
+    for name, (factors, lora) in adapters.found.items():
+        engine.load_adapter(name, factors, lora)
+    names = _served_names(args)
     service = Service(engine, Metrics(engine, names[0]))
-    options = ServeOptions(names, Keys(keys), tuple(args.cors_origin or ()), ui=not args.no_ui)
+    options = ServeOptions(
+        names,
+        Keys(keys),
+        tuple(args.cors_origin or ()),
+        ui=not args.no_ui,
+        adapter_updates=args.allow_lora_updates,
+    )
     app = create_app(service, session, options)
     server = Server(
         app,
@@ -94,6 +118,52 @@ def run(args: argparse.Namespace) -> int:
         return code
 
     return asyncio.run(serve())
+
+
+def _served_names(args: argparse.Namespace) -> tuple[str, ...]:
+    return tuple(args.served_model_name or [Path(args.model).name if Path(args.model).is_dir() else args.model])
+
+
+@dataclass(frozen=True)
+class GivenAdapters:
+    """The adapters of the command line, by name."""
+
+    found: dict[str, tuple[Mapping[str, Any], LoraConfig]]
+
+    @classmethod
+    def read(cls, args: argparse.Namespace, session: Session, names: tuple[str, ...]) -> GivenAdapters:
+        from stepjax.adapter_io import import_adapter
+
+        found: dict[str, tuple[Mapping[str, Any], LoraConfig]] = {}
+        for given in args.lora or ():
+            name, _, path = given.partition("=")
+            if not name or not path:
+                raise RequestError(f"--lora: is {given!r}, expected NAME=PATH")
+            if name in found or name in names:
+                raise RequestError(f"--lora: the name {name!r} is taken; choose another")
+            found[name] = import_adapter(path, session.config)
+        return cls(found)
+
+    def room(self, args: argparse.Namespace) -> dict[str, Any]:
+        """What the engine's configuration says of adapters."""
+        slots = args.max_loras
+        if slots is None:
+            slots = len(self.found) or (DEFAULT_LORAS if args.allow_lora_updates else 0)
+        if slots < len(self.found):
+            raise RequestError(f"--max-loras: is {slots}, but {len(self.found)} adapters are given")
+        if args.allow_lora_updates and not slots:
+            raise RequestError("--allow-lora-updates: there is no room for an adapter; give --max-loras")
+        ranks: dict[bool, list[int]] = {True: [], False: []}
+        for factors, _ in self.found.values():
+            for name, value in factors.items():
+                if name.endswith(".a"):
+                    ranks[".experts." in name].append(value.shape[-2])
+        rank = args.max_lora_rank or max(ranks[False] or ranks[True] or [32])
+        return {
+            "adapter_slots": slots,
+            "adapter_rank": rank,
+            "adapter_expert_rank": None if args.max_lora_rank else max(ranks[True], default=None),
+        }
 
 
 def _keys(args: argparse.Namespace) -> list[str]:

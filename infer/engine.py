@@ -11,16 +11,19 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence as Tokens
+from collections.abc import Iterator, Mapping, Sequence as Tokens
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stepjax.adapter_io import import_adapter
 from stepjax.errors import ContextError, RequestError
+from stepjax.infer.adapters import AdapterNames, AdapterStack
 from stepjax.infer.admission import SchedulerConfig
 from stepjax.infer.draft_policy import DRAFTS, DraftPolicy, StepBytes
 from stepjax.infer.engine_config import EngineConfig
@@ -33,6 +36,7 @@ from stepjax.infer.sampling import SamplingParams
 from stepjax.infer.scheduler import Scheduler
 from stepjax.infer.sequence import Row, Sequence, StepOutput, StepPlan
 from stepjax.infer.transcript import FinishReason
+from stepjax.lora import LoraConfig
 from stepjax.sharding.watchdog import deadline
 
 if TYPE_CHECKING:
@@ -103,6 +107,7 @@ class Engine:
         self._fixed_drafts = fixed
         self.scheduler = Scheduler(self._scheduler_config(sizes), drafts=self._drafts)
         self._session = session
+        self._adapters = AdapterNames(config.adapter_slots)
         self._in_flight: deque[tuple[Order, Emitted]] = deque()
         self._owners: dict[int, str] = {}  # slot → the sequence whose sampling it has
         self._answers: dict[str, _Answer] = {}
@@ -131,7 +136,9 @@ class Engine:
           params: ``max_tokens`` is cut to the room that the context leaves. None: the checkpoint's defaults.
           id: of the request; that of answer i of several is ``id/i``.
           priority: lower goes first.
-          adapter, salt: requests share cached prompts only if both are the same.
+          adapter: name of one that `load_adapter` loaded; "" is the model alone. The answer keeps the version that is
+            loaded now.
+          salt: requests share cached prompts only if salt and adapter are the same.
           constraint: bounds the thinking, and holds what follows to a grammar.
 
         Raises:
@@ -140,6 +147,7 @@ class Engine:
         """
         id = id if id is not None else f"request-{next(self._numbers)}"
         params = self.fit(prompt, params)
+        version = self._adapters.key(adapter)
         ids = [id] if params.n == 1 else [f"{id}/{index}" for index in range(params.n)]
         for index, each in enumerate(ids):
             own = params.replace(n=1, seed=(params.seed + index) % 2**32)
@@ -148,7 +156,7 @@ class Engine:
                 tuple(map(int, prompt)),
                 own,
                 priority,
-                adapter,
+                version,
                 salt,
                 use_prefix=own.prompt_logprobs is None or index > 0,
             )
@@ -191,6 +199,57 @@ class Engine:
         """End an answer, as where its text reached a stop string; nothing more comes of it."""
         self.scheduler.finish(id, reason)
         self._answers.pop(id, None)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that new requests may use. Any thread may ask."""
+        return self._adapters.names
+
+    def load_adapter(
+        self,
+        name: str,
+        adapter: Mapping[str, Any] | Path | str,
+        lora: LoraConfig | None = None,
+        *,
+        replace: bool = False,
+    ) -> None:
+        """Load an adapter under a name; who is being answered keeps what they began with.
+
+        Args:
+          adapter: a PEFT folder, or factors by name with their settings ``lora``. An engine of several processes takes
+            folders only, which each of them reads.
+          replace: take the place of an adapter of that name.
+
+        Raises:
+          RequestError: no slot is free, the name is taken, or the rank too large.
+          CheckpointError, ConfigError: the folder is damaged, or of another model.
+        """
+        stack = self.executor.adapters
+        if stack is None:
+            raise RequestError("adapter: this engine has no room for any; give it adapter_slots")
+        folder = Path(adapter).absolute() if isinstance(adapter, str | Path) else None
+        if folder is not None:
+            adapter, lora = import_adapter(folder, self._session.config)
+        assert not isinstance(adapter, str | Path)
+        if lora is None:
+            raise RequestError("adapter: factors are given, expected their LoraConfig with them")
+        if self._leader and folder is None:
+            raise RequestError("adapter: an engine of several processes loads folders that all of them can read")
+        stack.check(adapter)
+        in_use = {answer.sequence.adapter for answer in self._answers.values()}
+        slot = self._adapters.reserve(name, in_use, replace=replace)
+        if self._leader:
+            self._leader.load_adapter(slot, folder)
+        self.executor.load_adapter(slot, adapter, lora)
+        self._adapters.enter(name, slot)
+
+    def unload_adapter(self, name: str) -> None:
+        """Take an adapter from new requests; its slot is free once those that use it have ended.
+
+        Raises:
+          RequestError: there is none of that name.
+        """
+        self._adapters.remove(name)
 
     def cancel(self, id: str) -> None:
         self.finish(id, "cancelled")
@@ -289,7 +348,10 @@ class Engine:
             if answer is not None and self._owners.get(row.slot) != row.id:
                 self._owners[row.slot] = row.id
                 sequence = answer.sequence
-                assignments.append(Assignment(row.slot, sequence.params, sequence.prompt, tuple(sequence.output)))
+                adapter = self._adapters.slot(sequence.adapter)
+                assignments.append(
+                    Assignment(row.slot, sequence.params, sequence.prompt, tuple(sequence.output), adapter)
+                )
             if answer is not None and (mask := self._mask(row, answer, plan)) is not None:
                 masks.append(mask)
         wanted = [answer.sequence.params for _, answer in rows if answer is not None]
@@ -410,7 +472,10 @@ def executor_of(session: Session, config: EngineConfig) -> Executor:
     """The device's side of an engine, alike on every process of a cluster."""
     runner = session.runner(config.speculate)
     eos = session.config.eos_ids
-    return Executor(runner, session.params, config.sizes(session), dtype=session.dtype, eos_ids=eos)
+    size = config.stack_size(session)
+    stack = AdapterStack(session, size) if size else None  # before the cache, which takes what is left
+    params = stack.params if stack else session.params
+    return Executor(runner, params, config.sizes(session), dtype=session.dtype, eos_ids=eos, adapters=stack)
 
 
 def open_engine(session: Session, config: EngineConfig, *, host: str) -> Engine | None:
@@ -426,7 +491,7 @@ def open_engine(session: Session, config: EngineConfig, *, host: str) -> Engine 
     channels = connect(host, f"{config} of {session.config} in {jnp.dtype(session.dtype)}")
     if jax.process_index() == 0:
         return Engine(session, config, channels=channels)
-    follow(executor_of(session, config), channels[0])
+    follow(executor_of(session, config), channels[0], session.config)
     return None
 
 

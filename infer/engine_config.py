@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from stepjax.errors import ConfigError
+from stepjax.infer.adapters import StackSize
 from stepjax.infer.executor import CacheSize
 from stepjax.infer.hosts import least
 from stepjax.weights import kv_bytes_per_token
@@ -34,11 +35,19 @@ class EngineConfig:
     widths: tuple[int, ...] = (16, 64, 256, 512)  # of prefill pieces
     token_budget: int = 512  # positions of a prefill step, which decoding sequences wait for
     max_waiting: int = 1024  # answers that may wait for a slot
+    adapter_slots: int = 0  # adapters that are loaded at once; 0: none can be
+    adapter_rank: int = 32  # the largest that an adapter may have
+    adapter_expert_rank: int | None = None  # at routed experts; None: adapter_rank // experts per token, at least 1
     deterministic: bool = False  # bitwise the same log-probabilities whatever else runs
 
     def __post_init__(self) -> None:
         if self.num_slots < 1:
             raise ConfigError(f"num_slots: is {self.num_slots}, expected at least 1")
+        if self.adapter_slots < 0:
+            raise ConfigError(f"adapter_slots: is {self.adapter_slots}, expected 0 or more")
+        for name, rank in (("adapter_rank", self.adapter_rank), ("adapter_expert_rank", self.adapter_expert_rank)):
+            if rank is not None and rank < 1:
+                raise ConfigError(f"{name}: is {rank}, expected at least 1")
         if self.page_size < 1:
             raise ConfigError(f"page_size: is {self.page_size}, expected at least 1")
         if self.cache_bytes is not None and self.num_pages is not None:
@@ -48,6 +57,13 @@ class EngineConfig:
                 f"num_snapshots: is {self.num_snapshots}, expected 0 with deterministic: a prompt that is partly "
                 "cached is computed in other pieces"
             )
+
+    def stack_size(self, session: Session) -> StackSize | None:
+        """Room for adapters, if any may be loaded."""
+        if not self.adapter_slots:
+            return None
+        of_experts = self.adapter_expert_rank or max(1, self.adapter_rank // session.config.top_k)
+        return StackSize(self.adapter_slots, self.adapter_rank, of_experts)
 
     def sizes(self, session: Session) -> CacheSize:
         """What to keep on the device."""

@@ -6,7 +6,7 @@ On several hosts every process has an executor and is given the same orders, so 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,10 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stepjax.infer.adapters import NONE, AdapterStack
 from stepjax.infer.pages import TRASH_PAGE
 from stepjax.infer.runner import Emitted, Pieces, Program, Runner, State, slot_parts
 from stepjax.infer.sampling import Sampling, SamplingParams, SlotSampling
 from stepjax.infer.sequence import RingCopy, StepPlan
+from stepjax.lora import LoraConfig
 from stepjax.model import Params
 
 log = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ class Assignment(NamedTuple):
     params: SamplingParams
     prompt: tuple[int, ...]
     output: tuple[int, ...] = ()  # answered before a preemption
+    adapter: int = NONE  # slot of its adapter
 
 
 class Mask(NamedTuple):
@@ -80,12 +83,16 @@ class Executor:
         dtype: Any,
         eos_ids: Sequence[int],
         row_buckets: Sequence[int] = (1, 4, 16, 64),
+        adapters: AdapterStack | None = None,
     ):
         """
         Args:
           row_buckets: numbers of prompt pieces that a prefill program is compiled for.
+          adapters: that sequences may choose among; its parameters are ``params`` with the adapters beside them.
         """
         self.runner, self.params, self.size = runner, params, size
+        self.adapters = adapters
+        self._adapter = np.full((size.num_slots,), NONE, np.int32)  # by slot
         self._eos_ids = tuple(eos_ids)
         self.row_buckets = sorted({*(each for each in row_buckets if each < size.num_slots), size.num_slots})
         vocab = runner.model.config.vocab_size
@@ -122,6 +129,12 @@ class Executor:
             self._save(copy)
         return emitted
 
+    def load_adapter(self, slot: int, adapter: Mapping[str, Any], lora: LoraConfig) -> None:
+        """Put an adapter into a slot of the stack, for the orders that follow."""
+        assert self.adapters is not None
+        self.adapters.write(slot, adapter, lora)
+        self.params = self.adapters.params
+
     def prepared(self, order: Order) -> bool:
         """Whether the program of an order is compiled."""
         program, rest = self._call(order)
@@ -142,7 +155,8 @@ class Executor:
         pages = self.size.pages_per_sequence
         jobs: list[tuple[Program, tuple[Any, ...]]] = []
         for slots, drafts in decode:
-            jobs.append((self.runner.step(drafts), (np.zeros((slots,), bool), jnp.zeros((slots, pages), jnp.int32))))
+            rest = (np.zeros((slots,), bool), jnp.zeros((slots, pages), jnp.int32), self._of_slots(slots))
+            jobs.append((self.runner.step(drafts), rest))
         for rows, width in prefill:
             jobs.append((self.runner.prefill(), (self._no_pieces(rows, width),)))
         with ThreadPoolExecutor(max_workers=4, thread_name_prefix="compile") as pool:
@@ -182,10 +196,15 @@ class Executor:
         active[[row.slot for row in order.plan.rows]] = True
         table = self._table[: order.num_slots]
         if jax.process_count() > 1:
-            return self.runner.step(order.plan.drafts), (active, table.copy())
+            return self.runner.step(order.plan.drafts), (active, table.copy(), self._of_slots(order.num_slots))
         if self._device_table is None or self._device_table[0] != order.num_slots:
             self._device_table = order.num_slots, jnp.array(table)
-        return self.runner.step(order.plan.drafts), (active, self._device_table[1])
+        rest = (active, self._device_table[1], self._of_slots(order.num_slots))
+        return self.runner.step(order.plan.drafts), rest
+
+    def _of_slots(self, count: int) -> np.ndarray | None:
+        """The adapters of the first ``count`` slots."""
+        return None if self.adapters is None else self._adapter[:count].copy()
 
     def _prefill(self, order: Order) -> tuple[Program, tuple[Any, ...]]:
         plan = order.plan
@@ -196,6 +215,8 @@ class Executor:
             pieces.count_R[at], pieces.next_R[at] = row.count, row.next_id
             pieces.start_R[at], pieces.slot_R[at] = row.start, row.slot
             pieces.page_RN[at] = self._table[row.slot]
+            if pieces.adapter_R is not None:
+                pieces.adapter_R[at] = self._adapter[row.slot]
         return self.runner.prefill(prompt_scores=order.prompt_scores), (pieces,)
 
     def _no_pieces(self, rows: int, width: int) -> Pieces:
@@ -203,9 +224,11 @@ class Executor:
         zero = np.zeros((rows,), np.int32)
         slot = np.full((rows,), self.size.num_slots, np.int32)
         pages = np.full((rows, self.size.pages_per_sequence), TRASH_PAGE, np.int32)
-        return Pieces(np.zeros((rows, width), np.int32), zero.copy(), zero - 1, zero.copy(), slot, pages)
+        adapter = None if self.adapters is None else np.full((rows,), NONE, np.int32)
+        return Pieces(np.zeros((rows, width), np.int32), zero.copy(), zero - 1, zero.copy(), slot, pages, adapter)
 
     def _assign(self, assignment: Assignment) -> None:
+        self._adapter[assignment.slot] = assignment.adapter
         vocab = self.runner.model.config.vocab_size
         row = SlotSampling.of(
             assignment.params, assignment.prompt, assignment.output, eos_ids=self._eos_ids, vocab_size=vocab

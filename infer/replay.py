@@ -17,11 +17,14 @@ import socket
 import struct
 import zlib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from stepjax.adapter_io import import_adapter
+from stepjax.config import ModelConfig
 from stepjax.errors import ClusterError
 from stepjax.infer.executor import Assignment, Executor, Mask, Order
 from stepjax.infer.hosts import agreed
@@ -104,6 +107,11 @@ class Leader:
         self.executor.warm(decode, prefill)
         self._await()
 
+    def load_adapter(self, slot: int, folder: Path | None) -> None:
+        """Have the followers read an adapter's folder into a slot, and wait until they have."""
+        self._tell("adapter", [slot, str(folder)])
+        self._await()
+
     def close(self) -> None:
         """Let the followers go."""
         self._tell("end", None)
@@ -121,7 +129,7 @@ class Leader:
                 raise ClusterError(f"replay: a process answered {answer!r}, expected that it is ready")
 
 
-def follow(executor: Executor, channel: Channel) -> None:
+def follow(executor: Executor, channel: Channel, config: ModelConfig) -> None:
     """Carry out the leader's orders until it ends."""
     while True:
         kind, content = channel.receive()
@@ -131,7 +139,10 @@ def follow(executor: Executor, channel: Channel) -> None:
         if kind == "run":
             executor.run(decode(content))
             continue
-        if kind == "prepare":
+        if kind == "adapter":
+            slot, folder = content
+            executor.load_adapter(slot, *import_adapter(folder, config))
+        elif kind == "prepare":
             executor.prepare(decode(content))
         else:
             executor.warm(*([tuple(each) for each in part] for part in content))
@@ -220,8 +231,8 @@ def decode(content: dict[str, Any]) -> Order:
                 }
             ),
             "assignments": tuple(
-                Assignment(slot, SamplingParams(**_tuples(params)), tuple(prompt), tuple(output))
-                for slot, params, prompt, output in content["assignments"]
+                Assignment(slot, SamplingParams(**_tuples(params)), tuple(prompt), tuple(output), adapter)
+                for slot, params, prompt, output, adapter in content["assignments"]
             ),
             "masks": tuple(Mask(slot, zlib.decompress(base64.b64decode(words))) for slot, words in content["masks"]),
         }

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from stepjax.cache import MAX_DRAFTS, Cache, CacheView, Chunk, Ring, empty_cache
+from stepjax.infer.adapters import with_slots
 from stepjax.infer.sampler import Logprobs, logprobs, mask_padding, record, sample
 from stepjax.infer.sampling import MAX_LOGPROBS, Sampling, SlotSampling, assign, guide
 from stepjax.infer.speculative import Drafter, accepted, draft
@@ -55,6 +56,7 @@ class Pieces(NamedTuple):
     start_R: Any = None  # int32: tokens in the cache; None: as many as the slot's length says
     slot_R: Any = None  # int32; None: row r is slot r
     page_RN: Any = None  # int32
+    adapter_R: Any = None  # int32: slot of the adapter (`stepjax.infer.adapters`); None: the model has none
 
 
 class Emitted(NamedTuple):
@@ -155,7 +157,9 @@ class Runner:
         return self._program(("prefill", *(["prompt_scores"] if prompt_scores else ())), function)
 
     def step(self, drafts: int | None = None) -> Program:
-        """``(params, state, active_B, page_BN) -> (state, emitted)``: verify and draft, emit 1 … drafts + 1 tokens."""
+        """``(params, state, active_B, page_BN, adapter_B) -> (state, emitted)``: verify and draft, emit 1 … drafts + 1
+        tokens.
+        """
         drafts = self.drafts if drafts is None else drafts
         assert 0 <= drafts <= self.drafts
         return self._program(("step", drafts), functools.partial(self._step, drafts=drafts))
@@ -211,7 +215,7 @@ class Runner:
 
     def _prefill(self, params: Params, state: State, pieces: Pieces, *, prompt_scores: bool) -> tuple[State, Emitted]:
         """Run the pieces; where a prompt ends, the first token of its answer is sampled."""
-        model, count_R, slot_R = bind(self.model, params), pieces.count_R, pieces.slot_R
+        model, count_R, slot_R = bind(self.model, with_slots(params, pieces.adapter_R)), pieces.count_R, pieces.slot_R
         mine, sampling = _rows((state.progress, state.sampling), slot_R, count_R.shape[0])
         if pieces.start_R is not None:
             first = jnp.where(pieces.start_R[:, None] > 0, mine.first_SK, 0)
@@ -239,11 +243,12 @@ class Runner:
         state: State,
         active_B: jax.Array,
         page_BN: jax.Array | None,
+        adapter_B: jax.Array | None = None,
         *,
         drafts: int,
     ) -> tuple[State, Emitted]:
         """Verify ``drafts`` tokens of the active slots, emit 1 … drafts + 1 each, and draft as many again."""
-        model, width = bind(self.model, params), 1 + drafts
+        model, width = bind(self.model, with_slots(params, adapter_B)), 1 + drafts
         mine, sampling = _rows((state.progress, state.sampling), None, active_B.shape[0])
         if sampling.rules is not None:  # a mask that is left over from an answer that ended costs nothing
             rules = sampling.rules

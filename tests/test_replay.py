@@ -30,7 +30,7 @@ PLAN = StepPlan(
 )
 ORDER = Order(
     PLAN,
-    (Assignment(2, PARAMS, (9, 4), (6,)),),
+    (Assignment(2, PARAMS, (9, 4), (6,), 1),),
     num_slots=4,
     scores=True,
     masks=(Mask(2, bytes(range(64))), Mask(0, b"")),

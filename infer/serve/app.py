@@ -24,6 +24,7 @@ from stepjax.errors import RequestError, StepjaxError
 from stepjax.infer.admission import QueueFullError
 from stepjax.infer.load import Session
 from stepjax.infer.serve.access import Access, Keys
+from stepjax.infer.serve.adapter_api import add_adapter_routes
 from stepjax.infer.serve.answers import Answers
 from stepjax.infer.serve.api_errors import ApiError, Dialect, dialect_of
 from stepjax.infer.serve.asked import count_prompt, ignored, of_chat, of_completion, offered_tools
@@ -60,6 +61,7 @@ class ServeOptions:
     keys: Keys = field(default_factory=lambda: Keys(()))
     cors_origins: tuple[str, ...] = ()  # web pages that may ask; none: only those of this server
     ui: bool = True  # whether / is the chat page
+    adapter_updates: bool = False  # whether clients may load and unload adapters
 
 
 class ErrorDetail(BaseModel):
@@ -113,6 +115,8 @@ def create_app(service: Service, session: Session, options: ServeOptions) -> App
     _add_generation(app, api)
     _add_tokens(app, api)
     _add_state(app, service, options)
+    if options.adapter_updates:
+        add_adapter_routes(app, service, session, options.names)
     inner: App = app
     if options.cors_origins:
         inner = CORSMiddleware(app, allow_origins=options.cors_origins, allow_methods=["*"], allow_headers=["*"])
@@ -180,8 +184,9 @@ class _Api:
         Raises:
           ApiError: the model is another's.
         """
-        if name is not None and name not in self.options.names:
-            known = ", ".join(self.options.names)
+        adapters = self.service.engine.adapters
+        if name is not None and name not in self.options.names and name not in adapters:
+            known = ", ".join((*self.options.names, *adapters))
             raise ApiError(f"model: {name[:80]!a} is not served here, but {known}", status=404, code="model_not_found")
         return name or self.options.names[0]
 
@@ -314,19 +319,19 @@ def _add_state(app: FastAPI, service: Service, options: ServeOptions) -> None:
             "created": began,
             "owned_by": "stepjax",
             "root": options.names[0],
-            "parent": None,
+            "parent": None if name in options.names else options.names[0],
             "max_model_len": service.engine.scheduler.config.context,
         }
 
     @app.get("/v1/models", tags=["OpenAI"])
     async def models() -> Response:
         """The models that can be named."""
-        return _json({"object": "list", "data": [card(name) for name in options.names]})
+        return _json({"object": "list", "data": [card(name) for name in (*options.names, *service.engine.adapters)]})
 
     @app.get("/v1/models/{name:path}", tags=["OpenAI"])
     async def model(name: str) -> Response:
         """One model."""
-        if name not in options.names:
+        if name not in options.names and name not in service.engine.adapters:
             raise ApiError(f"model: {name[:80]!a} is not served here", status=404, code="model_not_found")
         return _json(card(name))
 

@@ -185,7 +185,13 @@ def _asked(
         logprobs=logprobs,
         prompt_logprobs=body.prompt_logprobs,
     )
-    return Asked(tuple(ids), engine.fit(ids, params), priority=body.priority or 0, salt=body.cache_salt or "")
+    return Asked(
+        tuple(ids),
+        engine.fit(ids, params),
+        priority=body.priority or 0,
+        adapter=body.model if body.model in engine.adapters else "",
+        salt=body.cache_salt or "",
+    )
 
 
 def _float(value: float | None) -> float | None:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from stepjax.infer.admission import QueueFullError
 from stepjax.infer.engine import Update
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from stepjax.infer.serve.metrics import Metrics
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MAX_UNREAD = 8192  # updates that a client may leave unread before its request is cancelled
 
@@ -171,6 +173,30 @@ class Service:
             self.metrics.end(ticket, index, "cancelled", now)
             self._close(id)
             self._commands.put(lambda id=id: self.engine.cancel(id))
+
+    async def on_engine(self, call: Callable[[], T]) -> T:
+        """What ``call`` returns, or raises, between two steps on the engine's thread."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[T] = loop.create_future()
+
+        def settle(value: Any, error: Exception | None) -> None:
+            if done.cancelled():
+                return
+            if error is None:
+                done.set_result(value)
+            else:
+                done.set_exception(error)
+
+        def run() -> None:
+            try:
+                value = call()
+            except Exception as error:
+                self._post(settle, None, error)
+            else:
+                self._post(settle, value, None)
+
+        self._commands.put(run)
+        return await done
 
     async def drain(self, seconds: float) -> None:
         """Take no more requests; let the others end, and after ``seconds`` fail those that are left."""
