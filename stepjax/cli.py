@@ -29,7 +29,7 @@ VERBS = {
     "release": ("stepjax.train.cli_release", "write a training run as a checkpoint folder and grade it"),
 }
 
-SEVERAL_HOSTS = ("generate", "score")  # verbs that several processes can run together
+SEVERAL_HOSTS = ("generate", "merge", "score")  # verbs that several processes can run together
 ALONE = ("chat", "serve")  # verbs that several must not run
 CLUSTER = "stepjax.sharding.cluster"
 

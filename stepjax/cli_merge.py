@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
@@ -13,6 +14,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from stepjax.checkpoint import Checkpoint
 from stepjax.errors import CheckpointError
 from stepjax.hub import resolve
+
+if TYPE_CHECKING:
+    from stepjax.export import Share
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
             adapter,
             lora,
             max_shard_bytes=int(args.max_shard_gib * 2**30),
+            share=_share(),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     lost = None if math.isnan(report.lost) else report.lost
@@ -52,3 +57,16 @@ def run(args: argparse.Namespace) -> int:
         said = "" if lost is None else f"; rounding to bfloat16 took {lost:.1%} of their changes"
         print(f"{report.folder}: {report.num_weights} weights changed{said}")
     return 0
+
+
+def _share() -> Share | None:
+    """This process's part, if several run the command together; all see the folder to write."""
+    import jax
+
+    if jax.process_count() == 1:
+        return None
+    from jax.experimental.multihost_utils import sync_global_devices
+
+    from stepjax.export import Share
+
+    return Share(jax.process_index(), jax.process_count(), sync_global_devices)

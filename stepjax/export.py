@@ -48,6 +48,15 @@ _COMPANIONS = (
 Params = Mapping[str, Any]  # our path → numpy or jax array, BlockScaled or Grouped
 
 
+@dataclass(frozen=True)
+class Share:
+    """One process's part in writing a folder that all of them see: every ``count``-th file."""
+
+    index: int
+    count: int
+    wait: Callable[[str], None]  # until all processes have come to this point
+
+
 def save(
     folder: Path | str,
     config: ModelConfig,
@@ -57,6 +66,7 @@ def save(
     experts: Form | Literal["fp8"] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
+    share: Share | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Write ``params`` as a checkpoint folder and return its path.
@@ -71,6 +81,8 @@ def save(
         ``source`` has in another form is widened first. None leaves them as they are.
       max_shard_bytes: of one file; a larger tensor gets a file of its own.
       overwrite: replace a checkpoint at ``folder``; anything else there is never replaced.
+      share: what of it this process writes, when several call this alike; None: all. Process 0 puts the folder in its
+        place. Should one fail, the others wait until somebody ends them, as `stepjax.sharding.watchdog` does.
 
     Raises:
       CheckpointError: a weight is missing, unknown or misshapen, or the folder cannot be written; nothing is left.
@@ -83,11 +95,12 @@ def save(
         _check_same_model(config, source)
     form = config.fp8_block or FP8_BLOCK if experts == "fp8" else experts
     plan = _plan(config, params, source=source, experts=form)
-    with _appearing(folder, num_bytes=sum(weight.num_bytes for weight in plan)) as target:
-        if source is not None:
-            _copy_companions(source, target)
-        _write(target / "config.json", _config_file(config, source=source, form=_form_of(plan)))
-        _write_shards(target, plan, max_shard_bytes=max_shard_bytes, progress=progress)
+    with _appearing_together(folder, num_bytes=sum(weight.num_bytes for weight in plan), share=share) as target:
+        if share is None or share.index == 0:
+            if source is not None:
+                _copy_companions(source, target)
+            _write(target / "config.json", _config_file(config, source=source, form=_form_of(plan)))
+        _write_shards(target, plan, max_shard_bytes=max_shard_bytes, share=share, progress=progress)
     return folder
 
 
@@ -195,18 +208,28 @@ def _form_of(plan: list[_Weight]) -> Form | None:
     return next((weight.form for weight in plan if weight.form), None)
 
 
-def _write_shards(target: Path, plan: list[_Weight], *, max_shard_bytes: int, progress: Progress | None) -> None:
-    done, total = 0, sum(weight.num_bytes for weight in plan)
+def _write_shards(
+    target: Path, plan: list[_Weight], *, max_shard_bytes: int, share: Share | None, progress: Progress | None
+) -> None:
+    total = sum(weight.num_bytes for weight in plan)
     places = _places(target, [tensor for weight in plan for tensor in weight.tensors], max_shard_bytes)
+    files = list(dict.fromkeys(places.values()))
+    own = {id(file) for i, file in enumerate(files) if share is None or i % share.count == share.index}
+    mine = {name for name, file in places.items() if id(file) in own}
+    plan = [weight for weight in plan if any(tensor.hub_name in mine for tensor in weight.tensors)]
+    done, to_do = 0, sum(weight.num_bytes for weight in plan)
     with contextlib.ExitStack() as writers:
-        for writer in dict.fromkeys(places.values()):
+        for writer in files:
             writers.callback(writer.close)
         for weight in plan:
             for tensor, value in weight.arrays():
-                places[tensor.hub_name].write(tensor, value)
+                if tensor.hub_name in mine:
+                    places[tensor.hub_name].write(tensor, value)
             done += weight.num_bytes
             if progress:
-                progress(done, total)
+                progress(done, to_do)
+    if share is not None and share.index:
+        return
     weight_map = {name: places[name].path.name for name in sorted(places)}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     _write(target / INDEX, (json.dumps(index, indent=2) + "\n").encode())
@@ -273,7 +296,27 @@ def check_target(folder: Path, *, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def _appearing(folder: Path, *, num_bytes: int) -> Iterator[Path]:
+def _appearing_together(folder: Path, *, num_bytes: int, share: Share | None) -> Iterator[Path]:
+    """`_appearing`, for all processes the same folder, which process 0 makes and puts in its place."""
+    if share is None:
+        with _appearing(folder, num_bytes=num_bytes) as target:
+            yield target
+        return
+    work = folder.parent / f".{folder.name}.together.partial"
+    if share.index:
+        share.wait("begin")
+        yield work / "new"
+        share.wait("written")
+    else:
+        with _appearing(folder, num_bytes=num_bytes, work=work) as target:
+            share.wait("begin")
+            yield target
+            share.wait("written")
+    share.wait("placed")
+
+
+@contextlib.contextmanager
+def _appearing(folder: Path, *, num_bytes: int, work: Path | None = None) -> Iterator[Path]:
     """A folder to write into that takes ``folder``'s place when all went well, and vanishes otherwise."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -282,7 +325,11 @@ def _appearing(folder: Path, *, num_bytes: int) -> Iterator[Path]:
             raise CheckpointError(
                 f"{folder}: needs {num_bytes:,} bytes, but the disk has {free:,} free; choose another disk"
             )
-        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+        if work is None:
+            work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+        else:
+            shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
+            work.mkdir()
         try:
             (work / "new").mkdir()  # with the user's permissions; mkdtemp's are private
             yield work / "new"

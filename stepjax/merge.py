@@ -16,7 +16,7 @@ import numpy as np
 
 from stepjax.checkpoint import Checkpoint, Progress
 from stepjax.errors import CheckpointError
-from stepjax.export import MAX_SHARD_BYTES, save
+from stepjax.export import MAX_SHARD_BYTES, Share, save
 from stepjax.lora import LoraConfig, adapted_paths, check_fit
 from stepjax.safetensors_file import DTYPES
 from stepjax.weights import Form
@@ -28,7 +28,8 @@ class MergeReport:
 
     folder: Path
     num_weights: int  # that were changed
-    lost: float  # norm of what rounding took from bfloat16 weights' changes, over the norm of these; NaN: none are
+    lost: float  # norm of what rounding took from bfloat16 weights' changes, over that of these, in this process's
+    # share; NaN: it has none
 
 
 def merge_checkpoint(
@@ -39,9 +40,13 @@ def merge_checkpoint(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
+    share: Share | None = None,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Write the checkpoint at ``source`` with an adapter added to its weights.
+
+    Args:
+      share: what of it this process writes; it reads no more than that.
 
     Raises:
       CheckpointError, ConfigError: the adapter is of another model, or the target cannot be written.
@@ -56,6 +61,7 @@ def merge_checkpoint(
         experts=_form(checkpoint, sums),
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
+        share=share,
         progress=progress,
     )
     return MergeReport(folder, len(sums), sums.lost)

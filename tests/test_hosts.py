@@ -10,16 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from adapters import lora_config, trained
 from checkpoints import speaking_folder
 from ports import two_free_ports
 from two_processes import requests
 
+from stepjax.adapter_io import export_adapter
 from stepjax.checkpoint import Checkpoint
 from stepjax.cli import VERBS
 from stepjax.infer.engine import Engine
 from stepjax.infer.engine_config import EngineConfig
 from stepjax.infer.load import load
 from stepjax.infer.sampling import SamplingParams
+from stepjax.merge import merge_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENS = [[0, 3, 5, 300, 17] * 8, [7, 8] * 20]  # one shape, so that each program compiles once
@@ -120,3 +123,22 @@ def test_a_process_reads_its_own_part(folder, mesh):
     for report in reports:
         assert report["parts"] <= report["bytes_read"] <= 1.05 * report["parts"]
         assert report["bytes_read"] == whole if mesh.startswith("data") else report["bytes_read"] < 0.75 * whole
+
+
+def test_a_merge_is_written_file_by_file_by_both(folder, tmp_path):
+    """The bytes of one process, in files that two wrote."""
+    config = Checkpoint(folder).config
+    lora = lora_config(targets=("q", "dense"))
+    adapter = trained(config, lora)
+    peft = export_adapter(tmp_path / "adapter", config, adapter, lora)
+    flags = ["--max-shard-gib", "0.0002"]
+    first, second = together("merge", folder, peft, tmp_path / "two", *flags, cwd=tmp_path)
+    assert "weights changed" in first
+    assert second == ""
+    one = merge_checkpoint(folder, tmp_path / "one", adapter, lora, max_shard_bytes=int(0.0002 * 2**30)).folder
+    names = sorted(path.name for path in one.iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "two").iterdir())
+    assert len([name for name in names if name.startswith("model-")]) > 4
+    for name in names:
+        assert (one / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "one", "two"]
