@@ -24,11 +24,12 @@ from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.rules import Rules as RuleTable
 from stepjax.train import loop
 from stepjax.train.balance import balanced
-from stepjax.train.config import PretrainConfig, read_pretrain, write_resolved
+from stepjax.train.config import PretrainConfig, read_pretrain
 from stepjax.train.evaluate import Score
 from stepjax.train.losses import losses
 from stepjax.train.optimizer import adamw, learning_rate
 from stepjax.train.packing import Example, Rows, pack
+from stepjax.train.settings import write_settings
 from stepjax.train.step import Placement, TrainState, make_step, split_biases
 from stepjax.train.tasks import MIX
 
@@ -281,7 +282,7 @@ def test_too_many_devices_are_refused(tmp_path):
 
 
 def test_settings_survive_the_file(tmp_path):
-    write_resolved(SHORT, tmp_path / "config.toml")
+    write_settings(SHORT, tmp_path / "config.toml")
     assert read_pretrain(tmp_path / "config.toml") == SHORT
 
 

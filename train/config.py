@@ -1,17 +1,14 @@
-"""A run's settings: one TOML file, ``--set`` overrides, one frozen dataclass."""
+"""A pretraining run's settings: one TOML file, ``--set`` overrides, one frozen dataclass."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from stepjax.config import PRESETS
 from stepjax.errors import ConfigError
+from stepjax.train.settings import read_settings
 from stepjax.train.tasks import MIX
 
 
@@ -62,57 +59,5 @@ class PretrainConfig:
 
 
 def read_pretrain(path: Path, overrides: Sequence[str] = ()) -> PretrainConfig:
-    """Read a TOML file and apply ``name=value`` overrides, whose values are TOML too.
-
-    Raises:
-      ConfigError: the file cannot be read, or a key or a value's type is unknown; the message names the key.
-    """
-    try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid TOML ({error})") from None
-    for override in overrides:
-        found |= _override(override)
-    defaults = dataclasses.asdict(PretrainConfig())
-    for name, value in found.items():
-        if name not in defaults:
-            raise ConfigError(f"{path}: {name} is not a setting; there are {', '.join(defaults)}")
-        found[name] = _typed(name, value, defaults[name])
-    return PretrainConfig(**found)
-
-
-def write_resolved(config: PretrainConfig, path: Path) -> None:
-    """The settings of a run as they were used, as TOML that `read_pretrain` reads again."""
-    lines = [f"{name} = {_toml(value)}" for name, value in dataclasses.asdict(config).items()]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{name} = {_toml(each)}" for name, each in value.items()) + "}"
-    return json.dumps(value)
-
-
-def _override(text: str) -> dict[str, Any]:
-    name, equals, value = text.partition("=")
-    try:
-        if not equals:
-            raise ValueError
-        return {name.strip(): tomllib.loads(f"value = {value}")["value"]}
-    except ValueError:
-        raise ConfigError(f'--set {text}: expected name=value, as peak_lr=1e-3 or model="step-tiny"') from None
-
-
-def _typed(name: str, value: Any, default: Any) -> Any:
-    """The value in its setting's type; a whole number stands for a float."""
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(default, dict) and isinstance(value, dict):
-        return {key: _typed(f"{name}.{key}", each, 0.0) for key, each in value.items()}
-    if isinstance(default, tuple) and isinstance(value, list) and all(type(each) is int for each in value):
-        return tuple(value)
-    if type(value) is not type(default):
-        raise ConfigError(f"{name}: is {value!r}, expected a {type(default).__name__}")
-    return value
+    """`stepjax.train.settings.read_settings` of a pretraining run."""
+    return read_settings(PretrainConfig, path, overrides)

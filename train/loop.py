@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +15,6 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 import tokenizers
 from jax.sharding import AxisType, Mesh
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.numpy import load_file, save_file
 
 from stepjax.config import ASSETS, ModelConfig
@@ -25,10 +22,11 @@ from stepjax.errors import ConfigError, TrainingError
 from stepjax.layout import SingleDevice
 from stepjax.model import abstract, initialise, params_of
 from stepjax.train import packing
-from stepjax.train.config import PretrainConfig, read_pretrain, write_resolved
+from stepjax.train.config import PretrainConfig
 from stepjax.train.losses import Losses
 from stepjax.train.optimizer import adamw, learning_rate
 from stepjax.train.packing import Rows
+from stepjax.train.run_folder import Metrics, claim, progress, resume
 from stepjax.train.step import Placement, Report, TrainState, make_held_out, make_step, split_biases
 from stepjax.train.words import Split
 
@@ -49,7 +47,7 @@ def pretrain(config: PretrainConfig, out: Path) -> TrainState:
       TrainingError: the loss is no longer a number.
     """
     out = out.resolve()  # orbax takes absolute paths only
-    _claim(config, out)
+    claim(config, out)
     model_config = ModelConfig.preset(config.model)
     placement = Placement.copied(_mesh(config.devices))
     schedule = learning_rate(
@@ -74,10 +72,11 @@ def pretrain(config: PretrainConfig, out: Path) -> TrainState:
     plain, with_mtp = functions(0.0), functions(config.mtp_weight)
     newest: Any = ocp.training.preservation_policies.LatestN(3)
     with ocp.training.Checkpointer(str(out / "checkpoints"), preservation_policy=newest) as checkpointer:
-        state = _resume(checkpointer, fresh)
+        state = resume(checkpointer, fresh)
         start = int(state.step)
         stream, held_out = _stream(config, start), _held_out_rows(config)
-        with _progress(config.steps, start) as advance, _metrics(out / "metrics.jsonl", start) as metrics:
+        metrics = Metrics(out / "metrics.jsonl", start)
+        with progress(config.steps, start) as advance, contextlib.closing(metrics):
             began, tokens, pending = time.perf_counter(), 0, None
             for step in range(start, config.steps):
                 rows = next(stream)
@@ -90,10 +89,10 @@ def pretrain(config: PretrainConfig, out: Path) -> TrainState:
                 if step % config.log_every == 0 or done == config.steps:
                     record = _record(step, report, learning_rate=float(np.asarray(schedule(step))))
                     record["tokens_per_s"] = round(tokens / (time.perf_counter() - began), 1)
-                    _write(metrics, record)
+                    metrics.write(record)
                     began, tokens = time.perf_counter(), 0
                 if config.held_out_every and (done % config.held_out_every == 0 or done == config.steps):
-                    _write(metrics, _held_out_record(step, measure(state, held_out)))
+                    metrics.write(_held_out_record(step, measure(state, held_out)))
                 keep = done in config.keep or done == config.steps
                 if keep or done % config.save_every == 0:
                     _finite(step, report)  # never leave a checkpoint that cannot be gone on from
@@ -169,28 +168,10 @@ def weights_file(out: Path, step: int) -> Path:
     return out / "weights" / f"{step}.safetensors"
 
 
-def _claim(config: PretrainConfig, out: Path) -> None:
-    """Write the settings into a new run folder, or check them against those of the run it holds."""
-    file = out / "config.toml"
-    if not file.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        write_resolved(config, file)
-    elif read_pretrain(file) != config:
-        raise ConfigError(f"{file}: the run there has other settings; choose another folder or the same settings")
-
-
 def _mesh(devices: int) -> Mesh:
     if devices > jax.device_count():
         raise ConfigError(f"devices: is {devices}, but jax sees {jax.device_count()}; lower it")
     return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
-
-
-def _resume(checkpointer: Any, fresh: TrainState) -> TrainState:
-    latest = checkpointer.latest
-    if latest is None:
-        return fresh
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), fresh)
-    return checkpointer.load(latest.step, shapes)
 
 
 def _record(step: int, report: Report, *, learning_rate: float) -> dict[str, Any]:
@@ -213,33 +194,3 @@ def _held_out_record(step: int, found: Losses) -> dict[str, Any]:
         "held_out_mtp_loss": [float(each) for each in found.mtp],
         "held_out_accuracy": [float(each) for each in found.accuracy],
     }
-
-
-def _write(metrics: TextIO, record: dict[str, Any]) -> None:
-    metrics.write(json.dumps(record) + "\n")
-    metrics.flush()
-
-
-@contextlib.contextmanager
-def _metrics(path: Path, start: int) -> Iterator[TextIO]:
-    """The metrics file, cut back to what precedes ``start``: steps run again are not logged twice."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < start]
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    with path.open("a", encoding="utf-8") as file:
-        yield file
-
-
-@contextlib.contextmanager
-def _progress(total: int, start: int) -> Iterator[Any]:
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("training", total=total, completed=start, note="")
-        yield lambda note: bar.update(task, advance=1, note=note)
