@@ -37,6 +37,7 @@ from stepjax.infer.scheduler import Scheduler
 from stepjax.infer.sequence import Row, Sequence, StepOutput, StepPlan
 from stepjax.infer.transcript import FinishReason
 from stepjax.lora import LoraConfig
+from stepjax.model import Params
 from stepjax.sharding.watchdog import deadline
 
 if TYPE_CHECKING:
@@ -300,6 +301,19 @@ class Engine:
         """Steps until nothing is left to do."""
         while self.has_work:
             yield from self.step()
+
+    def restart(self, params: Params) -> None:
+        """Go on with other parameters of the same shapes, as a new engine would: nothing that was cached is met again.
+
+        The parameters are used where they lie. No request may be under way.
+        """
+        assert not self.has_work, "finish or cancel what runs first"
+        assert self._leader is None, "the processes that follow have parameters of their own"
+        self.executor.params = params
+        self.scheduler = Scheduler(self._scheduler_config(self.executor.size), drafts=self._drafts)
+        self._policy = DraftPolicy(StepBytes.of(self._session.config, params), most=self._runner.drafts)
+        self._owners.clear()
+        self.executor.forget()
 
     def warm(self) -> None:
         """Compile every step that these settings can ask for, so that none is compiled while requests wait."""

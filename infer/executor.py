@@ -135,6 +135,11 @@ class Executor:
         self.adapters.write(slot, adapter, lora)
         self.params = self.adapters.params
 
+    def forget(self) -> None:
+        """No slot has pages: for a scheduler that begins anew."""
+        self._table[:] = TRASH_PAGE
+        self._device_table = None
+
     def prepared(self, order: Order) -> bool:
         """Whether the program of an order is compiled."""
         program, rest = self._call(order)

@@ -26,10 +26,15 @@ VERBS = {
     "info": ("stepjax.cli_info", "show what a model consists of"),
     "study": ("stepjax.train.cli_study", "compile a step for a mesh that need not exist, and count its bytes"),
     "pretrain": ("stepjax.train.cli_pretrain", "train a model from scratch, as step-tiny was"),
+    "distill": ("stepjax.train.cli_tune", "teach a model by another, on its own answers"),
+    "sft": ("stepjax.train.cli_tune", "teach a model by examples"),
+    "rl": ("stepjax.train.cli_tune", "teach a model by rewards"),
+    "teach": ("stepjax.train.cli_teach", "write a teacher's likeliest tokens for a data set"),
+    "report": ("stepjax.train.cli_report", "show what a training run measured, with plots"),
     "release": ("stepjax.train.cli_release", "write a training run as a checkpoint folder and grade it"),
 }
 
-SEVERAL_HOSTS = ("generate", "merge", "score")  # verbs that several processes can run together
+SEVERAL_HOSTS = ("generate", "score", "merge", "distill", "sft", "rl")  # verbs that several processes run together
 ALONE = ("chat", "serve")  # verbs that several must not run
 CLUSTER = "stepjax.sharding.cluster"
 
@@ -99,5 +104,5 @@ def _parser(verb: str | None) -> argparse.ArgumentParser:
             home.add_arguments(sub)
             if name in SEVERAL_HOSTS:
                 import_module(CLUSTER).add_arguments(sub)
-            sub.set_defaults(run=home.run)
+            sub.set_defaults(run=home.run, verb=name)
     return parser

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,12 +18,14 @@ from two_processes import requests
 
 from stepjax.adapter_io import export_adapter
 from stepjax.checkpoint import Checkpoint
-from stepjax.cli import VERBS
+from stepjax.cli import VERBS, main
 from stepjax.infer.engine import Engine
 from stepjax.infer.engine_config import EngineConfig
 from stepjax.infer.load import load
 from stepjax.infer.sampling import SamplingParams
 from stepjax.merge import merge_checkpoint
+from stepjax.train.run_folder import read_metrics
+from stepjax.train.trainable import load_leaves
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENS = [[0, 3, 5, 300, 17] * 8, [7, 8] * 20]  # one shape, so that each program compiles once
@@ -142,3 +145,50 @@ def test_a_merge_is_written_file_by_file_by_both(folder, tmp_path):
     for name in names:
         assert (one / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "one", "two"]
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_goes_on_with_one(tmp_path):
+    """The last checkpoint of the former is taken away: the latter begins with the bits of the one before, and logs the
+    losses that the former logged, to 1e-6.
+    """
+    (tmp_path / "config.toml").write_text(TUNE)
+    run = tmp_path / "run"
+    together("distill", "config.toml", "--out", "run", "--set", 'model.mesh="data=2,expert=4"', cwd=tmp_path)
+    before = {record["step"]: record for record in read_metrics(run)}
+    first = load_leaves(run / "leaves" / "4.safetensors")[0]
+    shutil.rmtree(run / "checkpoints" / "4")
+    assert main(["distill", str(tmp_path / "config.toml"), "--out", str(run)]) == 0
+    after = {record["step"]: record for record in read_metrics(run)}
+    assert list(before) == list(after) == [0, 1, 2, 3]
+    for step in after:
+        assert after[step]["loss"] == pytest.approx(before[step]["loss"], abs=1e-6)
+        assert after[step]["tokens"] == before[step]["tokens"]
+    for name, leaf in load_leaves(run / "leaves" / "4.safetensors")[0].items():
+        np.testing.assert_allclose(leaf, first[name], atol=2e-4)  # Adam's first steps divide by tiny moments
+
+
+TUNE = """
+[lora]
+rank = 2
+targets = ["q", "shared"]
+experts = "none"
+[data.tasks]
+shares = { add = 0.5, copy = 0.5 }
+[teachers.main]
+path = "step-tiny"
+[rollout]
+prompts = 4
+max_tokens = 12
+slots = 4
+[optim]
+steps = 4
+lr = 1e-3
+warmup_steps = 1
+rows = 2
+length = 96
+[eval]
+every = 0
+[run]
+save_every = 2
+"""

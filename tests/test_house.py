@@ -137,9 +137,17 @@ def test_dependencies_are_few_and_all_that_is_imported():
     declared = {requirement_name(requirement) for requirement in project["dependencies"]}
     assert len(declared) <= 16
     importable = {"orbax" if name == "orbax_checkpoint" else name for name in declared}
+    extras = project["optional-dependencies"]
+    asked_for = {"tensorboardX"} | {
+        requirement_name(each) for name in ("plots", "tensorboard", "wandb", "grain") for each in extras[name]
+    }
     for name in PACKAGE:
-        used = {module.split(".")[0] for module in imports(parse(name))} - sys.stdlib_module_names - {"stepjax"}
-        assert used <= importable, f"{name} imports what pyproject.toml does not declare"
+        tree = parse(name)
+        used = {module.split(".")[0] for module in imports(tree)} - sys.stdlib_module_names - {"stepjax"}
+        assert used - importable <= asked_for, f"{name} imports what pyproject.toml does not declare"
+        tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        at_once = {module.split(".")[0] for module in imports(tree)}
+        assert at_once & asked_for == set(), f"{name} needs an extra as soon as it is imported"
 
 
 def test_text_names_no_machine_and_no_registry():

@@ -1,4 +1,4 @@
-"""AdamW with a warm-up, a plateau and a linear decay."""
+"""AdamW with a warm-up, a plateau and perhaps a linear decay."""
 
 from __future__ import annotations
 
@@ -18,6 +18,13 @@ def learning_rate(peak: float, *, warmup: int, decay_from: int, steps: int, floo
             optax.linear_schedule(peak, floor * peak, steps - decay_from),
         ],
         [warmup, decay_from],
+    )
+
+
+def constant(peak: float, *, warmup: int) -> optax.Schedule:
+    """Linear from 0 over ``warmup`` steps, then ``peak``."""
+    return optax.join_schedules(
+        [optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1)), optax.constant_schedule(peak)], [warmup]
     )
 
 

@@ -44,6 +44,7 @@ class Bins:
     def __init__(self, length: int, *, limit: int | None = None) -> None:
         self.length, self.limit = length, limit
         self.rows: list[list[Example]] = []
+        self.places: list[tuple[int, int]] = []  # of each example in the order they came: its row, and where it starts
         self._room: list[int] = []
 
     def add(self, example: Example) -> bool:
@@ -52,10 +53,12 @@ class Bins:
         for index, room in enumerate(self._room):
             if size <= room:
                 self.rows[index].append(example)
+                self.places.append((index, self.length - room))
                 self._room[index] -= size
                 return True
         if size > self.length or len(self.rows) == self.limit:
             return False
+        self.places.append((len(self.rows), 0))
         self.rows.append([example])
         self._room.append(self.length - size)
         return True

@@ -1,0 +1,260 @@
+"""The jitted update of fine-tuning: gradients of the trained leaves over all micro-batches, then one step of AdamW."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from stepjax.infer.load import Session
+from stepjax.model import Params, Step3p5, bind
+from stepjax.sharding.layout import MeshLayout
+from stepjax.train.batch import Batch
+from stepjax.train.logprobs import HiddenScores, TokenScores, TopScores, token_scores
+from stepjax.train.objectives import distilling_advantage, importance, policy_gradient
+from stepjax.train.optimizer import apply
+from stepjax.train.teacher import head_of, packed_chunk
+from stepjax.train.tune_config import LossSettings
+
+Leaves = dict[str, jax.Array]  # what is trained, float32 by path
+Assemble = Callable[[Params, Leaves], Params]  # base and trained leaves → the model's parameters
+
+
+class TuneState(NamedTuple):
+    """All that a run carries from step to step. Prompts, seeds and keys are functions of its seed and ``step``."""
+
+    leaves: Leaves
+    optimizer: optax.OptState
+    step: jax.Array  # int32: updates tried
+    skipped: jax.Array  # int32 [2]: batches without a finite gradient or a token: in all, and in a row up to now
+    previous: Leaves  # before the last update, for rollouts that are written ahead; else empty
+
+
+class Sums(NamedTuple):
+    """Over the tokens that count, unless it says otherwise. Float32 scalars."""
+
+    loss: jax.Array
+    tokens: jax.Array
+    divergence: jax.Array  # from the teacher, exact or of the top-k
+    sampled_kl: jax.Array  # log π − log q of the tokens, where q is known
+    nll: jax.Array  # −log π
+    entropy: jax.Array
+    gap: jax.Array  # |log π − log μ|, of tokens with a sampler
+    gap_squared: jax.Array
+    gap_signed: jax.Array  # log μ − log π
+    largest_gap: jax.Array  # a maximum
+    kept_tokens: jax.Array
+    kept_sequences: jax.Array
+    depth_loss: jax.Array  # [depths] of the prediction heads; of length 0 unless they are trained
+    depth_tokens: jax.Array
+
+
+class Report(NamedTuple):
+    """What one step measured, before it moved anything."""
+
+    sums: Sums
+    gradient_norm: jax.Array
+    skipped: jax.Array  # bool
+    num_skipped: jax.Array  # int32 [2], as in the state
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How a micro-batch becomes a loss."""
+
+    settings: LossSettings
+    kind: str  # the objective of this batch: a data batch of sampled distillation learns by likelihood
+    model: Step3p5
+    num_tokens: int
+    teachers: Mapping[str, Step3p5]  # models of the resident ones
+
+    def __hash__(self) -> int:
+        return hash((self.settings, self.kind, id(self.model), self.num_tokens, tuple(self.teachers)))
+
+    def loss(self, params: Params, batch: Batch, total: jax.Array, teacher: tuple[str, Params] | None) -> Any:
+        """Loss of one micro-batch [R, T] over ``total`` tokens of the global batch, and its `Sums`."""
+        rows, model = batch.rows, bind(self.model, params)
+        if self.kind == "mtp":
+            return self._mtp(model, rows, total)
+        out = model.forward(rows.ids, packed_chunk(rows))
+        ahead = functools.partial(jnp.roll, shift=-1, axis=1)  # from a token to the place that predicts it
+        mask = (ahead(rows.loss_mask) > 0) & (ahead(rows.segment_ids) == rows.segment_ids)
+        mask &= (jnp.arange(mask.shape[1]) < mask.shape[1] - 1)[None, :]
+        scores = self._scores(model, out.hidden_BTD, ahead(rows.ids), batch, teacher, ahead)
+        sampler, advantage = ahead(batch.sampler), ahead(batch.advantage)
+        known = scores.teacher_logprob if batch.teacher_logprob is None else ahead(batch.teacher_logprob)
+        has_teacher = batch.teacher_logprob is not None or batch.hidden is not None
+        settings, everything = self.settings, jnp.ones_like(mask)
+        kept, whole = everything, everything
+        if self.kind in ("exact", "top_k"):
+            token_loss = scores.divergence
+        elif self.kind == "sft":
+            token_loss = -scores.logprob
+        else:
+            ratios = importance(
+                scores.logprob,
+                sampler,
+                mask,
+                filter="mispo" if self.kind == "mispo" else settings.filter,
+                cap=settings.cap,
+                token_bounds=(settings.token_low, settings.token_high),
+                sequence_bounds=(settings.sequence_low, settings.sequence_high),
+                sequence=rows.segment_ids,
+            )
+            kept, whole = ratios.kept_tokens, ratios.kept_sequences
+            weight = 1.0 if self.kind == "sampled" else settings.teacher_weight
+            if weight:
+                advantage = advantage + weight * distilling_advantage(
+                    sampler, known, mask, discount=settings.discount, sequence=rows.segment_ids
+                )
+            clip = (1 - settings.clip, 1 + settings.clip) if settings.clip and self.kind == "grpo" else None
+            token_loss = policy_gradient(scores.logprob, advantage, ratios.weight, clip=clip)
+        gap = jax.lax.stop_gradient(jnp.where(mask & (sampler != 0), scores.logprob - sampler, 0.0))
+
+        def summed(x: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.where(mask, jax.lax.stop_gradient(x).astype(jnp.float32), 0.0))
+
+        sums = Sums(
+            loss=summed(token_loss),
+            tokens=jnp.sum(mask.astype(jnp.float32)),
+            divergence=summed(scores.divergence),
+            sampled_kl=summed(scores.logprob - known) if has_teacher else jnp.zeros(()),
+            nll=summed(-scores.logprob),
+            entropy=summed(scores.entropy),
+            gap=summed(jnp.abs(gap)),
+            gap_squared=summed(gap**2),
+            gap_signed=summed(-gap),
+            largest_gap=jnp.max(jnp.abs(gap)),
+            kept_tokens=summed(kept),
+            kept_sequences=summed(whole),
+            depth_loss=jnp.zeros((0,)),
+            depth_tokens=jnp.zeros((0,)),
+        )
+        return jnp.sum(jnp.where(mask, token_loss, 0.0)) / total, sums
+
+    def _scores(
+        self, model: Step3p5, hidden: jax.Array, label: jax.Array, batch: Batch, teacher: Any, ahead: Any
+    ) -> TokenScores:
+        settings, known = self.settings, None
+        if batch.hidden is not None:
+            assert teacher is not None
+            known = HiddenScores(batch.hidden, head_of(self.teachers[teacher[0]], teacher[1]))
+        elif batch.top is not None:
+            known = TopScores(*map(ahead, batch.top))
+        return token_scores(
+            hidden,
+            label,
+            model.logits,
+            num_tokens=self.num_tokens,
+            teacher=known,
+            kind=settings.divergence,
+            beta=settings.beta,
+            chunk=settings.chunk,
+        )
+
+    def _mtp(self, model: Step3p5, rows: Any, total: jax.Array) -> Any:
+        """Mean over the depths of the cross-entropy of what the model itself answered; only the heads have gradients.
+
+        Depth k at row t was fed token t + k and predicts token t + k + 1.
+        """
+        chunk = packed_chunk(rows)
+        hidden = jax.lax.stop_gradient(model.forward(rows.ids, chunk).hidden_BTD)
+        losses, counts, length = [], [], rows.ids.shape[1]
+        for k, (layer, state) in enumerate(zip(model.mtp, model.mtp_hidden(rows.ids, hidden, chunk), strict=True), 1):
+            label, far = jnp.roll(rows.ids, -k - 1, axis=1), jnp.roll(rows.segment_ids, -k - 1, axis=1)
+            mask = (jnp.roll(rows.loss_mask, -k - 1, axis=1) > 0) & (far == rows.segment_ids)
+            mask &= (jnp.arange(length) < length - k - 1)[None, :]
+            scores = token_scores(state, label, layer.logits, num_tokens=self.num_tokens, chunk=self.settings.chunk)
+            losses.append(jnp.sum(jnp.where(mask, -scores.logprob, 0.0)))
+            counts.append(jnp.sum(mask.astype(jnp.float32)))
+        depth, zero = jnp.stack(losses), jnp.zeros(())
+        fields = dict.fromkeys(Sums._fields, zero)
+        loss = jnp.sum(depth) / len(losses)
+        tokens = jnp.sum((rows.loss_mask > 0).astype(jnp.float32))
+        kept = {"loss": loss, "tokens": tokens, "depth_loss": depth, "depth_tokens": jnp.stack(counts)}
+        return loss / total, jax.lax.stop_gradient(Sums(**(fields | kept)))
+
+
+def make_update(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    assemble: Assemble,
+    *,
+    keep_previous: bool,
+    placed: Any = None,
+) -> Callable[..., tuple[TuneState, Report]]:
+    """``(state, base, teachers, batches) → (state, report)``, one program for a set of shapes.
+
+    Args:
+      keep_previous: the state holds the leaves before the update too.
+      placed: placement of state and report (`jax.jit`'s out_shardings); None: as it comes.
+    """
+
+    def update(
+        state: TuneState, base: Params, teachers: dict[str, Params], batches: dict[str, Batch]
+    ) -> tuple[TuneState, Report]:
+        """Batches by the name of their teacher; "" has none. Teachers that do not sit here have no parameters."""
+        total = sum(jnp.sum((each.rows.loss_mask > 0).astype(jnp.float32)) for each in batches.values())
+        total = jnp.maximum(total, 1.0)
+        gradients, sums = jax.tree.map(jnp.zeros_like, state.leaves), None
+        for name, batch in sorted(batches.items()):
+            teacher = (name, teachers[name]) if name in teachers else None
+
+            def loss(leaves: Leaves, micro: Batch, teacher: Any = teacher) -> Any:
+                return objective.loss(assemble(base, leaves), micro, total, teacher)
+
+            def body(so_far: Leaves, micro: Batch, loss: Any = loss) -> tuple[Leaves, Sums]:
+                found, found_sums = jax.grad(loss, has_aux=True)(state.leaves, micro)
+                return jax.tree.map(jnp.add, so_far, found), found_sums
+
+            gradients, each = jax.lax.scan(body, gradients, batch)
+            own = jax.tree.map(lambda x: jnp.sum(x, axis=0), each)
+            own = own._replace(largest_gap=jnp.max(each.largest_gap))
+            sums = own if sums is None else _added(sums, own)
+        assert sums is not None
+        norm = optax.tree.norm(gradients)
+        sound = jnp.isfinite(norm) & jnp.isfinite(sums.loss) & (sums.tokens > 0)
+        leaves, inner = apply(optimizer, gradients, state.optimizer, state.leaves)
+        leaves, inner = jax.tree.map(
+            lambda new, old: jnp.where(sound, new, old), (leaves, inner), (state.leaves, state.optimizer)
+        )
+        miss = (~sound).astype(jnp.int32)
+        skipped = jnp.stack([state.skipped[0] + miss, (state.skipped[1] + 1) * miss])
+        previous = state.leaves if keep_previous else {}
+        return TuneState(leaves, inner, state.step + 1, skipped, previous), Report(sums, norm, ~sound, skipped)
+
+    return jax.jit(update, out_shardings=placed)
+
+
+def make_measure(objective: Objective, layout: MeshLayout | None) -> Callable[..., Sums]:
+    """``(params, batches, teachers) → Sums`` without an update."""
+
+    def measure(params: Params, batches: dict[str, Batch], teachers: dict[str, Params]) -> Sums:
+        sums = None
+        for name, batch in sorted(batches.items()):
+            teacher = (name, teachers[name]) if name in teachers else None
+
+            def body(carry: None, micro: Batch, teacher: Any = teacher) -> tuple[None, Sums]:
+                return carry, objective.loss(params, micro, jnp.ones(()), teacher)[1]
+
+            _, each = jax.lax.scan(body, None, batch)
+            own = jax.tree.map(lambda x: jnp.sum(x, axis=0), each)._replace(largest_gap=jnp.max(each.largest_gap))
+            sums = own if sums is None else _added(sums, own)
+        assert sums is not None
+        return sums
+
+    return jax.jit(measure, out_shardings=None if layout is None else layout.replicated)
+
+
+def _added(a: Sums, b: Sums) -> Sums:
+    return jax.tree.map(jnp.add, a, b)._replace(largest_gap=jnp.maximum(a.largest_gap, b.largest_gap))
+
+
+def num_tokens_of(session: Session) -> int:
+    """Entries of the vocabulary that have a probability."""
+    return len(session.tokenizer) if session.tokenizer else session.config.vocab_size
