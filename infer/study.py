@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import math
 from typing import Any
 
+import jax
 import numpy as np
 
+from stepjax.config import ModelConfig
 from stepjax.infer.runner import Pieces, Runner
 from stepjax.infer.sampling import Sampling, SamplingParams
-from stepjax.model import Params, Step3p5
+from stepjax.model import Params, Step3p5, abstract
 from stepjax.sharding.study import Step
 
 
@@ -33,3 +38,18 @@ def prefill_step(
 
 def _sampling(batch: int) -> Sampling:
     return Sampling.of([SamplingParams(seed=0)] * batch)
+
+
+@functools.cache
+def sequence_bytes(config: ModelConfig, drafts: int, *, slot: bool = True, dtype: str = "bfloat16") -> int:
+    """What a state keeps of one sequence beside its caches: sampling, progress, the tails of drafters.
+
+    Args:
+      slot: of an engine, which has room for every rule of sampling; else of a batch of `decode_step`.
+    """
+    config = dataclasses.replace(config, layers=config.layers[:1], mtp_layers=config.mtp_layers[:drafts])
+    runner = Runner(abstract(config, dtype=dtype, mtp=bool(drafts)), num_tokens=config.vocab_size, drafts=drafts)
+    sampling = Sampling.empty(1, config.vocab_size) if slot else _sampling(1)
+    state = runner.shapes(1, 1, dtype, sampling)
+    leaves = jax.tree.leaves((state.progress, state.sampling))
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)

@@ -22,11 +22,12 @@ from rich.table import Table
 from stepjax.config import ModelConfig
 from stepjax.model import Step3p5, axes_of, params_of
 from stepjax.quant import FP8, BlockScaled
+from stepjax.quant_groups import Grouped
 from stepjax.sharding.collectives import Collective, Kind
 from stepjax.sharding.compiled import CompileReport, compile_report, size_text, table
 from stepjax.sharding.layout import MeshLayout
 from stepjax.sharding.mesh import MeshSpec
-from stepjax.weights import FP8_BLOCK, counted_as, inventory, scale_shape
+from stepjax.weights import FP8_BLOCK, Groups, counted_as, inventory, scale_shape
 
 _LAYER = re.compile(r"\b((?:layer|mtp)_\d+)\b")  # in a scope, whatever transformation it is wrapped in
 
@@ -120,15 +121,23 @@ def with_blocks(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, fp8_block=config.fp8_block or FP8_BLOCK)
 
 
-def abstract_params(model: Step3p5, layout: MeshLayout, *, keep_fp8: bool = False) -> dict[str, Any]:
-    """The parameters of an abstract model as shapes where they would lie, the experts' in FP8 blocks if kept so."""
+def abstract_params(
+    model: Step3p5, layout: MeshLayout, *, keep_fp8: bool = False, groups: Groups | None = None
+) -> dict[str, Any]:
+    """The parameters of an abstract model as shapes where they would lie, the experts' in FP8 blocks if kept so, or in
+    whole numbers.
+    """
     axes, block = axes_of(model), with_blocks(model.config).fp8_block
     assert block
 
     def leaf(path: str, value: Any) -> Any:
         where = layout.parameter(*axes[path])
-        if not (keep_fp8 and ".experts." in path):
+        if not ((keep_fp8 or groups) and ".experts." in path):
             return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=where)
+        if groups:
+            dtypes = (jnp.int8, jnp.float32) if groups.bits == 8 else (jnp.uint8, jnp.bfloat16)
+            held = zip(groups.shapes(value.shape), dtypes, strict=True)
+            return Grouped(*(jax.ShapeDtypeStruct(*each, sharding=where) for each in held), groups.bits)
         q = jax.ShapeDtypeStruct(value.shape, FP8, sharding=where)
         return BlockScaled(q, jax.ShapeDtypeStruct(scale_shape(value.shape, block), jnp.float32, sharding=where), block)
 
@@ -145,8 +154,7 @@ def device_parameters(params: Mapping[str, Any], config: ModelConfig) -> dict[st
     counts: Counter[str] = Counter()
     for spec in inventory(config):
         weight = params.get(spec.path)
-        held = 0 if weight is None else _elements(weight.q if isinstance(weight, BlockScaled) else weight)
-        counts[counted_as(spec, num_layers=len(config.layers))] += held
+        counts[counted_as(spec, num_layers=len(config.layers))] += 0 if weight is None else _values(weight)
     return dict(counts)
 
 
@@ -170,6 +178,13 @@ def copies(mesh: MeshSpec, *, batch: int, context: int) -> list[str]:
         for what, size, axis in (("sequences", batch, "data"), ("positions", context, "context"))
         if size % (ways := mesh.sizes[axis])
     ]
+
+
+def _values(weight: Any) -> int:
+    """On one device, without scales."""
+    if isinstance(weight, Grouped):
+        return _elements(weight.q) * 8 // (weight.bits * weight.q.dtype.itemsize)
+    return _elements(weight.q if isinstance(weight, BlockScaled) else weight)
 
 
 def _elements(leaf: Any) -> int:

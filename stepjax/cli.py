@@ -25,6 +25,7 @@ VERBS = {
     "bench": ("stepjax.infer.cli_bench", "measure how fast requests are answered"),
     "info": ("stepjax.cli_info", "show what a model consists of"),
     "study": ("stepjax.train.cli_study", "compile a step for a mesh that need not exist, and count its bytes"),
+    "plan": ("stepjax.train.cli_plan", "choose a mesh for a machine that need not be there"),
     "pretrain": ("stepjax.train.cli_pretrain", "train a model from scratch, as step-tiny was"),
     "distill": ("stepjax.train.cli_tune", "teach a model by another, on its own answers"),
     "sft": ("stepjax.train.cli_tune", "teach a model by examples"),

@@ -36,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunk", type=int, metavar="T", help="prefill: tokens of each in one step (2048 at most)")
     parser.add_argument("--speculate", type=int, default=0, metavar="K", help="MTP drafts, 0 to 3 (%(default)s)")
     parser.add_argument("--keep-fp8", action="store_true", help="hold expert weights in 8 bits, as the FP8 release")
+    parser.add_argument("--quantize", choices=("int8", "int4"), help="hold expert weights in whole numbers")
+    parser.add_argument("--check", action="store_true", help="print what `stepjax plan` counts beside what is compiled")
     parser.add_argument(
         "--dtype",
         default="auto",
@@ -50,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     mesh, config = MeshSpec.parse(args.mesh), read_config(args.model)
+    from stepjax.train.check import check
     from stepjax.train.study import Workload, study_mesh, study_model
 
     mesh, num_devices = study_mesh(mesh, args.devices)
@@ -60,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
         chunk=args.chunk,
         drafts=args.speculate,
         keep_fp8=args.keep_fp8,
+        quantize=args.quantize,
         dtype=args.dtype,
     )
     console = Console(stderr=True)
@@ -77,16 +81,19 @@ def run(args: argparse.Namespace) -> int:
         "tokens": workload.tokens,
         "speculate": args.speculate,
         "keep_fp8": args.keep_fp8,
+        "quantize": args.quantize,
         "dtype": str(workload.resolved_dtype),
     }
+    checked = check(config, workload, mesh, args.strategy, found.report) if args.check else None
     if args.json:
-        print(json.dumps(about | found.as_dict(), indent=2))
-        return 0
+        planned = {} if checked is None else {"check": checked.as_dict()}
+        print(json.dumps(about | found.as_dict() | planned, indent=2))
+        return 0 if checked is None or checked.holds else 1
     printer = Console()
     with printer.capture() as drawn:  # rich would end the program by itself if nobody reads its output
-        printer.print(_title(about), found.shown())
+        printer.print(_title(about), found.shown(), "" if checked is None else checked.shown())
     print(drawn.get(), end="")
-    return 0
+    return 0 if checked is None or checked.holds else 1
 
 
 def _title(about: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from stepjax.config import ModelConfig
 from stepjax.errors import MeshError, RequestError
 from stepjax.infer.study import decode_step, prefill_step
 from stepjax.model import Params, Step3p5, abstract, axes_of
+from stepjax.quant_groups import IntFormat, check_fit, form_of
 from stepjax.sharding.layout import MeshLayout
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.rules import Rules
@@ -23,6 +24,7 @@ from stepjax.sharding.target import Target, devices
 from stepjax.train.optimizer import adamw, learning_rate
 from stepjax.train.packing import Rows
 from stepjax.train.step import Placement, TrainState, make_step, split_biases
+from stepjax.weights import Groups
 
 StepName = Literal["decode", "prefill", "train"]
 
@@ -40,6 +42,7 @@ class Workload:
     chunk: int | None = None  # prompt tokens of each in one prefill step; None: `CHUNK`, or the context if shorter
     drafts: int = 0  # MTP depths, which are then held and run
     keep_fp8: bool = False
+    quantize: IntFormat | None = None  # the experts in whole numbers
     dtype: str = "auto"  # of weights, activations and caches; auto: bfloat16, and float32 in training as in `pretrain`
 
     @property
@@ -57,6 +60,11 @@ class Workload:
             return jnp.dtype(jnp.float32 if self.step == "train" else jnp.bfloat16)
         return jnp.dtype(self.dtype)
 
+    @property
+    def groups(self) -> Groups | None:
+        """How whole numbers are held."""
+        return form_of(self.quantize) if self.quantize else None
+
     def check(self, config: ModelConfig) -> None:
         """Raise RequestError where the step makes no sense for the model."""
         depths = min(MAX_DRAFTS, len(config.mtp_layers))
@@ -72,8 +80,14 @@ class Workload:
             raise RequestError(f"chunk: is of --step prefill, a {self.step} step has none")
         if self.step == "train" and self.drafts:
             raise RequestError("speculate: a training step is studied without MTP layers, expected 0")
-        if self.step == "train" and self.keep_fp8:
-            raise RequestError("keep-fp8: weights in 8 bits have no gradient and are not trained; leave it out")
+        if self.step == "train" and (self.keep_fp8 or self.quantize):
+            name = "keep-fp8" if self.keep_fp8 else f"quantize {self.quantize}"
+            raise RequestError(f"{name}: weights in 8 bits or fewer have no gradient and are not trained; leave it out")
+        if self.groups:
+            for columns in (config.hidden_size, config.expert_size):
+                check_fit(self.groups, columns)
+        if self.keep_fp8 and self.quantize:
+            raise RequestError(f"quantize {self.quantize}: the experts are kept in 8 bits already; leave one out")
 
 
 def study_mesh(spec: MeshSpec, num_devices: int | None) -> tuple[MeshSpec, int]:
@@ -110,7 +124,7 @@ def study_model(
     spec, num_devices = study_mesh(mesh, num_devices)
     config = dataclasses.replace(config, mtp_layers=config.mtp_layers[: workload.drafts])
     config = with_blocks(config) if workload.keep_fp8 else config
-    rules = Rules(config, spec, strategy, keep_fp8=workload.keep_fp8)
+    rules = Rules(config, spec, strategy, keep_fp8=workload.keep_fp8, groups=workload.groups)
     layout = MeshLayout(spec.build(devices(target, num_devices)), rules)
     notes = copies(spec, batch=workload.batch, context=workload.context)
     if num_devices > spec.num_devices:
@@ -122,7 +136,7 @@ def step_of(config: ModelConfig, workload: Workload, layout: MeshLayout) -> Step
     """The function and its shapes."""
     dtype, batch, context = workload.resolved_dtype, workload.batch, workload.context
     model = abstract(config, dtype=dtype, layout=layout)
-    params = abstract_params(model, layout, keep_fp8=workload.keep_fp8)
+    params = abstract_params(model, layout, keep_fp8=workload.keep_fp8, groups=workload.groups)
     if workload.step == "train":
         return train_step(model, params, layout, batch=batch, length=context)
     drafts = workload.drafts

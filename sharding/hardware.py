@@ -1,0 +1,276 @@
+"""Machines to plan for: what a device holds, reads, computes and sends, each figure with its source.
+
+Figures are those of datasheets and therefore bounds. A TOML file replaces any of them, or adds a device:
+
+    [H100]
+    bandwidth = 3.0e12          # bytes/s, say as measured
+    [mine]
+    base = "H200"
+    memory_bytes = 120e9
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stepjax.errors import ConfigError
+
+NVIDIA_A100 = "https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf"
+NVIDIA_H100 = "https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet"
+NVIDIA_H200 = "https://nvdam.widen.net/s/nb5zzzsjdf/hpc-datasheet-sc23-h200-datasheet-3002446"
+NVIDIA_HGX = "https://www.nvidia.com/en-us/data-center/hgx/"
+NVIDIA_GB200 = "https://www.nvidia.com/en-us/data-center/gb200-nvl72/"
+NVIDIA_SPARK = "https://www.nvidia.com/en-us/products/workstations/dgx-spark/"
+FLASHINFER = "https://github.com/flashinfer-ai/flashinfer/pull/5023"
+
+# Not on any datasheet; the same for all devices unless a file says otherwise.
+LINK_LATENCY = 10e-6  # NCCL all-reduce of one row of 4096 inside a node: 8 to 14 µs, FLASHINFER
+NETWORK_LATENCY = 25e-6  # the same over InfiniBand: assumed, two to three times that of NVLink
+KERNEL = 2e-6  # from one small kernel to the next that waits for it, in a CUDA graph. Assumed
+STORAGE = 7e9  # bytes/s of one NVMe drive (PCIe 4 ×4)
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator. Rates are per second, links one way."""
+
+    name: str
+    memory_bytes: float
+    bandwidth: float  # bytes of memory
+    bf16: float  # operations of dense products, accumulated in float32
+    fp8: float  # 0: the device has none, and multiplies in bf16
+    int8: float
+    link: float  # bytes by NVLink, or what joins the devices of a node
+    domain: int  # devices that such links join
+    network: float  # bytes through the device's own share of the adapters
+    host: float  # bytes from the host's memory
+    usable: float = 0.92  # of the memory; the rest is the driver's, NCCL's and the allocator's gaps. Assumed
+    link_latency: float = LINK_LATENCY
+    network_latency: float = NETWORK_LATENCY
+    kernel: float = KERNEL
+    target: str = ""  # of `stepjax study --target`, "" if there is none
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):
+            value, zero = getattr(self, each.name), each.name in ("fp8", "int8")
+            number = each.name not in ("name", "target", "sources")
+            if number and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
+                raise ConfigError(f"hardware {self.name}: {each.name} = {value!r}, expected a positive number")
+            if number and not value and not zero:
+                raise ConfigError(f"hardware {self.name}: {each.name} = {value!r}, expected more than 0")
+        if self.usable > 1 or self.domain != int(self.domain):
+            raise ConfigError(f"hardware {self.name}: usable is a share of the memory, domain a number of devices")
+
+    @property
+    def usable_bytes(self) -> float:
+        """Of memory, for what a program holds."""
+        return self.usable * self.memory_bytes
+
+
+_HGX8 = {"domain": 8, "network": 50e9, "host": 63e9}  # ConnectX-7, 400 Gb/s a GPU; PCIe 5 ×16
+
+_HOPPER = {"bf16": 989.4e12, "fp8": 1978.9e12, "int8": 1978.9e12, "link": 450e9, **_HGX8}
+
+DEVICES: dict[str, Device] = {
+    device.name: device
+    for device in (
+        Device(
+            "A100-40",
+            memory_bytes=40 * 2**30,
+            bandwidth=1555e9,
+            bf16=312e12,
+            fp8=0,
+            int8=624e12,
+            link=300e9,
+            domain=8,
+            network=25e9,
+            host=31.5e9,
+            sources={
+                "memory, bandwidth, operations, NVLink 600 GB/s both ways, PCIe 4": NVIDIA_A100,
+                "network: 200 Gb/s a GPU": "https://docs.nvidia.com/dgx/dgxa100-user-guide/",
+            },
+        ),
+        Device(
+            "A100-80",
+            memory_bytes=80 * 2**30,
+            bandwidth=2039e9,
+            bf16=312e12,
+            fp8=0,
+            int8=624e12,
+            link=300e9,
+            domain=8,
+            network=25e9,
+            host=31.5e9,
+            sources={
+                "memory, bandwidth, operations, NVLink 600 GB/s both ways, PCIe 4": NVIDIA_A100,
+                "network: 200 Gb/s a GPU": "https://docs.nvidia.com/dgx/dgxa100-user-guide/",
+            },
+        ),
+        Device(
+            "H100",
+            memory_bytes=84942979072,
+            bandwidth=3.35e12,
+            **_HOPPER,
+            target="h100",
+            sources={
+                "memory: as the driver reports it": "sharding/targets/h100.txtpb",
+                "bandwidth, operations without sparsity (half of the printed), NVLink 900 GB/s both ways": NVIDIA_H100,
+                "network: 400 Gb/s a GPU": "https://docs.nvidia.com/dgx/dgxh100-user-guide/",
+            },
+        ),
+        Device(
+            "H200",
+            memory_bytes=151397597184,
+            bandwidth=4.8e12,
+            **_HOPPER,
+            target="h200",
+            sources={
+                "memory: as the driver reports it": "sharding/targets/h200.txtpb",
+                "bandwidth, operations without sparsity, NVLink 900 GB/s both ways": NVIDIA_H200,
+                "network: 400 Gb/s a GPU": "https://docs.nvidia.com/dgx/dgxh100-user-guide/",
+            },
+        ),
+        Device(
+            "B200",
+            memory_bytes=191514411008,
+            bandwidth=7.67e12,
+            bf16=2250e12,
+            fp8=4500e12,
+            int8=4500e12,
+            link=900e9,
+            **_HGX8,
+            target="b200",
+            sources={
+                "memory, bandwidth: as the driver reports them": "sharding/targets/b200.txtpb",
+                "operations without sparsity, NVLink 1.8 TB/s both ways, an eighth of the board": NVIDIA_HGX,
+                "network: 400 Gb/s a GPU": "https://docs.nvidia.com/dgx/dgxb200-user-guide/",
+            },
+        ),
+        Device(
+            "GB200",
+            memory_bytes=186e9,
+            bandwidth=8e12,
+            bf16=2500e12,
+            fp8=5000e12,
+            int8=5000e12,
+            link=900e9,
+            domain=72,
+            network=50e9,
+            host=450e9,
+            sources={
+                "all, of 72; operations without sparsity; NVLink-C2C to the host 900 GB/s both ways": NVIDIA_GB200
+            },
+        ),
+        Device(
+            "DGX-Spark",
+            memory_bytes=128e9,
+            bandwidth=273e9,
+            bf16=125e12,
+            fp8=250e12,
+            int8=250e12,
+            link=25e9,
+            domain=1,
+            network=25e9,
+            host=273e9,
+            usable=0.9,
+            link_latency=NETWORK_LATENCY,
+            sources={
+                "memory shared with the host, bandwidth, ConnectX-7 200 Gb/s": NVIDIA_SPARK,
+                "operations: an eighth and a quarter of the printed petaflop in FP4 with sparsity": NVIDIA_SPARK,
+            },
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Devices of one kind; neighbours share a node as far as there is room."""
+
+    device: Device
+    num_devices: int
+    per_node: int  # devices of a node
+
+    @property
+    def num_nodes(self) -> int:
+        return -(-self.num_devices // self.per_node)
+
+    @property
+    def domain(self) -> int:
+        """Devices that fast links join here."""
+        return min(int(self.device.domain), self.num_devices if self.per_node >= self.num_devices else self.per_node)
+
+    def __str__(self) -> str:
+        if self.num_nodes == 1:
+            return f"{self.num_devices}x{self.device.name}"
+        return f"{self.num_nodes} nodes of {self.per_node}x{self.device.name}"
+
+
+_TEXT = re.compile(r"(?:(\d+)\s*nodes?\s*(?:of|x|×)\s*)?(?:(\d+)\s*[x×*]\s*)?([A-Za-z][\w.-]*(?: ?[\w.-]+)?)", re.ASCII)
+
+
+def parse(text: str, devices: Mapping[str, Device] = DEVICES) -> Cluster:
+    """Read ``8xH100``, ``H200`` or ``4 nodes of 8xH200``.
+
+    Raises:
+      ConfigError: it is not of that form, or names a device that is not known.
+    """
+    found = _TEXT.fullmatch(text.strip())
+    if not found:
+        raise ConfigError(f"hardware: {text!r}, expected a form such as 8xH100 or '4 nodes of 8xH200'")
+    nodes, count, name = found.groups()
+    device = {_plain(known): each for known, each in devices.items()}.get(_plain(name))
+    if device is None:
+        raise ConfigError(f"hardware: {name!r} is not known, expected one of {', '.join(devices)}; a file can add it")
+    each = int(count or 1)
+    total = each * int(nodes or 1)
+    if not 1 <= total <= 4096:
+        raise ConfigError(f"hardware: {text!r} has {total} devices, expected 1 to 4096")
+    return Cluster(device, total, each if nodes else min(each, int(device.domain)))
+
+
+def read_devices(path: Path) -> dict[str, Device]:
+    """The known devices with a TOML file's figures in place of theirs, and its own devices.
+
+    Raises:
+      ConfigError: the file cannot be read, or has a figure that no device has.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as TOML ({error})") from None
+    devices = dict(DEVICES)
+    for name, given in tables.items():
+        if not isinstance(given, dict):
+            raise ConfigError(f"{path}: {name} = {given!r}, expected a table [{name}] of a device's figures")
+        devices[name] = _changed(path, name, dict(given), devices)
+    return devices
+
+
+def _changed(path: Path, name: str, given: dict[str, Any], devices: Mapping[str, Device]) -> Device:
+    known = {each.name for each in dataclasses.fields(Device)} - {"name", "sources"}
+    base = given.pop("base", name)
+    if unknown := sorted(given.keys() - known):
+        raise ConfigError(f"{path}: [{name}] has {unknown[0]!r}, expected of {', '.join(sorted(known))}, base")
+    sources = {**(devices[base].sources if base in devices else {}), ", ".join(given): str(path.name)}
+    if base in devices:
+        return dataclasses.replace(devices[base], name=name, sources=sources, **given)
+    if base != name:
+        raise ConfigError(f"{path}: [{name}] base = {base!r}, expected one of {', '.join(devices)}")
+    try:
+        return Device(name, sources=sources, **given)
+    except TypeError:
+        needed = [each.name for each in dataclasses.fields(Device) if each.default is dataclasses.MISSING]
+        lacking = [each for each in needed if each not in ("name", "sources", *given)]
+        raise ConfigError(f"{path}: [{name}] lacks {', '.join(lacking)}; or give base = one of the devices") from None
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_.-]|GB$", "", name.upper()).removeprefix("NVIDIA")

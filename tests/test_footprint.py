@@ -1,0 +1,280 @@
+"""What a plan counts against what the runtime places, and what a compiler takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable
+from functools import cache
+
+import jax
+import numpy as np
+import pytest
+from tiny import small_config
+
+from stepjax.config import ModelConfig
+from stepjax.errors import MeshError
+from stepjax.sharding import training
+from stepjax.sharding.balance import rank_load
+from stepjax.sharding.cost import Routing, devices_of_domain, exchange_time, tokens_per_step
+from stepjax.sharding.footprint import QUANTS, Placed, bytes_by_part, cached, layout_of, parameters, placed
+from stepjax.sharding.hardware import DEVICES, parse
+from stepjax.sharding.layout import MeshLayout
+from stepjax.sharding.mesh import MeshSpec
+from stepjax.sharding.rules import Rules
+from stepjax.sharding.sent import Sent, Tokens, of_serving, payloads
+from stepjax.sharding.study import device_bytes
+from stepjax.train.check import check, planned
+from stepjax.train.study import Workload, step_of, study_model
+from stepjax.weights import count_parameters, inventory
+
+FLASH = ModelConfig.preset("step-3.5-flash")
+TINY = dataclasses.replace(small_config(), max_positions=2048)
+DECODE = Workload("decode", batch=4, context=256)
+
+
+def total(arrays: Iterable[Placed]) -> int:
+    return sum(each.num_bytes for each in arrays)
+
+
+# Bytes of the release
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+def test_the_parameters_are_those_of_a_release(quant):
+    kinds = parameters(FLASH, quant=quant, depths=3)
+    expected = sum(spec.num_bytes for spec in inventory(FLASH, experts=QUANTS[quant]))
+    assert sum(kind.num_elements * kind.itemsize for kind in kinds) == expected
+    assert sum(kind.count for kind in kinds) == len(inventory(FLASH, experts=QUANTS[quant]))
+    if quant == "bf16":
+        assert (expected, sum(kind.count for kind in kinds)) == (398_768_626_944, 804)
+        assert sum(kind.num_elements for kind in kinds) == count_parameters(FLASH).total == 199_384_301_376
+
+
+def test_a_rank_of_eight_holds_an_eighth_of_the_experts():
+    layout = layout_of(FLASH, MeshSpec(expert=8), "expert", "bf16")
+    held = [each for each in placed(parameters(FLASH), layout) if each.kind.part == "experts"]
+    assert sum(each.num_elements for each in held) == 23_781_703_680
+    assert bytes_by_part(held) == {"experts": 2 * 23_781_703_680}
+
+
+# Bytes of a device
+
+DRAFTING = dataclasses.replace(DECODE, batch=3, drafts=2)
+PREFILL = Workload("prefill", batch=2, context=256, chunk=64)
+TRAIN = Workload("train", batch=8, context=64)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "strategy", "workload"),
+    [
+        ("data=1", "expert_tensor", DECODE),
+        ("expert=8", "expert", DRAFTING),
+        ("expert=4,tensor=2", "expert_tensor", DECODE),
+        ("tensor=2", "tensor", DRAFTING),
+        ("context=2,expert=2,tensor=2", "expert_tensor", DRAFTING),
+        ("data=2,expert=4", "expert_tensor", DRAFTING),
+        ("data=4,tensor=2", "fsdp", DECODE),
+        ("expert=4,tensor=2", "expert_tensor", PREFILL),
+        ("context=2,expert=2,tensor=2", "expert", PREFILL),
+        ("data=2,expert=4", "expert_tensor", PREFILL),
+        ("expert=8", "expert", TRAIN),
+        ("context=2,expert=2,tensor=2", "expert_tensor", TRAIN),
+        ("data=4,tensor=2", "fsdp", TRAIN),
+    ],
+)
+def test_a_device_holds_what_the_runtime_would_place(mesh, strategy, workload):
+    """Against the very arguments of the step that is compiled, on devices that are there."""
+    spec = MeshSpec.parse(mesh)
+    config = dataclasses.replace(TINY, mtp_layers=TINY.mtp_layers[: workload.drafts])
+    layout = MeshLayout(spec.build(), Rules(config, spec, strategy))
+    step = step_of(config, workload, layout)
+    if workload.step == "train":
+        expected = device_bytes(step.arguments[0]) + 4 * 4 * (8 // spec.data) * (64 // spec.context)
+    else:  # inputs are split with their sequences, and ids with their positions
+        split = spec.data if workload.batch % spec.data == 0 else 1
+        first, *others = (leaf.nbytes for leaf in jax.tree.leaves(step.arguments[2:]))
+        ids = spec.context if workload.step == "prefill" else 1
+        expected = device_bytes(step.arguments[:2]) + (first // ids + sum(others)) // split
+    assert planned(TINY, workload, spec, strategy).argument_bytes == expected
+
+
+@cache
+def compiled(mesh: str, workload: Workload, on: str = "cpu"):
+    return study_model(TINY, workload, MeshSpec.parse(mesh), target=on).report  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mesh", ["expert=4,tensor=2", "data=2,context=2,tensor=2"])
+def test_the_compiler_takes_as_many_bytes(mesh):
+    workload = dataclasses.replace(DECODE, drafts=0)
+    found = check(TINY, workload, MeshSpec.parse(mesh), "expert_tensor", compiled(mesh, workload))
+    assert found.arguments_hold
+    assert found.peak_error is None  # a CPU's temporaries are not compared
+    assert found.holds
+    wrong = dataclasses.replace(found, argument_bytes=found.argument_bytes + 1)
+    assert not wrong.holds
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("mesh", "workload"),
+    [
+        ("expert=4,tensor=2", DECODE),
+        ("expert=4,tensor=2", dataclasses.replace(DECODE, batch=1)),
+        ("expert=4,tensor=2", dataclasses.replace(DECODE, drafts=2)),
+        ("context=2,tensor=2", DECODE),
+        ("tensor=2", Workload("prefill", batch=2, context=1024, chunk=1024)),
+        ("context=2,tensor=2", Workload("prefill", batch=1, context=2048, chunk=2048)),
+    ],
+)
+def test_the_gpu_compiler_sends_what_is_planned(mesh, workload):
+    found = check(TINY, workload, MeshSpec.parse(mesh), "expert_tensor", compiled(mesh, workload, "h100"))
+    assert found.arguments_hold
+    assert found.payloads == found.planned.payloads
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_whole_numbers_are_studied_as_they_are_planned(quantize):
+    config = dataclasses.replace(TINY, expert_size=64)
+    workload = dataclasses.replace(DECODE, quantize=quantize)
+    spec = MeshSpec(expert=4)
+    layout = MeshLayout(spec.build(), Rules(config, spec, groups=workload.groups))
+    step = step_of(dataclasses.replace(config, mtp_layers=()), workload, layout)
+    mine = placed(parameters(config, quant=quantize), layout_of(config, spec, "expert_tensor", quantize))
+    assert total(mine) == device_bytes(step.params)
+
+
+def test_caches_are_pages_or_rows():
+    layout = layout_of(FLASH, MeshSpec(context=2, expert=4), "expert_tensor", "bf16")
+    rows = cached(FLASH, layout, batch=3, length=4096, depths=0)
+    pages = cached(FLASH, layout, batch=3, length=0, depths=0, pages=(3 * 32, 128))
+    assert rows.full_bytes == pages.full_bytes == 3 * 4096 * 49152 // 4 // 2
+    assert rows.ring_bytes == pages.ring_bytes == 3 * 33 * 516 * 4096 // 4
+    assert rows.rows_split
+    assert pages.rows_split
+    assert rows.num_full == 12
+
+
+def test_adapters_have_a_pair_of_factors():
+    """Attention q, k, v, o, dense and shared maps at rank 32; experts at 4."""
+    kinds = training.adapters(parameters(FLASH), training.Factors(rank=32, expert_rank=4))
+    size = sum(kind.num_elements for kind in kinds)
+
+    def pair(rank: int, *sizes: int) -> int:
+        return rank * sum(sizes)
+
+    attention = 0
+    for layer in FLASH.layers:
+        q, kv = layer.num_heads * 128, layer.num_kv_heads * 128
+        attention += pair(32, q, 4096, kv, 4096, kv, 4096, q, 4096)
+    dense = 3 * 3 * pair(32, 4096, 11264)
+    shared = 42 * 3 * pair(32, 4096, 1280)
+    experts = 42 * 288 * 3 * pair(4, 4096, 1280)
+    assert size == attention + dense + shared + experts
+    assert {kind.itemsize for kind in kinds} == {4}
+    assert not any(kind.path.startswith("mtp") or "router" in kind.path for kind in kinds)
+
+
+def test_what_cannot_be_split_is_refused_by_the_same_rules():
+    with pytest.raises(MeshError, match="cut inside an FP8 block of 128"):
+        layout_of(FLASH, MeshSpec(tensor=4), "tensor", "fp8")
+    with pytest.raises(MeshError, match="whole groups of 64"):
+        parameters(TINY, quant="int4")
+
+
+# Tokens and experts
+
+
+def test_distinct_experts_by_draws():
+    rng = np.random.default_rng(1)
+    drawn = [len(np.unique([rng.permutation(288)[:8] for _ in range(16)])) for _ in range(300)]
+    assert Routing().distinct(FLASH, 16) == pytest.approx(np.mean(drawn), rel=0.01)
+    assert Routing().distinct(FLASH, 1) == pytest.approx(8)
+
+
+def test_a_measured_routing_touches_fewer_experts():
+    skewed = Routing(tuple(1.0 / (1 + each) for each in range(288)))
+    chance = skewed.probabilities(FLASH)
+    assert chance.sum() == pytest.approx(8)
+    assert chance.max() <= 1
+    assert skewed.distinct(FLASH, 16) < 0.8 * Routing().distinct(FLASH, 16)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 4096])
+def test_the_fullest_rank_is_that_of_drawn_routings(tokens):
+    rng = np.random.default_rng(2)
+    fullest = []
+    for _ in range(40):
+        ids = np.argsort(rng.random((tokens, 288)), axis=1)[:, :8]
+        fullest.append(rank_load(np.bincount(ids.ravel(), minlength=288), 8).max())
+    found, _ = Routing().fullest_rank(FLASH, 8, tokens)
+    assert found == pytest.approx(np.mean(fullest), rel=0.1)
+
+
+def test_drafts_gain_a_geometric_sum():
+    assert tokens_per_step(0, 0.5) == 1
+    assert tokens_per_step(3, 0.5) == 1 + 0.5 + 0.25 + 0.125
+
+
+# Links
+
+
+@pytest.mark.parametrize(
+    ("mesh", "axes", "domain", "inside"),
+    [
+        ("expert=8", ("expert",), 8, 8),
+        ("expert=32", ("expert",), 8, 8),
+        ("expert=8,tensor=4", ("tensor",), 8, 4),
+        ("expert=8,tensor=4", ("expert",), 8, 2),
+        ("data=2,expert=8", ("data",), 8, 1),
+        ("expert=8,tensor=4", ("expert", "tensor"), 72, 32),
+    ],
+)
+def test_devices_of_a_group_that_share_a_node(mesh, axes, domain, inside):
+    assert devices_of_domain(axes, MeshSpec.parse(mesh), domain) == inside
+
+
+def test_a_ring_across_nodes_takes_the_network():
+    one = Sent("all-gather", ("expert",), 32e9, 1)
+    inside = exchange_time(one, MeshSpec(expert=8), parse("8xH100"))
+    across = exchange_time(one, MeshSpec(expert=16), parse("2 nodes of 8xH100"))
+    device = DEVICES["H100"]
+    assert inside == pytest.approx(7 / 8 * 32e9 / 450e9 + device.link_latency)
+    assert across == pytest.approx(15 / 16 * 32e9 / 8 / 50e9 + device.network_latency)
+    thrown = exchange_time(one._replace(kind="all-to-all"), MeshSpec(expert=16), parse("2 nodes of 8xH100"))
+    assert thrown == pytest.approx(32e9 / 2 / 50e9 + device.network_latency)
+
+
+def test_a_decode_step_sends_two_sums_a_layer():
+    layout = layout_of(FLASH, MeshSpec(expert=8, tensor=4), "expert_tensor", "bf16")
+    found = payloads(of_serving(layout, Tokens("decode", 32, 1, 4096), rows_split=False))
+    group = ("expert", "tensor")
+    assert found == {
+        ("all-reduce", group): 91 * 32 * 4096 * 2,
+        ("all-gather", group): 32 * 128896 * 4,
+    }
+
+
+def test_a_long_piece_is_exchanged_where_the_runtime_exchanges():
+    """The same decision as the layout's, and buffers of the sizes that it makes."""
+    layout = layout_of(FLASH, MeshSpec(expert=36, tensor=8), "expert_tensor", "bf16")
+    work = Tokens("prefill", 1, 36 * 8 * 1024, 36 * 8 * 1024)
+    kinds = {each.kind for each in of_serving(layout, work, rows_split=False)}
+    from stepjax.sharding.expert_parallel import Group, exchange_pays
+
+    pays = exchange_pays(FLASH, Group.of(layout.rules), 1024)
+    assert ("all-to-all" in kinds) == pays
+    assert math.isfinite(sum(each.payload_bytes for each in of_serving(layout, work, rows_split=False)))
+
+
+def test_check_is_printed(capsys):
+    from stepjax.cli import main
+
+    command = "study --model step-tiny --mesh expert=4,tensor=2 --batch 4 --context 128 --check"
+    assert main([*command.split(), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["check"]
+    assert found["holds"]
+    assert found["arguments"]["planned"] == found["arguments"]["compiled"]
+    assert main(command.split()) == 0
+    assert "The plan holds." in capsys.readouterr().out

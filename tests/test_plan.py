@@ -1,0 +1,416 @@
+"""Plans: what is legal and why not, what wins, and that the runtime takes every mesh that is printed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import small_config
+
+from stepjax.cli import main
+from stepjax.config import ModelConfig
+from stepjax.errors import ConfigError, RequestError
+from stepjax.sharding.calibration import FLOOR, Point, fit, read_points
+from stepjax.sharding.cost import Efficiency, Routing
+from stepjax.sharding.hardware import DEVICES, parse, read_devices
+from stepjax.sharding.mesh import MeshSpec
+from stepjax.sharding.plan import Ask, Choice, Goal, Option, Plan, Refusal, choices, plan, weigh
+from stepjax.sharding.rules import Rules
+from stepjax.train.cli_plan import _front
+from stepjax.weights import FP8_BLOCK, Groups
+
+FLASH = ModelConfig.preset("step-3.5-flash")
+
+
+@cache
+def planned(hardware: str, goal: Goal, **given: Any) -> Plan:
+    return plan(FLASH, parse(hardware), Ask(goal, **given))
+
+
+def refused(hardware: str, text: str, **given: Any) -> str:
+    """Why a choice, written as mesh strategy experts [drafts], is refused; "" if it is not."""
+    mesh, strategy, quant, *drafts = text.split()
+    choice = Choice(MeshSpec.parse(mesh), strategy, quant, int(drafts[0]) if drafts else 0)  # type: ignore[arg-type]
+    found = weigh(FLASH, parse(hardware), Ask(given.pop("goal", "latency"), **given), choice)
+    return found.reason if isinstance(found, Refusal) else ""
+
+
+# What is legal
+
+FITS = "does not fit"
+EXPERTS, HEADS, WIDTH = (
+    "routed experts (288) cannot be split",
+    "query heads (64 and 96) cannot be split",
+    "would be cut",
+)
+BLOCK, INT4, INT8 = (
+    "cut inside an FP8 block of 128",
+    "cut inside an int4 group of 64",
+    "cut inside an int8 group of 1280",
+)
+LEGAL = [
+    ("8xH100", "expert=8 expert bf16", ""),
+    ("8xH100", "expert=8 expert_tensor bf16 3", ""),
+    ("8xH100", "tensor=8 tensor bf16", ""),
+    ("8xH100", "expert=4,tensor=2 expert_tensor fp8", ""),
+    ("8xH100", "context=2,expert=4 expert fp8", ""),
+    ("8xH100", "expert=2,tensor=4 expert_tensor int4", ""),
+    ("4xH100", "expert=4 expert fp8", ""),
+    ("4xH100", "expert=2,tensor=2 expert_tensor fp8 1", ""),
+    ("4xH100", "tensor=4 expert fp8", ""),
+    ("4xH100", "expert=4 expert bf16", FITS),
+    ("4xH100", "tensor=4 tensor bf16", FITS),
+    ("4xH100", "expert=2,tensor=2 expert_tensor bf16", FITS),
+    ("4xH100", "context=2,expert=2 expert bf16", FITS),
+    ("4xH100", "tensor=4 tensor fp8", BLOCK),
+    ("4xH100", "tensor=4 expert_tensor fp8", "expected 1 or 2 or 5 or 10 ways"),
+    ("8xH100", "tensor=8 tensor fp8", BLOCK),
+    ("8xH100", "expert=2,tensor=4 expert_tensor fp8", BLOCK),
+    ("8xH100", "expert=4,tensor=2 tensor fp8", BLOCK),
+    ("8xH100", "tensor=8 tensor int4", INT4),
+    ("8xH100", "expert=8 tensor int4", INT4),
+    ("8xH100", "tensor=2 tensor int8", INT8),
+    ("8xH100", "expert=4,tensor=2 expert_tensor int8", INT8),
+    ("8xH100", "expert=8 expert int8", ""),
+    ("8xH100", "expert=5 expert bf16", EXPERTS),
+    ("8xH100", "expert=7 expert_tensor bf16", "the nearest that can is 6"),
+    ("64xH100", "expert=64 expert_tensor fp8", "the nearest that can is 72"),
+    ("64xH100", "expert=32,tensor=2 expert fp8", EXPERTS),
+    ("64xH100", "expert=20 expert bf16", EXPERTS),
+    ("512xH100", "expert=512 expert fp8", EXPERTS),
+    ("8xH100", "tensor=3 expert bf16", HEADS),
+    ("8xH100", "tensor=5 tensor bf16", "the nearest that can is 4"),
+    ("8xH100", "tensor=6 expert_tensor bf16", HEADS),
+    ("8xH100", "tensor=7 tensor int4", HEADS),
+    ("64xH100", "tensor=12 expert_tensor bf16", "the nearest that can is 8"),
+    ("64xH100", "tensor=24 tensor bf16", HEADS),
+    ("64xH100", "tensor=64 tensor bf16", "the nearest that can is 32"),
+    ("64xH100", "tensor=48 tensor bf16", HEADS),
+    ("64xH100", "expert=3,tensor=6 expert_tensor bf16", HEADS),
+    ("8xH100", "expert=16 expert bf16", "takes 16 devices of 8"),
+    ("4xH100", "expert=4,tensor=2 expert_tensor fp8", "takes 8 devices of 4"),
+    ("1xH200", "data=1 expert_tensor int4", ""),
+    ("1xH200", "data=1 expert_tensor fp8", FITS),
+    ("1xH200", "data=1 expert_tensor bf16", "398.8 GB of weights"),
+    ("1xDGX-Spark", "data=1 expert_tensor int4", FITS),
+    ("4xH200", "tensor=4 tensor bf16", ""),
+    ("2xB200", "expert=2 expert fp8", ""),
+    ("2xB200", "expert=2 expert bf16", FITS),
+    ("8xA100-40", "expert=8 expert fp8", ""),
+    ("8xA100-40", "expert=8 expert bf16", FITS),
+    ("8xA100-80", "expert=8 expert bf16", ""),
+    ("8xH100", "expert=8 expert bf16 4", "the model has 3 MTP layers"),
+    ("8xH100", "expert=8 experts bf16", "strategy: is 'experts'"),
+]
+
+
+@pytest.mark.parametrize(("hardware", "text", "reason"), LEGAL, ids=[f"{each[0]} {each[1]}" for each in LEGAL])
+def test_what_is_refused_has_its_reason(hardware, text, reason):
+    found = refused(hardware, text)
+    assert (reason in found) if reason else not found, found
+
+
+def test_the_list_is_long_enough():
+    assert len(LEGAL) >= 50
+
+
+def test_what_takes_too_much_memory_or_time():
+    assert FITS in refused("8xH100", "expert=8 expert bf16", batch=64, context=262_144)
+    assert not refused("8xH100", "expert=8 expert bf16", batch=1, context=262_144)
+    assert "too slow" in refused("8xH100", "expert=8 expert bf16", tpot_s=1e-3)
+    # A drafter's caches and tails are held too, and sixteen devices share key-value heads eight ways at most.
+    assert FITS in refused("2 nodes of 8xH100", "expert=16 expert bf16", batch=1024, context=4096)
+    assert not refused("2 nodes of 8xH100", "expert=8,tensor=2 expert_tensor bf16", batch=512, context=4096)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"batch": 0}, "batch: is 0"),
+        ({"context": 300_000}, "context: is 300000"),
+        ({"chunk": 0}, "chunk: is 0"),
+        ({"acceptance": 1.5}, "shares"),
+        ({"tpot_s": -1.0}, "tpot"),
+    ],
+)
+def test_a_question_that_makes_no_sense(given, message):
+    with pytest.raises(RequestError, match=message):
+        planned("8xH100", "latency", **given)
+
+
+# What wins
+
+
+def test_every_mesh_that_wins_is_taken_by_the_runtime():
+    """Text and rules, as `load` and `study` read them."""
+    found = [
+        *planned("8xH100", "latency").options,
+        *planned("2 nodes of 8xH100", "lora", batch=32, quants=("bf16", "int4")).options,
+        *planned("6xH100", "cheapest", quants=("int8", "fp8")).options,
+    ]
+    assert len(found) > 100
+    for option in found:
+        choice = option.choice
+        spec = MeshSpec.parse(str(choice.mesh))
+        assert spec == choice.mesh
+        groups = {"int8": Groups(8, None), "int4": Groups(4, 64)}.get(choice.quant)
+        config = dataclasses.replace(FLASH, fp8_block=FP8_BLOCK) if choice.quant == "fp8" else FLASH
+        Rules(config, spec.resolve(choice.num_devices), choice.strategy, choice.quant == "fp8", groups)
+        assert option.memory.total <= option.memory.usable
+
+
+def test_options_are_ranked_and_each_is_another():
+    found = planned("8xH100", "latency")
+    times = [each.tpot_s for each in found.options]
+    assert times == sorted(times)
+    keys = [(each.choice, each.memory.total) for each in found.options]
+    assert len(set(keys)) == len(keys)
+    assert {each.choice.num_devices for each in found.options} <= {1, 2, 4, 8}
+    assert {each.choice for each in found.options}.isdisjoint({each.choice for each in found.refusals})
+
+
+def test_four_h100_need_eight_bits():
+    found = planned("4xH100", "latency", quants=("bf16", "fp8"))
+    assert {each.choice.quant for each in found.options} == {"fp8"}
+    reasons = [each.reason for each in found.refusals if each.choice.num_devices == 4 and each.choice.quant == "bf16"]
+    assert reasons
+    assert all(FITS in each for each in reasons)
+
+
+def test_goals_ask_for_different_things():
+    quick = planned("8xH100", "latency", quants=("bf16",)).options[0]
+    many = planned("8xH100", "throughput", quants=("bf16",), batch=256, tpot_s=0.03).options[0]
+    assert quick.batch == 1 < many.batch
+    assert many.tokens_per_s > 10 * quick.tokens_per_s
+    assert many.tpot_s <= 0.03
+    cheap = planned("8xH100", "cheapest", batch=8).options[0]
+    assert cheap.choice.num_devices == 2  # 119 GB with int4 experts
+    assert cheap.choice.quant == "int4"
+    far = planned("1xH200", "context", batch=2, quants=("int4",)).options[0]
+    assert far.context % 64 == 0
+    assert 100_000 < far.context < 262_144
+    asked = f"data=1 expert_tensor int4 {far.choice.drafts}"
+    assert not refused("1xH200", asked, batch=2, context=far.context)
+    assert FITS in refused("1xH200", asked, batch=2, context=far.context + 64)
+
+
+def test_training_holds_factors_moments_and_activations():
+    found = planned("8xH100", "lora", batch=16, quants=("bf16",))
+    best = found.options[0]
+    assert best.memory.training > 0
+    assert best.tokens_per_s == pytest.approx(best.batch * best.context / best.step.seconds)
+    # Six operations per active parameter and token, as far as the devices' peak allows.
+    assert best.tokens_per_s / 8 < 989.4e12 / (6 * 10.9e9)
+    assert any("cannot be split 8 ways" in each.reason for each in planned("8xH100", "lora", batch=4).refusals)
+
+
+def test_drafts_are_dear_for_few_and_cheap_for_many():
+    def step(batch: int, drafts: int) -> float:
+        choice = Choice(MeshSpec(expert=8), "expert_tensor", "bf16", drafts)
+        found = weigh(FLASH, parse("8xH100"), Ask("latency", batch=batch), choice)
+        assert isinstance(found, Option)
+        return found.step.work_s
+
+    assert step(1, 3) / step(1, 0) > 1.8
+    assert step(64, 3) / step(64, 0) < 1.3
+
+
+def test_hot_experts_cost_time():
+    even = weigh(FLASH, parse("8xH100"), Ask("latency", batch=2), Choice(MeshSpec(expert=8), "expert", "bf16"))
+    skewed = Routing(tuple(50.0 if each < 36 else 1.0 for each in range(288)))
+    asked = Ask("latency", batch=2, routing=skewed)
+    hot = weigh(FLASH, parse("8xH100"), asked, Choice(MeshSpec(expert=8), "expert", "bf16"))
+    assert isinstance(even, Option)
+    assert isinstance(hot, Option)
+    assert hot.step.parts["experts"] > 1.5 * even.step.parts["experts"]
+
+
+def test_the_published_point_of_vllm():
+    """4 H200, TP4, 16 bit, 2048 in and 1024 out, 10 at a time: 11.91 ms a token. Nothing was fitted to it."""
+    ask = Ask("latency", batch=10, context=3072, filled=2560 / 3072)
+    found = weigh(FLASH, parse("4xH200"), ask, Choice(MeshSpec(tensor=4), "tensor", "bf16"))
+    assert isinstance(found, Option)
+    assert found.tpot_s == pytest.approx(11.91e-3, rel=0.35)
+
+
+def test_there_are_enough_choices_to_be_worth_the_name():
+    assert sum(1 for _ in choices(FLASH, parse("512xH100"), Ask("lora"))) >= 3000
+    meshes = {str(each.mesh) for each in choices(FLASH, parse("8xH100"), Ask("latency"))}
+    assert len(meshes) == 1 + 3 + 6 + 10
+    small = small_config()
+    assert plan(small, parse("2xH100"), Ask("latency", context=128, quants=("bf16",))).options
+
+
+# Hardware
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "devices", "nodes", "domain"),
+    [
+        ("8xH100", "H100", 8, 1, 8),
+        ("H200", "H200", 1, 1, 1),
+        ("4 nodes of 8xH200", "H200", 32, 4, 8),
+        ("64xH100", "H100", 64, 8, 8),
+        ("72xGB200", "GB200", 72, 1, 72),
+        ("2x DGX Spark", "DGX-Spark", 2, 2, 1),
+        ("8 x a100 80gb", "A100-80", 8, 1, 8),
+        ("8×b200", "B200", 8, 1, 8),
+        ("3 nodes of 4xH100", "H100", 12, 3, 4),
+    ],
+)
+def test_hardware_as_people_write_it(text, name, devices, nodes, domain):
+    found = parse(text)
+    assert (found.device.name, found.num_devices, found.num_nodes, found.domain) == (name, devices, nodes, domain)
+
+
+@pytest.mark.parametrize("text", ["", "8x", "8xH900", "H100x8", "0xH100", "99999xH100", "8 nodes of", "-1xH100"])
+def test_hardware_that_is_not(text):
+    with pytest.raises(ConfigError, match="hardware"):
+        parse(text)
+
+
+def test_every_figure_has_a_source():
+    assert set(DEVICES) == {"A100-40", "A100-80", "H100", "H200", "B200", "GB200", "DGX-Spark"}
+    for device in DEVICES.values():
+        assert device.sources
+        assert all(what and where for what, where in device.sources.items())
+
+
+def test_a_file_changes_figures_and_adds_devices(tmp_path: Path):
+    path = tmp_path / "mine.toml"
+    path.write_text('[H100]\nbandwidth = 3.0e12\n[mine]\nbase = "H200"\nmemory_bytes = 120e9\n', encoding="utf-8")
+    devices = read_devices(path)
+    assert devices["H100"].bandwidth == 3.0e12
+    assert devices["H100"].bf16 == DEVICES["H100"].bf16
+    assert parse("4xmine", devices).device.memory_bytes == 120e9
+    assert DEVICES["H100"].bandwidth == 3.35e12
+    for text, message in [
+        ("H100 = 1", "expected a table"),
+        ("[H100]\nspeed = 1", "'speed'"),
+        ("[new]\nbandwidth = 1e12", "lacks memory_bytes"),
+        ('[new]\nbase = "H900"', "base = 'H900'"),
+        ("[H100]\nbandwidth = -1", "bandwidth = -1"),
+        ("[H100]\nbandwidth = 0", "more than 0"),
+        ("[H100", "cannot be read as TOML"),
+    ]:
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(ConfigError, match=message):
+            read_devices(path)
+
+
+# Calibration
+
+H100 = DEVICES["H100"]
+TRUE = Efficiency(memory=0.7, compute=0.6, launch=1.5)
+
+
+def measured(name: str, size: float, operations: float, noise: float = 1.0) -> Point:
+    point = Point(name, 1.0, size, operations, 370 + 17)
+    return point._replace(seconds=noise * point.predicted(H100, TRUE))
+
+
+def test_efficiencies_are_found_again():
+    points = [
+        measured("1", 5e9, 1e10),
+        measured("8", 17e9, 1e11),
+        measured("64", 60e9, 1e12),
+        measured("8192", 70e9, 2e14),
+        measured("16384", 75e9, 4e14),
+    ]
+    found = fit(points, H100)
+    for name in ("memory", "compute", "launch"):
+        assert getattr(found.efficiency, name) == pytest.approx(getattr(TRUE, name), rel=0.02)
+    assert found.spread == FLOOR
+    low, high = found.interval(1.0)
+    assert low < 1 < high
+    assert high < 1.25
+
+
+def test_noise_and_few_points_widen_the_interval():
+    sizes = [(5e9, 1e10), (17e9, 1e11), (60e9, 1e12), (70e9, 2e14), (75e9, 4e14)]
+    noisy = [measured(str(at), *size, noise=1 + 0.2 * (-1) ** at) for at, size in enumerate(sizes)]
+    exact = [measured(str(at), *size) for at, size in enumerate(sizes)]
+    assert fit(noisy, H100).factor > fit(exact, H100).factor
+    assert fit(exact[2:3], H100).factor > fit(exact, H100).factor
+    assert fit(exact[2:3], H100).efficiency.compute == 1
+
+
+def test_points_beyond_five_are_held_out():
+    points = [measured(str(at), at * 1e10, 1e10) for at in range(1, 9)]
+    found = fit(points, H100)
+    assert len(found.points) == 5
+    assert len(found.held_out) == 3
+    assert all(math.isclose(ratio, 1, rel_tol=0.02) for _, ratio in found.held_out)
+
+
+def test_measurements_are_read_from_both_benches(tmp_path: Path):
+    path = tmp_path / "bench.json"
+    row = {"milliseconds": 3.0, "gigabytes": 5.9, "teraflops": 0.01}
+    slices = {"decode": {"1 sequences, 3 drafts": row}, "prefill": {"2048": row}}
+    path.write_text(json.dumps({"hardware": "NVIDIA H100", "device": {"copy_bytes_per_s": 3e12}, "s10": slices}))
+    name, points = read_points(path)
+    assert name == "NVIDIA H100"
+    assert [each.name for each in points] == ["s10 decode 1 sequences, 3 drafts", "s10 prefill 2048"]
+    assert points[0].seconds == pytest.approx(3e-3)
+    assert points[0].kernels > points[1].kernels
+    path.write_text("{}")
+    with pytest.raises(RequestError, match="expected what benchmarks"):
+        read_points(path)
+    path.write_text(json.dumps({"hardware": "NVIDIA H100"}))
+    with pytest.raises(RequestError, match="no measured steps"):
+        read_points(path)
+
+
+# The command
+
+
+def test_the_command(capsys, tmp_path: Path):
+    small = ["plan", "--model", "step-tiny", "--hardware", "2xH100", "--context", "128", "--experts", "bf16,fp8"]
+    assert main(small) == 0
+    out = capsys.readouterr().out
+    assert "datasheet roofline" in out
+    assert "--mesh" in out
+    assert main([*small, "--json", "--goal", "throughput", "--batch", "8"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    best = found["options"][0]
+    assert MeshSpec.parse(best["mesh"])
+    assert found["times"].startswith("datasheet")
+    assert best["device_bytes"]["total"] > 0
+    assert found["why"]
+    bench = tmp_path / "gpu.json"
+    row = {"milliseconds": 3.0, "gigabytes": 5.9, "teraflops": 0.01}
+    bench.write_text(json.dumps({"hardware": "H100", "s10": {"decode": {"1 sequences": row}, "prefill": {}}}))
+    assert main([*small, "--json", "--calibrate", str(bench)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    low, high = found["options"][0]["step_ms_interval"]
+    assert low < found["options"][0]["step_ms"] < high
+    assert found["calibration"]["points"] == ["s10 decode 1 sequences"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--hardware", "8xH900"], "is not known"),
+        (["--hardware", "8xH100", "--experts", "fp4"], "'fp4'"),
+        (["--hardware", "8xH100", "--calibrate", "nowhere.json"], "cannot be read"),
+        (["--hardware", "8xH100", "--routing", "nowhere.json"], "cannot be read"),
+        (["--hardware", "8xH100", "--batch", "0"], "batch: is 0"),
+    ],
+)
+def test_the_command_says_what_is_wrong(capsys, args, message):
+    assert main(["plan", "--model", "step-tiny", *args]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_nothing_that_works_is_an_answer_too(capsys):
+    assert main(["plan", "--hardware", "1xH100", "--experts", "bf16"]) == 1
+    assert "does not fit" in capsys.readouterr().out
+
+
+def test_the_front_has_no_point_that_another_beats():
+    assert _front([(1, 1), (2, 3), (2, 2), (3, 3), (4, 5), (0.5, 0.5)]) == [(0.5, 0.5), (1, 1), (2, 3), (4, 5)]

@@ -1,0 +1,153 @@
+"""``stepjax plan``: which mesh, strategy and precision for a machine and a goal, without the machine."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from stepjax.cli_info import read_config
+from stepjax.errors import RequestError
+from stepjax.sharding.hardware import DEVICES, Cluster, parse, read_devices
+
+if TYPE_CHECKING:
+    from stepjax.sharding.calibration import Calibration
+    from stepjax.sharding.plan import Plan
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--hardware", required=True, metavar="TEXT", help=f"as 8xH100 or '4 nodes of 8xH200'; of {', '.join(DEVICES)}"
+    )
+    parser.add_argument("--devices-file", type=Path, metavar="TOML", help="figures in place of the datasheets'")
+    parser.add_argument("--model", default="step-3.5-flash", help="as for info; no weights are read (%(default)s)")
+    parser.add_argument(
+        "--goal",
+        default="latency",
+        choices=("latency", "throughput", "context", "lora", "cheapest"),
+        help="what is best (%(default)s)",
+    )
+    parser.add_argument("--train", action="store_true", help="the same as --goal lora")
+    parser.add_argument(
+        "--batch", type=int, metavar="B", help="sequences of an engine, at most for throughput; rows of a training step"
+    )
+    parser.add_argument("--context", type=int, default=4096, metavar="S", help="positions of each (%(default)s)")
+    parser.add_argument("--tpot-ms", type=float, metavar="X", help="longest time between two tokens of a sequence")
+    parser.add_argument(
+        "--experts", default="bf16,fp8,int8,int4", metavar="LIST", help="precisions to consider (%(default)s)"
+    )
+    parser.add_argument("--chunk", type=int, default=512, metavar="T", help="prompt tokens of a step (%(default)s)")
+    parser.add_argument("--accept", type=float, metavar="X", help="chance of a draft, those before accepted (0.73)")
+    parser.add_argument("--overlap", action="store_true", help="take exchanges to run beside the work")
+    parser.add_argument(
+        "--routing", type=Path, metavar="JSON", help="assignments of each expert, as measured (default: all alike)"
+    )
+    parser.add_argument("--calibrate", type=Path, metavar="JSON", help="steps that benchmarks/gpu.py or bench measured")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="throughput against latency of all that work")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    config = read_config(args.model)
+    cluster = parse(args.hardware, read_devices(args.devices_file) if args.devices_file else DEVICES)
+    from stepjax.sharding.explain import as_dict, shown
+    from stepjax.sharding.plan import plan
+
+    ask, calibration = _ask(args, config, cluster)
+    console = Console(stderr=True)
+    with console.status("planning") if console.is_terminal else contextlib.nullcontext():
+        found = plan(config, cluster, ask)
+    if args.plot and found.options:
+        _plot(found, args.plot)
+    if args.json:
+        print(json.dumps({"model": args.model} | as_dict(found, config, calibration), indent=2))
+        return 0 if found.options else 1
+    printer = Console()
+    with printer.capture() as drawn:  # rich would end the program by itself if nobody reads its output
+        printer.print(shown(found, config, calibration))
+    print(drawn.get(), end="")
+    return 0 if found.options else 1
+
+
+def _ask(args: argparse.Namespace, config: Any, cluster: Cluster) -> tuple[Any, Calibration | None]:
+    """The question, and what its efficiencies were fitted to."""
+    from stepjax.infer.draft_policy import PRIOR
+    from stepjax.infer.study import sequence_bytes
+    from stepjax.sharding.calibration import fit, read_points
+    from stepjax.sharding.cost import Efficiency, Routing
+    from stepjax.sharding.footprint import QUANTS
+    from stepjax.sharding.plan import BATCHES, Ask
+
+    goal = "lora" if args.train else args.goal
+    quants = tuple(each.strip() for each in args.experts.split(","))
+    for each in quants:
+        if each not in QUANTS:
+            raise RequestError(f"--experts: {each!r}, expected of {', '.join(QUANTS)}")
+    calibration = None
+    if args.calibrate:
+        calibration = fit(read_points(args.calibrate)[1], cluster.device)
+    most = {"throughput": BATCHES[-1], "lora": 8 * cluster.num_devices}
+    ask = Ask(
+        goal=goal,
+        batch=most.get(goal, 1) if args.batch is None else args.batch,
+        context=args.context,
+        tpot_s=None if args.tpot_ms is None else 1e-3 * args.tpot_ms,
+        quants=quants,
+        chunk=args.chunk,
+        acceptance=PRIOR if args.accept is None else args.accept,
+        overlap=args.overlap,
+        routing=Routing() if args.routing is None else Routing(_histogram(args.routing, config.num_experts)),
+        efficiency=calibration.efficiency if calibration else Efficiency(),
+        sequence_bytes=lambda drafts: sequence_bytes(config, drafts),
+    )
+    return ask, calibration
+
+
+def _histogram(path: Path, num_experts: int) -> tuple[float, ...]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise RequestError(f"{path}: cannot be read as JSON ({error})") from None
+    numbers = isinstance(found, list) and all(isinstance(each, int | float) and each >= 0 for each in found)
+    if not numbers or len(found) != num_experts or not sum(found) > 0:
+        raise RequestError(f"{path}: expected a list of {num_experts} numbers, the assignments of each expert")
+    return tuple(map(float, found))
+
+
+def _plot(found: Plan, path: Path) -> None:
+    """Each option a point; those that no other beats in both ways are joined."""
+    try:
+        drawing = import_module("matplotlib.figure")  # an extra
+    except ImportError:
+        raise RequestError("--plot: needs matplotlib; install stepjax[plot]") from None
+    figure = drawing.Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for quant in dict.fromkeys(each.choice.quant for each in found.options):
+        mine = [each for each in found.options if each.choice.quant == quant]
+        axes.scatter([1e3 * each.tpot_s for each in mine], [each.per_device for each in mine], label=quant, s=16)
+    front = _front([(1e3 * each.tpot_s, each.per_device) for each in found.options])
+    axes.plot(*zip(*front, strict=True), color="grey", linewidth=1, label="Pareto front")
+    training = found.ask.goal == "lora"
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="ms a step" if training else "ms a token",
+        ylabel="tokens per second and device",
+        title=f"{found.cluster}: {found.ask.goal}",
+    )
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those than which none is both faster and more plentiful, fastest first."""
+    front: list[tuple[float, float]] = []
+    for time, rate in sorted(points, key=lambda each: (each[0], -each[1])):
+        if not front or rate > front[-1][1]:
+            front.append((time, rate))
+    return front
