@@ -124,7 +124,7 @@ def _plot(found: Plan, path: Path) -> None:
     try:
         drawing = import_module("matplotlib.figure")  # an extra
     except ImportError:
-        raise RequestError("--plot: needs matplotlib; install stepjax[plot]") from None
+        raise RequestError("--plot: needs matplotlib; install stepjax[plots]") from None
     figure = drawing.Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     for quant in dict.fromkeys(each.choice.quant for each in found.options):
