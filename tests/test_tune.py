@@ -363,6 +363,8 @@ def test_our_own_server_as_teacher(setup, rollouts, server):
     own = teacher.score(rollouts, top=5, rows=2, length=96, num_tokens=len(setup.base.tokenizer or ()))
     for a, b in zip(found, own, strict=True):
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+        assert a.top_logprobs is not None
+        assert b.top_logprobs is not None
         np.testing.assert_allclose(a.top_logprobs, b.top_logprobs, atol=1e-4)
     with pytest.raises(TrainingError, match="HTTP 404"):
         remote(server.url + "/nowhere", setup).score(rollouts[:1], top=0)
@@ -416,6 +418,7 @@ def test_stored_scores(setup, rollouts, tmp_path):
     found = Stored(file)
     for a, b in zip(found.score(rollouts, top=3), own, strict=True):
         np.testing.assert_array_equal(a.logprobs, b.logprobs)
+        assert b.top_ids is not None
         np.testing.assert_array_equal(a.top_ids, b.top_ids[:, :3])
     other = dataclasses.replace(rollouts[0], ids=[5, *rollouts[0].ids[1:]])
     with pytest.raises(TrainingError, match="scored with another completion"):

@@ -28,7 +28,7 @@ class Batch(NamedTuple):
 class Scored:
     """A teacher's log-probabilities of one rollout's tokens, in their order."""
 
-    logprobs: np.ndarray | None = None  # float32 [n]
+    logprobs: np.ndarray  # float32 [n]
     top_ids: np.ndarray | None = None  # int32 [n, K]
     top_logprobs: np.ndarray | None = None  # float32 [n, K]
 
@@ -102,7 +102,7 @@ def make_batch(
         column([each.logprobs for each in rollouts], np.float32),
         column([np.full(len(each.ids), a) for each, a in zip(rollouts, advantages, strict=True)], np.float32),
     )
-    if scored and scored[0].logprobs is not None:
+    if scored:
         batch = batch._replace(teacher_logprob=column([each.logprobs for each in scored], np.float32))
     if scored and scored[0].top_ids is not None:
         top = TopScores(

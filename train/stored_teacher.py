@@ -68,7 +68,7 @@ def store(path: Path, rows: Iterable[tuple[Prompt, Sequence[int], Scored]], *, a
         "index": np.asarray([prompt.index for prompt, _, _ in found], np.int64),
         "offset": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         "token": np.concatenate([np.asarray(ids, np.int32) for _, ids, _ in found]),
-        "logprob": np.concatenate([each.logprobs for *_, each in found if each.logprobs is not None]),
+        "logprob": np.concatenate([each.logprobs for *_, each in found]),
         "top_id": np.concatenate([each.top_ids for *_, each in found if each.top_ids is not None]),
         "top_logprob": np.concatenate([each.top_logprobs for *_, each in found if each.top_logprobs is not None]),
     }
