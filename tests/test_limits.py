@@ -24,7 +24,7 @@ from stepjax.infer.serve.limits import LIMITS
 SERVE = "stepjax.infer.serve"
 REREAD = ("limits", "body", "fields", "service", "asked", "messages_asked", "responses_asked", "server")
 # Of grammars, which have tests of their own.
-ELSEWHERE = {"schema_depth", "grammar_bytes", "regex_bytes", "choices"}
+ELSEWHERE = {"schema_depth", "schema_bytes", "regex_bytes", "choices", "calls"}
 
 
 def modules(*, without: str | None = None) -> SimpleNamespace:

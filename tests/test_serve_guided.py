@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import jsonschema
+import openai
 import pytest
+from pydantic import BaseModel, Field
 from serving import Serving
 from test_serve import CONFIG, TOOL, events, joined
 
@@ -237,3 +239,19 @@ def test_grammars_that_take_too_long_disturb_nobody(server):
         assert [each.result() for each in answers] == [expected] * 3
         assert [each.result().status_code for each in refused] == [400] * 3
     assert message(server, guided_choice=["a"])["content"] == "a"
+
+
+class Weather(BaseModel):
+    city: Literal["Paris", "Rome"]
+    temp: int = Field(ge=-99, le=999)
+
+
+def test_openais_client_parses_answers_and_calls_into_its_models(server):
+    """What its helpers send, and what they expect."""
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        found = client.chat.completions.parse(model="step-tiny", response_format=Weather, **ASK).choices[0].message
+        assert isinstance(found.parsed, Weather)
+        tool = openai.pydantic_function_tool(Weather, name="set_weather")
+        options = {"tools": [tool], "tool_choice": "required", "parallel_tool_calls": False}
+        called = client.chat.completions.parse(model="step-tiny", **options, **ASK).choices[0].message
+        assert isinstance(called.tool_calls[0].function.parsed_arguments, Weather)
