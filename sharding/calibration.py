@@ -125,6 +125,8 @@ def _of_slices(found: Mapping[str, Any]) -> Iterable[Point]:
         layers = int(number[0]) if (number := re.search(r"\d+", name)) else 0
         for kind in ("decode", "prefill"):
             for step, row in part[kind].items():
+                if "milliseconds" not in row:
+                    continue  # it did not run: out of memory
                 depths = int(drafts[1]) if (drafts := re.search(r"(\d+) drafts", step)) else 0
                 yield Point(
                     f"{name} {kind} {step}",

@@ -63,12 +63,13 @@ def _experts(layout: MeshLayout, work: Tokens, shares: Shares, quant: Quant) -> 
     tokens, experts, width, hidden = shares.tokens, group.experts_each, config.hidden_size, config.expert_size
     hidden //= group.num_shares
     own = EXPERT_STREAMS * _stream(layout, work, shares)
-    form = choose_form(tokens, experts, config.top_k)
-    widened = 0 if quant == "bf16" else 3 * WIDENED_BYTES
+    form = choose_form(tokens, experts, config.top_k, widened=quant != "bf16")
+    matrices = 3 * min(WIDENED_BYTES, experts * width * hidden * work.itemsize)  # of a few experts, or of all
+    widened = 0 if quant == "bf16" else matrices
     if form == "batched":
         return own + experts * tokens * (4.0 * width + 10.0 * hidden) + widened
     if form == "capacity":
         rows = buffer_rows(tokens * config.top_k / config.num_experts, most=tokens)
         copies = 6.0 if quant == "bf16" else 8.0  # in, and out in float32; rows in tiles of experts once more
         return own + experts * rows * (copies * width + 2.0 * hidden) + widened
-    return own + widened
+    return own

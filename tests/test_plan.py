@@ -351,7 +351,7 @@ def test_points_beyond_five_are_held_out():
 def test_measurements_are_read_from_both_benches(tmp_path: Path):
     path = tmp_path / "bench.json"
     row = {"milliseconds": 3.0, "gigabytes": 5.9, "teraflops": 0.01}
-    slices = {"decode": {"1 sequences, 3 drafts": row}, "prefill": {"2048": row}}
+    slices = {"decode": {"1 sequences, 3 drafts": row}, "prefill": {"2048": row, "16384": {"error": "memory"}}}
     path.write_text(json.dumps({"hardware": "NVIDIA H100", "device": {"copy_bytes_per_s": 3e12}, "s10": slices}))
     name, points = read_points(path)
     assert name == "NVIDIA H100"
