@@ -71,10 +71,10 @@ class Calibration:
 
 
 def read_points(path: Path) -> tuple[str, list[Point]]:
-    """The name of the device and the steps that benchmarks/gpu.py or ``stepjax bench --json`` measured.
+    """The name of the device and the steps that benchmarks/gpu.py measured.
 
     Raises:
-      RequestError: the file is neither.
+      RequestError: the file is another.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -83,10 +83,8 @@ def read_points(path: Path) -> tuple[str, list[Point]]:
     if isinstance(found, dict) and "hardware" in found:
         points = list(_of_slices(found))
         name = str(found["hardware"])
-    elif isinstance(found, dict) and "time_per_output_token_s" in found:
-        points, name = [_of_bench(path, found)], str(found.get("device", ""))
     else:
-        raise RequestError(f"{path}: expected what benchmarks/gpu.py --json or stepjax bench --json wrote")
+        raise RequestError(f"{path}: expected what benchmarks/gpu.py --json wrote")
     if not points:
         raise RequestError(f"{path}: has no measured steps; run benchmarks/gpu.py with a part such as s10")
     return name, points
@@ -135,19 +133,6 @@ def _of_slices(found: Mapping[str, Any]) -> Iterable[Point]:
                     operations=1e12 * row["teraflops"],
                     kernels=(layers + depths) * LAYER_KERNELS + OTHER_KERNELS,
                 )
-
-
-def _of_bench(path: Path, found: Mapping[str, Any]) -> Point:
-    """An engine's decode steps, with the bytes that one of its devices reads in each."""
-    step = found.get("decode_step")
-    if not step:
-        raise RequestError(f"{path}: has no decode_step; write it again with this version of stepjax bench")
-    spread = found["time_per_output_token_s"]
-    median = spread["median"] if isinstance(spread, dict) else spread[1]
-    seconds = median * found["tokens_per_decode_step"]
-    if not seconds > 0:
-        raise RequestError(f"{path}: no answer has a second token, so that no step was timed")
-    return Point("bench decode", seconds, step["bytes"], step["operations"], step["kernels"])
 
 
 def _spread(points: Sequence[Point]) -> list[Point]:

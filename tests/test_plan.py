@@ -348,7 +348,7 @@ def test_points_beyond_five_are_held_out():
     assert all(math.isclose(ratio, 1, rel_tol=0.02) for _, ratio in found.held_out)
 
 
-def test_measurements_are_read_from_both_benches(tmp_path: Path):
+def test_measurements_are_read(tmp_path: Path):
     path = tmp_path / "bench.json"
     row = {"milliseconds": 3.0, "gigabytes": 5.9, "teraflops": 0.01}
     slices = {"decode": {"1 sequences, 3 drafts": row}, "prefill": {"2048": row, "16384": {"error": "memory"}}}

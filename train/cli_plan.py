@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--routing", type=Path, metavar="JSON", help="assignments of each expert, as measured (default: all alike)"
     )
-    parser.add_argument("--calibrate", type=Path, metavar="JSON", help="steps that benchmarks/gpu.py or bench measured")
+    parser.add_argument("--calibrate", type=Path, metavar="JSON", help="steps that benchmarks/gpu.py measured")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="throughput against latency of all that work")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
