@@ -254,4 +254,5 @@ def test_openais_client_parses_answers_and_calls_into_its_models(server):
         tool = openai.pydantic_function_tool(Weather, name="set_weather")
         options = {"tools": [tool], "tool_choice": "required", "parallel_tool_calls": False}
         called = client.chat.completions.parse(model="step-tiny", **options, **ASK).choices[0].message
+        assert called.tool_calls
         assert isinstance(called.tool_calls[0].function.parsed_arguments, Weather)
