@@ -70,6 +70,7 @@ def run(capsys, *args: object) -> tuple[int, str, str]:
     return code, out, err
 
 
+@pytest.mark.slow
 def test_the_command_prints_json_and_a_table(capsys, folder, tmp_path):
     (tmp_path / "lines.txt").write_text("one line\n\nanother\n")
     common = ["--model", folder, "--max-tokens", 4, "--slots", 2, "--context", 256, "--speculate", 0]

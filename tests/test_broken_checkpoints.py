@@ -42,10 +42,10 @@ FIRST, INDEX = "model-00001.safetensors", "model.safetensors.index.json"
 
 def refusal(folder: Path, error: type[Exception] = CheckpointError) -> str:
     """The message, which came within a second of processor time (the machine may be busy with other things)."""
-    start = time.process_time()
+    start = time.thread_time()
     with pytest.raises(error) as found:
         Checkpoint(folder)
-    assert time.process_time() - start < 1
+    assert time.thread_time() - start < 1
     message = str(found.value)
     assert message.isprintable() or "\n  " in message
     assert len(message) < 3000

@@ -351,7 +351,7 @@ def lines(capsys) -> list[dict]:
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-@pytest.mark.parametrize("temperature", ["0", "1.5"])
+@pytest.mark.parametrize("temperature", [pytest.param("0", marks=pytest.mark.slow), "1.5"])
 def test_generate_from_tokens_is_the_sessions_answer_with_any_number_of_drafts(
     capsys, bare, session, tokens, temperature
 ):

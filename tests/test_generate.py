@@ -59,6 +59,7 @@ def test_the_models_own_end_ids_stop_unless_ignored():
     pytest.fail("no prompt of forty led to an end-of-sequence id; choose other prompts")
 
 
+@pytest.mark.slow
 def test_more_prompts_than_a_batch_holds_keep_their_order():
     session = tiny_session()
     prompts = RNG.integers(8, 128, (11, 3)).tolist()

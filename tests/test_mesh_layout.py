@@ -178,7 +178,7 @@ def answers(session: Session, drafts: int, temperature: float) -> list[list[int]
     ("mesh", "strategy"),
     [
         ("expert=4,tensor=2", "expert_tensor"),
-        ("expert=2,tensor=2,context=2", "expert"),
+        pytest.param("expert=2,tensor=2,context=2", "expert", marks=pytest.mark.slow),
         pytest.param("context=4,data=2", "tensor", marks=pytest.mark.slow),
     ],
 )

@@ -130,6 +130,7 @@ def run_steps(
     return state, history
 
 
+@pytest.mark.slow
 def test_two_devices_learn_what_one_learns(params, rows):
     one, losses_one = run_steps(params, rows, devices=1, count=6)
     two, losses_two = run_steps(params, rows, devices=2, count=6)
@@ -227,6 +228,7 @@ def test_a_run_whose_loss_is_no_number_stops_and_keeps_its_checkpoints(tmp_path,
     assert not (tmp_path / "run" / "weights").exists()
 
 
+@pytest.mark.slow
 def test_stages_follow_each_other_from_one_command(tmp_path, capsys):
     short = {"rows": 2, "length": 160, "steps": 3, "warmup_steps": 1, "decay_from": 2, "mtp_from": 9}
     for number in (1, 2):

@@ -209,7 +209,7 @@ def test_json(capsys):
     assert found["mesh"] == "expert=4,tensor=2"
     assert (found["devices"], found["batch"], found["tokens"], found["dtype"]) == (8, 3, 1, "bfloat16")
     assert set(found) == {
-        *("model mesh devices strategy target step batch context tokens speculate keep_fp8 dtype".split()),
+        *("model mesh devices strategy target step batch context tokens speculate keep_fp8 quantize dtype".split()),
         *("parameters parameter_bytes cache_bytes optimizer_bytes places notes compiled".split()),
     }
     assert found["parameters"]["total"] == sum(found["parameters"]["parts"].values())
@@ -243,7 +243,7 @@ REFUSED = [
     (["--mesh", "expert=8", "--chunk", 16], "chunk: is of --step prefill"),
     (["--mesh", "expert=8", "--speculate", 4], "speculate: is 4, expected 0 to 3"),
     (["--mesh", "expert=8", "--speculate", 1, "--step", "train"], "without MTP layers"),
-    (["--mesh", "expert=8", "--keep-fp8", "--step", "train"], "keep-fp8: weights in 8 bits have no gradient"),
+    (["--mesh", "expert=8", "--keep-fp8", "--step", "train"], "keep-fp8: weights in 8 bits or fewer have no gradient"),
     (["--mesh", "tensor=2", "--keep-fp8"], "would be cut inside an FP8 block of 128"),
     (["--mesh", "expert=8", "--model", "no/such-model-here"], "no/such-model-here"),
 ]

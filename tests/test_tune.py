@@ -171,6 +171,7 @@ def test_an_update_on_a_mesh_is_that_of_one_device(setup, rollouts):
     assert int(state.step) == 1
 
 
+@pytest.mark.slow
 def test_the_split_into_micro_batches_changes_nothing(setup, rollouts):
     whole = open_run(changed(SHORT, optim={"rows": 4}))
     a, b = (update_of(each, rollouts)[1] for each in (setup, whole))
