@@ -28,6 +28,7 @@ from stepjax.shards import inside, read_json
 from stepjax.weights import inventory
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MAX_ENTRIES = 2**17  # of an adapter's file: with a pair a matrix of an expert it has 72,576 and more
 _OURS = "stepjax"  # entry of the file's metadata: the settings that the adapter had here
 _FLOATS = ("F32", "BF16", "F16")
 
@@ -111,7 +112,7 @@ def import_adapter(folder: Path | str, config: ModelConfig) -> tuple[dict[str, n
         raise CheckpointError(f"{folder}: has no {WEIGHTS}; pickled adapters (.bin) are not read, save it again")
     about = read_json(inside(folder, CONFIG))
     _check_config(folder / CONFIG, about)
-    file = SafetensorsFile(inside(folder, WEIGHTS))
+    file = SafetensorsFile(inside(folder, WEIGHTS), max_entries=MAX_ENTRIES)
     ours = _settings(file)
     pairs: dict[str, dict[str, np.ndarray]] = {}
     for key, entry in file.entries.items():

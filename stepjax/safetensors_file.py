@@ -20,7 +20,7 @@ import numpy as np
 from stepjax.errors import CheckpointError
 
 MAX_HEADER_BYTES = 16 * 2**20
-MAX_ENTRIES = 2**17  # adapters with a tensor per expert have 72,576 and more
+MAX_ENTRIES = 2**16
 MAX_RANK = 8
 
 _LINE = 64  # bytes of a cache line
@@ -64,10 +64,11 @@ class SafetensorsFile:
       CheckpointError: the file is unreadable, truncated, or its header contradicts itself or the file's size.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, max_entries: int = MAX_ENTRIES):
+        """``max_entries`` bounds what reading a hostile header may cost."""
         self.path = path
-        self.size, header_bytes, header = _read_header(path)
-        self.entries = _entries(path, header, header_bytes, self.size)
+        self.size, header_bytes, header = _read_header(path, max_entries)
+        self.entries = _entries(path, header, header_bytes, self.size, max_entries)
         self.metadata: Mapping[str, str] = header.get("__metadata__", {})
 
     def view(self, name: str) -> np.ndarray:
@@ -147,7 +148,7 @@ def strict_json(text: bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def _read_header(path: Path) -> tuple[int, int, dict[str, Any]]:
+def _read_header(path: Path, max_entries: int) -> tuple[int, int, dict[str, Any]]:
     """(size of the file, size of the header with its length field, header)."""
     size = regular_size(path)
     if size < 10:
@@ -164,9 +165,9 @@ def _read_header(path: Path) -> tuple[int, int, dict[str, Any]]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
     # Counted before it is parsed, since a hostile header of 16 MB would become hundreds of MB of Python objects.
-    many = text.count(b'"dtype"') > MAX_ENTRIES  # one an entry
-    if many or any(text.count(symbol) > 8 * MAX_ENTRIES for symbol in (b"{", b"[", b":", b",")):
-        raise CheckpointError(f"{path}: the header describes more than {MAX_ENTRIES} tensors; download the file again")
+    many = text.count(b'"dtype"') > max_entries  # one an entry
+    if many or any(text.count(symbol) > 8 * max_entries for symbol in (b"{", b"[", b":", b",")):
+        raise CheckpointError(f"{path}: the header describes more than {max_entries} tensors; download the file again")
     try:
         header = strict_json(text)
     except ValueError as error:
@@ -176,14 +177,14 @@ def _read_header(path: Path) -> tuple[int, int, dict[str, Any]]:
     return size, 8 + length, header
 
 
-def _entries(path: Path, header: dict[str, Any], data_start: int, size: int) -> dict[str, Entry]:
+def _entries(path: Path, header: dict[str, Any], data_start: int, size: int, max_entries: int) -> dict[str, Entry]:
     """Check every entry, and that together they cover the data without a hole or an overlap."""
     metadata = header.get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{path}: __metadata__ of the header is not a table of text; download the file again")
     tensors = {name: value for name, value in header.items() if name != "__metadata__"}
-    if len(tensors) > MAX_ENTRIES:
-        raise CheckpointError(f"{path}: the header has {len(tensors)}, more than {MAX_ENTRIES} tensors")
+    if len(tensors) > max_entries:
+        raise CheckpointError(f"{path}: the header has {len(tensors)}, more than {max_entries} tensors")
     entries, spans = {}, []
     for name, value in tensors.items():
         if not name.isprintable():

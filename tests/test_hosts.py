@@ -84,7 +84,7 @@ def test_scores_are_those_of_one_device(folder, tmp_path):
 
 def test_an_engine_that_the_others_follow_answers_as_one_device(folder, tmp_path):
     """Orders, announced compilations, preemptions, snapshots and sampling rules reach the other process."""
-    first, second = (out.splitlines()[-1] for out in together("serve", folder, "expert=4,tensor=2", cwd=tmp_path))
+    first, second = (out.splitlines()[-1] for out in together("answer", folder, "expert=4,tensor=2", cwd=tmp_path))
     found = json.loads(first)  # after what gloo says
     assert second == "followed"
     assert found["preemptions"] > 0
@@ -121,7 +121,7 @@ def test_answers_are_those_of_one_device(folder, tmp_path):
 @pytest.mark.parametrize("mesh", ["expert=8", "data=2,expert=4"])
 def test_a_process_reads_its_own_part(folder, mesh):
     """Copied weights are read by both; with data outermost each process holds everything."""
-    reports = [json.loads(out.splitlines()[-1]) for out in together("report", folder, mesh, cwd=ROOT)]
+    reports = [json.loads(out.splitlines()[-1]) for out in together("load", folder, mesh, cwd=ROOT)]
     whole = Checkpoint(folder).num_bytes
     for report in reports:
         assert report["parts"] <= report["bytes_read"] <= 1.05 * report["parts"]

@@ -1,7 +1,7 @@
 """Run as ``two_processes.py PORT PROCESS TASK ...``: one of two processes that do a task and print JSON.
 
-report FOLDER MESH        what loading read, and what this process must hold
-serve FOLDER MESH         the answers of an engine that process 0 leads
+load FOLDER MESH          what loading read, and what this process must hold
+answer FOLDER MESH        the answers of an engine that process 0 leads
 restore FOLDER BASE MESH  how many weights of a converted base differ from the folder it came from
 """
 
@@ -17,7 +17,7 @@ import jax
 
 def main(port: str, process: str, task: str, *args: str) -> int:
     jax.distributed.initialize(f"localhost:{port}", 2, int(process))
-    return {"report": report, "restore": restore, "serve": serve}[task](*args)
+    return {"load": report, "restore": restore, "answer": serve}[task](*args)
 
 
 def report(folder: str, mesh: str) -> int:
