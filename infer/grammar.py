@@ -157,11 +157,6 @@ class Grammars:
                 return found.copy()
         raise GrammarError(f"{name}: {found.reason}")
 
-    def forget(self, grammar: str) -> None:
-        """Compile this one anew when it is asked for: it has grown to its limit."""
-        with self._lock:
-            self._kept.pop(grammar, None)
-
     def close(self) -> None:
         self._child.close()
 

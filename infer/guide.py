@@ -82,7 +82,6 @@ class Constraint:
     matcher: Matcher | None = None  # at its beginning
     calls: bool = False  # whether a tool call may end the thinking
     ends: frozenset[int] = frozenset()  # ids that end an answer, which none may while it thinks, given a matcher
-    grammar: str = ""  # what the matcher was compiled from
 
     @cached_property
     def not_while_thinking(self) -> np.ndarray:

@@ -60,7 +60,6 @@ def constraint_of(
         matcher=grammars.compile(grammar, name=name),
         calls=calls is not None,
         ends=frozenset(grammars.eos_ids),
-        grammar=grammar,
     )
 
 
