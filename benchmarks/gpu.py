@@ -36,12 +36,15 @@ from stepjax.infer.engine_config import EngineConfig
 from stepjax.infer.load import Session, load, use_compile_cache
 from stepjax.infer.runner import Pieces, Program, State
 from stepjax.infer.sampling import Sampling, SamplingParams
-from stepjax.ops.experts import ExpertWeights, Form, choose_form, routed_experts
+from stepjax.ops.expert_forms import ExpertWeights
+from stepjax.ops.expert_sizes import Form, choose_form
+from stepjax.ops.experts import routed_experts
+from stepjax.ops.hopper import hopper_cores
 from stepjax.weights import Groups
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXT, PAGE = 4096, 64
-FORMS: tuple[Form, ...] = ("gathered", "batched", "capacity")
+FORMS: tuple[Form, ...] = ("gathered", "batched", "grouped", "capacity")
 PARTS = ("device", "parity", "forms", *SLICES)
 
 
@@ -135,7 +138,8 @@ def forms(*, small: bool) -> dict[str, Any]:
     for name, held in (("bf16", None), ("int4", Groups(4, 64))):
         weights = expert_weights((num_experts, width, hidden), held)
         for tokens in (1, 4, 16) if small else (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192):
-            chosen = choose_form(tokens, num_experts, top_k, widened=held is not None)
+            kernel = held is None and hopper_cores() > 0
+            chosen = choose_form(tokens, num_experts, top_k, widened=held is not None, kernel=kernel)
             for skew in (0.0, 1.0) if tokens > 16 else (0.0,):
                 row = by_form(weights, tokens, top_k, skew)
                 table[f"{name}, {tokens} tokens{', skewed' if skew else ''}"] = row | {"chosen": chosen}
@@ -158,6 +162,8 @@ def by_form(weights: ExpertWeights, tokens: int, top_k: int, skew: float) -> dic
     for form in FORMS:
         if (form == "gathered" and tokens > 128) or (form == "batched" and tokens > 256):
             continue  # by then hopeless, and large
+        if form == "grouped" and not (isinstance(weights.gate, jax.Array) and hopper_cores()):
+            continue
         run = jax.jit(functools.partial(routed_experts, limit=None, form=form))
         row[form] = round(1e3 * timed(functools.partial(run, x, ids, combine, weights), rounds=10), 4)
     return row

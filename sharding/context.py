@@ -43,7 +43,8 @@ def attend_split(
       select: the key-value heads that the local query heads use.
     """
     q_BTNH = heads.q_BTNH
-    keys = Keys(heads.k_BTKH, heads.v_BTKH, chunk.position_BT, chunk.segment_BT, offset=0)
+    in_order = chunk.segment_BT is None
+    keys = Keys(heads.k_BTKH, heads.v_BTKH, chunk.position_BT, chunk.segment_BT, offset=0, in_order=in_order)
     if split.tokens and cache is None and 2 * keys.k_BSKH.nbytes * split.size > RING_BYTES:
         return finish(_ring(q_BTNH, select(keys), window, split.size), q_BTNH.dtype), None
     if split.tokens:

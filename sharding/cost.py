@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stepjax.config import LayerSpec, ModelConfig
-from stepjax.ops.experts import buffer_rows, choose_form
+from stepjax.ops.expert_sizes import buffer_rows, choose_form
 from stepjax.sharding.expert_parallel import Group
 from stepjax.sharding.footprint import Cached, Placed
 from stepjax.sharding.hardware import Cluster

@@ -19,7 +19,9 @@ import jax.numpy as jnp
 from stepjax.adapted import by_token, cotangent, moved, moving
 from stepjax.config import ModelConfig
 from stepjax.layout import Routed
-from stepjax.ops.experts import ExpertWeights, Form, buffer_rows, held_ids, routed_experts
+from stepjax.ops.expert_forms import ExpertWeights
+from stepjax.ops.expert_sizes import Form, buffer_rows
+from stepjax.ops.experts import held_ids, routed_experts
 from stepjax.ops.varying import vary_alike, vary_with
 from stepjax.sharding.rules import GROUP, Axes, Rules
 from stepjax.sharding.traffic import WORTHWHILE, exchanged_traffic, gathered_traffic, reach

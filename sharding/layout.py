@@ -20,7 +20,7 @@ from stepjax.adapted import Adapted, factor_axes
 from stepjax.cache import CacheView, Chunk
 from stepjax.layout import Routed
 from stepjax.ops.attention import Heads, Keys
-from stepjax.ops.experts import Form
+from stepjax.ops.expert_sizes import Form
 from stepjax.sharding.context import Split, attend_split
 from stepjax.sharding.expert_parallel import Group, exchange_pays, exchanged, gathered, replicated
 from stepjax.sharding.rules import GROUP, Axes, Rules

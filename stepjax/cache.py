@@ -33,7 +33,7 @@ Select = Callable[[Keys], Keys]
 class Chunk:
     """The tokens of one call: where each stands, and how much of each sequence the cache already holds, and where."""
 
-    position_BT: jax.Array  # int32; −1 is padding
+    position_BT: jax.Array  # int32, rising by one unless tokens are packed; −1 is padding
     start_B: jax.Array  # int32: the first position of the call; cached rows at or past it are void
     segment_BT: jax.Array | None = None  # int32, for packed training rows; no cache then
     slot_B: jax.Array | None = None  # int32: the cache's entry of each sequence, past the end: none; None: the first B
@@ -125,7 +125,8 @@ class Rows:
     def prefix(self, chunk: Chunk, stripe: Stripe = EVERYTHING) -> Keys:
         """The keys before the chunk, with their positions."""
         position = stripe.position(jnp.arange(self.k_BSKH.shape[1], dtype=jnp.int32))[None, :]
-        return Keys(self.k_BSKH, self.v_BSKH, jnp.where(position < chunk.start_B[:, None], position, -1))
+        position = jnp.where(position < chunk.start_B[:, None], position, -1)
+        return Keys(self.k_BSKH, self.v_BSKH, position, in_order=stripe is EVERYTHING)
 
     def look(
         self,
@@ -185,7 +186,7 @@ class Pages:
             position = stripe.position(row.reshape(batch, -1))
             position = jnp.where(position < end_B[:, None], position, -1)
             shape = (batch, count * size, *k.shape[2:])
-            keys = select(Keys(k.reshape(shape), v.reshape(shape), position))
+            keys = select(Keys(k.reshape(shape), v.reshape(shape), position, in_order=stripe is EVERYTHING))
             return attention_to(q_BTNH, chunk.position_BT, [keys], window=window)
 
         end_B, per_page = chunk.start_B, size * stripe.count
@@ -249,7 +250,9 @@ class Ring:
         stripe: Stripe = EVERYTHING,
     ) -> Partial:
         assert stripe is EVERYTHING, "a ring is never shared"
-        return attention_to(q_BTNH, chunk.position_BT, [select(self.prefix(chunk))], window=window)
+        near = q_BTNH.shape[1] if window is None else min(window, q_BTNH.shape[1])  # later queries see no cached key
+        part = attention_to(q_BTNH[:, :near], chunk.position_BT[:, :near], [select(self.prefix(chunk))], window=window)
+        return part.padded(q_BTNH.shape[1] - near)
 
     def write(self, chunk: Chunk, k_BTKH: jax.Array, v_BTKH: jax.Array, *, stripe: Stripe = EVERYTHING) -> Ring:
         assert stripe is EVERYTHING, "a ring is never shared"
@@ -306,7 +309,7 @@ def attend(
 ) -> tuple[jax.Array, CacheView | None]:
     """A chunk attends to the cache's prefix and to itself, and is stored: output [B, T, N, H] and the new view."""
     q, k, v = heads
-    own = Keys(k, v, chunk.position_BT, chunk.segment_BT, offset=0)
+    own = Keys(k, v, chunk.position_BT, chunk.segment_BT, offset=0, in_order=chunk.segment_BT is None)
     part = attention_to(q, chunk.position_BT, [own], window=window, segment_BT=chunk.segment_BT)
     if cache is not None:
         seen = cache.look(q, chunk, window=window)

@@ -12,7 +12,8 @@ import jax
 
 from stepjax.cache import CacheView, Chunk, attend
 from stepjax.ops.attention import Heads
-from stepjax.ops.experts import ExpertWeights, Form
+from stepjax.ops.expert_forms import ExpertWeights
+from stepjax.ops.expert_sizes import Form
 
 T = TypeVar("T")
 

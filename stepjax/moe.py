@@ -11,7 +11,9 @@ from stepjax.adapted import by_token
 from stepjax.config import LayerSpec, ModelConfig
 from stepjax.layers import SwiGLU, normal
 from stepjax.layout import Layout
-from stepjax.ops.experts import ExpertWeights, Form, held_ids, routed_experts
+from stepjax.ops.expert_forms import ExpertWeights
+from stepjax.ops.expert_sizes import Form
+from stepjax.ops.experts import held_ids, routed_experts
 
 
 class RouterBias(nnx.Variable):

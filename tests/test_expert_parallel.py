@@ -18,7 +18,7 @@ import stepjax.sharding.expert_parallel
 from stepjax.config import ModelConfig
 from stepjax.layout import Layout, SingleDevice
 from stepjax.moe import MoE
-from stepjax.ops.experts import Form
+from stepjax.ops.expert_sizes import Form
 from stepjax.sharding.collectives import collectives
 from stepjax.sharding.expert_parallel import Group, exchange_pays, exchange_rows
 from stepjax.sharding.layout import MeshLayout

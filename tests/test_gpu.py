@@ -15,7 +15,9 @@ from stepjax.infer.engine import Engine
 from stepjax.infer.engine_config import EngineConfig
 from stepjax.infer.load import Session
 from stepjax.infer.sampling import SamplingParams
-from stepjax.ops.experts import ExpertWeights, routed_experts
+from stepjax.ops.attention import Keys, attention_to, finish
+from stepjax.ops.expert_forms import ExpertWeights
+from stepjax.ops.experts import routed_experts
 from stepjax.quant import quantize_blocks
 from stepjax.quant_groups import quantize_groups
 
@@ -58,6 +60,47 @@ def test_every_form_of_the_experts_agrees_with_the_reference(form, held):
     expected = routed_experts(x, ids, combine, wide, limit=None, form="reference")
     found = jax.jit(lambda *a: routed_experts(*a, limit=None, form=form))(x, ids, combine, of)
     np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("tokens", [3, 200, 1500])
+def test_the_kernel_agrees_with_passes(tokens):
+    """An expert without rows, one with most of them, and assignments of other devices' experts."""
+    random = np.random.default_rng(tokens)
+    odds = random.gumbel(size=(tokens, E)) + 2 * random.standard_normal(E)
+    odds[:, 2] = -np.inf
+    ids = jnp.asarray(np.where(random.random((tokens, A)) < 0.1, E, np.argsort(-odds, axis=1)[:, :A]), jnp.int32)
+    x = jnp.asarray(random.standard_normal((tokens, D)), jnp.bfloat16)
+    combine = jnp.asarray(random.random((tokens, A)), jnp.float32)
+    of = jax.tree.map(lambda w: w.astype(jnp.bfloat16), weights("float32"))
+    expected = routed_experts(x, ids, combine, of, limit=None, form="capacity")
+    for load in (None, 40):  # 40: several times as many rows as a buffer holds
+        found = jax.jit(lambda *a, load=load: routed_experts(*a, limit=None, form="grouped", load=load))(
+            x, ids, combine, of
+        )
+        np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("window", [None, 40, 512])
+@pytest.mark.parametrize(("query", "key", "count"), [(0, 0, 700), (900, 0, 900), (300, 0, 300)])
+def test_flash_attention_agrees_with_blocks(window, query, key, count):
+    """A chunk to itself; a chunk to what was before it; one that has passed its window."""
+    random = np.random.default_rng(0)
+    shapes = (2, 700, 16, 128), (2, count, 2, 128), (2, count, 2, 128)
+    q, k, v = (jnp.asarray(random.standard_normal(shape), jnp.bfloat16) for shape in shapes)
+    at, own = np.arange(query, query + 700), np.arange(key, key + count)
+    at[-30:] = own[:3] = own[-5:] = -1
+    position, own = (jnp.asarray(np.stack([x, np.where(x < 0, x, x + 17)]), jnp.int32) for x in (at, own))
+
+    def run(in_order: bool) -> Any:
+        keys = Keys(k, v, own, in_order=in_order)
+        return jax.jit(lambda q: attention_to(q, position, [keys], window=window))(q)
+
+    found, expected = run(True), run(False)
+    np.testing.assert_array_equal(found.total_BTKG == 0, expected.total_BTKG == 0)
+    np.testing.assert_allclose(finish(found, jnp.float32), finish(expected, jnp.float32), atol=1e-2)
+    some = np.asarray(expected.total_BTKG > 0)
+    mine, other = (np.asarray(part.top_BTKG + jnp.log(part.total_BTKG))[some] for part in (found, expected))
+    np.testing.assert_allclose(mine, other, atol=1e-3)
 
 
 def test_logits_are_those_of_a_cpu(cpu):

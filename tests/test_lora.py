@@ -19,7 +19,8 @@ from stepjax.config import ModelConfig
 from stepjax.errors import ConfigError
 from stepjax.lora import LoraConfig, attach, axes, describe, init, merge, shapes, split, targets
 from stepjax.model import abstract, bind
-from stepjax.ops.experts import ExpertWeights, routed_experts
+from stepjax.ops.expert_forms import ExpertWeights
+from stepjax.ops.experts import routed_experts
 from stepjax.quant import quantize_blocks
 from stepjax.quant_groups import quantize_groups
 
@@ -114,9 +115,7 @@ def test_every_form_gives_what_merged_experts_give(of, base):
 
 
 def test_experts_that_are_widened_in_turn_keep_their_own_factors(monkeypatch):
-    import stepjax.ops.experts
-
-    monkeypatch.setattr(stepjax.ops.experts, "WIDENED_BYTES", 2 * F * D * 4)
+    monkeypatch.setattr("stepjax.ops.expert_forms.WIDENED_BYTES", 2 * F * D * 4)
     run = jax.jit(pulled, static_argnames="form")
     for of in ("per_expert", "shared_outer"):
         (x, weights), (ids, combine) = expert_sample(of, "int4"), routing()

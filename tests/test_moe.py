@@ -10,14 +10,9 @@ from flax import nnx
 from stepjax.config import ModelConfig
 from stepjax.layout import SingleDevice
 from stepjax.moe import MoE, Router
-from stepjax.ops.experts import (
-    ExpertWeights,
-    block_rows,
-    buffer_rows,
-    choose_form,
-    choose_form_cpu,
-    routed_experts,
-)
+from stepjax.ops.expert_forms import ExpertWeights
+from stepjax.ops.expert_sizes import block_rows, buffer_rows, choose_form, choose_form_cpu
+from stepjax.ops.experts import routed_experts
 from stepjax.ops.swiglu import swiglu
 from stepjax.quant import dequantize, quantize_blocks
 
@@ -247,6 +242,7 @@ def test_form_by_token_count():
     ]
     assert [choose_form(n, 36, 8) for n in (4, 5)] == ["gathered", "batched"]  # a device's share of the experts
     assert [choose_form(n, 288, 8, widened=True) for n in (107, 108)] == ["gathered", "batched"]
+    assert [choose_form(n, 288, 8, kernel=True) for n in (17, 18, 8192)] == ["gathered", "grouped", "grouped"]
     assert [choose_form_cpu(n, 288, 8) for n in (1, 16, 17, 32, 33)] == [
         *2 * ["blocked"],
         *2 * ["batched"],

@@ -20,7 +20,8 @@ from golden.ours import Arrays, build, difference, params_of_hub
 import stepjax.attention
 import stepjax.layers
 import stepjax.ops.attention
-import stepjax.ops.experts
+import stepjax.ops.expert_forms
+import stepjax.ops.expert_sort
 from stepjax.attention import Attention
 from stepjax.block import Block
 from stepjax.cache import Chunk
@@ -127,7 +128,7 @@ def clamp_before_silu(patch, config):
             return swiglu(gate, up, None)
         return swiglu(jnp.minimum(gate, limit), jnp.clip(up, -limit, limit), None)
 
-    for module in (stepjax.layers, stepjax.ops.experts):
+    for module in (stepjax.layers, stepjax.ops.expert_forms, stepjax.ops.expert_sort):
         patch.setattr(module, "swiglu", early)
 
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+
+from stepjax.ops.flash import NONE, ROWS, Run, flash_attention
+from stepjax.ops.hopper import hopper_cores
 
 BLOCK = 256  # queries per block: bounds the score matrix to BLOCK × keys per head
 WINDOWED_BLOCK = 128  # where a block's keys are cut to what it sees, so that shorter blocks see less in vain
@@ -39,6 +42,8 @@ class Keys:
     position_BS: jax.Array  # int32; −1 is an empty row
     segment_BS: jax.Array | None = None  # int32; packed examples see only their own segment
     offset: int | jax.Array | None = None  # row offset + j of the keys is row j of the queries; None: unrelated rows
+    # A row, of these and of the queries that meet them, stands one position after the row before it, or is empty.
+    in_order: bool = field(default=False, metadata={"static": True})
 
     def sliced(self, start: jax.Array, count: int) -> Keys:
         """Rows ``start`` … ``start + count − 1``, no longer tied to the queries' rows."""
@@ -62,6 +67,13 @@ class Partial(NamedTuple):
         """The same, measured against another largest score."""
         scale = jnp.exp(self.top_BTKG - top_BTKG)
         return Partial(self.out_BTKGH * scale[..., None], top_BTKG, self.total_BTKG * scale)
+
+    def padded(self, after: int) -> Partial:
+        """The same, with queries behind it that see nothing."""
+        if not after:
+            return self
+        out, top, total = (_pad_rows(x, 0, after) for x in self)
+        return Partial(out, top.at[:, -after:].set(_MASKED), total)
 
 
 def empty_partial(like: Partial) -> Partial:
@@ -113,6 +125,75 @@ def attention_to(
     segment_BT: jax.Array | None = None,
 ) -> Partial:
     """`attention` to these keys only, to be merged with others."""
+    if len(parts) > 1 or segment_BT is not None or not _fits(q_BTNH, parts[0]):
+        return _blocked(q_BTNH, position_BT, segment_BT, parts, window)
+    return jax.lax.platform_dependent(
+        q_BTNH,
+        position_BT,
+        parts[0],
+        cpu=lambda q, position, keys: _blocked(q, position, None, [keys], window),
+        default=lambda q, position, keys: flash(q, position, keys, window, None),
+    )
+
+
+def _fits(q: jax.Array, keys: Keys) -> bool:
+    """Whether there is a kernel for these, and enough of them."""
+    if not keys.in_order:
+        return False
+    whole = q.shape[-1] % 64 == 0 and q.dtype == keys.k_BSKH.dtype == keys.v_BSKH.dtype == jnp.bfloat16
+    return whole and min(q.shape[1], keys.k_BSKH.shape[1]) >= ROWS and hopper_cores() > 0
+
+
+def _flash_forward(q: jax.Array, position: jax.Array, keys: Keys, window: int | None, interpret: Any) -> Partial:
+    own = keys.position_BS
+    first = jnp.min(jnp.where(own < 0, jnp.iinfo(jnp.int32).max, own), axis=1)
+    run = Run(_start(position), _start(own), first, jnp.max(own, axis=1) + 1)
+    (B, T, _, H), K = q.shape, keys.k_BSKH.shape[2]
+    q, k, v = (_pad_rows(x, 0, -x.shape[1] % ROWS) for x in (q, keys.k_BSKH, keys.v_BSKH))
+    out, top, total = (x[:, :T] for x in flash_attention(q, k, v, run, window=window, interpret=interpret))
+    seen = (top > NONE / 2) & (position >= 0)[..., None]
+    return Partial(
+        jnp.where(seen[..., None], out, 0.0).reshape(B, T, K, -1, H),
+        jnp.where(seen, top, _MASKED).reshape(B, T, K, -1),
+        jnp.where(seen, total, 0.0).reshape(B, T, K, -1),
+    )
+
+
+def _start(position: jax.Array) -> jax.Array:
+    """Where row 0 of each sequence stands, or would: int32 [B]."""
+    row = jnp.arange(position.shape[1], dtype=jnp.int32)[None, :]
+    return jnp.max(jnp.where(position < 0, -(2**30), position - row), axis=1)
+
+
+# What `_blocked` gives, by a kernel, for keys and queries in order. Its gradient is that of the slow twin.
+flash = jax.custom_vjp(_flash_forward, nondiff_argnums=(3, 4))
+
+
+def _flash_fwd(q, position, keys, window, interpret):
+    return _flash_forward(q, position, keys, window, interpret), (q, position, keys)
+
+
+def _flash_bwd(window, interpret, saved, found):
+    q, position, keys = saved
+
+    def slow(q: jax.Array, k: jax.Array, v: jax.Array) -> Partial:
+        return _blocked(q, position, None, [replace(keys, k_BSKH=k, v_BSKH=v)], window)
+
+    _, pull = jax.vjp(slow, q, keys.k_BSKH, keys.v_BSKH)
+    dq, dk, dv = pull(found)
+    return dq, None, replace(keys, k_BSKH=dk, v_BSKH=dv, position_BS=None, offset=None)
+
+
+flash.defvjp(_flash_fwd, _flash_bwd)
+
+
+def _blocked(
+    q_BTNH: jax.Array,
+    position_BT: jax.Array,
+    segment_BT: jax.Array | None,
+    parts: Sequence[Keys],
+    window: int | None,
+) -> Partial:
     B, T, _, H = q_BTNH.shape
     q = q_BTNH.reshape(B, T, parts[0].k_BSKH.shape[2], -1, H)
     size = BLOCK if window is None else WINDOWED_BLOCK
