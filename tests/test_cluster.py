@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from devices import with_devices
 from ports import two_free_ports
 
 from stepjax.cli import main
@@ -224,10 +225,9 @@ wait $first && wait $second
         file.chmod(0o755)
     (tmp_path / "tokens.json").write_text("[[0, 5, 9]]")
     environment = {
-        **os.environ,
+        **with_devices(2),
         "PYTHONPATH": str(ROOT),
         "PATH": f"{srun.parent}:{os.environ['PATH']}",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
         "MODEL": "step-tiny",
         "MESH": "expert=4",
         "SHARED": str(tmp_path / "shared"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from adapters import lora_config, trained
 from checkpoints import speaking_folder
+from devices import with_devices
 from ports import two_free_ports
 from two_processes import requests
 
@@ -36,14 +36,9 @@ def folder(tmp_path_factory) -> Path:
     return speaking_folder(tmp_path_factory.mktemp("hosts") / "model")
 
 
-def together(*args: object, cwd: Path) -> list[str]:
+def together(*args: object, cwd: Path, devices: int | None = 4) -> list[str]:
     """What each of two processes prints on stdout: of a stepjax command, or of a task of ``two_processes.py``."""
     port = two_free_ports()
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-        "XLA_FLAGS": os.environ["XLA_FLAGS"] and "--xla_force_host_platform_device_count=4",
-    }
 
     def command(process: int) -> list[str]:
         if args[0] in VERBS:
@@ -57,7 +52,7 @@ def together(*args: object, cwd: Path) -> list[str]:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=environment,
+            env={**with_devices(devices), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
             cwd=cwd,
         )
         for process in (0, 1)
@@ -99,11 +94,10 @@ def test_an_engine_that_the_others_follow_answers_as_one_device(folder, tmp_path
     assert found["answers"] == expected
 
 
-def test_processes_without_accelerators_make_the_devices_of_the_mesh(folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "")
+def test_processes_without_accelerators_make_the_devices_of_the_mesh(folder, tmp_path):
     (tmp_path / "in.json").write_text("[[7, 8]]")
     flags = ["--model", folder, "--tokens", "in.json", "--out", "o.npz", "--mesh", "expert=4"]
-    outs = together("score", *flags, cwd=tmp_path)
+    outs = together("score", *flags, cwd=tmp_path, devices=None)
     assert outs == ["o.npz: 1 sequences, 2 tokens\n", ""]
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from devices import with_devices
 from ports import two_free_ports
 
 from stepjax.sharding.watchdog import EXIT_CODE
@@ -22,11 +23,7 @@ class Cluster:
     """Processes that run ``watched.py`` with a task."""
 
     def __init__(self, home: Path, task: str, *, count: int = 2, timeout_s: int = 15):
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        }
+        environment = {**with_devices(2), "PYTHONPATH": str(ROOT)}
         self.logs = [home / f"{process}.log" for process in range(count)]
         address = f"localhost:{two_free_ports()}"
         self.processes = []
