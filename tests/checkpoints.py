@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,16 +94,25 @@ def tiny_hub_config(**overrides: Any) -> dict[str, Any]:
     return {name: value for name, value in hub.items() if value is not ...}
 
 
-def small_hub_config(**overrides: Any) -> dict[str, Any]:
-    """Five of those layers, which compile faster: full, slide, slide, slide, full; MoE from layer 1 on; clamps on
-    layers 3 and 4; three MTP layers.
-    """
+def hub_config_of_layers(kept: Sequence[int], **overrides: Any) -> dict[str, Any]:
+    """Some of those layers, which compile faster: the first dense, the others MoE; and the three MTP layers."""
     hub = tiny_hub_config()
-    kept = [0, 1, 2, 3, 8, 9, 10, 11]
     for name in ("layer_types", "rope_theta", "partial_rotary_factors", "swiglu_limits", "swiglu_limits_shared"):
-        hub[name] = [hub[name][i] for i in kept]
+        hub[name] = [hub[name][i] for i in (*kept, 9, 10, 11)]
+    moe = ",".join(map(str, range(1, len(kept))))
+    return hub | {"num_hidden_layers": len(kept), "moe_layers_enum": moe} | overrides
+
+
+def small_hub_config(**overrides: Any) -> dict[str, Any]:
+    """Five layers: full, slide, slide, slide, full; clamps on layers 3 and 4."""
+    hub = hub_config_of_layers((0, 1, 2, 3, 8))
     hub["swiglu_limits"][3] = 0.5
-    return hub | {"num_hidden_layers": 5, "moe_layers_enum": "1,2,3,4"} | overrides
+    return hub | overrides
+
+
+def short_hub_config(**overrides: Any) -> dict[str, Any]:
+    """One layer of each kind: full and dense, sliding and MoE, full and MoE with clamps."""
+    return hub_config_of_layers((0, 1, 8), **overrides)
 
 
 def fp8_hub_config(block: tuple[int, int] = (16, 32), **overrides: Any) -> dict[str, Any]:
@@ -253,7 +262,7 @@ def speaking_folder(folder: Path) -> Path:
 
     No entry of the tokenizer has the last id, which alone ends an answer: answers never end by themselves.
     """
-    hub = small_hub_config(vocab_size=512, max_position_embeddings=8192, eos_token_id=[511])
+    hub = short_hub_config(vocab_size=512, max_position_embeddings=8192, eos_token_id=[511])
     write_folder(folder, hub, random_tensors(hub))
     for name in COMPANIONS:
         shutil.copy(ASSETS / "step-tiny" / name, folder / name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections import defaultdict
 from functools import cache
 
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from alone import alone as answer_alone
-from tiny import tiny_session
+from tiny import random_params, short_config, tiny_session
 
 from stepjax.errors import ConfigError, RequestError
 from stepjax.infer.admission import QueueFullError
@@ -266,7 +268,13 @@ def test_bad_requests_and_settings_are_refused():
 
 
 def test_nothing_is_compiled_after_warming_up(caplog):
-    engine = Engine(tiny_session(), EngineConfig(**{**SMALL.__dict__, "num_slots": 2, "widths": (8,)}))
+    """Whatever number of drafts is chosen; of a single layer and a head, since there are many programs."""
+    whole = short_config()
+    config = dataclasses.replace(whole, layers=whole.layers[1:2], mtp_layers=whole.mtp_layers[:1])
+    session = Session(config, random_params(config, 0), dtype=jnp.float32)
+    engine = Engine(session, dataclasses.replace(SMALL, num_slots=2, widths=(8,), speculate=None))
+    ks = itertools.cycle((1, 1, 0))
+    engine._policy.drafts = lambda batch: next(ks)
     engine.warm()
     caplog.set_level("INFO", "stepjax")
     for at, (prompt, params) in enumerate(requests(6)):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoints import tiny_hub_config
+from checkpoints import hub_config_of_layers, tiny_hub_config
 from tiny import random_params
 
 import stepjax.ops.experts
@@ -49,16 +49,11 @@ TOKENS = np.random.default_rng(0).integers(0, 128, (2, 64)).astype(np.int32)
 
 def config() -> ModelConfig:
     """Dense, then experts on a sliding and on a full layer; query heads go further round than key-value heads."""
-    hub = tiny_hub_config()
-    kept = [0, 1, 4, 9, 10, 11]
-    for name in ("layer_types", "rope_theta", "partial_rotary_factors", "swiglu_limits", "swiglu_limits_shared"):
-        hub[name] = [hub[name][i] for i in kept]
+    hub = hub_config_of_layers((0, 1, 4))
     hub["swiglu_limits"][2] = 0.5
     heads = {"num_attention_heads": 8, "num_attention_groups": 2}
     other = hub["attention_other_setting"] | {"num_attention_heads": 16}
-    return ModelConfig.from_hf(
-        hub | heads | {"attention_other_setting": other, "num_hidden_layers": 3, "moe_layers_enum": "1,2"}
-    )
+    return ModelConfig.from_hf(hub | heads | {"attention_other_setting": other})
 
 
 CONFIG = config()

@@ -177,7 +177,7 @@ def _widening(session) -> int:
 
 def test_part_of_a_stored_weight_is_that_part(folder, tmp_path):
     checkpoint = Checkpoint(save(tmp_path / "out", Checkpoint(folder).config, {}, source=folder, experts=Groups(4, 16)))
-    path = "layers.3.moe.experts.gate"
+    path = "layers.2.moe.experts.gate"
     whole = checkpoint.read(path, dtype=np.float32)
     index = (slice(1, 3), slice(5, 20), slice(16, 48))
     np.testing.assert_array_equal(checkpoint.read(path, dtype=np.float32, index=index), whole[index])

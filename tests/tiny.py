@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from checkpoints import small_hub_config
+from checkpoints import short_hub_config, small_hub_config
 
 from stepjax.config import ModelConfig
 from stepjax.infer.load import Session
@@ -16,14 +16,19 @@ from stepjax.model import initialise, params_of
 
 @cache
 def tiny_session(seed: int = 0) -> Session:
-    """Five layers of the specification's tiny configuration with random weights in float32, norms and biases too."""
-    config = small_config()
+    """`short_config` with random weights in float32, norms and biases too."""
+    config = short_config()
     return Session(config, random_params(config, seed), dtype=jnp.float32)
 
 
 def small_config() -> ModelConfig:
     """`small_hub_config`, resolved."""
     return ModelConfig.from_hf(small_hub_config())
+
+
+def short_config() -> ModelConfig:
+    """`short_hub_config`, resolved."""
+    return ModelConfig.from_hf(short_hub_config())
 
 
 def random_params(config: ModelConfig, seed: int) -> dict[str, Any]:
