@@ -42,6 +42,7 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("STEPJAX_TEST_CACHE") o
     Path("~/.cache/stepjax/tests").expanduser()
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+gc.set_threshold(50_000, 20, 20)  # tracing makes so many objects that looking for cycles took a tenth of the time
 
 # Compiling counts as running time, hence no deadline; the same examples every time, so that a failure stays to be seen.
 settings.register_profile("stepjax", deadline=None, derandomize=True)
