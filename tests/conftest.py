@@ -25,14 +25,17 @@ if TYPE_CHECKING:
 
 assert "jax" not in sys.modules, "a pytest plugin imported jax before its settings were made"
 
+JAX = tuple(map(int, version("jax").split(".")[:2]))
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # What runs here is small, and nearly all of the time is compiling: 4.3 s for a step of the engine, 1.5 s with these.
 SETTINGS = {
     VIRTUAL_DEVICES: "8",
     "--xla_backend_optimization_level": "0",
-    "--xla_cpu_use_fusion_emitters": "false",  # the older emitters of fused loops do not go through MLIR
     "--xla_cpu_parallel_codegen_split_count": "1",  # pytest's workers have the other cores
 }
+if JAX < (0, 11):  # later ones know no other emitters of fused loops than those that go through MLIR
+    SETTINGS["--xla_cpu_use_fusion_emitters"] = "false"
 for flag, value in SETTINGS.items():
     if flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={value}".strip()
@@ -70,7 +73,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out.add("node")
     if not (find_spec("langchain_nvidia_ai_endpoints") and find_spec("anthropic")):
         left_out.add("clients")
-    if tuple(map(int, version("jax").split(".")[:2])) < (0, 11):  # its interpreter knows no transposed references
+    if JAX < (0, 11):  # its interpreter knows no transposed references
         left_out.add("mosaic")
     if not find_spec("schemathesis"):
         left_out.add("fuzz")
