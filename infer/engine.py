@@ -31,6 +31,7 @@ from stepjax.infer.executor import Assignment, CacheSize, Executor, Mask, Order
 from stepjax.infer.grammar_form import GrammarError
 from stepjax.infer.guide import Constraint, Guide
 from stepjax.infer.replay import Channel, Leader, connect, follow
+from stepjax.infer.routing import Routing
 from stepjax.infer.runner import Emitted
 from stepjax.infer.sampling import SamplingParams
 from stepjax.infer.scheduler import Scheduler
@@ -65,6 +66,7 @@ class Update(NamedTuple):
     prompt_scores: tuple[Score, ...] = ()  # of the prompt from its second token on, with the first tokens
     num_cached: int = 0  # prompt tokens that the prefix cache spared
     fault: str = ""  # why it ended in an error, if that was not the model's numbers
+    experts: np.ndarray | None = None  # uint16 [prompt and answer, MoE layers, A], at the end, if the engine keeps them
 
 
 @dataclass
@@ -399,6 +401,8 @@ class Engine:
                     reason = ("stop" if ended else None) if sound else "error"
                 except Exception as error:  # its guide's: one request's, never the engine's
                     reason, answer.fault = "error", _fault(error)
+                if emitted.expert_BTLA is not None:
+                    answer.take_experts(row, plan, emitted.expert_BTLA[place], len(tokens))
                 if reason == "error":
                     self.scheduler.finish(row.id, reason)
                 elif tokens and reason is None and answer.guide is not None:
@@ -416,7 +420,8 @@ class Engine:
                 reason = "length"
             scores = answer.scores(emitted.scores, place, len(tokens)) if order.scores else ()
             cached = answer.sequence.num_cached
-            updates.append(Update(row.id, tokens, reason, scores, answer.give_prompt(), cached, answer.fault))
+            experts = answer.experts.first(answer.sequence.num_tokens) if reason else None
+            updates.append(Update(row.id, tokens, reason, scores, answer.give_prompt(), cached, answer.fault, experts))
             if reason:
                 del self._answers[row.id]
         stats.num_steps += 1
@@ -484,7 +489,7 @@ class Engine:
 
 def executor_of(session: Session, config: EngineConfig) -> Executor:
     """The device's side of an engine, alike on every process of a cluster."""
-    runner = session.runner(config.speculate)
+    runner = session.runner(config.speculate, routing=config.routing)
     eos = session.config.eos_ids
     size = config.stack_size(session)
     stack = AdapterStack(session, size) if size else None  # before the cache, which takes what is left
@@ -518,12 +523,22 @@ class _Answer:
     guide: Guide | None = None  # while it has a say
     masks: Future[np.ndarray] | None = None  # for the next step
     fault: str = ""
+    experts: Routing = field(default_factory=Routing)
     _prompt: list[Score | None] | None = None
 
     def scores(self, found: Any, place: int, count: int) -> tuple[Score, ...]:
         """Of the ``count`` tokens of a row, if asked for."""
         top = self.sequence.params.logprobs
         return () if top is None else tuple(_score(found, (place, at), top) for at in range(count))
+
+    def take_experts(self, row: Row, plan: StepPlan, found: np.ndarray, count: int) -> None:
+        """Of the tokens that a step ran and that stay: a piece of a prompt, or the newest token and the drafts that
+        were right, one for each of the ``count`` new tokens.
+        """
+        if plan.kind == "prefill":
+            self.experts.take(row.start, found[: row.count])
+        else:
+            self.experts.take(self.sequence.num_tokens - 1, found[:count])
 
     def take_prompt(self, row: Row, found: Any) -> None:
         """The scores of the prompt tokens that follow a piece's."""

@@ -39,6 +39,7 @@ class EngineConfig:
     adapter_rank: int = 32  # the largest that an adapter may have
     adapter_expert_rank: int | None = None  # at routed experts; None: adapter_rank // experts per token, at least 1
     deterministic: bool = False  # bitwise the same log-probabilities whatever else runs
+    routing: bool = False  # tell the experts of every token when an answer ends (`Update.experts`)
 
     def __post_init__(self) -> None:
         if self.num_slots < 1:
@@ -56,6 +57,11 @@ class EngineConfig:
             raise ConfigError(
                 f"num_snapshots: is {self.num_snapshots}, expected 0 with deterministic: a prompt that is partly "
                 "cached is computed in other pieces"
+            )
+        if self.routing and self.num_snapshots:
+            raise ConfigError(
+                f"num_snapshots: is {self.num_snapshots}, expected 0 with routing: the experts of a prompt that is "
+                "partly cached are not known"
             )
 
     def stack_size(self, session: Session) -> StackSize | None:
@@ -84,9 +90,8 @@ class EngineConfig:
             )
         if self.context is None:
             longest = min(longest, pages * size)
-        snapshots = (
-            0 if self.deterministic else 2 * self.num_slots if self.num_snapshots is None else self.num_snapshots
-        )
+        cached = not (self.deterministic or self.routing)
+        snapshots = 0 if not cached else 2 * self.num_slots if self.num_snapshots is None else self.num_snapshots
         return CacheSize(self.num_slots, pages + 1, size, longest, snapshots)
 
 

@@ -191,7 +191,7 @@ class Session:
         self.tokenizer, self.template = tokenizer, template
         self.generation_config, self.load_report = dict(generation_config or {}), load_report
         self.model: Step3p5 = abstract(config, dtype=dtype, mtp=mtp, layout=layout)
-        self._runners: dict[int, Runner] = {}
+        self._runners: dict[tuple[int, bool], Runner] = {}
 
     @property
     def max_drafts(self) -> int:
@@ -202,17 +202,22 @@ class Session:
         """Sampling parameters: ``given``, else the checkpoint's generation_config, else the model card's."""
         return SamplingParams.from_defaults(self.generation_config, **given)
 
-    def runner(self, speculate: int | None = None) -> Runner:
-        """The compiled steps for ``speculate`` drafts; None takes all the checkpoint has."""
+    def runner(self, speculate: int | None = None, *, routing: bool = False) -> Runner:
+        """The compiled steps for ``speculate`` drafts; None takes all the checkpoint has.
+
+        Args:
+          routing: the steps tell the experts of every token, too.
+        """
         drafts = self.max_drafts if speculate is None else speculate
         if not 0 <= drafts <= self.max_drafts:
             raise RequestError(
                 f"speculate: is {drafts}, but this checkpoint has {self.max_drafts} MTP layers to draft with"
             )
-        if drafts not in self._runners:
+        key = drafts, routing
+        if key not in self._runners:
             num_tokens = len(self.tokenizer) if self.tokenizer else self.config.vocab_size
-            self._runners[drafts] = Runner(self._together, num_tokens=num_tokens, drafts=drafts)
-        return self._runners[drafts]
+            self._runners[key] = Runner(self._together, num_tokens=num_tokens, drafts=drafts, routing=routing)
+        return self._runners[key]
 
     @cached_property
     def _together(self) -> Step3p5:

@@ -19,11 +19,12 @@ from jax.typing import DTypeLike
 
 from stepjax.cache import MAX_DRAFTS, Cache, CacheView, Chunk, Ring, empty_cache
 from stepjax.infer.adapters import with_slots
+from stepjax.infer.routing import NO_EXPERT
 from stepjax.infer.sampler import Logprobs, logprobs, mask_padding, record, sample
 from stepjax.infer.sampling import MAX_LOGPROBS, Sampling, SlotSampling, assign, guide
 from stepjax.infer.speculative import Drafter, accepted, draft
 from stepjax.layout import Layout
-from stepjax.model import Params, Step3p5, bind
+from stepjax.model import Hidden, Params, Step3p5, bind
 from stepjax.ops.rows import put_row, take_row
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class Emitted(NamedTuple):
     draft_BK: jax.Array | None  # int32: what the next step will verify; the host drops it where nobody asks
     scores: Logprobs | None = None  # of the tokens, where a slot asks for them
     prompt: Logprobs | None = None  # of the prompt token after each token of a piece
+    expert_BTLA: jax.Array | None = None  # uint16: where each token that went in was sent, if the runner tells
 
 
 def placement(state: State, layout: Layout) -> State:
@@ -135,15 +137,18 @@ def _shapes(*arguments: Any) -> tuple[tuple[int, ...], ...]:
 class Runner:
     """Compiles and runs the steps of one model; slots, cache length and widths follow from the arguments."""
 
-    def __init__(self, model: Step3p5, *, num_tokens: int, drafts: int):
+    def __init__(self, model: Step3p5, *, num_tokens: int, drafts: int, routing: bool = False):
         """
         Args:
           model: abstract; the parameters come with each call.
           num_tokens: entries of the tokenizer.
           drafts: MTP drafts that the state has room for, 0 … 3.
+          routing: emit the experts of every token.
         """
         assert 0 <= drafts <= min(MAX_DRAFTS, len(model.mtp))
+        assert model.config.num_experts < NO_EXPERT
         self.model, self.num_tokens, self.drafts = model, num_tokens, drafts
+        self._routing = routing and bool(model.config.moe_layers)
         self._programs: dict[Any, Program] = {}
 
     @property
@@ -234,7 +239,7 @@ class Runner:
         finite = _finite(out.hidden_BTD, count_R) & _finite(logits, jnp.minimum(count_R, 1))
         own = self._scores(logits, follow[:, None], sampling, count > 0)
         cache, after = self._advance(model, out, mine, tokens_RT, count_R, follow, slot_R, drafts=self.drafts)
-        emitted = Emitted(follow[:, None], count, finite, after.draft_SK, own, prompt)
+        emitted = Emitted(follow[:, None], count, finite, after.draft_SK, own, prompt, self._experts(out))
         return self._committed(state, cache, after, emitted, count_R > 0, slot_R), emitted
 
     def _step(
@@ -263,8 +268,12 @@ class Runner:
         own = self._scores(logits, token_BT, sampling, active_B)
         last = take_row(token_BT, count_B - 1)
         cache, after = self._advance(model, out, mine, token_BT, count_B, last, None, drafts=drafts)
-        emitted = Emitted(token_BT, count_B, _finite(logits, count_B), after.draft_SK, own)
+        finite = _finite(logits, count_B)
+        emitted = Emitted(token_BT, count_B, finite, after.draft_SK, own, expert_BTLA=self._experts(out))
         return self._committed(state, cache, after, emitted, active_B, None), emitted
+
+    def _experts(self, out: Hidden) -> jax.Array | None:
+        return jnp.stack(out.expert_ids, axis=2).astype(jnp.uint16) if self._routing else None
 
     def _logits(self, model: Step3p5, hidden_BTD: jax.Array) -> jax.Array:
         """Logits of a sequence whole on each of its devices, since sampling sorts them."""

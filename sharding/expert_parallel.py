@@ -64,47 +64,66 @@ class Group:
 
 
 def replicated(
-    moe: Routed, x_BTD: jax.Array, real_BT: jax.Array, *, group: Group, form: Form | None
+    moe: Routed,
+    x_BTD: jax.Array,
+    real_BT: jax.Array,
+    recorded_BTA: jax.Array | None = None,
+    *,
+    group: Group,
+    form: Form | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """x[B_data, T_context, D] → the same, and expert ids: one reduction."""
-    ids, combine = moe.route(x_BTD, real_BT)
+    """x[B_data, T_context, D] → the same, and the router's choice: one reduction."""
+    ids, combine, own = moe.route(x_BTD, real_BT, recorded_BTA)
     if not group.axes:
-        return _summand(moe, x_BTD, ids, combine, group, form), ids
+        return _summand(moe, x_BTD, ids, combine, group, form), own
     # Cast once: each product of a replicated value would reduce its gradient for itself.
     x_BTD = jax.lax.pcast(x_BTD, group.axes, to="varying")
-    return jax.lax.psum(_summand(moe, x_BTD, ids, combine, group, form), group.axes), ids
+    return jax.lax.psum(_summand(moe, x_BTD, ids, combine, group, form), group.axes), own
 
 
 def gathered(
-    moe: Routed, x_BTD: jax.Array, real_BT: jax.Array, *, group: Group, form: Form | None
+    moe: Routed,
+    x_BTD: jax.Array,
+    real_BT: jax.Array,
+    recorded_BTA: jax.Array | None = None,
+    *,
+    group: Group,
+    form: Form | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """x[B_data, T_stream, D] → the same, and expert ids: `replicated` between an all-gather and a reduce-scatter.
+    """x[B_data, T_stream, D] → the same, and the router's choice: `replicated` between an all-gather and a
+    reduce-scatter.
 
     Each is the other's transpose, so the backward pass sends what the forward pass does.
     """
-    ids, combine = moe.route(x_BTD, real_BT)
+    ids, combine, own = moe.route(x_BTD, real_BT, recorded_BTA)
     x, all_ids, weight = (jax.lax.all_gather(each, group.axes, axis=1, tiled=True) for each in (x_BTD, ids, combine))
     out = _summand(moe, x, all_ids, weight, group, form)
-    return jax.lax.psum_scatter(out, group.axes, scatter_dimension=1, tiled=True), ids
+    return jax.lax.psum_scatter(out, group.axes, scatter_dimension=1, tiled=True), own
 
 
 def exchanged(
-    moe: Routed, x_BTD: jax.Array, real_BT: jax.Array, *, group: Group, form: Form | None
+    moe: Routed,
+    x_BTD: jax.Array,
+    real_BT: jax.Array,
+    recorded_BTA: jax.Array | None = None,
+    *,
+    group: Group,
+    form: Form | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """x[B_data, T_stream, D] → the same, and expert ids. ``moe`` holds the shared expert whole.
+    """x[B_data, T_stream, D] → the same, and the router's choice. ``moe`` holds the shared expert whole.
 
     Splitting its width would bring every token to every device, which is what this form is there to avoid. Gathered,
     its weights cost (n−1)/n · 3·1280·4096·2 bytes = 31.5 MB a device and layer; moving T tokens to split weights and
     back costs (n−1)/n · 2·4096·2·T bytes: as much at T = 1920 tokens a group, twice at 3840. Prefill and training,
     the only users, bring more.
     """
-    ids, combine = moe.route(x_BTD, real_BT)
+    ids, combine, own = moe.route(x_BTD, real_BT, recorded_BTA)
     x, flat_ids, weight = (each.reshape(-1, each.shape[-1]) for each in (x_BTD, ids, combine))
     bare, slot = by_token(moe.weights(), (x_BTD.shape[0], x_BTD.shape[1]))
     weights = ExpertWeights(*bare)
     routed = exchanged_experts(x, flat_ids, weight, weights, group=group, limit=moe.limit, form=form, slot_T=slot)
     out = routed.reshape(x_BTD.shape) + moe.common(x_BTD)
-    return out.astype(x_BTD.dtype), ids
+    return out.astype(x_BTD.dtype), own
 
 
 def _summand(

@@ -107,7 +107,9 @@ class MeshLayout:
             check_vma=cache is None,  # a gathered ring is alike on all devices, which its type cannot say
         )(heads, chunk, cache)
 
-    def mixture(self, moe: Routed, x_BTD: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def mixture(
+        self, moe: Routed, x_BTD: jax.Array, real_BT: jax.Array, recorded_BTA: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """x[B_data, T_stream, D] → the same, by one of the bodies of `stepjax.sharding.expert_parallel`."""
         group, whole = Group.of(self.rules), ""
         spec = self._fit(x_BTD.shape, "batch", "stream", "embed")
@@ -119,12 +121,14 @@ class MeshLayout:
             body = gathered
         merge, leaves, leaf_specs = self._taken_apart(moe, whole, batch=spec[0])
         token_spec = PartitionSpec(*spec[:2])
+        id_spec = PartitionSpec(*token_spec, None)
+        recorded = () if recorded_BTA is None else (recorded_BTA,)
         return jax.shard_map(
             lambda leaves, *tokens: body(merge(leaves), *tokens, group=group, form=self.form),
             mesh=self.mesh,
-            in_specs=(leaf_specs, spec, token_spec),
-            out_specs=(spec, PartitionSpec(*token_spec, None)),
-        )(leaves, x_BTD, real_BT)
+            in_specs=(leaf_specs, spec, token_spec, *(id_spec for _ in recorded)),
+            out_specs=(spec, id_spec),
+        )(leaves, x_BTD, real_BT, *recorded)
 
     def _exchanges(self, group: Group, local: tuple[int, ...]) -> bool:
         """Whether rows of a split stream, [B, T, D] on a device, travel to their experts."""

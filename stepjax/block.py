@@ -18,7 +18,7 @@ class Block(nnx.Module):
     """``x ← x + attention(norm(x)); x ← x + feed_forward(norm(x))``."""
 
     def __init__(self, spec: LayerSpec, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, layout: Layout):
-        self.layout = layout
+        self.layout, self.is_moe = layout, spec.moe
         size, eps = config.hidden_size, config.norm_eps
         scale = (2 * len(config.layers)) ** -0.5  # maps onto the residual stream start small, as depth grows
         self.input_norm = RMSNorm(size, eps=eps, dtype=dtype)
@@ -31,14 +31,18 @@ class Block(nnx.Module):
             self.mlp = SwiGLU(size, hidden, limit=limit, rngs=rngs, dtype=dtype, scale=scale)
 
     def __call__(
-        self, x_BTD: jax.Array, chunk: Chunk, cache: CacheView | None
+        self, x_BTD: jax.Array, chunk: Chunk, cache: CacheView | None, recorded_BTA: jax.Array | None = None
     ) -> tuple[jax.Array, CacheView | None, jax.Array | None]:
-        """The residual stream after the layer, the layer's cache, and the expert ids [B, T, A] of a MoE layer."""
+        """The residual stream after the layer, the layer's cache, and what the router of a MoE layer chose [B, T, A].
+
+        Args:
+          recorded_BTA: as for `MoE`; a dense layer has none.
+        """
         out, cache = self.attn(self._whole(self.input_norm(x_BTD)), chunk, cache)
         x_BTD = self.layout.constrain(x_BTD + out, "batch", "stream", "embed")
         normed, ids = self.post_norm(x_BTD), None
-        if hasattr(self, "moe"):
-            out, ids = self.moe(normed, chunk.position_BT >= 0)
+        if self.is_moe:
+            out, ids = self.moe(normed, chunk.position_BT >= 0, recorded_BTA)
         else:
             out = self._whole(self.mlp(self._whole(normed)))  # or the backward pass would gather weights, not tokens
         return self.layout.constrain(x_BTD + out, "batch", "stream", "embed"), cache, ids

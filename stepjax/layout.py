@@ -6,7 +6,7 @@ The model names axes and never devices. A `Layout` gives the names a meaning: `S
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 
@@ -36,6 +36,14 @@ AXES = (
 )
 
 
+class Routes(NamedTuple):
+    """Where the tokens of a mixture of experts go."""
+
+    ids_BTA: jax.Array  # int32: the experts that run, E for padding
+    combine_BTA: jax.Array  # float32: their weights
+    own_BTA: jax.Array  # int32: what the router chose, which is ``ids`` unless recorded ids took its place
+
+
 class Routed(Protocol):
     """What a layout runs of a mixture of experts: its router, then the experts whose weights are at hand."""
 
@@ -44,8 +52,8 @@ class Routed(Protocol):
         """Clamp inside the routed experts."""
         ...
 
-    def route(self, x_BTD: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Expert ids [B, T, A], E for padding, and float32 combine weights [B, T, A]."""
+    def route(self, x_BTD: jax.Array, real_BT: jax.Array, recorded_BTA: jax.Array | None = None) -> Routes:
+        """The router's choice, or the recorded ids where they are < E; the weights are the router's in any case."""
         ...
 
     def local(
@@ -107,8 +115,10 @@ class Layout(Protocol):
         """`stepjax.cache.attend`."""
         ...
 
-    def mixture(self, moe: Routed, x_BTD: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The sum of both parts of ``moe.local`` over all slices, in x's dtype, and the expert ids [B, T, A].
+    def mixture(
+        self, moe: Routed, x_BTD: jax.Array, real_BT: jax.Array, recorded_BTA: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """The sum of both parts of ``moe.local`` over all slices, in x's dtype, and the router's choice [B, T, A].
 
         ``x`` comes and goes as the residual stream lies.
         """
@@ -153,7 +163,9 @@ class SingleDevice:
     ) -> tuple[jax.Array, CacheView | None]:
         return attend(heads, chunk, cache, window=window)
 
-    def mixture(self, moe: Routed, x_BTD: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        ids, combine = moe.route(x_BTD, real_BT)
+    def mixture(
+        self, moe: Routed, x_BTD: jax.Array, real_BT: jax.Array, recorded_BTA: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        ids, combine, own = moe.route(x_BTD, real_BT, recorded_BTA)
         routed, shared = moe.local(x_BTD, ids, combine, form=self.form)
-        return routed.astype(x_BTD.dtype) + shared.astype(x_BTD.dtype), ids
+        return routed.astype(x_BTD.dtype) + shared.astype(x_BTD.dtype), own

@@ -25,7 +25,7 @@ class Hidden(NamedTuple):
 
     hidden_BTD: jax.Array  # residual stream after the last layer, before the final norm
     cache: Cache | None
-    expert_ids: tuple[jax.Array, ...]  # per MoE layer: int32 [B, T, A]
+    expert_ids: tuple[jax.Array, ...]  # per MoE layer: int32 [B, T, A], its router's choice
 
 
 class Step3p5(nnx.Module):
@@ -50,13 +50,21 @@ class Step3p5(nnx.Module):
         specs = config.mtp_layers if mtp else ()
         self.mtp = nnx.List([MtpLayer(spec, config, rngs=rngs, dtype=dtype, layout=layout) for spec in specs])
 
-    def forward(self, ids_BT: jax.Array, chunk: Chunk, cache: Cache | None = None) -> Hidden:
-        """Run the backbone over a chunk of tokens, reading and extending the cache if there is one."""
+    def forward(
+        self, ids_BT: jax.Array, chunk: Chunk, cache: Cache | None = None, *, recorded_BTLA: jax.Array | None = None
+    ) -> Hidden:
+        """Run the backbone over a chunk of tokens, reading and extending the cache if there is one.
+
+        Args:
+          recorded_BTLA: for the L MoE layers, experts to run instead of their routers' choice (router replay); the
+            weights are still the routers'. An id ≥ E leaves the choice alone. Any integer dtype.
+        """
         x = self.layout.constrain(self.embed(ids_BT), "batch", "stream", "embed")
         views, expert_ids = [], []
         for i, layer in enumerate(self.layers):
+            recorded = None if recorded_BTLA is None or not layer.is_moe else recorded_BTLA[:, :, len(expert_ids)]
             with jax.named_scope(f"layer_{i}"):
-                x, view, ids = layer(x, chunk, cache.layers[i] if cache else None)
+                x, view, ids = layer(x, chunk, cache.layers[i] if cache else None, recorded)
             views.append(view)
             expert_ids += [] if ids is None else [ids]
         return Hidden(x, Cache(tuple(views), cache.mtp) if cache else None, tuple(expert_ids))

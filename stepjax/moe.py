@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from stepjax.adapted import by_token
 from stepjax.config import LayerSpec, ModelConfig
 from stepjax.layers import SwiGLU, normal
-from stepjax.layout import Layout
+from stepjax.layout import Layout, Routes
 from stepjax.ops.expert_forms import ExpertWeights
 from stepjax.ops.expert_sizes import Form
 from stepjax.ops.experts import held_ids, routed_experts
@@ -34,11 +34,24 @@ class Router(nnx.Module):
 
         The bias acts on the selection only; the weights come from the unbiased scores and sum to ``scale``.
         """
+        scores_TE = self.scores(x_TD)
+        ids_TA = self.choose(scores_TE)
+        return ids_TA, self.weigh(scores_TE, ids_TA)
+
+    def scores(self, x_TD: jax.Array) -> jax.Array:
+        """How well each expert suits each token, float32 [T, E] in (0, 1)."""
         weight = self.weight.get_value().astype(jnp.float32)
-        scores = jax.nn.sigmoid(jnp.einsum("td,ed->te", x_TD.astype(jnp.float32), weight, precision="highest"))
-        _, ids = jax.lax.top_k(scores + self.bias.get_value()[None, :], self.top_k)
-        chosen = jnp.take_along_axis(scores, ids, axis=-1)
-        return ids, self.scale * chosen / (jnp.sum(chosen, axis=-1, keepdims=True) + 1e-20)
+        return jax.nn.sigmoid(jnp.einsum("td,ed->te", x_TD.astype(jnp.float32), weight, precision="highest"))
+
+    def choose(self, scores_TE: jax.Array) -> jax.Array:
+        """Ids of the best under the bias, best first."""
+        _, ids = jax.lax.top_k(scores_TE + self.bias.get_value()[None, :], self.top_k)
+        return ids
+
+    def weigh(self, scores_TE: jax.Array, ids_TA: jax.Array) -> jax.Array:
+        """Combine weights of these experts, whoever chose them."""
+        chosen = jnp.take_along_axis(scores_TE, ids_TA, axis=-1)
+        return self.scale * chosen / (jnp.sum(chosen, axis=-1, keepdims=True) + 1e-20)
 
 
 class Experts(nnx.Module):
@@ -75,22 +88,38 @@ class MoE(nnx.Module):
             config.hidden_size, config.shared_size, limit=spec.limit_shared, rngs=rngs, dtype=dtype, scale=scale
         )
 
-    def __call__(self, x_BTD: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The layer's output [B, T, D] and the expert ids [B, T, A] that made it.
+    def __call__(
+        self, x_BTD: jax.Array, real_BT: jax.Array, recorded_BTA: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """The layer's output [B, T, D] and the expert ids [B, T, A] that its router chose.
 
         Padding (``real`` false) chooses no expert, which is written as id E: its rows are all alike and would crowd
         into the same few experts.
+
+        Args:
+          recorded_BTA: experts to run instead of the router's choice, whose weights are still its own; where an id is
+            ≥ E the choice stands. Any integer dtype.
         """
-        return self.layout.mixture(self, x_BTD, real_BT)
+        return self.layout.mixture(self, x_BTD, real_BT, recorded_BTA)
 
     @property
     def limit(self) -> float | None:
         return self.spec.limit
 
-    def route(self, x_BTD: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        ids_TA, combine_TA = self.router(x_BTD.reshape(-1, x_BTD.shape[-1]))
-        ids_TA = jnp.where(real_BT.reshape(-1, 1), ids_TA, self.num_experts)
-        return ids_TA.reshape(*real_BT.shape, -1), combine_TA.reshape(*real_BT.shape, -1)
+    def route(self, x_BTD: jax.Array, real_BT: jax.Array, recorded_BTA: jax.Array | None = None) -> Routes:
+        if recorded_BTA is None:
+            ids_TA, combine_TA = self.router(x_BTD.reshape(-1, x_BTD.shape[-1]))
+            ids_BTA = self._unpadded(ids_TA, real_BT)
+            return Routes(ids_BTA, combine_TA.reshape(ids_BTA.shape), ids_BTA)
+        scores_TE = self.router.scores(x_BTD.reshape(-1, x_BTD.shape[-1]))
+        own_TA = self.router.choose(scores_TE)
+        given_TA = recorded_BTA.reshape(own_TA.shape).astype(own_TA.dtype)
+        ids_TA = jnp.where(given_TA < self.num_experts, given_TA, own_TA)
+        ids_BTA, own_BTA = self._unpadded(ids_TA, real_BT), self._unpadded(own_TA, real_BT)
+        return Routes(ids_BTA, self.router.weigh(scores_TE, ids_TA).reshape(ids_BTA.shape), own_BTA)
+
+    def _unpadded(self, ids_TA: jax.Array, real_BT: jax.Array) -> jax.Array:
+        return jnp.where(real_BT.reshape(-1, 1), ids_TA, self.num_experts).reshape(*real_BT.shape, -1)
 
     def local(
         self,

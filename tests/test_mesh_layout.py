@@ -17,6 +17,7 @@ import stepjax.ops.experts
 from stepjax.cache import Chunk, Ring, Rows
 from stepjax.config import ModelConfig
 from stepjax.infer.load import Session
+from stepjax.infer.routing import NO_EXPERT
 from stepjax.infer.runner import Runner
 from stepjax.infer.sampling import Sampling, SamplingParams
 from stepjax.layout import Layout, SingleDevice
@@ -93,14 +94,16 @@ def adapters(params: dict[str, jax.Array]) -> dict[str, tuple[jax.Array, jax.Arr
     return {name: pair(key, params[name].shape) for key, name in zip(keys, chosen, strict=True)}
 
 
-def measure(where: Layout) -> Any:
+def measure(where: Layout, recorded: np.ndarray | None = None) -> Any:
     """A jitted function: logits, expert ids, and the gradients of a loss by all weights and by adapters on them."""
     skeleton = abstract(CONFIG, dtype=jnp.float32, layout=where, mtp=False)
 
     def loss(params: dict, low_rank: dict, ids: jax.Array) -> tuple[jax.Array, Any]:
         merged = params | {name: params[name] + b @ a for name, (b, a) in low_rank.items()}
         model = bind(skeleton, merged)
-        out = model.forward(ids, Chunk.whole(*ids.shape))
+        out = model.forward(
+            ids, Chunk.whole(*ids.shape), recorded_BTLA=None if recorded is None else jnp.asarray(recorded)
+        )
         logits = model.logits(out.hidden_BTD)
         picked = jnp.take_along_axis(logits, jnp.roll(ids, -1, axis=1)[..., None], axis=-1)[..., 0]
         return (jax.nn.logsumexp(logits, axis=-1) - picked)[:, :-1].mean(), (logits, out.expert_ids)
@@ -112,14 +115,26 @@ BACKBONE = {name: value for name, value in PARAMS.items() if not name.startswith
 LOW_RANK = adapters(PARAMS)
 
 
+def recorded() -> np.ndarray:
+    """Experts for the two MoE layers, none for every fifth token."""
+    drawn = np.random.default_rng(3).random((*TOKENS.shape, 2, CONFIG.num_experts))
+    ids = np.argsort(drawn, axis=-1)[..., : CONFIG.top_k].astype(np.uint16)
+    ids[:, ::5] = NO_EXPERT
+    return ids
+
+
+RECORDED = recorded()
+
+
 @cache
-def expected() -> Any:
-    return jax.device_get(measure(SingleDevice("reference"))(BACKBONE, LOW_RANK, TOKENS))
+def expected(replay: bool = False) -> Any:
+    return jax.device_get(measure(SingleDevice("reference"), RECORDED if replay else None)(BACKBONE, LOW_RANK, TOKENS))
 
 
-def found(where: MeshLayout) -> Any:
+def found(where: MeshLayout, replay: bool = False) -> Any:
     skeleton = abstract(CONFIG, dtype=jnp.float32, layout=where, mtp=False)
-    return jax.device_get(measure(where)(placed(BACKBONE, skeleton, where), LOW_RANK, TOKENS))
+    run = measure(where, RECORDED if replay else None)
+    return jax.device_get(run(placed(BACKBONE, skeleton, where), LOW_RANK, TOKENS))
 
 
 def largest_error(found: Any, expected: Any) -> float:
@@ -137,9 +152,24 @@ def test_rows_that_travel_to_their_experts_change_nothing():
     assert_as_on_one_device(replace(layout("expert=4,tensor=2", "expert_tensor", 16, "capacity"), exchange=True))
 
 
-def assert_as_on_one_device(where: MeshLayout) -> None:
-    (loss, (logits, ids)), gradients = found(where)
-    (loss_1, (logits_1, ids_1)), gradients_1 = expected()
+@pytest.mark.parametrize(
+    ("plan", "exchange"),
+    [
+        (PLANS[0], False),
+        pytest.param(PLANS[3], False, marks=pytest.mark.slow),
+        pytest.param(PLANS[1], True, marks=pytest.mark.slow),
+    ],
+    ids=["replicated", "gathered", "exchanged"],
+)
+def test_recorded_experts_are_run_as_on_one_device(plan, exchange):
+    """Each body of the mixture, with experts that are not the routers' choice."""
+    assert not np.allclose(expected(replay=True)[0][1][0], expected()[0][1][0], atol=1e-3)
+    assert_as_on_one_device(replace(layout(*plan), exchange=exchange), replay=True)
+
+
+def assert_as_on_one_device(where: MeshLayout, *, replay: bool = False) -> None:
+    (loss, (logits, ids)), gradients = found(where, replay)
+    (loss_1, (logits_1, ids_1)), gradients_1 = expected(replay)
     assert loss == pytest.approx(loss_1, rel=1e-6)
     np.testing.assert_allclose(logits, logits_1, atol=2e-5)
     for a, b in zip(ids, ids_1, strict=True):

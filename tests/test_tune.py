@@ -6,7 +6,6 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
 from threading import Thread
 
 import jax
@@ -14,61 +13,31 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from serving import Serving
+from tuning import SHORT, answers, assert_same, changed, history, update_of
 
 from stepjax.cli import main
 from stepjax.config import ASSETS
 from stepjax.errors import CheckpointError, ConfigError, TokenizerError, TrainingError
 from stepjax.infer.engine_config import EngineConfig
 from stepjax.infer.load import load
+from stepjax.infer.routing import NO_EXPERT
 from stepjax.tokenizer import Tokenizer
 from stepjax.train import remote_teacher, tune as loop
 from stepjax.train.data import Tasks
 from stepjax.train.remote_teacher import Remote
 from stepjax.train.rollout import Rollout, Sampler, written
-from stepjax.train.run_folder import read_metrics
 from stepjax.train.stored_teacher import Stored, store
 from stepjax.train.teacher import Resident
 from stepjax.train.trainable import adapted, load_leaves, read_leaves
 from stepjax.train.tune import tune
 from stepjax.train.tune_config import (
     DataSettings,
-    EvalSettings,
     LoraSettings,
     LossSettings,
-    OptimSettings,
-    RolloutSettings,
-    RunSettings,
     TeacherSettings,
-    TuneConfig,
 )
 from stepjax.train.tune_setup import Setup, open_run
 from stepjax.train.vocabulary import check_same_ids
-
-SHORT = TuneConfig(
-    lora=LoraSettings(rank=2, targets=("q", "shared"), experts="none"),
-    data={"tasks": DataSettings(shares={"add": 0.5, "copy": 0.5})},
-    teachers={"main": TeacherSettings(path="step-tiny")},
-    rollout=RolloutSettings(prompts=4, max_tokens=12, slots=4),
-    optim=OptimSettings(steps=4, lr=1e-3, warmup_steps=1, rows=2, length=96),
-    eval=EvalSettings(every=0),
-    run=RunSettings(save_every=2),
-)
-
-
-def changed(config: TuneConfig, **sections) -> TuneConfig:
-    """The settings with fields of some sections replaced."""
-    new = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
-    return dataclasses.replace(config, **new)
-
-
-def history(folder: Path) -> list[dict]:
-    """What was logged, without seconds."""
-    return [{k: v for k, v in record.items() if not k.endswith("_s")} for record in read_metrics(folder)]
-
-
-def assert_same(a, b) -> None:
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(x, y)
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +47,13 @@ def setup() -> Setup:
 
 @pytest.fixture(scope="module")
 def rollouts(setup) -> list[Rollout]:
-    """Four answers of the untrained student, as step 0 has them."""
-    run = Sampler(setup.student, slots=4, context=96, max_tokens=12)
-    prompts = [Tasks("tasks", SHORT.data["tasks"], setup.student).row(0, i) for i in range(4)]
-    return run.run(setup.student.params, prompts, samples=1, seed=1, policy_step=0)
+    return answers(setup)
+
+
+@pytest.fixture(scope="module")
+def recorded(setup) -> list[Rollout]:
+    """The same with the experts of each token."""
+    return answers(setup, routing=True)
 
 
 @pytest.fixture(scope="module")
@@ -153,17 +125,15 @@ def test_a_checkpoint_goes_to_another_mesh(finished):
     assert_same(expected, found)
 
 
-def update_of(setup: Setup, rollouts, kind="exact", state=None):
-    prepared = setup.scoring.prepare(rollouts, kind=kind)
-    return setup.update(state or setup.fresh, setup.base.params, setup.scoring.residents, prepared.batches)
-
-
 @pytest.mark.slow
-def test_an_update_on_a_mesh_is_that_of_one_device(setup, rollouts):
+@pytest.mark.parametrize("name", ["rollouts", "recorded"])
+def test_an_update_on_a_mesh_is_that_of_one_device(setup, name, request):
     """1e-5 of the largest entry, as float32 sums in another order differ; Adam's first step is the gradient's sign, so
     gradients are compared by their norm and moments.
     """
+    rollouts = request.getfixturevalue(name)
     _, one = update_of(setup, rollouts)
+    assert (one.sums.agreement is not None) == (name == "recorded")
     state, other = update_of(open_run(changed(SHORT, model={"mesh": "data=2,expert=2"})), rollouts)
     np.testing.assert_allclose(other.gradient_norm, one.gradient_norm, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(other.sums), jax.tree.leaves(one.sums), strict=True):
@@ -271,7 +241,7 @@ def test_episodes_with_tools_that_answer():
     session = load("step-tiny")
     rows = Tasks("tools", DataSettings(shares={"tool_round_trip": 1.0}, tools=True), session, split="test")
     prompts = [rows.row(3, i) for i in range(3)]
-    run = Sampler(session, slots=3, context=512, max_tokens=200, turns=4)
+    run = Sampler(session, slots=3, context=512, max_tokens=200, turns=4, routing=True)
     found = run.run(session.params, prompts, samples=1, seed=0, policy_step=0, greedy=True)
     assert sum(each.reward for each in found) >= 2
     for each in found:
@@ -282,6 +252,9 @@ def test_episodes_with_tools_that_answer():
             assert session.tokenizer is not None
             assert "<tool_response>" in session.tokenizer.decode(said, skip_special=False)
             assert all(value == 0 for value, own in zip(each.logprobs, each.own, strict=True) if not own)
+            assert each.experts is not None
+            known = (each.experts != NO_EXPERT).all(axis=(1, 2))
+            assert known.tolist() == [True] * (len(each.prompt.ids) + len(each.ids) - 1) + [False]
 
 
 # --- teachers

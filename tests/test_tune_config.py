@@ -58,6 +58,11 @@ def test_settings_survive_the_file(tmp_path):
         ("[loss]\nbeta = 1.0", "the ends are reverse and forward"),
         ("[loss]\nobjective = 'exact'", "teachers: exact needs one"),
         (TEACHER + "[data.x]\nkind = 'jsonl'", "a file has a path"),
+        (TEACHER + "[rollout]\nreplay = true\nsource = 'data'", "only answers of the student have experts to replay"),
+        (
+            "[rollout]\nreplay = true\n[loss]\nobjective = 'mtp'\n[lora]\nkind = 'mtp'",
+            "prediction heads have no experts",
+        ),
         (TEACHER + "[data.x]\nteacher = 'other'", "'other' is none of main"),
         (TEACHER + "[data.x]\nshares = { adding = 1.0 }", "expected shares of add, sub"),
         (TEACHER + "[teachers.second]\nkind = 'base'", "say which"),

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from stepjax.infer.routing import NO_EXPERT
 from stepjax.train.logprobs import TopScores
 from stepjax.train.packing import Bins, Example, Rows
 from stepjax.train.rollout import Rollout
@@ -22,6 +23,7 @@ class Batch(NamedTuple):
     teacher_logprob: Any = None  # float32: log q of the token
     top: TopScores | None = None  # [M, R, T, K]: at the token, what the teacher thought of its place
     hidden: Any = None  # [M, R, T, D]: a teacher's, at the token before
+    experts: Any = None  # uint16 [M, R, T, L, A]: of the sampler, where the token itself went in; for router replay
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,11 @@ class Packed:
     rows: Rows  # [M, R, T]
     places: tuple[tuple[int, int], ...]  # row (over all micro-batches) and first token of each sequence
 
-    def column(self, values: Sequence[np.ndarray], starts: Sequence[int], dtype: Any) -> np.ndarray:
-        """Values of each sequence's tokens from the ``starts``-th on, 0 elsewhere: [M, R, T, …]."""
+    def column(self, values: Sequence[np.ndarray], starts: Sequence[int], dtype: Any, *, fill: int = 0) -> np.ndarray:
+        """Values of each sequence's tokens from the ``starts``-th on, ``fill`` elsewhere: [M, R, T, …]."""
         shape = self.rows.ids.shape
         rest = values[0].shape[1:] if values else ()
-        found = np.zeros((shape[0] * shape[1], shape[2], *rest), dtype)
+        found = np.full((shape[0] * shape[1], shape[2], *rest), fill, dtype)
         for (row, first), value, start in zip(self.places, values, starts, strict=True):
             found[row, first + start : first + start + len(value)] = value
         return found.reshape(*shape, *rest)
@@ -102,6 +104,14 @@ def make_batch(
         column([each.logprobs for each in rollouts], np.float32),
         column([np.full(len(each.ids), a) for each, a in zip(rollouts, advantages, strict=True)], np.float32),
     )
+    experts = [
+        each.experts[: len(p) + len(each.ids)]
+        for p, each in zip(prompts, rollouts, strict=True)
+        if each.experts is not None
+    ]
+    if experts:
+        assert len(experts) == len(rollouts), "one writer for all"
+        batch = batch._replace(experts=packed.column(experts, [0] * len(experts), np.uint16, fill=NO_EXPERT))
     if scored:
         batch = batch._replace(teacher_logprob=column([each.logprobs for each in scored], np.float32))
     if scored and scored[0].top_ids is not None:

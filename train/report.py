@@ -17,6 +17,7 @@ PANELS = (
     ("reward", ("reward",)),
     ("entropy and likelihood, nats a token", ("entropy", "nll")),
     ("sampler and trainer: |log π − log μ|", ("gap", "largest_gap")),
+    ("experts that sampler and trainer agree on", ("router_agreement",)),
     ("gradient norm", ("gradient_norm",)),
     ("learning rate", ("learning_rate",)),
     ("tokens an answer", ("answer_length", "eval_answer_length")),

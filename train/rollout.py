@@ -11,10 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+
 from stepjax.errors import ConfigError, TrainingError
 from stepjax.infer.engine import Engine, Stats
 from stepjax.infer.engine_config import EngineConfig
 from stepjax.infer.load import Session
+from stepjax.infer.routing import Routing
 from stepjax.infer.sampling import SamplingParams
 from stepjax.infer.transcript import Transcript, begins_in_reasoning
 from stepjax.model import Params
@@ -40,6 +43,7 @@ class Rollout:
     truncated: bool = False
     reward: float = 0.0
     writer: Literal["student", "teacher", "data"] = "student"
+    experts: np.ndarray | None = None  # uint16 [prompt and answer, MoE layers, A]: of the sampler, for router replay
 
     @property
     def num_own(self) -> int:
@@ -54,6 +58,7 @@ class _Episode:
     environment: Environment
     messages: list[Message]
     transcript: Transcript | None = None
+    routing: Routing = field(default_factory=Routing)
 
 
 class Sampler:
@@ -71,10 +76,12 @@ class Sampler:
         temperature: float = 1.0,
         top_p: float = 1.0,
         top_k: int = 0,
+        routing: bool = False,
     ):
         """
         Args:
           max_tokens: of an episode, all turns together, the environment's words included.
+          routing: keep the experts of every token (`Rollout.experts`).
         """
         if session.tokenizer is None:
             raise ConfigError("rollout: the checkpoint has no tokenizer.json, which episodes need")
@@ -95,6 +102,7 @@ class Sampler:
             widths=tuple(width for width in WIDTHS if width < context) or (context,),
             max_waiting=1 << 20,
             deterministic=True,
+            routing=routing,
         )
         self._engine = Engine(session, config)
 
@@ -147,9 +155,13 @@ class Sampler:
                 rollout.logprobs += [score.logprob for score in update.scores]
                 transcript.push(update.tokens)
                 if update.finish_reason:
+                    if update.experts is not None:
+                        episode.routing.take(0, update.experts)
                     self._turn_ended(update.id, episode, seed)
         for episode in episodes.values():
-            episode.rollout.reward = float(episode.environment.reward())
+            rollout = episode.rollout
+            rollout.reward = float(episode.environment.reward())
+            rollout.experts = episode.routing.first(len(rollout.prompt.ids) + len(rollout.ids))
         return [episode.rollout for episode in episodes.values()]
 
     def _speak(self, name: str, episode: _Episode, *, seed: int) -> None:

@@ -100,7 +100,7 @@ class _Run:
     def __init__(self, config: TuneConfig, setup: Setup, out: Path, *, start: int):
         self.start, self._config, self._setup, self._out = start, config, setup, out
         self._stream = stream(config.data, setup.student, seed=config.run.seed, prompts=config.rollout.prompts)
-        self._student = self._sampler(setup.student)
+        self._student = self._sampler(setup.student, routing=config.rollout.replay)
         self._writers: dict[str, Sampler] = {}
         self._evaluation: Evaluation | None = None
         self._first = jax.process_index() == 0
@@ -198,7 +198,7 @@ class _Run:
             found += answers
         return found
 
-    def _sampler(self, session: Any) -> Sampler:
+    def _sampler(self, session: Any, *, routing: bool = False) -> Sampler:
         rollout = self._config.rollout
         return Sampler(
             session,
@@ -210,6 +210,7 @@ class _Run:
             temperature=rollout.temperature,
             top_p=rollout.top_p,
             top_k=rollout.top_k,
+            routing=routing,
         )
 
     # measuring
@@ -253,6 +254,8 @@ class _Run:
         record |= {"nll": float(sums.nll) / count, "entropy": float(sums.entropy) / count}
         if prepared.scored_tokens:
             record |= {"divergence": float(sums.divergence) / count, "sampled_kl": float(sums.sampled_kl) / count}
+        if sums.agreement is not None:
+            record["router_agreement"] = float(sums.agreement.agreed) / max(float(sums.agreement.tokens), 1.0)
         if sampled:
             record |= {
                 "gap": float(sums.gap) / sampled,

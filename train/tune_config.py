@@ -98,6 +98,7 @@ class RolloutSettings:
     context: int = 0  # tokens of the longest conversation; 0: the training row
     speculate: int = 0  # MTP drafts a step; they change nothing but the speed
     ahead: int = 0  # 1: answers of the next step are written while this one is learnt, by a policy one step old
+    replay: bool = False  # learn with the experts that the sampler went through, so that both see the same model
     max_gap: float = 0.0  # mean |log π − log μ| of the first pass above which a run ends; 0: 0.01 in float32, 0.1 else
 
     def __post_init__(self) -> None:
@@ -233,6 +234,11 @@ class TuneConfig:
         if self.needs_teacher and not self.teachers:
             raise ConfigError(f"teachers: {loss.objective} needs one; add a section as [teachers.main]")
         self._check_sampling(loss.objective, rollout)
+        if rollout.replay and (rollout.source != "student" or loss.objective == "mtp"):
+            raise ConfigError(
+                f"rollout.replay: is on with source {rollout.source!r} and objective {loss.objective!r}; only answers "
+                "of the student have experts to replay, and prediction heads have no experts"
+            )
         if (loss.objective == "mtp") != (self.lora.kind == "mtp"):
             raise ConfigError(f"lora.kind {self.lora.kind!r} and objective {loss.objective!r}: mtp goes with mtp")
         kinds = {each.kind for each in self.teachers.values()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -35,6 +35,26 @@ class TuneState(NamedTuple):
     previous: Leaves  # before the last update, for rollouts that are written ahead; else empty
 
 
+class Agreement(NamedTuple):
+    """How far the trainer's routers would have chosen what is replayed, over tokens of prompts and answers."""
+
+    tokens: jax.Array  # float32: whose experts were recorded
+    agreed: jax.Array  # float32: sum over them of the share of experts that are the router's choice too
+
+    @classmethod
+    def of(cls, own: Sequence[jax.Array], recorded_BTLA: jax.Array, num_experts: int) -> Agreement:
+        """
+        Args:
+          own: the routers' choice by layer, int32 [B, T, A].
+          recorded_BTLA: ids ≥ ``num_experts`` are not recorded.
+        """
+        recorded_BTLA = recorded_BTLA.astype(jnp.int32)
+        known_BT = (recorded_BTLA[:, :, 0, 0] < num_experts).astype(jnp.float32)
+        same_BTLA = jnp.any(recorded_BTLA[..., None] == jnp.stack(own, axis=2)[..., None, :], axis=-1)
+        share_BT = jnp.mean(same_BTLA.astype(jnp.float32), axis=(2, 3))
+        return cls(jnp.sum(known_BT), jnp.sum(known_BT * share_BT))
+
+
 class Sums(NamedTuple):
     """Over the tokens that count, unless it says otherwise. Float32 scalars."""
 
@@ -52,6 +72,7 @@ class Sums(NamedTuple):
     kept_sequences: jax.Array
     depth_loss: jax.Array  # [depths] of the prediction heads; of length 0 unless they are trained
     depth_tokens: jax.Array
+    agreement: Agreement | None = None  # with router replay
 
 
 class Report(NamedTuple):
@@ -81,7 +102,7 @@ class Objective:
         rows, model = batch.rows, bind(self.model, params)
         if self.kind == "mtp":
             return self._mtp(model, rows, total)
-        out = model.forward(rows.ids, packed_chunk(rows))
+        out = model.forward(rows.ids, packed_chunk(rows), recorded_BTLA=batch.experts)
         ahead = functools.partial(jnp.roll, shift=-1, axis=1)  # from a token to the place that predicts it
         mask = (ahead(rows.loss_mask) > 0) & (ahead(rows.segment_ids) == rows.segment_ids)
         mask &= (jnp.arange(mask.shape[1]) < mask.shape[1] - 1)[None, :]
@@ -135,6 +156,9 @@ class Objective:
             depth_loss=jnp.zeros((0,)),
             depth_tokens=jnp.zeros((0,)),
         )
+        if batch.experts is not None:
+            found = Agreement.of(out.expert_ids, batch.experts, self.model.config.num_experts)
+            sums = sums._replace(agreement=found)
         return jnp.sum(jnp.where(mask, token_loss, 0.0)) / total, sums
 
     def _scores(
@@ -173,11 +197,11 @@ class Objective:
             losses.append(jnp.sum(jnp.where(mask, -scores.logprob, 0.0)))
             counts.append(jnp.sum(mask.astype(jnp.float32)))
         depth, zero = jnp.stack(losses), jnp.zeros(())
-        fields = dict.fromkeys(Sums._fields, zero)
+        fields = dict.fromkeys(set(Sums._fields) - {"agreement"}, zero)
         loss = jnp.sum(depth) / len(losses)
         tokens = jnp.sum((rows.loss_mask > 0).astype(jnp.float32))
         kept = {"loss": loss, "tokens": tokens, "depth_loss": depth, "depth_tokens": jnp.stack(counts)}
-        return loss / total, jax.lax.stop_gradient(Sums(**(fields | kept)))
+        return loss / total, jax.lax.stop_gradient(Sums(**(fields | kept), agreement=None))
 
 
 def make_update(

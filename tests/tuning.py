@@ -1,0 +1,62 @@
+"""A run of fine-tuning short enough for tests, and how two are compared."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from stepjax.train.data import Tasks
+from stepjax.train.rollout import Rollout, Sampler
+from stepjax.train.run_folder import read_metrics
+from stepjax.train.tune_config import (
+    DataSettings,
+    EvalSettings,
+    LoraSettings,
+    OptimSettings,
+    RolloutSettings,
+    RunSettings,
+    TeacherSettings,
+    TuneConfig,
+)
+from stepjax.train.tune_setup import Setup
+
+SHORT = TuneConfig(
+    lora=LoraSettings(rank=2, targets=("q", "shared"), experts="none"),
+    data={"tasks": DataSettings(shares={"add": 0.5, "copy": 0.5})},
+    teachers={"main": TeacherSettings(path="step-tiny")},
+    rollout=RolloutSettings(prompts=4, max_tokens=12, slots=4),
+    optim=OptimSettings(steps=4, lr=1e-3, warmup_steps=1, rows=2, length=96),
+    eval=EvalSettings(every=0),
+    run=RunSettings(save_every=2),
+)
+
+
+def changed(config: TuneConfig, **sections) -> TuneConfig:
+    """The settings with fields of some sections replaced."""
+    new = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
+    return dataclasses.replace(config, **new)
+
+
+def history(folder: Path) -> list[dict]:
+    """What was logged, without seconds."""
+    return [{k: v for k, v in record.items() if not k.endswith("_s")} for record in read_metrics(folder)]
+
+
+def assert_same(a, b) -> None:
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def answers(setup: Setup, *, routing: bool = False) -> list[Rollout]:
+    """Four answers of the untrained student, as step 0 has them."""
+    run = Sampler(setup.student, slots=4, context=96, max_tokens=12, routing=routing)
+    prompts = [Tasks("tasks", SHORT.data["tasks"], setup.student).row(0, i) for i in range(4)]
+    return run.run(setup.student.params, prompts, samples=1, seed=1, policy_step=0)
+
+
+def update_of(setup: Setup, rollouts, kind="exact", state=None):
+    prepared = setup.scoring.prepare(rollouts, kind=kind)
+    return setup.update(state or setup.fresh, setup.base.params, setup.scoring.residents, prepared.batches)
