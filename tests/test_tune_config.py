@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,9 +20,9 @@ from stepjax.train.data import ArrayRecords, JsonLines, Stream, Tasks, reply_ids
 from stepjax.train.environment import Answered, Turn, environment
 from stepjax.train.rollout import Rollout, written
 from stepjax.train.settings import read_settings, write_settings
-from stepjax.train.sinks import TensorBoard, flat
+from stepjax.train.sinks import TensorBoard, flat, open_sinks
 from stepjax.train.text_checks import mixes_languages, repeats
-from stepjax.train.tune_config import DataSettings, TuneConfig
+from stepjax.train.tune_config import DataSettings, RunSettings, TuneConfig
 
 RECIPES = Path(__file__).parents[1] / "train" / "recipes"
 
@@ -245,3 +248,36 @@ def test_numbers_go_to_tensorboard(tmp_path):
     sink.write(record)
     sink.close()
     assert list(tmp_path.glob("events*"))
+
+
+def test_numbers_go_to_weights_and_biases(tmp_path, monkeypatch):
+    """Under the folder's name; taken up again by an id of its own, which another folder of that name does not share."""
+    calls: list[tuple[str, Any]] = []
+
+    class Run:
+        def log(self, numbers: dict[str, float], *, step: int) -> None:
+            calls.append(("log", (numbers, step)))
+
+        def finish(self) -> None:
+            calls.append(("finish", None))
+
+    def init(**options: Any) -> Run:
+        calls.append(("init", options))
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", cast(ModuleType, SimpleNamespace(init=init)))
+    folders = tmp_path / "a" / "run", tmp_path / "b" / "run"
+    for folder in (*folders, folders[0]):
+        folder.mkdir(parents=True, exist_ok=True)
+        (sink,) = open_sinks(RunSettings(wandb="mine"), folder, 0, {"optim": {"lr": 1e-3}})
+        sink.write({"step": 3, "loss": 0.5, "eval_accuracy": {"add": 1.0}, "objective": "exact"})
+        sink.close()
+    given = [options for name, options in calls if name == "init"]
+    ids = [options.pop("id") for options in given]
+    assert ids[0] == ids[2] != ids[1]
+    same = {"project": "mine", "name": "run", "resume": "allow", "config": {"optim": {"lr": 1e-3}}}
+    assert given == [same | {"dir": str(folder)} for folder in (*folders, folders[0])]
+    assert calls[1:3] == [("log", ({"loss": 0.5, "eval_accuracy/add": 1.0}, 3)), ("finish", None)]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"run\.wandb: needs wandb"):
+        open_sinks(RunSettings(wandb="mine"), tmp_path, 0, {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -38,14 +39,20 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run on Weights & Biases, taken up again by its folder's name."""
+    """A run on Weights & Biases under its folder's name. Its id is kept in the folder, as ``wandb_id``: a run that is
+    taken up again goes on under it, and another folder of that name is another run.
+    """
 
     def __init__(self, project: str, out: Path, settings: Mapping[str, Any]):
         try:
             wandb = import_module("wandb")
         except ImportError:
             raise ConfigError("run.wandb: needs wandb; install the extra as pip install 'stepjax[wandb]'") from None
-        self._run = wandb.init(project=project, id=out.name, resume="allow", dir=str(out), config=dict(settings))
+        kept = out / "wandb_id"
+        if not kept.exists():
+            kept.write_text(secrets.token_hex(8))
+        about = {"name": out.name, "id": kept.read_text(), "dir": str(out), "config": dict(settings)}
+        self._run = wandb.init(project=project, resume="allow", **about)
 
     def write(self, record: Mapping[str, Any]) -> None:
         self._run.log(dict(flat(record)), step=record["step"])
