@@ -71,7 +71,7 @@ def grouped(
     return _kernel(plan, x, combine, weights, _sort(ids, num_experts, slot))
 
 
-def grouped_pays(x: jax.Array, weights: ExpertWeights) -> bool:
+def grouped_fits(x: jax.Array, weights: ExpertWeights) -> bool:
     """Whether `grouped` can take these."""
     plain = all(isinstance(w, jax.Array) and w.dtype == jnp.bfloat16 for w in weights)
     return plain and x.dtype == jnp.bfloat16 and not any(size % DEPTH for size in weights.gate.shape[1:])

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from stepjax.adapted import plain
 from stepjax.ops.expert_forms import ExpertWeights, batched, gathered, reference
 from stepjax.ops.expert_sizes import Form, buffer_rows, choose_form, choose_form_cpu
-from stepjax.ops.expert_sort import blocked, capacity, grouped, grouped_pays
+from stepjax.ops.expert_sort import blocked, capacity, grouped, grouped_fits
 from stepjax.ops.hopper import hopper_cores
 from stepjax.ops.varying import vary_alike
 
@@ -50,7 +50,7 @@ def routed_experts(
     if form:
         return run(form)(x_TD, ids_TA, combine_TA, weights, slot_T)
     size = (x_TD.shape[0], weights.gate.shape[0], ids_TA.shape[1])
-    kernel = hopper_cores() > 0 and grouped_pays(x_TD, weights)
+    kernel = hopper_cores() > 0 and grouped_fits(x_TD, weights)
     other = choose_form(*size, widened=not isinstance(plain(weights.gate), jax.Array), kernel=kernel)
     return jax.lax.platform_dependent(
         x_TD, ids_TA, combine_TA, weights, slot_T, cpu=run(choose_form_cpu(*size)), default=run(other)
