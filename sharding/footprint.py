@@ -29,6 +29,8 @@ from stepjax.weights import DTYPE_BYTES, FP8_BLOCK, Form, Groups, counted_as, in
 
 Quant = Literal["bf16", "fp8", "int8", "int4"]
 
+PAGE = 64  # positions (`stepjax.infer.engine_config`)
+
 # How the routed experts are held; everything else is in the dtype of activations.
 QUANTS: dict[Quant, Form | None] = {"bf16": None, "fp8": FP8_BLOCK, "int8": Groups(8, None), "int4": Groups(4, 64)}
 
@@ -136,7 +138,7 @@ def parameters(
 
 @functools.lru_cache(maxsize=64)
 def _parameters(of: ById, quant: Quant, depths: int, dtype: str) -> tuple[Kind, ...]:
-    small, counts = _one_of_each(of, depths)
+    small, counts = one_of_each(of, depths)
     part_of = {spec.path: spec for spec in inventory(small)}
     model = abstract(small, dtype=jnp.dtype(dtype), mtp=bool(small.mtp_layers))
     axes, found = axes_of(model), Counter()
@@ -149,7 +151,7 @@ def _parameters(of: ById, quant: Quant, depths: int, dtype: str) -> tuple[Kind, 
                 raise MeshError(f"{quant}: rows of {value.shape[-1]} values, expected whole groups of {form.columns}")
             shapes = [(each.shape, DTYPE_BYTES[each.dtype]) for each in quantized(spec, form)]
         for shape, itemsize in shapes:
-            found[Kind(part, _kind_path(path), shape, itemsize, axes[path], 1)] += counts[spec.layer]
+            found[Kind(part, kind_path(path), shape, itemsize, axes[path], 1)] += counts[spec.layer]
     return tuple(kind._replace(count=count) for kind, count in found.items() if count)
 
 
@@ -190,12 +192,32 @@ def cached(
     return Cached(full, rings, shape, ring, rows_split, num_full, paged=bool(pages))
 
 
+def paged(
+    config: ModelConfig,
+    layout: MeshLayout,
+    *,
+    batch: int,
+    context: int,
+    depths: int,
+    page_size: int = PAGE,
+    dtype: str = "bfloat16",
+) -> Cached:
+    """An engine's caches of ``batch`` sequences: pages for ``context`` positions of each and the one that padding
+    writes to, and rings; ``full_shape`` is that of the pages of all sequences, joined.
+    """
+    size = page_size * layout.rules.mesh.context
+    pages = batch * -(-context // size) + 1
+    held = cached(config, layout.together(), batch=batch, length=0, depths=depths, dtype=dtype, pages=(pages, size))
+    _, rows, heads, width = held.full_shape
+    return dataclasses.replace(held, full_shape=(batch, (pages - 1) // batch * rows, heads, width))
+
+
 @functools.lru_cache(maxsize=4096)
 def _caches(
     of: ById, batch: int, length: int, depths: int, dtype: str, pages: tuple[int, int] | None
 ) -> tuple[tuple[tuple[int, ...], tuple[str | None, ...], int, int, bool], ...]:
     """Shape, axes and element size of each kind of layer's keys, how many layers, and whether it is a ring."""
-    small, counts = _one_of_each(of, depths)
+    small, counts = one_of_each(of, depths)
     cache = jax.eval_shape(
         lambda: empty_cache(small, batch=batch, length=length, dtype=jnp.dtype(dtype), mtp=bool(depths), pages=pages)
     )
@@ -207,7 +229,7 @@ def _caches(
 
 
 @functools.lru_cache(maxsize=64)
-def _one_of_each(of: ById, depths: int) -> tuple[ModelConfig, Mapping[int | None, int]]:
+def one_of_each(of: ById, depths: int) -> tuple[ModelConfig, Mapping[int | None, int]]:
     """The model with one layer of each kind, and how many there are of each by its index; 1 for what is in no layer."""
     config: ModelConfig = of.value
 
@@ -226,6 +248,6 @@ def _one_of_each(of: ById, depths: int) -> tuple[ModelConfig, Mapping[int | None
     return dataclasses.replace(config, layers=layers, mtp_layers=depth), {None: 1, **counts}
 
 
-def _kind_path(path: str) -> str:
+def kind_path(path: str) -> str:
     """A path without the number of its layer, so that alike parameters are alike."""
     return ".".join(piece for piece in path.split(".") if not piece.isdecimal())

@@ -6,7 +6,6 @@ Every candidate goes through the runtime's own rules, is added up to the byte (`
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Literal, NamedTuple
 
 from stepjax.config import ModelConfig
 from stepjax.errors import MeshError, RequestError
+from stepjax.lora import LoraConfig
 from stepjax.sharding import training
 from stepjax.sharding.cost import (
     Efficiency,
@@ -25,7 +25,18 @@ from stepjax.sharding.cost import (
     step_time,
     tokens_per_step,
 )
-from stepjax.sharding.footprint import ById, Cached, Placed, Quant, bytes_by_part, cached, layout_of, parameters, placed
+from stepjax.sharding.footprint import (
+    PAGE,
+    ById,
+    Cached,
+    Placed,
+    Quant,
+    bytes_by_part,
+    layout_of,
+    paged,
+    parameters,
+    placed,
+)
 from stepjax.sharding.hardware import STORAGE, Cluster
 from stepjax.sharding.layout import MeshLayout
 from stepjax.sharding.mesh import MeshSpec
@@ -37,7 +48,6 @@ Goal = Literal["latency", "throughput", "context", "lora", "cheapest"]
 GOALS: tuple[Goal, ...] = ("latency", "throughput", "context", "lora", "cheapest")
 DRAFTS = (0, 1, 3)  # choices of the engine (`stepjax.infer.draft_policy`)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-PAGE = 64  # positions (`stepjax.infer.engine_config`)
 CHUNK = 512  # prompt tokens of one step of the engine
 ROWS_A_DEVICE = 64  # most rows of a device's training step
 
@@ -79,7 +89,7 @@ class Ask:
     routing: Routing = field(default_factory=Routing)
     efficiency: Efficiency = field(default_factory=Efficiency)
     overlap: bool = False  # exchanges run beside the work
-    factors: training.Factors = field(default_factory=training.Factors)
+    lora: LoraConfig = field(default_factory=LoraConfig)  # what training adapts
     storage: float = STORAGE  # bytes/s of a node's disks
     sequence_bytes: Callable[[int], float] = lambda drafts: 1.1e6  # of a sequence's sampling and progress, by drafts
 
@@ -216,6 +226,20 @@ def weigh(config: ModelConfig, cluster: Cluster, ask: Ask, choice: Choice) -> Op
     return _serve(config, cluster, ask, choice, *placement, batch=ask.batch, context=ask.context)
 
 
+def by_batch(config: ModelConfig, cluster: Cluster, ask: Ask, choice: Choice) -> list[Option]:
+    """A choice of engine with each number of sequences in `BATCHES`, up to the first that does not work."""
+    placement = _placement(config, choice.mesh, choice.strategy, choice.quant, False)
+    found: list[Option] = []
+    for batch in BATCHES:
+        if isinstance(placement, str):
+            break
+        option = _serve(config, cluster, ask, choice, *placement, batch=batch, context=ask.context)
+        if isinstance(option, Refusal):
+            break
+        found.append(option)
+    return found
+
+
 def rank(goal: Goal, option: Option) -> tuple[float, ...]:
     """Less is better. Among equals the fewer devices, then the plainer precision and strategy."""
     devices = float(option.choice.num_devices)
@@ -260,7 +284,7 @@ def _serve(
     batch: int,
     context: int,
 ) -> Option | Refusal:
-    held = _cached(config, ask, layout, batch=batch, context=context)
+    held = paged(config, layout, batch=batch, context=context, depths=len(config.mtp_layers))
     decode = Tokens("decode", batch, 1 + choice.drafts, context, choice.drafts)
     piece = Tokens("prefill", 1, min(ask.chunk, context), context, 0)
     memory = Memory(
@@ -281,7 +305,7 @@ def _serve(
         return Refusal(
             choice, f"too slow: {1e3 * tpot:.2f} ms a token at batch {batch}, expected {1e3 * ask.tpot_s:g} at most"
         )
-    alone = _cached(config, ask, layout, batch=1, context=context)
+    alone = paged(config, layout, batch=1, context=context, depths=len(config.mtp_layers))
     reading = _timed(cluster, ask, choice, layout, piece, alone, weights, filled=0.5)
     return Option(
         choice=choice,
@@ -337,8 +361,7 @@ def _train(
     config: ModelConfig, cluster: Cluster, ask: Ask, choice: Choice, layout: MeshLayout, weights: tuple[Placed, ...]
 ) -> Option | Refusal:
     """``batch`` rows of ``context`` tokens in as many steps as memory asks for; the most rows a step that fit."""
-    plain = parameters(config, quant="bf16", depths=0)
-    factors = placed(training.adapters(plain, ask.factors), layout)
+    factors = placed(training.adapters(config, ask.lora), layout)
     ways = choice.mesh.data
     if ask.batch % ways:
         return Refusal(choice, f"data={ways}: {ask.batch} rows cannot be split {ways} ways; give --batch a multiple")
@@ -380,16 +403,6 @@ def _train(
         load_s=_load_s(cluster, ask, choice, weights),
         notes=layout.notes,
     )
-
-
-def _cached(config: ModelConfig, ask: Ask, layout: MeshLayout, *, batch: int, context: int) -> Cached:
-    """Pages for all sequences and the one that padding writes to, and rings for each, drafters' too."""
-    size = PAGE * layout.rules.mesh.context
-    pages = batch * -(-context // size) + 1
-    held = cached(config, layout.together(), batch=batch, length=0, depths=len(config.mtp_layers), pages=(pages, size))
-    _, rows, heads, width = held.full_shape
-    per_sequence = (pages - 1) // batch * rows
-    return dataclasses.replace(held, full_shape=(batch, per_sequence, heads, width))
 
 
 def _timed(

@@ -7,17 +7,20 @@ weights have no gradient and no moments (https://arxiv.org/abs/2106.09685).
 
 from __future__ import annotations
 
-import math
+import functools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from stepjax import lora
 from stepjax.config import ModelConfig
+from stepjax.lora import LoraConfig
 from stepjax.sharding.cost import Part, Routing, serving_parts
-from stepjax.sharding.footprint import Cached, Kind, Placed, Quant
+from stepjax.sharding.footprint import ById, Cached, Kind, Placed, Quant, kind_path, one_of_each
 from stepjax.sharding.layout import MeshLayout
 from stepjax.sharding.sent import Sent, Shares, Tokens, of_serving
 from stepjax.sharding.temporaries import serving_temporaries
+from stepjax.weights import inventory
 
 PASSES = 3  # over the weights: forward, again, backward
 MOMENTS = 2  # of Adam
@@ -26,33 +29,24 @@ WORKING_SETS = 2  # of one layer: what is computed again, and its cotangents
 NO_CACHE = Cached(0, 0, (0, 0, 0, 0), (0, 0, 0, 0), False, 0)
 
 
-@dataclass(frozen=True)
-class Factors:
-    """Ranks of an adapter: of attention, dense and shared maps, and of each routed expert (0: none)."""
+def adapters(config: ModelConfig, adapted: LoraConfig) -> tuple[Kind, ...]:
+    """The factors that `stepjax.lora.init` makes for the model, whole, alike ones counted.
 
-    rank: int = 32
-    expert_rank: int = 4
-
-
-def adapters(kinds: Iterable[Kind], factors: Factors) -> tuple[Kind, ...]:
-    """The two factors of every adapted weight: A [r, in] and B [out, r], float32; experts have a pair each.
-
-    Args:
-      kinds: the parameters in bf16, whose shapes are those of the weights.
+    Raises:
+      ConfigError: a target matches no weight of this model.
     """
+    return _adapters(ById(config), adapted)
+
+
+@functools.lru_cache(maxsize=64)
+def _adapters(of: ById, adapted: LoraConfig) -> tuple[Kind, ...]:
+    small, counts = one_of_each(of, 0)
+    layer_of = {spec.path: spec.layer for spec in inventory(small)}
+    axes = lora.axes(small, adapted)
     found: Counter[Kind] = Counter()
-    for kind in kinds:
-        rank = factors.expert_rank if kind.part == "experts" else factors.rank
-        adapted = kind.part in ("experts", "dense", "shared") or (
-            kind.part == "attention" and kind.path.endswith("_proj.weight") and "g_proj" not in kind.path
-        )
-        if not rank or not adapted:
-            continue
-        *lead, size_out, size_in = kind.shape
-        *lead_axes, axis_out, axis_in = kind.axes
-        a, b = (*lead, rank, size_in), (*lead, size_out, rank)
-        found[Kind("adapter", f"{kind.path}.a", a, 4, (*lead_axes, None, axis_in), 1)] += kind.count
-        found[Kind("adapter", f"{kind.path}.b", b, 4, (*lead_axes, axis_out, None), 1)] += kind.count
+    for name, factor in lora.shapes(small, adapted).items():
+        kind = Kind("adapter", kind_path(name), tuple(factor.shape), factor.dtype.itemsize, axes[name], 1)
+        found[kind] += counts[layer_of[name.rpartition(".")[0]]]
     return tuple(kind._replace(count=count) for kind, count in found.items())
 
 
@@ -102,11 +96,8 @@ def training_sent(
     layout: MeshLayout, work: Tokens, weights: Iterable[Placed], factors: Iterable[Placed]
 ) -> tuple[Sent, ...]:
     """A layer's exchanges once a pass; gradients of factors over replicas; matrices that are stored over replicas."""
-    found = [
-        each._replace(launches=PASSES * each.launches)
-        for each in of_serving(layout, work, rows_split=False)
-        if each.kind != "all-reduce" or len(each.axes) > 0
-    ]
+    serving = of_serving(layout, work, rows_split=False)
+    found = [each._replace(launches=PASSES * each.launches) for each in serving]
     data = layout.rules.live(("data",))
     if not data:
         return tuple(found)
@@ -121,13 +112,3 @@ def training_sent(
 
 def _over_replicas(each: Placed) -> bool:
     return "embed" in each.kind.axes and len(each.shape) > 1
-
-
-def tokens_of(work: Tokens) -> int:
-    """Trained in one step."""
-    return math.prod((work.batch, work.count))
-
-
-def frozen_config(config: ModelConfig) -> ModelConfig:
-    """Without MTP layers, which are not trained."""
-    return ModelConfig(**{**config.__dict__, "mtp_layers": ()})

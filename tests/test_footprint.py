@@ -7,15 +7,19 @@ import json
 import math
 from collections.abc import Iterable
 from functools import cache
+from typing import get_args
 
 import jax
 import numpy as np
 import pytest
-from tiny import small_config
+from tiny import random_params, small_config
 
 from stepjax.config import ModelConfig
 from stepjax.errors import MeshError
+from stepjax.lora import ExpertForm, LoraConfig, attach, init, split
+from stepjax.model import abstract, axes_of
 from stepjax.sharding import training
+from stepjax.sharding.adapters import shardings
 from stepjax.sharding.balance import rank_load
 from stepjax.sharding.cost import Routing, devices_of_domain, exchange_time, tokens_per_step
 from stepjax.sharding.footprint import QUANTS, Placed, bytes_by_part, cached, layout_of, parameters, placed
@@ -156,10 +160,32 @@ def test_caches_are_pages_or_rows():
     assert rows.num_full == 12
 
 
-def test_adapters_have_a_pair_of_factors():
-    """Attention q, k, v, o, dense and shared maps at rank 32; experts at 4."""
-    kinds = training.adapters(parameters(FLASH), training.Factors(rank=32, expert_rank=4))
-    size = sum(kind.num_elements for kind in kinds)
+@pytest.mark.parametrize("form", get_args(ExpertForm))
+@pytest.mark.parametrize(
+    ("mesh", "strategy"),
+    [("expert=4,tensor=2", "expert_tensor"), ("data=2,expert=4", "fsdp"), ("context=2,expert=2,tensor=2", "tensor")],
+)
+def test_an_adapter_takes_what_a_real_one_takes(form, mesh, strategy):
+    """Attached to parameters on devices, every factor in the place that training gives it."""
+    adapted = LoraConfig(rank=4, experts=form, expert_rank=2)
+    spec = MeshSpec.parse(mesh)
+    layout = MeshLayout(spec.build(), Rules(TINY, spec, strategy))
+    axes = axes_of(abstract(TINY))
+    params = {path: jax.device_put(w, layout.parameter(*axes[path])) for path, w in random_params(TINY, 0).items()}
+    where = shardings(TINY, adapted, layout)
+    adapter = {name: jax.device_put(x, where[name]) for name, x in init(TINY, adapted, jax.random.key(0)).items()}
+    _, attached = split(attach(params, adapter, adapted))
+    first = jax.devices()[0]
+    shards = [shard for x in attached.values() for shard in x.addressable_shards if shard.device == first]
+    kinds = training.adapters(TINY, adapted)
+    assert sum(kind.num_elements for kind in kinds) == sum(x.size for x in attached.values())
+    assert sum(kind.count for kind in kinds) == len(attached)
+    mine = placed(kinds, layout_of(TINY, spec, strategy, "bf16"))
+    assert total(mine) == sum(shard.data.nbytes for shard in shards)
+
+
+def test_adapters_of_the_release():
+    """Attention q, k, v, o, dense and shared maps at rank 32; experts at 32 / 8, or with a factor in common."""
 
     def pair(rank: int, *sizes: int) -> int:
         return rank * sum(sizes)
@@ -168,12 +194,14 @@ def test_adapters_have_a_pair_of_factors():
     for layer in FLASH.layers:
         q, kv = layer.num_heads * 128, layer.num_kv_heads * 128
         attention += pair(32, q, 4096, kv, 4096, kv, 4096, q, 4096)
-    dense = 3 * 3 * pair(32, 4096, 11264)
-    shared = 42 * 3 * pair(32, 4096, 1280)
-    experts = 42 * 288 * 3 * pair(4, 4096, 1280)
-    assert size == attention + dense + shared + experts
-    assert {kind.itemsize for kind in kinds} == {4}
-    assert not any(kind.path.startswith("mtp") or "router" in kind.path for kind in kinds)
+    plain = attention + 3 * 3 * pair(32, 4096, 11264) + 42 * 3 * pair(32, 4096, 1280)
+    each = plain + 42 * 288 * 3 * pair(4, 4096, 1280)
+    common = plain + 42 * 3 * (288 * pair(4, 1280) + pair(4, 4096))
+
+    def size(**given) -> int:
+        return sum(kind.num_elements for kind in training.adapters(FLASH, LoraConfig(**given)))
+
+    assert (size(), size(experts="shared_outer"), size(experts=None)) == (each, common, plain)
 
 
 def test_what_cannot_be_split_is_refused_by_the_same_rules():
