@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import resource
 import sys
 import time
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from stepjax.infer.engine import Engine
+from stepjax.adapted import plain
+from stepjax.hub_config import to_hf
+from stepjax.infer.engine import Engine, Ran
 from stepjax.infer.sampling import SamplingParams
+from stepjax.quant import BlockScaled
+from stepjax.quant_groups import Grouped
+from stepjax.sharding.layout import MeshLayout
+from stepjax.sharding.mesh import MeshSpec
 from stepjax.weights import kv_bytes_per_token, kv_window_bytes
+
+if TYPE_CHECKING:
+    from stepjax.infer.load import Session
 
 
 class Request(NamedTuple):
@@ -37,6 +49,20 @@ class Spread(NamedTuple):
         if not values:
             return cls(0.0, 0.0, 0.0)
         return cls(float(np.mean(values)), float(np.median(values)), float(np.percentile(values, 99)))
+
+
+class StepTimes(NamedTuple):
+    """Alike steps of the device. Those that the host held up count in ``held_up`` alone."""
+
+    step: str  # decode or prefill
+    rows: int  # sequences that the program runs, idle slots and padding included
+    tokens: int  # of each
+    drafts: int
+    positions: float  # cached, of each sequence that had work, on average
+    count: int
+    median_ms: float
+    p90_ms: float
+    held_up: int
 
 
 @dataclass(frozen=True)
@@ -62,11 +88,13 @@ class Report:
     cache_bytes: int  # keys and values, on one device
     cache_over_formula: float  # 1: nothing allocated but what tokens and windows need
     peak_bytes: int  # of the device, or of the process on a CPU
+    step_times: list[StepTimes]  # what `stepjax plan --calibrate` reads
     errors: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """For ``--json``."""
-        return {name: value._asdict() if isinstance(value, Spread) else value for name, value in vars(self).items()}
+        found = {name: value._asdict() if isinstance(value, Spread) else value for name, value in vars(self).items()}
+        return found | {"step_times": [each._asdict() for each in self.step_times]}
 
 
 @dataclass
@@ -86,6 +114,7 @@ def bench(engine: Engine, requests: Sequence[Request]) -> Report:
     stats, prefix = engine.stats, engine.scheduler.admission.prefix.stats
     waiting = sorted(requests, key=lambda each: each.arrival_s)
     times: dict[str, _Times] = {}
+    ran = engine.on_step = _Ran(engine.executor.row_buckets)
     began = time.perf_counter()
     while waiting or engine.has_work:
         now = time.perf_counter() - began
@@ -101,6 +130,7 @@ def bench(engine: Engine, requests: Sequence[Request]) -> Report:
         for update in updates:
             _note(times[update.id], len(update.tokens), update.finish_reason == "error", now)
     seconds = time.perf_counter() - began
+    engine.on_step = None
     done = [each for each in times.values() if each.tokens]
     output = sum(each.tokens for each in done)
     prompt = sum(len(each.prompt) * each.params.n for each in requests)
@@ -125,6 +155,7 @@ def bench(engine: Engine, requests: Sequence[Request]) -> Report:
         cache_bytes=engine.executor.cache_bytes,
         cache_over_formula=cache_over_formula(engine),
         peak_bytes=peak_bytes(),
+        step_times=ran.times(),
         errors=sum(each.failed for each in times.values()),
     )
 
@@ -135,6 +166,36 @@ def _note(times: _Times, tokens: int, failed: bool, now: float) -> None:
     times.last, times.failed = now, failed
 
 
+class _Ran:
+    """Sorts steps by the program that ran them."""
+
+    def __init__(self, row_buckets: Sequence[int]):
+        self._row_buckets = row_buckets
+        self._seconds: defaultdict[tuple[str, int, int, int], list[float]] = defaultdict(list)
+        self._positions: defaultdict[tuple[str, int, int, int], list[float]] = defaultdict(list)
+        self._held_up: Counter[tuple[str, int, int, int]] = Counter()
+
+    def __call__(self, ran: Ran) -> None:
+        plan, rows = ran.order.plan, ran.order.num_slots
+        if plan.kind == "prefill":
+            rows = next(each for each in self._row_buckets if each >= len(plan.rows))
+        key = plan.kind, rows, plan.width, plan.drafts
+        self._held_up[key] += ran.held_up
+        if not ran.held_up:
+            self._seconds[key].append(ran.seconds)
+            self._positions[key].append(float(np.mean([row.start for row in plan.rows])))
+
+    def times(self) -> list[StepTimes]:
+        """By program, the commonest first."""
+        found = []
+        for key in sorted(self._held_up, key=lambda key: -len(self._seconds[key])):
+            ms, positions = 1e3 * np.array(self._seconds[key] or [0.0]), self._positions[key] or [0.0]
+            spread = float(np.median(ms)), float(np.percentile(ms, 90))
+            count = len(self._seconds[key])
+            found.append(StepTimes(*key, float(np.mean(positions)), count, *spread, self._held_up[key]))
+        return found
+
+
 def cache_over_formula(engine: Engine) -> float:
     """Allocated bytes of keys and values over those that the tokens and windows need (all devices)."""
     model, size = engine.executor.runner.model.config, engine.executor.size
@@ -143,6 +204,30 @@ def cache_over_formula(engine: Engine) -> float:
     needed = kv_bytes_per_token(model, element_bytes=element) * (size.num_pages - 1) * size.page_size
     needed += kv_window_bytes(model, element_bytes=element, mtp=mtp) * size.num_slots
     return sum(leaf.nbytes for leaf in jax.tree.leaves(engine.executor.state.cache)) / needed
+
+
+def held(session: Session, engine: Engine) -> dict[str, Any]:
+    """What the engine runs, in JSON's terms: enough to count what a step of it must read, compute and send."""
+    layout, size = session.model.layout, engine.executor.size
+    rules = layout.rules if isinstance(layout, MeshLayout) else None
+    config = session.config if session.model.mtp else dataclasses.replace(session.config, mtp_layers=())
+    return {
+        "config": to_hf(config),
+        "mesh": str(rules.mesh if rules else MeshSpec()),
+        "strategy": rules.strategy if rules else "expert_tensor",
+        "experts": _precision(session),
+        "dtype": jnp.dtype(session.dtype).name,
+        "context": size.pages_per_sequence * size.page_size,
+        "page_size": size.page_size,
+    }
+
+
+def _precision(session: Session) -> str:
+    """How the routed experts are held, in the planner's words."""
+    weight = next((plain(w) for path, w in session.params.items() if ".experts." in path), None)
+    if isinstance(weight, Grouped):
+        return f"int{weight.bits}"
+    return "fp8" if isinstance(weight, BlockScaled) else "bf16"
 
 
 def peak_bytes() -> int:

@@ -17,6 +17,7 @@ from stepjax.infer.cli_options import add_model_arguments, add_sampling_argument
 
 if TYPE_CHECKING:
     from stepjax.infer.bench import Report, Request
+    from stepjax.infer.engine import Engine
     from stepjax.infer.load import Session
 
 
@@ -70,8 +71,9 @@ def run(args: argparse.Namespace) -> int:
         max_waiting=max(1024, len(asked) * params.n),
         deterministic=args.deterministic,
     )
-    report = bench(Engine(session, config), asked)
-    about = _about(args, session)
+    engine = Engine(session, config)
+    report = bench(engine, asked)
+    about = _about(args, session, engine)
     if args.json:
         print(json.dumps(about | report.as_dict(), indent=2))
     else:
@@ -105,19 +107,23 @@ def _context(session: Session, asked: list[Request]) -> int:
     return min(session.config.max_positions, max(256, 1 << (longest - 1).bit_length()))
 
 
-def _about(args: argparse.Namespace, session: Session) -> dict[str, Any]:
+def _about(args: argparse.Namespace, session: Session, engine: Engine) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
+
+    from stepjax.infer.bench import held
 
     device = jax.local_devices()[0].device_kind
     return {
         "model": args.model,
         "dtype": jnp.dtype(session.dtype).name,
         "device": f"{jax.device_count()} × {device}",
+        "device_kind": device,
         "mesh": args.mesh,
         "jax": jax.__version__,
         "slots": args.slots,
         "speculate": args.speculate,
+        "engine": held(session, engine),
     }
 
 

@@ -11,7 +11,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence as Tokens
+from collections.abc import Callable, Iterator, Mapping, Sequence as Tokens
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +69,14 @@ class Update(NamedTuple):
     experts: np.ndarray | None = None  # uint16 [prompt and answer, MoE layers, A], at the end, if the engine keeps them
 
 
+class Ran(NamedTuple):
+    """A step that the device has done."""
+
+    order: Order
+    seconds: float  # from the end of the step before, or its own launch, until its result was read
+    held_up: bool  # it was done before the host came back to it: the seconds are the host's too
+
+
 @dataclass
 class Stats:
     """Sums since the engine was made."""
@@ -121,6 +129,7 @@ class Engine:
         self._masking: dict[Future[np.ndarray], str] = {}  # to the answer that waits for it
         self._masked_slots: set[int] = set()
         self._failed: list[Update] = []
+        self.on_step: Callable[[Ran], None] | None = None  # called with every step that has been read
 
     def add(
         self,
@@ -270,9 +279,9 @@ class Engine:
             wait(self._masking, return_when=FIRST_COMPLETED)
             self._take_masks()
             plan = self.scheduler.plan()
+        dry = bool(self._in_flight) and self._in_flight[-1][1].token_BT.is_ready()
         if plan is not None:
-            if self._in_flight and self._in_flight[-1][1].token_BT.is_ready():
-                self.stats.num_idle += 1
+            self.stats.num_idle += dry
             order, compiled = self._order(plan), self._runner.compile_s
             emitted = (self._leader or self.executor).run(order)
             compiled = self._runner.compile_s - compiled
@@ -295,6 +304,8 @@ class Engine:
             self.stats.prefill_s += ready - self._free
         else:
             self.stats.decode_s += ready - self._free
+        if self.on_step:
+            self.on_step(Ran(order, ready - self._free, dry))
         self._free = ready
         self.stats.host_s += time.perf_counter() - ready
         return updates

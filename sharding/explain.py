@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import textwrap
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -16,6 +18,7 @@ from stepjax.sharding.calibration import Calibration
 from stepjax.sharding.plan import Ask, Choice, Option, Plan, Refusal, rank, weigh
 
 RIVALS = 5
+NAME_WIDTH = 18  # of a column of meshes, as expert=32,tensor=2
 CONTENDERS = 32  # of the ranking, that are weighed again under other assumptions
 
 
@@ -61,10 +64,15 @@ def provenance(calibration: Calibration | None) -> str:
     """Where the seconds come from."""
     if calibration is None:
         return "datasheet roofline: bounds, nothing measured"
+    efficiency = calibration.efficiency
+    shares = [
+        f"{name} × {efficiency.launch:.2f}" if name == "launch" else f"{name} {getattr(efficiency, name):.0%}"
+        for name in calibration.fitted
+    ]
+    where = f" on {calibration.device}" if calibration.device else ""
     return (
-        f"roofline with efficiencies of {len(calibration.points)} measured steps (memory "
-        f"{calibration.efficiency.memory:.0%}, compute {calibration.efficiency.compute:.0%}); nine of ten lie within "
-        f"a factor of {calibration.factor:.2f}"
+        f"roofline with efficiencies of {len(calibration.points)} steps measured{where} ({', '.join(shares)}); nine of "
+        f"ten lie within a factor of {calibration.factor:.2f}"
     )
 
 
@@ -143,33 +151,42 @@ def _table(plan: Plan, calibration: Calibration | None, rows: int) -> Table:
     training = plan.ask.goal == "lora"
     memory = plan.options[0].memory
     title = f"{plan.cluster}: {plan.ask.goal}, {1e-9 * memory.usable:.1f} GB to use"
-    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), title=title)
-    table.add_column("mesh", no_wrap=True)
-    table.add_column("strategy", no_wrap=True)
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), title=title, show_edge=False)
+    table.add_column("mesh and strategy", overflow="fold", min_width=NAME_WIDTH)  # on two lines where space is scarce
     table.add_column("held", no_wrap=True)
-    names = ["rows"] if training else ["drafts", "batch"]
-    names += ["engines"] if any(each.choice.replicas > 1 for each in plan.options[:rows]) else []
+    several = any(each.choice.replicas > 1 for each in plan.options[:rows])
+    names = ["rows"] if training else ["drafts", "engines\n× batch" if several else "batch"]
     names += ["context"] if plan.ask.goal == "context" else []
-    for name in (*names, "GB", "ms a\nstep" if training else "ms a\ntoken", "tokens\n/s"):
-        table.add_column(name, justify="right")
+    times = ["ms a\nstep" if training else "ms a\ntoken", *(["9 of 10\nwithin"] if calibration else [])]
+    for name in (*names, "GB", *times, "tokens\n/s"):
+        table.add_column(name, justify="right", no_wrap=True)
     for option in plan.options[:rows]:
         choice = option.choice
-        time = f"{1e3 * option.tpot_s:.2f}"
-        if calibration:
-            low, high = calibration.interval(option.tpot_s)
-            time += f" ({1e3 * low:.2f}–{1e3 * high:.2f})"
-        of = {"rows": option.batch, "batch": option.batch, "drafts": choice.drafts}
-        of |= {"engines": choice.replicas, "context": option.context}
+        interval = calibration.interval(1e3 * option.tpot_s) if calibration else ()
+        engines = f"{choice.replicas} × " if several else ""
         table.add_row(
-            str(choice.mesh),
-            choice.strategy,
+            _over_lines(choice),
             choice.quant,
-            *(f"{of[name]:,}" for name in names),
+            *([] if training else [str(choice.drafts)]),
+            f"{engines}{option.batch:,}",
+            *([f"{option.context:,}"] if plan.ask.goal == "context" else []),
             f"{1e-9 * option.memory.total:.1f}",
-            time,
+            f"{1e3 * option.tpot_s:.2f}",
+            *(["–".join(_rounded(each) for each in interval)] if interval else []),
             f"{option.tokens_per_s:,.0f}",
         )
     return table
+
+
+def _over_lines(choice: Choice) -> str:
+    """Mesh and strategy, as many axes on a line as a narrow column has room for."""
+    lines = textwrap.wrap(str(choice.mesh).replace(",", ", "), NAME_WIDTH + 1)
+    return "\n".join(line.replace(" ", "") for line in lines) + f" {choice.strategy}"
+
+
+def _rounded(value: float) -> str:
+    """Three figures that count."""
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
 
 
 def _held(winner: Option) -> Table:

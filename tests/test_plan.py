@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,12 @@ from tiny import small_config
 from stepjax.cli import main
 from stepjax.config import ModelConfig
 from stepjax.errors import ConfigError, RequestError
-from stepjax.sharding.calibration import FLOOR, Point, fit, read_points
-from stepjax.sharding.cost import Efficiency, Routing
+from stepjax.sharding.cost import Routing
 from stepjax.sharding.hardware import DEVICES, parse, read_devices
 from stepjax.sharding.mesh import MeshSpec
-from stepjax.sharding.plan import Ask, Choice, Goal, Option, Plan, Refusal, choices, plan, weigh
+from stepjax.sharding.plan import BATCHES, Ask, Choice, Goal, Option, Plan, Refusal, by_batch, choices, plan, weigh
 from stepjax.sharding.rules import Rules
-from stepjax.train.cli_plan import _front
+from stepjax.train.plan_plot import Dot, front
 from stepjax.weights import FP8_BLOCK, Groups
 
 FLASH = ModelConfig.preset("step-3.5-flash")
@@ -303,73 +302,10 @@ def test_a_file_changes_figures_and_adds_devices(tmp_path: Path):
             read_devices(path)
 
 
-# Calibration
-
-H100 = DEVICES["H100"]
-TRUE = Efficiency(memory=0.7, compute=0.6, launch=1.5)
-
-
-def measured(name: str, size: float, operations: float, noise: float = 1.0) -> Point:
-    point = Point(name, 1.0, size, operations, 370 + 17)
-    return point._replace(seconds=noise * point.predicted(H100, TRUE))
-
-
-def test_efficiencies_are_found_again():
-    points = [
-        measured("1", 5e9, 1e10),
-        measured("8", 17e9, 1e11),
-        measured("64", 60e9, 1e12),
-        measured("8192", 70e9, 2e14),
-        measured("16384", 75e9, 4e14),
-    ]
-    found = fit(points, H100)
-    for name in ("memory", "compute", "launch"):
-        assert getattr(found.efficiency, name) == pytest.approx(getattr(TRUE, name), rel=0.02)
-    assert found.spread == FLOOR
-    low, high = found.interval(1.0)
-    assert low < 1 < high
-    assert high < 1.25
-
-
-def test_noise_and_few_points_widen_the_interval():
-    sizes = [(5e9, 1e10), (17e9, 1e11), (60e9, 1e12), (70e9, 2e14), (75e9, 4e14)]
-    noisy = [measured(str(at), *size, noise=1 + 0.2 * (-1) ** at) for at, size in enumerate(sizes)]
-    exact = [measured(str(at), *size) for at, size in enumerate(sizes)]
-    assert fit(noisy, H100).factor > fit(exact, H100).factor
-    assert fit(exact[2:3], H100).factor > fit(exact, H100).factor
-    assert fit(exact[2:3], H100).efficiency.compute == 1
-
-
-def test_points_beyond_five_are_held_out():
-    points = [measured(str(at), at * 1e10, 1e10) for at in range(1, 9)]
-    found = fit(points, H100)
-    assert len(found.points) == 5
-    assert len(found.held_out) == 3
-    assert all(math.isclose(ratio, 1, rel_tol=0.02) for _, ratio in found.held_out)
-
-
-def test_measurements_are_read(tmp_path: Path):
-    path = tmp_path / "bench.json"
-    row = {"milliseconds": 3.0, "gigabytes": 5.9, "teraflops": 0.01}
-    slices = {"decode": {"1 sequences, 3 drafts": row}, "prefill": {"2048": row, "16384": {"error": "memory"}}}
-    path.write_text(json.dumps({"hardware": "NVIDIA H100", "device": {"copy_bytes_per_s": 3e12}, "s10": slices}))
-    name, points = read_points(path)
-    assert name == "NVIDIA H100"
-    assert [each.name for each in points] == ["s10 decode 1 sequences, 3 drafts", "s10 prefill 2048"]
-    assert points[0].seconds == pytest.approx(3e-3)
-    assert points[0].kernels > points[1].kernels
-    path.write_text("{}")
-    with pytest.raises(RequestError, match="expected what benchmarks"):
-        read_points(path)
-    path.write_text(json.dumps({"hardware": "NVIDIA H100"}))
-    with pytest.raises(RequestError, match="no measured steps"):
-        read_points(path)
-
-
 # The command
 
 
-def test_the_command(capsys, tmp_path: Path):
+def test_the_command(capsys):
     small = ["plan", "--model", "step-tiny", "--hardware", "2xH100", "--context", "128", "--experts", "bf16,fp8"]
     assert main(small) == 0
     out = capsys.readouterr().out
@@ -382,14 +318,6 @@ def test_the_command(capsys, tmp_path: Path):
     assert found["times"].startswith("datasheet")
     assert best["device_bytes"]["total"] > 0
     assert found["why"]
-    bench = tmp_path / "gpu.json"
-    row = {"milliseconds": 3.0, "gigabytes": 5.9, "teraflops": 0.01}
-    bench.write_text(json.dumps({"hardware": "H100", "s10": {"decode": {"1 sequences": row}, "prefill": {}}}))
-    assert main([*small, "--json", "--calibrate", str(bench)]) == 0
-    found = json.loads(capsys.readouterr().out)
-    low, high = found["options"][0]["step_ms_interval"]
-    assert low < found["options"][0]["step_ms"] < high
-    assert found["calibration"]["points"] == ["s10 decode 1 sequences"]
 
 
 @pytest.mark.parametrize(
@@ -412,5 +340,44 @@ def test_nothing_that_works_is_an_answer_too(capsys):
     assert "does not fit" in capsys.readouterr().out
 
 
+# The picture
+
+
 def test_the_front_has_no_point_that_another_beats():
-    assert _front([(1, 1), (2, 3), (2, 2), (3, 3), (4, 5), (0.5, 0.5)]) == [(0.5, 0.5), (1, 1), (2, 3), (4, 5)]
+    option: Any = None
+    places = [(1, 1), (2, 3), (2, 2), (3, 3), (4, 5), (0.5, 0.5)]
+    dots = [Dot(time, rate, option) for time, rate in places]
+    assert [each[:2] for each in front(dots)] == [(0.5, 0.5), (1, 1), (2, 3), (4, 5)]
+
+
+def test_a_batch_grows_until_memory_ends():
+    choice = Choice(MeshSpec(expert=8), "expert_tensor", "bf16")
+    found = by_batch(FLASH, parse("8xH100"), Ask("latency"), choice)
+    assert [each.batch for each in found] == list(BATCHES[: len(found)])
+    assert 4 < len(found) < len(BATCHES)
+    assert FITS in refused("8xH100", "expert=8 expert_tensor bf16", batch=BATCHES[len(found)])
+    assert by_batch(FLASH, parse("8xH100"), Ask("latency"), choice._replace(mesh=MeshSpec(expert=5))) == []
+
+
+@pytest.mark.parametrize(
+    "asked",
+    ["--goal throughput --batch 8 --tpot-ms 20", "--goal context", "--goal lora --batch 4"],
+)
+def test_a_picture_is_drawn(capsys, tmp_path: Path, asked):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "plan.png"
+    small = ["plan", "--model", "step-tiny", "--hardware", "2xH100", "--context", "128", "--experts", "bf16,fp8"]
+    assert main([*small, *asked.split(), "--plot", str(path)]) == 0
+    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = (int.from_bytes(path.read_bytes()[at : at + 4], "big") for at in (16, 20))
+    assert (width, height) == (1350, 825)
+    capsys.readouterr()
+    assert main([*small, "--plot", str(tmp_path / "nowhere" / "plan.png")]) == 1
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_picture_needs_an_extra(capsys, monkeypatch, tmp_path: Path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    small = ["plan", "--model", "step-tiny", "--hardware", "2xH100", "--context", "128", "--experts", "bf16"]
+    assert main([*small, "--plot", str(tmp_path / "plan.png")]) == 1
+    assert "install stepjax[plots]" in capsys.readouterr().err

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,6 @@ from stepjax.sharding.hardware import DEVICES, Cluster, parse, read_devices
 
 if TYPE_CHECKING:
     from stepjax.sharding.calibration import Calibration
-    from stepjax.sharding.plan import Plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,15 +45,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--routing", type=Path, metavar="JSON", help="assignments of each expert, as measured (default: all alike)"
     )
-    parser.add_argument("--calibrate", type=Path, metavar="JSON", help="steps that benchmarks/gpu.py measured")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="throughput against latency of all that work")
+    parser.add_argument(
+        "--calibrate", type=Path, metavar="JSON", help="steps that `stepjax bench --json` or benchmarks/gpu.py measured"
+    )
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="picture of throughput against latency")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     config = read_config(args.model)
     cluster = parse(args.hardware, read_devices(args.devices_file) if args.devices_file else DEVICES)
-    from stepjax.sharding.explain import as_dict, shown
+    from stepjax.sharding.explain import as_dict, provenance, shown
     from stepjax.sharding.plan import plan
 
     ask, calibration = _ask(args, config, cluster)
@@ -63,7 +63,9 @@ def run(args: argparse.Namespace) -> int:
     with console.status("planning") if console.is_terminal else contextlib.nullcontext():
         found = plan(config, cluster, ask)
     if args.plot and found.options:
-        _plot(found, args.plot)
+        from stepjax.train.plan_plot import draw
+
+        draw(found, config, args.plot, times=provenance(calibration))
     if args.json:
         print(json.dumps({"model": args.model} | as_dict(found, config, calibration), indent=2))
         return 0 if found.options else 1
@@ -78,9 +80,10 @@ def _ask(args: argparse.Namespace, config: Any, cluster: Cluster) -> tuple[Any, 
     """The question, and what its efficiencies were fitted to."""
     from stepjax.infer.draft_policy import PRIOR
     from stepjax.infer.study import sequence_bytes
-    from stepjax.sharding.calibration import fit, read_points
+    from stepjax.sharding.calibration import fit
     from stepjax.sharding.cost import Efficiency, Routing
     from stepjax.sharding.footprint import QUANTS
+    from stepjax.sharding.measured import read_points
     from stepjax.sharding.plan import BATCHES, Ask
 
     goal = "lora" if args.train else args.goal
@@ -90,7 +93,8 @@ def _ask(args: argparse.Namespace, config: Any, cluster: Cluster) -> tuple[Any, 
             raise RequestError(f"--experts: {each!r}, expected of {', '.join(QUANTS)}")
     calibration = None
     if args.calibrate:
-        calibration = fit(read_points(args.calibrate)[1], cluster.device)
+        device, points = read_points(args.calibrate)
+        calibration = fit(points, cluster, device=device)
     most = {"throughput": BATCHES[-1], "lora": 8 * cluster.num_devices}
     ask = Ask(
         goal=goal,
@@ -117,37 +121,3 @@ def _histogram(path: Path, num_experts: int) -> tuple[float, ...]:
     if not numbers or len(found) != num_experts or not sum(found) > 0:
         raise RequestError(f"{path}: expected a list of {num_experts} numbers, the assignments of each expert")
     return tuple(map(float, found))
-
-
-def _plot(found: Plan, path: Path) -> None:
-    """Each option a point; those that no other beats in both ways are joined."""
-    try:
-        drawing = import_module("matplotlib.figure")  # an extra
-    except ImportError:
-        raise RequestError("--plot: needs matplotlib; install stepjax[plots]") from None
-    figure = drawing.Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
-    for quant in dict.fromkeys(each.choice.quant for each in found.options):
-        mine = [each for each in found.options if each.choice.quant == quant]
-        axes.scatter([1e3 * each.tpot_s for each in mine], [each.per_device for each in mine], label=quant, s=16)
-    front = _front([(1e3 * each.tpot_s, each.per_device) for each in found.options])
-    axes.plot(*zip(*front, strict=True), color="grey", linewidth=1, label="Pareto front")
-    training = found.ask.goal == "lora"
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="ms a step" if training else "ms a token",
-        ylabel="tokens per second and device",
-        title=f"{found.cluster}: {found.ask.goal}",
-    )
-    axes.legend()
-    figure.savefig(path, dpi=120)
-
-
-def _front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Those than which none is both faster and more plentiful, fastest first."""
-    front: list[tuple[float, float]] = []
-    for time, rate in sorted(points, key=lambda each: (each[0], -each[1])):
-        if not front or rate > front[-1][1]:
-            front.append((time, rate))
-    return front
