@@ -22,7 +22,7 @@ from stepjax.layout import Routed
 from stepjax.ops.expert_forms import ExpertWeights
 from stepjax.ops.expert_sizes import Form, buffer_rows
 from stepjax.ops.experts import held_ids, routed_experts
-from stepjax.ops.varying import vary_alike, vary_with
+from stepjax.ops.varying import vary_alike, vary_with, zeros_after
 from stepjax.sharding.rules import GROUP, Axes, Rules
 from stepjax.sharding.traffic import WORTHWHILE, exchanged_traffic, gathered_traffic, reach
 
@@ -278,7 +278,7 @@ def _passes_forward(
     def body(index: jax.Array, out: jax.Array) -> jax.Array:
         return out + _one_pass(plan, index, x, combine, weights, ids, to)
 
-    return jax.lax.fori_loop(0, num_passes, body, vary_with(jnp.zeros(x.shape, jnp.float32), x))
+    return jax.lax.fori_loop(0, num_passes, body, zeros_after(num_passes, x.shape, x))
 
 
 # A loop rather than a full-size branch beside a fast one: memory stays that of the fast buffer, and a group that

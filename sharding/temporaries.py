@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from stepjax.cache import GATHERED_ROWS, LARGE_BLOCK, SMALL_BLOCK
 from stepjax.ops.attention import BLOCK
-from stepjax.ops.expert_forms import WIDENED_BYTES
-from stepjax.ops.expert_sizes import buffer_rows, choose_form
+from stepjax.ops.expert_sizes import WIDENED_BYTES, buffer_rows, choose_form
 from stepjax.sharding.expert_parallel import Group
 from stepjax.sharding.footprint import Cached, Quant
 from stepjax.sharding.layout import MeshLayout

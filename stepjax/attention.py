@@ -50,7 +50,9 @@ class Attention(nnx.Module):
         if cache is not None:
             k_BTKH, v_BTKH = _finite(k_BTKH), _finite(v_BTKH)
         out_BTNH, cache = self.layout.attend(Heads(q_BTNH, k_BTKH, v_BTKH), chunk, cache, window=spec.window)
-        out_BTNH *= jax.nn.sigmoid(self.g_proj(x_BTD))[..., None]
+        # In float32: XLA joins products of the same input and dtype, and for so few rows copies the joined weights.
+        gate_BTN = jax.nn.sigmoid(self.g_proj.wide(x_BTD)).astype(out_BTNH.dtype)
+        out_BTNH *= gate_BTN[..., None]
         out = self.layout.constrain(out_BTNH.reshape(B, T, -1), "batch", "length", "heads")
         return self.o_proj(out), cache
 

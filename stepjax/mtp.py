@@ -37,7 +37,9 @@ class MtpLayer(nnx.Module):
         """The depth's pre-norm hidden state [B, T, D]; the embedding half comes first."""
         both = jnp.concatenate([self.embed_norm(embedding_BTD), self.hidden_norm(hidden_BTD)], axis=-1)
         both = self.layout.constrain(both, "batch", "length", None)  # or norms and inputs would split like `merge`
-        hidden, cache, _ = self.block(self.merge(both), chunk, cache)
+        # Then split like it after all: where tokens are split too, a partitioner may gather the matrix instead.
+        merged = self.merge(self.layout.constrain(both, "batch", "length", "embed_in"))
+        hidden, cache, _ = self.block(merged, chunk, cache)
         return hidden, cache
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:

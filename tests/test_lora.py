@@ -115,7 +115,7 @@ def test_every_form_gives_what_merged_experts_give(of, base):
 
 
 def test_experts_that_are_widened_in_turn_keep_their_own_factors(monkeypatch):
-    monkeypatch.setattr("stepjax.ops.expert_forms.WIDENED_BYTES", 2 * F * D * 4)
+    monkeypatch.setattr("stepjax.ops.expert_sizes.WIDENED_BYTES", 2 * F * D * 4)
     run = jax.jit(pulled, static_argnames="form")
     for of in ("per_expert", "shared_outer"):
         (x, weights), (ids, combine) = expert_sample(of, "int4"), routing()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from checkpoints import speaking_folder
 
-import stepjax.ops.expert_forms
+import stepjax.ops.expert_sizes
 from stepjax.checkpoint import Checkpoint
 from stepjax.errors import ConfigError, MeshError, RequestError
 from stepjax.export import save
@@ -92,7 +92,7 @@ def test_what_cannot_be_held_is_refused():
 @pytest.mark.parametrize("form", ["gathered", "batched", "capacity", "blocked"])
 def test_every_form_agrees_with_the_widened_weights(monkeypatch, name, group, form):
     """Some experts at a time, as where they are large."""
-    monkeypatch.setattr(stepjax.ops.expert_forms, "WIDENED_BYTES", 2 * D * F * 4)
+    monkeypatch.setattr(stepjax.ops.expert_sizes, "WIDENED_BYTES", 2 * D * F * 4)
     weights = [drawn(shape, at) * 0.1 for at, shape in enumerate([(E, F, D), (E, F, D), (E, D, F)])]
     held = [jax.tree.map(jnp.asarray, quantize_groups(w, name, group)) for w in weights]
     wide = [dequantize(w, jnp.float32) for w in held]

@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from stepjax.errors import MeshError
+from stepjax.ops.varying import zeros_after
 from stepjax.sharding import target
 from stepjax.sharding.compiled import compile_report
 from stepjax.sharding.target import TARGETS, devices
@@ -94,3 +95,31 @@ def test_gpu_target_compiles_a_sharded_product(name, count):
     assert report.argument_bytes == (64 + 128) * 256 * 2 // count
     sums = [(one.kind, one.axes, one.dtypes, one.payload_bytes) for one in report.collectives]
     assert sums == ([("all-reduce", ("tensor",), ("bf16",), 64 * 128 * 2)] if count > 1 else [])
+
+
+def on_one_gpu(function, *shapes):
+    """What `compile_report` says of a function of bfloat16 arrays."""
+    mesh = Mesh(np.array(devices("h100", 1)), ("tensor",), axis_types=(AxisType.Auto,))
+    whole = NamedSharding(mesh, P())
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=whole) for shape in shapes]
+    return compile_report(jax.jit(function, out_shardings=whole), arrays, mesh=mesh)
+
+
+@pytest.mark.aot
+def test_a_loop_makes_its_zeros_when_it_starts():
+    """Eight layers of one loop each. Plain zeros would all be made before the first layer: 256 MiB."""
+
+    def layer(x):
+        count = jnp.sum(x[0] > 0, dtype=jnp.int32)
+        wide = x.astype(jnp.float32)
+        return jax.lax.fori_loop(0, count, lambda _, out: jnp.cos(out + wide), zeros_after(count, x.shape, x)).astype(
+            x.dtype
+        )
+
+    def layers(x):
+        for _ in range(8):
+            x += layer(x)
+        return x
+
+    shape = (2048, 4096)
+    assert on_one_gpu(layers, shape).temp_bytes < 4 * 4 * shape[0] * shape[1]

@@ -10,10 +10,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from stepjax.adapted import Adapted, AnyWeight, choose, merged, plain, product, rows_product, widen
+from stepjax.ops.expert_sizes import tile_size
 from stepjax.ops.swiglu import swiglu
-from stepjax.ops.varying import vary_with
-
-WIDENED_BYTES = 256 * 2**20  # of one quantised matrix at a time (H100, int4, 64 tokens: 8.2 ms, with 16 MiB 10.1)
+from stepjax.ops.varying import vary_with, zeros_after
 
 Slot = jax.Array | None  # int32 [T], adapter of each token
 
@@ -67,16 +66,19 @@ def gathered(
 
 
 def tiled(
-    run: Callable[..., jax.Array], weights: ExpertWeights, dtype: DTypeLike, *rows: jax.Array | None
+    run: Callable[..., jax.Array], weights: ExpertWeights, x: jax.Array, count: jax.Array, *rows: jax.Array | None
 ) -> jax.Array:
-    """``run(gate, up, down, *rows)`` in ``dtype``; experts are the first axis of every argument and of the result.
+    """``run(gate, up, down, *rows)`` in the dtype of ``x``; experts are the first axis of all and of the result.
 
     Quantised weights are widened a few experts at a time: XLA multiplies scales into a copy, not into the product.
+
+    Args:
+      count: a number ≥ 0 of the layer's routing (`zeros_after`).
     """
-    num_experts, tile = weights.gate.shape[0], _tile(weights.gate, dtype)
+    num_experts, tile = weights.gate.shape[0], _tile(weights.gate, x.dtype)
 
     def widened(weights: ExpertWeights, *rows: jax.Array | None) -> jax.Array:
-        return run(*(widen(w, dtype) for w in weights), *rows)
+        return run(*(widen(w, x.dtype) for w in weights), *rows)
 
     if tile == num_experts:
         return widened(weights, *rows)
@@ -93,18 +95,23 @@ def tiled(
             *rows,
         )
 
-    own = [leaf for leaf, is_own in zip(leaves, by_expert, strict=True) if is_own]
-    out = jax.lax.map(lambda tile: each(*tile), (tiles(own), tiles(rows)))
-    return out.reshape(num_experts, *out.shape[2:])
+    def write(out: jax.Array, tile: Any) -> tuple[jax.Array, None]:
+        index, *held = tile
+        return jax.lax.dynamic_update_index_in_dim(out, each(*held), index, 0), None
+
+    own = tiles([leaf for leaf, is_own in zip(leaves, by_expert, strict=True) if is_own])
+    rows = tiles(rows)
+    shape = jax.eval_shape(each, *jax.tree.map(lambda a: a[0], (own, rows))).shape
+    start = zeros_after(count, (num_experts // tile, *shape), x)
+    out, _ = jax.lax.scan(write, start, (jnp.arange(num_experts // tile), own, rows))
+    return out.reshape(num_experts, *shape[1:])
 
 
 def _tile(weight: AnyWeight, dtype: DTypeLike) -> int:
-    """Experts whose weights are widened together, a divisor of all."""
     num_experts, rows, columns = weight.shape
     if isinstance(plain(weight), jax.Array):
         return num_experts
-    most = max(1, WIDENED_BYTES // (rows * columns * jnp.dtype(dtype).itemsize))
-    return max(n for n in range(1, num_experts + 1) if n <= most and num_experts % n == 0)
+    return tile_size(num_experts, rows * columns, jnp.dtype(dtype).itemsize)
 
 
 def batched(
@@ -116,7 +123,7 @@ def batched(
         gate_EFT, up_EFT = (product("efd,td->eft", w, x, slot=slot) for w in (gate, up))
         return product("edf,eft->edt", down, swiglu(gate_EFT, up_EFT, limit).astype(x.dtype), slot=slot)
 
-    out_EDT = tiled(run, weights, x.dtype)
+    out_EDT = tiled(run, weights, x, ids[0, 0])
     chosen = ids[..., None] == jnp.arange(weights.gate.shape[0])[None, None, :]
     share_TE = jnp.sum(jnp.where(chosen, combine[..., None], 0.0), axis=1)
     return jnp.einsum("te,edt->td", share_TE, out_EDT, precision="highest")

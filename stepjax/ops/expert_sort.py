@@ -12,10 +12,12 @@ from stepjax.ops.expert_forms import ExpertWeights, Slot, tiled
 from stepjax.ops.expert_sizes import block_rows, grouped_blocks
 from stepjax.ops.grouped_product import DEPTH, Tiles, grouped_product, tiles_for
 from stepjax.ops.swiglu import swiglu
-from stepjax.ops.varying import vary_with
+from stepjax.ops.varying import vary_with, zeros_after
 
 
-def _by_expert(x_ECD: jax.Array, slot_EC: jax.Array | None, weights: ExpertWeights, limit: float | None) -> jax.Array:
+def _by_expert(
+    x_ECD: jax.Array, slot_EC: jax.Array | None, weights: ExpertWeights, count: jax.Array, limit: float | None
+) -> jax.Array:
     """Each expert on its own rows: [E, C, D] → float32 [E, C, D]. No weight is transposed or copied."""
 
     def run(gate: Any, up: Any, down: Any, x: jax.Array, slot: jax.Array | None) -> jax.Array:
@@ -23,7 +25,7 @@ def _by_expert(x_ECD: jax.Array, slot_EC: jax.Array | None, weights: ExpertWeigh
         hidden = swiglu(gate_ECF, up_ECF, limit)
         return product("ecf,edf->ecd", hidden.astype(x.dtype), down, slot=slot)
 
-    return tiled(run, weights, x_ECD.dtype, x_ECD, slot_EC)
+    return tiled(run, weights, x_ECD, count, x_ECD, slot_EC)
 
 
 def capacity(
@@ -115,7 +117,7 @@ def _one_pass(
     """Rows index·C … index·C + C − 1 of every expert, brought back to their tokens: float32 [T, D]."""
     offset = index * rows + jnp.arange(rows, dtype=jnp.int32)
     token_EC = by.token[jnp.minimum(by.start[:, None] + offset[None, :], by.token.size - 1)]
-    out_ECD = _by_expert(x[token_EC], None if by.slot is None else by.slot[token_EC], weights, limit)
+    out_ECD = _by_expert(x[token_EC], None if by.slot is None else by.slot[token_EC], weights, by.count[0], limit)
     local = by.rank - index * rows
     mine = (local >= 0) & (local < rows) & (by.expert < by.start.size)
     back = out_ECD.reshape(-1, x.shape[1])[jnp.where(mine, by.expert * rows + local, 0)]  # [T, A, D]
@@ -133,8 +135,8 @@ def _passes_forward(
     def body(index: jax.Array, out: jax.Array) -> jax.Array:
         return out + _one_pass(limit, rows, index, x, combine, weights, by)
 
-    zero = vary_with(jnp.zeros(x.shape, jnp.float32), x)
-    return jax.lax.fori_loop(0, _num_passes(rows, by), body, zero)
+    passes = _num_passes(rows, by)
+    return jax.lax.fori_loop(0, passes, body, zeros_after(passes, x.shape, x))
 
 
 # The number of passes depends on the routing, so reverse mode cannot run through the loop: the backward pass runs the
@@ -243,8 +245,7 @@ def _kernel_forward(plan: _Plan, x: jax.Array, combine: jax.Array, weights: Expe
         back = found[jnp.where(mine, local, 0)]
         return out + jnp.sum(combine[..., None] * jnp.where(mine[..., None], back, 0.0), axis=1)
 
-    zero = vary_with(jnp.zeros(x.shape, jnp.float32), x)
-    return jax.lax.fori_loop(0, (used + plan.blocks - 1) // plan.blocks, some, zero)
+    return jax.lax.fori_loop(0, (used + plan.blocks - 1) // plan.blocks, some, zeros_after(used, x.shape, x))
 
 
 _kernel = jax.custom_vjp(_kernel_forward, nondiff_argnums=(0,))

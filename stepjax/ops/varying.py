@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 
 T = TypeVar("T")
 
@@ -31,6 +32,15 @@ def vary_alike(tree: T) -> T:
 def vary_with(tree: T, like: jax.Array) -> T:
     """Every array typed as varying at least as ``like`` does; for the start of a loop that will carry such values."""
     return jax.tree.map(lambda leaf: _vary(leaf, varying_axes(like)), tree)
+
+
+def zeros_after(count: jax.Array, shape: tuple[int, ...], like: jax.Array) -> jax.Array:
+    """Float32 zeros that a loop starts from, varying as ``like`` does. They wait for ``count``, a layer's scalar ≥ 0.
+
+    Plain zeros are alike in every layer: XLA makes all of them in one kernel before the first layer, and keeps each
+    until its loop runs: 336 MiB for 512 tokens of the release.
+    """
+    return vary_with(jnp.full(shape, jnp.where(count < 0, 1.0, 0.0)), like)
 
 
 def _vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
