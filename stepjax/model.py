@@ -17,6 +17,7 @@ from stepjax.layers import Embed, Linear, RMSNorm
 from stepjax.layout import Layout, SingleDevice
 from stepjax.mtp import MtpLayer
 
+KEPT_LAYERS = 8  # whose activations fine-tuning keeps; of a deeper model each layer runs again in the backward pass
 Params = Mapping[str, Any]  # dotted path → array (or block-scaled array)
 
 
@@ -51,20 +52,28 @@ class Step3p5(nnx.Module):
         self.mtp = nnx.List([MtpLayer(spec, config, rngs=rngs, dtype=dtype, layout=layout) for spec in specs])
 
     def forward(
-        self, ids_BT: jax.Array, chunk: Chunk, cache: Cache | None = None, *, recorded_BTLA: jax.Array | None = None
+        self,
+        ids_BT: jax.Array,
+        chunk: Chunk,
+        cache: Cache | None = None,
+        *,
+        recorded_BTLA: jax.Array | None = None,
+        recompute: bool = False,
     ) -> Hidden:
         """Run the backbone over a chunk of tokens, reading and extending the cache if there is one.
 
         Args:
           recorded_BTLA: for the L MoE layers, experts to run instead of their routers' choice (router replay); the
             weights are still the routers'. An id ≥ E leaves the choice alone. Any integer dtype.
+          recompute: for gradients: keep each layer's input alone, and run the layer again in the backward pass.
         """
         x = self.layout.constrain(self.embed(ids_BT), "batch", "stream", "embed")
         views, expert_ids = [], []
         for i, layer in enumerate(self.layers):
             recorded = None if recorded_BTLA is None or not layer.is_moe else recorded_BTLA[:, :, len(expert_ids)]
             with jax.named_scope(f"layer_{i}"):
-                x, view, ids = layer(x, chunk, cache.layers[i] if cache else None, recorded)
+                run = jax.checkpoint(layer) if recompute else layer
+                x, view, ids = run(x, chunk, cache.layers[i] if cache else None, recorded)
             views.append(view)
             expert_ids += [] if ids is None else [ids]
         return Hidden(x, Cache(tuple(views), cache.mtp) if cache else None, tuple(expert_ids))

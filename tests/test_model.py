@@ -1,5 +1,7 @@
 """The parts between attention and experts, and the parameter table."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -9,6 +11,7 @@ from checkpoints import hub_shapes, random_tensors, tiny_hub_config
 from flax import nnx
 from golden.make import CASES
 from golden.ours import params_of_hub
+from tiny import random_params
 
 from stepjax.cache import Chunk
 from stepjax.config import ModelConfig
@@ -142,6 +145,30 @@ def test_gradients_of_the_model_do_not_depend_on_the_form():
         np.testing.assert_allclose(found[path], value, atol=2e-5 * scale, err_msg=path)
         learns = not path.startswith("mtp") and not path.endswith("router.bias")
         assert (scale > 0) == learns, path
+
+
+def test_layers_that_run_again_keep_their_inputs_alone():
+    """The gradients are the same; what lies between the passes is a stream a layer, beside the weights."""
+    config = dataclasses.replace(ModelConfig.from_hf(SHORT), mtp_layers=())
+    params, skeleton = random_params(config, 0), abstract(config, dtype=jnp.float32)
+    ids = jax.random.randint(jax.random.key(0), (2, 64), 0, config.vocab_size)
+
+    def loss(params, recompute):
+        hidden = bind(skeleton, params).forward(ids, Chunk.whole(*ids.shape), recompute=recompute).hidden_BTD
+        return jnp.mean(jnp.square(hidden))
+
+    def kept_bytes(recompute):
+        pull = jax.eval_shape(lambda params: jax.vjp(lambda each: loss(each, recompute), params)[1], params)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull))
+
+    gradients = jax.jit(jax.grad(loss), static_argnums=1)
+    expected, found = gradients(params, False), gradients(params, True)
+    for path, value in expected.items():
+        np.testing.assert_allclose(found[path], value, atol=2e-5 * np.abs(value).max(), err_msg=path)
+    weights = sum(value.nbytes for value in params.values())
+    stream = ids.size * config.hidden_size * 4
+    assert kept_bytes(True) < weights + 4 * stream
+    assert kept_bytes(False) > weights + 16 * stream
 
 
 def test_padding_chooses_no_expert():
