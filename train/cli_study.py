@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--step",
         default="decode",
-        choices=("decode", "prefill", "train"),
-        help="train: an AdamW update of every parameter, activations kept (%(default)s)",
+        choices=("decode", "prefill", "train", "lora"),
+        help="train: an AdamW update of every parameter, activations kept; lora: of an adapter (%(default)s)",
     )
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="sequences of all devices (%(default)s)")
     parser.add_argument("--context", type=int, default=4096, metavar="S", help="positions of each (%(default)s)")
@@ -98,7 +98,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _title(about: dict[str, Any]) -> str:
     """What was studied, in a sentence."""
-    tokens, positions = about["tokens"], "" if about["step"] == "train" else f", {about['context']:,} positions each"
+    tokens, positions = (
+        about["tokens"],
+        "" if about["step"] in ("train", "lora") else f", {about['context']:,} positions each",
+    )
     return (
         f"{about['model']}: {about['step']}, {about['batch']:,} sequence{'s' * (about['batch'] > 1)} × "
         f"{tokens:,} token{'s' * (tokens > 1)}{positions}, {about['dtype']}, {about['strategy']}"

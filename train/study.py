@@ -21,12 +21,13 @@ from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.rules import Rules
 from stepjax.sharding.study import Step, Study, abstract_params, copies, study, with_blocks
 from stepjax.sharding.target import Target, devices
+from stepjax.train.lora_study import lora_step
 from stepjax.train.optimizer import adamw, learning_rate
 from stepjax.train.packing import Rows
 from stepjax.train.step import Placement, TrainState, make_step, split_biases
 from stepjax.weights import Groups
 
-StepName = Literal["decode", "prefill", "train"]
+StepName = Literal["decode", "prefill", "train", "lora"]
 
 MAX_DEVICES = 4096  # more is taken for a slip of the pen, and would be as many virtual CPUs
 CHUNK = 2048  # prompt tokens of a sequence in one step, where none are given
@@ -38,7 +39,7 @@ class Workload:
 
     step: StepName
     batch: int = 1  # sequences, or packed rows in training
-    context: int = 4096  # cached positions of each, or tokens of a row in training
+    context: int = 4096  # cached positions of each, or tokens of a row in training and LoRA
     chunk: int | None = None  # prompt tokens of each in one prefill step; None: `CHUNK`, or the context if shorter
     drafts: int = 0  # MTP depths, which are then held and run
     keep_fp8: bool = False
@@ -48,7 +49,7 @@ class Workload:
     @property
     def tokens(self) -> int:
         """Of each sequence in one step."""
-        if self.step == "train":
+        if self.step in ("train", "lora"):
             return self.context
         if self.step == "decode":
             return 1 + self.drafts
@@ -78,7 +79,7 @@ class Workload:
                 raise RequestError(f"{name}: is {value}, expected {low} to {high}")
         if self.chunk is not None and self.step != "prefill":
             raise RequestError(f"chunk: is of --step prefill, a {self.step} step has none")
-        if self.step == "train" and self.drafts:
+        if self.step in ("train", "lora") and self.drafts:
             raise RequestError("speculate: a training step is studied without MTP layers, expected 0")
         if self.step == "train" and (self.keep_fp8 or self.quantize):
             name = "keep-fp8" if self.keep_fp8 else f"quantize {self.quantize}"
@@ -139,6 +140,8 @@ def step_of(config: ModelConfig, workload: Workload, layout: MeshLayout) -> Step
     params = abstract_params(model, layout, keep_fp8=workload.keep_fp8, groups=workload.groups)
     if workload.step == "train":
         return train_step(model, params, layout, batch=batch, length=context)
+    if workload.step == "lora":
+        return lora_step(model, params, layout, batch=batch, length=context)
     drafts = workload.drafts
     if workload.step == "decode":
         return decode_step(model, params, batch=batch, context=context, drafts=drafts, dtype=dtype)

@@ -153,6 +153,24 @@ def _started(trained: Trainable, path: Path, base: Session) -> Trainable:
     )
 
 
+def fresh_state(
+    leaves: Any,
+    optimizer: optax.GradientTransformation,
+    shardings: Mapping[str, Any],
+    mesh: MeshLayout,
+    *,
+    keep_previous: bool,
+) -> tuple[TuneState, TuneState]:
+    """Shapes of the first state, and where its parts lie: what an optimiser keeps of a leaf lies as the leaf does."""
+
+    def place(path: tuple[Any, ...], leaf: Any) -> Any:
+        of = next((key.key for key in path if getattr(key, "key", None) in shardings), None)
+        return mesh.replicated if of is None else shardings[of]
+
+    shapes = jax.eval_shape(lambda leaves: _begin(leaves, optimizer, keep_previous=keep_previous), leaves)
+    return shapes, jax.tree_util.tree_map_with_path(place, shapes)
+
+
 def _fresh(
     leaves: Leaves,
     optimizer: optax.GradientTransformation,
@@ -161,19 +179,18 @@ def _fresh(
     *,
     keep_previous: bool,
 ) -> tuple[TuneState, Any]:
-    """The state before the first update, and where its parts lie: what an optimiser keeps of a leaf lies as it does."""
+    """The state before the first update, and where its parts lie; None on one device."""
 
     def create(leaves: Leaves) -> TuneState:
-        zero = jnp.zeros((), jnp.int32)
-        previous = jax.tree.map(jnp.copy, leaves) if keep_previous else {}
-        return TuneState(leaves, optimizer.init(leaves), zero, jnp.zeros((2,), jnp.int32), previous)
+        return _begin(leaves, optimizer, keep_previous=keep_previous)
 
     if mesh is None:
         return jax.jit(create)(leaves), None
-
-    def place(path: tuple[Any, ...], leaf: Any) -> Any:
-        of = next((key.key for key in path if getattr(key, "key", None) in trained.shardings), None)
-        return mesh.replicated if of is None else trained.shardings[of]
-
-    where = jax.tree_util.tree_map_with_path(place, jax.eval_shape(create, leaves))
+    _, where = fresh_state(leaves, optimizer, trained.shardings, mesh, keep_previous=keep_previous)
     return jax.jit(create, out_shardings=where)(leaves), where
+
+
+def _begin(leaves: Leaves, optimizer: optax.GradientTransformation, *, keep_previous: bool) -> TuneState:
+    zero = jnp.zeros((), jnp.int32)
+    previous = jax.tree.map(jnp.copy, leaves) if keep_previous else {}
+    return TuneState(leaves, optimizer.init(leaves), zero, jnp.zeros((2,), jnp.int32), previous)
