@@ -1,15 +1,16 @@
 """The layouts that plans are held against: a line each, `mesh strategy step batch context [word=number …]`.
 
 Words are chunk, drafts, layers (default 3: dense with full attention, experts with a window, experts with full
-attention, at the real widths) and fp8=1. 45 layers are the whole model.
+attention, at the real widths), fp8=1, int8=1 and int4=1. 45 layers are the whole model.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from stepjax.config import ModelConfig
+from stepjax.quant_groups import IntFormat
 from stepjax.train.study import Workload
 
 
@@ -41,13 +42,15 @@ def _case(line: str) -> Case:
     mesh, strategy, step, batch, context, *words = line.split()
     given = {name: int(value) for name, _, value in (word.partition("=") for word in words)}
     layers = given.pop("layers", 3)
+    whole_numbers: list[IntFormat] = [name for name in get_args(IntFormat) if given.get(name)]
     workload = Workload(
-        step=step,  # type: ignore[arg-type]  (one of three, by the tables below)
+        step=step,  # type: ignore[arg-type]  (one of four, by the tables below)
         batch=int(batch),
         context=int(context),
         chunk=given.get("chunk"),
         drafts=given.get("drafts", 0),
         keep_fp8=bool(given.get("fp8")),
+        quantize=whole_numbers[0] if whole_numbers else None,
     )
     return Case(" ".join(line.split()), mesh, strategy, workload, layers)
 
@@ -95,6 +98,13 @@ context=2,expert=4,tensor=2 expert_tensor prefill 2 32768 chunk=4096
 data=8,expert=8 expert_tensor decode 64 4096
 expert=8,tensor=4 expert_tensor prefill 1 16384 chunk=16384
 expert=8 expert_tensor prefill 1 8192 chunk=512 layers=45
+expert=4 expert decode 32 8192 fp8=1 layers=45
+expert=4 expert_tensor decode 8 8192 int4=1
+expert=2 expert decode 128 2048 int4=1
+expert=2 expert_tensor prefill 1 8192 chunk=512 int4=1
+expert=4 expert decode 2 65536 drafts=3 int8=1
+data=2,expert=2,tensor=2 expert_tensor prefill 6 4096 chunk=256
+expert=2,tensor=2 expert_tensor prefill 1 8192 chunk=2048 fp8=1
 """)
 
 # Argument bytes, compiled for virtual CPU devices, 1 to 512 of them.

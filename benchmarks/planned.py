@@ -67,7 +67,7 @@ def compile_all(args: argparse.Namespace) -> None:
             row = compiled(case, args.target)
         except StepjaxError as error:
             row = {"error": str(error)}
-        found["layouts"][case.text] = row | {"seconds": round(time.perf_counter() - began, 1)}
+        found["layouts"][case.text] = row | {"seconds": round(time.perf_counter() - began, 1), "commit": commit()}
         args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         print(case.text, found["layouts"][case.text]["seconds"], row.get("error", ""), flush=True)
         jax.clear_caches()
@@ -87,15 +87,13 @@ def speed() -> dict[str, Any]:
 
 
 def about(args: argparse.Namespace) -> dict[str, Any]:
+    return {"target": args.target, "jax": jax.__version__, "python": sys.version.split()[0], "layouts": {}}
+
+
+def commit() -> str:
+    """The one that a layout was compiled at: after a change only those that it touches need to be compiled again."""
     command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "target": args.target,
-        "jax": jax.__version__,
-        "commit": commit,
-        "python": sys.version.split()[0],
-        "layouts": {},
-    }
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def compiled(case: Case, target: Any) -> dict[str, Any]:

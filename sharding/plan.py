@@ -373,7 +373,7 @@ def _train(
             pages=0,
             rings=0,
             sequences=0,
-            training=training.training_bytes(layout, work, factors, quant=choice.quant).total,
+            training=training.training_bytes(layout, work, factors).total,
             temporaries=0,
             usable=cluster.device.usable_bytes,
         )

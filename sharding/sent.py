@@ -97,7 +97,7 @@ def of_serving(layout: MeshLayout, work: Tokens, *, rows_split: bool) -> tuple[S
         found += _drafts(layout, work, shares)
     if shares.replicas:
         emitted = work.count if work.step == "decode" else 1
-        found.append(Sent("all-gather", rules.live(("data",)), work.batch * (4.0 * emitted + 5), 1))
+        found.append(Sent("all-gather", rules.live(("data",)), work.batch * (4.0 * (emitted + work.drafts) + 5), 1))
     return tuple(each for each in found if each.axes and each.payload_bytes)
 
 

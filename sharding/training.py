@@ -13,19 +13,24 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from stepjax import lora
-from stepjax.config import ModelConfig
+from stepjax.config import LayerSpec, ModelConfig
 from stepjax.lora import LoraConfig
+from stepjax.model import KEPT_LAYERS
+from stepjax.ops.attention import WINDOWED_BLOCK
+from stepjax.ops.experts import buffer_rows
 from stepjax.sharding.cost import Part, Routing, serving_parts
-from stepjax.sharding.footprint import ById, Cached, Kind, Placed, Quant, kind_path, one_of_each
+from stepjax.sharding.expert_parallel import Group
+from stepjax.sharding.footprint import ById, Cached, Kind, Placed, kind_path, one_of_each
 from stepjax.sharding.layout import MeshLayout
 from stepjax.sharding.sent import Sent, Shares, Tokens, of_serving
-from stepjax.sharding.temporaries import serving_temporaries
 from stepjax.weights import inventory
 
 PASSES = 3  # over the weights: forward, again, backward
 MOMENTS = 2  # of Adam
-LOGIT_ROWS = 1024  # tokens whose logits a chunked loss makes at once, with their gradient
-WORKING_SETS = 2  # of one layer: what is computed again, and its cotangents
+LOGIT_ROWS = 512  # tokens whose logits a chunked loss makes at once (`stepjax.train.logprobs`)
+# Float32 arrays that a layer's backward pass holds at once, counted in a program compiled for eight H100s (4 × 1,024
+# tokens): in the experts' order, and as tokens.
+BUFFERS, STREAMS = 6, 13
 NO_CACHE = Cached(0, 0, (0, 0, 0, 0), (0, 0, 0, 0), False, 0)
 
 
@@ -69,15 +74,47 @@ def training_work(batch: int, length: int) -> Tokens:
     return Tokens("prefill", batch, length, length)
 
 
-def training_bytes(layout: MeshLayout, work: Tokens, factors: Sequence[Placed], *, quant: Quant) -> TrainingBytes:
-    """Beside the frozen weights. Activations are an estimate; nothing was compiled."""
+def training_bytes(layout: MeshLayout, work: Tokens, factors: Sequence[Placed]) -> TrainingBytes:
+    """Beside the frozen weights. Activations are an estimate."""
     config, shares = layout.rules.config, Shares.of(layout, work)
     adapter = sum(each.num_bytes for each in factors)
-    kept = len(config.layers) * shares.batch * shares.stream * config.hidden_size * work.itemsize
-    of_layer = WORKING_SETS * serving_temporaries(layout, work, NO_CACHE, quant=quant)
+    stream = shares.batch * shares.stream * config.hidden_size * work.itemsize
+    kept = len(config.layers) * stream
+    if len(config.layers) <= KEPT_LAYERS:
+        kept += sum(_pair_bytes(layout, work, layer) for layer in config.layers)
+    return TrainingBytes(
+        adapter, MOMENTS * adapter, adapter, kept + max(_layer_bytes(layout, work), _head_bytes(layout))
+    )
+
+
+def _pair_bytes(layout: MeshLayout, work: Tokens, layer: LayerSpec) -> float:
+    """Two float32 for each query and key of a head, which attention keeps: its blocks of queries are not run again."""
+    shares = Shares.of(layout, work)
+    keys = min(work.count, WINDOWED_BLOCK + layer.window - 1) if layer.window else work.count
+    heads = layer.num_heads // layout.rules.size(layout.rules.table["heads"])
+    return 2.0 * 4 * shares.tokens * keys * heads
+
+
+def _layer_bytes(layout: MeshLayout, work: Tokens) -> float:
+    """What the backward pass of one layer holds at once on its way through the experts: one of their matrices in
+    float32, as cotangents are, and rows of tokens with their cotangents, in the experts' order and in their own.
+    """
+    config, group, shares = layout.rules.config, Group.of(layout.rules), Shares.of(layout, work)
+    tokens = float(shares.tokens * config.hidden_size)
+    matrix = buffer = 0.0
+    if config.moe_layers:
+        rows = buffer_rows(shares.tokens * config.top_k / config.num_experts, most=shares.tokens)
+        buffer = float(group.experts_each * rows * config.hidden_size)
+        matrix = float(group.experts_each * config.hidden_size * config.expert_size // group.num_shares)
+    pairs = max(_pair_bytes(layout, work, layer) for layer in config.layers)
+    return pairs + 4 * (matrix + BUFFERS * buffer + STREAMS * tokens)
+
+
+def _head_bytes(layout: MeshLayout) -> float:
+    """The output matrix in float32, a block of logits with its gradient."""
+    config = layout.rules.config
     vocab = config.vocab_size / layout.rules.size(layout.rules.table["vocab"])
-    logits = 3 * 4 * min(LOGIT_ROWS, shares.tokens) * vocab
-    return TrainingBytes(adapter, MOMENTS * adapter, adapter, kept + max(of_layer, logits))
+    return 4 * vocab * (config.hidden_size + 3 * LOGIT_ROWS)
 
 
 def training_parts(layout: MeshLayout, work: Tokens, weights: Iterable[Placed], *, routing: Routing) -> list[Part]:

@@ -14,12 +14,14 @@ from rich.table import Table
 
 from stepjax.config import ModelConfig
 from stepjax.infer.study import sequence_bytes
+from stepjax.lora import LoraConfig
 from stepjax.sharding.compiled import CompileReport, size_text
 from stepjax.sharding.footprint import Quant, cached, layout_of, local_shape, parameters, placed
 from stepjax.sharding.layout import MeshLayout
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.sent import Tokens, of_serving, payloads
 from stepjax.sharding.temporaries import serving_temporaries
+from stepjax.sharding.training import adapters, training_bytes, training_work
 from stepjax.train.packing import Rows
 from stepjax.train.study import Workload
 
@@ -35,11 +37,12 @@ class Planned:
     argument_bytes: int
     temp_bytes: float | None
     payloads: Payloads | None
+    output_bytes: int = 0  # that take no argument's place; what a step of serving emits is a few bytes a sequence
 
     @property
     def peak_bytes(self) -> float | None:
-        """Outputs take the place of donated arguments; what is emitted is a few bytes a sequence."""
-        return None if self.temp_bytes is None else self.argument_bytes + self.temp_bytes
+        """Outputs take the place of donated arguments."""
+        return None if self.temp_bytes is None else self.argument_bytes + self.output_bytes + self.temp_bytes
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,8 @@ def planned(config: ModelConfig, workload: Workload, mesh: MeshSpec, strategy: s
         biases = sum(each.num_bytes for each in weights if each.kind.path.endswith("router.bias"))
         counts = 2 * 4  # of Adam and of the schedule
         return Planned(held + 2 * (held - biases) + counts + 4 + _rows_bytes(layout, workload), None, None)
+    if workload.step == "lora":
+        return _lora(config, workload, layout, held)
     cache = cached(
         config, layout, batch=workload.batch, length=workload.context, depths=workload.drafts, dtype=dtype.name
     )
@@ -174,6 +179,22 @@ def planned(config: ModelConfig, workload: Workload, mesh: MeshSpec, strategy: s
         argument_bytes=held + cache.num_bytes + state + inputs,
         temp_bytes=serving_temporaries(layout, work, cache, quant=quant),
         payloads={(kind, ",".join(axes)): size for (kind, axes), size in sent.items()},
+    )
+
+
+def _lora(config: ModelConfig, workload: Workload, layout: MeshLayout, held: int) -> Planned:
+    """Leaves and two moments of each go in and come out, for the state is not donated."""
+    factors = placed(adapters(config, LoraConfig()), layout)
+    found = training_bytes(layout, training_work(workload.batch, workload.context), factors)
+    rows, tokens = local_shape(layout, (workload.batch, workload.context), "batch", "length")
+    state = found.adapter + found.moments
+    counts = 4 * (2 + 1 + 2)  # of Adam and of the schedule, the step, what was skipped
+    sampler = 4 * rows * tokens  # log-probabilities; learning by likelihood has no use for advantages
+    return Planned(
+        argument_bytes=held + state + counts + _rows_bytes(layout, workload) + sampler,
+        temp_bytes=found.gradients + found.activations,
+        payloads=None,
+        output_bytes=state,
     )
 
 
