@@ -17,7 +17,7 @@ from stepjax.config import LayerSpec, ModelConfig
 from stepjax.lora import LoraConfig
 from stepjax.model import KEPT_LAYERS
 from stepjax.ops.attention import WINDOWED_BLOCK
-from stepjax.ops.experts import buffer_rows
+from stepjax.ops.expert_sizes import buffer_rows
 from stepjax.sharding.cost import Part, Routing, serving_parts
 from stepjax.sharding.expert_parallel import Group
 from stepjax.sharding.footprint import ById, Cached, Kind, Placed, kind_path, one_of_each
