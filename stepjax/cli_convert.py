@@ -7,11 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
 from stepjax.checkpoint import Checkpoint
-from stepjax.errors import CheckpointError
+from stepjax.cli_writing import add_size, max_shard_bytes, progress_bar
 from stepjax.folder import open_folder
 
 
@@ -25,32 +22,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="precision of the routed experts: the releases' own, or whole numbers, which only this package reads",
     )
     parser.add_argument("--group", type=int, default=64, help="columns that share a scale in int4 (%(default)s)")
-    parser.add_argument(
-        "--max-shard-gib", type=float, default=9.0, metavar="X", help="largest file (%(default)s, as the release has)"
-    )
+    add_size(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     folder = open_folder(args.source)
     source = folder.checkpoint
-    if not args.max_shard_gib > 0:
-        raise CheckpointError(f"--max-shard-gib: is {args.max_shard_gib}, expected more than 0")
+    size = max_shard_bytes(args)
     from stepjax.export import save
     from stepjax.quant_groups import form_of
 
     form = None if args.experts == "bf16" else "fp8" if args.experts == "fp8" else form_of(args.experts, args.group)
-    columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("writing", total=None)
+    with progress_bar() as progress:
         written = save(
             args.target,
             source.config,
             Widened(source) if args.experts == "bf16" else {},
             source=folder.path,
             experts=form,
-            max_shard_bytes=int(args.max_shard_gib * 2**30),
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            max_shard_bytes=size,
+            progress=progress,
         )
     print(f"{written}: {Checkpoint(written).num_bytes:,} bytes of weights, experts in {args.experts}")
     return 0

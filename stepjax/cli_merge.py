@@ -8,11 +8,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
 from stepjax.checkpoint import Checkpoint
-from stepjax.errors import CheckpointError
+from stepjax.cli_writing import add_size, max_shard_bytes, progress_bar
 from stepjax.hub import resolve
 
 if TYPE_CHECKING:
@@ -23,32 +20,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="BASE", help="checkpoint folder, hub id or embedded name")
     parser.add_argument("adapter", metavar="ADAPTER", type=Path, help="PEFT folder, as export-adapter writes it")
     parser.add_argument("target", metavar="DST", type=Path, help="folder to write; it appears whole or not at all")
-    parser.add_argument(
-        "--max-shard-gib", type=float, default=9.0, metavar="X", help="largest file (%(default)s, as the release has)"
-    )
+    add_size(parser)
     parser.add_argument("--json", action="store_true", help="one line of JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     source = Checkpoint(resolve(args.source))
-    if not args.max_shard_gib > 0:
-        raise CheckpointError(f"--max-shard-gib: is {args.max_shard_gib}, expected more than 0")
+    size = max_shard_bytes(args)
     from stepjax.adapter_io import import_adapter
     from stepjax.merge import merge_checkpoint
 
     adapter, lora = import_adapter(args.adapter, source.config)
-    columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("writing", total=None)
+    with progress_bar() as progress:
         report = merge_checkpoint(
             source.folder,
             args.target,
             adapter,
             lora,
-            max_shard_bytes=int(args.max_shard_gib * 2**30),
+            max_shard_bytes=size,
             share=_share(),
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=progress,
         )
     lost = None if math.isnan(report.lost) else report.lost
     if args.json:
