@@ -35,6 +35,7 @@ from stepjax.train.tune_config import (
     LoraSettings,
     LossSettings,
     TeacherSettings,
+    TuneConfig,
 )
 from stepjax.train.tune_setup import Setup, open_run
 from stepjax.train.vocabulary import check_same_ids
@@ -98,6 +99,46 @@ def test_what_a_run_leaves(finished):
         found, what = read_leaves(place, session.config)
         assert what == about
         assert_same(leaves, found)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        changed(SHORT, optim={"steps": 6}),
+        pytest.param(
+            changed(
+                SHORT,
+                lora={"targets": LoraSettings().targets, "experts": "per_expert"},
+                rollout={"speculate": 3},
+                optim={"steps": 200},
+                eval={"every": 100, "items": 2, "kl_prompts": 2},
+                run={"save_every": 50},
+            ),
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["6 steps", "200 steps of all that adapters reach"],
+)
+def test_a_run_leaves_the_base_and_the_teacher_as_they_were(config, tmp_path, monkeypatch):
+    """Each tensor has the bits of its file, after steps that moved every adapter."""
+    opened, real = [], loop.open_run
+
+    def watched(config: TuneConfig) -> Setup:
+        opened.append(real(config))
+        return opened[-1]
+
+    monkeypatch.setattr(loop, "open_run", watched)
+    state = tune(config, tmp_path / "run")
+    assert int(state.step) == config.optim.steps
+    assert not state.skipped.any()
+    assert all((leaf != opened[0].fresh.leaves[name]).any() for name, leaf in state.leaves.items())
+    teacher = opened[0].teachers["main"]
+    assert isinstance(teacher, Resident)
+    for params, name in ((opened[0].base.params, "step-tiny-student"), (teacher.params, "step-tiny")):
+        stored = load(name).params
+        assert set(params) == set(stored)
+        for path, value in params.items():
+            assert np.asarray(value).tobytes() == np.asarray(stored[path]).tobytes(), path
 
 
 def test_a_run_is_refused_on_another_base_or_with_other_settings(finished, setup, monkeypatch):
