@@ -25,13 +25,13 @@ from stepjax.adapter_io import import_adapter
 from stepjax.errors import ContextError, RequestError
 from stepjax.infer.adapters import AdapterNames, AdapterStack
 from stepjax.infer.admission import SchedulerConfig
+from stepjax.infer.answer import Answer, Score
 from stepjax.infer.draft_policy import DRAFTS, DraftPolicy, StepBytes
 from stepjax.infer.engine_config import EngineConfig
 from stepjax.infer.executor import Assignment, CacheSize, Executor, Mask, Order
 from stepjax.infer.grammar_form import GrammarError
-from stepjax.infer.guide import Constraint, Guide
+from stepjax.infer.guide import Constraint
 from stepjax.infer.replay import Channel, Leader, connect, follow
-from stepjax.infer.routing import Routing
 from stepjax.infer.runner import Emitted
 from stepjax.infer.sampling import SamplingParams
 from stepjax.infer.scheduler import Scheduler
@@ -47,13 +47,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STEP_S = 300.0  # after which a compiled step on several hosts is taken to hang
-
-
-class Score(NamedTuple):
-    """Log-probabilities at one position: of the token there, and of the likeliest."""
-
-    logprob: float
-    top: tuple[tuple[int, float], ...]  # token id and log-probability, likeliest first
 
 
 class Update(NamedTuple):
@@ -119,9 +112,9 @@ class Engine:
         self.scheduler = Scheduler(self._scheduler_config(sizes), drafts=self._drafts)
         self._session = session
         self._adapters = AdapterNames(config.adapter_slots)
-        self._in_flight: deque[tuple[Order, Emitted]] = deque()
+        self._in_flight: deque[_Launched] = deque()
         self._owners: dict[int, str] = {}  # slot → the sequence whose sampling it has
-        self._answers: dict[str, _Answer] = {}
+        self._answers: dict[str, Answer] = {}
         self._numbers = itertools.count()
         self._free = 0.0  # since when the device has worked on the step that is read next
         self._slot_buckets = _slot_buckets(config)
@@ -180,7 +173,7 @@ class Engine:
                 for earlier in ids[:index]:  # all answers of a request or none
                     self.cancel(earlier)
                 raise
-            answer = _Answer(sequence, frozenset(own.ends(self._session.config.eos_ids)))
+            answer = Answer(sequence, frozenset(own.ends(self._session.config.eos_ids)))
             self._answers[each] = answer
             if constraint is not None and (guide := constraint.guide()).active:
                 answer.guide, answer.sequence.held = guide, True
@@ -279,7 +272,7 @@ class Engine:
             wait(self._masking, return_when=FIRST_COMPLETED)
             self._take_masks()
             plan = self.scheduler.plan()
-        dry = bool(self._in_flight) and self._in_flight[-1][1].token_BT.is_ready()
+        dry = bool(self._in_flight) and self._in_flight[-1].emitted.token_BT.is_ready()
         if plan is not None:
             self.stats.num_idle += dry
             order, compiled = self._order(plan), self._runner.compile_s
@@ -288,17 +281,18 @@ class Engine:
             if compiled:
                 self._free = time.perf_counter()
             self._free = max(self._free, began) if not self._in_flight else self._free
-            self._in_flight.append((order, emitted))
+            answers = tuple(self._answers.get(row.id) for row in plan.rows)
+            self._in_flight.append(_Launched(order, emitted, answers))
             self.stats.host_s -= compiled
         self.stats.host_s += time.perf_counter() - began
         if not self._in_flight or (plan is not None and len(self._in_flight) == 1):
             return self._take_failed()
-        order, emitted = self._in_flight.popleft()
+        order, emitted, answers = self._in_flight.popleft()
         began = time.perf_counter()
         with deadline("a step", STEP_S):
             emitted = jax.tree.map(np.asarray, emitted)
         ready = time.perf_counter()
-        updates = [*self._commit(order, emitted), *self._take_failed()]
+        updates = [*self._commit(order, emitted, answers), *self._take_failed()]
         self.stats.wait_s += ready - began
         if order.plan.kind == "prefill":
             self.stats.prefill_s += ready - self._free
@@ -393,22 +387,28 @@ class Engine:
             prompt_scores=plan.kind == "prefill" and any(params.prompt_logprobs is not None for params in wanted),
         )
 
-    def _commit(self, order: Order, emitted: Any) -> list[Update]:
-        """Take a step's tokens: end what they end, and tell the scheduler."""
+    def _commit(self, order: Order, emitted: Any, launched: Tokens[Answer | None]) -> list[Update]:
+        """Take a step's tokens: end what they end, and tell the scheduler.
+
+        Args:
+          launched: whose the rows were. An answer that has ended since is not there any more, or another has its id.
+        """
         plan, stats = order.plan, self.stats
+        answers = [
+            each if self._answers.get(row.id) is each else None for row, each in zip(plan.rows, launched, strict=True)
+        ]
         at = [row.slot for row in plan.rows] if plan.kind == "decode" else list(range(len(plan.rows)))
         counts, found, finite = (x[at].tolist() for x in (emitted.count_B, emitted.token_BT, emitted.finite_B))
         self._count(plan, counts)
         taken: list[tuple[Row, int, tuple[int, ...], FinishReason | None]] = []
-        for row, place, count, ids, sound in zip(plan.rows, at, counts, found, finite, strict=True):
-            answer = self._answers.get(row.id)
+        for row, answer, place, count, ids, sound in zip(plan.rows, answers, at, counts, found, finite, strict=True):
             tokens: tuple[int, ...] = ()
             reason: FinishReason | None = None
             if answer is not None:
                 if order.prompt_scores and answer.sequence.params.prompt_logprobs is not None:
                     answer.take_prompt(row, jax.tree.map(lambda x, p=place: x[p], emitted.prompt))
                 try:
-                    tokens, ended = _cut(ids[:count], answer) if sound else ((), False)
+                    tokens, ended = answer.cut(ids[:count]) if sound else ((), False)
                     reason = ("stop" if ended else None) if sound else "error"
                 except Exception as error:  # its guide's: one request's, never the engine's
                     reason, answer.fault = "error", _fault(error)
@@ -421,8 +421,7 @@ class Engine:
             taken.append((row, place, tokens, reason))
         done = {each.id for each in self.scheduler.commit(plan, StepOutput(tuple(each[2] for each in taken)))}
         updates = []
-        for row, place, tokens, reason in taken:
-            answer = self._answers.get(row.id)
+        for (row, place, tokens, reason), answer in zip(taken, answers, strict=True):
             if answer is None or not (tokens or reason):
                 continue
             if reason == "stop":
@@ -438,7 +437,7 @@ class Engine:
         stats.num_steps += 1
         return updates
 
-    def _look_ahead(self, answer: _Answer, drafts: Tokens[int]) -> None:
+    def _look_ahead(self, answer: Answer, drafts: Tokens[int]) -> None:
         """Have the tokens found that may follow; no decode step of the answer is planned before they are known."""
         guide = answer.guide
         assert guide is not None
@@ -456,7 +455,7 @@ class Engine:
             if answer is not None and answer.masks is future:
                 answer.sequence.held = False
 
-    def _mask(self, row: Row, answer: _Answer, plan: StepPlan) -> Mask | None:
+    def _mask(self, row: Row, answer: Answer, plan: StepPlan) -> Mask | None:
         """What the device must be told of a row's tokens."""
         if answer.guide is None:
             if row.slot not in self._masked_slots:
@@ -474,7 +473,7 @@ class Engine:
             self._fail(answer, _fault(error))
             return None
 
-    def _fail(self, answer: _Answer, fault: str) -> None:
+    def _fail(self, answer: Answer, fault: str) -> None:
         """End an answer that cannot go on; what is in flight of it is dropped."""
         id = answer.sequence.id
         self.finish(id, "error")
@@ -525,67 +524,12 @@ def open_engine(session: Session, config: EngineConfig, *, host: str) -> Engine 
     return None
 
 
-@dataclass(eq=False)
-class _Answer:
-    """An answer in the making."""
+class _Launched(NamedTuple):
+    """A step on the device."""
 
-    sequence: Sequence
-    ends: frozenset[int]  # ids that end it
-    guide: Guide | None = None  # while it has a say
-    masks: Future[np.ndarray] | None = None  # for the next step
-    fault: str = ""
-    experts: Routing = field(default_factory=Routing)
-    _prompt: list[Score | None] | None = None
-
-    def scores(self, found: Any, place: int, count: int) -> tuple[Score, ...]:
-        """Of the ``count`` tokens of a row, if asked for."""
-        top = self.sequence.params.logprobs
-        return () if top is None else tuple(_score(found, (place, at), top) for at in range(count))
-
-    def take_experts(self, row: Row, plan: StepPlan, found: np.ndarray, count: int) -> None:
-        """Of the tokens that a step ran and that stay: a piece of a prompt, or the newest token and the drafts that
-        were right, one for each of the ``count`` new tokens.
-        """
-        if plan.kind == "prefill":
-            self.experts.take(row.start, found[: row.count])
-        else:
-            self.experts.take(self.sequence.num_tokens - 1, found[:count])
-
-    def take_prompt(self, row: Row, found: Any) -> None:
-        """The scores of the prompt tokens that follow a piece's."""
-        prompt, top = self.sequence.prompt, self.sequence.params.prompt_logprobs
-        if self._prompt is None:
-            self._prompt = [None] * (len(prompt) - 1)
-        for at in range(row.start, min(row.start + row.count, len(prompt) - 1)):
-            self._prompt[at] = _score(found, at - row.start, top or 0)
-
-    def give_prompt(self) -> tuple[Score, ...]:
-        """The scores of the whole prompt, once."""
-        if self._prompt is None or None in self._prompt:
-            return ()
-        found, self._prompt = self._prompt, []
-        self.sequence.params = self.sequence.params.replace(prompt_logprobs=None)
-        return tuple(each for each in found if each is not None)
-
-
-def _score(found: Any, at: Any, top: int) -> Score:
-    ids, values = found.top_id_BTN[at][:top].tolist(), found.top_BTN[at][:top].tolist()
-    return Score(float(found.token_BT[at]), tuple(zip(ids, values, strict=True)))
-
-
-def _cut(tokens: list[int], answer: _Answer) -> tuple[tuple[int, ...], bool]:
-    """The tokens up to the first that ends the answer, and whether there is one within ``max_tokens``.
-
-    Raises:
-      GrammarError: a token may not stand where it is.
-    """
-    room = answer.sequence.params.max_tokens - len(answer.sequence.output)
-    for at, token in enumerate(tokens[:room]):
-        if answer.guide is not None:
-            answer.guide.push(token)
-        if token in answer.ends or (answer.guide is not None and answer.guide.done):
-            return tuple(tokens[: at + 1]), True
-    return tuple(tokens[:room]), False
+    order: Order
+    emitted: Emitted
+    answers: tuple[Answer | None, ...]  # of its rows
 
 
 def _fault(error: Exception) -> str:

@@ -106,6 +106,24 @@ def test_drafts_go_on_after_steps_without_them():
     assert tuple(collect(engine)["a"]) == alone(tuple(prompt), GREEDY)
 
 
+def test_an_id_is_free_as_soon_as_its_answer_has_ended():
+    """A step in flight has one more token of the answer that ended at a stop; the next of that id must not get it."""
+    first, second = ([*range(start, start + 12)] for start in (20, 60))
+    stop = GREEDY.replace(stop_ids=(alone(tuple(first), GREEDY)[4],))
+    engine = Engine(tiny_session(), SMALL)
+    engine.add(first, stop, id="a")
+    found: list[list[int]] = [[], []]
+    turn = 0
+    while engine.has_work:
+        for update in engine.step():
+            found[turn] += update.tokens
+            if update.finish_reason == "stop":
+                turn = 1
+                engine.add(second, GREEDY, id="a")
+    assert tuple(found[1]) == alone(tuple(second), GREEDY)
+    assert found[0][-1] == stop.stop_ids[0]
+
+
 def test_scores_are_those_of_one_pass():
     session = tiny_session()
     engine = Engine(session, SMALL)
