@@ -25,6 +25,7 @@ from stepjax.train import remote_teacher, tune as loop
 from stepjax.train.data import Tasks
 from stepjax.train.remote_teacher import Remote
 from stepjax.train.rollout import Rollout, Sampler, written
+from stepjax.train.scoring import Scoring
 from stepjax.train.stored_teacher import Stored, store
 from stepjax.train.teacher import Resident
 from stepjax.train.trainable import adapted, load_leaves, read_leaves
@@ -33,6 +34,7 @@ from stepjax.train.tune_config import (
     DataSettings,
     LoraSettings,
     LossSettings,
+    RolloutSettings,
     TeacherSettings,
     TuneConfig,
 )
@@ -431,6 +433,18 @@ def test_stored_scores(setup, rollouts, tmp_path):
         np.testing.assert_array_equal(a.logprobs, b.logprobs)
         assert b.top_ids is not None
         np.testing.assert_array_equal(a.top_ids, b.top_ids[:, :3])
+    for given, counted in ((0, 4), (3, 3)):  # all that it holds, unless the settings say fewer
+        config = TuneConfig(
+            verb="sft",
+            data={"rows": DataSettings(kind="jsonl", path="rows.jsonl")},
+            teachers={"main": TeacherSettings(kind="stored", path=str(file), top_k=given)},
+            rollout=RolloutSettings(source="data"),
+            loss=LossSettings(objective="top_k"),
+            optim=SHORT.optim,
+        )
+        batch = Scoring(config, setup.base, {"main": found}).prepare(rollouts, kind="top_k").batches["main"]
+        assert batch.top is not None
+        assert batch.top.id_BTK.shape[-1] == counted
     other = dataclasses.replace(rollouts[0], ids=[5, *rollouts[0].ids[1:]])
     with pytest.raises(TrainingError, match="scored with another completion"):
         found.score([other], top=3)

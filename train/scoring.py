@@ -18,9 +18,11 @@ from stepjax.train.batch import Batch, Packed, fitting, make_batch, pack_sequenc
 from stepjax.train.objectives import group_advantages
 from stepjax.train.packing import Rows
 from stepjax.train.rollout import Rollout
+from stepjax.train.stored_teacher import Stored
 from stepjax.train.teacher import Resident, Teacher
 from stepjax.train.tune_config import TuneConfig
 
+REMOTE_TOP = 20  # likeliest tokens to ask a server for
 SPARE = 64  # tokens by which a teacher's rows grow where its prompts are longer
 
 
@@ -85,7 +87,8 @@ class Scoring:
             return (
                 placed if teacher is None else placed._replace(hidden=self._hidden(teacher, rollouts, placed, packed))
             )
-        top = (self._config.teachers[name].top_k or 20) if kind == "top_k" else 0
+        top = self._config.teachers[name].top_k or (teacher.top_k if isinstance(teacher, Stored) else REMOTE_TOP)
+        top = top if kind == "top_k" else 0
         return self.place(make(scored=teacher.score(rollouts, top=top))[0])
 
     def _hidden(self, teacher: Resident, rollouts: list[Rollout], batch: Batch, packed: Packed) -> jax.Array:

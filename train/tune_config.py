@@ -66,14 +66,18 @@ class TeacherSettings:
     timeout_s: float = 60.0  # remote: of one request
     retries: int = 4  # remote: further tries, each after twice the wait
     workers: int = 8  # remote: requests at a time
-    top_k: int = 0  # remote and stored: tokens whose probabilities are known
+    top_k: int = 0  # remote and stored: likeliest tokens that count; 0: 20 of a remote one, all that a file holds
 
     def __post_init__(self) -> None:
         needs = {"checkpoint": ("path",), "stored": ("path",), "remote": ("url", "tokenizer"), "base": ()}[self.kind]
         for name in needs:
             if not getattr(self, name):
                 raise ConfigError(f"teachers: kind {self.kind!r} needs {name}")
-        allowed = {"base": ("adapter", "system"), "checkpoint": ("path", "adapter", "system"), "stored": ("path",)}
+        allowed = {
+            "base": ("adapter", "system"),
+            "checkpoint": ("path", "adapter", "system"),
+            "stored": ("path", "top_k"),
+        }
         remote = ("url", "model", "key_variable", "tokenizer", "timeout_s", "retries", "workers", "top_k", "system")
         for name in set(self.__dataclass_fields__) - {"kind", *allowed.get(self.kind, remote)}:
             if getattr(self, name) != self.__dataclass_fields__[name].default:
