@@ -1,9 +1,9 @@
 """The child process that compiles grammars first: started as a script by `stepjax.infer.grammar`, never imported by it.
 
-Compiling a stranger's expression may take any time and memory. Here both are bounded: memory by the system, time by
-the parent, which kills. What passes is compiled again where it is used, and is then known to be cheap. Speaks JSON,
-one object a line: {} to see that it runs and {"tokens", "special", "eos"} first, answered by {"ok"}; then {"grammar"},
-answered by {"ok"} or {"error"}.
+Compiling a stranger's expression may take any time and memory. Here the system bounds the memory and the processor's
+time, and the parent the time until a reply comes: either kills. What passes is compiled again where it is used, and is
+then known to be cheap. Speaks JSON, one object a line: {} to see that it runs and {"tokens", "special", "eos"} first,
+answered by {"ok"}; then {"grammar"}, answered by {"ok"} or {"error"}.
 """
 
 import base64
@@ -37,12 +37,21 @@ class Vocabulary:
 def confine(memory_bytes: int) -> None:
     """Gives up what compiling does not need."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches the group; the parent decides
+    if hasattr(signal, "SIGPROF"):
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process, which is what the limit of its time is for
     with contextlib.suppress(ImportError):
         import resource
 
         for name, bound in (("RLIMIT_AS", memory_bytes), ("RLIMIT_FSIZE", 0), ("RLIMIT_CORE", 0)):
             with contextlib.suppress(AttributeError, ValueError, OSError):
                 resource.setrlimit(getattr(resource, name), (bound, bound))
+
+
+def set_timers(cpu_s: float, wall_s: float) -> None:
+    """Seconds after which the system ends this process, 0 for none. Wall time counts in case the parent died."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_PROF, cpu_s)
+        signal.setitimer(signal.ITIMER_REAL, wall_s)
 
 
 def tokenizer_of(request: dict[str, Any], kind: type[Vocabulary] = Vocabulary) -> LLTokenizer:
@@ -66,14 +75,17 @@ def fault(tokenizer: LLTokenizer, grammar: str, limits: LLParserLimits) -> str:
 
 
 def main() -> None:
-    """Serves requests until the parent closes the pipe. Arguments: memory in bytes, seconds allowed, limits as JSON."""
-    confine(int(sys.argv[1]))
-    seconds, limits = float(sys.argv[2]), LLParserLimits(**json.loads(sys.argv[3]))
+    """Serves requests until the parent closes the pipe.
+
+    Arguments: processor seconds of a grammar, memory in bytes, wall seconds of a request, limits as JSON.
+    """
+    cpu_s, memory_bytes, wall_s = float(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+    confine(memory_bytes)
+    limits = LLParserLimits(**json.loads(sys.argv[4]))
     tokenizer: LLTokenizer | None = None
     for line in sys.stdin.buffer:
-        if hasattr(signal, "setitimer"):  # ends this process in case the parent died and cannot
-            signal.setitimer(signal.ITIMER_REAL, seconds)
         request = json.loads(line)
+        set_timers(cpu_s if "grammar" in request else 0, wall_s)  # a vocabulary takes longer, and is our own
         reply: dict[str, Any] = {"ok": True}
         if "tokens" in request:
             tokenizer = tokenizer_of(request)
@@ -81,8 +93,7 @@ def main() -> None:
             assert tokenizer is not None, "the vocabulary comes first"
             if error := fault(tokenizer, request["grammar"], limits):
                 reply = {"error": error[:_MAX_ERROR_CHARS]}
-        if hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        set_timers(0, 0)
         sys.stdout.buffer.write(json.dumps(reply).encode() + b"\n")
         sys.stdout.buffer.flush()
 

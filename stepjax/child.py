@@ -1,10 +1,16 @@
-"""A script in a process of its own, asked in lines of JSON and killed when an answer takes too long."""
+"""A script in a process of its own, asked in lines of JSON and killed when an answer takes too long.
+
+What counts is the processor's time, since a busy machine makes nobody's request a bad one. The system keeps the script
+to it: `setitimer(ITIMER_PROF)` around what is asked, and SIGPROF ends it. A limit of wall time, many times as long, is
+the parent's: for a script that waits, that has broken out of its own limit, or a system without such timers.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -27,9 +33,16 @@ class ChildProcess:
 
     _work = "the process"  # what errors call it
 
-    def __init__(self, script: Path, arguments: Sequence[str], *, start_s: float):
-        """Starts nothing yet."""
-        self._script, self._arguments, self._start_s = script, list(arguments), start_s
+    def __init__(self, script: Path, arguments: Sequence[str], *, start_s: float, cpu_s: float):
+        """Starts nothing yet.
+
+        Args:
+          arguments: of the script, behind the first, which is ``cpu_s``.
+          start_s: wall time that starting may take.
+          cpu_s: processor time that the script gives one request.
+        """
+        self._script, self._arguments = script, [str(cpu_s), *arguments]
+        self._start_s, self._cpu_s = start_s, cpu_s
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._stop: weakref.finalize | None = None
@@ -76,7 +89,7 @@ class ChildProcess:
         self._prepare()
 
     def _ask(self, request: Mapping[str, Any], *, seconds: float, max_chars: int) -> dict[str, Any]:
-        """One request and its reply. A timer kills the child, which ends the blocking write or read."""
+        """One request and its reply. A timer of wall time kills the child, which ends the blocking write or read."""
         process = self._process
         assert process is not None
         assert process.stdin is not None
@@ -107,12 +120,19 @@ class ChildProcess:
         if expired.is_set() or not complete:
             self._end()
         if not complete:
-            raise self._error(self._gone(seconds, expired=expired.is_set()))
+            raise self._error(self._gone(self._exceeded(process, seconds if expired.is_set() else None)))
         return self._read_reply(reply)
 
-    def _gone(self, seconds: float, *, expired: bool) -> str:
+    def _exceeded(self, process: subprocess.Popen[bytes], seconds: float | None) -> str:
+        """The limit of time that a child reached; "" if it ended by itself."""
+        if seconds is not None:
+            return f"{seconds} s"
+        spent = hasattr(signal, "SIGPROF") and process.returncode == -signal.SIGPROF
+        return f"{self._cpu_s} s of processor time" if spent else ""
+
+    def _gone(self, limit: str) -> str:
         """Why there is no reply."""
-        return f"{self._work} took more than {seconds} s" if expired else f"{self._work} ended by itself"
+        return f"{self._work} took more than {limit}" if limit else f"{self._work} ended by itself"
 
     def _read_reply(self, line: bytes) -> dict[str, Any]:
         """The child is not to be trusted once a stranger's program runs in it."""

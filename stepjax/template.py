@@ -7,7 +7,7 @@ import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,15 @@ _WORKER = Path(__file__).with_name("template_worker.py")
 class TemplateLimits:
     """What one rendering may use."""
 
-    render_s: float = 1.0  # real templates take about a millisecond
+    render_s: float = 1.0  # of processor time; real templates take about a millisecond
+    wall_s: float = 30.0  # until the text is there, on a machine that does much else
     start_s: float = 60.0  # of the child; a fraction of a second unless the machine is overloaded
     output_factor: int = 4  # output characters per character of template and variables
     output_chars: int = 65536  # and on top of that
     memory_bytes: int = 1 << 30  # address space of the child
 
     def __post_init__(self):
-        if min(self.render_s, self.start_s, self.output_factor, self.output_chars, self.memory_bytes) <= 0:
+        if min(astuple(self)) <= 0:
             raise TemplateError(f"limits must be positive, found {self}")
 
 
@@ -46,8 +47,8 @@ class TemplateProcess(ChildProcess):
         """Starts nothing yet."""
         self._source = source
         self._limits = limits = limits or TemplateLimits()
-        arguments = [str(limits.memory_bytes), str(2 * max(limits.render_s, limits.start_s))]
-        super().__init__(_WORKER, arguments, start_s=limits.start_s)
+        arguments = [str(limits.memory_bytes), str(2 * max(limits.wall_s, limits.start_s))]
+        super().__init__(_WORKER, arguments, start_s=limits.start_s, cpu_s=limits.render_s)
 
     def render(self, variables: Mapping[str, Any]) -> str:
         """The template's output. variables must be JSON data.
@@ -60,14 +61,14 @@ class TemplateProcess(ChildProcess):
         with self._turn():
             self._ensure_started()
             request = {"variables": variables, "max_chars": max_chars}
-            reply = self._ask(request, seconds=limits.render_s, max_chars=max_chars)
+            reply = self._ask(request, seconds=limits.wall_s, max_chars=max_chars)
         if not isinstance(reply.get("text"), str):
             raise TemplateError(f"the chat template failed: {reply.get('error')}")
         return reply["text"]
 
     def _prepare(self) -> None:
         # Compiling evaluates constant expressions, so it is under the limits of rendering.
-        reply = self._ask({"source": self._source}, seconds=self._limits.render_s, max_chars=0)
+        reply = self._ask({"source": self._source}, seconds=self._limits.wall_s, max_chars=0)
         if "ok" not in reply:
             self._end()
             raise TemplateError(f"the chat template is not valid Jinja: {reply.get('error')}")
@@ -75,8 +76,8 @@ class TemplateProcess(ChildProcess):
     def _error(self, text: str) -> TemplateError:
         return TemplateError(text)
 
-    def _gone(self, seconds: float, *, expired: bool) -> str:
-        cause = f"took more than {seconds} s" if expired else "ended the process that renders it"
+    def _gone(self, limit: str) -> str:
+        cause = f"took more than {limit}" if limit else "ended the process that renders it"
         return f"the chat template {cause}; simplify it, or shorten the conversation"
 
 

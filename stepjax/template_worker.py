@@ -1,9 +1,10 @@
 """The child process that renders chat templates: started as a script by `stepjax.template`, never imported by it.
 
 A template is a program from a stranger's checkpoint. It runs here in Jinja's sandbox, with bounded memory, without the
-right to write files or start processes, and is killed by the parent when its time is up. Imports only Jinja, so that
-starting one takes a fraction of a second. Speaks JSON, one object a line: {} to see that it runs and {"source"} to
-compile, answered by {"ok"}; then {"variables", "max_chars"}, each answered by {"text"}. An {"error"} answers anything.
+right to write files or start processes, and is killed by the system when its processor time is up, or by the parent
+when nothing comes. Imports only Jinja, so that starting one takes a fraction of a second. Speaks JSON, one object a
+line: {} to see that it runs and {"source"} to compile, answered by {"ok"}; then {"variables", "max_chars"}, each
+answered by {"text"}. An {"error"} answers anything.
 """
 
 import contextlib
@@ -24,6 +25,8 @@ _MAX_ERROR_CHARS = 500
 def confine(memory_bytes: int) -> None:
     """Gives up what rendering does not need. Where the system lacks a limit, the others and the sandbox remain."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches the group; the parent decides
+    if hasattr(signal, "SIGPROF"):
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process, which is what the limit of its time is for
     with contextlib.suppress(ImportError):
         import resource
 
@@ -75,23 +78,31 @@ def render(template: jinja2.Template, variables: dict[str, Any], *, max_chars: i
     return "".join(pieces)
 
 
-def answer(work: Callable[[], dict[str, Any]], *, seconds: float) -> bytes:
-    """The reply's line. The alarm ends this process in case the parent died and cannot."""
+def set_timers(cpu_s: float, wall_s: float) -> None:
+    """Seconds after which the system ends this process, 0 for none. Wall time counts in case the parent died."""
     if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        signal.setitimer(signal.ITIMER_PROF, cpu_s)
+        signal.setitimer(signal.ITIMER_REAL, wall_s)
+
+
+def answer(work: Callable[[], dict[str, Any]], *, cpu_s: float, wall_s: float) -> bytes:
+    """The reply's line."""
+    set_timers(cpu_s, wall_s)
     try:
         line = json.dumps(work(), ensure_ascii=False).encode("utf-8")
     except Exception as error:
         line = json.dumps({"error": f"{type(error).__name__}: {error}"[:_MAX_ERROR_CHARS]}).encode("ascii")
-    if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_REAL, 0)
+    set_timers(0, 0)
     return line + b"\n"
 
 
 def main() -> None:
-    """Serves requests until the parent closes the pipe. Arguments: memory in bytes, seconds allowed per request."""
-    confine(int(sys.argv[1]))
-    seconds = float(sys.argv[2])
+    """Serves requests until the parent closes the pipe.
+
+    Arguments: processor seconds of a request, memory in bytes, wall seconds of a request.
+    """
+    cpu_s, memory_bytes, wall_s = float(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+    confine(memory_bytes)
     environment = make_environment()
     templates: list[jinja2.Template] = []
 
@@ -103,7 +114,7 @@ def main() -> None:
         return {"text": render(templates[0], request["variables"], max_chars=request["max_chars"])}
 
     for line in sys.stdin.buffer:
-        sys.stdout.buffer.write(answer(lambda line=line: work(json.loads(line)), seconds=seconds))
+        sys.stdout.buffer.write(answer(lambda line=line: work(json.loads(line)), cpu_s=cpu_s, wall_s=wall_s))
         sys.stdout.buffer.flush()
 
 

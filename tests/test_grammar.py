@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+import signal
+import threading
 import time
 from typing import Any
 
@@ -317,11 +320,26 @@ def test_a_child_that_was_killed_is_replaced_and_refusals_are_remembered(tokeniz
     first = grammars._child._process
     slow = grammar_of(HOSTILE["sixteen patterns at once"](), after_thinking=False)
     for _ in range(2):
-        with pytest.raises(GrammarError, match=r"0\.2 s"):
+        with pytest.raises(GrammarError, match=r"0\.2 s of processor time"):
             grammars.compile(slow, name="schema")
     assert first is not None
     assert first.poll() is not None
     assert accepted(grammars.compile('start: "b"'), tokenizer.encode("b"))
+    grammars.close()
+
+
+def test_a_busy_machine_is_no_reason_to_refuse(tokenizer):
+    """A child that gets no processor for three times its limit."""
+    grammars = Grammars(tokenizer, EOS, limits=GrammarLimits(compile_s=0.3))
+    grammars.warm()
+    process = grammars._child._process
+    assert process is not None
+    os.kill(process.pid, signal.SIGSTOP)
+    wake = threading.Timer(1.0, os.kill, (process.pid, signal.SIGCONT))
+    wake.start()
+    assert accepted(grammars.compile('start: "b"'), tokenizer.encode("b"))
+    assert grammars._child._process is process
+    wake.join()
     grammars.close()
 
 
