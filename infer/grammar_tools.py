@@ -63,6 +63,10 @@ class _Function:
         self._lenient = function.get("strict") is not True
         self._root: Mapping[str, Any] = function.get("parameters") or {}
         check_schema(self._root, f"{where}.parameters")
+        for key, kind, named in (("properties", Mapping, "an object"), ("required", list, "a list")):
+            if self._root.get(key) and not isinstance(self._root[key], kind):
+                found = type(self._root[key]).__name__
+                raise GrammarError(f"{where}.parameters.{key}: expected {named}, found a {found}")
         self._types = argument_types(self._root)
 
     def rules(self) -> list[str]:

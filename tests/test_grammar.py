@@ -264,6 +264,8 @@ def test_content_or_calls(grammars, tokenizer):
     [
         ({"name": "a>b"}, "name"),
         ({"name": "f", "parameters": {"properties": {"a<b": {}}}}, "a<b"),
+        ({"name": "f", "parameters": {"properties": [1]}}, "properties: expected an object"),
+        ({"name": "f", "parameters": {"properties": {"a": {}}, "required": 5}}, "required: expected a list"),
         ({"name": "f", "parameters": {"properties": {"a": {"enum": ["null"]}}, "required": ["a"]}}, "no value"),
         ({"name": "f", "parameters": {"properties": {"a": {"type": "string", "pattern": "^a|b$"}}}}, "anchors"),
     ],
