@@ -146,6 +146,13 @@ assert.equal(thought, whole.choices[0].message.reasoning_content);
 assert.equal(usage, whole.usage.completion_tokens);
 await assert.rejects(client.chat.completions.create({...asked, temperature: -1}), OpenAI.BadRequestError);
 await assert.rejects(client.chat.completions.create({...asked, model: "gpt-9"}), OpenAI.NotFoundError);
+const schema = {type: "object", properties: {sum: {type: "integer", minimum: 0, maximum: 9999}}, required: ["sum"]};
+const format = {type: "json_schema", json_schema: {name: "sum", strict: true, schema}};
+const held = await client.chat.completions.parse({...asked, response_format: format});
+assert.deepEqual(Object.keys(JSON.parse(held.choices[0].message.content)), ["sum"]);
+const tool = {type: "function", function: {name: "add", parameters: schema}};
+const called = await client.chat.completions.create({...asked, tools: [tool], tool_choice: "required"});
+assert.deepEqual(Object.keys(JSON.parse(called.choices[0].message.tool_calls[0].function.arguments)), ["sum"]);
 const response = await client.responses.create({model: asked.model, input: asked.messages[0].content, temperature: 0});
 console.log(response.output_text);
 """
@@ -205,6 +212,12 @@ asked = [HumanMessage("How is the weather in Havana now?")]
 answer = chat.bind_tools([get_weather]).invoke(asked)
 (call,) = answer.tool_calls
 assert (call["name"], call["args"]) == ("get_weather", {"city": "Havana"}), call
+schema = {"title": "Weather", "type": "object", "required": ["city", "temp"], "properties": {
+    "city": {"type": "string", "maxLength": 12}, "temp": {"type": "integer", "minimum": -99, "maximum": 999}}}
+held = chat.with_structured_output(schema).invoke(asked)
+assert set(held) == {"city", "temp"}, held
+forced = chat.bind_tools([get_weather], tool_choice="required").invoke("What is the weather in Paris?")
+assert forced.tool_calls[0]["name"] == "get_weather", forced
 result = ToolMessage(get_weather.invoke(call["args"]), tool_call_id=call["id"])
 assert "94" in chat.bind_tools([get_weather]).invoke([*asked, answer, result]).content
 try:
@@ -216,7 +229,8 @@ else:
 """
 
 ANTHROPIC = """
-import sys, anthropic
+import sys, anthropic, pydantic
+from typing import Literal
 url, name = sys.argv[1:]
 client = anthropic.Anthropic(base_url=url, api_key="none", max_retries=0)
 asked = {"model": name, "max_tokens": 200, "messages": [{"role": "user", "content": "What is 467 + 358?"}]}
@@ -236,6 +250,14 @@ weather = {**asked, "tools": tools, "messages": [{"role": "user", "content": "Ho
 with client.messages.stream(**weather) as stream:
     called = stream.get_final_message()
 assert (called.stop_reason, called.content[-1].input) == ("tool_use", {"city": "Havana"}), called
+forced = client.messages.create(**{**weather, "tool_choice": {"type": "tool", "name": "get_weather"}})
+assert (forced.stop_reason, forced.content[-1].input) == ("tool_use", {"city": "Havana"}), forced
+class Weather(pydantic.BaseModel):
+    city: Literal["Havana", "Rome"]
+    temp: int
+del weather["tools"]
+held = client.messages.parse(**weather, output_format=Weather)
+assert isinstance(held.parsed_output, Weather), held
 assert client.messages.count_tokens(model=name, messages=asked["messages"]).input_tokens > 10
 for change, kind in (({"max_tokens": -1}, anthropic.BadRequestError), ({"model": "x"}, anthropic.NotFoundError)):
     try:

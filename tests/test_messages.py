@@ -158,6 +158,27 @@ def test_a_conversation_becomes_the_same_chat():
     assert chat.tools[0]["function"]["parameters"] == PARAMETERS
 
 
+def test_what_an_answer_is_held_to(server):
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 9}},
+        "required": ["city"],
+        "additionalProperties": False,
+    }
+    config = {"effort": "low", "format": {"type": "json_schema", "schema": schema}}
+    body = {**ASKED, "messages": WEATHER, "output_config": config}
+    chat = as_chat(MessagesRequest.model_validate(body))
+    assert (chat.reasoning_effort, chat.thinking_token_budget) == ("low", None)
+    assert chat.response_format is not None
+    assert chat.response_format.json_schema is not None
+    assert (chat.response_format.json_schema.schema_, chat.response_format.json_schema.strict) == (schema, True)
+    response = server.post("/v1/messages", body)
+    assert "x-stepjax-ignored" not in response.headers
+    found = response.json()
+    assert set(json.loads(found["content"][-1]["text"])) == {"city"}
+    assert rebuilt(server.events("/v1/messages", body)) == found["content"]
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "messages[0].content[0].type"),
     ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
@@ -184,6 +205,8 @@ def test_errors_have_anthropics_form(server):
         ({"model": NAME, "messages": SUM}, 400, "invalid_request_error"),
         ({**ASKED, "model": "claude"}, 404, "not_found_error"),
         ({**ASKED, "tools": [{"name": "f"}]}, 400, "invalid_request_error"),
+        ({**ASKED, "output_config": {"effort": "enormous"}}, 400, "invalid_request_error"),
+        ({**ASKED, "output_config": {"format": {"type": "json_schema"}}}, 400, "invalid_request_error"),
     ):
         response = server.post("/v1/messages", body)
         assert response.status_code == status

@@ -45,6 +45,18 @@ class ToolChoice(Body):
     disable_parallel_tool_use: bool | None = None
 
 
+class OutputFormat(Body):
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(..., alias="schema")
+
+
+class OutputConfig(Body):
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = Field(
+        None, description="as reasoning_effort of a chat"
+    )
+    format: OutputFormat | None = Field(None, description="what the answer is held to, strictly")
+
+
 class CountTokensRequest(Body):
     """POST /v1/messages/count_tokens."""
 
@@ -54,6 +66,7 @@ class CountTokensRequest(Body):
     tools: list[dict[str, Any]] | None = sized("tools")
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
 
 
 class MessagesRequest(CountTokensRequest):
@@ -86,10 +99,20 @@ def as_chat(body: CountTokensRequest) -> ChatRequest:
         fields["chat_template_kwargs"] = {"enable_thinking": False}
     elif body.thinking is not None and body.thinking.budget_tokens is not None:
         fields["thinking_token_budget"] = body.thinking.budget_tokens
+    if body.output_config is not None:
+        fields |= _output(body.output_config)
     if isinstance(body, MessagesRequest):
         same = ("max_tokens", "stream", "temperature", "top_p", "top_k")
         fields |= {name: getattr(body, name) for name in same} | {"stop": body.stop_sequences}
     return ChatRequest.model_validate(fields)
+
+
+def _output(config: OutputConfig) -> dict[str, Any]:
+    fields: dict[str, Any] = {"reasoning_effort": config.effort}
+    if config.format is not None:
+        named = {"name": "answer", "schema": config.format.schema_, "strict": True}
+        fields["response_format"] = {"type": "json_schema", "json_schema": named}
+    return fields
 
 
 def _messages(body: CountTokensRequest) -> list[dict[str, Any]]:
