@@ -17,7 +17,7 @@ from stepjax.config import LayerSpec, ModelConfig
 from stepjax.lora import LoraConfig
 from stepjax.model import KEPT_LAYERS
 from stepjax.ops.attention import WINDOWED_BLOCK
-from stepjax.ops.expert_sizes import buffer_rows
+from stepjax.ops.expert_sizes import buffer_rows, tile_size
 from stepjax.sharding.cost import Part, Routing, serving_parts
 from stepjax.sharding.expert_parallel import Group
 from stepjax.sharding.footprint import ById, Cached, Kind, Placed, kind_path, one_of_each
@@ -96,8 +96,10 @@ def _pair_bytes(layout: MeshLayout, work: Tokens, layer: LayerSpec) -> float:
 
 
 def _layer_bytes(layout: MeshLayout, work: Tokens) -> float:
-    """What the backward pass of one layer holds at once on its way through the experts: one of their matrices in
-    float32, as cotangents are, and rows of tokens with their cotangents, in the experts' order and in their own.
+    """What the backward pass of one layer holds at once on its way through the experts.
+
+    One of their matrices, or a tile of it, in float32, as cotangents are; rows of tokens and their cotangents, in the
+    experts' order and in their own.
     """
     config, group, shares = layout.rules.config, Group.of(layout.rules), Shares.of(layout, work)
     tokens = float(shares.tokens * config.hidden_size)
@@ -105,7 +107,10 @@ def _layer_bytes(layout: MeshLayout, work: Tokens) -> float:
     if config.moe_layers:
         rows = buffer_rows(shares.tokens * config.top_k / config.num_experts, most=shares.tokens)
         buffer = float(group.experts_each * rows * config.hidden_size)
-        matrix = float(group.experts_each * config.hidden_size * config.expert_size // group.num_shares)
+        values = config.hidden_size * config.expert_size // group.num_shares
+        widened = layout.rules.keep_fp8 or layout.rules.groups
+        tile = tile_size(group.experts_each, values, work.itemsize) if widened else group.experts_each
+        matrix = float(tile * values)
     pairs = max(_pair_bytes(layout, work, layer) for layer in config.layers)
     return pairs + 4 * (matrix + BUFFERS * buffer + STREAMS * tokens)
 
