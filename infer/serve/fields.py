@@ -9,6 +9,16 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from stepjax.infer.serve.limits import LIMITS, number, sized
 
 _TEXT = {"type": "string"}
+
+
+def record(required: str, **properties: Any) -> dict[str, Any]:
+    """An object in the OpenAPI document, with the names of what it must have."""
+    return {"type": "object", "required": required.split(), "properties": properties}
+
+
+_PART = record("type text", type={"enum": ["text"]}, text=_TEXT)
+_FUNCTION = record("name", name={"type": "string", "minLength": 1}, arguments=_TEXT)
+_CALL = record("function", id=_TEXT, type={"enum": ["function"]}, function=_FUNCTION)
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 Stop = Annotated[
     Any, WithJsonSchema({"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "maxItems": 16}, {"type": "null"}]})
@@ -30,9 +40,9 @@ ChatMessage = Annotated[
             "required": ["role"],
             "properties": {
                 "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
-                "content": {"anyOf": [_TEXT, {"type": "array"}, {"type": "null"}]},
+                "content": {"anyOf": [_TEXT, {"type": "array", "items": _PART}, {"type": "null"}]},
                 "reasoning_content": {"anyOf": [_TEXT, {"type": "null"}]},
-                "tool_calls": {"anyOf": [{"type": "array"}, {"type": "null"}]},
+                "tool_calls": {"anyOf": [{"type": "array", "items": _CALL}, {"type": "null"}]},
                 "tool_call_id": _TEXT,
                 "name": _TEXT,
             },

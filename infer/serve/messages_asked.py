@@ -9,22 +9,32 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, WithJsonSchema
 
 from stepjax.errors import RequestError
-from stepjax.infer.serve.fields import Body, ChatRequest
+from stepjax.infer.serve.fields import Body, ChatRequest, record
 from stepjax.infer.serve.limits import number, sized
 
 _TEXT = {"type": "string"}
-_BLOCKS = {"type": "array", "items": {"type": "object", "required": ["type"], "properties": {"type": _TEXT}}}
+_BLOCKS = {"type": "array", "items": record("type text", type={"enum": ["text"]}, text=_TEXT)}
+_SAID = {
+    "type": "array",
+    "items": {
+        "anyOf": [
+            _BLOCKS["items"],
+            record("type thinking", type={"enum": ["thinking"]}, thinking=_TEXT),
+            record("type data", type={"enum": ["redacted_thinking"]}, data=_TEXT),
+            record("type id name input", type={"enum": ["tool_use"]}, id=_TEXT, name=_TEXT, input={"type": "object"}),
+            record(
+                "type tool_use_id",
+                type={"enum": ["tool_result"]},
+                tool_use_id=_TEXT,
+                content={"anyOf": [_TEXT, _BLOCKS]},
+            ),
+        ]
+    },
+}
 Message = Annotated[
     Any,
     WithJsonSchema(
-        {
-            "type": "object",
-            "required": ["role", "content"],
-            "properties": {
-                "role": {"enum": ["user", "assistant", "system"]},
-                "content": {"anyOf": [_TEXT, _BLOCKS]},
-            },
-        }
+        record("role content", role={"enum": ["user", "assistant", "system"]}, content={"anyOf": [_TEXT, _SAID]})
     ),
 ]
 System = Annotated[Any, WithJsonSchema({"anyOf": [_TEXT, _BLOCKS, {"type": "null"}]})]

@@ -12,15 +12,24 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, WithJsonSchema
 
 from stepjax.errors import RequestError
-from stepjax.infer.serve.fields import Body, ChatRequest
+from stepjax.infer.serve.fields import Body, ChatRequest, record
 from stepjax.infer.serve.limits import LIMITS, number, sized
 
 _TEXT = {"type": "string"}
+_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
+_SAID = {"anyOf": [_TEXT, {"type": "array", "items": record("type text", type={"enum": list(_PARTS)}, text=_TEXT)}]}
+_ROLES = ("system", "developer", "user", "assistant")
+_ITEMS = [
+    record("role content", type={"enum": ["message"]}, role={"enum": list(_ROLES)}, content=_SAID),
+    record("type", type={"enum": ["reasoning"]}, content=_SAID, summary=_SAID),
+    record("type call_id name arguments", type={"enum": ["function_call"]}, call_id=_TEXT, name=_TEXT, arguments=_TEXT),
+    record("type call_id output", type={"enum": ["function_call_output"]}, call_id=_TEXT, output=_SAID),
+]
 Input = Annotated[
     Any,
     WithJsonSchema(
         {
-            "anyOf": [_TEXT, {"type": "array", "items": {"type": "object"}, "minItems": 1}],
+            "anyOf": [_TEXT, {"type": "array", "items": {"anyOf": _ITEMS}, "minItems": 1}],
             "description": "a text, or items: messages, reasoning, calls of functions and what these returned",
         }
     ),
@@ -33,7 +42,6 @@ REFUSED = {
     "prompt": "no prompts are kept here; send the text as input",
     "max_tool_calls": "tools run elsewhere",
 }
-_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 
 
 class Reasoning(Body):
@@ -143,8 +151,8 @@ def _item(item: Mapping[str, Any], where: str) -> dict[str, Any]:
     kind = item.get("type", "message")
     if kind == "message":
         role = item.get("role")
-        if role not in ("system", "developer", "user", "assistant"):
-            raise RequestError(f"{where}.role: expected system, developer, user or assistant, found {ascii(role)[:80]}")
+        if role not in _ROLES:
+            raise RequestError(f"{where}.role: expected {', '.join(_ROLES)}, found {ascii(role)[:80]}")
         return {"role": role, "content": _text(item.get("content"), f"{where}.content")}
     if kind == "reasoning":
         thoughts = item.get("content") or item.get("summary") or []
