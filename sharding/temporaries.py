@@ -106,14 +106,16 @@ def _attention(step: _Step) -> float:
 
 
 def _rearranged(step: _Step, layer: LayerSpec) -> float:
-    """Cached keys with the heads before the rows, then values in their place; one head needs no rearranging. Pages are
-    gathered first, both.
+    """Cached keys and values with the heads before the rows; one head needs no rearranging. They wait for nothing, so
+    that a scheduler may have both at once, though often it puts values in the place of keys. Pages are gathered first.
     """
     paged = layer.window is None and step.held.paged
     _, rows, *_ = step.held.full_shape if layer.window is None else step.held.ring_shape
     used = -(-step.heads(layer) * layer.num_kv_heads // layer.num_heads)  # key-value heads
     row = float(step.shares.batch * used * layer.head_dim * step.work.itemsize)
-    return 3 * row * step.page_rows if paged else row * rows if used > 1 else 0.0
+    if paged:
+        return 3 * row * step.page_rows  # both as gathered, and one rearranged at a time
+    return 2 * row * rows if used > 1 else 0.0
 
 
 def _dense(step: _Step) -> float:
