@@ -135,8 +135,8 @@ def clamp_before_silu(patch, config):
 def scaled_shared(patch, config):
     original = MoE.__call__
 
-    def call(self, x, real):
-        out, ids = original(self, x, real)
+    def call(self, x, real, recorded):
+        out, ids = original(self, x, real, recorded)
         return out + (self.router.scale - 1) * self.shared(x), ids
 
     patch.setattr(MoE, "__call__", call)
@@ -174,9 +174,9 @@ def attention(
         stream = {}
         original = Block.__call__
 
-        def block(self, x, chunk, cache):
+        def block(self, x, chunk, cache, recorded=None):
             stream["raw"] = x
-            return original(self, x, chunk, cache)
+            return original(self, x, chunk, cache, recorded)
 
         def call(self, x, chunk, cache):
             spec, at = self.spec, chunk.position_BT
