@@ -367,6 +367,11 @@ def test_a_field_that_nobody_knows_is_named_in_the_answer(server):
     response = server.post("/v1/chat/completions", {**GREEDY, "temprature": 1, "metadata": {}})
     assert response.status_code == 200
     assert response.headers["x-stepjax-ignored"] == "metadata, temprature"
+    strange = {"a\tb\x08": 1, "c\r\nx: y": 2, "é": 3, " d": 4, "z ": 5, "": 6}
+    for stream in (False, True):
+        response = server.post("/v1/chat/completions", {**GREEDY, **strange, "stream": stream})
+        assert response.status_code == 200
+        assert response.headers["x-stepjax-ignored"] == ", ?d, a?b?, c?x:?y, z?, ?"
 
 
 def test_many_streams_at_once_say_what_each_says_alone(server, session):

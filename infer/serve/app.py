@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -205,7 +206,7 @@ class _Api:
     ) -> Response:
         """An answer, streamed or whole."""
         names = ignored(body)
-        headers = {"x-stepjax-ignored": ", ".join(names)[:1000].encode("ascii", "replace").decode()} if names else {}
+        headers = {"x-stepjax-ignored": _listed(names)} if names else {}
         if getattr(body, "stream", False):
             close = functools.partial(self.service.close, answers.ticket)
             return EventStream(form.events(), close=close, dialect=dialect, headers=headers)
@@ -401,6 +402,11 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, error: ApiError) -
 def _error(error: ApiError, path: str, headers: Mapping[str, str] | None = None) -> Response:
     content = error.content(dialect_of(path))
     return _json(content, {**(headers or {}), **error.headers}, status=error.status)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names as the value of a header, in the characters that may stand there anywhere."""
+    return ", ".join(re.sub("[^!-~]+", "?", name) for name in names)[:1000].strip()
 
 
 def _json(content: Any, headers: Mapping[str, str] | None = None, *, status: int = 200) -> Response:
