@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import jsonschema
 import openai
 import pytest
+from hostile_grammars import hostile_grammars
 from pydantic import BaseModel, Field
 from serving import Serving
 from test_serve import CONFIG, TOOL, events, joined
@@ -94,27 +97,36 @@ def test_a_forced_call_is_streamed(server):
     assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
-def forced_calls(server: Serving, count: int) -> list[tuple[str, Any]]:
-    """How forced calls end, and their calls; sampled hot, with and without thinking."""
-
-    def one(seed: int) -> tuple[str, Any]:
-        body = {"temperature": 1.2, "seed": seed, "tools": [TOOL, OTHER], "tool_choice": "required"}
-        choice = chat(server, **body, **(QUIET if seed % 2 else {}))["choices"][0]
-        return choice["finish_reason"], choice["message"].get("tool_calls")
-
-    with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(one, range(count)))
+def short(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool whose texts are bounded, so that every call of it ends."""
+    parameters = tool["function"]["parameters"]
+    properties = {
+        name: {**each, "maxLength": 12} if each["type"] == "string" else each
+        for name, each in parameters["properties"].items()
+    }
+    return {**tool, "function": {**tool["function"], "parameters": {**parameters, "properties": properties}}}
 
 
 @pytest.mark.parametrize("count", [16, pytest.param(200, marks=pytest.mark.slow)])
 def test_every_forced_call_is_valid(server, count):
-    schemas = {each["function"]["name"]: each["function"]["parameters"] for each in (TOOL, OTHER)}
-    for reason, calls in forced_calls(server, count):
-        if reason == "length":
-            continue
-        assert reason == "tool_calls"
+    """Sampled hot, with and without thinking, one call or several; none is cut, since all that may come is bounded."""
+    tools = [short(TOOL), OTHER]
+    schemas = {each["function"]["name"]: each["function"]["parameters"] for each in tools}
+
+    def forced(seed: int) -> dict[str, Any]:
+        body = {"temperature": 1.2, "seed": seed, "tools": tools, "tool_choice": "required", "max_tokens": 1200}
+        body |= QUIET if seed % 2 else {"thinking_token_budget": 40}
+        return chat(server, **body, parallel_tool_calls=seed % 4 < 2)["choices"][0]
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(forced, range(count)))
+    assert Counter(each["finish_reason"] for each in answers) == {"tool_calls": count}
+    for seed, answer in enumerate(answers):
+        calls = answer["message"]["tool_calls"]
+        assert len(calls) == 1 or seed % 4 < 2
         for call in calls:
-            jsonschema.validate(json.loads(call["function"]["arguments"]), schemas[call["function"]["name"]])
+            arguments = json.loads(call["function"]["arguments"])
+            jsonschema.validate(arguments, schemas[call["function"]["name"]])
 
 
 def test_one_call_or_several(server):
@@ -241,6 +253,25 @@ def test_grammars_that_take_too_long_disturb_nobody(server):
     assert message(server, guided_choice=["a"])["content"] == "a"
 
 
+@pytest.mark.slow
+def test_hostile_grammars_are_refused_or_bounded(server):
+    """None fails the server, keeps it for long, or changes what it says next."""
+    hostile = hostile_grammars()
+    assert len(hostile) == 200
+    expected, slowest = message(server), 0.0
+    statuses: Counter[int] = Counter()
+    for at, fields in enumerate(hostile):
+        began = time.monotonic()
+        response = server.post("/v1/chat/completions", {**ASK, **QUIET, "max_tokens": 24, **fields})
+        slowest = max(slowest, time.monotonic() - began)
+        statuses[response.status_code] += 1
+        assert response.status_code in (200, 400), (fields, response.text)
+        if at % 20 == 19:
+            assert message(server) == expected
+    assert statuses.keys() == {200, 400}  # some are only odd, and are held to
+    assert slowest < 30  # 2 s of a processor and a new child, on a machine that does much else
+
+
 class Weather(BaseModel):
     city: Literal["Paris", "Rome"]
     temp: int = Field(ge=-99, le=999)
@@ -251,6 +282,10 @@ def test_openais_client_parses_answers_and_calls_into_its_models(server):
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
         found = client.chat.completions.parse(model="step-tiny", response_format=Weather, **ASK).choices[0].message
         assert isinstance(found.parsed, Weather)
+        with client.chat.completions.stream(model="step-tiny", response_format=Weather, **ASK) as stream:
+            assert stream.get_final_completion().choices[0].message.parsed == found.parsed
+        asked = {"model": "step-tiny", "input": ASK["messages"][0]["content"], "temperature": 0}
+        assert isinstance(client.responses.parse(text_format=Weather, **asked).output_parsed, Weather)
         tool = openai.pydantic_function_tool(Weather, name="set_weather")
         options = {"tools": [tool], "tool_choice": "required", "parallel_tool_calls": False}
         called = client.chat.completions.parse(model="step-tiny", **options, **ASK).choices[0].message
