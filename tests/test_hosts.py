@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from adapters import lora_config, trained
 from checkpoints import speaking_folder
 from devices import with_devices
 from ports import two_free_ports
-from two_processes import requests
+from two_processes import GUIDED, constraints, requests
 
 from stepjax.adapter_io import export_adapter
 from stepjax.checkpoint import Checkpoint
@@ -78,20 +79,25 @@ def test_scores_are_those_of_one_device(folder, tmp_path):
 
 
 def test_an_engine_that_the_others_follow_answers_as_one_device(folder, tmp_path):
-    """Orders, announced compilations, preemptions, snapshots and sampling rules reach the other process."""
+    """Orders, announced compilations, preemptions, snapshots, sampling rules and masks reach the other process."""
     first, second = (out.splitlines()[-1] for out in together("answer", folder, "expert=4,tensor=2", cwd=tmp_path))
     found = json.loads(first)  # after what gloo says
     assert second == "followed"
     assert found["preemptions"] > 0
     session = load(folder, dtype="float32")
     engine = Engine(session, EngineConfig(num_slots=8, context=128, speculate=0, num_snapshots=0))
-    asked = requests(SamplingParams)
+    asked, guided = requests(SamplingParams), constraints(session)
     for id, (prompt, params) in asked.items():
-        engine.add(prompt, params, id=id)
+        engine.add(prompt, params, id=id, constraint=guided.get(id))
     expected: dict[str, list[int]] = {id: [] for id in asked}
     for update in engine.run():
         expected[update.id] += update.tokens
     assert found["answers"] == expected
+    assert session.tokenizer
+    assert re.fullmatch(GUIDED, session.tokenizer.decode(expected["9"]))
+    assert expected["8"].index(session.tokenizer.special.think_close) == 3
+    assert set(json.loads(session.tokenizer.decode(expected["8"][4:]))) == {"a"}
+    session.grammars.close()
 
 
 def test_processes_without_accelerators_make_the_devices_of_the_mesh(folder, tmp_path):

@@ -14,6 +14,8 @@ from typing import Any
 
 import jax
 
+GUIDED = "[a-z]{6,9}-[0-9]{3}"  # what one answer must be
+
 
 def main(port: str, process: str, task: str, *args: str) -> int:
     jax.distributed.initialize(f"localhost:{port}", 2, int(process))
@@ -35,7 +37,7 @@ def report(folder: str, mesh: str) -> int:
 
 
 def serve(folder: str, mesh: str) -> int:
-    """Eight requests, half of them sampled, in a cache too small for all: the answers by id, on process 0."""
+    """`requests` in a cache too small for all of them: the answers by id, on process 0."""
     from stepjax.infer.engine import open_engine
     from stepjax.infer.engine_config import EngineConfig
     from stepjax.infer.load import load
@@ -49,26 +51,44 @@ def serve(folder: str, mesh: str) -> int:
     if engine is None:
         print("followed")
         return 0
+    guided = constraints(session)
     for id, (prompt, params) in requests(SamplingParams).items():
-        engine.add(prompt, params, id=id)
+        engine.add(prompt, params, id=id, constraint=guided.get(id))
     answers: dict[str, list[int]] = {}
     for update in engine.run():
         answers.setdefault(update.id, []).extend(update.tokens)
     engine.close()
+    session.grammars.close()
     print(json.dumps({"answers": answers, "preemptions": engine.scheduler.admission.num_preemptions}))
     return 0
 
 
 def requests(make: Any) -> dict[str, tuple[list[int], Any]]:
-    """What `serve` asks."""
+    """What `serve` asks: half of them sampled."""
     shared = list(range(20, 44))
     return {
         str(at): (
             [*shared[: 8 * (at % 4)], 7 + at, 9, 100 + at],
             make(max_tokens=20, temperature=at % 2, seed=at, ignore_eos=True, presence_penalty=at % 3 / 2),
         )
-        for at in range(8)
+        for at in range(10)
     }
+
+
+def constraints(session: Any) -> dict[str, Any]:
+    """What holds some of the answers, by id: a grammar for one that is sampled and for one behind a bounded thought."""
+    from stepjax.infer.grammar_form import grammar_of, json_schema, regex
+    from stepjax.infer.guide import Constraint
+
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    forms = {"9": regex(GUIDED), "8": json_schema(schema, strict=True)}
+    ends = frozenset(session.grammars.eos_ids)
+
+    def held(id: str, *, thinking: bool, budget: int | None) -> Constraint:
+        matcher = session.grammars.compile(grammar_of(forms[id], after_thinking=thinking))
+        return Constraint(session.masks, thinking=thinking, budget=budget, matcher=matcher, ends=ends)
+
+    return {"9": held("9", thinking=False, budget=None), "8": held("8", thinking=True, budget=3)}
 
 
 def restore(folder: str, base: str, mesh: str) -> int:
