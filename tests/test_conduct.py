@@ -166,14 +166,13 @@ def test_a_failure_is_its_requests_own(server, monkeypatch):
             raise ZeroDivisionError("a scheduler's mistake")
         return old_add(prompt, params, **options)
 
-    def commit(order, emitted):
-        owners = server.engine._answers
+    def commit(order, emitted, answers):
         at = [row.slot for row in order.plan.rows] if order.plan.kind == "decode" else range(len(order.plan.rows))
         finite = np.array(emitted.finite_B)
-        for row, place in zip(order.plan.rows, at, strict=True):
-            if row.id in owners and owners[row.id].sequence.params.max_tokens == 68:
+        for answer, place in zip(answers, at, strict=True):
+            if answer is not None and answer.sequence.params.max_tokens == 68:
                 finite[place] = False
-        return old_commit(order, emitted._replace(finite_B=finite))
+        return old_commit(order, emitted._replace(finite_B=finite), answers)
 
     monkeypatch.setattr(Transcript, "push", push)
     monkeypatch.setattr(server.engine, "add", add)
