@@ -244,20 +244,23 @@ def _block(
 
 
 def _part(q: jax.Array, position: jax.Array, segment: jax.Array | None, part: Keys, window: int | None) -> Partial:
+    """A matrix of scores for each head and all its queries, lying as the products leave and take it: in another order
+    XLA rearranges it on a CPU, before and after the softmax (512 queries and 16 heads: 28 ms in place of 10), and the
+    keys on a GPU.
+    """
     exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    scores = jnp.einsum("btkgh,bskh->btkgs", q, part.k_BSKH, precision=exact, preferred_element_type=jnp.float32)
-    seen = _visible(position, segment, part, window)[:, :, None, None, :]
-    scores = jnp.where(seen, scores * q.shape[-1] ** -0.5, _MASKED)
+    B, T, K, G, H = q.shape
+    q_BKXH = jnp.moveaxis(q, 1, 3).reshape(B, K, G * T, H)
+    k_BKSH, v_BKSH = (jnp.moveaxis(x, 1, 2) for x in (part.k_BSKH, part.v_BSKH))
+    scores = jnp.einsum("bkxh,bksh->bkxs", q_BKXH, k_BKSH, precision=exact, preferred_element_type=jnp.float32)
+    seen = _visible(position, segment, part, window)[:, None, None]
+    scores = jnp.where(seen, scores.reshape(B, K, G, T, -1) * H**-0.5, _MASKED)
     top = jnp.max(scores, axis=-1)
     weights = jnp.where(seen, jnp.exp(scores - top[..., None]), 0.0)
-    out = jnp.einsum(
-        "btkgs,bskh->btkgh",
-        weights.astype(part.v_BSKH.dtype),
-        part.v_BSKH,
-        precision=exact,
-        preferred_element_type=jnp.float32,
-    )
-    return Partial(out, top, jnp.sum(weights, axis=-1))
+    total = jnp.sum(weights, axis=-1)
+    weights = weights.astype(v_BKSH.dtype).reshape(B, K, G * T, -1)
+    out = jnp.einsum("bkxs,bksh->bkxh", weights, v_BKSH, precision=exact, preferred_element_type=jnp.float32)
+    return Partial(*(jnp.moveaxis(x, 3, 1) for x in (out.reshape(B, K, G, T, H), top, total)))
 
 
 def _visible(position: jax.Array, segment: jax.Array | None, part: Keys, window: int | None) -> jax.Array:
