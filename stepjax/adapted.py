@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from stepjax.ops.linear import linear_product, wide_einsum
 from stepjax.quant import Weight, dequantize, take
 
 T = TypeVar("T")
@@ -113,13 +114,13 @@ def linear(w: AnyWeight, x: jax.Array, dtype: DTypeLike) -> jax.Array:
     exchange float32.
     """
     w = widen(w, x.dtype)
-    y = _einsum("...i,oi->...o", x, _array(w), dtype)
+    y = linear_product(x, _array(w), dtype)
     if not isinstance(w, Adapted):
         return y
-    low = w.scale * _einsum("...i,ri->...r", x, w.a)
+    low = w.scale * wide_einsum("...i,ri->...r", x, w.a)
     if w.slot is not None:
         low *= _share(w, w.slot).reshape(-1, *(1,) * (x.ndim - 2), w.rank)
-    return (y.astype(jnp.float32) + _einsum("...r,or->...o", low.astype(x.dtype), w.b)).astype(dtype)
+    return (y.astype(jnp.float32) + wide_einsum("...r,or->...o", low.astype(x.dtype), w.b)).astype(dtype)
 
 
 def product(form: str, left: jax.Array | Adapted, right: jax.Array | Adapted, *, slot: Any = None) -> jax.Array:
@@ -134,7 +135,7 @@ def product(form: str, left: jax.Array | Adapted, right: jax.Array | Adapted, *,
     elif isinstance(right, Adapted):
         w, x, (rows, letters) = right, left, form.partition("->")[0].split(",")
     else:
-        return _einsum(form, left, right)
+        return wide_einsum(form, left, right)
     assert isinstance(x, jax.Array)
     *lead, out_letter, in_letter = letters
     result = form.partition("->")[2]
@@ -145,8 +146,8 @@ def product(form: str, left: jax.Array | Adapted, right: jax.Array | Adapted, *,
     def ordered(one: str, of_one: jax.Array, other: str, of_other: jax.Array, into: str) -> jax.Array:
         """The weight stays on its side of the product, for the reasons that put it there."""
         if w is left:
-            return _einsum(f"{one},{other}->{into}", of_one, of_other)
-        return _einsum(f"{other},{one}->{into}", of_other, of_one)
+            return wide_einsum(f"{one},{other}->{into}", of_one, of_other)
+        return wide_einsum(f"{other},{one}->{into}", of_other, of_one)
 
     low = w.scale * ordered(of_a + "r" + in_letter, w.a, rows, x, middle)
     if slot is not None:
@@ -222,9 +223,3 @@ def _aligned(x: jax.Array, letters: str, into: str) -> jax.Array:
     x = x.transpose([letters.index(each) for each in into if each in letters])
     sizes = iter(x.shape)
     return x.reshape([next(sizes) if each in letters else 1 for each in into])
-
-
-def _einsum(form: str, a: jax.Array, b: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
-    """float32 means float32, not the accelerator's shortened product."""
-    exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.einsum(form, a, b, precision=exact, preferred_element_type=dtype)

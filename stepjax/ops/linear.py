@@ -1,0 +1,43 @@
+"""Products that accumulate in float32, and ``x · Wᵀ`` in the form that a platform multiplies fastest."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+FEW_ROWS = 64  # up to here a CPU's time goes into reading the matrix
+BLOCKS = 64  # that a CPU cuts a matrix into: a number that the devices of a mesh divide
+LEAST = 2**16  # values of a matrix that is worth cutting
+
+
+def wide_einsum(form: str, a: jax.Array, b: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
+    """An einsum accumulated in float32; float32 means float32, not the accelerator's shortened product."""
+    exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(form, a, b, precision=exact, preferred_element_type=dtype)
+
+
+def linear_product(x: jax.Array, w: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """``y[..., out] = x[..., in] · w[out, in]ᵀ``, accumulated in float32 and returned in ``dtype``.
+
+    For a few rows of float32, XLA's CPU product spends its time on packing the matrix anew. As a batch of blocks that
+    stand left it is read in place: 8 rows by [512, 1536] take 0.13 ms on two cores, 0.30 otherwise.
+    """
+    rows = math.prod(x.shape[:-1])
+    if x.dtype != jnp.float32 or rows > FEW_ROWS or w.size < LEAST or w.shape[0] % BLOCKS:
+        return plain_product(x, w, dtype)
+
+    def in_blocks(x: jax.Array, w: jax.Array) -> jax.Array:
+        size_out, size_in = w.shape
+        blocks = w.reshape(BLOCKS, size_out // BLOCKS, size_in)
+        y = wide_einsum("poi,mi->pom", blocks, x.reshape(rows, size_in), dtype)
+        return jnp.moveaxis(y, -1, 0).reshape(*x.shape[:-1], size_out)
+
+    return jax.lax.platform_dependent(x, w, cpu=in_blocks, default=lambda x, w: plain_product(x, w, dtype))
+
+
+def plain_product(x: jax.Array, w: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """`linear_product` as one product, its slow twin."""
+    return wide_einsum("...i,oi->...o", x, w, dtype)
