@@ -39,12 +39,15 @@ class Answer:
           GrammarError: a token may not stand where it is.
         """
         room = self.sequence.params.max_tokens - len(self.sequence.output)
-        for at, token in enumerate(tokens[:room]):
+        tokens = tokens[:room]
+        if self.guide is None and self.ends.isdisjoint(tokens):
+            return tuple(tokens), False
+        for at, token in enumerate(tokens):
             if self.guide is not None:
                 self.guide.push(token)
             if token in self.ends or (self.guide is not None and self.guide.done):
                 return tuple(tokens[: at + 1]), True
-        return tuple(tokens[:room]), False
+        return tuple(tokens), False
 
     def scores(self, found: Any, place: int, count: int) -> tuple[Score, ...]:
         """Of the ``count`` tokens of a row, if asked for."""

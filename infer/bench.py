@@ -183,7 +183,7 @@ class _Ran:
         self._held_up[key] += ran.held_up
         if not ran.held_up:
             self._seconds[key].append(ran.seconds)
-            self._positions[key].append(float(np.mean([row.start for row in plan.rows])))
+            self._positions[key].append(sum(row.start for row in plan.rows) / len(plan.rows))
 
     def times(self) -> list[StepTimes]:
         """By program, the commonest first."""

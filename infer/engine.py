@@ -398,17 +398,18 @@ class Engine:
             each if self._answers.get(row.id) is each else None for row, each in zip(plan.rows, launched, strict=True)
         ]
         at = [row.slot for row in plan.rows] if plan.kind == "decode" else list(range(len(plan.rows)))
-        counts, found, finite = (x[at].tolist() for x in (emitted.count_B, emitted.token_BT, emitted.finite_B))
-        self._count(plan, counts)
+        count_B, token_BT, finite_B = (x.tolist() for x in (emitted.count_B, emitted.token_BT, emitted.finite_B))
+        self._count(plan, [count_B[place] for place in at])
         taken: list[tuple[Row, int, tuple[int, ...], FinishReason | None]] = []
-        for row, answer, place, count, ids, sound in zip(plan.rows, answers, at, counts, found, finite, strict=True):
+        for row, answer, place in zip(plan.rows, answers, at, strict=True):
             tokens: tuple[int, ...] = ()
             reason: FinishReason | None = None
             if answer is not None:
                 if order.prompt_scores and answer.sequence.params.prompt_logprobs is not None:
                     answer.take_prompt(row, jax.tree.map(lambda x, p=place: x[p], emitted.prompt))
                 try:
-                    tokens, ended = answer.cut(ids[:count]) if sound else ((), False)
+                    sound = finite_B[place]
+                    tokens, ended = answer.cut(token_BT[place][: count_B[place]]) if sound else ((), False)
                     reason = ("stop" if ended else None) if sound else "error"
                 except Exception as error:  # its guide's: one request's, never the engine's
                     reason, answer.fault = "error", _fault(error)

@@ -6,6 +6,7 @@ On several hosts every process has an executor and is given the same orders, so 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from stepjax.lora import LoraConfig
 from stepjax.model import Params
 
 log = logging.getLogger(__name__)
+
+ASSIGNED = 4  # slots that one launch gives their sampling
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class Executor:
         pages = (size.num_pages, size.page_size)
         self.state: State = runner.start_paged(size.num_slots, pages, dtype, Sampling.empty(size.num_slots, vocab))
         self._table = np.full((size.num_slots, size.pages_per_sequence), TRASH_PAGE, np.int32)
-        self._device_table: tuple[int, jax.Array] | None = None  # as many rows as given, while it has not changed
+        self._far = jax.default_backend() != "cpu"  # whether results must be fetched
         self._launchers: dict[Any, Callable[..., Any]] = {}
         self._snapshots = self._no_snapshots() if size.num_snapshots else None
 
@@ -109,8 +112,8 @@ class Executor:
         self._update_table(plan)
         for copy in plan.restores:
             self._restore(copy)
-        for assignment in order.assignments:
-            self._assign(assignment)
+        for first in range(0, len(order.assignments), ASSIGNED):
+            self._assign(order.assignments[first : first + ASSIGNED])
         if order.masks:
             self._guide(order.masks)
         program, rest = self._call(order)
@@ -123,8 +126,9 @@ class Executor:
             emitted = emitted._replace(scores=None)
         if not order.drafts:
             emitted = emitted._replace(draft_BK=None)
-        for leaf in jax.tree.leaves(emitted):
-            leaf.addressable_data(0).copy_to_host_async()
+        if self._far:
+            for leaf in jax.tree.leaves(emitted):
+                leaf.copy_to_host_async()
         for copy in plan.saves:
             self._save(copy)
         return emitted
@@ -138,7 +142,6 @@ class Executor:
     def forget(self) -> None:
         """No slot has pages: for a scheduler that begins anew."""
         self._table[:] = TRASH_PAGE
-        self._device_table = None
 
     def prepared(self, order: Order) -> bool:
         """Whether the program of an order is compiled."""
@@ -160,14 +163,14 @@ class Executor:
         pages = self.size.pages_per_sequence
         jobs: list[tuple[Program, tuple[Any, ...]]] = []
         for slots, drafts in decode:
-            rest = (np.zeros((slots,), bool), jnp.zeros((slots, pages), jnp.int32), self._of_slots(slots))
+            rest = (np.zeros((slots,), bool), np.zeros((slots, pages), np.int32), self._of_slots(slots))
             jobs.append((self.runner.step(drafts), rest))
         for rows, width in prefill:
             jobs.append((self.runner.prefill(), (self._no_pieces(rows, width),)))
         with ThreadPoolExecutor(max_workers=4, thread_name_prefix="compile") as pool:
             for job in [pool.submit(program.compiled, self.params, self.state, *rest) for program, rest in jobs]:
                 job.result()
-        self._assign(Assignment(0, SamplingParams(seed=0), (0,)))
+        self._assign([Assignment(0, SamplingParams(seed=0), (0,))])
         for rows in self.row_buckets:
             self._guide([Mask(0, b"")] * rows)
         if self.size.num_snapshots:
@@ -189,8 +192,6 @@ class Executor:
             self._table[slot] = TRASH_PAGE
         for slot, first, pages in plan.page_updates:
             self._table[slot, first : first + len(pages)] = pages
-        if plan.resets or plan.page_updates:
-            self._device_table = None
 
     def _call(self, order: Order) -> tuple[Program, tuple[Any, ...]]:
         """The program of an order, and its arguments beside parameters and state."""
@@ -199,12 +200,8 @@ class Executor:
     def _decode(self, order: Order) -> tuple[Program, tuple[Any, ...]]:
         active = np.zeros((order.num_slots,), bool)
         active[[row.slot for row in order.plan.rows]] = True
-        table = self._table[: order.num_slots]
-        if jax.process_count() > 1:
-            return self.runner.step(order.plan.drafts), (active, table.copy(), self._of_slots(order.num_slots))
-        if self._device_table is None or self._device_table[0] != order.num_slots:
-            self._device_table = order.num_slots, jnp.array(table)
-        rest = (active, self._device_table[1], self._of_slots(order.num_slots))
+        # As numpy arrays: to send them first and keep what has not changed costs more than it spares.
+        rest = (active, self._table[: order.num_slots].copy(), self._of_slots(order.num_slots))
         return self.runner.step(order.plan.drafts), rest
 
     def _of_slots(self, count: int) -> np.ndarray | None:
@@ -232,13 +229,13 @@ class Executor:
         adapter = None if self.adapters is None else np.full((rows,), NONE, np.int32)
         return Pieces(np.zeros((rows, width), np.int32), zero.copy(), zero - 1, zero.copy(), slot, pages, adapter)
 
-    def _assign(self, assignment: Assignment) -> None:
-        self._adapter[assignment.slot] = assignment.adapter
-        vocab = self.runner.model.config.vocab_size
-        row = SlotSampling.of(
-            assignment.params, assignment.prompt, assignment.output, eos_ids=self._eos_ids, vocab_size=vocab
-        )
-        arguments = (self.params, self.state, np.int32(assignment.slot), row)
+    def _assign(self, assignments: Sequence[Assignment]) -> None:
+        slot, rows = np.full((ASSIGNED,), self.size.num_slots, np.int32), []
+        for at, each in enumerate(assignments):
+            slot[at] = each.slot
+            self._adapter[each.slot] = each.adapter
+            rows.append(SlotSampling.of(each.params, each.prompt, each.output, eos_ids=self._eos_ids))
+        arguments = ({}, self.state, slot, SlotSampling.stack(rows, count=ASSIGNED))
         self.state, _ = self.runner.assign().compiled(*arguments)(*arguments)
 
     def _guide(self, masks: Sequence[Mask]) -> None:
@@ -249,7 +246,7 @@ class Executor:
         for at, mask in enumerate(masks):
             given = np.frombuffer(mask.words, np.uint32).reshape(-1, shape[1])
             slot[at], on[at], words[at, : len(given)] = mask.slot, len(given) > 0, given
-        arguments = (self.params, self.state, slot, on, words)
+        arguments = ({}, self.state, slot, on, words)
         self.state, _ = self.runner.guide().compiled(*arguments)(*arguments)
 
     def _no_snapshots(self) -> Any:
@@ -265,17 +262,17 @@ class Executor:
         self._snapshots = self._saver(self._snapshots, self.state, np.int32(copy.slot), np.int32(copy.snapshot))
 
     @cached_property
-    def _saver(self) -> Any:
+    def _saver(self) -> Callable[..., Any]:
         def save(snapshots: Any, state: State, slot: jax.Array, snapshot: jax.Array) -> Any:
             return jax.tree.map(lambda kept, x: kept.at[snapshot].set(x[slot]), snapshots, slot_parts(state))
 
-        return jax.jit(save, donate_argnums=(0,))
+        return self._copier(save, self._snapshots, self.state)
 
     def _restore(self, copy: RingCopy) -> None:
         self.state = self._restorer(self.state, self._snapshots, np.int32(copy.slot), np.int32(copy.snapshot))
 
     @cached_property
-    def _restorer(self) -> Any:
+    def _restorer(self) -> Callable[..., Any]:
         def restore(state: State, snapshots: Any, slot: jax.Array, snapshot: jax.Array) -> State:
             put = jax.tree.map(lambda x, kept: x.at[slot].set(kept[snapshot]), slot_parts(state), snapshots)
             layers, mtp, tails = put
@@ -288,7 +285,16 @@ class Executor:
             progress = state.progress._replace(tails=tails, first_SK=first)
             return State(type(state.cache)(own, mtp), progress, state.sampling)
 
-        return jax.jit(restore, donate_argnums=(0,))
+        return self._copier(restore, self.state, self._snapshots)
+
+    def _copier(self, function: Callable[..., Any], into: Any, source: Any) -> Callable[..., Any]:
+        """``function(into, source, slot, snapshot)``, compiled once for all; its result takes the place of ``into``."""
+        began, index = time.perf_counter(), np.int32(0)
+        where = jax.tree.map(lambda x: x.sharding, into)
+        jitted = jax.jit(function, donate_argnums=(0,), out_shardings=where)
+        compiled = jitted.lower(into, source, index, index).compile()
+        log.info("compiled %s in %.1f s", function.__name__, time.perf_counter() - began)
+        return compiled
 
     @cached_property
     def _is_ring(self) -> tuple[bool, ...]:

@@ -170,10 +170,10 @@ class Runner:
         return self._program(("step", drafts), functools.partial(self._step, drafts=drafts))
 
     def assign(self) -> Program:
-        """``(params, state, slot, SlotSampling) -> (state, ())``: give a slot the sampling of its sequence."""
+        """``(params, state, slot_M, SlotSampling) -> (state, ())``: give slots the sampling of their sequences."""
 
-        def run(params: Params, state: State, slot: jax.Array, row: SlotSampling) -> tuple[State, tuple[()]]:
-            return state._replace(sampling=assign(state.sampling, slot, row)), ()
+        def run(params: Params, state: State, slot_M: jax.Array, rows: SlotSampling) -> tuple[State, tuple[()]]:
+            return state._replace(sampling=assign(state.sampling, slot_M, rows)), ()
 
         return self._program(("assign",), run)
 

@@ -21,6 +21,7 @@ MAX_ANSWERS = 8
 MAX_BIASES = 1024
 MAX_STOP_IDS = 16
 NUM_ENDS = 24  # a request's stop ids and the model's own
+PAST = 2**31 - 1  # an id past any vocabulary
 COLDEST = 1e-5  # lower temperatures are greedy: no noise reaches the second token, and float32 ends near 1e-38
 
 
@@ -250,7 +251,7 @@ class SlotSampling(NamedTuple):
     scored: np.ndarray
     biased: np.ndarray
     restricted: np.ndarray  # bool: whether only ``allowed_ids`` may be sampled
-    allowed_id: np.ndarray  # padded, as all ids here, with one past the vocabulary
+    allowed_id: np.ndarray  # padded, as all ids here, with `PAST`
     bias_id: np.ndarray
     bias: np.ndarray
     prompt_id: np.ndarray  # none unless a penalty asks for them
@@ -264,12 +265,10 @@ class SlotSampling(NamedTuple):
         output: Sequence[int] = (),
         *,
         eos_ids: Iterable[int],
-        vocab_size: int,
     ) -> SlotSampling:
         """``output``: what was answered before, if the sequence was preempted."""
         ends = params.ends(eos_ids)
         assert len(ends) <= NUM_ENDS, "SamplingParams.check comes first"
-        past = vocab_size
         penalised = params.has_penalties
         return cls(
             np.float32(_temperature(params)),
@@ -285,20 +284,40 @@ class SlotSampling(NamedTuple):
             np.bool_(params.logprobs is not None),
             np.bool_(bool(params.logit_bias or params.allowed_ids)),
             np.bool_(bool(params.allowed_ids)),
-            _padded(params.allowed_ids, past),
-            _padded([token for token, _ in params.logit_bias], past),
-            _padded([bias for _, bias in params.logit_bias], 0.0, np.float32),
-            _padded(prompt if penalised else (), past),
-            _padded(output if penalised else (), past),
+            _padded(params.allowed_ids),
+            _padded([token for token, _ in params.logit_bias]),
+            _padded([bias for _, bias in params.logit_bias], np.float32),
+            _padded(prompt if penalised else ()),
+            _padded(output if penalised else ()),
         )
 
+    @classmethod
+    def stack(cls, rows: Sequence[SlotSampling], *, count: int) -> SlotSampling:
+        """Several with a leading axis of ``count``; the last stands for what is missing."""
+        rows = [*rows, *rows[-1:] * (count - len(rows))]
+        return cls(*map(_stacked, zip(*rows, strict=True)))
 
-def _padded(values: Sequence[Any], fill: Any, dtype: Any = np.int32) -> np.ndarray:
+
+def _padded(values: Sequence[Any], dtype: Any = np.int32) -> np.ndarray:
     """To the next power of 8, so that few shapes occur."""
     size = 0
     while size < len(values):
         size = max(8, 8 * size)
-    return np.asarray([*values, *[fill] * (size - len(values))], dtype)
+    return _filled([values], size, dtype)[0]
+
+
+def _stacked(column: Sequence[np.ndarray]) -> np.ndarray:
+    if not column[0].ndim:
+        return np.array(column)
+    return _filled(column, max(map(len, column)), column[0].dtype)
+
+
+def _filled(rows: Sequence[Any], size: int, dtype: Any) -> np.ndarray:
+    """Rows of ids or numbers as one array, each padded behind."""
+    out = np.full((len(rows), size), PAST if dtype == np.int32 else 0, dtype)
+    for at, row in enumerate(rows):
+        out[at, : len(row)] = row
+    return out
 
 
 def num_words(vocab_size: int) -> int:
@@ -315,27 +334,31 @@ def guide(sampling: Sampling, slot_M: jax.Array, on_M: jax.Array, mask_MTW: jax.
     return dataclasses.replace(sampling, rules=rules._replace(guided_B=guided, mask_BTW=masks))
 
 
-def assign(sampling: Sampling, slot: jax.Array, row: SlotSampling) -> Sampling:
-    """``sampling`` with the sequence's row in place of all that a slot had."""
+def assign(sampling: Sampling, slot_M: jax.Array, rows: SlotSampling) -> Sampling:
+    """``sampling`` with the sequences' rows in place of all that these slots had; slots past the last are none."""
     rules = sampling.rules
     assert rules is not None
-    allowed = jnp.where(row.restricted, REMOVED, 0.0) * jnp.ones(rules.bias_BV.shape[1], jnp.float32)
-    bias = allowed.at[row.allowed_id].set(0.0, mode="drop").at[row.bias_id].add(row.bias, mode="drop")
-    in_prompt = jnp.zeros(rules.in_prompt_BV.shape[1], bool).at[row.prompt_id].set(True, mode="drop")
-    count = jnp.zeros(rules.count_BV.shape[1], jnp.int32).at[row.output_id].add(1, mode="drop")
-    new = Rules(
-        row.repetition,
-        row.presence,
-        row.frequency,
-        row.end_I,
-        row.first_end,
-        row.scored,
-        row.biased,
-        bias,
-        jnp.asarray(False),
-        jnp.zeros(rules.mask_BTW.shape[1:], jnp.uint32),
-        in_prompt,
-        count,
-    )
-    own = Sampling(row.temperature, row.top_p, row.top_k, row.min_p, row.seed, new)
-    return jax.tree.map(lambda kept, one: kept.at[slot].set(one, mode="drop"), sampling, own)
+    vocab, masks = rules.bias_BV.shape[1], rules.mask_BTW.shape[1:]
+
+    def own(row: SlotSampling) -> Sampling:
+        allowed = jnp.where(row.restricted, REMOVED, 0.0) * jnp.ones(vocab, jnp.float32)
+        bias = allowed.at[row.allowed_id].set(0.0, mode="drop").at[row.bias_id].add(row.bias, mode="drop")
+        in_prompt = jnp.zeros(vocab, bool).at[row.prompt_id].set(True, mode="drop")
+        count = jnp.zeros(vocab, jnp.int32).at[row.output_id].add(1, mode="drop")
+        new = Rules(
+            row.repetition,
+            row.presence,
+            row.frequency,
+            row.end_I,
+            row.first_end,
+            row.scored,
+            row.biased,
+            bias,
+            jnp.asarray(False),
+            jnp.zeros(masks, jnp.uint32),
+            in_prompt,
+            count,
+        )
+        return Sampling(row.temperature, row.top_p, row.top_k, row.min_p, row.seed, new)
+
+    return jax.tree.map(lambda kept, new: kept.at[slot_M].set(new, mode="drop"), sampling, jax.vmap(own)(rows))

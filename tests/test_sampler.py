@@ -17,19 +17,23 @@ from stepjax.infer.sampling import Sampling, SamplingParams, SlotSampling, assig
 
 V, TOKENS = 14, 12  # the output matrix has two padding rows
 EOS = (10,)
-assigned = jax.jit(assign)
+several = jax.jit(assign)
 drawn = jax.jit(functools.partial(sample, num_tokens=TOKENS))
 
 
 def row(params: SamplingParams, prompt: Sequence[int], output: Sequence[int] = ()) -> SlotSampling:
-    return SlotSampling.of(params, prompt, output, eos_ids=EOS, vocab_size=V)
+    return SlotSampling.of(params, prompt, output, eos_ids=EOS)
+
+
+def assigned(sampling: Sampling, slot: int, taken: SlotSampling) -> Sampling:
+    return several(sampling, jnp.asarray([slot], jnp.int32), SlotSampling.stack([taken], count=1))
 
 
 def slots(rows: Sequence[SlotSampling]) -> Sampling:
     """A batch in which every slot was taken."""
     sampling = jax.tree.map(jnp.asarray, Sampling.empty(len(rows), V))
     for slot, each in enumerate(rows):
-        sampling = assigned(sampling, jnp.int32(slot), each)
+        sampling = assigned(sampling, slot, each)
     return sampling
 
 
@@ -204,13 +208,23 @@ def test_assigning_a_slot_leaves_nothing_of_what_it_had():
     neighbour = rows["all"]
     for before in ("all", "min_tokens", "plain"):
         for after in rows.values():
-            found = assigned(slots([neighbour, rows[before], neighbour]), jnp.int32(1), after)
+            found = assigned(slots([neighbour, rows[before], neighbour]), 1, after)
             jax.tree.map(np.testing.assert_array_equal, found, slots([neighbour, after, neighbour]))
 
 
 def test_a_slot_past_the_last_is_not_assigned():
     sampling = slots([row(OPTIONS["all"], [1], [2])] * 2)
-    jax.tree.map(np.testing.assert_array_equal, assigned(sampling, jnp.int32(2), row(DRAWN, [3])), sampling)
+    jax.tree.map(np.testing.assert_array_equal, assigned(sampling, 2, row(DRAWN, [3])), sampling)
+
+
+def test_several_slots_are_assigned_as_one_after_the_other():
+    """Whatever the lengths of their lists, and with rows to spare."""
+    rows = [row(each, [1, 2] * at, [5] * (9 * at)) for at, each in enumerate(OPTIONS.values())]
+    past = len(rows)
+    sampling = jax.tree.map(jnp.asarray, Sampling.empty(past, V))
+    slot = jnp.asarray([*reversed(range(past)), past, past], jnp.int32)
+    found = several(sampling, slot, SlotSampling.stack(rows[::-1], count=past + 2))
+    jax.tree.map(np.testing.assert_array_equal, found, slots(rows))
 
 
 def test_recording_counts_each_answered_token():

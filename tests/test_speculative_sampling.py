@@ -46,9 +46,8 @@ def verify(sampling: Sampling, logits_BTV, position_BT, draft_BK):
 def in_steps(params: list[SamplingParams], answers: list[tuple[int, ...]], *, drafts: int) -> list[list[int]]:
     """All rows decoded together; of their drafts, 0 … all are right, which changes from step to step."""
     sampling = jax.tree.map(jnp.asarray, Sampling.empty(len(params), V))
-    for slot, each in enumerate(params):
-        row = SlotSampling.of(each, PROMPT, eos_ids=EOS, vocab_size=V)
-        sampling = jax.jit(assign)(sampling, jnp.int32(slot), row)
+    rows = [SlotSampling.of(each, PROMPT, eos_ids=EOS) for each in params]
+    sampling = jax.jit(assign)(sampling, jnp.arange(len(rows)), SlotSampling.stack(rows, count=len(rows)))
     outputs: list[list[int]] = [[] for _ in params]
     step = 0
     while min(map(len, outputs)) < LENGTH:
@@ -110,8 +109,9 @@ def test_tokens_of_many_seeds_follow_the_processed_distribution(name, drafts):
     """Of 4,000 seeds, in each row of a verify step. p > 0.001 of fixed seeds: it passes for good or never."""
     count, output = 4000, [3, 3, 8]
     draft = np.asarray([3, 5, 8][:drafts], np.int32)
-    row = SlotSampling.of(OPTIONS[name], PROMPT, output, eos_ids=EOS, vocab_size=V)
-    one = assign(jax.tree.map(jnp.asarray, Sampling.empty(1, V)), jnp.int32(0), row)
+    row = SlotSampling.of(OPTIONS[name], PROMPT, output, eos_ids=EOS)
+    empty = jax.tree.map(jnp.asarray, Sampling.empty(1, V))
+    one = assign(empty, jnp.zeros((1,), jnp.int32), SlotSampling.stack([row], count=1))
     many = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape[1:])), one)
     sampling = Sampling(
         many.temperature_B, many.top_p_B, many.top_k_B, many.min_p_B, jnp.arange(count, dtype=jnp.uint32), many.rules
