@@ -129,7 +129,7 @@ def requests(session: Session, args: argparse.Namespace) -> dict[str, Any]:
     asked = []
     for at in range(args.requests):
         prompt = random.integers(3, 384, int(random.integers(1, 1501))).tolist()
-        params = GREEDY.replace(max_tokens=int(random.integers(8, 241)))
+        params = GREEDY.replace(max_tokens=int(random.integers(150, 351)))
         if at % 2:
             params = params.replace(temperature=1.0, top_p=0.95, top_k=40, seed=at)
         asked.append((str(at), prompt, params))
@@ -138,7 +138,7 @@ def requests(session: Session, args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"requests": len(asked), "prompt_tokens": sum(len(each[1]) for each in asked)}
     for speculate in (3, 0):
         engine = Engine(
-            session, EngineConfig(num_slots=12, context=2048, num_pages=220, page_size=8, speculate=speculate)
+            session, EngineConfig(num_slots=12, context=2048, num_pages=400, page_size=8, speculate=speculate)
         )
         got = answers(engine, asked)
         engine.scheduler.check()
