@@ -24,7 +24,7 @@ from stepjax.ops.experts import routed_experts
 from stepjax.quant import quantize_blocks
 from stepjax.quant_groups import quantize_groups
 
-FORMS = ("gathered", "batched", "capacity", "blocked")
+FORMS = ("gathered", "batched", "capacity", "blocked", "in_turn")
 T, A, E, D, F, R = 48, 2, 4, 24, 16, 3
 CONFIG = small_config()
 TOKENS = np.random.default_rng(0).integers(0, 128, (2, 40)).astype(np.int32)

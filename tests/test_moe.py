@@ -1,4 +1,4 @@
-"""Experts and router: the specification's check values, and four forms of one function."""
+"""Experts and router: the specification's check values, and the forms of one function."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from stepjax.ops.swiglu import swiglu
 from stepjax.quant import dequantize, quantize_blocks
 
 T, A, E, D, F = 40, 2, 8, 24, 16
-FORMS = ("gathered", "batched", "capacity", "blocked")
+FORMS = ("gathered", "batched", "capacity", "blocked", "in_turn")
 ULP = {jnp.float32: 2.0**-24, jnp.bfloat16: 2.0**-8}
 
 
@@ -243,7 +243,8 @@ def test_form_by_token_count():
     assert [choose_form(n, 36, 8) for n in (4, 5)] == ["gathered", "batched"]  # a device's share of the experts
     assert [choose_form(n, 288, 8, widened=True) for n in (107, 108)] == ["gathered", "batched"]
     assert [choose_form(n, 288, 8, kernel=True) for n in (17, 18, 8192)] == ["gathered", "grouped", "grouped"]
-    assert [choose_form_cpu(n, 288, 8) for n in (1, 16, 17, 32, 33)] == [
+    assert [choose_form_cpu(n, 288, 8) for n in (1, 2, 16, 17, 32, 33)] == [
+        "in_turn",
         *2 * ["blocked"],
         *2 * ["batched"],
         "blocked",

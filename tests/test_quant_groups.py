@@ -89,7 +89,7 @@ def test_what_cannot_be_held_is_refused():
 
 
 @pytest.mark.parametrize(("name", "group"), FORMATS)
-@pytest.mark.parametrize("form", ["gathered", "batched", "capacity", "blocked"])
+@pytest.mark.parametrize("form", ["gathered", "batched", "capacity", "blocked", "in_turn"])
 def test_every_form_agrees_with_the_widened_weights(monkeypatch, name, group, form):
     """Some experts at a time, as where they are large."""
     monkeypatch.setattr(stepjax.ops.expert_sizes, "WIDENED_BYTES", 2 * D * F * 4)

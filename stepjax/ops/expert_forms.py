@@ -127,3 +127,27 @@ def batched(
     chosen = ids[..., None] == jnp.arange(weights.gate.shape[0])[None, None, :]
     share_TE = jnp.sum(jnp.where(chosen, combine[..., None], 0.0), axis=1)
     return jnp.einsum("te,edt->td", share_TE, out_EDT, precision="highest")
+
+
+def in_turn(
+    x: jax.Array, ids: jax.Array, combine: jax.Array, weights: ExpertWeights, slot: Slot, *, limit: float | None
+):
+    """Assignment after assignment, two at a time: a CPU copies the weights that it gathers, and those of two experts
+    stay in its cache and keep two cores busy.
+    """
+    known = ids < weights.gate.shape[0]
+    size = 2 - ids.size % 2
+    token = jnp.arange(ids.size, dtype=jnp.int32) // ids.shape[1]
+    work = jnp.where(known, ids, 0), jnp.where(known, combine, 0.0), token
+
+    def some(out: jax.Array, work: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        ids_P, share_P, token_P = work
+        gate, up, down = (widen(choose(w, ids_P), x.dtype) for w in weights)
+        x_PD, slot_P = x[token_P], None if slot is None else slot[token_P]
+        gate_PF, up_PF = (product("pfd,pd->pf", w, x_PD, slot=slot_P) for w in (gate, up))
+        hidden = swiglu(gate_PF, up_PF, limit).astype(x.dtype)
+        found = product("pdf,pf->pd", down, hidden, slot=slot_P)
+        return out.at[token_P].add(share_P[:, None] * found), None
+
+    zero = vary_with(jnp.zeros(x.shape, jnp.float32), x)
+    return jax.lax.scan(some, zero, jax.tree.map(lambda each: each.reshape(-1, size), work))[0]

@@ -8,6 +8,7 @@ expert-fold work there and on CPU, so nothing here uses it.
   grouped    tokens sorted by expert, blocks of one expert's rows, a kernel for all of them: bf16 on Hopper GPUs
   capacity   tokens sorted by expert, C rows of each expert a pass, as many passes as the fullest expert needs
   blocked    tokens sorted by expert, block after block of one expert's rows: on CPU, where such small products are fast
+  in_turn    assignment after assignment, two at a time: for a single token on CPU
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-Form = Literal["gathered", "batched", "grouped", "capacity", "blocked", "reference"]
+Form = Literal["gathered", "batched", "grouped", "capacity", "blocked", "in_turn", "reference"]
 
 WIDENED_COST = 3  # of a quantised expert that products over all experts read, over that of one assignment's gather
 BATCHED_TOKENS = 256  # beyond, capacity wins even where its passes read all weights again for a few full experts (H100)
@@ -45,7 +46,7 @@ def choose_form(num_tokens: int, num_experts: int, top_k: int, *, widened: bool 
 def choose_form_cpu(num_tokens: int, num_experts: int, top_k: int) -> Form:
     """The same on a CPU."""
     if num_tokens <= BLOCKED_TOKENS_CPU and num_tokens * top_k < num_experts:
-        return "blocked"
+        return "in_turn" if num_tokens == 1 else "blocked"
     return "batched" if num_tokens <= BATCHED_TOKENS_CPU else "blocked"
 
 

@@ -1,4 +1,4 @@
-"""Routed experts without dropping a token: one function, five fast forms, one slow reference (`expert_sizes`)."""
+"""Routed experts without dropping a token: one function, six fast forms, one slow reference (`expert_sizes`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from stepjax.adapted import plain
-from stepjax.ops.expert_forms import ExpertWeights, batched, gathered, reference
+from stepjax.ops.expert_forms import ExpertWeights, batched, gathered, in_turn, reference
 from stepjax.ops.expert_sizes import Form, buffer_rows, choose_form, choose_form_cpu
 from stepjax.ops.expert_sort import blocked, capacity, grouped, grouped_fits
 from stepjax.ops.hopper import hopper_cores
@@ -42,7 +42,7 @@ def routed_experts(
     rows = buffer_rows(load / weights.gate.shape[0], most=x_TD.shape[0])
 
     def run(form: Form) -> Callable[..., jax.Array]:
-        forms = {"gathered": gathered, "batched": batched, "reference": reference}
+        forms = {"gathered": gathered, "batched": batched, "in_turn": in_turn, "reference": reference}
         forms |= {"capacity": partial(capacity, rows=rows), "blocked": partial(blocked, rows=rows)}
         forms |= {"grouped": partial(grouped, rows=rows, load=load)}
         return jax.named_scope(f"experts_{form}")(partial(forms[form], limit=limit))
