@@ -170,7 +170,10 @@ class Runner:
         return self._program(("step", drafts), functools.partial(self._step, drafts=drafts))
 
     def assign(self) -> Program:
-        """``(params, state, slot_M, SlotSampling) -> (state, ())``: give slots the sampling of their sequences."""
+        """``(params, state, slot_M, SlotSampling) -> (state, ())``: give slots the sampling of their sequences.
+
+        It reads no parameters: ``{}`` will do, and spares passing hundreds of arrays.
+        """
 
         def run(params: Params, state: State, slot_M: jax.Array, rows: SlotSampling) -> tuple[State, tuple[()]]:
             return state._replace(sampling=assign(state.sampling, slot_M, rows)), ()
@@ -178,7 +181,9 @@ class Runner:
         return self._program(("assign",), run)
 
     def guide(self) -> Program:
-        """``(params, state, slot_M, on_M, mask_MTW) -> (state, ())``: what slots may sample at their next step."""
+        """``(params, state, slot_M, on_M, mask_MTW) -> (state, ())``: what slots may sample at their next step. As
+        `assign`, it reads no parameters.
+        """
 
         def run(params: Params, state: State, *masks: jax.Array) -> tuple[State, tuple[()]]:
             return state._replace(sampling=guide(state.sampling, *masks)), ()

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 
 from stepjax.ops.flash import NONE, ROWS, Run, flash_attention
 from stepjax.ops.hopper import hopper_cores
+from stepjax.ops.linear import wide_einsum
 
 BLOCK = 256  # queries per block: bounds the score matrix to BLOCK × keys per head
 WINDOWED_BLOCK = 128  # where a block's keys are cut to what it sees, so that shorter blocks see less in vain
@@ -248,18 +249,17 @@ def _part(q: jax.Array, position: jax.Array, segment: jax.Array | None, part: Ke
     XLA rearranges it on a CPU, before and after the softmax (512 queries and 16 heads: 28 ms in place of 10), and the
     keys on a GPU.
     """
-    exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     B, T, K, G, H = q.shape
     q_BKXH = jnp.moveaxis(q, 1, 3).reshape(B, K, G * T, H)
     k_BKSH, v_BKSH = (jnp.moveaxis(x, 1, 2) for x in (part.k_BSKH, part.v_BSKH))
-    scores = jnp.einsum("bkxh,bksh->bkxs", q_BKXH, k_BKSH, precision=exact, preferred_element_type=jnp.float32)
+    scores = wide_einsum("bkxh,bksh->bkxs", q_BKXH, k_BKSH)
     seen = _visible(position, segment, part, window)[:, None, None]
     scores = jnp.where(seen, scores.reshape(B, K, G, T, -1) * H**-0.5, _MASKED)
     top = jnp.max(scores, axis=-1)
     weights = jnp.where(seen, jnp.exp(scores - top[..., None]), 0.0)
     total = jnp.sum(weights, axis=-1)
     weights = weights.astype(v_BKSH.dtype).reshape(B, K, G * T, -1)
-    out = jnp.einsum("bkxs,bksh->bkxh", weights, v_BKSH, precision=exact, preferred_element_type=jnp.float32)
+    out = wide_einsum("bkxs,bksh->bkxh", weights, v_BKSH)
     return Partial(*(jnp.moveaxis(x, 3, 1) for x in (out.reshape(B, K, G, T, H), top, total)))
 
 
