@@ -12,7 +12,6 @@ import argparse
 import json
 import platform
 import statistics
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from provenance import commit
 
 from stepjax.config import ModelConfig
 from stepjax.infer.load import Session, use_compile_cache
@@ -38,12 +38,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     use_compile_cache()
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     found: dict[str, Any] = {
         "device": jax.local_devices()[0].device_kind,
         "machine": platform.platform(),
         "jax": jax.__version__,
-        "commit": subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip(),
+        "commit": commit(),
         "batch": args.batch,
         "dtype": "float32",
     }

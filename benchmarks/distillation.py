@@ -32,7 +32,6 @@ import argparse
 import gc
 import json
 import statistics
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +41,7 @@ from typing import Any
 import jax
 from distillation_arms import ARMS, CONTROLS, CORPUS_ARMS, RATES, SEARCH_SEED, SEEDS, Plan, best_rate, next_rate
 from distillation_ruler import Ruler, Size, checkpoints
+from provenance import commit, cpu_name
 
 from stepjax.infer.load import use_compile_cache
 from stepjax.reasoning import split_reasoning
@@ -50,7 +50,6 @@ from stepjax.train.data import stream, turn_ids
 from stepjax.train.run_folder import read_metrics
 from stepjax.train.tune import tune
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = Size(validation=2, curve=2, test=2, untouched=1, sampled=4)
 CORPUS_ROWS = 64
 
@@ -98,15 +97,10 @@ def main() -> None:
 
 
 def about(steps: int, size: Size) -> dict[str, Any]:
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    machine = Path("/proc/cpuinfo")
-    lines = machine.read_text(encoding="utf-8").splitlines() if machine.exists() else []
-    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     return {
-        "commit": commit,
+        "commit": commit(check=False),
         "jax": jax.__version__,
-        "cpu": f"one core of {cpu}" if cpu else "",
+        "cpu": f"one core of {cpu_name()}",
         "steps": steps,
         "items": size.__dict__,
         "corpus_rows": CORPUS_ROWS,

@@ -13,7 +13,6 @@ import argparse
 import gc
 import json
 import platform
-import subprocess
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from provenance import commit
 
 from stepjax.config import ModelConfig
 from stepjax.infer.engine import Engine
@@ -228,10 +228,8 @@ def flags(args: argparse.Namespace) -> list[str]:
 
 
 def machine() -> dict[str, Any]:
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     device = jax.local_devices()[0].device_kind
-    return {"device": device, "platform": platform.platform(), "jax": jax.__version__, "commit": commit}
+    return {"device": device, "platform": platform.platform(), "jax": jax.__version__, "commit": commit()}
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import argparse
 import functools
 import json
 import os
-import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +27,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # of 80 GB, the
 import jax
 import jax.numpy as jnp
 import numpy as np
+from provenance import commit
 from slices import SLICES, Cost, decode_cost, prefill_cost, random_weight, session, timed
 
 from stepjax.config import ASSETS, ModelConfig
@@ -42,7 +42,6 @@ from stepjax.ops.experts import routed_experts
 from stepjax.ops.hopper import hopper_cores
 from stepjax.weights import Groups
 
-ROOT = Path(__file__).resolve().parent.parent
 CONTEXT, PAGE = 4096, 64
 FORMS: tuple[Form, ...] = ("gathered", "batched", "grouped", "capacity")
 PARTS = ("device", "parity", "forms", *SLICES)
@@ -69,10 +68,9 @@ def main() -> None:
 
 
 def about(args: argparse.Namespace) -> dict[str, Any]:
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     kind = jax.devices()[0].device_kind
-    return {"hardware": kind, "jax": jax.__version__, "commit": commit, "command": f"gpu.py --parts {args.parts}"}
+    command = f"gpu.py --parts {args.parts}"
+    return {"hardware": kind, "jax": jax.__version__, "commit": commit(check=False), "command": command}
 
 
 def device(*, small: bool) -> dict[str, Any]:

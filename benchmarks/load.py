@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from provenance import commit
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICES = 8
@@ -139,11 +140,6 @@ def work(args: argparse.Namespace, folder: str, port: str, process: str) -> None
             | {"gb_per_s": round(session.load_report.gb_per_s, 2), "largest_slice_bytes": largest}
         )
     )
-
-
-def commit() -> str:
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,11 +24,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from provenance import commit, cpu_name
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = "stepjax"
 PEERS = ("transformers", "llama.cpp")
-ROOM = 512  # of our cache, for an answer
 LAYERS, VOCAB = 13, 16384
 # An eighth of the release's hidden width, its proportions elsewhere: heads twice and three times as wide as the stream.
 WIDTHS: dict[str, Any] = {
@@ -89,8 +88,7 @@ class Ours:
 
         batch, length = prompts.shape
         if batch not in self.engines:
-            self.engines[batch] = self._engine(batch, length + ROOM)
-            self.run(prompts, tokens)  # compiles
+            self.engines[batch] = self._engine(batch, length + tokens + 1)
         engine = self.engines[batch]
         params = SamplingParams(temperature=0.0, seed=0, max_tokens=1 + tokens, ignore_eos=True)
         began = time.perf_counter()
@@ -300,7 +298,7 @@ def work(args: argparse.Namespace) -> None:
     print(json.dumps({"version": program.version}), file=answers, flush=True)
     for line in sys.stdin:
         prompts = np.random.default_rng(0).integers(3, VOCAB, (int(line), args.prompt))
-        program.run(prompts, 4)  # brings back what a machine may have taken of a process that slept
+        program.run(prompts, args.tokens)  # compiles, and brings back what a machine took of a process that slept
         turn = program.run(prompts, args.tokens)
         speeds = {
             "prefill_tokens_per_s": prompts.size / turn.prefill_s,
@@ -353,17 +351,6 @@ def convert(args: argparse.Namespace) -> None:
     target = args.folder / "model.gguf"
     if not target.exists():
         subprocess.run([args.llama_python, str(script), str(args.folder), str(target)], check=True)
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if sys.platform == "linux" else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":

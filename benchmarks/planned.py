@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 import jax
 from layouts import CPU, GPU, Case
+from provenance import commit
 
 from stepjax.config import ModelConfig
 from stepjax.errors import StepjaxError
@@ -29,7 +29,6 @@ from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.plan import Ask, Option, choices, weigh
 from stepjax.train.study import study_model
 
-ROOT = Path(__file__).resolve().parent.parent
 WHOLE = ModelConfig.preset("step-3.5-flash")
 
 
@@ -67,7 +66,10 @@ def compile_all(args: argparse.Namespace) -> None:
             row = compiled(case, args.target)
         except StepjaxError as error:
             row = {"error": str(error)}
-        found["layouts"][case.text] = row | {"seconds": round(time.perf_counter() - began, 1), "commit": commit()}
+        found["layouts"][case.text] = row | {
+            "seconds": round(time.perf_counter() - began, 1),
+            "commit": commit(check=False),
+        }
         args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         print(case.text, found["layouts"][case.text]["seconds"], row.get("error", ""), flush=True)
         jax.clear_caches()
@@ -88,12 +90,6 @@ def speed() -> dict[str, Any]:
 
 def about(args: argparse.Namespace) -> dict[str, Any]:
     return {"target": args.target, "jax": jax.__version__, "python": sys.version.split()[0], "layouts": {}}
-
-
-def commit() -> str:
-    """The one that a layout was compiled at: after a change only those that it touches need to be compiled again."""
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def compiled(case: Case, target: Any) -> dict[str, Any]:

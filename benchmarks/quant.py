@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from provenance import commit
 from rich.console import Console
 from rich.table import Table
 
@@ -27,7 +27,6 @@ from stepjax.folder import open_folder
 from stepjax.infer.load import Session, load, use_compile_cache
 from stepjax.quant import dequantize
 
-ROOT = Path(__file__).resolve().parent.parent
 FORMATS: dict[str, dict[str, Any]] = {
     "fp8": {"keep_fp8": True},
     "int8": {"quantize": "int8"},
@@ -59,9 +58,7 @@ def main() -> None:
             }
     show(found)
     if args.json:
-        command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        about = {"model": args.model, "tokens": sum(map(len, rows)), "commit": commit}
+        about = {"model": args.model, "tokens": sum(map(len, rows)), "commit": commit()}
         args.json.write_text(json.dumps(about | found, indent=2) + "\n", encoding="utf-8")
 
 

@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from provenance import commit
+
 from stepjax.infer.bench import Request, bench
 from stepjax.infer.cli_serve import SWITCH_S
 from stepjax.infer.engine import Engine
@@ -273,15 +275,12 @@ def main() -> None:
     if args.serve:
         sys.exit(serve(args))
     work = {"streams": streams, "cancels": cancels, "sigterm": sigterm, "throughput": throughput}
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-    ).stdout.strip()
     for part in args.parts.split(","):
         found = asyncio.run(work[part](args))
         print(part, json.dumps(found, indent=2), flush=True)
         if args.json:
             old = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else {}
-            about = {"commit": commit, "model": "step-tiny", "cpus": os.cpu_count(), "machine": platform.machine()}
+            about = {"commit": commit(), "model": "step-tiny", "cpus": os.cpu_count(), "machine": platform.machine()}
             about |= {"max_seqs": args.max_seqs, "context": args.context, "xla_flags": os.environ.get("XLA_FLAGS", "")}
             args.json.write_text(json.dumps(old | {part: about | found}, indent=2) + "\n", encoding="utf-8")
 
