@@ -20,7 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from load import ROOT, commit, write_model
+from load import ROOT, write_model
+from provenance import commit
 
 # From /proc: what getrusage says of a child begins with its parent's peak.
 MEASURE = """
