@@ -22,9 +22,10 @@ import numpy as np
 from provenance import commit
 
 from stepjax.config import ModelConfig
-from stepjax.infer.load import Session, use_compile_cache
-from stepjax.infer.sampling import Sampling
-from stepjax.model import initialise, params_of
+from stepjax.infer.load import use_compile_cache
+from stepjax.infer.sampling.state import Sampling
+from stepjax.infer.session import Session
+from stepjax.model.step3p5 import initialise, params_of
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS, PAGE = 8, 64

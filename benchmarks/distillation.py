@@ -44,11 +44,11 @@ from distillation_ruler import Ruler, Size, checkpoints
 from provenance import commit, cpu_name
 
 from stepjax.infer.load import use_compile_cache
-from stepjax.reasoning import split_reasoning
-from stepjax.tokenizer import IM_END
-from stepjax.train.data import stream, turn_ids
-from stepjax.train.run_folder import read_metrics
-from stepjax.train.tune import tune
+from stepjax.text.reasoning import split_reasoning
+from stepjax.text.tokenizer import IM_END
+from stepjax.train.data.sources import stream, turn_ids
+from stepjax.train.runs.folder import read_metrics
+from stepjax.train.tune.run import tune
 
 SMALL = Size(validation=2, curve=2, test=2, untouched=1, sampled=4)
 CORPUS_ROWS = 64

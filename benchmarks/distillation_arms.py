@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stepjax.train.settings import read_settings
-from stepjax.train.tune_config import TuneConfig
+from stepjax.train.config.reader import read_settings
+from stepjax.train.config.tune import TuneConfig
 
 SETTINGS = Path(__file__).with_suffix("").parent / "distillation.toml"
 

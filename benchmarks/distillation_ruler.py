@@ -11,16 +11,17 @@ import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
-from stepjax.infer.load import Session
-from stepjax.model import Params
-from stepjax.train import tasks
-from stepjax.train.data import Prompt, Tasks
-from stepjax.train.rollout import Rollout, Sampler
-from stepjax.train.teacher import Resident
-from stepjax.train.trainable import Leaves
-from stepjax.train.tune_config import DataSettings, TuneConfig
-from stepjax.train.tune_setup import beside, open_run
-from stepjax.train.update import Objective, make_measure, num_tokens_of
+from stepjax.infer.session import Session, num_tokens_of
+from stepjax.model.step3p5 import Params
+from stepjax.train.config.tune import DataSettings, TuneConfig
+from stepjax.train.data import tasks
+from stepjax.train.data.sources import Prompt, Tasks
+from stepjax.train.rollouts.sampler import Rollout, Sampler
+from stepjax.train.teachers.resident import Resident
+from stepjax.train.tune.objective import Objective
+from stepjax.train.tune.setup import beside, open_run
+from stepjax.train.tune.trainable import Leaves
+from stepjax.train.tune.update import make_measure
 
 LEARNT, UNTOUCHED = ("add", "sub"), ("compare", "copy", "reverse", "tool_call")
 VALIDATION, TEST = 20_000, 30_000  # seeds of items

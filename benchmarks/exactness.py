@@ -24,11 +24,12 @@ import numpy as np
 from provenance import commit
 
 from stepjax.config import ModelConfig
-from stepjax.infer.engine import Engine
-from stepjax.infer.engine_config import EngineConfig
-from stepjax.infer.load import Session, use_compile_cache
-from stepjax.infer.sampling import SamplingParams
-from stepjax.model import initialise, params_of
+from stepjax.infer.engine.config import EngineConfig
+from stepjax.infer.engine.engine import Engine
+from stepjax.infer.load import use_compile_cache
+from stepjax.infer.sampling.params import SamplingParams
+from stepjax.infer.session import Session
+from stepjax.model.step3p5 import initialise, params_of
 
 ROOT = Path(__file__).resolve().parent.parent
 HUB: dict[str, Any] = {

@@ -31,16 +31,19 @@ from provenance import commit
 from slices import SLICES, Cost, decode_cost, prefill_cost, random_weight, session, timed
 
 from stepjax.config import ASSETS, ModelConfig
-from stepjax.infer.engine import Engine
-from stepjax.infer.engine_config import EngineConfig
-from stepjax.infer.load import Session, load, use_compile_cache
-from stepjax.infer.runner import Pieces, Program, State
-from stepjax.infer.sampling import Sampling, SamplingParams
-from stepjax.ops.expert_forms import ExpertWeights
-from stepjax.ops.expert_sizes import Form, choose_form
+from stepjax.infer.engine.config import EngineConfig
+from stepjax.infer.engine.engine import Engine
+from stepjax.infer.engine.program import Program
+from stepjax.infer.engine.state import Pieces, State
+from stepjax.infer.load import load, use_compile_cache
+from stepjax.infer.sampling.params import SamplingParams
+from stepjax.infer.sampling.state import Sampling
+from stepjax.infer.session import Session
+from stepjax.ops.expert_choice import Form, choose_form
+from stepjax.ops.expert_dense import ExpertWeights
 from stepjax.ops.experts import routed_experts
-from stepjax.ops.hopper import hopper_cores
-from stepjax.weights import Groups
+from stepjax.ops.pallas_hopper import hopper_cores
+from stepjax.weights.inventory import Groups
 
 CONTEXT, PAGE = 4096, 64
 FORMS: tuple[Form, ...] = ("gathered", "batched", "grouped", "capacity")

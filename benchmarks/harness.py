@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from serving import Server
 
-from stepjax.infer.load import Session, load, use_compile_cache
+from stepjax.infer.load import load, use_compile_cache
+from stepjax.infer.session import Session
 
 TASK = """task: tiny_sums
 dataset_path: json

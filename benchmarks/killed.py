@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from stepjax.train.run_folder import read_metrics
+from stepjax.train.runs.folder import read_metrics
 
 CONFIG = """
 [lora]

@@ -10,8 +10,8 @@ import dataclasses
 from typing import NamedTuple, get_args
 
 from stepjax.config import ModelConfig
-from stepjax.quant_groups import IntFormat
-from stepjax.train.study import Workload
+from stepjax.train.planning.workload import Workload
+from stepjax.weights.int_groups import IntFormat
 
 
 class Case(NamedTuple):

@@ -72,9 +72,9 @@ def main() -> None:
 
 def write_model(folder: Path) -> None:
     """Random weights; a row of each expert is drawn and shifted, which is quick and does not compress."""
+    from stepjax.checkpoint.writer import save
     from stepjax.config import ASSETS, ModelConfig
-    from stepjax.export import save
-    from stepjax.model import abstract, params_of
+    from stepjax.model.step3p5 import abstract, params_of
 
     hub = json.loads((ASSETS / "step-3.5-flash" / "config.json").read_text(encoding="utf-8"))
     layers, kept = 12, [*range(12), *range(45, 48)]

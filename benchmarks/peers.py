@@ -84,7 +84,7 @@ class Ours:
         self.engines: dict[int, Any] = {}
 
     def run(self, prompts: np.ndarray, tokens: int) -> Turn:
-        from stepjax.infer.sampling import SamplingParams
+        from stepjax.infer.sampling.params import SamplingParams
 
         batch, length = prompts.shape
         if batch not in self.engines:
@@ -101,8 +101,8 @@ class Ours:
         return Turn(list(said.values()), read - began, time.perf_counter() - read)
 
     def _engine(self, batch: int, context: int) -> Any:
-        from stepjax.infer.engine import Engine
-        from stepjax.infer.engine_config import EngineConfig
+        from stepjax.infer.engine.config import EngineConfig
+        from stepjax.infer.engine.engine import Engine
 
         pages = batch * -(-context // 64)
         return Engine(self.session, EngineConfig(batch, context, num_pages=pages, num_snapshots=0, speculate=0))
@@ -309,9 +309,9 @@ def work(args: argparse.Namespace) -> None:
 
 def write_model(folder: Path) -> None:
     """Random weights, drawn from one seed, unless they are there; about 350 MB."""
+    from stepjax.checkpoint.writer import save
     from stepjax.config import ASSETS, ModelConfig
-    from stepjax.export import save
-    from stepjax.model import abstract, params_of
+    from stepjax.model.step3p5 import abstract, params_of
 
     if folder.exists():
         return

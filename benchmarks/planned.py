@@ -24,10 +24,10 @@ from provenance import commit
 
 from stepjax.config import ModelConfig
 from stepjax.errors import StepjaxError
-from stepjax.sharding.hardware import parse
 from stepjax.sharding.mesh import MeshSpec
-from stepjax.sharding.plan import Ask, Option, choices, weigh
-from stepjax.train.study import study_model
+from stepjax.sharding.planner.hardware import parse
+from stepjax.sharding.planner.search import Ask, Option, choices, weigh
+from stepjax.train.planning.workload import study_model
 
 WHOLE = ModelConfig.preset("step-3.5-flash")
 

@@ -13,7 +13,7 @@ from layouts import CPU, GPU, Case
 
 from stepjax.config import ModelConfig
 from stepjax.sharding.mesh import MeshSpec
-from stepjax.train.check import Check, compare, planned
+from stepjax.train.planning.check import Check, compare, planned
 
 WHOLE = ModelConfig.preset("step-3.5-flash")
 

@@ -22,10 +22,12 @@ from provenance import commit
 from rich.console import Console
 from rich.table import Table
 
-from stepjax.export import save
-from stepjax.folder import open_folder
-from stepjax.infer.load import Session, load, use_compile_cache
-from stepjax.quant import dequantize
+from stepjax.checkpoint.folder import open_folder
+from stepjax.checkpoint.writer import save
+from stepjax.infer.generate import generate
+from stepjax.infer.load import load, use_compile_cache
+from stepjax.infer.session import Session
+from stepjax.weights.fp8 import dequantize
 
 FORMATS: dict[str, dict[str, Any]] = {
     "fp8": {"keep_fp8": True},
@@ -69,7 +71,7 @@ def scored_rows(session: Session, args: argparse.Namespace) -> list[list[int]]:
     else:
         prompts = [session.encode_chat([{"role": "user", "content": text}]) for text in CHATS]
     params = session.sampling(temperature=0.0, max_tokens=args.answer_tokens, seed=0)
-    done = session.generate(prompts, params)
+    done = generate(session, prompts, params)
     return [[*prompt, *each.ids] for prompt, each in zip(prompts, done, strict=True)]
 
 

@@ -30,9 +30,9 @@ from typing import Any
 from provenance import commit
 
 from stepjax.infer.bench import Request, bench
-from stepjax.infer.cli_serve import SWITCH_S
-from stepjax.infer.engine import Engine
-from stepjax.infer.engine_config import EngineConfig
+from stepjax.infer.commands.serve import SWITCH_S
+from stepjax.infer.engine.config import EngineConfig
+from stepjax.infer.engine.engine import Engine
 from stepjax.infer.load import load, use_compile_cache
 from stepjax.infer.serve.app import ServeOptions, create_app
 from stepjax.infer.serve.metrics import Metrics

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from stepjax.config import LayerSpec, ModelConfig
-from stepjax.infer.draft_policy import StepBytes
-from stepjax.infer.load import Session
-from stepjax.model import abstract, params_of
-from stepjax.quant import Weight
-from stepjax.quant_groups import Grouped
-from stepjax.weights import Groups, count_parameters, kv_bytes_per_token, kv_window_bytes
+from stepjax.infer.engine.draft_policy import StepBytes
+from stepjax.infer.session import Session
+from stepjax.model.step3p5 import abstract, params_of
+from stepjax.weights.fp8 import Weight
+from stepjax.weights.int_groups import Grouped
+from stepjax.weights.inventory import Groups, count_parameters, kv_bytes_per_token, kv_window_bytes
 
 
 class Slice(NamedTuple):

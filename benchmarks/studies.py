@@ -12,13 +12,13 @@ from pathlib import Path
 import jax
 
 from stepjax.config import ModelConfig
-from stepjax.infer.draft_policy import PRIOR
-from stepjax.infer.study import sequence_bytes
-from stepjax.sharding.explain import rivals, would_change
-from stepjax.sharding.footprint import Quant
-from stepjax.sharding.hardware import parse
+from stepjax.infer.engine.abstract_steps import sequence_bytes
+from stepjax.infer.engine.draft_policy import PRIOR
 from stepjax.sharding.mesh import MeshSpec
-from stepjax.sharding.plan import Ask, Choice, Goal, Option, Plan, plan, weigh
+from stepjax.sharding.planner.device_bytes import Quant
+from stepjax.sharding.planner.explain import rivals, would_change
+from stepjax.sharding.planner.hardware import parse
+from stepjax.sharding.planner.search import Ask, Choice, Goal, Option, Plan, plan, weigh
 
 PAGE = Path(__file__).resolve().parent.parent / "sharding" / "README.md"
 FIRST, LAST = "<!-- studies: written by benchmarks/studies.py -->", "<!-- end of studies -->"

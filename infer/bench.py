@@ -15,18 +15,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stepjax.adapted import plain
-from stepjax.hub_config import to_hf
-from stepjax.infer.engine import Engine, Ran
-from stepjax.infer.sampling import SamplingParams
-from stepjax.quant import BlockScaled
-from stepjax.quant_groups import Grouped
+from stepjax.checkpoint.hf_config import to_hf
+from stepjax.infer.engine.engine import Engine
+from stepjax.infer.engine.stats import Ran
+from stepjax.infer.sampling.params import SamplingParams
 from stepjax.sharding.layout import MeshLayout
 from stepjax.sharding.mesh import MeshSpec
-from stepjax.weights import kv_bytes_per_token, kv_window_bytes
+from stepjax.weights.adapted import plain
+from stepjax.weights.fp8 import BlockScaled
+from stepjax.weights.int_groups import Grouped
+from stepjax.weights.inventory import kv_bytes_per_token, kv_window_bytes
 
 if TYPE_CHECKING:
-    from stepjax.infer.load import Session
+    from stepjax.infer.session import Session
 
 
 class Request(NamedTuple):

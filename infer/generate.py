@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stepjax.infer.engine import Engine
-from stepjax.infer.engine_config import EngineConfig
+from stepjax.infer.engine.config import EngineConfig
+from stepjax.infer.engine.engine import Engine
 from stepjax.infer.hosts import agreed
-from stepjax.infer.sampling import SamplingParams
+from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.transcript import Delta, FinishReason, Transcript, begins_in_reasoning
-from stepjax.tool_parser import ToolCall
+from stepjax.text.tool_calls import ToolCall
 
 if TYPE_CHECKING:
-    from stepjax.infer.load import Session
+    from stepjax.infer.session import Session
 
 CHUNK = 512  # prompt tokens per prefill step
 MAX_BATCH = 8  # answers that run together

@@ -4,40 +4,29 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from stepjax.cache import MAX_DRAFTS, Chunk
-from stepjax.chat import ChatTemplate, encode_chat
-from stepjax.checkpoint import Change, Checkpoint, load_params
+from stepjax.checkpoint.folder import ModelFolder, open_folder
+from stepjax.checkpoint.reader import Change, Checkpoint, load_params
 from stepjax.config import ModelConfig
-from stepjax.errors import ContextError, MeshError, RequestError
-from stepjax.folder import ModelFolder, open_folder
-from stepjax.infer.generate import Completion, generate
-from stepjax.infer.grammar import Grammars
-from stepjax.infer.guide import Masks
-from stepjax.infer.runner import Runner
-from stepjax.infer.sampling import SamplingParams
-from stepjax.layout import Layout, SingleDevice
-from stepjax.model import Params, Step3p5, abstract, axes_of, bind
-from stepjax.quant_groups import BITS, GROUP, IntFormat, form_of, quantize_groups
+from stepjax.errors import MeshError, RequestError
+from stepjax.infer.session import Session
+from stepjax.model.layout import Layout, SingleDevice
+from stepjax.model.step3p5 import abstract, axes_of
+from stepjax.sharding.devices import want_virtual_devices
 from stepjax.sharding.layout import MeshLayout
-from stepjax.sharding.load import ExpertOrder, LoadReport, load_sharded
+from stepjax.sharding.load import ExpertOrder, load_sharded
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.rules import Rules
-from stepjax.sharding.target import want_virtual_devices
-from stepjax.tokenizer import Tokenizer
-from stepjax.weights import Groups
+from stepjax.weights.int_groups import BITS, GROUP, IntFormat, form_of, quantize_groups
+from stepjax.weights.inventory import Groups
 
 Dtype = Literal["auto", "float32", "bfloat16"]
-
-HEAD_ROWS = 256  # rows per call of an output matrix: bounds the logits on the device to 256 × V
 
 
 def load(
@@ -68,7 +57,7 @@ def load(
         several processes run, each calls this alike and reads only what its own devices hold.
       strategy: what is split over which axis (`stepjax.sharding.rules`).
       expert_order: with a mesh, by layer: which stored expert becomes our j-th, so that busy ones lie on different
-        devices (`stepjax.sharding.balance.balanced_order`); answers do not change.
+        devices (`stepjax.sharding.expert_order.balanced_order`); answers do not change.
       progress: called with (bytes read, bytes in all) after each tensor.
 
     Raises:
@@ -169,165 +158,3 @@ def _resolve_dtype(dtype: Dtype) -> Any:
     if dtype == "auto":
         return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     return jnp.dtype(dtype)
-
-
-class Session:
-    """A loaded model: logits of given tokens, answers to prompts and chats."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        params: Params,
-        *,
-        dtype: Any,
-        mtp: bool = True,
-        tokenizer: Tokenizer | None = None,
-        template: ChatTemplate | None = None,
-        generation_config: Mapping[str, Any] | None = None,
-        layout: Layout | None = None,
-        load_report: LoadReport | None = None,
-    ):
-        self.config, self.params, self.dtype = config, params, dtype
-        self.tokenizer, self.template = tokenizer, template
-        self.generation_config, self.load_report = dict(generation_config or {}), load_report
-        self.model: Step3p5 = abstract(config, dtype=dtype, mtp=mtp, layout=layout)
-        self._runners: dict[tuple[int, bool], Runner] = {}
-
-    @property
-    def max_drafts(self) -> int:
-        """MTP depths at hand."""
-        return min(MAX_DRAFTS, len(self.model.mtp))
-
-    def sampling(self, **given: Any) -> SamplingParams:
-        """Sampling parameters: ``given``, else the checkpoint's generation_config, else the model card's."""
-        return SamplingParams.from_defaults(self.generation_config, **given)
-
-    def runner(self, speculate: int | None = None, *, routing: bool = False) -> Runner:
-        """The compiled steps for ``speculate`` drafts; None takes all the checkpoint has.
-
-        Args:
-          routing: the steps tell the experts of every token, too.
-        """
-        drafts = self.max_drafts if speculate is None else speculate
-        if not 0 <= drafts <= self.max_drafts:
-            raise RequestError(
-                f"speculate: is {drafts}, but this checkpoint has {self.max_drafts} MTP layers to draft with"
-            )
-        key = drafts, routing
-        if key not in self._runners:
-            num_tokens = len(self.tokenizer) if self.tokenizer else self.config.vocab_size
-            self._runners[key] = Runner(self._together, num_tokens=num_tokens, drafts=drafts, routing=routing)
-        return self._runners[key]
-
-    @cached_property
-    def _together(self) -> Step3p5:
-        """The model for sequences that share a cache."""
-        layout = self.model.layout.together()
-        if layout == self.model.layout:
-            return self.model
-        return abstract(self.config, dtype=self.dtype, mtp=bool(self.model.mtp), layout=layout)
-
-    @cached_property
-    def grammars(self) -> Grammars:
-        """What compiles grammars over the checkpoint's tokenizer."""
-        return Grammars(self._require_tokenizer(), self.config.eos_ids)
-
-    @cached_property
-    def masks(self) -> Masks:
-        """Sets of the tokenizer's entries."""
-        return Masks(self._require_tokenizer(), self.config.vocab_size)
-
-    def logits(self, ids: Sequence[int]) -> np.ndarray:
-        """Next-token logits of one sequence: float32 [T, V]; row t has seen tokens 0 … t."""
-        hidden, _ = self._score(self.params, self._padded(ids), mtp=False)
-        return self._head(hidden, len(ids), None)
-
-    def mtp_logits(self, ids: Sequence[int]) -> list[np.ndarray]:
-        """Teacher-forced MTP logits: for depth k = 1 … 3 float32 [T − k, V]; row t was fed token t + k."""
-        return self.score(ids)[1]
-
-    def score(self, ids: Sequence[int]) -> tuple[np.ndarray, list[np.ndarray]]:
-        """`logits` and `mtp_logits` from one pass."""
-        hidden, states = self._score(self.params, self._padded(ids), mtp=True)
-        depths = [self._head(state, max(len(ids) - k, 0), k - 1) for k, state in enumerate(states, start=1)]
-        return self._head(hidden, len(ids), None), depths
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams | None = None, **options: Any
-    ) -> list[Completion]:
-        """`stepjax.generate` on this session."""
-        return generate(self, prompts, params, **options)
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of raw text, led by the beginning-of-sequence token."""
-        return self._require_tokenizer().encode(text, bos=True)
-
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
-        """Ids of a conversation, rendered by the checkpoint's own template, up to where the answer begins."""
-        if self.template is None:
-            raise RequestError("chat: this checkpoint has no chat template; pass token ids or raw text")
-        return encode_chat(self._require_tokenizer(), self.template, messages, **options)
-
-    def check_ids(self, ids: Sequence[int]) -> None:
-        """Raise RequestError unless ``ids`` is a non-empty list of vocabulary ids that fits the context."""
-        if not len(ids):
-            raise RequestError("tokens: the list is empty, expected at least one id")
-        for at, token in enumerate(ids):
-            if (
-                isinstance(token, bool)
-                or not isinstance(token, int | np.integer)
-                or not 0 <= token < self.config.vocab_size
-            ):
-                raise RequestError(
-                    f"tokens: entry {at} is {token!r}, expected a whole number from 0 to {self.config.vocab_size - 1}"
-                )
-        if len(ids) > self.config.max_positions:
-            raise ContextError(f"tokens: {len(ids)} ids, but the model's context is {self.config.max_positions}")
-
-    def check_prompt(self, ids: Sequence[int]) -> int:
-        """Raise RequestError unless the context has room for an answer to ``ids``; returns how many tokens of room."""
-        self.check_ids(ids)
-        room = self.config.max_positions - len(ids)
-        if room < 1:
-            raise ContextError(
-                f"prompt: has {len(ids)} tokens, but the context is {self.config.max_positions}; shorten the prompt"
-            )
-        return room
-
-    def _require_tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise RequestError("text: this checkpoint has no tokenizer.json; pass token ids")
-        return self.tokenizer
-
-    def _padded(self, ids: Sequence[int]) -> np.ndarray:
-        """[1, T'] with T' the next power of two: causal, so padding behind changes nothing before it."""
-        self.check_ids(ids)
-        width = max(16, 1 << (len(ids) - 1).bit_length())
-        return np.asarray([[*ids, *[0] * (width - len(ids))]], np.int32)
-
-    @cached_property
-    def _score(self) -> Callable[..., tuple[jax.Array, list[jax.Array]]]:
-        def run(params: Params, ids_BT: jax.Array, *, mtp: bool) -> tuple[jax.Array, list[jax.Array]]:
-            model, chunk = bind(self.model, params), Chunk.whole(*ids_BT.shape)
-            hidden = model.forward(ids_BT, chunk).hidden_BTD
-            return hidden, model.mtp_hidden(ids_BT, hidden, chunk) if mtp else []
-
-        return jax.jit(run, static_argnames="mtp")
-
-    @cached_property
-    def _logits(self) -> Callable[[Params, jax.Array, np.int32, int | None], jax.Array]:
-        def run(params: Params, hidden_BTD: jax.Array, at: jax.Array, depth: int | None) -> jax.Array:
-            model, rows = bind(self.model, params), min(HEAD_ROWS, hidden_BTD.shape[1])
-            block = jax.lax.dynamic_slice_in_dim(hidden_BTD, at, rows, axis=1)
-            logits = model.logits(block) if depth is None else model.mtp[depth].logits(block)
-            return logits[0]
-
-        return jax.jit(run, static_argnums=3, out_shardings=self.model.layout.replicated)
-
-    def _head(self, hidden_BTD: jax.Array, rows: int, depth: int | None) -> np.ndarray:
-        """Logits of the first ``rows`` rows, a block at a time."""
-        out = np.empty((rows, self.config.vocab_size), np.float32)
-        for at in range(0, rows, HEAD_ROWS):
-            block = self._logits(self.params, hidden_BTD, np.int32(at), depth)
-            out[at : at + HEAD_ROWS] = np.asarray(block)[: rows - at]
-        return out

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from stepjax.infer.sampling import SamplingParams
-from stepjax.reasoning import ReasoningParser, held_length, reasoning_ended
-from stepjax.tokenizer import IncrementalDetokenizer, Tokenizer
-from stepjax.tool_parser import ArgumentsDelta, CallStart, ContentDelta, ToolCall, ToolCallParser, ToolEvent
+from stepjax.infer.sampling.params import SamplingParams
+from stepjax.text.reasoning import ReasoningParser, held_length, reasoning_ended
+from stepjax.text.tokenizer import IncrementalDetokenizer, Tokenizer
+from stepjax.text.tool_calls import ArgumentsDelta, CallStart, ContentDelta, ToolCall, ToolCallParser, ToolEvent
 
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled", "error"]
 

@@ -14,14 +14,15 @@ import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
+from stepjax.adapters.lora import LoraConfig, axes, describe, shapes
+from stepjax.checkpoint.hf_config import to_hf
 from stepjax.config import ModelConfig
-from stepjax.errors import CheckpointError
-from stepjax.hub_config import to_hf
-from stepjax.model import abstract, axes_of, params_of
-from stepjax.quant import BlockScaled
-from stepjax.quant_groups import Grouped
+from stepjax.errors import CheckpointError, ConfigError
+from stepjax.model.step3p5 import abstract, axes_of, params_of
 from stepjax.sharding.layout import MeshLayout
-from stepjax.weights import scale_shape
+from stepjax.weights.fp8 import BlockScaled
+from stepjax.weights.int_groups import Grouped
+from stepjax.weights.inventory import scale_shape
 
 T = TypeVar("T")
 
@@ -158,3 +159,59 @@ def _is_checkpoint(path: Path) -> bool:
     except CheckpointError:
         return False
     return True
+
+
+_KIND = "stepjax adapter"
+
+
+def shardings(config: ModelConfig, lora: LoraConfig, layout: MeshLayout) -> dict[str, jax.sharding.NamedSharding]:
+    """Where every factor lies: as the axes that it has in common with its weight."""
+    return {name: layout.parameter(*of) for name, of in axes(config, lora).items()}
+
+
+def save_adapter(
+    path: Path | str, config: ModelConfig, adapter: Mapping[str, Any], lora: LoraConfig, *, overwrite: bool = False
+) -> None:
+    """Write an adapter; every process calls this, each writes what its devices hold."""
+    about = {"kind": _KIND, "config": to_hf(config), "lora": describe(lora)}
+    save_tree(
+        path, {name: jax.numpy.asarray(value) for name, value in adapter.items()}, about=about, overwrite=overwrite
+    )
+
+
+def restore_adapter(
+    path: Path | str, layout: MeshLayout | None = None
+) -> tuple[dict[str, jax.Array], LoraConfig, ModelConfig]:
+    """An adapter that `save_adapter` wrote, on one device or a mesh, with its settings and its model's.
+
+    Raises:
+      CheckpointError: there is no whole adapter.
+    """
+    about = stored_about(path)
+    if not isinstance(about, dict) or about.get("kind") != _KIND:
+        raise CheckpointError(f"{path}: is a checkpoint, but not of an adapter")
+    try:
+        config, lora = ModelConfig.from_hf(about["config"]), LoraConfig(**about["lora"])
+    except (ConfigError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}: its settings are damaged ({error})") from None
+    where: Mapping[str, Any]
+    if layout is None:
+        one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        where = dict.fromkeys(shapes(config, lora), one)
+    else:
+        where = shardings(config, lora, layout)
+    like = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where[name])
+        for name, leaf in shapes(config, lora).items()
+    }
+    found: Any = restore_tree(path, like)
+    return found, lora, config
+
+
+def is_adapter(path: Path | str) -> bool:
+    """Whether `save_adapter` wrote this."""
+    try:
+        about = stored_about(path)
+    except CheckpointError:
+        return False
+    return isinstance(about, dict) and about.get("kind") == _KIND

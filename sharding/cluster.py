@@ -133,8 +133,8 @@ def run(args: argparse.Namespace, command: Callable[[], int]) -> int:
 def _start(spec: ClusterSpec, *, mesh: str | None) -> None:
     import jax
 
+    from stepjax.sharding.devices import want_virtual_devices
     from stepjax.sharding.mesh import MeshSpec
-    from stepjax.sharding.target import want_virtual_devices
 
     if mesh is not None and -1 not in (asked := MeshSpec.parse(mesh)).sizes.values():
         want_virtual_devices(max(1, asked.num_devices // spec.num_processes))

@@ -1,4 +1,4 @@
-"""The model on a mesh: `stepjax.layout.Layout` by placement (jit partitions the products) and shard_map islands.
+"""The model on a mesh: `stepjax.model.layout.Layout` by placement (jit partitions the products) and shard_map islands.
 
 Widths are split by placement alone: each attention or MLP has one product whose contracted axis is split, which costs
 one reduction. Islands hold what a partitioner would get wrong or slow: attention with its cache, and the experts.
@@ -16,14 +16,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from stepjax.adapted import Adapted, factor_axes
-from stepjax.cache import CacheView, Chunk
-from stepjax.layout import Routed
+from stepjax.model.cache import CacheView, Chunk
+from stepjax.model.layout import Routed
 from stepjax.ops.attention import Heads, Keys
-from stepjax.ops.expert_sizes import Form
-from stepjax.sharding.context import Split, attend_split
+from stepjax.ops.expert_choice import Form
+from stepjax.sharding.context_parallel import Split, attend_split
 from stepjax.sharding.expert_parallel import Group, exchange_pays, exchanged, gathered, replicated
 from stepjax.sharding.rules import GROUP, Axes, Rules
+from stepjax.weights.adapted import Adapted, factor_axes
 
 T = TypeVar("T")
 Leaves = dict[Any, Any]  # path → parameter

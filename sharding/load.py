@@ -18,10 +18,10 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from stepjax.checkpoint import Change, Checkpoint, Index, Progress
-from stepjax.quant import BlockScaled, Weight
-from stepjax.quant_groups import Grouped
-from stepjax.weights import Groups, scale_shape
+from stepjax.checkpoint.reader import Change, Checkpoint, Index, Progress
+from stepjax.weights.fp8 import BlockScaled, Weight
+from stepjax.weights.int_groups import Grouped
+from stepjax.weights.inventory import Groups, scale_shape
 
 READERS = 4  # threads; reading releases the interpreter's lock
 AHEAD = 0.2  # of the largest weight's part: how much more than that may be read and not placed yet

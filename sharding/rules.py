@@ -14,9 +14,9 @@ from jax.sharding import PartitionSpec
 
 from stepjax.config import ModelConfig
 from stepjax.errors import MeshError
-from stepjax.layout import AXES as LOGICAL
+from stepjax.model.layout import AXES as LOGICAL
 from stepjax.sharding.mesh import MeshSpec
-from stepjax.weights import Groups
+from stepjax.weights.inventory import Groups
 
 Axes = tuple[str, ...]
 

@@ -6,27 +6,27 @@ Importing this package loads nothing else: each public name brings its own modul
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from stepjax._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from stepjax.config import ModelConfig
-    from stepjax.infer.engine import Engine
-    from stepjax.infer.engine_config import EngineConfig
+    from stepjax.infer.engine.config import EngineConfig
+    from stepjax.infer.engine.engine import Engine
     from stepjax.infer.generate import generate
     from stepjax.infer.load import load
-    from stepjax.infer.sampling import SamplingParams
-    from stepjax.model import Step3p5
-    from stepjax.tokenizer import Tokenizer
-
-__version__ = "0.1.0"
+    from stepjax.infer.sampling.params import SamplingParams
+    from stepjax.model.step3p5 import Step3p5
+    from stepjax.text.tokenizer import Tokenizer
 
 __all__ = ["Engine", "EngineConfig", "ModelConfig", "SamplingParams", "Step3p5", "Tokenizer", "generate", "load"]
 
 _HOME = {
-    "Engine": "stepjax.infer.engine",
-    "EngineConfig": "stepjax.infer.engine_config",
+    "Engine": "stepjax.infer.engine.engine",
+    "EngineConfig": "stepjax.infer.engine.config",
     "ModelConfig": "stepjax.config",
-    "SamplingParams": "stepjax.infer.sampling",
-    "Step3p5": "stepjax.model",
-    "Tokenizer": "stepjax.tokenizer",
+    "SamplingParams": "stepjax.infer.sampling.state",
+    "Step3p5": "stepjax.model.step3p5",
+    "Tokenizer": "stepjax.text.tokenizer",
     "generate": "stepjax.infer.generate",
     "load": "stepjax.infer.load",
 }

@@ -9,30 +9,30 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from stepjax import __version__
+from stepjax._version import __version__
 from stepjax.errors import StepjaxError
 
 # Verb → the module with ``add_arguments(parser)`` and ``run(args) -> exit code``, and a line of help.
 VERBS = {
-    "generate": ("stepjax.infer.cli_generate", "answer prompts"),
-    "chat": ("stepjax.infer.cli_chat", "talk with a model in the terminal"),
-    "score": ("stepjax.infer.cli_score", "write the logits of given tokens to a file"),
-    "convert": ("stepjax.cli_convert", "write a checkpoint with its experts in another precision"),
-    "export-adapter": ("stepjax.sharding.cli_export_adapter", "write an adapter as a PEFT folder"),
-    "import-adapter": ("stepjax.sharding.cli_import_adapter", "read a PEFT adapter into one to train on"),
-    "merge": ("stepjax.cli_merge", "add an adapter to a checkpoint's weights"),
-    "serve": ("stepjax.infer.cli_serve", "answer over HTTP, as OpenAI's interface has it"),
-    "bench": ("stepjax.infer.cli_bench", "measure how fast requests are answered"),
-    "info": ("stepjax.cli_info", "show what a model consists of"),
-    "study": ("stepjax.train.cli_study", "compile a step for a mesh that need not exist, and count its bytes"),
-    "plan": ("stepjax.train.cli_plan", "choose a mesh for a machine that need not be there"),
-    "pretrain": ("stepjax.train.cli_pretrain", "train a model from scratch, as step-tiny was"),
-    "distill": ("stepjax.train.cli_tune", "teach a model by another, on its own answers"),
-    "sft": ("stepjax.train.cli_tune", "teach a model by examples"),
-    "rl": ("stepjax.train.cli_tune", "teach a model by rewards"),
-    "teach": ("stepjax.train.cli_teach", "write a teacher's likeliest tokens for a data set"),
-    "report": ("stepjax.train.cli_report", "show what a training run measured, with plots"),
-    "release": ("stepjax.train.cli_release", "write a training run as a checkpoint folder and grade it"),
+    "generate": ("stepjax.infer.commands.generate", "answer prompts"),
+    "chat": ("stepjax.infer.commands.chat", "talk with a model in the terminal"),
+    "score": ("stepjax.infer.commands.score", "write the logits of given tokens to a file"),
+    "convert": ("stepjax.commands.convert", "write a checkpoint with its experts in another precision"),
+    "export-adapter": ("stepjax.sharding.commands.export_adapter", "write an adapter as a PEFT folder"),
+    "import-adapter": ("stepjax.sharding.commands.import_adapter", "read a PEFT adapter into one to train on"),
+    "merge": ("stepjax.commands.merge", "add an adapter to a checkpoint's weights"),
+    "serve": ("stepjax.infer.commands.serve", "answer over HTTP, as OpenAI's interface has it"),
+    "bench": ("stepjax.infer.commands.bench", "measure how fast requests are answered"),
+    "info": ("stepjax.commands.info", "show what a model consists of"),
+    "study": ("stepjax.train.commands.study", "compile a step for a mesh that need not exist, and count its bytes"),
+    "plan": ("stepjax.train.commands.plan", "choose a mesh for a machine that need not be there"),
+    "pretrain": ("stepjax.train.commands.pretrain", "train a model from scratch, as step-tiny was"),
+    "distill": ("stepjax.train.commands.tune", "teach a model by another, on its own answers"),
+    "sft": ("stepjax.train.commands.tune", "teach a model by examples"),
+    "rl": ("stepjax.train.commands.tune", "teach a model by rewards"),
+    "teach": ("stepjax.train.commands.teach", "write a teacher's likeliest tokens for a data set"),
+    "report": ("stepjax.train.commands.report", "show what a training run measured, with plots"),
+    "release": ("stepjax.train.commands.release", "write a training run as a checkpoint folder and grade it"),
 }
 
 SEVERAL_HOSTS = ("generate", "score", "merge", "distill", "sft", "rl")  # verbs that several processes run together

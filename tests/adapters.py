@@ -1,4 +1,4 @@
-"""Adapters for tests: `stepjax.lora.init`, with noise where it has zeros."""
+"""Adapters for tests: `stepjax.adapters.lora.init`, with noise where it has zeros."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
+from stepjax.adapters.lora import Adapter, LoraConfig, init
 from stepjax.config import ModelConfig
-from stepjax.lora import Adapter, LoraConfig, init
 
 EVERYTHING = ("q", "k", "v", "o", "g", "dense", "shared")
 

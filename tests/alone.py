@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from stepjax.cache import SPARE_ROWS
-from stepjax.infer.load import Session
-from stepjax.infer.runner import Pieces, Runner, State
-from stepjax.infer.sampling import Sampling, SamplingParams
+from stepjax.infer.engine.runner import Runner
+from stepjax.infer.engine.state import Pieces, State
+from stepjax.infer.sampling.params import SamplingParams
+from stepjax.infer.sampling.state import Sampling
+from stepjax.infer.session import Session
+from stepjax.model.cache import SPARE_ROWS
 
 
 class Batch:

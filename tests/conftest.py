@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from serving import Serving
     from tokenizers import Tokenizer
 
-    from stepjax.infer.load import Session
-    from stepjax.train.tasks import TinyTemplate
+    from stepjax.infer.session import Session
+    from stepjax.train.data.tasks import TinyTemplate
 
 assert "jax" not in sys.modules, "a pytest plugin imported jax before its settings were made"
 
@@ -105,7 +105,7 @@ def tokenizer() -> Tokenizer:
     """step-tiny's."""
     from tokenizers import Tokenizer
 
-    from stepjax.train.tasks import ASSETS
+    from stepjax.train.data.tasks import ASSETS
 
     return Tokenizer.from_file(str(ASSETS / "tokenizer.json"))
 
@@ -113,7 +113,7 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="session")
 def template() -> TinyTemplate:
     """step-tiny's chat template."""
-    from stepjax.train.tasks import TinyTemplate
+    from stepjax.train.data.tasks import TinyTemplate
 
     return TinyTemplate()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from stepjax.train import tasks, words
+from stepjax.train.data import tasks, words
 
 
 def items(split: words.Split, count: int = 60, seed: int = 0) -> list[tasks.Item]:

@@ -12,14 +12,14 @@ from typing import Any
 
 import httpx
 
-from stepjax.infer.engine import Engine
-from stepjax.infer.engine_config import EngineConfig
-from stepjax.infer.load import Session
-from stepjax.infer.serve.access import Keys
+from stepjax.infer.engine.config import EngineConfig
+from stepjax.infer.engine.engine import Engine
 from stepjax.infer.serve.app import ServeOptions, create_app
 from stepjax.infer.serve.metrics import Metrics
+from stepjax.infer.serve.middleware import Keys
 from stepjax.infer.serve.server import Server, ServerConfig
 from stepjax.infer.serve.service import Service
+from stepjax.infer.session import Session
 from stepjax.infer.transcript import Transcript, begins_in_reasoning
 
 NAME = "stepfun-ai/step-3.5-flash"  # what the vendor's clients ask for

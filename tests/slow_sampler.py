@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import jax
 import numpy as np
 
-from stepjax.infer.sampling import SamplingParams
+from stepjax.infer.sampling.params import SamplingParams
 
 DRAWN = SamplingParams(temperature=1.3, top_k=0, top_p=1.0, seed=5)
 OPTIONS = {

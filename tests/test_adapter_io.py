@@ -16,13 +16,13 @@ from golden.ours import params_of_hub
 from safetensors.numpy import load_file, save_file
 from tiny import small_config
 
-from stepjax.adapter_io import CONFIG, WEIGHTS, export_adapter, import_adapter
-from stepjax.cache import Chunk
+from stepjax.adapters.lora import LoraConfig, attach, merge
+from stepjax.adapters.peft import CONFIG, WEIGHTS, export_adapter, import_adapter
+from stepjax.adapters.peft_names import Form, stacked, unstacked
 from stepjax.config import ModelConfig
 from stepjax.errors import CheckpointError
-from stepjax.lora import LoraConfig, attach, merge
-from stepjax.model import abstract, bind
-from stepjax.peft_layout import Form, stacked, unstacked
+from stepjax.model.cache import Chunk
+from stepjax.model.step3p5 import abstract, bind
 
 MODEL = small_config()
 E, F, D, R = 8, 32, 64, 3

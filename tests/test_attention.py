@@ -12,13 +12,13 @@ from golden.make import CASES, load
 from golden.ours import difference, params_of_hub
 from hypothesis import given, settings, strategies as st
 
-import stepjax.cache
+import stepjax.model.cache
 import stepjax.ops.attention
-from stepjax.attention import Attention
-from stepjax.cache import SPARE_ROWS, Chunk, Ring, Rows, empty_cache
 from stepjax.config import ModelConfig
-from stepjax.layout import SingleDevice
-from stepjax.model import abstract, bind
+from stepjax.model.attention import Attention
+from stepjax.model.cache import SPARE_ROWS, Chunk, Ring, Rows, empty_cache
+from stepjax.model.layout import SingleDevice
+from stepjax.model.step3p5 import abstract, bind
 from stepjax.ops.attention import Keys, attention
 
 B, N, K, H = 2, 6, 2, 16
@@ -178,7 +178,7 @@ def test_rows_past_the_last_are_dropped():
 def test_no_two_keys_are_written_to_one_row(monkeypatch):
     """Which of them stayed would be the device's choice."""
     stored = []
-    monkeypatch.setattr(stepjax.cache, "store", lambda cache, row, new: stored.append(np.asarray(row)) or cache)
+    monkeypatch.setattr(stepjax.model.cache, "store", lambda cache, row, new: stored.append(np.asarray(row)) or cache)
     ring = Ring(jnp.zeros((B, 9, K, H)), jnp.zeros((B, 9, K, H)))
     ring.write(Chunk.at(jnp.array([2, 0]), jnp.array([30, 17]), 30), *drawn(30)[1:])
     for row in stored[0]:

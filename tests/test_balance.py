@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, strategies as st
 from tiny import random_params, small_config
 
-from stepjax.cache import Chunk
 from stepjax.errors import MeshError
-from stepjax.layout import SingleDevice
-from stepjax.model import abstract, bind
+from stepjax.model.cache import Chunk
+from stepjax.model.layout import SingleDevice
+from stepjax.model.step3p5 import abstract, bind
 from stepjax.ops.experts import expert_load
-from stepjax.sharding.balance import balanced_order, imbalance, rank_load
+from stepjax.sharding.expert_order import balanced_order, imbalance, rank_load
 
 
 def test_load_counts_assignments_and_no_padding():

@@ -11,9 +11,9 @@ from tiny import tiny_session
 
 from stepjax.cli import main
 from stepjax.infer.bench import Request, Spread, bench, cache_over_formula, random_requests
-from stepjax.infer.engine import Engine
-from stepjax.infer.engine_config import EngineConfig
-from stepjax.infer.sampling import SamplingParams
+from stepjax.infer.engine.config import EngineConfig
+from stepjax.infer.engine.engine import Engine
+from stepjax.infer.sampling.params import SamplingParams
 
 PARAMS = SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True, seed=0)
 CONFIG = EngineConfig(num_slots=2, context=64, page_size=8, widths=(32,), token_budget=32, speculate=0, num_snapshots=2)

@@ -25,11 +25,11 @@ from checkpoints import (
     write_index,
 )
 
-from stepjax.checkpoint import Checkpoint
+from stepjax.checkpoint.reader import Checkpoint
+from stepjax.checkpoint.safetensors_file import MAX_ENTRIES, MAX_HEADER_BYTES, SafetensorsFile
 from stepjax.errors import CheckpointError, ConfigError
-from stepjax.quant_groups import quantize_groups
-from stepjax.safetensors_file import MAX_ENTRIES, MAX_HEADER_BYTES, SafetensorsFile
-from stepjax.weights import Groups
+from stepjax.weights.int_groups import quantize_groups
+from stepjax.weights.inventory import Groups
 
 HUB, FP8_HUB = tiny_hub_config(), fp8_hub_config()
 TENSORS = random_tensors(HUB)
@@ -579,7 +579,7 @@ def test_a_broken_folder_is_refused_within_a_second_of_the_start(tmp_path):
     (folder / FIRST).write_bytes((folder / FIRST).read_bytes()[:-1])
     script = (
         "import sys, time\n"
-        "from stepjax.checkpoint import Checkpoint; from stepjax.errors import CheckpointError\n"
+        "from stepjax.checkpoint.reader import Checkpoint; from stepjax.errors import CheckpointError\n"
         "try: Checkpoint(sys.argv[1])\n"
         "except CheckpointError: print(time.process_time(), 'jax' in sys.modules)"
     )

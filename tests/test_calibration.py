@@ -11,20 +11,20 @@ from typing import Any
 import pytest
 from tiny import tiny_session
 
+from stepjax.checkpoint.hf_config import to_hf
 from stepjax.cli import main
 from stepjax.config import ModelConfig
 from stepjax.errors import RequestError
-from stepjax.hub_config import to_hf
 from stepjax.infer.bench import Request, bench, held
-from stepjax.infer.engine import Engine
-from stepjax.infer.engine_config import EngineConfig
-from stepjax.infer.sampling import SamplingParams
-from stepjax.sharding.calibration import FLOOR, fit
-from stepjax.sharding.cost import Efficiency, Part
-from stepjax.sharding.hardware import parse
-from stepjax.sharding.measured import Point, read_points
+from stepjax.infer.engine.config import EngineConfig
+from stepjax.infer.engine.engine import Engine
+from stepjax.infer.sampling.params import SamplingParams
 from stepjax.sharding.mesh import MeshSpec
-from stepjax.sharding.plan import Ask, Choice, Option, weigh
+from stepjax.sharding.planner.calibration import FLOOR, fit
+from stepjax.sharding.planner.hardware import parse
+from stepjax.sharding.planner.measurements import Point, read_points
+from stepjax.sharding.planner.search import Ask, Choice, Option, weigh
+from stepjax.sharding.planner.step_time import Efficiency, Part
 
 FLASH = ModelConfig.preset("step-3.5-flash")
 H100 = parse("8xH100")

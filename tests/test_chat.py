@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from stepjax.chat import ChatTemplate, encode_chat, read_template_kwargs
 from stepjax.errors import RequestError, TemplateError
-from stepjax.tokenizer import BOS, Tokenizer
+from stepjax.text.chat import ChatTemplate, encode_chat, read_template_kwargs
+from stepjax.text.tokenizer import BOS, Tokenizer
 from tests.tokenizers_fixture import ALL_CONTROLS, make_tokenizer
 
 # Behaves as the model's own template does (specification 5.2), written anew and in few lines.

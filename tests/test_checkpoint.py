@@ -19,11 +19,11 @@ from checkpoints import (
     write_folder,
 )
 
-from stepjax.checkpoint import Checkpoint, load_params
+from stepjax.checkpoint.reader import Checkpoint, load_params
 from stepjax.config import ModelConfig
 from stepjax.errors import CheckpointError
-from stepjax.quant import BlockScaled, dequantize
-from stepjax.weights import inventory
+from stepjax.weights.fp8 import BlockScaled, dequantize
+from stepjax.weights.inventory import inventory
 
 HUB = tiny_hub_config()
 TENSORS = random_tensors(HUB)
@@ -288,7 +288,8 @@ def test_opening_imports_neither_jax_nor_remote_code(tmp_path):
     script = (
         "import sys; sys.addaudithook(lambda event, args: event in ('exec', 'open')"
         " and 'modeling_step3p5' in str(args[0]) and sys.exit('touched remote code'));"
-        "from stepjax.checkpoint import Checkpoint; Checkpoint(sys.argv[1]).read('norm.weight', dtype='float32');"
+        "from stepjax.checkpoint.reader import Checkpoint;"
+        "Checkpoint(sys.argv[1]).read('norm.weight', dtype='float32');"
         "assert not {'jax', 'torch', 'flax', 'modeling_step3p5'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script, str(folder)], check=True, timeout=60)

@@ -26,9 +26,11 @@ from checkpoints import (
 from stepjax.cli import VERBS, main
 from stepjax.config import ASSETS
 from stepjax.errors import RequestError
-from stepjax.infer.cli_options import Printer
-from stepjax.infer.load import Session, load, use_compile_cache
-from stepjax.infer.sampling import SamplingParams
+from stepjax.infer.commands.options import Printer
+from stepjax.infer.generate import generate
+from stepjax.infer.load import load, use_compile_cache
+from stepjax.infer.sampling.params import SamplingParams
+from stepjax.infer.session import Session
 from stepjax.infer.transcript import Delta
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -172,7 +174,7 @@ def test_an_interrupt_is_130_and_a_full_disk_1(capsys, monkeypatch):
         def run(args):
             raise error
 
-        monkeypatch.setattr("stepjax.cli_info.run", run)
+        monkeypatch.setattr("stepjax.commands.info.run", run)
 
     raising(KeyboardInterrupt())
     assert run("info", "step-tiny") == 130
@@ -329,7 +331,7 @@ def test_files_of_tokens_that_are_none(capsys, bare, tmp_path, verb, kind):
 
 @pytest.mark.parametrize("out", [".", "missing/out.npz", "in.json/out.npz"])
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(capsys, monkeypatch, bare, tokens, tmp_path, out):
-    monkeypatch.setattr("stepjax.infer.cli_score.open_session", lambda args: pytest.fail("opened"))
+    monkeypatch.setattr("stepjax.infer.commands.score.open_session", lambda args: pytest.fail("opened"))
     assert str(tmp_path) in refused(capsys, "score", "--model", bare, "--tokens", tokens, "--out", tmp_path / out)
 
 
@@ -357,7 +359,7 @@ def test_generate_from_tokens_is_the_sessions_answer_with_any_number_of_drafts(
 ):
     flags = ["--max-tokens", "9", "--temperature", temperature, "--seed", "3", "--dtype", "float32", "--json"]
     params = SamplingParams(max_tokens=9, temperature=float(temperature), seed=3)
-    expected = [session.generate([ids], params)[0].ids for ids in TOKENS]
+    expected = [generate(session, [ids], params)[0].ids for ids in TOKENS]
     for drafts in ("0", "3"):
         assert run("generate", "--model", bare, "--tokens", tokens, "--speculate", drafts, *flags) == 0
         found = lines(capsys)
@@ -407,7 +409,7 @@ def test_a_prompt_that_is_no_unicode_is_refused(capsys):
 
 def test_a_json_line_is_one_line_in_ascii(capsys, monkeypatch, bare, tokens):
     """U+2028 and others end a line for str.splitlines, and a terminal's encoding may lack any letter."""
-    monkeypatch.setattr("stepjax.infer.cli_generate._as_dict", lambda done: {"text": "a\u2028é\x85"})
+    monkeypatch.setattr("stepjax.infer.commands.generate._as_dict", lambda done: {"text": "a\u2028é\x85"})
     assert run("generate", "--model", bare, "--tokens", tokens, "--max-tokens", 1, "--json") == 0
     assert [line["text"] for line in lines(capsys)] == ["a\u2028é\x85"] * 2
 

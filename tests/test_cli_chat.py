@@ -19,9 +19,9 @@ import pytest
 from checkpoints import speaking_folder
 
 from stepjax.cli import main
-from stepjax.infer.cli_chat import Conversation
+from stepjax.infer.commands.chat import Conversation
 from stepjax.infer.load import load
-from stepjax.infer.sampling import SamplingParams
+from stepjax.infer.sampling.params import SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent
 

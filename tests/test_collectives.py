@@ -10,9 +10,8 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
-from stepjax.sharding.collectives import Collective, collectives, totals
-from stepjax.sharding.groups import MeshAxes
-from stepjax.sharding.target import Target, devices
+from stepjax.sharding.compiled.hlo import Collective, MeshAxes, collectives, totals
+from stepjax.sharding.devices import Target, devices
 
 SHAPE = {"data": 2, "expert": 2, "tensor": 2}
 PAIRS = "{{0,1},{2,3},{4,5},{6,7}}"  # along tensor

@@ -12,8 +12,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from rich.console import Console
 
 from stepjax.errors import MeshError
-from stepjax.sharding.compiled import CompileReport, compile_report, table
-from stepjax.sharding.target import Target, devices
+from stepjax.sharding.compiled.report import CompileReport, compile_report, table
+from stepjax.sharding.devices import Target, devices
 
 B, D, F, L = 8, 64, 256, 2  # on data=2, tensor=4
 TARGETS = ["cpu", pytest.param("h100", marks=pytest.mark.aot)]

@@ -20,8 +20,8 @@ import psutil
 import pytest
 from serving import GREEDY, SUM, Serving
 
-from stepjax.infer.serve import access, service as service_module
-from stepjax.infer.serve.access import Keys
+from stepjax.infer.serve import middleware, service as service_module
+from stepjax.infer.serve.middleware import Keys
 from stepjax.infer.transcript import Transcript
 
 CHAT = "/v1/chat/completions"
@@ -257,13 +257,13 @@ def test_a_key_is_compared_with_every_other_whichever_it_is(monkeypatch):
     """In full and by digests of one length, so that time tells nothing of where a key differs."""
     keys = Keys([f"key-{i}" for i in range(5)])
     compared: list[tuple[int, int]] = []
-    real = access.hmac.compare_digest
+    real = middleware.hmac.compare_digest
 
     def noted(a: bytes, b: bytes) -> bool:
         compared.append((len(a), len(b)))
         return real(a, b)
 
-    monkeypatch.setattr(access.hmac, "compare_digest", noted)
+    monkeypatch.setattr(middleware.hmac, "compare_digest", noted)
     for given, right in ((b"key-0", True), (b"key-4", True), (b"key-", False), (b"", False), (b"\xff" * 9999, False)):
         compared.clear()
         assert keys.accept(given) is right

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from checkpoints import speaking_folder
 
-from stepjax.checkpoint import Checkpoint
+from stepjax.checkpoint.reader import Checkpoint
 from stepjax.cli import main
-from stepjax.quant import dequantize_numpy, quantize_numpy
-from stepjax.quant_groups import dequantize_groups, form_of, quantize_groups
+from stepjax.weights.fp8 import dequantize_numpy, quantize_numpy
+from stepjax.weights.int_groups import dequantize_groups, form_of, quantize_groups
 
 
 @pytest.fixture(scope="module")

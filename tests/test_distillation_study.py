@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stepjax.train import cli_tune
-from stepjax.train.settings import read_settings
-from stepjax.train.tune_config import TuneConfig
+from stepjax.train.commands import tune as cli_tune
+from stepjax.train.config.reader import read_settings
+from stepjax.train.config.tune import TuneConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))

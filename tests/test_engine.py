@@ -15,11 +15,11 @@ from alone import alone as answer_alone
 from tiny import random_params, short_config, tiny_session
 
 from stepjax.errors import ConfigError, RequestError
-from stepjax.infer.admission import QueueFullError
-from stepjax.infer.engine import Engine, Update
-from stepjax.infer.engine_config import EngineConfig
-from stepjax.infer.load import Session
-from stepjax.infer.sampling import SamplingParams
+from stepjax.infer.engine.admission import QueueFullError
+from stepjax.infer.engine.config import EngineConfig
+from stepjax.infer.engine.engine import Engine, Update
+from stepjax.infer.sampling.params import SamplingParams
+from stepjax.infer.session import Session
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True, seed=0)
 SMALL = EngineConfig(

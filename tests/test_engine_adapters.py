@@ -11,12 +11,12 @@ from adapters import lora_config, trained
 from alone import Batch
 from tiny import tiny_session
 
+from stepjax.adapters.lora import LoraConfig, merge
 from stepjax.errors import ConfigError, RequestError
-from stepjax.infer.adapters import AdapterNames
-from stepjax.infer.engine import Engine
-from stepjax.infer.engine_config import EngineConfig
-from stepjax.infer.sampling import SamplingParams
-from stepjax.lora import LoraConfig, merge
+from stepjax.infer.engine.adapters import AdapterNames
+from stepjax.infer.engine.config import EngineConfig
+from stepjax.infer.engine.engine import Engine
+from stepjax.infer.sampling.params import SamplingParams
 
 CONFIG = EngineConfig(
     num_slots=4,

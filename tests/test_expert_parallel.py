@@ -16,15 +16,21 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 import stepjax.sharding.expert_parallel
 from stepjax.config import ModelConfig
-from stepjax.layout import Layout, SingleDevice
-from stepjax.moe import MoE
-from stepjax.ops.expert_sizes import Form
-from stepjax.sharding.collectives import collectives
-from stepjax.sharding.expert_parallel import Group, exchange_pays, exchange_rows
+from stepjax.model.layout import Layout, SingleDevice
+from stepjax.model.moe import MoE
+from stepjax.ops.expert_choice import Form
+from stepjax.sharding.compiled.hlo import collectives
+from stepjax.sharding.expert_parallel import (
+    Group,
+    exchange_pays,
+    exchange_rows,
+    exchanged_traffic,
+    gathered_traffic,
+    reach,
+)
 from stepjax.sharding.layout import MeshLayout
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.rules import Rules
-from stepjax.sharding.traffic import exchanged_traffic, gathered_traffic, reach
 
 B, T, E, D = 2, 128, 8, 64
 CONFIG = ModelConfig.from_hf(tiny_hub_config())

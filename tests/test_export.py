@@ -22,15 +22,15 @@ from checkpoints import (
 )
 from safetensors import safe_open
 
-from stepjax import export
-from stepjax.checkpoint import Checkpoint, load_params
+from stepjax.checkpoint import writer as export
+from stepjax.checkpoint.hf_config import to_hf
+from stepjax.checkpoint.reader import Checkpoint, load_params
+from stepjax.checkpoint.safetensors_file import SafetensorsFile
+from stepjax.checkpoint.writer import save
 from stepjax.config import PRESETS, ModelConfig
 from stepjax.errors import CheckpointError, ConfigError
-from stepjax.export import save
-from stepjax.hub_config import to_hf
-from stepjax.quant import BlockScaled
-from stepjax.safetensors_file import SafetensorsFile
-from stepjax.weights import inventory
+from stepjax.weights.fp8 import BlockScaled
+from stepjax.weights.inventory import inventory
 
 HUB = tiny_hub_config()
 CONFIG = ModelConfig.from_hf(HUB)

@@ -14,24 +14,24 @@ import numpy as np
 import pytest
 from tiny import random_params, small_config
 
+from stepjax.adapters.lora import ExpertForm, LoraConfig, attach, init, split
 from stepjax.config import ModelConfig
 from stepjax.errors import MeshError
-from stepjax.lora import ExpertForm, LoraConfig, attach, init, split
-from stepjax.model import abstract, axes_of
-from stepjax.sharding import training
-from stepjax.sharding.adapters import shardings
-from stepjax.sharding.balance import rank_load
-from stepjax.sharding.cost import Routing, devices_of_domain, exchange_time, tokens_per_step
-from stepjax.sharding.footprint import QUANTS, Placed, bytes_by_part, cached, layout_of, parameters, placed
-from stepjax.sharding.hardware import DEVICES, parse
+from stepjax.model.step3p5 import abstract, axes_of
+from stepjax.sharding.checkpoint import shardings
+from stepjax.sharding.compiled.study import device_bytes
+from stepjax.sharding.expert_order import rank_load
 from stepjax.sharding.layout import MeshLayout
 from stepjax.sharding.mesh import MeshSpec
+from stepjax.sharding.planner import lora_step as training
+from stepjax.sharding.planner.device_bytes import QUANTS, Placed, bytes_by_part, cached, layout_of, parameters, placed
+from stepjax.sharding.planner.exchanges import Sent, Tokens, of_serving, payloads
+from stepjax.sharding.planner.hardware import DEVICES, parse
+from stepjax.sharding.planner.step_time import Routing, devices_of_domain, exchange_time, tokens_per_step
 from stepjax.sharding.rules import Rules
-from stepjax.sharding.sent import Sent, Tokens, of_serving, payloads
-from stepjax.sharding.study import device_bytes
-from stepjax.train.check import check, planned
-from stepjax.train.study import Workload, step_of, study_model
-from stepjax.weights import count_parameters, inventory
+from stepjax.train.planning.check import check, planned
+from stepjax.train.planning.workload import Workload, step_of, study_model
+from stepjax.weights.inventory import count_parameters, inventory
 
 FLASH = ModelConfig.preset("step-3.5-flash")
 TINY = dataclasses.replace(small_config(), max_positions=2048)

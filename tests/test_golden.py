@@ -10,11 +10,11 @@ from checkpoints import write_folder
 from golden.make import CASES, Case, load
 from golden.ours import difference, outputs, params_of_hub
 
-from stepjax.cache import Chunk, empty_cache
-from stepjax.checkpoint import Checkpoint, load_params
+from stepjax.checkpoint.reader import Checkpoint, load_params
 from stepjax.config import ModelConfig
-from stepjax.layout import SingleDevice
-from stepjax.model import abstract, bind
+from stepjax.model.cache import Chunk, empty_cache
+from stepjax.model.layout import SingleDevice
+from stepjax.model.step3p5 import abstract, bind
 
 # Largest logits are about 7. Ours differ by at most 8e-5 from a reference in float64; at least half of that is the
 # reference's rotary frequencies, which it rounds to float32 before the scaling and we after it.

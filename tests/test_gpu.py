@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from tiny import random_params, small_config
 
-from stepjax.adapted import merged
-from stepjax.infer.engine import Engine
-from stepjax.infer.engine_config import EngineConfig
-from stepjax.infer.load import Session
-from stepjax.infer.sampling import SamplingParams
+from stepjax.infer.engine.config import EngineConfig
+from stepjax.infer.engine.engine import Engine
+from stepjax.infer.sampling.params import SamplingParams
+from stepjax.infer.session import Session
 from stepjax.ops.attention import Keys, attention_to, finish
-from stepjax.ops.expert_forms import ExpertWeights
+from stepjax.ops.expert_dense import ExpertWeights
 from stepjax.ops.experts import routed_experts
-from stepjax.quant import quantize_blocks
-from stepjax.quant_groups import quantize_groups
+from stepjax.weights.adapted import merged
+from stepjax.weights.fp8 import quantize_blocks
+from stepjax.weights.int_groups import quantize_groups
 
 pytestmark = pytest.mark.gpu
 

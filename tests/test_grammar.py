@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 from stepjax.config import ASSETS
-from stepjax.infer.grammar import GrammarLimits, Grammars, Matcher
-from stepjax.infer.grammar_form import Form, GrammarError, choice, grammar_of, json_object, json_schema, regex
-from stepjax.infer.grammar_tools import tool_calls
-from stepjax.tokenizer import Tokenizer
-from stepjax.tool_parser import parse
+from stepjax.infer.guided.compiler import GrammarLimits, Grammars, Matcher
+from stepjax.infer.guided.schema_grammar import Form, GrammarError, choice, grammar_of, json_object, json_schema, regex
+from stepjax.infer.guided.tool_grammar import tool_calls
+from stepjax.text.tokenizer import Tokenizer
+from stepjax.text.tool_calls import parse
 
 EOS = (1, 2, 4)
 

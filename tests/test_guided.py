@@ -12,12 +12,13 @@ import pytest
 from checkpoints import speaking_folder
 from slow_sampler import token as slow_token
 
-from stepjax.infer.engine import Engine, Update
-from stepjax.infer.engine_config import EngineConfig
-from stepjax.infer.grammar_form import Form, choice, grammar_of, json_object, json_schema, regex
-from stepjax.infer.guide import Constraint, Guide
-from stepjax.infer.load import Session, load
-from stepjax.infer.sampling import SamplingParams
+from stepjax.infer.engine.config import EngineConfig
+from stepjax.infer.engine.engine import Engine, Update
+from stepjax.infer.guided.guide import Constraint, Guide
+from stepjax.infer.guided.schema_grammar import Form, choice, grammar_of, json_object, json_schema, regex
+from stepjax.infer.load import load
+from stepjax.infer.sampling.params import SamplingParams
+from stepjax.infer.session import Session
 
 CONFIG = EngineConfig(
     num_slots=3, context=256, num_pages=12, page_size=16, num_snapshots=2, widths=(32,), token_budget=32, speculate=3

@@ -17,16 +17,17 @@ from devices import with_devices
 from ports import two_free_ports
 from two_processes import GUIDED, constraints, requests
 
-from stepjax.adapter_io import export_adapter
-from stepjax.checkpoint import Checkpoint
+from stepjax.adapters.merge import merge_checkpoint
+from stepjax.adapters.peft import export_adapter
+from stepjax.checkpoint.reader import Checkpoint
 from stepjax.cli import VERBS, main
-from stepjax.infer.engine import Engine
-from stepjax.infer.engine_config import EngineConfig
+from stepjax.infer.engine.config import EngineConfig
+from stepjax.infer.engine.engine import Engine
+from stepjax.infer.generate import generate
 from stepjax.infer.load import load
-from stepjax.infer.sampling import SamplingParams
-from stepjax.merge import merge_checkpoint
-from stepjax.train.run_folder import read_metrics
-from stepjax.train.trainable import load_leaves
+from stepjax.infer.sampling.params import SamplingParams
+from stepjax.train.runs.folder import read_metrics
+from stepjax.train.tune.trainable import load_leaves
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENS = [[0, 3, 5, 300, 17] * 8, [7, 8] * 20]  # one shape, so that each program compiles once
@@ -113,7 +114,7 @@ def test_answers_are_those_of_one_device(folder, tmp_path):
     flags = ["--model", folder, "--tokens", "in.json", "--dtype", "float32", "--max-tokens", "12", "--json"]
     greedy = together("generate", *flags, "--temperature", "0", "--mesh", "expert=4,tensor=2", cwd=tmp_path)
     session = load(folder, dtype="float32")
-    expected = [session.generate([ids], session.sampling(temperature=0.0, max_tokens=12))[0].ids for ids in TOKENS]
+    expected = [generate(session, [ids], session.sampling(temperature=0.0, max_tokens=12))[0].ids for ids in TOKENS]
     assert [json.loads(line)["ids"] for line in greedy[0].splitlines()] == expected
     assert greedy[1] == ""
 

@@ -39,7 +39,7 @@ PACKAGE = [name for name in SOURCES if name.split("/")[0] in ROOMS]
 
 
 def module_name(name: str) -> str:
-    """The name a package file is imported by: infer/sampler.py is stepjax.infer.sampler."""
+    """The name a package file is imported by: infer/sampling/sampler.py is stepjax.infer.sampling.sampler."""
     parts = Path(name).with_suffix("").parts
     return ".".join((*(() if parts[0] == "stepjax" else ("stepjax",)), *parts)).removesuffix(".__init__")
 

@@ -6,8 +6,8 @@ import huggingface_hub
 import pytest
 from checkpoints import random_tensors, tiny_hub_config, write_folder
 
-from stepjax import hub
-from stepjax.checkpoint import Checkpoint
+from stepjax.checkpoint import hub
+from stepjax.checkpoint.reader import Checkpoint
 from stepjax.config import ASSETS
 from stepjax.errors import CheckpointError, ConfigError
 

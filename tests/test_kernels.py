@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from stepjax.ops.attention import Keys, Partial, attention_to, finish, flash
-from stepjax.ops.expert_forms import ExpertWeights
-from stepjax.ops.expert_sort import grouped
+from stepjax.ops.expert_dense import ExpertWeights
+from stepjax.ops.expert_sorted import grouped
 from stepjax.ops.experts import routed_experts
 
 pytestmark = pytest.mark.mosaic

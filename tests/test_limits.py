@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from serving import SUM
 
 from stepjax.errors import RequestError
-from stepjax.infer.serve.api_errors import ApiError
+from stepjax.infer.serve.errors import ApiError
 from stepjax.infer.serve.limits import LIMITS
 
 SERVE = "stepjax.infer.serve"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from stepjax.ops.linear import BLOCKS, FEW_ROWS, LEAST, linear_product, plain_product
+from stepjax.weights.products import BLOCKS, FEW_ROWS, LEAST, linear_product, plain_product
 
 
 def drawn(*shape: int) -> jax.Array:

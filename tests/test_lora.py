@@ -13,16 +13,16 @@ from adapters import EVERYTHING, lora_config, trained
 from checkpoints import small_hub_config
 from tiny import random_params, small_config
 
-from stepjax.adapted import Adapted, by_token, linear, merged
-from stepjax.cache import Chunk
+from stepjax.adapters.lora import LoraConfig, attach, axes, describe, init, merge, shapes, split, targets
 from stepjax.config import ModelConfig
 from stepjax.errors import ConfigError
-from stepjax.lora import LoraConfig, attach, axes, describe, init, merge, shapes, split, targets
-from stepjax.model import abstract, bind
-from stepjax.ops.expert_forms import ExpertWeights
+from stepjax.model.cache import Chunk
+from stepjax.model.step3p5 import abstract, bind
+from stepjax.ops.expert_dense import ExpertWeights
 from stepjax.ops.experts import routed_experts
-from stepjax.quant import quantize_blocks
-from stepjax.quant_groups import quantize_groups
+from stepjax.weights.adapted import Adapted, by_token, linear, merged
+from stepjax.weights.fp8 import quantize_blocks
+from stepjax.weights.int_groups import quantize_groups
 
 FORMS = ("gathered", "batched", "capacity", "blocked", "in_turn")
 T, A, E, D, F, R = 48, 2, 4, 24, 16, 3
@@ -115,7 +115,7 @@ def test_every_form_gives_what_merged_experts_give(of, base):
 
 
 def test_experts_that_are_widened_in_turn_keep_their_own_factors(monkeypatch):
-    monkeypatch.setattr("stepjax.ops.expert_sizes.WIDENED_BYTES", 2 * F * D * 4)
+    monkeypatch.setattr("stepjax.ops.expert_choice.WIDENED_BYTES", 2 * F * D * 4)
     run = jax.jit(pulled, static_argnames="form")
     for of in ("per_expert", "shared_outer"):
         (x, weights), (ids, combine) = expert_sample(of, "int4"), routing()

@@ -15,17 +15,17 @@ from checkpoints import tiny_hub_config
 from flax import nnx
 from tiny import random_params
 
-from stepjax.adapted import Adapted
-from stepjax.cache import Chunk
+from stepjax.adapters.lora import attach, axes
 from stepjax.config import ModelConfig
-from stepjax.layout import Layout, SingleDevice
-from stepjax.lora import attach, axes
-from stepjax.model import abstract, axes_of, bind
-from stepjax.moe import MoE
-from stepjax.quant_groups import quantize_groups
+from stepjax.model.cache import Chunk
+from stepjax.model.layout import Layout, SingleDevice
+from stepjax.model.moe import MoE
+from stepjax.model.step3p5 import abstract, axes_of, bind
 from stepjax.sharding.layout import MeshLayout
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.rules import Rules
+from stepjax.weights.adapted import Adapted
+from stepjax.weights.int_groups import quantize_groups
 
 B, T = 2, 64
 FORMS = ("per_expert", "shared_outer")

@@ -13,21 +13,21 @@ import pytest
 from adapters import lora_config, trained
 from checkpoints import BF16, fp8_hub_config, fp8_tensors, random_tensors, small_hub_config, write_folder
 
-from stepjax.cache import Chunk
-from stepjax.checkpoint import Checkpoint, load_params
+from stepjax.adapters.lora import attach, merge
+from stepjax.adapters.merge import merge_checkpoint
+from stepjax.checkpoint.reader import Checkpoint, load_params
+from stepjax.checkpoint.writer import save
 from stepjax.cli import main
 from stepjax.config import ModelConfig
 from stepjax.errors import CheckpointError
-from stepjax.export import save
-from stepjax.lora import attach, merge
-from stepjax.merge import merge_checkpoint
-from stepjax.model import abstract, bind
-from stepjax.quant import BlockScaled, quantize_numpy
-from stepjax.quant_groups import form_of, quantize_groups
-from stepjax.sharding.adapters import restore_adapter, save_adapter
+from stepjax.model.cache import Chunk
+from stepjax.model.step3p5 import abstract, bind
+from stepjax.sharding.checkpoint import restore_adapter, save_adapter
 from stepjax.sharding.layout import MeshLayout
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.rules import Rules
+from stepjax.weights.fp8 import BlockScaled, quantize_numpy
+from stepjax.weights.int_groups import form_of, quantize_groups
 
 LORA = lora_config(experts="shared_outer")
 
@@ -59,7 +59,7 @@ def raw(folder: Path) -> dict[str, tuple[str, bytes]]:
 
 def changed(config: ModelConfig) -> set[str]:
     paths = {name[:-2] for name in adapter_of(config)}
-    from stepjax.weights import inventory
+    from stepjax.weights.inventory import inventory
 
     return {spec.hub_name for spec in inventory(config) if spec.path in paths}
 
@@ -141,7 +141,7 @@ def test_quantised_experts_are_added_to_in_float32_and_quantised_again(tmp_path,
 
 def raw_bytes(folder: Path) -> dict[str, bytes]:
     """Bytes of every tensor, float8 among them."""
-    from stepjax.safetensors_file import SafetensorsFile
+    from stepjax.checkpoint.safetensors_file import SafetensorsFile
 
     out = {}
     for path in folder.glob("*.safetensors"):

@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from stepjax.config import ModelConfig
 from stepjax.errors import MeshError
-from stepjax.layout import AXES as LOGICAL
-from stepjax.model import abstract, axes_of, params_of
+from stepjax.model.layout import AXES as LOGICAL
+from stepjax.model.step3p5 import abstract, axes_of, params_of
 from stepjax.sharding.mesh import AXES, MeshSpec
 from stepjax.sharding.rules import GROUP, STRATEGIES, Rules
 

@@ -14,17 +14,19 @@ from checkpoints import hub_config_of_layers, tiny_hub_config
 from tiny import random_params
 
 import stepjax.ops.experts
-from stepjax.cache import Chunk, Ring, Rows
 from stepjax.config import ModelConfig
-from stepjax.infer.load import Session
-from stepjax.infer.routing import NO_EXPERT
-from stepjax.infer.runner import Runner
-from stepjax.infer.sampling import Sampling, SamplingParams
-from stepjax.layout import Layout, SingleDevice
-from stepjax.model import Step3p5, abstract, axes_of, bind
+from stepjax.infer.engine.answer import NO_EXPERT
+from stepjax.infer.engine.runner import Runner
+from stepjax.infer.generate import generate
+from stepjax.infer.sampling.params import SamplingParams
+from stepjax.infer.sampling.state import Sampling
+from stepjax.infer.session import Session
+from stepjax.model.cache import Chunk, Ring, Rows
+from stepjax.model.layout import Layout, SingleDevice
+from stepjax.model.step3p5 import Step3p5, abstract, axes_of, bind
 from stepjax.ops.attention import Heads
-from stepjax.sharding import context
-from stepjax.sharding.collectives import collectives
+from stepjax.sharding import context_parallel
+from stepjax.sharding.compiled.hlo import collectives
 from stepjax.sharding.layout import MeshLayout
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.rules import Rules
@@ -196,7 +198,7 @@ def alone() -> Session:
 
 def answers(session: Session, drafts: int, temperature: float) -> list[list[int]]:
     params = SamplingParams(max_tokens=20, temperature=temperature, seed=5, ignore_eos=True)
-    return [done.ids for done in session.generate(PROMPTS, params, speculate=drafts)]
+    return [done.ids for done in generate(session, PROMPTS, params, speculate=drafts)]
 
 
 @pytest.mark.parametrize(
@@ -246,7 +248,7 @@ def test_keys_that_pass_round_are_keys_that_were_gathered(monkeypatch, window):
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(q, k, v)
 
     gathered, one = run(where), run(SingleDevice())
-    monkeypatch.setattr(context, "RING_BYTES", 0)
+    monkeypatch.setattr(context_parallel, "RING_BYTES", 0)
     passed = run(where)
     assert largest_error(jax.device_get(gathered), jax.device_get(one)) < 1e-5
     assert largest_error(jax.device_get(passed), jax.device_get(one)) < 1e-5

@@ -13,12 +13,12 @@ from golden.make import CASES
 from golden.ours import params_of_hub
 from tiny import random_params
 
-from stepjax.cache import Chunk
 from stepjax.config import ModelConfig
-from stepjax.layers import Embed, Linear, RMSNorm, SwiGLU
-from stepjax.layout import AXES, SingleDevice
-from stepjax.model import abstract, axes_of, bind, initialise, params_of
-from stepjax.weights import inventory
+from stepjax.model.cache import Chunk
+from stepjax.model.layers import Embed, Linear, RMSNorm, SwiGLU
+from stepjax.model.layout import AXES, SingleDevice
+from stepjax.model.step3p5 import abstract, axes_of, bind, initialise, params_of
+from stepjax.weights.inventory import inventory
 
 # One layer of each kind, for what compiles a backward pass or draws parameters.
 SHORT = tiny_hub_config(

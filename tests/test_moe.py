@@ -8,13 +8,13 @@ from checkpoints import tiny_hub_config
 from flax import nnx
 
 from stepjax.config import ModelConfig
-from stepjax.layout import SingleDevice
-from stepjax.moe import MoE, Router
-from stepjax.ops.expert_forms import ExpertWeights
-from stepjax.ops.expert_sizes import block_rows, buffer_rows, choose_form, choose_form_cpu
+from stepjax.model.layout import SingleDevice
+from stepjax.model.moe import MoE, Router
+from stepjax.ops.expert_choice import block_rows, buffer_rows, choose_form, choose_form_cpu
+from stepjax.ops.expert_dense import ExpertWeights
 from stepjax.ops.experts import routed_experts
 from stepjax.ops.swiglu import swiglu
-from stepjax.quant import dequantize, quantize_blocks
+from stepjax.weights.fp8 import dequantize, quantize_blocks
 
 T, A, E, D, F = 40, 2, 8, 24, 16
 FORMS = ("gathered", "batched", "capacity", "blocked", "in_turn")

@@ -17,19 +17,17 @@ import pytest
 from golden.make import CASES, load
 from golden.ours import Arrays, build, difference, params_of_hub
 
-import stepjax.attention
-import stepjax.layers
+import stepjax.model.attention
+import stepjax.model.layers
 import stepjax.ops.attention
-import stepjax.ops.expert_forms
-import stepjax.ops.expert_sort
-from stepjax.attention import Attention
-from stepjax.block import Block
-from stepjax.cache import Chunk
+import stepjax.ops.expert_dense
+import stepjax.ops.expert_sorted
 from stepjax.config import LayerSpec, ModelConfig
-from stepjax.layers import Embed, RMSNorm
-from stepjax.model import Step3p5
-from stepjax.moe import MoE, Router
-from stepjax.mtp import MtpLayer
+from stepjax.model.attention import Attention
+from stepjax.model.cache import Chunk
+from stepjax.model.layers import Embed, RMSNorm
+from stepjax.model.moe import MoE, Router
+from stepjax.model.step3p5 import Block, MtpLayer, Step3p5
 from stepjax.ops.attention import Keys
 from stepjax.ops.swiglu import swiglu
 
@@ -128,7 +126,7 @@ def clamp_before_silu(patch, config):
             return swiglu(gate, up, None)
         return swiglu(jnp.minimum(gate, limit), jnp.clip(up, -limit, limit), None)
 
-    for module in (stepjax.layers, stepjax.ops.expert_forms, stepjax.ops.expert_sort):
+    for module in (stepjax.model.layers, stepjax.ops.expert_dense, stepjax.ops.expert_sorted):
         patch.setattr(module, "swiglu", early)
 
 
@@ -183,7 +181,7 @@ def attention(
 
             def turned(y, norm):
                 y = norm(y) if norm_first else y
-                y = stepjax.attention.rotate(y, at, spec.rope)
+                y = stepjax.model.attention.rotate(y, at, spec.rope)
                 return y if norm_first else norm(y)
 
             q = turned(self._heads(self.q_proj(x), "heads"), self.q_norm)
@@ -204,7 +202,7 @@ def attention(
 
 
 def interleaved(patch, config):
-    original = stepjax.attention.rotate
+    original = stepjax.model.attention.rotate
 
     def rotate(x, position, spec):
         turned, rest = jnp.split(x, [spec.width], axis=-1)
@@ -212,7 +210,7 @@ def interleaved(patch, config):
         a, b, rest = jnp.split(original(halves, position, spec), [spec.width // 2, spec.width], axis=-1)
         return jnp.concatenate([jnp.stack([a, b], axis=-1).reshape(*x.shape[:-1], -1), rest], axis=-1)
 
-    patch.setattr(stepjax.attention, "rotate", rotate)
+    patch.setattr(stepjax.model.attention, "rotate", rotate)
 
 
 def gain_without_one(patch, config):

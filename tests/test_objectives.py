@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from stepjax.train.divergence import Kind, teacher_tail, top_divergence, with_tail
-from stepjax.train.logprobs import HiddenScores, TopScores, token_scores
-from stepjax.train.objectives import (
+from stepjax.train.losses.divergence import Kind, teacher_tail, top_divergence, with_tail
+from stepjax.train.losses.logprobs import HiddenScores, TopScores, token_scores
+from stepjax.train.losses.policy_gradient import (
     distilling_advantage,
     group_advantages,
     importance,

@@ -12,10 +12,10 @@ from checkpoints import random_tensors, tiny_hub_config
 from golden.make import CASES, FULL, SLIDE, Case, Oracle
 from golden.ours import difference, outputs, params_of_hub
 
-from stepjax.cache import Chunk, empty_cache
+from stepjax.checkpoint.writer import save
 from stepjax.config import ModelConfig
-from stepjax.export import save
-from stepjax.model import abstract, bind
+from stepjax.model.cache import Chunk, empty_cache
+from stepjax.model.step3p5 import abstract, bind
 
 pytestmark = pytest.mark.oracle
 

@@ -9,7 +9,7 @@ import pytest
 from items import items
 from tokenizers import Tokenizer
 
-from stepjax.train import packing, tasks
+from stepjax.train.data import packing, tasks
 
 LENGTH = 192  # tokens of a training row
 

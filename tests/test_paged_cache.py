@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from tiny import tiny_session
 
-import stepjax.cache
-from stepjax.cache import SPARE_ROWS, Chunk, Pages, Ring, Rows, Stripe, attend
-from stepjax.infer.runner import Pieces
-from stepjax.infer.sampling import Sampling
+import stepjax.model.cache
+from stepjax.infer.engine.state import Pieces
+from stepjax.infer.sampling.state import Sampling
+from stepjax.model.cache import SPARE_ROWS, Chunk, Pages, Ring, Rows, Stripe, attend
 from stepjax.ops.attention import Heads, finish, merge
 
 N, K, H, SIZE = 4, 2, 8, 4  # heads, and positions a page
@@ -23,9 +23,9 @@ BATCH, NUM_PAGES = len(LENGTHS), 60
 @pytest.fixture(params=[(8, 32), (4, 4)], ids=["two sizes of blocks", "one"])
 def blocks(request, monkeypatch):
     """Blocks so small that prefixes of a few pages need several."""
-    monkeypatch.setattr(stepjax.cache, "SMALL_BLOCK", request.param[0])
-    monkeypatch.setattr(stepjax.cache, "LARGE_BLOCK", request.param[1])
-    monkeypatch.setattr(stepjax.cache, "GATHERED_ROWS", 10_000)
+    monkeypatch.setattr(stepjax.model.cache, "SMALL_BLOCK", request.param[0])
+    monkeypatch.setattr(stepjax.model.cache, "LARGE_BLOCK", request.param[1])
+    monkeypatch.setattr(stepjax.model.cache, "GATHERED_ROWS", 10_000)
 
 
 def drawn(length, seed, batch=BATCH):

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from stepjax.infer.pages import TRASH_PAGE, PagePool
+from stepjax.infer.engine.pages import TRASH_PAGE, PagePool
 
 
 def test_an_allocation_is_whole_or_changes_nothing():

@@ -15,13 +15,25 @@ from tiny import small_config
 from stepjax.cli import main
 from stepjax.config import ModelConfig
 from stepjax.errors import ConfigError, RequestError
-from stepjax.sharding.cost import Routing
-from stepjax.sharding.hardware import DEVICES, parse, read_devices
 from stepjax.sharding.mesh import MeshSpec
-from stepjax.sharding.plan import BATCHES, Ask, Choice, Goal, Option, Plan, Refusal, by_batch, choices, plan, weigh
+from stepjax.sharding.planner.hardware import DEVICES, parse, read_devices
+from stepjax.sharding.planner.search import (
+    BATCHES,
+    Ask,
+    Choice,
+    Goal,
+    Option,
+    Plan,
+    Refusal,
+    by_batch,
+    choices,
+    plan,
+    weigh,
+)
+from stepjax.sharding.planner.step_time import Routing
 from stepjax.sharding.rules import Rules
-from stepjax.train.plan_plot import Dot, front
-from stepjax.weights import FP8_BLOCK, Groups
+from stepjax.train.planning.plot import Dot, front
+from stepjax.weights.inventory import FP8_BLOCK, Groups
 
 FLASH = ModelConfig.preset("step-3.5-flash")
 

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from stepjax.infer.pages import PagePool
-from stepjax.infer.prefix import Node, PrefixCache
+from stepjax.infer.engine.pages import PagePool
+from stepjax.infer.engine.prefix_cache import Node, PrefixCache
 
 PAGE = 4
 OWNER = ("", "")

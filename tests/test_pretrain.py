@@ -14,24 +14,23 @@ import pytest
 from jax.sharding import AxisType
 from tiny import random_params, small_config
 
-from stepjax.cache import Chunk
 from stepjax.cli import main
 from stepjax.config import ModelConfig
 from stepjax.errors import ConfigError, TrainingError
-from stepjax.model import abstract, axes_of, bind
+from stepjax.model.cache import Chunk
+from stepjax.model.step3p5 import abstract, axes_of, bind
 from stepjax.sharding.layout import MeshLayout
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.rules import Rules as RuleTable
-from stepjax.train import loop
-from stepjax.train.balance import balanced
-from stepjax.train.config import PretrainConfig, read_pretrain
-from stepjax.train.evaluate import Score
-from stepjax.train.losses import losses
-from stepjax.train.optimizer import adamw, learning_rate
-from stepjax.train.packing import Example, Rows, pack
-from stepjax.train.settings import write_settings
-from stepjax.train.step import Placement, TrainState, make_step, split_biases
-from stepjax.train.tasks import MIX
+from stepjax.train.config.mix import MIX
+from stepjax.train.config.pretrain import PretrainConfig, read_pretrain
+from stepjax.train.config.reader import write_settings
+from stepjax.train.data.packing import Example, Rows, pack
+from stepjax.train.losses.next_token import losses
+from stepjax.train.pretrain import loop
+from stepjax.train.pretrain.accuracy import Score
+from stepjax.train.pretrain.step import Placement, TrainState, balanced, make_step, split_biases
+from stepjax.train.runs.optimizer import adamw, learning_rate
 
 CONFIG = small_config()
 MODEL = abstract(CONFIG, dtype=jnp.float32)
@@ -248,7 +247,7 @@ def test_stages_follow_each_other_from_one_command(tmp_path, capsys):
 
 def test_a_release_that_falls_short_changes_nothing(finished, tmp_path, monkeypatch, capsys):
     score = Score(4, 0.25, 1.5)
-    monkeypatch.setattr("stepjax.train.release.evaluate", lambda session, **_: dict.fromkeys(MIX, score))
+    monkeypatch.setattr("stepjax.train.pretrain.release.evaluate", lambda session, **_: dict.fromkeys(MIX, score))
     run, target = str(finished[0]), tmp_path / "released"
     assert main(["release", run, "--out", str(target), "--require", "add=0.95"]) == 1
     assert "add 0.250 < 0.95" in capsys.readouterr().err

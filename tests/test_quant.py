@@ -8,7 +8,7 @@ import pytest
 from checkpoints import quantized
 from hypothesis import given, strategies as st
 
-from stepjax.quant import BlockScaled, dequantize, dequantize_numpy, quantize_blocks, quantize_numpy, take
+from stepjax.weights.fp8 import BlockScaled, dequantize, dequantize_numpy, quantize_blocks, quantize_numpy, take
 
 CASES = [((256, 384), (128, 128)), ((3, 100, 70), (16, 32)), ((2, 2, 33, 65), (32, 64)), ((5, 7), (8, 8))]
 

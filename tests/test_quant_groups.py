@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from checkpoints import speaking_folder
 
-import stepjax.ops.expert_sizes
-from stepjax.checkpoint import Checkpoint
+import stepjax.ops.expert_choice
+from stepjax.checkpoint.reader import Checkpoint
+from stepjax.checkpoint.writer import save
 from stepjax.errors import ConfigError, MeshError, RequestError
-from stepjax.export import save
 from stepjax.infer.load import load
-from stepjax.ops.expert_forms import ExpertWeights
+from stepjax.ops.expert_dense import ExpertWeights
 from stepjax.ops.experts import routed_experts
-from stepjax.quant import dequantize, take
-from stepjax.quant_groups import Grouped, form_of, quantize_groups
-from stepjax.weights import Groups
+from stepjax.weights.fp8 import dequantize, take
+from stepjax.weights.int_groups import Grouped, form_of, quantize_groups
+from stepjax.weights.inventory import Groups
 
 FORMATS = [("int8", 64), ("int4", 64), ("int4", 32)]
 E, D, F = 6, 64, 128
@@ -92,7 +92,7 @@ def test_what_cannot_be_held_is_refused():
 @pytest.mark.parametrize("form", ["gathered", "batched", "capacity", "blocked", "in_turn"])
 def test_every_form_agrees_with_the_widened_weights(monkeypatch, name, group, form):
     """Some experts at a time, as where they are large."""
-    monkeypatch.setattr(stepjax.ops.expert_sizes, "WIDENED_BYTES", 2 * D * F * 4)
+    monkeypatch.setattr(stepjax.ops.expert_choice, "WIDENED_BYTES", 2 * D * F * 4)
     weights = [drawn(shape, at) * 0.1 for at, shape in enumerate([(E, F, D), (E, F, D), (E, D, F)])]
     held = [jax.tree.map(jnp.asarray, quantize_groups(w, name, group)) for w in weights]
     wide = [dequantize(w, jnp.float32) for w in held]

@@ -6,7 +6,7 @@ import time
 import pytest
 from hypothesis import given, strategies as st
 
-from stepjax.reasoning import ReasoningParser, reasoning_ended, split_reasoning
+from stepjax.text.reasoning import ReasoningParser, reasoning_ended, split_reasoning
 from tests.tokenizers_fixture import make_tokenizer
 
 CALL = "<tool_call>\n<function=f>\n</function>\n</tool_call>"

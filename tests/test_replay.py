@@ -9,10 +9,10 @@ import struct
 import pytest
 
 from stepjax.errors import ClusterError
-from stepjax.infer.executor import Assignment, Mask, Order
-from stepjax.infer.replay import MAX_BYTES, Channel, decode, encode
-from stepjax.infer.sampling import SamplingParams
-from stepjax.infer.sequence import PageUpdate, RingCopy, Row, StepPlan
+from stepjax.infer.engine.executor import Assignment, Mask, Order
+from stepjax.infer.engine.followers import MAX_BYTES, Channel, decode, encode
+from stepjax.infer.engine.sequence import PageUpdate, RingCopy, Row, StepPlan
+from stepjax.infer.sampling.params import SamplingParams
 
 KEY = bytes(range(32))
 PARAMS = SamplingParams(

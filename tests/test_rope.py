@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stepjax.config import ModelConfig, RopeScaling, RopeSpec
-from stepjax.rope import frequencies, rotate
+from stepjax.model.layers import frequencies, rotate
 
 FLASH = ModelConfig.preset("step-3.5-flash")
 FULL, SLIDE = FLASH.layers[0].rope, FLASH.layers[1].rope

@@ -11,19 +11,19 @@ import pytest
 from tiny import tiny_session
 from tuning import SHORT, answers, assert_same, changed, history
 
-from stepjax.cache import Chunk
 from stepjax.errors import ConfigError
-from stepjax.infer.engine import Engine
-from stepjax.infer.engine_config import EngineConfig
-from stepjax.infer.routing import NO_EXPERT, Routing
-from stepjax.infer.sampling import SamplingParams
-from stepjax.layout import Layout, Routed, SingleDevice
-from stepjax.model import abstract, bind
+from stepjax.infer.engine.answer import NO_EXPERT, Routing
+from stepjax.infer.engine.config import EngineConfig
+from stepjax.infer.engine.engine import Engine
+from stepjax.infer.sampling.params import SamplingParams
+from stepjax.model.cache import Chunk
+from stepjax.model.layout import Layout, Routed, SingleDevice
+from stepjax.model.step3p5 import abstract, bind
 from stepjax.ops.swiglu import swiglu
-from stepjax.train import tune as loop
-from stepjax.train.tune import tune
-from stepjax.train.tune_setup import open_run
-from stepjax.train.update import Agreement
+from stepjax.train.tune import run as loop
+from stepjax.train.tune.objective import Agreement
+from stepjax.train.tune.run import tune
+from stepjax.train.tune.setup import open_run
 
 LENGTH = 128
 

@@ -11,9 +11,10 @@ import pytest
 from slow_sampler import DRAWN, OPTIONS, token, weights
 
 from stepjax.errors import RequestError
-from stepjax.infer import sampler
-from stepjax.infer.sampler import logprobs, process, record, sample
-from stepjax.infer.sampling import Sampling, SamplingParams, SlotSampling, assign
+from stepjax.infer.sampling import sampler
+from stepjax.infer.sampling.params import SamplingParams
+from stepjax.infer.sampling.sampler import logprobs, process, record, sample
+from stepjax.infer.sampling.state import Sampling, SlotSampling, assign
 
 V, TOKENS = 14, 12  # the output matrix has two padding rows
 EOS = (10,)

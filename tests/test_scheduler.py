@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 import pytest
 
 from stepjax.errors import ConfigError, RequestError
-from stepjax.infer.admission import QueueFullError, SchedulerConfig
-from stepjax.infer.pages import TRASH_PAGE, PagePool
-from stepjax.infer.sampling import SamplingParams
-from stepjax.infer.scheduler import Scheduler
-from stepjax.infer.sequence import Row, Sequence, SequenceState, StepOutput, StepPlan
+from stepjax.infer.engine.admission import QueueFullError, SchedulerConfig
+from stepjax.infer.engine.pages import TRASH_PAGE, PagePool
+from stepjax.infer.engine.scheduler import Scheduler
+from stepjax.infer.engine.sequence import Row, Sequence, SequenceState, StepOutput, StepPlan
+from stepjax.infer.sampling.params import SamplingParams
 
 PAGE, WINDOW, SPARE = 4, 6, 4
 RING = WINDOW + SPARE
@@ -547,7 +547,7 @@ def test_a_contradictory_configuration_is_refused(wrong):
 
 
 def test_the_scheduler_loads_no_array_library():
-    script = "import sys, stepjax.infer.scheduler; print({'jax', 'numpy'} & {*sys.modules})"
+    script = "import sys, stepjax.infer.engine.scheduler; print({'jax', 'numpy'} & {*sys.modules})"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True).stdout
     assert loaded == "set()\n"
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from serving import CONFIG, GREEDY, NAME, SUM, TOOL, Serving, solo
 
-from stepjax.infer.load import Session
 from stepjax.infer.serve.limits import LIMITS
+from stepjax.infer.session import Session
 
 
 @pytest.fixture(scope="module")

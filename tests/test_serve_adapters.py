@@ -12,11 +12,12 @@ from adapters import lora_config, trained
 from alone import Batch
 from serving import Serving
 
-from stepjax.adapter_io import export_adapter
-from stepjax.infer.engine_config import EngineConfig
-from stepjax.infer.load import Session, load
-from stepjax.infer.sampling import SamplingParams
-from stepjax.lora import merge
+from stepjax.adapters.lora import merge
+from stepjax.adapters.peft import export_adapter
+from stepjax.infer.engine.config import EngineConfig
+from stepjax.infer.load import load
+from stepjax.infer.sampling.params import SamplingParams
+from stepjax.infer.session import Session
 
 CONFIG = EngineConfig(
     num_slots=2, context=128, num_pages=16, page_size=16, speculate=0, widths=(16,), token_budget=16, num_snapshots=2,
@@ -152,7 +153,7 @@ def test_clients_load_nothing_unless_they_may(session):
 
     import httpx
 
-    from stepjax.infer.engine import Engine
+    from stepjax.infer.engine.engine import Engine
     from stepjax.infer.serve.app import ServeOptions, create_app
     from stepjax.infer.serve.metrics import Metrics
     from stepjax.infer.serve.service import Service

@@ -17,7 +17,8 @@ from pydantic import BaseModel, Field
 from serving import Serving
 from test_serve import CONFIG, TOOL, events, joined
 
-from stepjax.infer.load import Session, load
+from stepjax.infer.load import load
+from stepjax.infer.session import Session
 
 ASK = {
     "messages": [{"role": "user", "content": "What is the weather in Paris?"}],

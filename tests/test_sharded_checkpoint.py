@@ -16,9 +16,9 @@ from checkpoints import fp8_hub_config, fp8_tensors, random_tensors, speaking_fo
 from jax.sharding import NamedSharding, PartitionSpec
 from test_hosts import together
 
-from stepjax.checkpoint import Checkpoint, load_params
+from stepjax.checkpoint.reader import Checkpoint, load_params
 from stepjax.errors import CheckpointError
-from stepjax.model import abstract, axes_of
+from stepjax.model.step3p5 import abstract, axes_of
 from stepjax.sharding.checkpoint import restore_params, restore_tree, save_params, save_tree, stored_config
 from stepjax.sharding.layout import MeshLayout
 from stepjax.sharding.load import load_sharded

@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 from checkpoints import fp8_hub_config, fp8_tensors, random_tensors, speaking_folder, tiny_hub_config, write_folder
 
-from stepjax.checkpoint import Checkpoint, load_params
+from stepjax.checkpoint.reader import Checkpoint, load_params
 from stepjax.errors import RequestError
-from stepjax.infer.load import Session, load
-from stepjax.model import abstract, axes_of
-from stepjax.quant import BlockScaled
+from stepjax.infer.load import load
+from stepjax.infer.session import Session
+from stepjax.model.step3p5 import abstract, axes_of
 from stepjax.sharding import load as loading
 from stepjax.sharding.layout import MeshLayout
 from stepjax.sharding.load import load_sharded
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.rules import Rules
+from stepjax.weights.fp8 import BlockScaled
 
 MESHES = [
     ("expert=8", "expert"),

@@ -5,7 +5,8 @@ import pytest
 from alone import Batch
 from tiny import tiny_session
 
-from stepjax.infer.sampling import SamplingParams
+from stepjax.infer.generate import generate
+from stepjax.infer.sampling.params import SamplingParams
 
 PROMPT = np.random.default_rng(0).integers(8, 128, 21).tolist()
 GREEDY = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True, seed=0)
@@ -16,7 +17,7 @@ DRAWN = SamplingParams(max_tokens=40, temperature=0.7, top_k=9, top_p=0.9, ignor
 def test_the_answer_is_the_same_with_any_number_of_drafts(params):
     session = tiny_session()
     prompts = [PROMPT, PROMPT[:1], PROMPT * 3]
-    answers = [[done.ids for done in session.generate(prompts, params, speculate=k)] for k in (0, 1, 3)]
+    answers = [[done.ids for done in generate(session, prompts, params, speculate=k)] for k in (0, 1, 3)]
     assert answers[0] == answers[1] == answers[2]
     assert len({tuple(ids) for ids in answers[0]}) == 3
 
@@ -24,8 +25,8 @@ def test_the_answer_is_the_same_with_any_number_of_drafts(params):
 def test_a_prompt_alone_and_among_others_gets_the_same_answer():
     session = tiny_session()
     prompts = [PROMPT[:n] for n in (1, 4, 9, 21)]
-    together = session.generate(prompts, DRAWN)
-    alone = [session.generate([ids], DRAWN)[0] for ids in prompts]
+    together = generate(session, prompts, DRAWN)
+    alone = [generate(session, [ids], DRAWN)[0] for ids in prompts]
     assert [done.ids for done in together] == [done.ids for done in alone]
 
 
@@ -56,7 +57,7 @@ def with_drafts(state, drafts):
 def test_right_drafts_are_all_accepted():
     """With the answer itself as drafts, every step emits four tokens, past the window and round the ring."""
     session = tiny_session()
-    answer = session.generate([PROMPT], GREEDY, speculate=0)[0].ids
+    answer = generate(session, [PROMPT], GREEDY, speculate=0)[0].ids
     batch = Batch(session.runner(3), session.params, [PROMPT], [GREEDY], dtype=session.dtype)
     known = batch.prefill()
     while len(known) < 36:
@@ -70,7 +71,7 @@ def test_right_drafts_are_all_accepted():
 
 def test_partly_right_drafts_are_accepted_as_far_as_they_are_right():
     session = tiny_session()
-    answer = session.generate([PROMPT], GREEDY, speculate=0)[0].ids
+    answer = generate(session, [PROMPT], GREEDY, speculate=0)[0].ids
     batch = Batch(session.runner(3), session.params, [PROMPT], [GREEDY], dtype=session.dtype)
     known = batch.prefill()
     for right in [0, 1, 2, 3, 0, 3, 2, 1, 1, 0, 2] * 2:
@@ -95,5 +96,5 @@ def test_an_idle_row_keeps_its_state():
             assert bool(new) == live[row]
             tokens[row] += new
     for row, prompt in enumerate([PROMPT, PROMPT[:5]]):
-        alone = session.generate([prompt], GREEDY)[0].ids
+        alone = generate(session, [prompt], GREEDY)[0].ids
         assert tokens[row] == alone[: len(tokens[row])]

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from slow_sampler import DRAWN, OPTIONS, token, weights
 
-from stepjax.infer.sampler import record, sample
-from stepjax.infer.sampling import Sampling, SamplingParams, SlotSampling, assign
-from stepjax.infer.speculative import accepted
+from stepjax.infer.engine.speculative import accepted
+from stepjax.infer.sampling.params import SamplingParams
+from stepjax.infer.sampling.sampler import record, sample
+from stepjax.infer.sampling.state import Sampling, SlotSampling, assign
 
 V, K = 14, 3
 TOKENS = 12  # the output matrix has two padding rows

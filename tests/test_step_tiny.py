@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from stepjax.config import ASSETS
-from stepjax.infer.load import Session, load
-from stepjax.train import tasks
-from stepjax.train.evaluate import answers, graded
+from stepjax.infer.generate import generate
+from stepjax.infer.load import load
+from stepjax.infer.session import Session
+from stepjax.train.data import tasks
+from stepjax.train.pretrain.accuracy import answers, graded
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -39,7 +41,7 @@ def test_held_out_items_are_answered_and_drafts_change_nothing(session, items):
 
 def test_the_readme_prompt_gets_its_answer(session):
     ids = session.encode_chat([{"role": "user", "content": "What is 467 + 358?"}])
-    done = session.generate([ids], session.sampling(temperature=0.0, max_tokens=100))[0]
+    done = generate(session, [ids], session.sampling(temperature=0.0, max_tokens=100))[0]
     assert done.content == "825"
     assert done.reasoning_content
     assert done.finish_reason == "stop"

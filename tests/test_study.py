@@ -15,11 +15,11 @@ import pytest
 from tiny import small_config
 
 from stepjax.cli import main
-from stepjax.sharding import target
-from stepjax.sharding.collectives import Collective
+from stepjax.sharding import devices
+from stepjax.sharding.compiled.hlo import Collective
+from stepjax.sharding.compiled.study import Launches, Places, Study, by_place
 from stepjax.sharding.mesh import MeshSpec
-from stepjax.sharding.study import Launches, Places, Study, by_place
-from stepjax.train.study import Workload, study_model
+from stepjax.train.planning.workload import Workload, study_model
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = dataclasses.replace(small_config(), max_positions=2048)  # five layers, MoE from the second on
@@ -28,7 +28,7 @@ D, V, E, F, H = 64, 128, 8, 32, 16  # of both
 
 
 @cache
-def studied(mesh: str, workload: Workload, strategy: str = "expert_tensor", on: target.Target = "cpu") -> Study:
+def studied(mesh: str, workload: Workload, strategy: str = "expert_tensor", on: devices.Target = "cpu") -> Study:
     config = SHORT if workload.step == "train" else CONFIG
     return study_model(config, workload, MeshSpec.parse(mesh), strategy=strategy, target=on)
 
@@ -260,7 +260,7 @@ def test_what_cannot_be_studied_is_refused_with_its_reason(capsys, monkeypatch, 
 
 
 def test_a_missing_plugin_says_what_to_install(capsys, monkeypatch):
-    monkeypatch.setattr(target, "has_cuda_plugin", lambda: False)
+    monkeypatch.setattr(devices, "has_cuda_plugin", lambda: False)
     assert study("--mesh", "expert=8", "--target", "h100") == 1
     assert "stepjax[aot]" in capsys.readouterr().err
 

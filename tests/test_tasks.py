@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepjax.train import tasks, tools as toolbox, words
+from stepjax.train.data import tasks, tools as toolbox, words
 
 SPLITS: tuple[words.Split, ...] = ("train", "test")
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from stepjax.chat import ChatTemplate
 from stepjax.errors import TemplateError
-from stepjax.template import _WORKER, TemplateLimits, TemplateProcess
+from stepjax.text.chat import ChatTemplate
+from stepjax.text.template import _WORKER, TemplateLimits, TemplateProcess
 
 
 def user(content):

@@ -12,8 +12,8 @@ from items import items
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from stepjax import chat, tokenizer as tokenizer_module
-from stepjax.train import packing, tasks, tiny_tokenizer, tools as toolbox, words
+from stepjax.text import chat, tokenizer as tokenizer_module
+from stepjax.train.data import packing, tasks, tiny_tokenizer, tools as toolbox, words
 
 MAX_COMPLETION = 72  # tokens; what an evaluation must allow for
 SPLITS: tuple[words.Split, ...] = ("train", "test")

@@ -7,7 +7,7 @@ from hypothesis import given, strategies as st
 from tokenizers import Tokenizer as Backend
 
 from stepjax.errors import RequestError, TokenizerError
-from stepjax.tokenizer import BOS, CONTROL_NAMES, IncrementalDetokenizer, Segment, Tokenizer
+from stepjax.text.tokenizer import BOS, CONTROL_NAMES, IncrementalDetokenizer, Segment, Tokenizer
 from tests.tokenizers_fixture import (
     ALL_CONTROLS,
     BASE_SPECIALS,

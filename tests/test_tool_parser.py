@@ -8,8 +8,8 @@ import time
 import pytest
 from hypothesis import given, strategies as st
 
-from stepjax.reasoning import ReasoningParser, split_reasoning
-from stepjax.tool_parser import ArgumentsDelta, CallStart, ContentDelta, ToolCallParser, parse
+from stepjax.text.reasoning import ReasoningParser, split_reasoning
+from stepjax.text.tool_calls import ArgumentsDelta, CallStart, ContentDelta, ToolCallParser, parse
 
 
 def tool(name, **properties):

@@ -7,10 +7,10 @@ from hypothesis import given, settings, strategies as st
 from tokenizers_fixture import make_tokenizer
 
 from stepjax.errors import RequestError
-from stepjax.infer.sampling import SamplingParams
+from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.transcript import Transcript, begins_in_reasoning
-from stepjax.reasoning import split_reasoning
-from stepjax.tool_parser import ArgumentsDelta, CallStart, parse
+from stepjax.text.reasoning import split_reasoning
+from stepjax.text.tool_calls import ArgumentsDelta, CallStart, parse
 
 TOKENIZER = make_tokenizer()
 EOS = TOKENIZER.special.im_end

@@ -18,19 +18,10 @@ from tuning import SHORT, answers, assert_same, changed, history, update_of
 from stepjax.cli import main
 from stepjax.config import ASSETS
 from stepjax.errors import CheckpointError, ConfigError, TokenizerError, TrainingError
-from stepjax.infer.engine_config import EngineConfig
+from stepjax.infer.engine.config import EngineConfig
 from stepjax.infer.load import load
-from stepjax.tokenizer import Tokenizer
-from stepjax.train import remote_teacher, tune as loop
-from stepjax.train.data import Tasks
-from stepjax.train.remote_teacher import Remote
-from stepjax.train.rollout import Rollout, Sampler, written
-from stepjax.train.scoring import Scoring
-from stepjax.train.stored_teacher import Stored, store
-from stepjax.train.teacher import Resident
-from stepjax.train.trainable import adapted, load_leaves, read_leaves
-from stepjax.train.tune import tune
-from stepjax.train.tune_config import (
+from stepjax.text.tokenizer import Tokenizer
+from stepjax.train.config.tune import (
     DataSettings,
     LoraSettings,
     LossSettings,
@@ -38,8 +29,19 @@ from stepjax.train.tune_config import (
     TeacherSettings,
     TuneConfig,
 )
-from stepjax.train.tune_setup import Setup, open_run
-from stepjax.train.vocabulary import check_same_ids
+from stepjax.train.data.sources import Tasks
+from stepjax.train.rollouts.sampler import Rollout, Sampler, written
+from stepjax.train.teachers import remote as remote_teacher
+from stepjax.train.teachers.remote import Remote
+from stepjax.train.teachers.resident import Resident
+from stepjax.train.teachers.same_ids import check_same_ids
+from stepjax.train.teachers.scoring import Scoring
+from stepjax.train.teachers.stored import Stored
+from stepjax.train.tune import run as loop
+from stepjax.train.tune.run import tune
+from stepjax.train.tune.setup import Setup, open_run
+from stepjax.train.tune.teach import store
+from stepjax.train.tune.trainable import adapted, load_leaves, read_leaves
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +161,7 @@ def test_a_checkpoint_goes_to_another_mesh(finished):
     other = open_run(split)
     import orbax.checkpoint.experimental.v1 as ocp
 
-    from stepjax.train.run_folder import resume
+    from stepjax.train.runs.folder import resume
 
     with ocp.training.Checkpointer(str(out / "checkpoints")) as checkpointer:
         found = resume(checkpointer, other.fresh)

@@ -13,16 +13,17 @@ import numpy as np
 import pytest
 
 from stepjax.errors import ConfigError
-from stepjax.infer.load import Session, load
-from stepjax.train import tasks
-from stepjax.train.batch import fitting, make_batch
-from stepjax.train.data import ArrayRecords, JsonLines, Stream, Tasks, reply_ids, turn_ids
-from stepjax.train.environment import Answered, Turn, environment
-from stepjax.train.rollout import Rollout, written
-from stepjax.train.settings import read_settings, write_settings
-from stepjax.train.sinks import TensorBoard, flat, open_sinks
-from stepjax.train.text_checks import mixes_languages, repeats
-from stepjax.train.tune_config import DataSettings, RunSettings, TuneConfig
+from stepjax.infer.load import load
+from stepjax.infer.session import Session
+from stepjax.train.config.reader import read_settings, write_settings
+from stepjax.train.config.tune import DataSettings, RunSettings, TuneConfig
+from stepjax.train.data import tasks
+from stepjax.train.data.environment import Answered, Turn, environment
+from stepjax.train.data.sources import ArrayRecords, JsonLines, Stream, Tasks, reply_ids, turn_ids
+from stepjax.train.data.text_checks import mixes_languages, repeats
+from stepjax.train.rollouts.batch import fitting, make_batch
+from stepjax.train.rollouts.sampler import Rollout, written
+from stepjax.train.runs.sinks import TensorBoard, flat, open_sinks
 
 RECIPES = Path(__file__).parents[1] / "train" / "recipes"
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 from checkpoints import fp8_hub_config, hub_shapes, tiny_hub_config
 
+from stepjax.checkpoint.hub_names import resolve_names
 from stepjax.config import ModelConfig
-from stepjax.names import resolve_names
-from stepjax.weights import (
+from stepjax.weights.inventory import (
     FP8_BLOCK,
     count_parameters,
     inventory,
@@ -118,7 +118,7 @@ def test_names_and_shapes_equal_a_table_by_hand(hub):
 
 @pytest.mark.parametrize("config", [TINY, FLASH, ModelConfig.preset("step-tiny")], ids=["tiny", "flash", "step-tiny"])
 def test_paths_and_shapes_are_the_model_s(config):
-    from stepjax.model import abstract, params_of
+    from stepjax.model.step3p5 import abstract, params_of
 
     params = params_of(abstract(config, dtype=jnp.dtype(jnp.bfloat16)))
     assert {path: value.shape for path, value in params.items()} == {

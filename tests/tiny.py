@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from checkpoints import short_hub_config, small_hub_config
 
 from stepjax.config import ModelConfig
-from stepjax.infer.load import Session
-from stepjax.model import initialise, params_of
+from stepjax.infer.session import Session
+from stepjax.model.step3p5 import initialise, params_of
 
 
 @cache

@@ -6,7 +6,7 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer as Backend, decoders, models, pre_tokenizers, trainers
 
-from stepjax.tokenizer import CONTROL_NAMES, THINK_CLOSE, THINK_OPEN, TOOL_CLOSE, TOOL_OPEN, Tokenizer
+from stepjax.text.tokenizer import CONTROL_NAMES, THINK_CLOSE, THINK_OPEN, TOOL_CLOSE, TOOL_OPEN, Tokenizer
 
 # Ids 0 to 2, in the model's own vocabulary.
 BASE_SPECIALS = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"]

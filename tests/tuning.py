@@ -8,10 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from stepjax.train.data import Tasks
-from stepjax.train.rollout import Rollout, Sampler
-from stepjax.train.run_folder import read_metrics
-from stepjax.train.tune_config import (
+from stepjax.train.config.tune import (
     DataSettings,
     EvalSettings,
     LoraSettings,
@@ -21,7 +18,10 @@ from stepjax.train.tune_config import (
     TeacherSettings,
     TuneConfig,
 )
-from stepjax.train.tune_setup import Setup
+from stepjax.train.data.sources import Tasks
+from stepjax.train.rollouts.sampler import Rollout, Sampler
+from stepjax.train.runs.folder import read_metrics
+from stepjax.train.tune.setup import Setup
 
 SHORT = TuneConfig(
     lora=LoraSettings(rank=2, targets=("q", "shared"), experts="none"),

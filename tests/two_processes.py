@@ -38,10 +38,10 @@ def report(folder: str, mesh: str) -> int:
 
 def serve(folder: str, mesh: str) -> int:
     """`requests` in a cache too small for all of them: the answers by id, on process 0."""
-    from stepjax.infer.engine import open_engine
-    from stepjax.infer.engine_config import EngineConfig
+    from stepjax.infer.engine.config import EngineConfig
+    from stepjax.infer.engine.engine import open_engine
     from stepjax.infer.load import load
-    from stepjax.infer.sampling import SamplingParams
+    from stepjax.infer.sampling.params import SamplingParams
 
     session = load(folder, dtype="float32", mesh=mesh)
     config = EngineConfig(
@@ -77,8 +77,8 @@ def requests(make: Any) -> dict[str, tuple[list[int], Any]]:
 
 def constraints(session: Any) -> dict[str, Any]:
     """What holds some of the answers, by id: a grammar for one that is sampled and for one behind a bounded thought."""
-    from stepjax.infer.grammar_form import grammar_of, json_schema, regex
-    from stepjax.infer.guide import Constraint
+    from stepjax.infer.guided.guide import Constraint
+    from stepjax.infer.guided.schema_grammar import grammar_of, json_schema, regex
 
     schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
     forms = {"9": regex(GUIDED), "8": json_schema(schema, strict=True)}
@@ -96,7 +96,7 @@ def restore(folder: str, base: str, mesh: str) -> int:
     import jax.numpy as jnp
     import numpy as np
 
-    from stepjax.checkpoint import Checkpoint
+    from stepjax.checkpoint.reader import Checkpoint
     from stepjax.sharding.checkpoint import restore_params, stored_config
     from stepjax.sharding.layout import MeshLayout
     from stepjax.sharding.mesh import MeshSpec

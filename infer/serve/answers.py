@@ -6,12 +6,14 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from stepjax.infer.engine import Score, Update
-from stepjax.infer.serve.api_errors import ApiError
-from stepjax.infer.serve.asked import Reading
-from stepjax.infer.serve.service import Asked, Service, Ticket
+from stepjax.infer.engine.answer import Score
+from stepjax.infer.engine.engine import Update
+from stepjax.infer.serve.errors import ApiError
+from stepjax.infer.serve.requests import Reading
+from stepjax.infer.serve.service import Service
+from stepjax.infer.serve.ticket import Asked, Ticket
 from stepjax.infer.transcript import Delta, FinishReason, Transcript
-from stepjax.tokenizer import Tokenizer
+from stepjax.text.tokenizer import Tokenizer
 
 
 class Piece(NamedTuple):

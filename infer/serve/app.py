@@ -19,21 +19,21 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, ValidationError
 
-from stepjax import __version__
-from stepjax.chat import read_template_kwargs
+from stepjax._version import __version__
 from stepjax.errors import RequestError, StepjaxError
-from stepjax.infer.admission import QueueFullError
-from stepjax.infer.load import Session
-from stepjax.infer.serve.access import Access, Keys
-from stepjax.infer.serve.adapter_api import add_adapter_routes
+from stepjax.infer.engine.admission import QueueFullError
+from stepjax.infer.serve.adapters import add_adapter_routes
 from stepjax.infer.serve.answers import Answers
-from stepjax.infer.serve.api_errors import ApiError, Dialect, dialect_of
-from stepjax.infer.serve.asked import count_prompt, ignored, of_chat, of_completion, offered_tools
-from stepjax.infer.serve.body import App, Receive, Scope, Send, StrictBodies
-from stepjax.infer.serve.chat_api import Chat
-from stepjax.infer.serve.completion_api import Completion
-from stepjax.infer.serve.constrained import wants_grammar
-from stepjax.infer.serve.fields import (
+from stepjax.infer.serve.chat import Chat
+from stepjax.infer.serve.completions import Completion
+from stepjax.infer.serve.errors import ApiError, Dialect, dialect_of
+from stepjax.infer.serve.formats import wants_grammar
+from stepjax.infer.serve.messages import CountTokensRequest, Messages, MessagesRequest, as_chat as messages_as_chat
+from stepjax.infer.serve.middleware import Access, App, Keys, Receive, Scope, Send, StrictBodies
+from stepjax.infer.serve.page import page
+from stepjax.infer.serve.requests import count_prompt, ignored, of_chat, of_completion, offered_tools
+from stepjax.infer.serve.responses import Responses, ResponsesRequest, as_chat as responses_as_chat
+from stepjax.infer.serve.schemas import (
     Body,
     ChatRequest,
     CompletionRequest,
@@ -41,13 +41,10 @@ from stepjax.infer.serve.fields import (
     Sampled,
     TokenizeRequest,
 )
-from stepjax.infer.serve.messages_api import Messages
-from stepjax.infer.serve.messages_asked import CountTokensRequest, MessagesRequest, as_chat as messages_as_chat
-from stepjax.infer.serve.page import page
-from stepjax.infer.serve.responses_api import Responses
-from stepjax.infer.serve.responses_asked import ResponsesRequest, as_chat as responses_as_chat
 from stepjax.infer.serve.service import Service
-from stepjax.infer.serve.stream import EventStream, unless_left
+from stepjax.infer.serve.sse import EventStream, unless_left
+from stepjax.infer.session import Session
+from stepjax.text.chat import read_template_kwargs
 
 T = TypeVar("T")
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from pydantic import Field
 
-from stepjax.infer.grammar_form import MAX_CHOICES, MAX_REGEX_BYTES, MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH
-from stepjax.infer.grammar_tools import MAX_CALLS
-from stepjax.infer.sampling import MAX_ANSWERS, MAX_BIASES, MAX_LOGPROBS, MAX_STOP_IDS
+from stepjax.infer.guided.schema_grammar import MAX_CHOICES, MAX_REGEX_BYTES, MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH
+from stepjax.infer.guided.tool_grammar import MAX_CALLS
+from stepjax.infer.sampling.params import MAX_ANSWERS, MAX_BIASES, MAX_LOGPROBS, MAX_STOP_IDS
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from stepjax.infer.transcript import FinishReason
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
-    from stepjax.infer.engine import Engine, Update
-    from stepjax.infer.serve.service import Ticket
+    from stepjax.infer.engine.engine import Engine, Update
+    from stepjax.infer.serve.ticket import Ticket
 
 PREFIX = "stepjax"
 _FIRST_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)

@@ -15,8 +15,8 @@ from typing import Any
 
 import uvicorn
 
-from stepjax.infer.serve.body import App
 from stepjax.infer.serve.limits import LIMITS
+from stepjax.infer.serve.middleware import App
 from stepjax.infer.serve.service import Service
 
 log = logging.getLogger(__name__)

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from stepjax.ops.flash import NONE, ROWS, Run, flash_attention
-from stepjax.ops.hopper import hopper_cores
-from stepjax.ops.linear import wide_einsum
+from stepjax.ops.pallas_hopper import hopper_cores
+from stepjax.weights.products import wide_einsum
 
 BLOCK = 256  # queries per block: bounds the score matrix to BLOCK × keys per head
 WINDOWED_BLOCK = 128  # where a block's keys are cut to what it sees, so that shorter blocks see less in vain

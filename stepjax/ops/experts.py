@@ -8,12 +8,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from stepjax.adapted import plain
-from stepjax.ops.expert_forms import ExpertWeights, batched, gathered, in_turn, reference
-from stepjax.ops.expert_sizes import Form, buffer_rows, choose_form, choose_form_cpu
-from stepjax.ops.expert_sort import blocked, capacity, grouped, grouped_fits
-from stepjax.ops.hopper import hopper_cores
-from stepjax.ops.varying import vary_alike
+from stepjax.ops.expert_choice import Form, buffer_rows, choose_form, choose_form_cpu
+from stepjax.ops.expert_dense import ExpertWeights, batched, gathered, in_turn, reference
+from stepjax.ops.expert_sorted import blocked, capacity, grouped, grouped_fits
+from stepjax.ops.manual_axes import vary_alike
+from stepjax.ops.pallas_hopper import hopper_cores
+from stepjax.weights.adapted import plain
 
 
 def routed_experts(
@@ -35,7 +35,7 @@ def routed_experts(
       limit: clamp inside the SwiGLU, or None.
       form: pins the formulation; None chooses by the static token count.
       load: assignments to expect among ``ids`` that are not ≥ E; None: all. It sizes buffers and bounds nothing.
-      slot_T: int32, which adapter of a stack each token uses (`stepjax.adapted`).
+      slot_T: int32, which adapter of a stack each token uses (`stepjax.weights.adapted`).
     """
     x_TD, ids_TA, combine_TA, weights, slot_T = vary_alike((x_TD, ids_TA, combine_TA, weights, slot_T))
     load = ids_TA.size if load is None else load

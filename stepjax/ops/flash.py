@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from stepjax.ops.hopper import interpreted
+from stepjax.ops.pallas_hopper import interpreted
 
 ROWS = 64  # queries of a block, and keys: what one warpgroup's registers hold
 STAGES = 2  # blocks of keys and values in shared memory; two programs then fit a multiprocessor

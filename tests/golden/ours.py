@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stepjax.cache import Chunk
 from stepjax.config import ModelConfig
-from stepjax.model import Step3p5, abstract, bind
-from stepjax.weights import inventory
+from stepjax.model.cache import Chunk
+from stepjax.model.step3p5 import Step3p5, abstract, bind
+from stepjax.weights.inventory import inventory
 
 Arrays = dict[str, Any]
 

@@ -1,0 +1,104 @@
+"""``stepjax generate``: answer prompts, as text for people or one JSON line per prompt for programs."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stepjax.errors import RequestError
+from stepjax.infer.commands.options import (
+    Printer,
+    add_model_arguments,
+    add_sampling_arguments,
+    open_session,
+    sampling_params,
+)
+from stepjax.infer.generate import generate
+
+if TYPE_CHECKING:
+    from stepjax.infer.generate import Completion
+    from stepjax.infer.session import Session
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="a user's message; may be given several times"
+    )
+    source.add_argument("--tokens", type=Path, metavar="IN.json", help="a JSON list of lists of token ids")
+    parser.add_argument("--system", metavar="TEXT", help="system message before each prompt")
+    parser.add_argument("--raw", action="store_true", help="take the prompt as plain text to continue, not as a chat")
+    parser.add_argument("--no-thinking", action="store_true", help="close the thinking before it begins")
+    add_sampling_arguments(parser)
+    parser.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end before this text; may be given several times"
+    )
+    parser.add_argument("--ignore-eos", action="store_true", default=None, help="go on past the end of the answer")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per prompt")
+
+
+def run(args: argparse.Namespace) -> int:
+    tokens = read_tokens(args.tokens) if args.tokens else None
+    session = open_session(args, needs="ids" if args.tokens else "text" if args.raw else "chat")
+    prompts = tokens if tokens is not None else [_encode(session, text, args) for text in args.prompt]
+    params = sampling_params(session, args)
+    for ids in prompts:  # before the first is answered, so that a bad one costs nothing
+        session.check_prompt(ids)
+    for ids in prompts:
+        if args.json:
+            done = generate(session, [ids], params, speculate=args.speculate)[0]
+            print(json.dumps(_as_dict(done)), flush=True)
+        else:
+            _show(session, ids, params, args.speculate)
+    return 0
+
+
+def read_tokens(path: Path) -> list[list[int]]:
+    """A JSON list of lists of token ids. Raises RequestError naming the file and the entry."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{path}: not valid JSON ({error}); expected a list of lists of token ids") from None
+    if not isinstance(found, list) or not found or not all(isinstance(ids, list) for ids in found):
+        raise RequestError(f"{path}: expected a non-empty JSON list of lists of token ids, as [[0, 671], [0, 5]]")
+    for at, ids in enumerate(found):
+        if not ids or not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+            raise RequestError(f"{path}: list {at} is empty or holds something that is not a whole number")
+    return found
+
+
+def _encode(session: Session, text: str, args: argparse.Namespace) -> list[int]:
+    if args.raw:
+        return session.encode(text)
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    messages = [*system, {"role": "user", "content": text}]
+    return session.encode_chat(messages, enable_thinking=not args.no_thinking)
+
+
+def _as_dict(completion: Completion) -> dict[str, Any]:
+    found = dataclasses.asdict(completion)
+    return found | found.pop("timing")
+
+
+def _show(session: Session, ids: list[int], params: Any, speculate: int | None) -> None:
+    from stepjax.infer.generate import Generation
+
+    printer = Printer()
+    generation = Generation(session, [ids], [params], speculate=speculate)
+    for _, delta in generation:
+        printer.write(delta)
+    printer.end()
+    done = generation.completions()[0]
+    timing = done.timing
+    print(
+        f"[{len(done.ids)} tokens, {done.finish_reason}; decode {timing.decode_tokens_per_s:.0f} tokens/s, "
+        f"{timing.accepted_per_step:.2f} tokens a step]",
+        file=sys.stderr,
+    )

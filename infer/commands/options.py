@@ -1,0 +1,130 @@
+"""Flags and output that the generating commands share."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.segment import Segment, Segments
+from rich.style import Style
+
+from stepjax.checkpoint.folder import open_folder
+from stepjax.errors import RequestError
+from stepjax.sharding.mesh import MeshSpec
+from stepjax.text.tool_calls import CallStart
+
+if TYPE_CHECKING:
+    from stepjax.infer.sampling.params import SamplingParams
+    from stepjax.infer.session import Session
+    from stepjax.infer.transcript import Delta
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="step-tiny", help="checkpoint folder, hub id or embedded name (%(default)s)")
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: float32 on CPU, else bfloat16"
+    )
+    parser.add_argument("--keep-fp8", action="store_true", help="keep an FP8 release's expert weights in 8 bits")
+    parser.add_argument("--quantize", choices=("int8", "int4"), help="hold the routed experts in whole numbers")
+    parser.add_argument("--group", type=int, default=64, metavar="N", help="values a scale in int4 (%(default)s)")
+    parser.add_argument("--mesh", metavar="AXES", help="split the model over devices, as expert=4,tensor=2")
+    parser.add_argument(
+        "--strategy",
+        default="expert_tensor",
+        choices=("tensor", "expert", "expert_tensor", "fsdp"),
+        help="what --mesh splits over which axis (%(default)s)",
+    )
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Sampling flags; those left out come from the checkpoint's generation_config, else from the model card."""
+    parser.add_argument("--max-tokens", type=int, default=1024, metavar="N", help="longest answer (%(default)s)")
+    parser.add_argument("--temperature", type=float, metavar="X", help="0 is greedy")
+    parser.add_argument("--top-p", type=float, metavar="X", help="keep the likeliest tokens up to this mass")
+    parser.add_argument("--top-k", type=int, metavar="N", help="keep the N likeliest tokens; 0 is off")
+    parser.add_argument("--min-p", type=float, metavar="X", help="drop tokens below X times the likeliest one")
+    parser.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable (default: a fresh one)")
+    parser.add_argument(
+        "--speculate", type=int, metavar="K", help="MTP drafts per step, 0 to 3 (default: all there are)"
+    )
+
+
+def sampling_params(session: Session, args: argparse.Namespace) -> SamplingParams:
+    names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "ignore_eos")
+    given = {name: getattr(args, name, None) for name in names}
+    given["stop"] = tuple(given["stop"]) if given["stop"] else None
+    return session.sampling(**given)
+
+
+def open_session(args: argparse.Namespace, *, needs: Literal["ids", "text", "chat"] = "ids") -> Session:
+    """Check the folder and what a command ``needs`` of it first, then import jax and place the weights behind a
+    progress bar.
+    """
+    mesh = None if args.mesh is None else MeshSpec.parse(args.mesh)
+    folder = open_folder(args.model)
+    if needs != "ids" and folder.tokenizer is None:
+        raise RequestError(f"{folder.path}: has no tokenizer.json, so it takes token ids only: generate --tokens")
+    if needs == "chat" and folder.template is None:
+        raise RequestError(f"{folder.path}: has no chat template; continue plain text with generate --raw")
+    for note in folder.checkpoint.notes:
+        print(f"stepjax: {printable(note)}", file=sys.stderr)
+    from stepjax.infer.load import load, use_compile_cache
+
+    use_compile_cache()
+    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("loading", total=None)
+        session = load(
+            folder,
+            dtype=args.dtype,
+            keep_fp8=args.keep_fp8,
+            quantize=args.quantize,
+            group=args.group,
+            mesh=mesh,
+            strategy=args.strategy,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    for note in session.model.layout.notes:
+        print(f"stepjax: {note}", file=sys.stderr)
+    return session
+
+
+class Printer:
+    """Writes an answer as it grows: thinking dimmed, then the answer, then tool calls."""
+
+    def __init__(self) -> None:
+        self._console = Console()
+        self._thought = self._answered = False
+
+    def write(self, delta: Delta) -> None:
+        if delta.reasoning:
+            self._thought = True
+            self._print(delta.reasoning, "dim")
+        if delta.content or delta.calls:
+            if self._thought and not self._answered:
+                self._print("\n\n", "")
+            self._answered = True
+        self._print(delta.content, "")
+        for event in delta.calls:
+            self._print(f"\n→ {event.name}" if isinstance(event, CallStart) else f"({event.text})", "cyan")
+
+    def end(self) -> None:
+        self._print("\n", "")
+
+    def _print(self, text: str, style: str) -> None:
+        """Exactly the text: printed as text, rich would widen tabs and take ``:smile:`` for a picture."""
+        if text:
+            with self._console.capture() as drawn:
+                self._console.print(Segments([Segment(printable(text), Style.parse(style))]), soft_wrap=True)
+            print(drawn.get(), end="", flush=True)
+
+
+def printable(text: str) -> str:
+    """The text without control characters that a terminal would obey; a model's words must not move the cursor."""
+    return "".join(
+        c if c in "\n\t" or (ord(c) >= 32 and not 127 <= ord(c) < 160) else "\N{REPLACEMENT CHARACTER}" for c in text
+    )

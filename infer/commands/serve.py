@@ -1,0 +1,217 @@
+"""``stepjax serve``: answer over HTTP, as OpenAI's interface has it."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stepjax.errors import RequestError
+from stepjax.infer.commands.options import add_model_arguments, open_session, printable
+
+if TYPE_CHECKING:
+    from stepjax.adapters.lora import LoraConfig
+    from stepjax.infer.engine.engine import Engine
+    from stepjax.infer.serve.app import ServeOptions
+    from stepjax.infer.serve.server import Server
+    from stepjax.infer.session import Session
+
+KEY_VARIABLE = "STEPJAX_API_KEY"
+SWITCH_S = 0.0005  # between threads: the engine's wants to launch its next step, not to wait for a parser
+DEFAULT_LORAS = 4  # that clients may load, if nothing else is said
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", metavar="MODEL", help="the same as --model")
+    add_model_arguments(parser)
+    server = parser.add_argument_group("server")
+    server.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    server.add_argument("--port", type=int, default=8000, help="0 takes any that is free (%(default)s)")
+    server.add_argument(
+        "--served-model-name", action="append", metavar="NAME", help="what clients call the model; may be repeated"
+    )
+    server.add_argument("--api-key", action="append", metavar="KEY", help=f"may be repeated; also {KEY_VARIABLE}")
+    server.add_argument("--api-key-file", type=Path, metavar="FILE", help="a key per line")
+    server.add_argument("--cors-origin", action="append", metavar="ORIGIN", help="web pages that may ask; * is any")
+    server.add_argument("--no-ui", action="store_true", help="no chat page at /")
+    server.add_argument("--tls-cert", metavar="FILE", help="certificate, as PEM")
+    server.add_argument("--tls-key", metavar="FILE", help="its key, as PEM")
+    server.add_argument(
+        "--drain-seconds", type=float, default=30, metavar="S", help="for answers to end at SIGTERM (%(default)s)"
+    )
+    server.add_argument("--log-format", default="text", choices=("text", "json"), help="of the log on stderr")
+    server.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--max-seqs", type=int, default=16, metavar="N", help="answers that run together (%(default)s)")
+    engine.add_argument("--max-queue", type=int, default=1024, metavar="N", help="answers that may wait (%(default)s)")
+    engine.add_argument("--context", type=int, metavar="N", help="tokens of the longest sequence (default: what fits)")
+    engine.add_argument("--cache-gib", type=float, metavar="X", help="memory for pages (default: what is free)")
+    engine.add_argument("--no-prefix-cache", action="store_true", help="compute every prompt from its beginning")
+    engine.add_argument("--deterministic", action="store_true", help="bitwise the same beside any neighbours")
+    engine.add_argument(
+        "--lora", action="append", metavar="NAME=PATH", help="a PEFT folder, served under this name; may be repeated"
+    )
+    engine.add_argument("--max-loras", type=int, metavar="N", help="adapters that may be loaded (default: those given)")
+    engine.add_argument(
+        "--max-lora-rank", type=int, metavar="R", help="largest rank (default: that of those given, or 32)"
+    )
+    engine.add_argument(
+        "--allow-lora-updates", action="store_true", help="let clients load adapters from folders of this machine"
+    )
+    engine.add_argument("--speculate", type=int, metavar="K", help="MTP drafts per step (default: chosen by load)")
+
+
+def run(args: argparse.Namespace) -> int:
+    args.model = args.name or args.model
+    keys = _keys(args)
+    _check_tls(args)
+    session = open_session(args)
+    from stepjax.infer.engine.config import EngineConfig
+    from stepjax.infer.engine.engine import Engine
+    from stepjax.infer.serve.app import ServeOptions, create_app
+    from stepjax.infer.serve.metrics import Metrics
+    from stepjax.infer.serve.middleware import Keys
+    from stepjax.infer.serve.server import Server, ServerConfig, log_to_stderr
+    from stepjax.infer.serve.service import Service
+
+    log_to_stderr(args.log_format, args.log_level)
+    adapters = GivenAdapters.read(args, session, _served_names(args))
+    config = EngineConfig(
+        num_slots=args.max_seqs,
+        context=args.context,
+        cache_bytes=None if args.cache_gib is None else int(args.cache_gib * 2**30),
+        num_snapshots=0 if args.no_prefix_cache or args.deterministic else None,
+        speculate=args.speculate,
+        **adapters.room(args),
+        max_waiting=args.max_queue,
+        deterministic=args.deterministic,
+    )
+    engine = Engine(session, config)
+    for name, (factors, lora) in adapters.found.items():
+        engine.load_adapter(name, factors, lora)
+    names = _served_names(args)
+    service = Service(engine, Metrics(engine, names[0]))
+    options = ServeOptions(
+        names,
+        Keys(keys),
+        tuple(args.cors_origin or ()),
+        ui=not args.no_ui,
+        adapter_updates=args.allow_lora_updates,
+    )
+    app = create_app(service, session, options)
+    server = Server(
+        app,
+        service,
+        ServerConfig(args.host, args.port, args.drain_seconds, tls_cert=args.tls_cert, tls_key=args.tls_key),
+    )
+    sys.setswitchinterval(SWITCH_S)
+
+    async def serve() -> int:
+        announcing = asyncio.ensure_future(_announce(server, service.ready, session, engine, options))
+        code = await server.run_until_ended()
+        announcing.cancel()
+        return code
+
+    return asyncio.run(serve())
+
+
+def _served_names(args: argparse.Namespace) -> tuple[str, ...]:
+    return tuple(args.served_model_name or [Path(args.model).name if Path(args.model).is_dir() else args.model])
+
+
+@dataclass(frozen=True)
+class GivenAdapters:
+    """The adapters of the command line, by name."""
+
+    found: dict[str, tuple[Mapping[str, Any], LoraConfig]]
+
+    @classmethod
+    def read(cls, args: argparse.Namespace, session: Session, names: tuple[str, ...]) -> GivenAdapters:
+        from stepjax.adapters.peft import import_adapter
+
+        found: dict[str, tuple[Mapping[str, Any], LoraConfig]] = {}
+        for given in args.lora or ():
+            name, _, path = given.partition("=")
+            if not name or not path:
+                raise RequestError(f"--lora: is {given!r}, expected NAME=PATH")
+            if name in found or name in names:
+                raise RequestError(f"--lora: the name {name!r} is taken; choose another")
+            found[name] = import_adapter(path, session.config)
+        return cls(found)
+
+    def room(self, args: argparse.Namespace) -> dict[str, Any]:
+        """What the engine's configuration says of adapters."""
+        slots = args.max_loras
+        if slots is None:
+            slots = len(self.found) or (DEFAULT_LORAS if args.allow_lora_updates else 0)
+        if slots < len(self.found):
+            raise RequestError(f"--max-loras: is {slots}, but {len(self.found)} adapters are given")
+        if args.allow_lora_updates and not slots:
+            raise RequestError("--allow-lora-updates: there is no room for an adapter; give --max-loras")
+        ranks: dict[bool, list[int]] = {True: [], False: []}
+        for factors, _ in self.found.values():
+            for name, value in factors.items():
+                if name.endswith(".a"):
+                    ranks[".experts." in name].append(value.shape[-2])
+        rank = args.max_lora_rank or max(ranks[False] or ranks[True] or [32])
+        return {
+            "adapter_slots": slots,
+            "adapter_rank": rank,
+            "adapter_expert_rank": None if args.max_lora_rank else max(ranks[True], default=None),
+        }
+
+
+def _keys(args: argparse.Namespace) -> list[str]:
+    """All keys that the flags, the file and the environment name."""
+    keys = list(args.api_key or ())
+    if args.api_key_file is not None:
+        try:
+            keys += args.api_key_file.read_text(encoding="utf-8").split()
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"{args.api_key_file}: cannot be read ({error})") from None
+        if not keys:
+            raise RequestError(f"{args.api_key_file}: holds no key, expected one per line")
+    if os.environ.get(KEY_VARIABLE):
+        keys.append(os.environ[KEY_VARIABLE])
+    if any(not key.isascii() or not key.isprintable() or " " in key or not key for key in keys):
+        raise RequestError("an API key is empty or holds what a header cannot; expected ASCII without spaces")
+    return keys
+
+
+def _check_tls(args: argparse.Namespace) -> None:
+    if bool(args.tls_cert) != bool(args.tls_key):
+        raise RequestError("--tls-cert and --tls-key: expected both or none")
+    for file in filter(None, (args.tls_cert, args.tls_key)):
+        if not Path(file).is_file():
+            raise RequestError(f"{file}: there is no such file")
+
+
+async def _announce(
+    server: Server, ready: asyncio.Event, session: Session, engine: Engine, options: ServeOptions
+) -> None:
+    """Say where the server is once it answers."""
+    import jax
+
+    await ready.wait()
+    while not server.started:
+        await asyncio.sleep(0.05)
+    size, mesh = engine.executor.size, getattr(session.model.layout, "mesh", None)
+    split = "" if mesh is None else f", mesh {','.join(f'{axis}={n}' for axis, n in mesh.shape.items() if n > 1)}"
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(session.params))
+    body = f'{{"model": "{options.names[0]}", "messages": [{{"role": "user", "content": "What is 467 + 358?"}}]}}'
+    key = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if options.keys else ""
+    devices = f"{1 if mesh is None else mesh.size} × {jax.local_devices()[0].device_kind}{split}"
+    lines = (
+        f"{', '.join(map(printable, options.names))} on {devices}",
+        f"  weights {weights / 2**30:,.2f} GiB, cache {engine.executor.cache_bytes / 2**30:,.2f} GiB a device",
+        f"  {size.num_slots} answers together, context {size.context:,} tokens",
+        f"  {server.url}",
+        *((f"  {server.url}/ in a browser is a page to chat on",) if options.ui else ()),
+        f"  curl {server.url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'",
+    )
+    print("\n".join(lines), flush=True)

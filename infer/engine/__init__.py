@@ -1,0 +1,1 @@
+"""Continuous batching: scheduler, pages, steps on the device."""

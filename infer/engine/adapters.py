@@ -1,0 +1,201 @@
+"""Adapters that an engine serves together: their factors stacked on the device, and who uses which.
+
+A stack has a fixed number of slots of a fixed rank, so that loading an adapter compiles nothing. A sequence uses the
+block of its own slot (`stepjax.weights.adapted`). Requests that began with an adapter finish with it, even if it is
+unloaded or replaced; its slot is free after them, and no answer is computed with two versions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stepjax.adapters.lora import TARGETS, LoraConfig, adapted_paths, check_fit, targets
+from stepjax.errors import RequestError
+from stepjax.model.step3p5 import axes_of
+from stepjax.sharding.layout import MeshLayout
+from stepjax.weights.adapted import Adapted, factor_axes
+
+if TYPE_CHECKING:
+    from stepjax.infer.session import Session
+
+NONE = -1  # the slot of those who use no adapter
+
+
+@dataclass(frozen=True)
+class StackSize:
+    """Room for adapters."""
+
+    num_slots: int
+    rank: int
+    expert_rank: int
+
+
+class AdapterStack:
+    """The factors of all slots, beside the weights of a model."""
+
+    def __init__(self, session: Session, size: StackSize):
+        self.size = size
+        lora = LoraConfig(rank=size.rank, targets=_targets(session), experts="per_expert", expert_rank=size.expert_rank)
+        self._targets = {target.path: target for target in targets(session.config, lora)}
+        axes, layout = axes_of(session.model), session.model.layout
+        self.params: dict[str, Any] = dict(session.params)
+        for path, target in self._targets.items():
+            *lead, rank, size_in = target.a_shape
+            shapes = (*lead, size.num_slots * rank, size_in), (*target.b_shape[:-1], size.num_slots * rank)
+            of = factor_axes(axes[path], a_ndim=len(shapes[0]), b_ndim=len(shapes[1]))
+            a, b = (
+                _zeros(shape, session.dtype, layout.parameter(*names) if isinstance(layout, MeshLayout) else None)
+                for shape, names in zip(shapes, of, strict=True)
+            )
+            self.params[path] = Adapted(session.params[path], a, b, slots=size.num_slots)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all slots' factors, on all devices together."""
+        return sum(w.a.nbytes + w.b.nbytes for w in self.params.values() if isinstance(w, Adapted))
+
+    def check(self, adapter: Mapping[str, Any]) -> None:
+        """Raise RequestError unless an adapter fits a slot, ConfigError if it is of another model."""
+        for path in adapted_paths(adapter):
+            target, a, b = self._targets.get(path), adapter[f"{path}.a"], adapter[f"{path}.b"]
+            if target is None:
+                raise RequestError(f"adapter: {path} is no weight that an adapter may have here")
+            check_fit(path, target.shape, a.shape, b.shape)
+            if a.shape[-2] > target.rank:
+                raise RequestError(
+                    f"adapter: has rank {a.shape[-2]} at {path}, but the engine has room for {target.rank}; give it a "
+                    "larger adapter rank"
+                )
+
+    def write(self, slot: int, adapter: Mapping[str, Any], lora: LoraConfig) -> None:
+        """Put an adapter's factors into a slot; what it does not adapt becomes zero there.
+
+        The arrays are new ones: a step that is under way still has the old.
+        """
+        for path, target in self._targets.items():
+            weight = self.params[path]
+            size = target.rank
+            a, b = np.zeros(target.a_shape, np.float32), np.zeros(target.b_shape, np.float32)
+            if f"{path}.a" in adapter:
+                rank = adapter[f"{path}.a"].shape[-2]
+                a[..., :rank, :] = np.asarray(adapter[f"{path}.a"], np.float32)
+                b[..., :rank] = np.asarray(adapter[f"{path}.b"], np.float32) * np.float32(lora.scale(rank))
+            put_a, put_b = _put(weight.a, axis=-2), _put(weight.b, axis=-1)
+            self.params = self.params | {
+                path: dataclasses.replace(
+                    weight,
+                    a=put_a(weight.a, _placed(a, weight.a), slot * size),
+                    b=put_b(weight.b, _placed(b, weight.b), slot * size),
+                )
+            }
+
+
+class AdapterNames:
+    """Which adapter lies in which slot, under which name, and whether it is still needed. Plain Python."""
+
+    def __init__(self, num_slots: int):
+        self._num_slots = num_slots
+        self._keys: dict[str, str] = {}  # name → the version that new requests get
+        self._slots: dict[str, int] = {}  # version → slot, also those that only finish what they began
+        self._versions = itertools.count(1)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._keys)
+
+    def key(self, name: str) -> str:
+        """The version of a name that a new request is answered by.
+
+        Raises:
+          RequestError: there is no such adapter.
+        """
+        if not name:
+            return ""
+        if name not in self._keys:
+            known = ", ".join(self._keys) or "none"
+            raise RequestError(f"adapter: {name[:80]!a} is not loaded; loaded are {known}")
+        return self._keys[name]
+
+    def slot(self, key: str) -> int:
+        """Where a version lies."""
+        return self._slots[key] if key else NONE
+
+    def reserve(self, name: str, in_use: Collection[str], *, replace: bool) -> int:
+        """A free slot for an adapter.
+
+        Raises:
+          RequestError: the name is taken, or all slots are.
+        """
+        if not name or len(name) > 256 or not name.isprintable():
+            raise RequestError(f"adapter: the name {name[:80]!a} is empty, too long or not printable")
+        if name in self._keys and not replace:
+            raise RequestError(f"adapter: {name[:80]!a} is loaded already; unload it first, or ask to replace it")
+        self._release(in_use)
+        taken = {*self._slots.values()}
+        free = next((slot for slot in range(self._num_slots) if slot not in taken), None)
+        if free is None and name in self._keys and self._keys[name] not in in_use:
+            return self._slots[self._keys[name]]  # nobody needs the old version once the new one is there
+        if free is None:
+            raise RequestError(
+                f"adapter: all {self._num_slots} slots are taken (by {', '.join(self._keys)}, or by versions that "
+                "still answer); unload one, or give the engine more"
+            )
+        return free
+
+    def enter(self, name: str, slot: int) -> None:
+        """From now on, new requests for ``name`` are answered by what lies in ``slot``."""
+        for key in [key for key, held in self._slots.items() if held == slot]:
+            del self._slots[key]
+        key = f"{name}@{next(self._versions)}"
+        self._keys[name], self._slots[key] = key, slot
+
+    def remove(self, name: str) -> None:
+        """No new request gets this adapter.
+
+        Raises:
+          RequestError: there is none.
+        """
+        self.key(name or "\0")
+        del self._keys[name]
+
+    def _release(self, in_use: Collection[str]) -> None:
+        kept = {*self._keys.values(), *in_use}
+        self._slots = {key: slot for key, slot in self._slots.items() if key in kept}
+
+
+def _targets(session: Session) -> tuple[str, ...]:
+    """All that can be adapted of a model."""
+    dense = any(not layer.moe for layer in session.config.layers)
+    moe = any(layer.moe for layer in session.config.layers)
+    return tuple(name for name in TARGETS if (name != "dense" or dense) and (name != "shared" or moe))
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any, where: Any) -> jax.Array:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=where)()
+
+
+def _placed(value: np.ndarray, like: jax.Array) -> jax.Array:
+    """``value`` in the dtype of the stack and split as it is, the parts of this process made here."""
+    value = value.astype(like.dtype)
+    return jax.make_array_from_callback(value.shape, like.sharding, lambda index: value[index])
+
+
+@functools.cache
+def _putter(axis: int, where: Any) -> Callable[..., jax.Array]:
+    def put(stack: jax.Array, value: jax.Array, at: Any) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(stack, value, at, axis=stack.ndim + axis)
+
+    return jax.jit(put, out_shardings=where)
+
+
+def _put(stack: jax.Array, *, axis: int) -> Callable[..., jax.Array]:
+    return _putter(axis, stack.sharding)

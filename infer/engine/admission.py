@@ -1,0 +1,296 @@
+"""Who waits, who runs, and on which pages: the queue in front of the slots.
+
+Sequences are served by rank, lower priority first and first come first served within one. The first in rank is never
+preempted and everybody's pages are at its disposal, so it always finishes, and then the next is first.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from operator import attrgetter
+from typing import TYPE_CHECKING
+
+from stepjax.errors import ConfigError, RequestError
+from stepjax.infer.engine.pages import PagePool
+from stepjax.infer.engine.prefix_cache import Node, PrefixCache
+from stepjax.infer.engine.sequence import PageUpdate, RingCopy, Sequence, SequenceState
+
+if TYPE_CHECKING:
+    from stepjax.infer.transcript import FinishReason
+
+
+class QueueFullError(RequestError):
+    """Too many requests wait; the same request may be accepted later."""
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    num_slots: int  # sequences that run together
+    num_pages: int  # of the full-attention cache, the trash page included
+    context: int  # tokens of the longest sequence, answer included
+    page_size: int = 64  # tokens
+    widths: tuple[int, ...] = (16, 64, 256, 512)  # of prefill chunks, ascending: one executable each
+    token_budget: int = 512  # positions of a prefill step, padding included: what decoding sequences wait for
+    num_snapshots: int = 0  # ring snapshots on the device; 0 turns the prefix cache off
+    max_waiting: int = 1024  # sequences; more are refused
+    prefill_rows: int = 1 << 30  # prompts that a prefill step may run pieces of
+    reserve: bool = False  # take the pages of the whole answer at once, so that nobody is ever preempted
+
+    def __post_init__(self) -> None:
+        for name in ("num_slots", "context", "page_size", "max_waiting", "prefill_rows"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: is {getattr(self, name)}, expected at least 1")
+        if self.num_pages < 2:
+            raise ConfigError(f"num_pages: is {self.num_pages}, expected at least 2, since page 0 holds no tokens")
+        if not self.widths or list(self.widths) != sorted(set(self.widths)) or self.widths[0] < 1:
+            raise ConfigError(f"widths: is {self.widths}, expected ascending numbers of tokens")
+        if self.token_budget < self.widths[-1]:
+            raise ConfigError(f"token_budget: is {self.token_budget}, expected room for a chunk of {self.widths[-1]}")
+
+    def num_pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
+
+    def check(self, num_prompt: int, max_tokens: int) -> None:
+        """Raise RequestError if a sequence of these lengths could never run, whatever else runs."""
+        longest, available = num_prompt + max_tokens, self.num_pages - 1
+        if not num_prompt:
+            raise RequestError("prompt: is empty, expected at least one token")
+        if longest > self.context:
+            raise RequestError(
+                f"prompt of {num_prompt} tokens and max_tokens {max_tokens}: need {longest} tokens, available are "
+                f"{self.context}; shorten the prompt or ask for fewer tokens"
+            )
+        needed = self.num_pages_for(longest - 1)  # the last token's position is never read
+        if needed > available:
+            raise RequestError(
+                f"prompt of {num_prompt} tokens and max_tokens {max_tokens}: need {needed} cache pages, available are "
+                f"{available}; shorten the prompt or ask for fewer tokens"
+            )
+
+
+@dataclass(eq=False)
+class Run:
+    """A sequence from its admission to a slot until it leaves: finished, cancelled or preempted."""
+
+    sequence: Sequence
+    slot: int
+    tokens: tuple[int, ...]  # to prefill: the prompt, and what was answered before a preemption
+    keys: list[bytes]  # of the full pages of ``tokens``
+    marks: tuple[int, ...]  # boundaries where a chunk must end, since its rings are worth keeping; ascending
+    nodes: list[Node]  # of the leading pages: those filled and known to the prefix cache
+    pages: list[int]
+    position: int  # of the next token to plan for prefilling
+    kept: int = 0  # tokens of the pages in ``nodes``
+    least: int = 0  # tokens that plans in flight add
+    most: int = 0
+    left: bool = False
+
+    @property
+    def prefilled(self) -> bool:
+        return self.position == len(self.tokens)
+
+    @property
+    def needs_step(self) -> bool:
+        """Whether it decodes, is not held, and is not sure to end with what is in flight."""
+        sequence = self.sequence
+        return self.prefilled and not sequence.held and len(sequence.output) + self.least < sequence.params.max_tokens
+
+    def will_cache_part_of(self, other: Sequence) -> bool:
+        """Whether its prefill is still on the way to a boundary that another prompt can start from."""
+        if not self.marks or self.kept >= self.marks[-1] or self.sequence.owner != other.owner:
+            return False
+        mark = self.marks[-1]
+        return mark < len(other.prompt) and other.prompt[:mark] == self.tokens[:mark]
+
+
+@dataclass
+class Changes:
+    """What the device must be told with the next plan."""
+
+    resets: list[int] = field(default_factory=list)
+    page_updates: list[PageUpdate] = field(default_factory=list)
+    restores: list[RingCopy] = field(default_factory=list)
+
+    def forget(self, slot: int) -> None:
+        self.resets = [other for other in self.resets if other != slot]
+        self.page_updates = [update for update in self.page_updates if update.slot != slot]
+        self.restores = [copy for copy in self.restores if copy.slot != slot]
+
+
+_RANK = attrgetter("rank")
+_RUN_RANK = attrgetter("sequence.rank")
+
+
+class Admission:
+    """The queue, the slots and the pages."""
+
+    def __init__(self, config: SchedulerConfig):
+        self.config = config
+        self.pool = PagePool(config.num_pages)
+        self.prefix = PrefixCache(self.pool, page_size=config.page_size, num_snapshots=config.num_snapshots)
+        self.waiting: list[Sequence] = []  # by rank
+        self.running: list[Run] = []  # by rank
+        self.changes = Changes()
+        self.num_preemptions = 0
+        self._alive: dict[str, Sequence] = {}
+        self._slots = list(range(config.num_slots))  # free ones: a heap, so that steps may run the lowest few
+        self._num_added = 0
+        self._stuck: tuple[Sequence, int] | None = None  # who did not fit last time, into so many spare pages
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence.
+
+        Raises:
+          RequestError: it can never run, whatever else runs.
+          QueueFullError: too many wait.
+        """
+        if sequence.id in self._alive:
+            raise RequestError(f"id: {sequence.id!r} is running already, expected a new one")
+        self.config.check(len(sequence.prompt), sequence.params.max_tokens)
+        if len(self.waiting) >= self.config.max_waiting:
+            raise QueueFullError(f"queue: {len(self.waiting)} requests wait, expected fewer; try again later")
+        sequence.arrival = self._num_added
+        self._num_added += 1
+        self._alive[sequence.id] = sequence
+        insort(self.waiting, sequence, key=_RANK)
+
+    def finish(self, id: str, reason: FinishReason = "stop") -> Sequence | None:
+        """Take a sequence out, in whatever state it is; None if it has ended already."""
+        sequence = self._alive.pop(id, None)
+        if sequence is None:
+            return None
+        if sequence.slot is None:
+            self.waiting.remove(sequence)
+        else:
+            self._leave(next(run for run in self.running if run.sequence is sequence))
+        sequence.state, sequence.finish_reason = SequenceState.FINISHED, reason
+        return sequence
+
+    def admit(self) -> None:
+        """Give slots and pages to those who wait, in their order: while the first does not fit, nobody passes it."""
+        while self.waiting:
+            sequence = self.waiting[0]
+            if sequence.num_in_flight:
+                return  # just preempted: tokens are still to come
+            if any(run.will_cache_part_of(sequence) for run in self.running):
+                return  # n answers to one prompt prefill it once
+            if self._stuck and self._stuck[0] is sequence and self._spare_pages <= self._stuck[1]:
+                return  # without another look at a prompt that may be long
+            while not (self._slots and self._enter(sequence)):
+                victim = self.running[-1]
+                if victim.sequence.priority <= sequence.priority:
+                    self._stuck = (sequence, self._spare_pages) if self._slots else None
+                    return
+                self._preempt(victim)
+
+    @property
+    def _spare_pages(self) -> int:
+        """Pages for who enters: all but one for each who runs and will want it soon, or his prefill would be wasted."""
+        return self.prefix.num_available - len(self.running)
+
+    def _enter(self, sequence: Sequence) -> bool:
+        """Put the first who waits into a slot, with pages for its whole prompt; False if they are too few."""
+        tokens = (*sequence.prompt, *sequence.output)
+        page_size, prefix = self.config.page_size, self.prefix
+        keys = prefix.keys(tokens) if prefix.enabled and sequence.use_prefix else []
+        last = (len(tokens) - 1) // page_size  # the last token runs in any case: its logits are needed
+        match = prefix.match(sequence.owner, keys[:last])
+        prefix.acquire(match.nodes)
+        reserved = max(len(tokens), sequence.max_cached) if self.config.reserve else len(tokens)
+        missing = self.config.num_pages_for(reserved) - len(match.nodes)
+        new = prefix.allocate(missing) if missing <= self._spare_pages else None
+        if new is None:
+            prefix.release(match.nodes)
+            return False
+
+        start = len(match.nodes) * page_size
+        pages = [*(node.page for node in match.nodes), *new]
+        # Where a known chain ends without a snapshot, prompts part: others will want to start there.
+        marks = tuple(sorted({match.num_pages * page_size, last * page_size})) if keys else ()
+        slot = heappop(self._slots)
+        run = Run(sequence, slot, tokens, keys, marks, list(match.nodes), pages, start, start)
+        self.waiting.remove(sequence)
+        insort(self.running, run, key=_RUN_RANK)
+        sequence.slot, sequence.state = slot, SequenceState.PREFILLING
+        if not sequence.num_preemptions:
+            sequence.num_cached = start
+        prefix.stats.lookups += 1
+        prefix.stats.lookup_tokens += len(tokens)
+        prefix.stats.hit_tokens += start
+
+        self.changes.resets.append(slot)
+        self.changes.page_updates.append(PageUpdate(slot, 0, tuple(pages)))
+        if match.nodes:
+            snapshot = match.nodes[-1].snapshot
+            assert snapshot is not None
+            self.changes.restores.append(RingCopy(slot, snapshot))
+        return True
+
+    def grow(self, run: Run, positions: int) -> bool:
+        """Give a sequence pages for so many positions; False if it had to go instead."""
+        positions = min(positions, run.sequence.max_cached)  # those past them write surplus, to the trash page
+        missing = self.config.num_pages_for(positions) - len(run.pages)
+        if missing <= 0:
+            return True
+        while (pages := self.prefix.allocate(missing)) is None:
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is run:
+                return False
+        self.changes.page_updates.append(PageUpdate(run.slot, len(run.pages), pages))
+        run.pages += pages
+        return True
+
+    def keep_prefix(self, run: Run, end: int, snapshot: int | None) -> None:
+        """Make the pages filled up to ``end`` known to the prefix cache, with the rings there if they were saved."""
+        if run.left or not run.keys:
+            if snapshot is not None:
+                self.prefix.discard(snapshot)
+            return
+        for at in range(len(run.nodes), end // self.config.page_size):
+            node = self.prefix.insert(run.nodes[-1] if run.nodes else run.sequence.owner, run.keys[at], run.pages[at])
+            if node.page != run.pages[at]:
+                run.pages[at] = node.page
+                self.changes.page_updates.append(PageUpdate(run.slot, at, (node.page,)))
+            run.nodes.append(node)
+            run.kept += self.config.page_size
+        if snapshot is not None:
+            self.prefix.attach(run.nodes[-1], snapshot)
+
+    def take_changes(self) -> Changes:
+        """What has changed for the device since the last call."""
+        changes, self.changes = self.changes, Changes()
+        return changes
+
+    def _preempt(self, run: Run) -> None:
+        """Back to the queue: what was computed is lost, but not the tokens, nor those in flight."""
+        self._leave(run)
+        run.sequence.state = SequenceState.WAITING
+        run.sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        insort(self.waiting, run.sequence, key=_RANK)
+
+    def _leave(self, run: Run) -> None:
+        """Free a slot and its pages. Steps in flight still write there, and before anything planned later."""
+        run.left = True
+        self.running.remove(run)
+        heappush(self._slots, run.slot)
+        run.sequence.slot = None
+        self.changes.forget(run.slot)
+        self.pool.release(run.pages[len(run.nodes) :])
+        self.prefix.release(run.nodes)
+
+    def check(self, *, num_reserved: int = 0) -> None:
+        """Assert the invariants: counts are uses, slots are given once, everybody alive is in one place."""
+        held = [page for run in self.running for page in run.pages]
+        self.pool.check([*held, *self.prefix.pages()])
+        self.prefix.check(num_reserved=num_reserved)
+        for run in self.running:
+            assert run.sequence.slot == run.slot
+            assert run.pages[: len(run.nodes)] == [node.page for node in run.nodes]
+            assert all(self.pool.users(page) == 1 for page in run.pages[len(run.nodes) :]), "an open page is shared"
+        assert sorted([*self._slots, *(run.slot for run in self.running)]) == list(range(self.config.num_slots))
+        places = [*self.waiting, *(run.sequence for run in self.running)]
+        assert sorted(self._alive) == sorted(sequence.id for sequence in places)

@@ -1,0 +1,110 @@
+"""One answer in the making, as the engine keeps it: what ends it, and what its steps told of its tokens."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from stepjax.infer.engine.sequence import Row, Sequence, StepPlan
+from stepjax.infer.guided.guide import Guide
+
+
+class Score(NamedTuple):
+    """Log-probabilities at one position: of the token there, and of the likeliest."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # token id and log-probability, likeliest first
+
+
+NO_EXPERT = 0xFFFF  # of a token that was not run; no router has so many experts
+
+
+class Routing:
+    """One sequence's. A token that is run again, after a preemption or in a later turn, keeps its first experts: the
+    token behind it was sampled with those.
+    """
+
+    def __init__(self) -> None:
+        self._ids: np.ndarray | None = None  # uint16 [room, L, A]
+
+    def take(self, start: int, ids_TLA: np.ndarray) -> None:
+        """Experts of the tokens from ``start`` on; `NO_EXPERT` says nothing."""
+        end = start + len(ids_TLA)
+        room = np.empty((0, *ids_TLA.shape[1:]), np.uint16) if self._ids is None else self._ids
+        if end > len(room):
+            more = np.full((2 * end - len(room), *ids_TLA.shape[1:]), NO_EXPERT, np.uint16)
+            room = self._ids = np.concatenate([room, more])
+        held = room[start:end]
+        np.copyto(held, ids_TLA, where=held == NO_EXPERT)
+
+    def first(self, num_tokens: int) -> np.ndarray | None:
+        """Of the first so many tokens, uint16 [tokens, MoE layers, A]; None if none was run."""
+        return None if self._ids is None else self._ids[:num_tokens].copy()
+
+
+@dataclass(eq=False)
+class Answer:
+    """An answer in the making."""
+
+    sequence: Sequence
+    ends: frozenset[int]  # ids that end it
+    guide: Guide | None = None  # while it has a say
+    masks: Future[np.ndarray] | None = None  # for the next step
+    fault: str = ""
+    experts: Routing = field(default_factory=Routing)
+    _prompt: list[Score | None] | None = None
+
+    def cut(self, tokens: list[int]) -> tuple[tuple[int, ...], bool]:
+        """The tokens up to the first that ends the answer, and whether there is one within ``max_tokens``.
+
+        Raises:
+          GrammarError: a token may not stand where it is.
+        """
+        room = self.sequence.params.max_tokens - len(self.sequence.output)
+        tokens = tokens[:room]
+        if self.guide is None and self.ends.isdisjoint(tokens):
+            return tuple(tokens), False
+        for at, token in enumerate(tokens):
+            if self.guide is not None:
+                self.guide.push(token)
+            if token in self.ends or (self.guide is not None and self.guide.done):
+                return tuple(tokens[: at + 1]), True
+        return tuple(tokens), False
+
+    def scores(self, found: Any, place: int, count: int) -> tuple[Score, ...]:
+        """Of the ``count`` tokens of a row, if asked for."""
+        top = self.sequence.params.logprobs
+        return () if top is None else tuple(_score(found, (place, at), top) for at in range(count))
+
+    def take_experts(self, row: Row, plan: StepPlan, found: np.ndarray, count: int) -> None:
+        """Of the tokens that a step ran and that stay: a piece of a prompt, or the newest token and the drafts that
+        were right, one for each of the ``count`` new tokens.
+        """
+        if plan.kind == "prefill":
+            self.experts.take(row.start, found[: row.count])
+        else:
+            self.experts.take(self.sequence.num_tokens - 1, found[:count])
+
+    def take_prompt(self, row: Row, found: Any) -> None:
+        """The scores of the prompt tokens that follow a piece's."""
+        prompt, top = self.sequence.prompt, self.sequence.params.prompt_logprobs
+        if self._prompt is None:
+            self._prompt = [None] * (len(prompt) - 1)
+        for at in range(row.start, min(row.start + row.count, len(prompt) - 1)):
+            self._prompt[at] = _score(found, at - row.start, top or 0)
+
+    def give_prompt(self) -> tuple[Score, ...]:
+        """The scores of the whole prompt, once."""
+        if self._prompt is None or None in self._prompt:
+            return ()
+        found, self._prompt = self._prompt, []
+        self.sequence.params = self.sequence.params.replace(prompt_logprobs=None)
+        return tuple(each for each in found if each is not None)
+
+
+def _score(found: Any, at: Any, top: int) -> Score:
+    ids, values = found.top_id_BTN[at][:top].tolist(), found.top_BTN[at][:top].tolist()
+    return Score(float(found.token_BT[at]), tuple(zip(ids, values, strict=True)))

@@ -1,0 +1,113 @@
+"""What the engine keeps and how it schedules, and the sizes that follow for a model and a device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from stepjax.errors import ConfigError
+from stepjax.infer.engine.adapters import StackSize
+from stepjax.infer.engine.executor import CacheSize
+from stepjax.infer.hosts import least
+from stepjax.weights.inventory import kv_bytes_per_token
+
+if TYPE_CHECKING:
+    from stepjax.infer.session import Session
+
+CPU_CACHE_BYTES = 2**30
+DEVICE_SHARE = 0.85  # of an accelerator's free memory that caches may take; the rest is for what steps compute
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Settings of an engine; what is None follows from the model and the device."""
+
+    num_slots: int = 16  # sequences that run together; the others wait
+    context: int | None = None  # tokens of the longest sequence; None: the model's, if the cache can hold it
+    cache_bytes: int | None = None  # on each device, for the pages of full-attention layers
+    num_pages: int | None = None  # instead of cache_bytes
+    page_size: int = 64  # tokens
+    num_snapshots: int | None = None  # prompt beginnings kept for the prefix cache; 0: none; None: twice the slots
+    speculate: int | None = None  # MTP drafts per step; None: chosen for each step by its number of sequences
+    widths: tuple[int, ...] = (16, 64, 256, 512)  # of prefill pieces
+    token_budget: int = 512  # positions of a prefill step, which decoding sequences wait for
+    max_waiting: int = 1024  # answers that may wait for a slot
+    adapter_slots: int = 0  # adapters that are loaded at once; 0: none can be
+    adapter_rank: int = 32  # the largest that an adapter may have
+    adapter_expert_rank: int | None = None  # at routed experts; None: adapter_rank // experts per token, at least 1
+    deterministic: bool = False  # bitwise the same log-probabilities whatever else runs
+    routing: bool = False  # tell the experts of every token when an answer ends (`Update.experts`)
+
+    def __post_init__(self) -> None:
+        if self.num_slots < 1:
+            raise ConfigError(f"num_slots: is {self.num_slots}, expected at least 1")
+        if self.adapter_slots < 0:
+            raise ConfigError(f"adapter_slots: is {self.adapter_slots}, expected 0 or more")
+        for name, rank in (("adapter_rank", self.adapter_rank), ("adapter_expert_rank", self.adapter_expert_rank)):
+            if rank is not None and rank < 1:
+                raise ConfigError(f"{name}: is {rank}, expected at least 1")
+        if self.page_size < 1:
+            raise ConfigError(f"page_size: is {self.page_size}, expected at least 1")
+        if self.cache_bytes is not None and self.num_pages is not None:
+            raise ConfigError("cache_bytes and num_pages: expected one of them, since each decides the other")
+        if self.deterministic and self.num_snapshots:
+            raise ConfigError(
+                f"num_snapshots: is {self.num_snapshots}, expected 0 with deterministic: a prompt that is partly "
+                "cached is computed in other pieces"
+            )
+        if self.routing and self.num_snapshots:
+            raise ConfigError(
+                f"num_snapshots: is {self.num_snapshots}, expected 0 with routing: the experts of a prompt that is "
+                "partly cached are not known"
+            )
+
+    def stack_size(self, session: Session) -> StackSize | None:
+        """Room for adapters, if any may be loaded."""
+        if not self.adapter_slots:
+            return None
+        of_experts = self.adapter_expert_rank or max(1, self.adapter_rank // session.config.top_k)
+        return StackSize(self.adapter_slots, self.adapter_rank, of_experts)
+
+    def sizes(self, session: Session) -> CacheSize:
+        """What to keep on the device."""
+        model, size = session.config, self.page_size
+        per_page = kv_bytes_per_token(model, element_bytes=jnp.dtype(session.dtype).itemsize) * size // _split(session)
+        longest = self.context or model.max_positions
+        if not 1 < longest <= model.max_positions:
+            raise ConfigError(f"context: is {longest}, expected 2 to {model.max_positions}, the model's")
+        wanted = self.num_slots * -(-longest // size)
+        if self.num_pages is not None:
+            pages = self.num_pages
+        else:
+            room = self.cache_bytes if self.cache_bytes is not None else least(_free_bytes())
+            pages = min(wanted, room // per_page if per_page else wanted)
+        if pages < 1:
+            raise ConfigError(
+                f"cache_bytes: is {self.cache_bytes}, expected at least {per_page} for a page of {size} tokens"
+            )
+        if self.context is None:
+            longest = min(longest, pages * size)
+        cached = not (self.deterministic or self.routing)
+        snapshots = 0 if not cached else 2 * self.num_slots if self.num_snapshots is None else self.num_snapshots
+        return CacheSize(self.num_slots, pages + 1, size, longest, snapshots)
+
+
+def _split(session: Session) -> int:
+    """Devices that share a page: by key-value heads and by position."""
+    shape = (1, 64 * 64, session.config.layers[0].num_kv_heads, session.config.layers[0].head_dim)
+    where = session.model.layout.sharding(shape, None, "rows", "kv_heads", "head")
+    if where is None:
+        return 1
+    local = where.shard_shape(shape)
+    return shape[1] * shape[2] // (local[1] * local[2])
+
+
+def _free_bytes() -> int:
+    """Memory for pages on the first device."""
+    stats = jax.local_devices()[0].memory_stats()
+    if not stats or "bytes_limit" not in stats:
+        return CPU_CACHE_BYTES
+    return int(DEVICE_SHARE * (stats["bytes_limit"] - stats["bytes_in_use"]))

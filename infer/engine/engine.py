@@ -1,0 +1,523 @@
+"""The engine: many requests at once, each with the tokens that it would get alone.
+
+`stepjax.infer.engine.scheduler` plans a step, `stepjax.infer.engine.executor` launches it, and then it is read. A step
+is launched before the previous one has been read, so that the device does not wait for the host. The end of an answer
+is therefore seen one step late, and the surplus tokens are dropped.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence as Tokens
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stepjax.adapters.lora import LoraConfig
+from stepjax.adapters.peft import import_adapter
+from stepjax.errors import ContextError, RequestError
+from stepjax.infer.engine.adapters import AdapterNames, AdapterStack
+from stepjax.infer.engine.admission import SchedulerConfig
+from stepjax.infer.engine.answer import Answer, Score
+from stepjax.infer.engine.config import EngineConfig
+from stepjax.infer.engine.draft_policy import DRAFTS, DraftPolicy, StepBytes
+from stepjax.infer.engine.executor import Assignment, CacheSize, Executor, Mask, Order
+from stepjax.infer.engine.followers import Channel, Leader, connect, follow
+from stepjax.infer.engine.scheduler import Scheduler
+from stepjax.infer.engine.sequence import Row, Sequence, StepOutput, StepPlan
+from stepjax.infer.engine.state import Emitted
+from stepjax.infer.engine.stats import Ran, Stats
+from stepjax.infer.guided.guide import Constraint
+from stepjax.infer.guided.schema_grammar import GrammarError
+from stepjax.infer.sampling.params import SamplingParams
+from stepjax.infer.transcript import FinishReason
+from stepjax.model.step3p5 import Params
+from stepjax.sharding.watchdog import deadline
+
+if TYPE_CHECKING:
+    from stepjax.infer.session import Session
+
+log = logging.getLogger(__name__)
+
+STEP_S = 300.0  # after which a compiled step on several hosts is taken to hang
+
+
+class Update(NamedTuple):
+    """What a step added to one answer."""
+
+    id: str
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    scores: tuple[Score, ...] = ()  # of the tokens, if asked for
+    prompt_scores: tuple[Score, ...] = ()  # of the prompt from its second token on, with the first tokens
+    num_cached: int = 0  # prompt tokens that the prefix cache spared
+    fault: str = ""  # why it ended in an error, if that was not the model's numbers
+    experts: np.ndarray | None = None  # uint16 [prompt and answer, MoE layers, A], at the end, if the engine keeps them
+
+
+class Engine:
+    """Runs requests on one model. Not thread-safe: one thread calls `add`, `step`, `finish` and `cancel`."""
+
+    def __init__(self, session: Session, config: EngineConfig | None = None, *, channels: Tokens[Channel] = ()):
+        """
+        Args:
+          channels: to the other processes of a cluster, which `follow` this one; see `stepjax.infer.engine.followers`.
+
+        Raises:
+          ConfigError: the configuration contradicts itself, or the cache has no room for a single page.
+          RequestError: more drafts than the checkpoint has MTP layers.
+        """
+        self.config = config = config or EngineConfig()
+        self.stats = Stats()
+        self.executor = executor_of(session, config)
+        self._runner, sizes = self.executor.runner, self.executor.size
+        self._leader = Leader(self.executor, channels) if channels else None
+        drafts = self._runner.drafts
+        self._policy = DraftPolicy(StepBytes.of(session.config, session.params), most=drafts)
+        fixed = config.speculate if config.speculate is not None else drafts if config.deterministic else None
+        self._fixed_drafts = fixed
+        self.scheduler = Scheduler(self._scheduler_config(sizes), drafts=self._drafts)
+        self._session = session
+        self._adapters = AdapterNames(config.adapter_slots)
+        self._in_flight: deque[_Launched] = deque()
+        self._owners: dict[int, str] = {}  # slot → the sequence whose sampling it has
+        self._answers: dict[str, Answer] = {}
+        self._numbers = itertools.count()
+        self._free = 0.0  # since when the device has worked on the step that is read next
+        self._slot_buckets = _slot_buckets(config)
+        self._guides = ThreadPoolExecutor(max_workers=2, thread_name_prefix="masks")  # neighbours do not wait for one
+        self._masking: dict[Future[np.ndarray], str] = {}  # to the answer that waits for it
+        self._masked_slots: set[int] = set()
+        self._failed: list[Update] = []
+        self.on_step: Callable[[Ran], None] | None = None  # called with every step that has been read
+
+    def add(
+        self,
+        prompt: Tokens[int],
+        params: SamplingParams | None = None,
+        *,
+        id: str | None = None,
+        priority: int = 0,
+        adapter: str = "",
+        salt: str = "",
+        constraint: Constraint | None = None,
+    ) -> list[str]:
+        """Queue a request; returns the ids of its answers, one unless ``params.n`` asks for more.
+
+        Args:
+          params: ``max_tokens`` is cut to the room that the context leaves. None: the checkpoint's defaults.
+          id: of the request; that of answer i of several is ``id/i``.
+          priority: lower goes first.
+          adapter: name of one that `load_adapter` loaded; "" is the model alone. The answer keeps the version that is
+            loaded now.
+          salt: requests share cached prompts only if salt and adapter are the same.
+          constraint: bounds the thinking, and holds what follows to a grammar.
+
+        Raises:
+          RequestError: a bad prompt, bad parameters, or more than the cache can ever hold.
+          QueueFullError: too many wait.
+        """
+        id = id if id is not None else f"request-{next(self._numbers)}"
+        params = self.fit(prompt, params)
+        version = self._adapters.key(adapter)
+        ids = [id] if params.n == 1 else [f"{id}/{index}" for index in range(params.n)]
+        for index, each in enumerate(ids):
+            own = params.replace(n=1, seed=(params.seed + index) % 2**32)
+            sequence = Sequence(
+                each,
+                tuple(map(int, prompt)),
+                own,
+                priority,
+                version,
+                salt,
+                use_prefix=own.prompt_logprobs is None or index > 0,
+            )
+            if index:
+                sequence.params = own.replace(prompt_logprobs=None)
+            try:
+                self.scheduler.add(sequence)
+            except RequestError:
+                for earlier in ids[:index]:  # all answers of a request or none
+                    self.cancel(earlier)
+                raise
+            answer = Answer(sequence, frozenset(own.ends(self._session.config.eos_ids)))
+            self._answers[each] = answer
+            if constraint is not None and (guide := constraint.guide()).active:
+                answer.guide, answer.sequence.held = guide, True
+                answer.masks = self._guides.submit(guide.ahead, ())  # for the token that prefill samples
+        return ids
+
+    def fit(self, prompt: Tokens[int], params: SamplingParams | None = None) -> SamplingParams:
+        """The parameters as `add` takes them: checked, and cut to the room that the context leaves. Any thread may ask.
+
+        Raises:
+          ContextError: the prompt leaves no room to answer.
+          RequestError: a bad prompt, bad parameters, or more than the cache can ever hold.
+        """
+        session, config = self._session, self.scheduler.config
+        params = params or session.sampling()
+        room = min(session.check_prompt(prompt), config.context - len(prompt))
+        if room < 1:
+            raise ContextError(
+                f"prompt: has {len(prompt)} tokens, but the engine's context is {config.context}; shorten the prompt "
+                "or give the engine a larger context"
+            )
+        params = params.replace(max_tokens=min(params.max_tokens, room), min_tokens=min(params.min_tokens, room))
+        params.check(self._runner.num_tokens, eos_ids=session.config.eos_ids)
+        config.check(len(prompt), params.max_tokens)
+        return params
+
+    def finish(self, id: str, reason: FinishReason = "stop") -> None:
+        """End an answer, as where its text reached a stop string; nothing more comes of it."""
+        self.scheduler.finish(id, reason)
+        self._answers.pop(id, None)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that new requests may use. Any thread may ask."""
+        return self._adapters.names
+
+    def load_adapter(
+        self,
+        name: str,
+        adapter: Mapping[str, Any] | Path | str,
+        lora: LoraConfig | None = None,
+        *,
+        replace: bool = False,
+    ) -> None:
+        """Load an adapter under a name; who is being answered keeps what they began with.
+
+        Args:
+          adapter: a PEFT folder, or factors by name with their settings ``lora``. An engine of several processes takes
+            folders only, which each of them reads.
+          replace: take the place of an adapter of that name.
+
+        Raises:
+          RequestError: no slot is free, the name is taken, or the rank too large.
+          CheckpointError, ConfigError: the folder is damaged, or of another model.
+        """
+        stack = self.executor.adapters
+        if stack is None:
+            raise RequestError("adapter: this engine has no room for any; give it adapter_slots")
+        folder = Path(adapter).absolute() if isinstance(adapter, str | Path) else None
+        if folder is not None:
+            adapter, lora = import_adapter(folder, self._session.config)
+        assert not isinstance(adapter, str | Path)
+        if lora is None:
+            raise RequestError("adapter: factors are given, expected their LoraConfig with them")
+        if self._leader and folder is None:
+            raise RequestError("adapter: an engine of several processes loads folders that all of them can read")
+        stack.check(adapter)
+        in_use = {answer.sequence.adapter for answer in self._answers.values()}
+        slot = self._adapters.reserve(name, in_use, replace=replace)
+        if self._leader:
+            self._leader.load_adapter(slot, folder)
+        self.executor.load_adapter(slot, adapter, lora)
+        self._adapters.enter(name, slot)
+
+    def unload_adapter(self, name: str) -> None:
+        """Take an adapter from new requests; its slot is free once those that use it have ended.
+
+        Raises:
+          RequestError: there is none of that name.
+        """
+        self._adapters.remove(name)
+
+    def cancel(self, id: str) -> None:
+        self.finish(id, "cancelled")
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._in_flight or self._answers or self._failed)
+
+    def step(self) -> list[Update]:
+        """Launch a step and read the one before it."""
+        began = time.perf_counter()
+        self._take_masks()
+        plan = self.scheduler.plan()
+        if plan is None and not self._in_flight and self._masking:
+            wait(self._masking, return_when=FIRST_COMPLETED)
+            self._take_masks()
+            plan = self.scheduler.plan()
+        dry = bool(self._in_flight) and self._in_flight[-1].emitted.token_BT.is_ready()
+        if plan is not None:
+            self.stats.num_idle += dry
+            order, compiled = self._order(plan), self._runner.compile_s
+            emitted = (self._leader or self.executor).run(order)
+            compiled = self._runner.compile_s - compiled
+            if compiled:
+                self._free = time.perf_counter()
+            self._free = max(self._free, began) if not self._in_flight else self._free
+            answers = tuple(self._answers.get(row.id) for row in plan.rows)
+            self._in_flight.append(_Launched(order, emitted, answers))
+            self.stats.host_s -= compiled
+        self.stats.host_s += time.perf_counter() - began
+        if not self._in_flight or (plan is not None and len(self._in_flight) == 1):
+            return self._take_failed()
+        order, emitted, answers = self._in_flight.popleft()
+        began = time.perf_counter()
+        with deadline("a step", STEP_S):
+            emitted = jax.tree.map(np.asarray, emitted)
+        ready = time.perf_counter()
+        updates = [*self._commit(order, emitted, answers), *self._take_failed()]
+        self.stats.wait_s += ready - began
+        if order.plan.kind == "prefill":
+            self.stats.prefill_s += ready - self._free
+        else:
+            self.stats.decode_s += ready - self._free
+        if self.on_step:
+            self.on_step(Ran(order, ready - self._free, dry))
+        self._free = ready
+        self.stats.host_s += time.perf_counter() - ready
+        return updates
+
+    def run(self) -> Iterator[Update]:
+        """Steps until nothing is left to do."""
+        while self.has_work:
+            yield from self.step()
+
+    def restart(self, params: Params) -> None:
+        """Go on with other parameters of the same shapes, as a new engine would: nothing that was cached is met again.
+
+        The parameters are used where they lie. No request may be under way.
+        """
+        assert not self.has_work, "finish or cancel what runs first"
+        assert self._leader is None, "the processes that follow have parameters of their own"
+        self.executor.params = params
+        self.scheduler = Scheduler(self._scheduler_config(self.executor.size), drafts=self._drafts)
+        self._policy = DraftPolicy(StepBytes.of(self._session.config, params), most=self._runner.drafts)
+        self._owners.clear()
+        self.executor.forget()
+
+    def warm(self) -> None:
+        """Compile every step that these settings can ask for, so that none is compiled while requests wait."""
+        drafts = DRAFTS if self._fixed_drafts is None else (self._fixed_drafts,)
+        decode = [(slots, k) for slots in self._slot_buckets for k in drafts if k <= self._runner.drafts]
+        config = self.scheduler.config
+        prefill = [
+            (rows, width)
+            for width in config.widths
+            for rows in self.executor.row_buckets_for(min(config.prefill_rows, config.token_budget // width))
+        ]
+        (self._leader or self.executor).warm(decode, prefill)
+
+    def close(self) -> None:
+        """Let the processes go that follow this one."""
+        self._guides.shutdown(cancel_futures=True)
+        if self._leader:
+            self._leader.close()
+
+    def _scheduler_config(self, sizes: CacheSize) -> SchedulerConfig:
+        config = self.config
+        enough = next((width for width in config.widths if width >= sizes.context), config.widths[-1])
+        return SchedulerConfig(
+            num_slots=sizes.num_slots,
+            num_pages=sizes.num_pages,
+            context=sizes.context,
+            page_size=sizes.page_size,
+            widths=tuple(width for width in config.widths if width <= enough),  # wider pieces would never be full
+            token_budget=config.token_budget,
+            num_snapshots=sizes.num_snapshots,
+            max_waiting=config.max_waiting,
+            prefill_rows=1 if config.deterministic else sizes.num_slots,
+            reserve=config.deterministic,
+        )
+
+    def _drafts(self, batch: int) -> int:
+        return self._policy.drafts(batch) if self._fixed_drafts is None else self._fixed_drafts
+
+    def _order(self, plan: StepPlan) -> Order:
+        for slot in plan.resets:
+            self._owners.pop(slot, None)
+            self._masked_slots.discard(slot)
+        assignments, masks = [], []
+        rows = [(row, self._answers.get(row.id)) for row in plan.rows]
+        for row, answer in rows:
+            if answer is not None and self._owners.get(row.slot) != row.id:
+                self._owners[row.slot] = row.id
+                sequence = answer.sequence
+                adapter = self._adapters.slot(sequence.adapter)
+                assignments.append(
+                    Assignment(row.slot, sequence.params, sequence.prompt, tuple(sequence.output), adapter)
+                )
+            if answer is not None and (mask := self._mask(row, answer, plan)) is not None:
+                masks.append(mask)
+        wanted = [answer.sequence.params for _, answer in rows if answer is not None]
+        highest = 1 + max(row.slot for row in plan.rows)
+        return Order(
+            plan,
+            tuple(assignments),
+            num_slots=next(bucket for bucket in self._slot_buckets if bucket >= highest),
+            scores=any(params.logprobs is not None for params in wanted),
+            drafts=any(answer is not None and answer.guide is not None for _, answer in rows),
+            masks=tuple(masks),
+            prompt_scores=plan.kind == "prefill" and any(params.prompt_logprobs is not None for params in wanted),
+        )
+
+    def _commit(self, order: Order, emitted: Any, launched: Tokens[Answer | None]) -> list[Update]:
+        """Take a step's tokens: end what they end, and tell the scheduler.
+
+        Args:
+          launched: whose the rows were. An answer that has ended since is not there any more, or another has its id.
+        """
+        plan, stats = order.plan, self.stats
+        answers = [
+            each if self._answers.get(row.id) is each else None for row, each in zip(plan.rows, launched, strict=True)
+        ]
+        at = [row.slot for row in plan.rows] if plan.kind == "decode" else list(range(len(plan.rows)))
+        count_B, token_BT, finite_B = (x.tolist() for x in (emitted.count_B, emitted.token_BT, emitted.finite_B))
+        self._count(plan, [count_B[place] for place in at])
+        taken: list[tuple[Row, int, tuple[int, ...], FinishReason | None]] = []
+        for row, answer, place in zip(plan.rows, answers, at, strict=True):
+            tokens: tuple[int, ...] = ()
+            reason: FinishReason | None = None
+            if answer is not None:
+                if order.prompt_scores and answer.sequence.params.prompt_logprobs is not None:
+                    answer.take_prompt(row, jax.tree.map(lambda x, p=place: x[p], emitted.prompt))
+                try:
+                    sound = finite_B[place]
+                    tokens, ended = answer.cut(token_BT[place][: count_B[place]]) if sound else ((), False)
+                    reason = ("stop" if ended else None) if sound else "error"
+                except Exception as error:  # its guide's: one request's, never the engine's
+                    reason, answer.fault = "error", _fault(error)
+                if emitted.expert_BTLA is not None:
+                    answer.take_experts(row, plan, emitted.expert_BTLA[place], len(tokens))
+                if reason == "error":
+                    self.scheduler.finish(row.id, reason)
+                elif tokens and reason is None and answer.guide is not None:
+                    self._look_ahead(answer, emitted.draft_BK[place].tolist())
+            taken.append((row, place, tokens, reason))
+        done = {each.id for each in self.scheduler.commit(plan, StepOutput(tuple(each[2] for each in taken)))}
+        updates = []
+        for (row, place, tokens, reason), answer in zip(taken, answers, strict=True):
+            if answer is None or not (tokens or reason):
+                continue
+            if reason == "stop":
+                self.scheduler.finish(row.id, reason)
+            elif reason is None and row.id in done:
+                reason = "length"
+            scores = answer.scores(emitted.scores, place, len(tokens)) if order.scores else ()
+            cached = answer.sequence.num_cached
+            experts = answer.experts.first(answer.sequence.num_tokens) if reason else None
+            updates.append(Update(row.id, tokens, reason, scores, answer.give_prompt(), cached, answer.fault, experts))
+            if reason:
+                del self._answers[row.id]
+        stats.num_steps += 1
+        return updates
+
+    def _look_ahead(self, answer: Answer, drafts: Tokens[int]) -> None:
+        """Have the tokens found that may follow; no decode step of the answer is planned before they are known."""
+        guide = answer.guide
+        assert guide is not None
+        if guide.active:
+            answer.masks = self._guides.submit(guide.ahead, drafts)
+            self._masking[answer.masks] = answer.sequence.id
+        else:
+            answer.guide = answer.masks = None
+            answer.sequence.held = False
+
+    def _take_masks(self) -> None:
+        """Let answers go on whose masks are there."""
+        for future in [each for each in self._masking if each.done()]:
+            answer = self._answers.get(self._masking.pop(future))
+            if answer is not None and answer.masks is future:
+                answer.sequence.held = False
+
+    def _mask(self, row: Row, answer: Answer, plan: StepPlan) -> Mask | None:
+        """What the device must be told of a row's tokens."""
+        if answer.guide is None:
+            if row.slot not in self._masked_slots:
+                return None
+            self._masked_slots.discard(row.slot)
+            return Mask(row.slot, b"")
+        if plan.kind == "prefill" and row.next_id >= 0:
+            return None
+        answer.sequence.held = True  # until this step is read
+        assert answer.masks is not None
+        self._masked_slots.add(row.slot)
+        try:
+            return Mask(row.slot, answer.masks.result()[: 1 + plan.drafts].tobytes())
+        except Exception as error:  # one request's, never the engine's
+            self._fail(answer, _fault(error))
+            return None
+
+    def _fail(self, answer: Answer, fault: str) -> None:
+        """End an answer that cannot go on; what is in flight of it is dropped."""
+        id = answer.sequence.id
+        self.finish(id, "error")
+        self._failed.append(Update(id, (), "error", fault=fault))
+
+    def _take_failed(self) -> list[Update]:
+        failed, self._failed = self._failed, []
+        return failed
+
+    def _count(self, plan: StepPlan, counts: list[int]) -> None:
+        stats = self.stats
+        if plan.kind == "prefill":
+            stats.num_prefill_steps += 1
+            stats.prefill_tokens += sum(row.count for row in plan.rows)
+            return
+        stats.decode_rows += len(counts)
+        stats.decode_tokens += sum(counts)
+        self._policy.observe(plan.drafts, counts)
+        for depth in range(plan.drafts):
+            stats.drafted[depth] += sum(count > depth for count in counts)
+            stats.accepted[depth] += sum(count > depth + 1 for count in counts)
+
+
+def executor_of(session: Session, config: EngineConfig) -> Executor:
+    """The device's side of an engine, alike on every process of a cluster."""
+    runner = session.runner(config.speculate, routing=config.routing)
+    eos = session.config.eos_ids
+    size = config.stack_size(session)
+    stack = AdapterStack(session, size) if size else None  # before the cache, which takes what is left
+    params = stack.params if stack else session.params
+    return Executor(runner, params, config.sizes(session), dtype=session.dtype, eos_ids=eos, adapters=stack)
+
+
+def open_engine(session: Session, config: EngineConfig, *, host: str) -> Engine | None:
+    """An engine on all processes of a cluster: on process 0 it is returned, the others carry out its orders until it
+    is closed and get None.
+
+    Args:
+      host: process 0's.
+
+    Raises:
+      ClusterError: the processes do not find each other, run with different settings, or lose each other.
+    """
+    channels = connect(host, f"{config} of {session.config} in {jnp.dtype(session.dtype)}")
+    if jax.process_index() == 0:
+        return Engine(session, config, channels=channels)
+    follow(executor_of(session, config), channels[0], session.config)
+    return None
+
+
+class _Launched(NamedTuple):
+    """A step on the device."""
+
+    order: Order
+    emitted: Emitted
+    answers: tuple[Answer | None, ...]  # of its rows
+
+
+def _fault(error: Exception) -> str:
+    """What a client is told of a guide's error."""
+    if isinstance(error, GrammarError):
+        return str(error)
+    log.error("a guide failed", exc_info=error)
+    return "the grammar failed at this answer; the server's log says why"
+
+
+def _slot_buckets(config: EngineConfig) -> tuple[int, ...]:
+    """Numbers of slots that a decode step may run."""
+    if config.deterministic:
+        return (config.num_slots,)
+    powers = itertools.takewhile(lambda count: count < config.num_slots, (1 << at for at in itertools.count()))
+    return (*powers, config.num_slots)

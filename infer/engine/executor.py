@@ -1,0 +1,309 @@
+"""The device's side of the engine: carries out numbered orders of plain integers, whoever planned them.
+
+On several hosts every process has an executor and is given the same orders, so that all launch the same programs.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stepjax.adapters.lora import LoraConfig
+from stepjax.infer.engine.adapters import NONE, AdapterStack
+from stepjax.infer.engine.pages import TRASH_PAGE
+from stepjax.infer.engine.program import Program
+from stepjax.infer.engine.runner import Runner
+from stepjax.infer.engine.sequence import RingCopy, StepPlan
+from stepjax.infer.engine.state import Emitted, Pieces, State, slot_parts
+from stepjax.infer.sampling.params import SamplingParams
+from stepjax.infer.sampling.state import Sampling, SlotSampling
+from stepjax.model.step3p5 import Params
+
+log = logging.getLogger(__name__)
+
+ASSIGNED = 4  # slots that one launch gives their sampling
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """What an executor keeps on the device."""
+
+    num_slots: int
+    num_pages: int  # the trash page included
+    page_size: int  # tokens
+    context: int  # tokens of the longest sequence
+    num_snapshots: int
+
+    @property
+    def pages_per_sequence(self) -> int:
+        return -(-self.context // self.page_size)
+
+
+class Assignment(NamedTuple):
+    """The sequence that a slot is about to take in, as far as sampling must know it."""
+
+    slot: int
+    params: SamplingParams
+    prompt: tuple[int, ...]
+    output: tuple[int, ...] = ()  # answered before a preemption
+    adapter: int = NONE  # slot of its adapter
+
+
+class Mask(NamedTuple):
+    """The tokens that a slot may sample at its next step."""
+
+    slot: int
+    words: bytes  # uint32 by position; none: whatever it likes
+
+
+class Order(NamedTuple):
+    """One step of the device: the plan, and what goes with it."""
+
+    plan: StepPlan
+    assignments: tuple[Assignment, ...] = ()
+    num_slots: int = 0  # that a decode step runs: the first so many
+    scores: bool = False  # log-probabilities of the new tokens are read
+    drafts: bool = False  # the next drafts are read
+    prompt_scores: bool = False
+    masks: tuple[Mask, ...] = ()  # taken over before the step
+
+
+class Executor:
+    """Holds the device's state and runs orders on it, in the order they come."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        params: Params,
+        size: CacheSize,
+        *,
+        dtype: Any,
+        eos_ids: Sequence[int],
+        row_buckets: Sequence[int] = (1, 4, 16, 64),
+        adapters: AdapterStack | None = None,
+    ):
+        """
+        Args:
+          row_buckets: numbers of prompt pieces that a prefill program is compiled for.
+          adapters: that sequences may choose among; its parameters are ``params`` with the adapters beside them.
+        """
+        self.runner, self.params, self.size = runner, params, size
+        self.adapters = adapters
+        self._adapter = np.full((size.num_slots,), NONE, np.int32)  # by slot
+        self._eos_ids = tuple(eos_ids)
+        self.row_buckets = sorted({*(each for each in row_buckets if each < size.num_slots), size.num_slots})
+        vocab = runner.model.config.vocab_size
+        pages = (size.num_pages, size.page_size)
+        self.state: State = runner.start_paged(size.num_slots, pages, dtype, Sampling.empty(size.num_slots, vocab))
+        self._table = np.full((size.num_slots, size.pages_per_sequence), TRASH_PAGE, np.int32)
+        self._far = jax.default_backend() != "cpu"  # whether results must be fetched
+        self._launchers: dict[Any, Callable[..., Any]] = {}
+        self._snapshots = self._no_snapshots() if size.num_snapshots else None
+
+    def run(self, order: Order) -> Emitted:
+        """Launch an order. Its result is not there yet; nothing waits for it here."""
+        plan = order.plan
+        self._update_table(plan)
+        for copy in plan.restores:
+            self._restore(copy)
+        for first in range(0, len(order.assignments), ASSIGNED):
+            self._assign(order.assignments[first : first + ASSIGNED])
+        if order.masks:
+            self._guide(order.masks)
+        program, rest = self._call(order)
+        key = (program.name, jax.tree.leaves(rest)[0].shape)  # the rest of the shapes is the executor's own
+        run = self._launchers.get(key)
+        if run is None:
+            run = self._launchers[key] = program.compiled(self.params, self.state, *rest)
+        self.state, emitted = run(self.params, self.state, *rest)
+        if not order.scores:
+            emitted = emitted._replace(scores=None)
+        if not order.drafts:
+            emitted = emitted._replace(draft_BK=None)
+        if self._far:
+            for leaf in jax.tree.leaves(emitted):
+                leaf.copy_to_host_async()
+        for copy in plan.saves:
+            self._save(copy)
+        return emitted
+
+    def load_adapter(self, slot: int, adapter: Mapping[str, Any], lora: LoraConfig) -> None:
+        """Put an adapter into a slot of the stack, for the orders that follow."""
+        assert self.adapters is not None
+        self.adapters.write(slot, adapter, lora)
+        self.params = self.adapters.params
+
+    def forget(self) -> None:
+        """No slot has pages: for a scheduler that begins anew."""
+        self._table[:] = TRASH_PAGE
+
+    def prepared(self, order: Order) -> bool:
+        """Whether the program of an order is compiled."""
+        program, rest = self._call(order)
+        return program.has(self.state, *rest)
+
+    def prepare(self, order: Order) -> None:
+        """Compile the program of an order, without launching it."""
+        program, rest = self._call(order)
+        program.compiled(self.params, self.state, *rest)
+
+    def warm(self, decode: Iterable[tuple[int, int]], prefill: Iterable[tuple[int, int]]) -> None:
+        """Compile ahead of time, several programs at once, while no slot is in use.
+
+        Args:
+          decode: slots and drafts of each decode step.
+          prefill: rows and width of each prefill step.
+        """
+        pages = self.size.pages_per_sequence
+        jobs: list[tuple[Program, tuple[Any, ...]]] = []
+        for slots, drafts in decode:
+            rest = (np.zeros((slots,), bool), np.zeros((slots, pages), np.int32), self._of_slots(slots))
+            jobs.append((self.runner.step(drafts), rest))
+        for rows, width in prefill:
+            jobs.append((self.runner.prefill(), (self._no_pieces(rows, width),)))
+        with ThreadPoolExecutor(max_workers=4, thread_name_prefix="compile") as pool:
+            for job in [pool.submit(program.compiled, self.params, self.state, *rest) for program, rest in jobs]:
+                job.result()
+        self._assign([Assignment(0, SamplingParams(seed=0), (0,))])
+        for rows in self.row_buckets:
+            self._guide([Mask(0, b"")] * rows)
+        if self.size.num_snapshots:
+            self._save(RingCopy(0, 0))
+            self._restore(RingCopy(0, 0))
+        jax.block_until_ready(self.state)
+
+    def row_buckets_for(self, most: int) -> list[int]:
+        """Those that ``most`` pieces or fewer are padded to."""
+        return [rows for rows, less in zip(self.row_buckets, [0, *self.row_buckets], strict=False) if less < most]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values on one device."""
+        return sum(leaf.nbytes // _ways(leaf) for leaf in jax.tree.leaves(self.state.cache))
+
+    def _update_table(self, plan: StepPlan) -> None:
+        for slot in plan.resets:
+            self._table[slot] = TRASH_PAGE
+        for slot, first, pages in plan.page_updates:
+            self._table[slot, first : first + len(pages)] = pages
+
+    def _call(self, order: Order) -> tuple[Program, tuple[Any, ...]]:
+        """The program of an order, and its arguments beside parameters and state."""
+        return self._prefill(order) if order.plan.kind == "prefill" else self._decode(order)
+
+    def _decode(self, order: Order) -> tuple[Program, tuple[Any, ...]]:
+        active = np.zeros((order.num_slots,), bool)
+        active[[row.slot for row in order.plan.rows]] = True
+        # As numpy arrays: to send them first and keep what has not changed costs more than it spares.
+        rest = (active, self._table[: order.num_slots].copy(), self._of_slots(order.num_slots))
+        return self.runner.step(order.plan.drafts), rest
+
+    def _of_slots(self, count: int) -> np.ndarray | None:
+        """The adapters of the first ``count`` slots."""
+        return None if self.adapters is None else self._adapter[:count].copy()
+
+    def _prefill(self, order: Order) -> tuple[Program, tuple[Any, ...]]:
+        plan = order.plan
+        rows = next(each for each in self.row_buckets if each >= len(plan.rows))
+        pieces = self._no_pieces(rows, plan.width)
+        for at, row in enumerate(plan.rows):
+            pieces.id_RT[at, : row.count] = row.ids
+            pieces.count_R[at], pieces.next_R[at] = row.count, row.next_id
+            pieces.start_R[at], pieces.slot_R[at] = row.start, row.slot
+            pieces.page_RN[at] = self._table[row.slot]
+            if pieces.adapter_R is not None:
+                pieces.adapter_R[at] = self._adapter[row.slot]
+        return self.runner.prefill(prompt_scores=order.prompt_scores), (pieces,)
+
+    def _no_pieces(self, rows: int, width: int) -> Pieces:
+        """Rows that do nothing: their slot is past the last."""
+        zero = np.zeros((rows,), np.int32)
+        slot = np.full((rows,), self.size.num_slots, np.int32)
+        pages = np.full((rows, self.size.pages_per_sequence), TRASH_PAGE, np.int32)
+        adapter = None if self.adapters is None else np.full((rows,), NONE, np.int32)
+        return Pieces(np.zeros((rows, width), np.int32), zero.copy(), zero - 1, zero.copy(), slot, pages, adapter)
+
+    def _assign(self, assignments: Sequence[Assignment]) -> None:
+        slot, rows = np.full((ASSIGNED,), self.size.num_slots, np.int32), []
+        for at, each in enumerate(assignments):
+            slot[at] = each.slot
+            self._adapter[each.slot] = each.adapter
+            rows.append(SlotSampling.of(each.params, each.prompt, each.output, eos_ids=self._eos_ids))
+        arguments = ({}, self.state, slot, SlotSampling.stack(rows, count=ASSIGNED))
+        self.state, _ = self.runner.assign().compiled(*arguments)(*arguments)
+
+    def _guide(self, masks: Sequence[Mask]) -> None:
+        shape = self.state.sampling.rules.mask_BTW.shape[1:]
+        rows = next(each for each in self.row_buckets if each >= len(masks))
+        slot, on = np.full((rows,), self.size.num_slots, np.int32), np.zeros((rows,), bool)
+        words = np.zeros((rows, *shape), np.uint32)
+        for at, mask in enumerate(masks):
+            given = np.frombuffer(mask.words, np.uint32).reshape(-1, shape[1])
+            slot[at], on[at], words[at, : len(given)] = mask.slot, len(given) > 0, given
+        arguments = ({}, self.state, slot, on, words)
+        self.state, _ = self.runner.guide().compiled(*arguments)(*arguments)
+
+    def _no_snapshots(self) -> Any:
+        def create() -> Any:
+            return jax.tree.map(
+                lambda x: jnp.zeros((self.size.num_snapshots, *x.shape[1:]), x.dtype), slot_parts(self.state)
+            )
+
+        where = jax.tree.map(lambda x: x.sharding, slot_parts(self.state))
+        return jax.jit(create, out_shardings=where)()
+
+    def _save(self, copy: RingCopy) -> None:
+        self._snapshots = self._saver(self._snapshots, self.state, np.int32(copy.slot), np.int32(copy.snapshot))
+
+    @cached_property
+    def _saver(self) -> Callable[..., Any]:
+        def save(snapshots: Any, state: State, slot: jax.Array, snapshot: jax.Array) -> Any:
+            return jax.tree.map(lambda kept, x: kept.at[snapshot].set(x[slot]), snapshots, slot_parts(state))
+
+        return self._copier(save, self._snapshots, self.state)
+
+    def _restore(self, copy: RingCopy) -> None:
+        self.state = self._restorer(self.state, self._snapshots, np.int32(copy.slot), np.int32(copy.snapshot))
+
+    @cached_property
+    def _restorer(self) -> Callable[..., Any]:
+        def restore(state: State, snapshots: Any, slot: jax.Array, snapshot: jax.Array) -> State:
+            put = jax.tree.map(lambda x, kept: x.at[slot].set(kept[snapshot]), slot_parts(state), snapshots)
+            layers, mtp, tails = put
+            rings = iter(layers)
+            own = tuple(
+                next(rings) if is_ring else view
+                for view, is_ring in zip(state.cache.layers, self._is_ring, strict=True)
+            )
+            first = state.progress.first_SK.at[slot].set(0)
+            progress = state.progress._replace(tails=tails, first_SK=first)
+            return State(type(state.cache)(own, mtp), progress, state.sampling)
+
+        return self._copier(restore, self.state, self._snapshots)
+
+    def _copier(self, function: Callable[..., Any], into: Any, source: Any) -> Callable[..., Any]:
+        """``function(into, source, slot, snapshot)``, compiled once for all; its result takes the place of ``into``."""
+        began, index = time.perf_counter(), np.int32(0)
+        where = jax.tree.map(lambda x: x.sharding, into)
+        jitted = jax.jit(function, donate_argnums=(0,), out_shardings=where)
+        compiled = jitted.lower(into, source, index, index).compile()
+        log.info("compiled %s in %.1f s", function.__name__, time.perf_counter() - began)
+        return compiled
+
+    @cached_property
+    def _is_ring(self) -> tuple[bool, ...]:
+        return tuple(layer.window is not None for layer in self.runner.model.config.layers)
+
+
+def _ways(x: jax.Array) -> int:
+    """Devices that share an array."""
+    return x.nbytes // x.addressable_shards[0].data.nbytes

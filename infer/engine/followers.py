@@ -1,0 +1,246 @@
+"""One engine on several hosts: process 0 schedules, the others replay its orders on their own devices.
+
+Orders are numbered and go over TCP as JSON, each with a keyed digest. The key is drawn by process 0 and reaches the
+others through the cluster's own start-up; nothing that arrives is trusted before its digest is checked, and nothing is
+ever unpickled. A program that is not compiled yet is announced first: nobody launches it until all have it.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import hmac
+import json
+import secrets
+import socket
+import struct
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from stepjax.adapters.peft import import_adapter
+from stepjax.config import ModelConfig
+from stepjax.errors import ClusterError
+from stepjax.infer.engine.executor import Assignment, Executor, Mask, Order
+from stepjax.infer.engine.sequence import PageUpdate, RingCopy, Row, StepPlan
+from stepjax.infer.engine.state import Emitted
+from stepjax.infer.hosts import agreed
+from stepjax.infer.sampling.params import SamplingParams
+from stepjax.sharding.watchdog import listen
+
+JOIN_S = 300.0  # that all have to connect, and to compile what was announced
+MAX_BYTES = 64 * 2**20  # of a message
+_HEAD = struct.Struct(">IQ")  # bytes of the payload, number of the message
+_DIGEST = hashlib.sha256
+
+
+class Channel:
+    """Numbered, authenticated messages over one connection, each way counted by itself."""
+
+    def __init__(self, connection: socket.socket, key: bytes, *, leads: bool):
+        self._socket, self._sent, self._received = connection, 0, 0
+        out, back = (b"orders", b"answers") if leads else (b"answers", b"orders")
+        self._out, self._back = (hmac.digest(key, name, _DIGEST) for name in (out, back))
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def send(self, message: Any) -> None:
+        payload = json.dumps(message, separators=(",", ":")).encode()
+        head = _HEAD.pack(len(payload), self._sent)
+        self._sent += 1
+        self._socket.sendall(head + payload + hmac.digest(self._out, head + payload, _DIGEST))
+
+    def receive(self) -> Any:
+        """The next message.
+
+        Raises:
+          ClusterError: it is not the next, not the peer's, or the connection has ended.
+        """
+        head = self._exactly(_HEAD.size)
+        size, number = _HEAD.unpack(head)
+        if size > MAX_BYTES:
+            raise ClusterError(f"replay: a message of {size} bytes, expected at most {MAX_BYTES}")
+        payload, digest = self._exactly(size), self._exactly(_DIGEST().digest_size)
+        if not hmac.compare_digest(digest, hmac.digest(self._back, head + payload, _DIGEST)):
+            raise ClusterError("replay: a message does not carry this job's digest; does another job use the port?")
+        if number != self._received:
+            raise ClusterError(f"replay: message {number} arrived, expected {self._received}")
+        self._received += 1
+        return json.loads(payload)
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _exactly(self, count: int) -> bytes:
+        found = bytearray()
+        while len(found) < count:
+            more = self._socket.recv(min(count - len(found), 2**20))
+            if not more:
+                raise ClusterError("replay: the other process closed the connection")
+            found += more
+        return bytes(found)
+
+
+class Leader:
+    """An `Executor` whose orders all processes carry out."""
+
+    def __init__(self, executor: Executor, channels: Iterable[Channel]):
+        self.executor, self._channels = executor, list(channels)
+
+    def run(self, order: Order) -> Emitted:
+        """`Executor.run` everywhere: the order is on its way before it is launched here."""
+        if not self.executor.prepared(order):
+            self._tell("prepare", encode(order))
+            self.executor.prepare(order)
+            self._await()
+        self._tell("run", encode(order))
+        return self.executor.run(order)
+
+    def warm(self, decode: Iterable[tuple[int, int]], prefill: Iterable[tuple[int, int]]) -> None:
+        """`Executor.warm` everywhere."""
+        decode, prefill = list(decode), list(prefill)
+        self._tell("warm", [decode, prefill])
+        self.executor.warm(decode, prefill)
+        self._await()
+
+    def load_adapter(self, slot: int, folder: Path | None) -> None:
+        """Have the followers read an adapter's folder into a slot, and wait until they have."""
+        self._tell("adapter", [slot, str(folder)])
+        self._await()
+
+    def close(self) -> None:
+        """Let the followers go."""
+        self._tell("end", None)
+        for channel in self._channels:
+            channel.close()
+
+    def _tell(self, kind: str, content: Any) -> None:
+        for channel in self._channels:
+            channel.send([kind, content])
+
+    def _await(self) -> None:
+        for channel in self._channels:
+            answer = channel.receive()
+            if answer != "ready":
+                raise ClusterError(f"replay: a process answered {answer!r}, expected that it is ready")
+
+
+def follow(executor: Executor, channel: Channel, config: ModelConfig) -> None:
+    """Carry out the leader's orders until it ends."""
+    while True:
+        kind, content = channel.receive()
+        if kind == "end":
+            channel.close()
+            return
+        if kind == "run":
+            executor.run(decode(content))
+            continue
+        if kind == "adapter":
+            slot, folder = content
+            executor.load_adapter(slot, *import_adapter(folder, config))
+        elif kind == "prepare":
+            executor.prepare(decode(content))
+        else:
+            executor.warm(*([tuple(each) for each in part] for part in content))
+        channel.send("ready")
+
+
+def connect(host: str, identity: str) -> list[Channel]:
+    """Connect the processes of a cluster; all call this together.
+
+    Args:
+      host: process 0's.
+      identity: what must be alike everywhere: the model's and the engine's settings.
+
+    Returns: in process 0 a channel to each other, in the others the one to process 0.
+
+    Raises:
+      ClusterError: they do not find each other in time, or run with different settings.
+    """
+    if jax.process_index() == 0:
+        with listen(0, jax.process_count()) as server:
+            key = secrets.token_bytes(32)
+            agreed(np.frombuffer(server.getsockname()[1].to_bytes(4, "big") + key, np.uint8))
+            return _accept(server, key, identity)
+    shared = bytes(np.asarray(agreed(np.zeros(36, np.uint8))))
+    return [_join((host, int.from_bytes(shared[:4], "big")), shared[4:], identity)]
+
+
+def _accept(server: socket.socket, key: bytes, identity: str) -> list[Channel]:
+    channels: dict[int, Channel] = {}
+    server.settimeout(JOIN_S)
+    while len(channels) < jax.process_count() - 1:
+        try:
+            connection, _ = server.accept()
+        except TimeoutError:
+            raise ClusterError(f"replay: {len(channels)} of {jax.process_count() - 1} processes came") from None
+        connection.settimeout(JOIN_S)
+        channel = Channel(connection, key, leads=True)
+        try:
+            process, theirs = channel.receive()
+        except (ClusterError, OSError, ValueError):  # a stranger: the others may still come
+            channel.close()
+            continue
+        if theirs != identity:
+            raise ClusterError(f"replay: process {process} runs {theirs}, expected {identity} as on process 0")
+        channels[process] = channel
+    for channel in channels.values():
+        channel.send("welcome")
+    return list(channels.values())
+
+
+def _join(address: tuple[str, int], key: bytes, identity: str) -> Channel:
+    try:
+        connection = socket.create_connection(address, timeout=JOIN_S)
+    except OSError as error:
+        raise ClusterError(f"replay: process 0 is not at {address[0]}:{address[1]} ({error})") from None
+    channel = Channel(connection, key, leads=False)
+    channel.send([jax.process_index(), identity])
+    if channel.receive() != "welcome":
+        raise ClusterError("replay: process 0 did not welcome this one")
+    connection.settimeout(None)  # a leader may have nothing to do for long; the watchdog notices if it is gone
+    return channel
+
+
+def encode(order: Order) -> dict[str, Any]:
+    """An order in JSON's terms."""
+    assignments = [[*each[:1], dataclasses.asdict(each.params), *each[2:]] for each in order.assignments]
+    plan = {field.name: getattr(order.plan, field.name) for field in dataclasses.fields(order.plan)}
+    masks = [[slot, base64.b64encode(zlib.compress(words, 1)).decode()] for slot, words in order.masks]
+    return {**order._asdict(), "plan": plan, "assignments": assignments, "masks": masks}
+
+
+def decode(content: dict[str, Any]) -> Order:
+    """What `encode` made."""
+    plan = content["plan"]
+    return Order(
+        **{
+            **content,
+            "plan": StepPlan(
+                **{
+                    **plan,
+                    "rows": tuple(Row(*row[:4], tuple(row[4]), row[5]) for row in plan["rows"]),
+                    "resets": tuple(plan["resets"]),
+                    "page_updates": tuple(PageUpdate(*each[:2], tuple(each[2])) for each in plan["page_updates"]),
+                    "restores": tuple(RingCopy(*each) for each in plan["restores"]),
+                    "saves": tuple(RingCopy(*each) for each in plan["saves"]),
+                }
+            ),
+            "assignments": tuple(
+                Assignment(slot, SamplingParams(**_tuples(params)), tuple(prompt), tuple(output), adapter)
+                for slot, params, prompt, output, adapter in content["assignments"]
+            ),
+            "masks": tuple(Mask(slot, zlib.decompress(base64.b64decode(words))) for slot, words in content["masks"]),
+        }
+    )
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples they were."""
+    if isinstance(value, dict):
+        return {name: _tuples(each) for name, each in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

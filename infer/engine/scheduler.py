@@ -1,0 +1,165 @@
+"""Continuous batching: what the next step of the device does. Plain Python; no array is ever seen.
+
+`Scheduler.plan` may be called once more before the plan before has been committed. Until then a decoding sequence is
+counted at the most it can have grown when pages are given out, and at the least when asked whether it needs a step.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from stepjax.infer.engine.admission import Admission, Run, SchedulerConfig
+from stepjax.infer.engine.sequence import RingCopy, Row, Sequence, SequenceState, StepOutput, StepPlan
+
+if TYPE_CHECKING:
+    from stepjax.infer.transcript import FinishReason
+
+
+class _Part(NamedTuple):
+    """A row of a plan, and what must be known of it when its tokens arrive."""
+
+    row: Row
+    run: Run
+    least: int  # tokens it adds
+    most: int
+    snapshot: int | None = None  # of the rings at its end
+
+
+class Scheduler:
+    """The engine's counterpart. Not thread-safe: one thread calls `add`, `plan`, `commit`, `finish` and `cancel`."""
+
+    def __init__(self, config: SchedulerConfig, *, drafts: Callable[[int], int] = lambda _: 0):
+        """``drafts`` gives k of a decode step for the number of sequences that take part."""
+        self.config = config
+        self.admission = Admission(config)
+        self._drafts = drafts
+        self._in_flight: deque[tuple[StepPlan, list[_Part]]] = deque()
+        self._num_plans = 0
+        self._prefilled_last = False
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence; errors as `Admission.add`."""
+        self.admission.add(sequence)
+
+    def finish(self, id: str, reason: FinishReason = "stop") -> Sequence | None:
+        """End a sequence in whatever state it is; None if it has ended already.
+
+        Steps in flight go on with it; their tokens are dropped. Called before `commit` of a step, it also keeps what
+        the step computed (not finite, say) out of the prefix cache.
+        """
+        return self.admission.finish(id, reason)
+
+    def cancel(self, id: str) -> Sequence | None:
+        return self.finish(id, "cancelled")
+
+    def plan(self) -> StepPlan | None:
+        """The next step: prefill and decode take turns while there is work of both kinds.
+
+        None if there is nothing to do, or nothing before the plan in flight is committed.
+        """
+        assert len(self._in_flight) <= 1, "commit the plan before the last one first"
+        if self._prefilled_last and any(run.needs_step for run in self.admission.running):
+            return self._plan_decode() or self._plan_prefill()
+        return self._plan_prefill() or self._plan_decode()
+
+    def commit(self, plan: StepPlan, output: StepOutput) -> list[Sequence]:
+        """Take a step's tokens, in the order of the plans. Returns the sequences that reached their last token."""
+        expected, parts = self._in_flight.popleft()
+        assert plan is expected, "plans are committed in their order"
+        finished = []
+        for (row, run, least, most, snapshot), tokens in zip(parts, output.tokens, strict=True):
+            sequence = run.sequence
+            sequence.num_in_flight -= 1
+            run.least -= least
+            run.most -= most
+            if plan.kind == "prefill":
+                self.admission.keep_prefix(run, row.start + row.count, snapshot)
+            if not tokens or sequence.state is SequenceState.FINISHED:
+                continue
+            room = sequence.params.max_tokens - len(sequence.output)
+            sequence.output.extend(tokens[:room])
+            if len(tokens) >= room:
+                self.finish(sequence.id, "length")
+                finished.append(sequence)
+        return finished
+
+    def _plan_prefill(self) -> StepPlan | None:
+        """The next chunk of the first in rank, and of others whose chunks are no wider, within the budget."""
+        self.admission.admit()
+        parts: list[_Part] = []
+        width = 0
+        for run in self.admission.running:
+            if run.prefilled:
+                continue
+            count = self._chunk_end(run) - run.position
+            width = width or next(bucket for bucket in self.config.widths if bucket >= count)
+            if (len(parts) + 1) * width > self.config.token_budget or len(parts) == self.config.prefill_rows:
+                break
+            if count <= width:
+                parts.append(self._prefill(run, run.position + count))
+        if not parts:
+            return None
+        self._prefilled_last = True
+        saves = (RingCopy(part.row.slot, part.snapshot) for part in parts if part.snapshot is not None)
+        return self._launch("prefill", width, parts, saves)
+
+    def _chunk_end(self, run: Run) -> int:
+        end = min(len(run.tokens), run.position + self.config.widths[-1])
+        return min([end, *(mark for mark in run.marks if mark > run.position)])
+
+    def _prefill(self, run: Run, end: int) -> _Part:
+        start, last = run.position, end == len(run.tokens)
+        next_id = -1 if last else run.tokens[end]
+        row = Row(run.slot, run.sequence.id, start, end - start, run.tokens[start:end], next_id)
+        run.position = end
+        if last:
+            run.sequence.state = SequenceState.DECODING
+            run.least = run.most = 1
+        full = end % self.config.page_size == 0
+        snapshot = self.admission.prefix.reserve_snapshot(evict=end in run.marks) if full and run.keys else None
+        return _Part(row, run, int(last), int(last), snapshot)
+
+    def _plan_decode(self) -> StepPlan | None:
+        """One step of every sequence that decodes; the last in rank are preempted until the others have pages."""
+        stepping = [run for run in self.admission.running if run.needs_step]
+        width = 1 + self._drafts(len(stepping))
+        parts = []
+        for run in stepping:
+            if run.left:  # preempted for one before it
+                continue
+            length = run.sequence.num_tokens - 1
+            if self.admission.grow(run, length + run.most + width):
+                parts.append(_Part(Row(run.slot, run.sequence.id, length + run.least, width), run, 1, width))
+                run.least += 1
+                run.most += width
+        if not parts:
+            return None
+        self._prefilled_last = False
+        return self._launch("decode", width, parts)
+
+    def _launch(
+        self, kind: Literal["prefill", "decode"], width: int, parts: list[_Part], saves: Iterable[RingCopy] = ()
+    ) -> StepPlan:
+        for part in parts:
+            part.run.sequence.num_in_flight += 1
+        changes = self.admission.take_changes()
+        plan = StepPlan(
+            number=self._num_plans,
+            kind=kind,
+            width=width,
+            rows=tuple(part.row for part in parts),
+            resets=tuple(changes.resets),
+            page_updates=tuple(changes.page_updates),
+            restores=tuple(changes.restores),
+            saves=tuple(saves),
+        )
+        self._num_plans += 1
+        self._in_flight.append((plan, parts))
+        return plan
+
+    def check(self) -> None:
+        """Assert the invariants of pages, slots and snapshots."""
+        reserved = [part for _, parts in self._in_flight for part in parts if part.snapshot is not None]
+        self.admission.check(num_reserved=len(reserved))

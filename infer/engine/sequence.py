@@ -1,0 +1,121 @@
+"""What scheduler and engine say to each other: sequences, plans of one step and their outcome, all plain integers.
+
+A sequence of n known tokens has n − 1 of them in the device's cache while it decodes: the newest is the next input.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:  # the scheduler runs where jax is not loaded
+    from stepjax.infer.sampling.params import SamplingParams
+    from stepjax.infer.transcript import FinishReason
+
+
+class SequenceState(StrEnum):
+    WAITING = "waiting"  # also after a preemption
+    PREFILLING = "prefilling"  # in a slot; parts of its prompt are still to be planned
+    DECODING = "decoding"  # in a slot; its first token may still be in flight
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One answer in the making. Set the first group; the scheduler keeps the second."""
+
+    id: str
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    priority: int = 0  # lower goes first
+    adapter: str = ""  # sequences share cached prefixes only under the same adapter and salt
+    salt: str = ""
+    use_prefix: bool = True  # whether its prompt may start from the prefix cache, and enter it
+
+    output: list[int] = field(default_factory=list)  # committed tokens
+    state: SequenceState = SequenceState.WAITING
+    finish_reason: FinishReason | None = None
+    arrival: int = -1  # order of `Scheduler.add`
+    slot: int | None = None
+    num_cached: int = 0  # prompt tokens that the prefix cache spared at the first admission
+    num_preemptions: int = 0
+    num_in_flight: int = 0  # plans with a row of it that are not committed
+    held: bool = False  # the engine's: no decode step until it knows which tokens may follow
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Lower goes first; the highest is preempted first."""
+        return self.priority, self.arrival
+
+    @property
+    def owner(self) -> tuple[str, str]:
+        """Who may share its cached prefix."""
+        return self.adapter, self.salt
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt) + len(self.output)
+
+    @property
+    def max_cached(self) -> int:
+        """Positions that are ever read again: all but the last token's. What lies past them may go to page 0."""
+        return len(self.prompt) + self.params.max_tokens - 1
+
+
+class Row(NamedTuple):
+    """One sequence's part in a step."""
+
+    slot: int
+    id: str
+    start: int  # prefill: tokens in the cache; decode: the least that may be there, while a step is in flight
+    count: int  # positions written
+    ids: tuple[int, ...] = ()  # prefill: the chunk
+    next_id: int = -1  # prefill: the prompt token after the chunk; −1 where the prompt ends and a token is sampled
+
+
+class PageUpdate(NamedTuple):
+    """Entries first, first + 1, … of a slot's row of the page table."""
+
+    slot: int
+    first: int
+    pages: tuple[int, ...]
+
+
+class RingCopy(NamedTuple):
+    """Rings of a slot (window layers, MTP layers and what else dies with it) from or to a snapshot."""
+
+    slot: int
+    snapshot: int
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step of the device, in this order: resets, page updates, restores, the rows, saves.
+
+    A reset fills the slot's row of the page table with page 0, the trash page. Plans run in the order they were made;
+    that is why what one plan frees, the next may use although the first has not been read.
+    """
+
+    number: int  # 0, 1, …
+    kind: Literal["prefill", "decode"]
+    width: int  # positions per row: a bucket when prefilling, drafts + 1 when decoding
+    rows: tuple[Row, ...]
+    resets: tuple[int, ...] = ()
+    page_updates: tuple[PageUpdate, ...] = ()
+    restores: tuple[RingCopy, ...] = ()
+    saves: tuple[RingCopy, ...] = ()
+
+    @property
+    def drafts(self) -> int:
+        """k of a decode step."""
+        return self.width - 1 if self.kind == "decode" else 0
+
+
+class StepOutput(NamedTuple):
+    """The new tokens of each row, in the plan's order: none for a chunk inside a prompt.
+
+    A row may be cut after a token that ends its answer; the tokens behind it are surplus.
+    """
+
+    tokens: tuple[tuple[int, ...], ...]

@@ -1,0 +1,258 @@
+"""From logits to tokens: rules, temperature, top-k, top-p, min-p, and noise that depends on seed and position alone.
+
+Because the noise of a token is a function of its request's seed and its position, a sampled token never depends on the
+batch, on how the prompt was chunked, or on whether drafts were verified along the way. What a request does not ask for
+is the exact identity on its logits, so that a neighbour's wishes change nothing either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stepjax.infer.sampling.state import REMOVED, Rules, Sampling
+
+FEW = 64  # the largest top_k that is found without sorting the vocabulary
+
+
+class Logprobs(NamedTuple):
+    """Log-probabilities of the model's own distribution, before any option of sampling."""
+
+    token_BT: jax.Array  # float32: of the tokens themselves
+    top_id_BTN: jax.Array  # int32: the likeliest, in order
+    top_BTN: jax.Array  # float32
+
+
+def sample(
+    logits_BTV: jax.Array,
+    position_BT: jax.Array,
+    sampling: Sampling,
+    *,
+    num_tokens: int,
+    draft_BK: jax.Array | None = None,
+) -> jax.Array:
+    """One token per row: int32 [B, T].
+
+    Args:
+      logits_BTV: float32.
+      position_BT: the position that the token will take; with the seed it decides the noise.
+      num_tokens: entries of the tokenizer; the matrix has more rows, and those are never sampled.
+      draft_BK: K = T − 1 tokens that were answered if row t is reached: row t has seen the first t of them.
+    """
+    rules, random_B = sampling.rules, sampling.temperature_B > 0
+    ruled = jnp.asarray(False) if rules is None else _in_force(rules, position_BT)
+
+    def likeliest() -> jax.Array:
+        return _argmax(mask_padding(logits_BTV, num_tokens))
+
+    def asked() -> jax.Array:
+        logits = mask_padding(logits_BTV, num_tokens)
+        if rules is not None:
+            logits = jax.lax.cond(ruled, lambda: _ruled(logits, position_BT, rules, draft_BK), lambda: logits)
+        greedy = _argmax(logits)
+        drawn = jax.lax.cond(jnp.any(random_B), lambda: _draw(logits, position_BT, sampling), lambda: greedy)
+        return jnp.where(random_B[:, None], drawn, greedy)
+
+    # Masks are made inside the branches: an operand of a condition is written out, 4 bytes per logit.
+    return jax.lax.cond(ruled | jnp.any(random_B), asked, likeliest)
+
+
+def mask_padding(logits: jax.Array, num_tokens: int) -> jax.Array:
+    """Remove the padding rows of the output matrix from the last axis."""
+    real = jnp.arange(logits.shape[-1]) < num_tokens
+    return jnp.where(real.reshape((1,) * (logits.ndim - 1) + (-1,)), logits, jnp.asarray(REMOVED, logits.dtype))
+
+
+def record(sampling: Sampling, token_BT: jax.Array, count_B: jax.Array, *, slot_B: jax.Array | None = None) -> Sampling:
+    """``sampling`` after the first ``count`` tokens of each row were answered.
+
+    Args:
+      slot_B: the rows of ``sampling`` that are meant, past the end: none; None: the first B.
+    """
+    if sampling.rules is None:
+        return sampling
+    batch, width = token_BT.shape
+    slot = jnp.arange(batch, dtype=jnp.int32) if slot_B is None else slot_B
+    count_BV = sampling.rules.count_BV
+    live = jnp.arange(width, dtype=jnp.int32)[None, :] < count_B[:, None]
+    token = jnp.where(live, token_BT, count_BV.shape[1])
+    return replace(
+        sampling, rules=sampling.rules._replace(count_BV=count_BV.at[slot[:, None], token].add(1, mode="drop"))
+    )
+
+
+def logprobs(logits_BTV: jax.Array, token_BT: jax.Array, *, top: int) -> Logprobs:
+    """Log-probabilities of tokens and of the ``top`` likeliest, from logits without padding rows."""
+    scores = logits_BTV - jax.nn.logsumexp(logits_BTV, axis=-1, keepdims=True)
+    values, ids = jax.lax.top_k(scores, top)
+    return Logprobs(jnp.take_along_axis(scores, token_BT[..., None], axis=-1)[..., 0], ids, values)
+
+
+def _argmax(logits_BTV: jax.Array) -> jax.Array:
+    return jnp.argmax(logits_BTV, axis=-1).astype(jnp.int32)
+
+
+def _in_force(rules: Rules, position_BT: jax.Array) -> jax.Array:
+    """Whether any row has a rule that matters at its positions."""
+    early = jnp.any(_early(rules, position_BT), axis=-1)
+    return jnp.any(rules.guided_B | rules.biased_B | early | _with_penalties(rules))
+
+
+def _early(rules: Rules, position_BT: jax.Array) -> jax.Array:
+    return position_BT < rules.first_end_B[:, None]
+
+
+def _with_penalties(rules: Rules) -> jax.Array:
+    return (rules.repetition_B != 1) | (rules.presence_B != 0) | (rules.frequency_B != 0)
+
+
+def _ruled(logits: jax.Array, position_BT: jax.Array, rules: Rules, draft_BK: jax.Array | None) -> jax.Array:
+    """Masks, bias and allowed ids, then the least length, then penalties; each only if somebody asks for it."""
+    early_BT = _early(rules, position_BT)
+    logits = jax.lax.cond(jnp.any(rules.guided_B), lambda x: _guided(x, rules), lambda x: x, logits)
+    logits = jax.lax.cond(
+        jnp.any(rules.biased_B), lambda x: jnp.maximum(x + rules.bias_BV[:, None, :], REMOVED), lambda x: x, logits
+    )
+    logits = jax.lax.cond(jnp.any(early_BT), lambda x: _without_ends(x, early_BT, rules), lambda x: x, logits)
+    return jax.lax.cond(jnp.any(_with_penalties(rules)), lambda x: _penalised(x, rules, draft_BK), lambda x: x, logits)
+
+
+def _guided(logits: jax.Array, rules: Rules) -> jax.Array:
+    """Without the tokens that a row's mask excludes; masks are kept for as many positions as a step verifies."""
+    mask_BTW = rules.mask_BTW[:, : logits.shape[1]]
+    rest = logits.shape[1] - mask_BTW.shape[1]
+    mask_BTW = jnp.pad(mask_BTW, [(0, 0), (0, rest), (0, 0)], constant_values=np.uint32(2**32 - 1))
+    bits = mask_BTW[..., None] >> jnp.arange(32, dtype=jnp.uint32)[None, None, None, :] & jnp.uint32(1)
+    allowed = bits.reshape(*logits.shape[:2], -1)[..., : logits.shape[-1]] == 1
+    return jnp.where(allowed | ~rules.guided_B[:, None, None], logits, REMOVED)
+
+
+def _without_ends(logits: jax.Array, early_BT: jax.Array, rules: Rules) -> jax.Array:
+    size = logits.shape[-1]
+    ends = jnp.where(rules.end_BI >= 0, rules.end_BI, size)
+    ends_BV = jax.vmap(lambda ids: jnp.zeros((size,), bool).at[ids].set(True, mode="drop"))(ends)
+    return jnp.where(early_BT[..., None] & ends_BV[:, None, :], REMOVED, logits)
+
+
+def _penalised(logits: jax.Array, rules: Rules, draft_BK: jax.Array | None) -> jax.Array:
+    """Repetition counts the prompt, the other two only what was answered."""
+    count_BTV = jnp.broadcast_to(rules.count_BV[:, None, :], logits.shape)
+    if draft_BK is not None and draft_BK.shape[1]:
+        hot_BKV = (draft_BK[..., None] == jnp.arange(logits.shape[-1])[None, None, :]).astype(jnp.int32)
+        seen = jnp.pad(jnp.cumsum(hot_BKV, axis=1), [(0, 0), (1, 0), (0, 0)])
+        count_BTV = count_BTV + seen
+    repetition = rules.repetition_B[:, None, None]
+    known = rules.in_prompt_BV[:, None, :] | (count_BTV > 0)
+    logits = jnp.where(known, jnp.where(logits > 0, logits / repetition, logits * repetition), logits)
+    logits -= rules.frequency_B[:, None, None] * count_BTV.astype(jnp.float32)
+    return jnp.maximum(logits - rules.presence_B[:, None, None] * (count_BTV > 0).astype(jnp.float32), REMOVED)
+
+
+def process(logits_BTV: jax.Array, sampling: Sampling) -> jax.Array:
+    """Logits of the distribution that is sampled: temperature, then top-k, then top-p, then min-p.
+
+    Greedy rows (temperature 0) are left as they are. Tokens tied with the last one kept are kept.
+    """
+    random_B = sampling.temperature_B > 0
+    logits = logits_BTV / jnp.where(random_B, sampling.temperature_B, 1.0)[:, None, None]
+    filtered_B = (sampling.top_k_B > 0) | (sampling.top_p_B < 1) | (sampling.min_p_B > 0)
+    return jax.lax.cond(jnp.any(random_B & filtered_B), lambda: _filter(logits, sampling), lambda: logits)
+
+
+def _filter(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """Remove what top-k, top-p and min-p leave out.
+
+    Which of the two ways finds a row's threshold depends on its own top_k and top_p: they round differently, and where
+    nothing is asked for, a running sum of probabilities may reach 1 before its last term.
+    """
+    random_B = sampling.temperature_B > 0
+    few_B = random_B & (sampling.top_k_B > 0) & (sampling.top_k_B <= FEW)
+    many_B = random_B & ~few_B & ((sampling.top_k_B > 0) | (sampling.top_p_B < 1))
+    none = jnp.full((*logits.shape[:2], 1), -jnp.inf, logits.dtype)
+
+    def of_few() -> jax.Array:
+        return _lowest(jax.lax.top_k(logits, min(FEW, logits.shape[-1]))[0], sampling)
+
+    def of_many() -> jax.Array:
+        return _searched(logits, sampling)
+
+    lowest = jnp.where(few_B[:, None, None], jax.lax.cond(jnp.any(few_B), of_few, lambda: none), none)
+    lowest = jnp.where(many_B[:, None, None], jax.lax.cond(jnp.any(many_B), of_many, lambda: none), lowest)
+    least_B = jnp.where(random_B, sampling.min_p_B, 0.0)
+    relative = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    return jnp.where((logits >= lowest) & (relative >= least_B[:, None, None]), logits, REMOVED)
+
+
+def _lowest(ordered: jax.Array, sampling: Sampling) -> jax.Array:
+    """The least logit that top-k and then top-p keep, from the likeliest in order: [B, T, 1]."""
+    rank = jnp.arange(ordered.shape[-1])[None, None, :]
+    count = jnp.where(sampling.top_k_B > 0, sampling.top_k_B, ordered.shape[-1])[:, None, None]
+    top_p = sampling.top_p_B[:, None, None]
+    probs = jax.nn.softmax(jnp.where(rank < count, ordered, REMOVED), axis=-1)
+    before = jnp.cumsum(probs, axis=-1) - probs  # mass of the likelier tokens
+    keep = (rank < count) & ((before < top_p) | (top_p >= 1))
+    return jnp.min(jnp.where(keep | (rank == 0), ordered, jnp.inf), axis=-1, keepdims=True)
+
+
+def _searched(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """``_lowest`` without an order: [B, T, 1]. Sorting a vocabulary of 128,896 takes ten times as long on a CPU."""
+    key = _ordered_bits(logits)
+    weight = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    top_k, top_p = sampling.top_k_B[:, None, None], sampling.top_p_B[:, None, None]
+
+    def count(least: jax.Array) -> jax.Array:
+        return jnp.sum(key > least, axis=-1, keepdims=True, dtype=jnp.int32)
+
+    def mass(least: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(key > least, weight, 0.0), axis=-1, keepdims=True)
+
+    most = jnp.max(key, axis=-1, keepdims=True)
+    first = jnp.full_like(most, jnp.iinfo(jnp.int32).min)
+    by_rank = jax.lax.cond(
+        jnp.any(sampling.top_k_B > 0),
+        lambda: _bisected(lambda least: (top_k == 0) | (count(least) < top_k), first, most),
+        lambda: first,
+    )
+    tied = jnp.max(jnp.where(key == by_rank, weight, 0.0), axis=-1, keepdims=True)
+    total = mass(by_rank) + jnp.maximum(top_k - count(by_rank), 0).astype(jnp.float32) * tied  # of exactly top_k tokens
+    by_mass = _bisected(lambda least: (top_p >= 1) | (mass(least) < top_p * total), by_rank, most)
+    return jnp.where(by_mass == first, -jnp.inf, _from_ordered_bits(by_mass))
+
+
+def _bisected(holds: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax.Array) -> jax.Array:
+    """The least int32 from ``low`` to ``high`` at which ``holds``, which it does at ``high`` and above its least."""
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds
+        middle = (low & high) + ((low ^ high) >> 1)  # their mean, rounded down, without overflow
+        found = holds(middle)
+        return jnp.where(found, low, middle + 1), jnp.where(found, middle, high)
+
+    return jax.lax.fori_loop(0, 32, halve, (low, high))[1]
+
+
+def _ordered_bits(x: jax.Array) -> jax.Array:
+    """float32 to the int32 of the same order."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    return jnp.where(bits < 0, bits ^ jnp.iinfo(jnp.int32).max, bits)
+
+
+def _from_ordered_bits(key: jax.Array) -> jax.Array:
+    bits = jnp.where(key < 0, key ^ jnp.iinfo(jnp.int32).max, key)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _draw(logits: jax.Array, position_BT: jax.Array, sampling: Sampling) -> jax.Array:
+    """Gumbel-max over the processed logits."""
+
+    def noise(seed: jax.Array, position: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(seed), position)
+        return jax.random.gumbel(key, logits.shape[-1:], jnp.float32)
+
+    gumbel = jax.vmap(jax.vmap(noise, in_axes=(None, 0)))(sampling.seed_B, position_BT)
+    return _argmax(process(logits, sampling) + gumbel)

@@ -1,0 +1,222 @@
+"""How requests are sampled: their parameters, checked, and the arrays that the device keeps of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stepjax.errors import RequestError
+from stepjax.infer.sampling.params import NUM_ENDS, SamplingParams
+from stepjax.model.cache import MAX_DRAFTS
+
+REMOVED = -1e30  # below every real logit, and finite under division by a temperature
+PAST = 2**31 - 1  # an id past any vocabulary
+COLDEST = 1e-5  # lower temperatures are greedy: no noise reaches the second token, and float32 ends near 1e-38
+
+
+def _temperature(params: SamplingParams) -> float:
+    return params.temperature if params.temperature >= COLDEST else 0.0
+
+
+class Rules(NamedTuple):
+    """What reaches beyond a token's own logit: arrays over the vocabulary, which only an engine's slots have."""
+
+    repetition_B: Any  # float32; 1 is off
+    presence_B: Any  # float32
+    frequency_B: Any  # float32
+    end_BI: Any  # int32: ids that end the answer, −1 for none
+    first_end_B: Any  # int32: the first position at which they may be sampled
+    scored_B: Any  # bool: whether log-probabilities are asked for
+    biased_B: Any  # bool: whether the next is not all 0
+    bias_BV: Any  # float32; REMOVED where a token is not allowed
+    guided_B: Any  # bool: whether the next holds, which the host says anew for every step
+    mask_BTW: Any  # uint32: by position of a step, a bit for each token that may stand there
+    in_prompt_BV: Any  # bool
+    count_BV: Any  # int32: times a token was answered
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sampling:
+    """The sampling parameters of a batch, as arrays."""
+
+    temperature_B: Any  # float32
+    top_p_B: Any  # float32
+    top_k_B: Any  # int32
+    min_p_B: Any  # float32
+    seed_B: Any  # uint32
+    rules: Rules | None = None
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams]) -> Sampling:
+        """Without `Rules`.
+
+        Raises:
+          RequestError: one of the requests needs them.
+        """
+        for each in params:
+            if each.has_rules:
+                raise RequestError("penalties, logit_bias, allowed_ids and min_tokens: only the engine applies them")
+        return cls(
+            np.asarray([_temperature(p) for p in params], np.float32),
+            np.asarray([p.top_p for p in params], np.float32),
+            np.asarray([p.top_k for p in params], np.int32),
+            np.asarray([p.min_p for p in params], np.float32),
+            np.asarray([p.seed for p in params], np.uint32),
+        )
+
+    @classmethod
+    def empty(cls, batch: int, vocab: int) -> Sampling:
+        """Greedy slots without rules in force."""
+        zero, whole = np.zeros((batch,), np.float32), np.zeros((batch,), np.int32)
+        table = (batch, vocab)
+        rules = Rules(
+            zero + 1,
+            zero,
+            zero,
+            np.full((batch, NUM_ENDS), -1, np.int32),
+            whole,
+            np.zeros((batch,), bool),
+            np.zeros((batch,), bool),
+            np.zeros(table, np.float32),
+            np.zeros((batch,), bool),
+            np.zeros((batch, 1 + MAX_DRAFTS, num_words(vocab)), np.uint32),
+            np.zeros(table, bool),
+            np.zeros(table, np.int32),
+        )
+        return cls(zero, zero + 1, whole, zero, whole.astype(np.uint32), rules)
+
+
+class SlotSampling(NamedTuple):
+    """One sequence's row of a `Sampling`, as numpy: small, and of few different shapes."""
+
+    temperature: np.ndarray
+    top_p: np.ndarray
+    top_k: np.ndarray
+    min_p: np.ndarray
+    seed: np.ndarray
+    repetition: np.ndarray
+    presence: np.ndarray
+    frequency: np.ndarray
+    end_I: np.ndarray
+    first_end: np.ndarray
+    scored: np.ndarray
+    biased: np.ndarray
+    restricted: np.ndarray  # bool: whether only ``allowed_ids`` may be sampled
+    allowed_id: np.ndarray  # padded, as all ids here, with `PAST`
+    bias_id: np.ndarray
+    bias: np.ndarray
+    prompt_id: np.ndarray  # none unless a penalty asks for them
+    output_id: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        params: SamplingParams,
+        prompt: Sequence[int],
+        output: Sequence[int] = (),
+        *,
+        eos_ids: Iterable[int],
+    ) -> SlotSampling:
+        """``output``: what was answered before, if the sequence was preempted."""
+        ends = params.ends(eos_ids)
+        assert len(ends) <= NUM_ENDS, "SamplingParams.check comes first"
+        penalised = params.has_penalties
+        return cls(
+            np.float32(_temperature(params)),
+            np.float32(params.top_p),
+            np.int32(params.top_k),
+            np.float32(params.min_p),
+            np.uint32(params.seed),
+            np.float32(params.repetition_penalty),
+            np.float32(params.presence_penalty),
+            np.float32(params.frequency_penalty),
+            np.asarray([*ends, *[-1] * (NUM_ENDS - len(ends))], np.int32),
+            np.int32(len(prompt) + params.min_tokens if params.min_tokens else 0),
+            np.bool_(params.logprobs is not None),
+            np.bool_(bool(params.logit_bias or params.allowed_ids)),
+            np.bool_(bool(params.allowed_ids)),
+            _padded(params.allowed_ids),
+            _padded([token for token, _ in params.logit_bias]),
+            _padded([bias for _, bias in params.logit_bias], np.float32),
+            _padded(prompt if penalised else ()),
+            _padded(output if penalised else ()),
+        )
+
+    @classmethod
+    def stack(cls, rows: Sequence[SlotSampling], *, count: int) -> SlotSampling:
+        """Several with a leading axis of ``count``; the last stands for what is missing."""
+        rows = [*rows, *rows[-1:] * (count - len(rows))]
+        return cls(*map(_stacked, zip(*rows, strict=True)))
+
+
+def _padded(values: Sequence[Any], dtype: Any = np.int32) -> np.ndarray:
+    """To the next power of 8, so that few shapes occur."""
+    size = 0
+    while size < len(values):
+        size = max(8, 8 * size)
+    return _filled([values], size, dtype)[0]
+
+
+def _stacked(column: Sequence[np.ndarray]) -> np.ndarray:
+    if not column[0].ndim:
+        return np.array(column)
+    return _filled(column, max(map(len, column)), column[0].dtype)
+
+
+def _filled(rows: Sequence[Any], size: int, dtype: Any) -> np.ndarray:
+    """Rows of ids or numbers as one array, each padded behind."""
+    out = np.full((len(rows), size), PAST if dtype == np.int32 else 0, dtype)
+    for at, row in enumerate(rows):
+        out[at, : len(row)] = row
+    return out
+
+
+def num_words(vocab_size: int) -> int:
+    """32-bit words of a set of tokens."""
+    return -(-vocab_size // 32)
+
+
+def guide(sampling: Sampling, slot_M: jax.Array, on_M: jax.Array, mask_MTW: jax.Array) -> Sampling:
+    """``sampling`` with these slots' masks; slots past the last are none."""
+    rules = sampling.rules
+    assert rules is not None
+    guided = rules.guided_B.at[slot_M].set(on_M, mode="drop")
+    masks = rules.mask_BTW.at[slot_M].set(mask_MTW, mode="drop")
+    return dataclasses.replace(sampling, rules=rules._replace(guided_B=guided, mask_BTW=masks))
+
+
+def assign(sampling: Sampling, slot_M: jax.Array, rows: SlotSampling) -> Sampling:
+    """``sampling`` with the sequences' rows in place of all that these slots had; slots past the last are none."""
+    rules = sampling.rules
+    assert rules is not None
+    vocab, masks = rules.bias_BV.shape[1], rules.mask_BTW.shape[1:]
+
+    def own(row: SlotSampling) -> Sampling:
+        allowed = jnp.where(row.restricted, REMOVED, 0.0) * jnp.ones(vocab, jnp.float32)
+        bias = allowed.at[row.allowed_id].set(0.0, mode="drop").at[row.bias_id].add(row.bias, mode="drop")
+        in_prompt = jnp.zeros(vocab, bool).at[row.prompt_id].set(True, mode="drop")
+        count = jnp.zeros(vocab, jnp.int32).at[row.output_id].add(1, mode="drop")
+        new = Rules(
+            row.repetition,
+            row.presence,
+            row.frequency,
+            row.end_I,
+            row.first_end,
+            row.scored,
+            row.biased,
+            bias,
+            jnp.asarray(False),
+            jnp.zeros(masks, jnp.uint32),
+            in_prompt,
+            count,
+        )
+        return Sampling(row.temperature, row.top_p, row.top_k, row.min_p, row.seed, new)
+
+    return jax.tree.map(lambda kept, new: kept.at[slot_M].set(new, mode="drop"), sampling, jax.vmap(own)(rows))

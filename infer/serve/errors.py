@@ -1,0 +1,77 @@
+"""Errors as the clients' own exception classes expect them: OpenAI's object, or Anthropic's around the same fields."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from stepjax.errors import ContextError, RequestError, StepjaxError, TemplateError
+from stepjax.infer.engine.admission import QueueFullError
+
+TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    503: "overloaded_error",
+}
+MAX_MESSAGE = 1000  # characters; some errors repeat what they were given
+Dialect = Literal["openai", "anthropic", "responses"]
+_FIELD = re.compile(r"[A-Za-z_][\w.\[\]]*(?=:)")
+
+
+class ApiError(Exception):
+    """A request that is answered with an error."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+    ):
+        message = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}…"
+        super().__init__(message)
+        self.message, self.status, self.code, self.param = message, status, code, param
+        self.retry_after_s = retry_after_s
+
+    @classmethod
+    def of(cls, error: Exception) -> ApiError:
+        """What a client is told of an error. Anything that is not its own fault comes without details."""
+        if isinstance(error, ApiError):
+            return error
+        if isinstance(error, QueueFullError):
+            return cls(str(error), status=429, code="queue_full", retry_after_s=1)
+        if isinstance(error, ContextError):
+            return cls(str(error), code="context_length_exceeded", param="messages")
+        if isinstance(error, RequestError | TemplateError):
+            field = _FIELD.match(str(error))
+            return cls(str(error), code="invalid_value", param=field[0] if field else None)
+        if isinstance(error, StepjaxError):
+            return cls(str(error), status=500, code="internal_error")
+        return cls("the server failed at this request; its log says why", status=500, code="internal_error")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {} if self.retry_after_s is None else {"retry-after": str(max(1, round(self.retry_after_s)))}
+
+    def content(self, dialect: Dialect = "openai") -> dict[str, Any]:
+        """The body. ``object`` is for ChatNVIDIA, which otherwise drops an error inside of a stream."""
+        error = {
+            "object": "error",
+            "message": self.message,
+            "type": TYPES.get(self.status, "invalid_request_error"),
+            "param": self.param,
+            "code": self.code,
+        }
+        return {"error": error} if dialect == "openai" else {"type": "error", "error": error}
+
+
+def dialect_of(path: str) -> Dialect:
+    """Whose form the errors of a path have. Of /v1/responses only those inside of a stream differ from OpenAI's."""
+    return "anthropic" if path.startswith("/v1/messages") else "openai"

@@ -1,0 +1,243 @@
+"""From the body of a request to what the engine is asked: prompts, sampling parameters, and how to read the answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from stepjax.errors import RequestError
+from stepjax.infer.sampling.params import SamplingParams
+from stepjax.infer.serve.formats import check_effort, check_tool_choice, constraint_of
+from stepjax.infer.serve.limits import LIMITS
+from stepjax.infer.serve.schemas import Body, ChatRequest, CompletionRequest, Sampled
+from stepjax.infer.serve.ticket import Asked
+from stepjax.infer.transcript import Transcript, begins_in_reasoning
+from stepjax.text.chat import read_template_kwargs
+
+if TYPE_CHECKING:
+    from stepjax.infer.engine.engine import Engine
+    from stepjax.infer.session import Session
+    from stepjax.text.tokenizer import Tokenizer
+
+# Fields that would change the answer and have no counterpart here: refused, unless they ask for nothing. All other
+# fields that are not known change nothing, and the answer names them in a header.
+REFUSED = (
+    "audio",
+    "bad_words",
+    "echo",
+    "function_call",
+    "functions",
+    "guided_grammar",
+    "input_ids",
+    "length_penalty",
+    "logits_processors",
+    "modalities",
+    "prediction",
+    "prompt_embeds",
+    "use_beam_search",
+    "web_search_options",
+)
+_NOTHING = (None, False, [], {}, "", 0, 1.0, ["text"], "none")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the answers to a prompt are read."""
+
+    tokenizer: Tokenizer | None
+    eos_ids: tuple[int, ...]
+    in_reasoning: bool = False
+    tools: Sequence[Mapping[str, Any]] | None = None
+    include_stop: bool = False
+    skip_special: bool = True
+    verbatim: bool = False  # nothing behind the thinking is a marker or a call
+
+    def transcript(self, params: SamplingParams) -> Transcript:
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Transcript(params, **fields)
+
+
+def of_chat(engine: Engine, session: Session, body: ChatRequest) -> tuple[Asked, Reading]:
+    """The prompt of a conversation. Renders and tokenises, which takes its time: not for an event loop.
+
+    Raises:
+      RequestError, TemplateError: the request is not acceptable.
+    """
+    check_unknown(body)
+    if body.add_generation_prompt is False:
+        raise RequestError("add_generation_prompt: is false, expected true: an answer begins with it")
+    if body.top_logprobs is not None and not body.logprobs:
+        raise RequestError("top_logprobs: is given, expected logprobs to be true with it")
+    check_tool_choice(body.tool_choice)
+    check_effort(body.reasoning_effort)
+    ids, tools = _rendered(session, body)
+    most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    top = (body.top_logprobs or 0) if body.logprobs else None
+    tokenizer = session.tokenizer
+    assert tokenizer is not None, "encode_chat needs it"
+    in_reasoning = begins_in_reasoning(ids, tokenizer)
+    asked = _asked(engine, session, body, ids, max_tokens=most, logprobs=top)
+    constraint = constraint_of(session, body, in_reasoning=in_reasoning, tools=tools)
+    verbatim = constraint is not None and constraint.matcher is not None and not constraint.calls
+    options = {"tools": None if verbatim else tools, "verbatim": verbatim}
+    return asked._replace(constraint=constraint), _reading(session, body, in_reasoning=in_reasoning, **options)
+
+
+def count_prompt(session: Session, body: ChatRequest) -> int:
+    """Tokens of a conversation's prompt; errors as `of_chat`."""
+    return len(_rendered(session, body)[0])
+
+
+def _rendered(session: Session, body: ChatRequest) -> tuple[list[int], list[dict[str, Any]] | None]:
+    """The prompt, and the tools in it."""
+    tools = offered_tools(body.tools, body.tool_choice)
+    options: dict[str, Any] = read_template_kwargs(body.chat_template_kwargs)
+    if body.reasoning_effort == "none":
+        options.setdefault("enable_thinking", False)
+    return session.encode_chat(body.messages, tools=tools, **options), tools
+
+
+def of_completion(engine: Engine, session: Session, body: CompletionRequest) -> tuple[list[Asked], Reading]:
+    """The prompts of a completion; tokenises, and errors, as `of_chat`."""
+    check_unknown(body, allowed=("echo",))
+    if body.suffix:
+        raise RequestError("suffix: is given, expected none: the model was not trained to fill in")
+    if body.best_of not in (None, body.n or 1):
+        raise RequestError(f"best_of: is {body.best_of}, expected none, or as large as n")
+    if body.max_tokens == 0 and not body.echo:
+        raise RequestError("max_tokens: is 0, expected at least 1 without echo")
+    prompts = _prompts(session, body.prompt)
+    answers = len(prompts) * (body.n or 1)
+    _at_most("prompts", "prompt", answers)
+    if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
+        body = body.model_copy(update={"prompt_logprobs": body.logprobs})
+    asked = [
+        _asked(engine, session, body, ids, max_tokens=max(1, body.max_tokens or 0), logprobs=body.logprobs)
+        for ids in prompts
+    ]
+    constraint = constraint_of(session, body)
+    verbatim = constraint is not None
+    return [each._replace(constraint=constraint) for each in asked], _reading(session, body, verbatim=verbatim)
+
+
+def check_unknown(body: Sampled, *, allowed: Sequence[str] = ()) -> None:
+    """Raise RequestError for a field that asks for what is not there."""
+    extra = body.model_extra or {}
+    for name in REFUSED:
+        if name in extra and name not in allowed and extra[name] not in _NOTHING:
+            raise RequestError(f"{name}: is given, but is not supported here; leave it out")
+
+
+def ignored(body: Body) -> list[str]:
+    """Fields that are not known and changed nothing."""
+    return sorted(name for name in body.model_extra or {} if name not in REFUSED)
+
+
+def offered_tools(tools: list[dict[str, Any]] | None, choice: Any) -> list[dict[str, Any]] | None:
+    """The tools that go into the prompt: none if none may be called."""
+    if not tools or choice == "none":
+        return None
+    size, most = len(json.dumps(tools, ensure_ascii=False).encode()), LIMITS["tools_bytes"].high
+    if size > most:
+        raise RequestError(f"tools: have {size} bytes in all, expected at most {most}")
+    return tools
+
+
+def stops(stop: Any) -> tuple[str, ...]:
+    """The stop strings of a request."""
+    given = [stop] if isinstance(stop, str) else [] if stop is None else stop
+    if not isinstance(given, list) or not all(isinstance(text, str) for text in given):
+        raise RequestError("stop: expected a text or a list of texts")
+    _at_most("stop", "stop", len(given))
+    low, high = LIMITS["stop_bytes"].low, LIMITS["stop_bytes"].high
+    for at, text in enumerate(given):
+        if not low <= len(text.encode()) <= high:
+            raise RequestError(f"stop[{at}]: has {len(text.encode())} bytes, expected {low} to {high}")
+    return tuple(given)
+
+
+def _asked(
+    engine: Engine, session: Session, body: Sampled, ids: list[int], *, max_tokens: int | None, logprobs: int | None
+) -> Asked:
+    if body.truncate_prompt_tokens is not None:
+        ids = ids[-body.truncate_prompt_tokens :]
+    bias = body.logit_bias or {}
+    params = session.sampling(
+        max_tokens=session.config.max_positions if max_tokens is None else max_tokens,
+        temperature=_float(body.temperature),
+        top_p=_float(body.top_p),
+        top_k=None if body.top_k is None else max(0, body.top_k),
+        min_p=_float(body.min_p),
+        repetition_penalty=_float(body.repetition_penalty),
+        presence_penalty=_float(body.presence_penalty),
+        frequency_penalty=_float(body.frequency_penalty),
+        seed=None if body.seed is None else body.seed % 2**32,
+        n=body.n,
+        stop=stops(body.stop),
+        stop_ids=tuple(body.stop_token_ids or ()),
+        ignore_eos=body.ignore_eos,
+        min_tokens=body.min_tokens,
+        logit_bias={_token(token): _bias(token, value) for token, value in bias.items()},
+        allowed_ids=tuple(body.allowed_token_ids or ()),
+        logprobs=logprobs,
+        prompt_logprobs=body.prompt_logprobs,
+    )
+    return Asked(
+        tuple(ids),
+        engine.fit(ids, params),
+        priority=body.priority or 0,
+        adapter=body.model if body.model in engine.adapters else "",
+        salt=body.cache_salt or "",
+    )
+
+
+def _float(value: float | None) -> float | None:
+    return None if value is None else float(value)
+
+
+def _reading(session: Session, body: Sampled, **options: Any) -> Reading:
+    return Reading(
+        session.tokenizer,
+        tuple(session.config.eos_ids),
+        include_stop=bool(body.include_stop_str_in_output),
+        skip_special=body.skip_special_tokens is not False,
+        **options,
+    )
+
+
+def _token(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or len(text) > 9:
+        raise RequestError(f"logit_bias: has the key {text[:40]!a}, expected a token id")
+    return int(text)
+
+
+def _bias(token: str, value: float) -> float:
+    low, high = LIMITS["logit_bias_value"].low, LIMITS["logit_bias_value"].high
+    if not low <= value <= high:
+        raise RequestError(f"logit_bias[{token}]: is {value}, expected {low} to {high}")
+    return value
+
+
+def _prompts(session: Session, given: Any) -> list[list[int]]:
+    """Token ids of each prompt."""
+    if isinstance(given, str):
+        return [session.encode(given)]
+    if not isinstance(given, list) or not given:
+        raise RequestError("prompt: expected a text, a list of texts, or token ids")
+    if all(isinstance(each, int) for each in given):
+        return [given]
+    _at_most("prompts", "prompt", len(given))
+    kind: Literal["text", "ids"] = "text" if isinstance(given[0], str) else "ids"
+    for at, each in enumerate(given):
+        if not isinstance(each, str if kind == "text" else list):
+            raise RequestError(f"prompt[{at}]: is a {type(each).__name__}, expected {kind} as at the beginning")
+    return [session.encode(each) for each in given] if kind == "text" else given
+
+
+def _at_most(limit: str, name: str, count: int) -> None:
+    most = LIMITS[limit].high
+    if count > most:
+        raise RequestError(f"{name}: has {count} {LIMITS[limit].of}, expected at most {most}")

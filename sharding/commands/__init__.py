@@ -1,0 +1,1 @@
+"""Verbs of the command line that move adapters between formats."""

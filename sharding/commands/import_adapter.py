@@ -1,0 +1,26 @@
+"""``stepjax import-adapter``: read a PEFT folder into an adapter that training can start from."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", type=Path, help="PEFT folder, of any form")
+    parser.add_argument("target", metavar="DST", type=Path, help="folder to write")
+    parser.add_argument("--model", required=True, help="the base: checkpoint folder, hub id, preset or embedded name")
+    parser.add_argument("--overwrite", action="store_true", help="replace an adapter that is there")
+
+
+def run(args: argparse.Namespace) -> int:
+    from stepjax.adapters.peft import import_adapter
+    from stepjax.commands.info import read_config
+    from stepjax.sharding.checkpoint import save_adapter
+
+    config = read_config(args.model)
+    adapter, lora = import_adapter(args.source, config)
+    save_adapter(args.target, config, adapter, lora, overwrite=args.overwrite)
+    of_experts = f", of experts {lora.expert_rank} ({lora.experts})" if lora.experts else ""
+    print(f"{args.target}: {len(adapter) // 2} weights, rank {lora.rank}{of_experts}")
+    return 0

@@ -1,0 +1,1 @@
+"""What a compiled program holds and exchanges, read from XLA."""

@@ -1,0 +1,212 @@
+"""A step of the whole model on a mesh that need not exist: shapes in, bytes and collectives of one device out.
+
+The step is the function that serves or trains, given by the room that it lives in. Nothing is read and nothing is run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from stepjax.config import ModelConfig
+from stepjax.model.step3p5 import Step3p5, axes_of, params_of
+from stepjax.sharding.compiled.hlo import Collective, Kind
+from stepjax.sharding.compiled.report import CompileReport, compile_report, size_text, table
+from stepjax.sharding.layout import MeshLayout
+from stepjax.sharding.mesh import MeshSpec
+from stepjax.weights.fp8 import FP8, BlockScaled
+from stepjax.weights.int_groups import Grouped
+from stepjax.weights.inventory import FP8_BLOCK, Groups, counted_as, inventory, scale_shape
+
+_LAYER = re.compile(r"\b((?:layer|mtp)_\d+)\b")  # in a scope, whatever transformation it is wrapped in
+
+
+class Step(NamedTuple):
+    """A jitted function and the shapes of its arguments; those that outlive the step are named once more."""
+
+    function: jax.stages.Wrapped
+    arguments: tuple[Any, ...]
+    params: Mapping[str, Any]
+    cache: Any = ()
+    optimizer: Any = ()
+
+
+class Launches(NamedTuple):
+    """What one run of some places of the model launches of one kind along the same axes."""
+
+    kind: Kind
+    axes: tuple[str, ...]
+    num_launches: int  # each of the places
+
+
+class Places(NamedTuple):
+    """Layers that launch the same collectives; no name for what belongs to no layer."""
+
+    names: tuple[str, ...]  # layer_0, layer_1, … mtp_1, …
+    launches: tuple[Launches, ...]
+
+
+@dataclass(frozen=True)
+class Study:
+    """One step on one mesh. Numbers are those of one device."""
+
+    parameters: dict[
+        str, int
+    ]  # by field of `stepjax.weights.inventory.ParameterCounts`; scales of FP8 blocks not counted
+    parameter_bytes: int  # scales included
+    cache_bytes: int
+    optimizer_bytes: int
+    places: tuple[Places, ...]
+    notes: tuple[str, ...]  # what is copied where the user may expect it to be split
+    report: CompileReport
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {
+            "parameters": {"total": sum(self.parameters.values()), "parts": self.parameters},
+            "parameter_bytes": self.parameter_bytes,
+            "cache_bytes": self.cache_bytes,
+            "optimizer_bytes": self.optimizer_bytes,
+            "places": [
+                {"names": each.names, "launches": [launches._asdict() for launches in each.launches]}
+                for each in self.places
+            ],
+            "notes": self.notes,
+            "compiled": self.report.as_dict(),
+        }
+
+    def shown(self) -> RenderableType:
+        """For people."""
+        held = Table("one device holds", "parameters", "", box=box.SIMPLE)
+        for part, count in self.parameters.items():
+            if count:
+                held.add_row(part.replace("_", " "), f"{count:,}", "")
+        held.add_row("parameters", f"{sum(self.parameters.values()):,}", size_text(self.parameter_bytes))
+        for what, size in (("cache", self.cache_bytes), ("optimizer state", self.optimizer_bytes)):
+            if size:
+                held.add_row(what, "", size_text(size))
+        lines = [_line(each) for each in self.places if each.launches]
+        return Group(held, table(self.report), *lines, *(f"Note: {note}." for note in self.notes))
+
+
+def study(step: Step, layout: MeshLayout, *, notes: Iterable[str] = ()) -> Study:
+    """Compile a step for the devices of a layout's mesh.
+
+    Raises:
+      MeshError: the compiler cannot.
+    """
+    report = compile_report(step.function, step.arguments, mesh=layout.mesh)
+    return Study(
+        parameters=device_parameters(step.params, layout.rules.config),
+        parameter_bytes=device_bytes(step.params),
+        cache_bytes=device_bytes(step.cache),
+        optimizer_bytes=device_bytes(step.optimizer),
+        places=by_place(report.collectives, _layers(step.params)),
+        notes=(*layout.rules.notes, *notes),
+        report=report,
+    )
+
+
+def with_blocks(config: ModelConfig) -> ModelConfig:
+    """The configuration of the FP8 release of a model."""
+    return dataclasses.replace(config, fp8_block=config.fp8_block or FP8_BLOCK)
+
+
+def abstract_params(
+    model: Step3p5, layout: MeshLayout, *, keep_fp8: bool = False, groups: Groups | None = None
+) -> dict[str, Any]:
+    """The parameters of an abstract model as shapes where they would lie, the experts' in FP8 blocks if kept so, or in
+    whole numbers.
+    """
+    axes, block = axes_of(model), with_blocks(model.config).fp8_block
+    assert block
+
+    def leaf(path: str, value: Any) -> Any:
+        where = layout.parameter(*axes[path])
+        if not ((keep_fp8 or groups) and ".experts." in path):
+            return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=where)
+        if groups:
+            dtypes = (jnp.int8, jnp.float32) if groups.bits == 8 else (jnp.uint8, jnp.bfloat16)
+            held = zip(groups.shapes(value.shape), dtypes, strict=True)
+            return Grouped(*(jax.ShapeDtypeStruct(*each, sharding=where) for each in held), groups.bits)
+        q = jax.ShapeDtypeStruct(value.shape, FP8, sharding=where)
+        return BlockScaled(q, jax.ShapeDtypeStruct(scale_shape(value.shape, block), jnp.float32, sharding=where), block)
+
+    return {path: leaf(path, value) for path, value in params_of(model).items()}
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of a tree of placed shapes on one device."""
+    return sum(_elements(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def device_parameters(params: Mapping[str, Any], config: ModelConfig) -> dict[str, int]:
+    """Parameters on one device, by field of `stepjax.weights.inventory.ParameterCounts`."""
+    counts: Counter[str] = Counter()
+    for spec in inventory(config):
+        weight = params.get(spec.path)
+        counts[counted_as(spec, num_layers=len(config.layers))] += 0 if weight is None else _values(weight)
+    return dict(counts)
+
+
+def by_place(found: Iterable[Collective], names: Iterable[str]) -> tuple[Places, ...]:
+    """Collectives by the layer, one of ``names``, whose scope they carry; layers that launch alike are one entry."""
+    counts: dict[str, Counter[tuple[Kind, tuple[str, ...]]]] = {name: Counter() for name in (*names, "")}
+    for one in found:
+        layer = _LAYER.search(one.scope)
+        counts[layer[1] if layer and layer[1] in counts else ""][one.kind, one.axes] += one.num_launches
+    alike: dict[Any, list[str]] = defaultdict(list)
+    for name, count in counts.items():
+        launches = tuple(Launches(kind, axes, number) for (kind, axes), number in sorted(count.items()))
+        alike[bool(name), launches].append(name)
+    return tuple(Places(tuple(filter(None, members)), launches) for (_, launches), members in alike.items())
+
+
+def copies(mesh: MeshSpec, *, batch: int, context: int) -> list[str]:
+    """Notes on what a step of this size leaves unsplit, where sizes do not go round (`Rules.fit`)."""
+    return [
+        f"{size} {what} are not split over {axis}={ways}: {ways} devices each hold a copy"
+        for what, size, axis in (("sequences", batch, "data"), ("positions", context, "context"))
+        if size % (ways := mesh.sizes[axis])
+    ]
+
+
+def _values(weight: Any) -> int:
+    """On one device, without scales."""
+    if isinstance(weight, Grouped):
+        return _elements(weight.q) * 8 // (weight.bits * weight.q.dtype.itemsize)
+    return _elements(weight.q if isinstance(weight, BlockScaled) else weight)
+
+
+def _elements(leaf: Any) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape))
+
+
+def _layers(params: Mapping[str, Any]) -> dict[str, None]:
+    """The scopes of the layers that hold parameters, in order: the backbone's count from 0, MTP depths from 1."""
+    found: dict[str, None] = {}
+    for path in params:
+        part, _, rest = path.partition(".")
+        number = rest.partition(".")[0]
+        if part in ("layers", "mtp"):
+            found[f"layer_{number}" if part == "layers" else f"mtp_{int(number) + 1}"] = None
+    return found
+
+
+def _line(places: Places) -> str:
+    where = f"In each of {len(places.names)} layers" if places.names else "Elsewhere"
+    if len(places.names) == 1:
+        where = f"In {places.names[0].replace('_', ' ')}"
+    what = (f"{each.num_launches} × {each.kind} over {','.join(each.axes) or 'no axis'}" for each in places.launches)
+    return f"{where}: {', '.join(what)}."

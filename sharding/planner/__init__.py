@@ -1,0 +1,1 @@
+"""Bytes, times and limits of a layout, computed without a device."""

@@ -1,0 +1,253 @@
+"""What one device holds, to the byte, without a device: the runtime's own tables of shapes and rules, added up.
+
+Many layers are alike: one of each kind is shaped (`stepjax.model.step3p5.abstract`) and counted as often as it occurs.
+ Where an array lies is asked of the `MeshLayout` that serves and trains, over a mesh of no devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
+
+from stepjax.config import LayerSpec, ModelConfig
+from stepjax.errors import MeshError
+from stepjax.model.cache import empty_cache
+from stepjax.model.step3p5 import abstract, axes_of, params_of
+from stepjax.sharding.layout import MeshLayout
+from stepjax.sharding.mesh import AXES, MeshSpec
+from stepjax.sharding.rules import Rules
+from stepjax.weights.inventory import DTYPE_BYTES, FP8_BLOCK, Form, Groups, counted_as, inventory, quantized
+
+Quant = Literal["bf16", "fp8", "int8", "int4"]
+
+PAGE = 64  # positions (`stepjax.infer.engine.config`)
+
+# How the routed experts are held; everything else is in the dtype of activations.
+QUANTS: dict[Quant, Form | None] = {"bf16": None, "fp8": FP8_BLOCK, "int8": Groups(8, None), "int4": Groups(4, 64)}
+
+
+class ById:
+    """A key that is equal to itself alone: hashing a configuration of many layers costs more than what is looked up."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ById) and self.value is other.value
+
+
+class Kind(NamedTuple):
+    """Arrays of one shape, dtype and placement."""
+
+    part: str  # field of `stepjax.weights.inventory.ParameterCounts`
+    path: str  # of one of them
+    shape: tuple[int, ...]
+    itemsize: int
+    axes: tuple[str | None, ...]
+    count: int  # of such arrays
+
+    @property
+    def num_elements(self) -> int:
+        """Of all of them, whole."""
+        return self.count * math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One kind of array on one device."""
+
+    kind: Kind
+    shape: tuple[int, ...]  # of the device's share of each
+
+    @property
+    def num_elements(self) -> int:
+        return self.kind.count * math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * self.kind.itemsize
+
+
+@dataclass(frozen=True)
+class Cached:
+    """Keys and values on one device."""
+
+    full_bytes: int  # of layers that see everything: rows, or pages
+    ring_bytes: int  # of layers with a window, those of MTP among them
+    full_shape: tuple[int, ...]  # one device's share of a full layer's keys: sequences (or pages), rows, heads, width
+    ring_shape: tuple[int, ...]
+    rows_split: bool  # over `context`
+    num_full: int  # layers
+    paged: bool = False  # a block of pages is looked at at once, not all rows
+
+    @property
+    def num_bytes(self) -> int:
+        return self.full_bytes + self.ring_bytes
+
+
+def layout_of(config: ModelConfig, mesh: MeshSpec, strategy: str, quant: Quant) -> MeshLayout:
+    """The layout that the runtime would use, over devices that are not there.
+
+    Raises:
+      MeshError: the model cannot be split that way; the message has the reason.
+    """
+    form = QUANTS[quant]
+    keep_fp8 = quant == "fp8"
+    if keep_fp8 and not config.fp8_block:
+        config = dataclasses.replace(config, fp8_block=FP8_BLOCK)
+    groups = form if isinstance(form, Groups) else None
+    rules = Rules(config, mesh, strategy, keep_fp8=keep_fp8, groups=groups)
+    return MeshLayout(cast(Any, no_devices(mesh)), rules)
+
+
+@functools.lru_cache(maxsize=4096)
+def no_devices(mesh: MeshSpec) -> AbstractMesh:
+    """A mesh of these sizes, for placements alone."""
+    return AbstractMesh(tuple(mesh.sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def local_shape(layout: MeshLayout, shape: Sequence[int], *axes: str | None) -> tuple[int, ...]:
+    """A device's share of an activation or a cache."""
+    return layout.sharding(tuple(shape), *axes).shard_shape(tuple(shape))
+
+
+def parameters(
+    config: ModelConfig, *, quant: Quant = "bf16", depths: int = 0, dtype: str = "bfloat16"
+) -> tuple[Kind, ...]:
+    """Every parameter of a model with ``depths`` MTP layers, whole, alike ones counted.
+
+    Raises:
+      MeshError: the experts' widths do not hold whole groups.
+    """
+    return _parameters(ById(config), quant, depths, dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _parameters(of: ById, quant: Quant, depths: int, dtype: str) -> tuple[Kind, ...]:
+    small, counts = one_of_each(of, depths)
+    part_of = {spec.path: spec for spec in inventory(small)}
+    model = abstract(small, dtype=jnp.dtype(dtype), mtp=bool(small.mtp_layers))
+    axes, found = axes_of(model), Counter()
+    for path, value in params_of(model).items():
+        spec = part_of[path]
+        part = counted_as(spec, num_layers=len(small.layers))
+        shapes = [(tuple(value.shape), value.dtype.itemsize)]
+        if ".experts." in path and (form := QUANTS[quant]) is not None:
+            if isinstance(form, Groups) and value.shape[-1] % (form.columns or 1):
+                raise MeshError(f"{quant}: rows of {value.shape[-1]} values, expected whole groups of {form.columns}")
+            shapes = [(each.shape, DTYPE_BYTES[each.dtype]) for each in quantized(spec, form)]
+        for shape, itemsize in shapes:
+            found[Kind(part, kind_path(path), shape, itemsize, axes[path], 1)] += counts[spec.layer]
+    return tuple(kind._replace(count=count) for kind, count in found.items() if count)
+
+
+def placed(kinds: Iterable[Kind], layout: MeshLayout) -> tuple[Placed, ...]:
+    """Where parameters lie."""
+    return tuple(Placed(kind, layout.parameter(*kind.axes).shard_shape(kind.shape)) for kind in kinds)
+
+
+def bytes_by_part(arrays: Iterable[Placed]) -> dict[str, int]:
+    """Bytes of one device by field of `stepjax.weights.inventory.ParameterCounts`."""
+    sums: Counter[str] = Counter()
+    for each in arrays:
+        sums[each.kind.part] += each.num_bytes
+    return dict(sums)
+
+
+def cached(
+    config: ModelConfig,
+    layout: MeshLayout,
+    *,
+    batch: int,
+    length: int,
+    depths: int,
+    dtype: str = "bfloat16",
+    pages: tuple[int, int] | None = None,
+) -> Cached:
+    """Caches of ``batch`` sequences of up to ``length`` positions, or of ``pages``: their number and positions each."""
+    full, rings, shape, ring = 0, 0, (0, 0, 0, 0), (0, 0, 0, 0)
+    num_full = 0
+    for held, axes, itemsize, count, is_ring in _caches(ById(config), batch, length, depths, dtype, pages):
+        local = local_shape(layout, held, *axes)
+        size = 2 * count * math.prod(local) * itemsize
+        if is_ring:
+            rings, ring = rings + size, local
+        else:
+            full, shape, num_full = full + size, local, num_full + count
+    rows_split = bool(num_full) and shape[1] < (pages[1] if pages else length)
+    return Cached(full, rings, shape, ring, rows_split, num_full, paged=bool(pages))
+
+
+def paged(
+    config: ModelConfig,
+    layout: MeshLayout,
+    *,
+    batch: int,
+    context: int,
+    depths: int,
+    page_size: int = PAGE,
+    dtype: str = "bfloat16",
+) -> Cached:
+    """An engine's caches of ``batch`` sequences: pages for ``context`` positions of each and the one that padding
+    writes to, and rings; ``full_shape`` is that of the pages of all sequences, joined.
+    """
+    size = page_size * layout.rules.mesh.context
+    pages = batch * -(-context // size) + 1
+    held = cached(config, layout.together(), batch=batch, length=0, depths=depths, dtype=dtype, pages=(pages, size))
+    _, rows, heads, width = held.full_shape
+    return dataclasses.replace(held, full_shape=(batch, (pages - 1) // batch * rows, heads, width))
+
+
+@functools.lru_cache(maxsize=4096)
+def _caches(
+    of: ById, batch: int, length: int, depths: int, dtype: str, pages: tuple[int, int] | None
+) -> tuple[tuple[tuple[int, ...], tuple[str | None, ...], int, int, bool], ...]:
+    """Shape, axes and element size of each kind of layer's keys, how many layers, and whether it is a ring."""
+    small, counts = one_of_each(of, depths)
+    cache = jax.eval_shape(
+        lambda: empty_cache(small, batch=batch, length=length, dtype=jnp.dtype(dtype), mtp=bool(depths), pages=pages)
+    )
+    found: Counter[Any] = Counter()
+    for layer, view in zip(small.all_layers, (*cache.layers, *cache.mtp), strict=True):
+        keys = jax.tree.leaves(view)[0]
+        found[keys.shape, view.axes, keys.dtype.itemsize, layer.window is not None] += counts[layer.index]
+    return tuple((shape, axes, size, count, ring) for (shape, axes, size, ring), count in found.items())
+
+
+@functools.lru_cache(maxsize=64)
+def one_of_each(of: ById, depths: int) -> tuple[ModelConfig, Mapping[int | None, int]]:
+    """The model with one layer of each kind, and how many there are of each by its index; 1 for what is in no layer."""
+    config: ModelConfig = of.value
+
+    def kinds(layers: Sequence[LayerSpec]) -> Counter[LayerSpec]:
+        # Clamps and rotary embeddings have no shape.
+        rope = layers[0].rope if layers else None
+        return Counter(
+            dataclasses.replace(layer, index=0, limit=None, limit_shared=None, rope=rope or layer.rope)
+            for layer in layers
+        )
+
+    main, mtp = kinds(config.layers), kinds(config.mtp_layers[:depths])
+    layers = tuple(dataclasses.replace(layer, index=at) for at, layer in enumerate(main))
+    depth = tuple(dataclasses.replace(layer, index=len(layers) + at) for at, layer in enumerate(mtp))
+    counts = dict(enumerate([*main.values(), *mtp.values()]))
+    return dataclasses.replace(config, layers=layers, mtp_layers=depth), {None: 1, **counts}
+
+
+def kind_path(path: str) -> str:
+    """A path without the number of its layer, so that alike parameters are alike."""
+    return ".".join(piece for piece in path.split(".") if not piece.isdecimal())

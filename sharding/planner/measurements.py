@@ -1,0 +1,139 @@
+"""Steps that were measured, as work that a device had to do: what `stepjax bench` and benchmarks/gpu.py wrote.
+
+The bench writes which engine ran and how long its steps took, no costs: what each step held, read and sent is counted
+here, by the functions that plan it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from stepjax.config import ModelConfig
+from stepjax.errors import RequestError, StepjaxError
+from stepjax.sharding.mesh import MeshSpec
+from stepjax.sharding.planner.device_bytes import QUANTS, layout_of, paged, parameters, placed
+from stepjax.sharding.planner.exchanges import Sent, Tokens, of_serving
+from stepjax.sharding.planner.hardware import Cluster
+from stepjax.sharding.planner.step_time import (
+    LAYER_KERNELS,
+    OTHER_KERNELS,
+    Efficiency,
+    Part,
+    Routing,
+    exchange_time,
+    kernels_of,
+    serving_parts,
+    step_time,
+)
+
+ITEMSIZE = {"bfloat16": 2, "float32": 4}
+LEAST_STEPS = 3  # alike steps, of which a median says anything
+
+
+class Point(NamedTuple):
+    """One measured step of one device."""
+
+    name: str
+    seconds: float
+    parts: tuple[Part, ...]
+    kernels: float
+    sent: tuple[Sent, ...] = ()
+    mesh: MeshSpec = MeshSpec()
+
+    def predicted(self, cluster: Cluster, efficiency: Efficiency) -> float:
+        return step_time(self.parts, self.sent, self.mesh, cluster, kernels=self.kernels, efficiency=efficiency).seconds
+
+    def latency(self, cluster: Cluster) -> float:
+        """Of the exchanges: the seconds that no speed of a link takes away."""
+        return sum(exchange_time(each, self.mesh, cluster, math.inf) for each in self.sent)
+
+    def exchange(self, cluster: Cluster) -> float:
+        """Seconds that what is sent takes at the full speed of the links, without latency."""
+        return sum(exchange_time(each, self.mesh, cluster) for each in self.sent) - self.latency(cluster)
+
+
+def read_points(path: Path) -> tuple[str, list[Point]]:
+    """The name of the device, and the steps that were measured on it.
+
+    Raises:
+      RequestError: the file is another, or has no steps.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise RequestError(f"{path}: cannot be read as JSON ({error})") from None
+    try:
+        if isinstance(found, dict) and "step_times" in found:
+            name, points = str(found["device_kind"]), list(_of_bench(found))
+        elif isinstance(found, dict) and "hardware" in found:
+            name, points = str(found["hardware"]), list(_of_slices(found))
+        else:
+            raise RequestError(f"{path}: expected what stepjax bench --json or benchmarks/gpu.py --json wrote")
+    except (KeyError, TypeError, ValueError) as error:
+        raise RequestError(f"{path}: is damaged ({type(error).__name__}: {error})") from None
+    except StepjaxError as error:
+        raise RequestError(f"{path}: {error}") from None
+    if not points:
+        raise RequestError(
+            f"{path}: has no measured steps; run benchmarks/gpu.py with a part such as s10, or stepjax bench with more "
+            f"requests (a step counts where {LEAST_STEPS} alike were not held up by the host)"
+        )
+    return name, points
+
+
+def _of_bench(found: Mapping[str, Any]) -> Iterator[Point]:
+    """An engine's steps; rows, tokens and positions are those of its programs, padding included."""
+    engine = found["engine"]
+    config = ModelConfig.from_hf(engine["config"])
+    mesh, quant, dtype = MeshSpec.parse(engine["mesh"]), engine["experts"], engine["dtype"]
+    if quant not in QUANTS:
+        raise RequestError(f"experts: are in {quant!r}, expected {', '.join(QUANTS)}")
+    itemsize = ITEMSIZE[dtype]
+    layout, depths = layout_of(config, mesh, engine["strategy"], quant), len(config.mtp_layers)
+    weights = placed(parameters(config, quant=quant, depths=depths, dtype=dtype), layout)
+    size = {"context": engine["context"], "page_size": engine["page_size"], "depths": depths, "dtype": dtype}
+    for row in found["step_times"]:
+        if row["count"] < LEAST_STEPS:
+            continue
+        work = Tokens(
+            row["step"],
+            row["rows"],
+            row["tokens"],
+            engine["context"],
+            row["drafts"],
+            itemsize,
+        )
+        held = paged(config, layout, batch=work.batch, **size)
+        filled = max(1, row["positions"]) / work.context
+        yield Point(
+            f"{work.step} of {work.batch} × {work.count}",
+            seconds=1e-3 * row["median_ms"],
+            parts=tuple(serving_parts(layout, work, held, weights, routing=Routing(), filled=filled)),
+            kernels=kernels_of(config, work),
+            sent=of_serving(layout, work, rows_split=held.rows_split),
+            mesh=mesh,
+        )
+
+
+def _of_slices(found: Mapping[str, Any]) -> Iterator[Point]:
+    """Parts of the model at its real widths on one device: each step has its own count of bytes and operations."""
+    for name, part in found.items():
+        if not isinstance(part, dict) or not {"decode", "prefill"} <= part.keys():
+            continue
+        layers = int(number[0]) if (number := re.search(r"\d+", name)) else 0
+        for kind in ("decode", "prefill"):
+            for step, row in part[kind].items():
+                if "milliseconds" not in row:
+                    continue  # it did not run: out of memory
+                depths = int(drafts[1]) if (drafts := re.search(r"(\d+) drafts", step)) else 0
+                yield Point(
+                    f"{name} {kind} {step}",
+                    seconds=1e-3 * row["milliseconds"],
+                    parts=(Part("all", 1e9 * row["gigabytes"], 1e12 * row["teraflops"]),),
+                    kernels=(layers + depths) * LAYER_KERNELS + OTHER_KERNELS,
+                )

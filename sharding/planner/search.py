@@ -1,0 +1,474 @@
+"""Which mesh, strategy, precision and number of drafts for a machine and a goal: all of them, each with a reason.
+
+Every candidate goes through the runtime's own rules, is added up to the byte (`footprint`), and timed as a roofline
+(`cost`). What cannot be is refused with the reason that the runtime would give; the rest is ranked.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from stepjax.adapters.lora import LoraConfig
+from stepjax.config import ModelConfig
+from stepjax.errors import MeshError, RequestError
+from stepjax.sharding.layout import MeshLayout
+from stepjax.sharding.mesh import MeshSpec
+from stepjax.sharding.planner import lora_step as training
+from stepjax.sharding.planner.device_bytes import (
+    PAGE,
+    ById,
+    Cached,
+    Placed,
+    Quant,
+    bytes_by_part,
+    layout_of,
+    paged,
+    parameters,
+    placed,
+)
+from stepjax.sharding.planner.exchanges import Sent, Tokens, of_serving
+from stepjax.sharding.planner.hardware import STORAGE, Cluster
+from stepjax.sharding.planner.step_time import (
+    Efficiency,
+    Routing,
+    StepTime,
+    kernels_of,
+    load_time,
+    serving_parts,
+    step_time,
+    tokens_per_step,
+)
+from stepjax.sharding.planner.temporaries import serving_temporaries
+
+Goal = Literal["latency", "throughput", "context", "lora", "cheapest"]
+
+GOALS: tuple[Goal, ...] = ("latency", "throughput", "context", "lora", "cheapest")
+DRAFTS = (0, 1, 3)  # choices of the engine (`stepjax.infer.engine.draft_policy`)
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+CHUNK = 512  # prompt tokens of one step of the engine
+ROWS_A_DEVICE = 64  # most rows of a device's training step
+
+
+class Choice(NamedTuple):
+    """What is chosen."""
+
+    mesh: MeshSpec  # of one engine, or of the training run
+    strategy: str
+    quant: Quant
+    drafts: int = 0
+    replicas: int = 1  # engines beside one another, which exchange nothing
+
+    @property
+    def num_devices(self) -> int:
+        return self.mesh.num_devices * self.replicas
+
+    def flags(self) -> str:
+        """For the command line of `generate`, `serve`, `score`."""
+        quant = {"bf16": "", "fp8": " --keep-fp8", "int8": " --quantize int8", "int4": " --quantize int4"}[self.quant]
+        return f"--mesh {self.mesh} --strategy {self.strategy}{quant}"
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What is wanted, and what is assumed."""
+
+    goal: Goal
+    batch: int = 1  # sequences of one engine, or rows of a training step over all devices; throughput: the most
+    context: int = 4096  # positions of each, prompt and answer
+    filled: float = 1.0  # of them, on average while an answer is written
+    tpot_s: float | None = None  # the longest time between two tokens of a sequence
+    quants: tuple[Quant, ...] = ("bf16", "fp8", "int8", "int4")
+    drafts: tuple[int, ...] = DRAFTS
+    strategies: tuple[str, ...] = ("expert_tensor", "expert", "tensor")
+    chunk: int = CHUNK
+    acceptance: float = 0.73  # of a draft, once those before are accepted
+    snapshots: int = 0  # of rings, kept for the prefix cache
+    routing: Routing = field(default_factory=Routing)
+    efficiency: Efficiency = field(default_factory=Efficiency)
+    overlap: bool = False  # exchanges run beside the work
+    lora: LoraConfig = field(default_factory=LoraConfig)  # what training adapts
+    storage: float = STORAGE  # bytes/s of a node's disks
+    sequence_bytes: Callable[[int], float] = lambda drafts: 1.1e6  # of a sequence's sampling and progress, by drafts
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise RequestError where it makes no sense for the model."""
+        for name, value, low, high in (
+            ("batch", self.batch, 1, 1 << 20),
+            ("context", self.context, 1, config.max_positions),
+            ("chunk", self.chunk, 1, 1 << 20),
+        ):
+            if not low <= value <= high:
+                raise RequestError(f"{name}: is {value}, expected {low} to {high}")
+        if not 0 < self.acceptance <= 1 or not 0 < self.filled <= 1:
+            raise RequestError("acceptance and filled are shares: expected above 0, at most 1")
+        if self.tpot_s is not None and self.tpot_s <= 0:
+            raise RequestError(f"tpot: is {1e3 * self.tpot_s} ms, expected more than 0")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one device."""
+
+    weights: dict[str, int]  # by field of `stepjax.weights.inventory.ParameterCounts`
+    pages: float
+    rings: float
+    sequences: float  # sampling, progress
+    training: float  # adapter, moments, gradients, activations
+    temporaries: float
+    usable: float
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(self.weights.values())
+
+    @property
+    def total(self) -> float:
+        held = self.weight_bytes + self.pages + self.rings + self.sequences
+        return held + self.training + self.temporaries
+
+    @property
+    def free(self) -> float:
+        return self.usable - self.total
+
+
+@dataclass(frozen=True)
+class Option:
+    """A choice that works."""
+
+    choice: Choice
+    batch: int  # sequences of one engine, or rows
+    context: int
+    memory: Memory
+    step: StepTime
+    prompt_s: float  # to read a prompt of the whole context, alone
+    tokens_per_s: float  # of all engines
+    tpot_s: float  # of one sequence; of a training step: seconds
+    load_s: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def per_device(self) -> float:
+        return self.tokens_per_s / self.choice.num_devices
+
+
+class Refusal(NamedTuple):
+    """A choice that does not work."""
+
+    choice: Choice
+    reason: str
+
+
+class Plan(NamedTuple):
+    """What was found, best first."""
+
+    ask: Ask
+    cluster: Cluster
+    options: list[Option]
+    refusals: list[Refusal]
+
+
+def plan(config: ModelConfig, cluster: Cluster, ask: Ask) -> Plan:
+    """Weigh every choice for a goal.
+
+    Raises:
+      RequestError: the question makes no sense for the model.
+    """
+    ask.check(config)
+    options: list[Option] = []
+    refusals: list[Refusal] = []
+    for choice in choices(config, cluster, ask):
+        found = weigh(config, cluster, ask, choice)
+        if isinstance(found, Refusal):
+            refusals.append(found)
+        else:
+            options.append(found)
+    return Plan(ask, cluster, _without_twins(sorted(options, key=functools.partial(rank, ask.goal))), refusals)
+
+
+def choices(config: ModelConfig, cluster: Cluster, ask: Ask) -> Iterator[Choice]:
+    """Engines of every size that fills the machine, or training runs on all of it, in every mesh."""
+    drafts = sorted({min(each, len(config.mtp_layers)) for each in ask.drafts})
+    if ask.goal == "lora":
+        for sizes in _factorings(cluster.num_devices, 4):
+            for strategy in (*ask.strategies, "fsdp"):
+                for quant in ask.quants:
+                    yield Choice(MeshSpec(*sizes), strategy, quant)
+        return
+    for count in range(1, cluster.num_devices + 1):
+        if ask.goal != "cheapest" and cluster.num_devices % count:
+            continue
+        replicas = 1 if ask.goal in ("cheapest", "latency", "context") else cluster.num_devices // count
+        for sizes in _factorings(count, 3):
+            mesh = MeshSpec(1, *sizes)
+            for strategy in ask.strategies:
+                for quant in ask.quants:
+                    yield from (Choice(mesh, strategy, quant, each, replicas) for each in drafts)
+
+
+def weigh(config: ModelConfig, cluster: Cluster, ask: Ask, choice: Choice) -> Option | Refusal:
+    """What a choice holds and how fast it is, or why it cannot be."""
+    if choice.drafts > len(config.mtp_layers):
+        return Refusal(choice, f"{choice.drafts} drafts: the model has {len(config.mtp_layers)} MTP layers")
+    if choice.num_devices > cluster.num_devices:
+        return Refusal(choice, f"mesh: {choice.mesh} takes {choice.num_devices} devices of {cluster.num_devices}")
+    placement = _placement(config, choice.mesh, choice.strategy, choice.quant, ask.goal == "lora")
+    if isinstance(placement, str):
+        return Refusal(choice, placement)
+    if ask.goal == "lora":
+        return _train(config, cluster, ask, choice, *placement)
+    if ask.goal == "context":
+        return _longest(config, cluster, ask, choice, *placement)
+    if ask.goal == "throughput":
+        return _busiest(config, cluster, ask, choice, *placement)
+    return _serve(config, cluster, ask, choice, *placement, batch=ask.batch, context=ask.context)
+
+
+def by_batch(config: ModelConfig, cluster: Cluster, ask: Ask, choice: Choice) -> list[Option]:
+    """A choice of engine with each number of sequences in `BATCHES`, up to the first that does not work."""
+    placement = _placement(config, choice.mesh, choice.strategy, choice.quant, False)
+    found: list[Option] = []
+    for batch in BATCHES:
+        if isinstance(placement, str):
+            break
+        option = _serve(config, cluster, ask, choice, *placement, batch=batch, context=ask.context)
+        if isinstance(option, Refusal):
+            break
+        found.append(option)
+    return found
+
+
+def rank(goal: Goal, option: Option) -> tuple[float, ...]:
+    """Less is better. Among equals the fewer devices, then the plainer precision and strategy."""
+    devices = float(option.choice.num_devices)
+    plain = float(option.choice.strategy != "expert_tensor")
+    if goal == "latency":
+        return (option.tpot_s, devices, plain)
+    if goal == "context":
+        return (-option.context, option.tpot_s, devices, plain)
+    if goal == "cheapest":
+        return (devices, option.tpot_s, plain)
+    return (-option.tokens_per_s, devices, plain)
+
+
+def _placement(
+    config: ModelConfig, mesh: MeshSpec, strategy: str, quant: Quant, train: bool
+) -> tuple[MeshLayout, tuple[Placed, ...]] | str:
+    """The layout and where the weights lie, or why the runtime refuses."""
+    return _placed(ById(config), mesh, strategy, quant, train)
+
+
+@functools.lru_cache(maxsize=50_000)
+def _placed(
+    of: ById, mesh: MeshSpec, strategy: str, quant: Quant, train: bool
+) -> tuple[MeshLayout, tuple[Placed, ...]] | str:
+    config: ModelConfig = of.value
+    try:
+        layout = layout_of(config, mesh, strategy, quant)
+        depths = 0 if train else len(config.mtp_layers)  # a checkpoint's drafters are loaded whether they run or not
+        return layout, placed(parameters(config, quant=quant, depths=depths), layout)
+    except MeshError as error:
+        return str(error)
+
+
+def _serve(
+    config: ModelConfig,
+    cluster: Cluster,
+    ask: Ask,
+    choice: Choice,
+    layout: MeshLayout,
+    weights: tuple[Placed, ...],
+    *,
+    batch: int,
+    context: int,
+) -> Option | Refusal:
+    held = paged(config, layout, batch=batch, context=context, depths=len(config.mtp_layers))
+    decode = Tokens("decode", batch, 1 + choice.drafts, context, choice.drafts)
+    piece = Tokens("prefill", 1, min(ask.chunk, context), context, 0)
+    memory = Memory(
+        weights=bytes_by_part(weights),
+        pages=held.full_bytes,
+        rings=held.ring_bytes * (1 + ask.snapshots / batch),
+        sequences=batch * ask.sequence_bytes(choice.drafts),
+        training=0,
+        temporaries=max(serving_temporaries(layout, each, held, quant=choice.quant) for each in (decode, piece)),
+        usable=cluster.device.usable_bytes,
+    )
+    if memory.free < 0:
+        return Refusal(choice, _does_not_fit(memory, cluster, f"{batch} sequences of {context:,} positions"))
+    step = _timed(cluster, ask, choice, layout, decode, held, weights, filled=ask.filled)
+    gained = tokens_per_step(choice.drafts, ask.acceptance)
+    tpot = step.seconds / gained
+    if ask.tpot_s is not None and tpot > ask.tpot_s:
+        return Refusal(
+            choice, f"too slow: {1e3 * tpot:.2f} ms a token at batch {batch}, expected {1e3 * ask.tpot_s:g} at most"
+        )
+    alone = paged(config, layout, batch=1, context=context, depths=len(config.mtp_layers))
+    reading = _timed(cluster, ask, choice, layout, piece, alone, weights, filled=0.5)
+    return Option(
+        choice=choice,
+        batch=batch,
+        context=context,
+        memory=memory,
+        step=step,
+        prompt_s=-(-context // piece.count) * reading.seconds,
+        tokens_per_s=choice.replicas * batch / tpot,
+        tpot_s=tpot,
+        load_s=_load_s(cluster, ask, choice, weights),
+        notes=layout.notes,
+    )
+
+
+def _busiest(
+    config: ModelConfig, cluster: Cluster, ask: Ask, choice: Choice, layout: MeshLayout, weights: tuple[Placed, ...]
+) -> Option | Refusal:
+    """The batch that answers the most tokens a second within the bound."""
+    best: Option | Refusal | None = None
+    for batch in [each for each in BATCHES if each <= max(1, ask.batch)]:
+        found = _serve(config, cluster, ask, choice, layout, weights, batch=batch, context=ask.context)
+        if isinstance(found, Refusal):
+            best = best or found
+            break  # more sequences need more memory and more time
+        if best is None or isinstance(best, Refusal) or found.tokens_per_s > best.tokens_per_s:
+            best = found
+    assert best is not None
+    return best
+
+
+def _longest(
+    config: ModelConfig, cluster: Cluster, ask: Ask, choice: Choice, layout: MeshLayout, weights: tuple[Placed, ...]
+) -> Option | Refusal:
+    """The most positions that ``batch`` sequences can have, in whole steps of `PAGE` times the context's devices."""
+    unit = PAGE * choice.mesh.context
+    low, high = 0, config.max_positions // unit
+    least = _serve(config, cluster, ask, choice, layout, weights, batch=ask.batch, context=unit)
+    if isinstance(least, Refusal):
+        return least
+    found = least
+    while low < high:
+        middle = (low + high + 1) // 2
+        tried = _serve(config, cluster, ask, choice, layout, weights, batch=ask.batch, context=middle * unit)
+        if isinstance(tried, Refusal):
+            high = middle - 1
+        else:
+            low, found = middle, tried
+    return found
+
+
+def _train(
+    config: ModelConfig, cluster: Cluster, ask: Ask, choice: Choice, layout: MeshLayout, weights: tuple[Placed, ...]
+) -> Option | Refusal:
+    """``batch`` rows of ``context`` tokens in as many steps as memory asks for; the most rows a step that fit."""
+    factors = placed(training.adapters(config, ask.lora), layout)
+    ways = choice.mesh.data
+    if ask.batch % ways:
+        return Refusal(choice, f"data={ways}: {ask.batch} rows cannot be split {ways} ways; give --batch a multiple")
+    rows = ask.batch
+    while True:
+        work = training.training_work(rows, ask.context)
+        memory = Memory(
+            weights=bytes_by_part(weights),
+            pages=0,
+            rings=0,
+            sequences=0,
+            training=training.training_bytes(layout, work, factors).total,
+            temporaries=0,
+            usable=cluster.device.usable_bytes,
+        )
+        if memory.free >= 0 and rows <= ROWS_A_DEVICE * ways:
+            break
+        if rows % (2 * ways):
+            return Refusal(choice, _does_not_fit(memory, cluster, f"{rows} rows of {ask.context:,} tokens"))
+        rows //= 2
+    step = step_time(
+        training.training_parts(layout, work, weights, routing=ask.routing),
+        training.training_sent(layout, work, weights, factors),
+        choice.mesh,
+        cluster,
+        kernels=3 * kernels_of(config, work),
+        efficiency=ask.efficiency,
+        overlap=ask.overlap,
+    )
+    return Option(
+        choice=choice,
+        batch=rows,
+        context=ask.context,
+        memory=memory,
+        step=step,
+        prompt_s=0.0,
+        tokens_per_s=rows * ask.context / step.seconds,
+        tpot_s=step.seconds,
+        load_s=_load_s(cluster, ask, choice, weights),
+        notes=layout.notes,
+    )
+
+
+def _timed(
+    cluster: Cluster,
+    ask: Ask,
+    choice: Choice,
+    layout: MeshLayout,
+    work: Tokens,
+    held: Cached,
+    weights: Iterable[Placed],
+    *,
+    filled: float,
+) -> StepTime:
+    sent: tuple[Sent, ...] = of_serving(layout, work, rows_split=held.rows_split)
+    return step_time(
+        serving_parts(layout, work, held, weights, routing=ask.routing, filled=filled),
+        sent,
+        choice.mesh,
+        cluster,
+        kernels=kernels_of(layout.rules.config, work),
+        efficiency=ask.efficiency,
+        overlap=ask.overlap,
+    )
+
+
+def _load_s(cluster: Cluster, ask: Ask, choice: Choice, weights: Iterable[Placed]) -> float:
+    """Whole numbers are made while the BF16 release is read; the other forms are read as they are held."""
+    wider = {"bf16": 1, "fp8": 1, "int8": 2, "int4": 4}[choice.quant]
+    whole = read = held = 0
+    for each in weights:
+        factor = wider if each.kind.part == "experts" else 1
+        whole += factor * each.kind.num_elements * each.kind.itemsize
+        read += factor * each.num_bytes
+        held += each.num_bytes
+    return load_time(whole, read, held, cluster, storage=ask.storage)
+
+
+def _does_not_fit(memory: Memory, cluster: Cluster, what: str) -> str:
+    gb = 1e-9
+    parts = f"{gb * memory.weight_bytes:.1f} GB of weights"
+    if memory.training:
+        parts += f", {gb * memory.training:.1f} of adapter, moments and activations"
+    else:
+        parts += f", {gb * (memory.pages + memory.rings + memory.sequences):.1f} of caches"
+        parts += f", {gb * memory.temporaries:.1f} of temporaries"
+    return (
+        f"does not fit: {what} take {gb * memory.total:.1f} GB a device ({parts}), {cluster.device.name} has "
+        f"{gb * memory.usable:.1f} GB to use"
+    )
+
+
+def _without_twins(options: Iterable[Option]) -> list[Option]:
+    """One of those that differ by name alone, such as all widths over ``expert`` or over ``tensor``."""
+    found: dict[object, Option] = {}
+    for option in options:
+        choice = option.choice
+        same = choice.mesh.data, choice.mesh.context, choice.num_devices, choice.quant, choice.drafts
+        key = same, option.memory.total, round(1e9 * option.step.seconds), option.batch, option.context
+        found.setdefault(key, option)
+    return list(found.values())
+
+
+def _factorings(count: int, axes: int) -> Iterator[tuple[int, ...]]:
+    """All ways to write a number as a product of so many, in order."""
+    if axes == 1:
+        yield (count,)
+        return
+    for first in (each for each in range(1, count + 1) if count % each == 0):
+        yield from ((first, *rest) for rest in _factorings(count // first, axes - 1))

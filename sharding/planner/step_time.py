@@ -1,0 +1,310 @@
+"""What a step of serving costs: operations, bytes read, seconds. Formulae, each with its source; nothing is measured.
+
+A step is a sum over its parts (attention and dense maps, experts, caches, output matrices) of the longer of two times:
+
+    t = Σ_parts max(bytes / bandwidth, operations / peak) + Σ_collectives (bytes / link + latency) + kernels · launch
+
+Weights are read once a step and stay in no cache; parts follow one another; exchanges wait for them unless ``overlap``
+is asked for. Every figure of a device is its datasheet's, so a time is a bound and no forecast, until
+`stepjax.sharding.planner.calibration` has fitted the efficiencies to measured steps.
+
+With E experts of which a token uses A, n tokens touch D(n) = E · (1 − (1 − A/E)ⁿ) of them if routing is uniform, and
+Σ_e (1 − (1 − p_e)ⁿ) if a token uses expert e with probability p_e (https://arxiv.org/abs/2211.15841, and
+`stepjax.infer.engine.draft_policy`).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from stepjax.config import LayerSpec, ModelConfig
+from stepjax.ops.expert_choice import buffer_rows, choose_form
+from stepjax.sharding.expert_parallel import Group
+from stepjax.sharding.layout import MeshLayout
+from stepjax.sharding.mesh import MeshSpec
+from stepjax.sharding.planner.device_bytes import Cached, Placed
+from stepjax.sharding.planner.exchanges import Sent, Shares, Tokens
+from stepjax.sharding.planner.hardware import Cluster
+from stepjax.sharding.rules import Axes
+
+# Kernels of a decode step that wait for the one before, counted in programs compiled for H100s: 36 in a layer with a
+# window, 39 in one with full attention, 17 around them (jax 0.10.2, expert=8, batch 1).
+LAYER_KERNELS, OTHER_KERNELS = 37, 17
+PAGE_PASSES = 3  # pages are gathered into a copy: read, written, read
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Shares of a datasheet's figures that are reached; 1 until measured."""
+
+    memory: float = 1.0
+    compute: float = 1.0
+    link: float = 1.0
+    launch: float = 1.0  # factor on the seconds of a kernel
+
+
+@dataclass(frozen=True)
+class Part:
+    """Work of one device that shares no time with the other parts."""
+
+    name: str
+    bytes: float
+    operations: float
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step, by cause."""
+
+    parts: dict[str, float]
+    exchange_s: float
+    launch_s: float
+    read_bytes: float  # by one device
+    operations: float
+    overlapped: bool = False
+
+    @property
+    def work_s(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def seconds(self) -> float:
+        rest = max(self.work_s, self.exchange_s) if self.overlapped else self.work_s + self.exchange_s
+        return rest + self.launch_s
+
+    @property
+    def bound_by(self) -> str:
+        """What takes the most time."""
+        causes = {**self.parts, "exchange": self.exchange_s, "launching kernels": self.launch_s}
+        return max(causes, key=lambda name: causes[name])
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How tokens choose experts: evenly, or as a measured histogram says (assignments of each expert)."""
+
+    histogram: tuple[float, ...] | None = None
+
+    def probabilities(self, config: ModelConfig) -> np.ndarray:
+        """Chance of each expert to be among a token's A; they sum to A, and none exceeds 1."""
+        if self.histogram is None:
+            return np.full(config.num_experts, config.top_k / config.num_experts)
+        load = np.asarray(self.histogram, float)
+        assert load.size == config.num_experts, "a load of each expert"
+        chance = config.top_k * load / load.sum()
+        for _ in range(64):  # what is above 1 goes to the others
+            over = np.maximum(chance - 1, 0).sum()
+            chance = np.minimum(chance, 1)
+            if over < 1e-12:
+                break
+            room = chance < 1
+            chance[room] *= 1 + over / chance[room].sum()
+        return chance
+
+    def distinct(self, config: ModelConfig, tokens: float) -> float:
+        """D(n): experts of a layer that ``tokens`` touch."""
+        return float(np.sum(1 - (1 - self.probabilities(config)) ** tokens))
+
+    def fullest_rank(self, config: ModelConfig, num_ranks: int, tokens: int) -> tuple[float, float]:
+        """Of the rank that gets the most: assignments, and distinct experts. Ranks hold consecutive experts."""
+        return _fullest(config.num_experts, config.top_k, self.histogram, num_ranks, tokens)
+
+
+@functools.lru_cache(maxsize=4096)
+def _fullest(
+    num_experts: int, top_k: int, histogram: tuple[float, ...] | None, num_ranks: int, tokens: int
+) -> tuple[float, float]:
+    """Means over drawn routings; exact for one rank. For many tokens the mean and what chance adds to it."""
+    weights = np.ones(num_experts) if histogram is None else np.asarray(histogram, float)
+    if num_ranks == 1:
+        share = top_k * weights / weights.sum()
+        return float(tokens * top_k), float(np.sum(1 - (1 - np.minimum(share, 1)) ** tokens))
+    rng, drawn = np.random.default_rng(0), min(tokens, 64)
+    rounds = max(4, 256 // drawn)
+    with np.errstate(divide="ignore"):
+        keys = np.log(weights) + rng.gumbel(size=(rounds, drawn, num_experts))  # top A of these: A without replacement
+    ids = np.argpartition(-keys, top_k - 1, axis=-1)[..., :top_k]
+    rank = ids // (num_experts // num_ranks)
+    counts = np.stack([np.bincount(each.ravel(), minlength=num_ranks) for each in rank])
+    touched = np.zeros((rounds, num_experts))
+    touched[np.arange(rounds)[:, None], ids.reshape(rounds, -1)] = 1
+    distinct = touched.reshape(rounds, num_ranks, -1).sum(-1).max(-1).mean()
+    fullest = counts.max(axis=-1).mean()
+    if drawn < tokens:  # the excess over the mean grows as the root, unless it is the histogram's
+        mean = drawn * top_k / num_ranks
+        held = weights.reshape(num_ranks, -1).sum(-1)
+        skew = held.max() / held.mean()
+        chance = max(0.0, fullest - skew * mean) * math.sqrt(tokens / drawn)
+        return float(tokens * top_k / num_ranks * skew + chance), float(num_experts // num_ranks)
+    return float(fullest), float(distinct)
+
+
+def serving_parts(
+    layout: MeshLayout, work: Tokens, held: Cached, weights: Iterable[Placed], *, routing: Routing, filled: float = 1.0
+) -> list[Part]:
+    """Work of one device in one step.
+
+    Args:
+      weights: as they lie; of MTP layers as many depths as the layout's configuration has.
+      filled: of the cached positions, those that a sequence has on average.
+    """
+    config, shares = layout.rules.config, Shares.of(layout, work)
+    drafting = work.drafts / max(1, len(config.mtp_layers))  # of the depths that are held
+    read: defaultdict[str, float] = defaultdict(float)
+    done: defaultdict[str, float] = defaultdict(float)
+    expert_bytes = 0.0
+    for each in weights:
+        name, share = _part_of(each), 1.0
+        if name == "experts":
+            expert_bytes += each.num_bytes
+            continue
+        if name == "embedding":  # rows of it are read
+            continue
+        tokens = shares.tokens
+        if name == "drafts":
+            share = drafting
+            tokens = shares.batch * (
+                work.count + (work.drafts - 1) / 2
+            )  # a depth runs over one token more than the last
+        if each.kind.part in ("head", "mtp_heads"):
+            tokens = shares.batch * (work.count if work.step == "decode" and name == "output" else 1)
+        read[name] += share * each.num_bytes
+        done[name] += share * tokens * 2 * each.num_elements if len(each.shape) > 1 else 0
+    read["experts"], done["experts"] = _experts(layout, shares, expert_bytes, config, routing)
+    found = [Part(name, read[name], done[name]) for name in ("maps", "experts", "output", "drafts") if read[name]]
+    return [*found, _caches(layout, work, shares, held, filled)]
+
+
+def _part_of(each: Placed) -> str:
+    """The part of a step that reads a parameter."""
+    of = {"embedding": "embedding", "experts": "experts", "head": "output", "final_norm": "output"}
+    return of.get(each.kind.part, "drafts" if each.kind.part.startswith("mtp") else "maps")
+
+
+def _experts(
+    layout: MeshLayout, shares: Shares, held_bytes: float, config: ModelConfig, routing: Routing
+) -> tuple[float, float]:
+    """Bytes and operations of the fullest rank, in the form that the runtime chooses (`stepjax.ops.experts`).
+
+    gathered: its assignments, each read by itself, and one expert that stands for those of other ranks.
+    batched: all its experts, each on all tokens. capacity: all of them, on buffers of 1.5 × the mean load, once more
+    for each time that the fullest expert overflows.
+    """
+    if not held_bytes:
+        return 0.0, 0.0
+    group, layers = Group.of(layout.rules), len(config.moe_layers)
+    experts, tokens = group.experts_each, shares.tokens
+    one_bytes = held_bytes / experts  # of an expert in all layers
+    one_row = 6.0 * config.hidden_size * config.expert_size / group.num_shares * layers  # operations
+    form = choose_form(tokens, experts, config.top_k, widened=layout.rules.keep_fp8 or bool(layout.rules.groups))
+    if form == "gathered":
+        rows, _ = routing.fullest_rank(config, group.num_ranks, tokens)
+        return (rows + (group.num_ranks > 1)) * one_bytes, rows * one_row
+    if form == "batched":
+        return held_bytes, experts * tokens * one_row
+    rows = buffer_rows(tokens * config.top_k / config.num_experts, most=tokens)
+    hottest = tokens * float(routing.probabilities(config).max())
+    passes = max(1, math.ceil(hottest / rows))
+    return passes * held_bytes, passes * rows * experts * one_row
+
+
+def _caches(layout: MeshLayout, work: Tokens, shares: Shares, held: Cached, filled: float) -> Part:
+    """Keys and values of full layers by page, rings once; four operations a query head, channel and pair."""
+    seen = work.context * filled
+
+    def pairs(layer: LayerSpec) -> float:
+        """Of a query and a key, all queries of a sequence."""
+        return work.count * min(layer.window or math.inf, seen + work.count / 2)
+
+    done = sum(4.0 * layer.num_heads * layer.head_dim * pairs(layer) for layer in layout.rules.config.layers)
+    heads = layout.rules.size(layout.rules.table["heads"])
+    stripes = work.context / held.full_shape[1] if held.rows_split else 1
+    read = held.full_bytes * filled * PAGE_PASSES + held.ring_bytes
+    return Part("caches", read, shares.batch * done / heads / stripes)
+
+
+def step_time(
+    parts: Iterable[Part],
+    sent: Iterable[Sent],
+    mesh: MeshSpec,
+    cluster: Cluster,
+    *,
+    kernels: float,
+    efficiency: Efficiency = Efficiency(),
+    overlap: bool = False,
+) -> StepTime:
+    """Seconds of a step; see the top of this file."""
+    device, parts = cluster.device, list(parts)
+    rate, peak = device.bandwidth * efficiency.memory, device.bf16 * efficiency.compute
+    return StepTime(
+        parts={each.name: max(each.bytes / rate, each.operations / peak) for each in parts},
+        exchange_s=sum(exchange_time(each, mesh, cluster, efficiency.link) for each in sent),
+        launch_s=kernels * device.kernel * efficiency.launch,
+        read_bytes=sum(each.bytes for each in parts),
+        operations=sum(each.operations for each in parts),
+        overlapped=overlap,
+    )
+
+
+def exchange_time(one: Sent, mesh: MeshSpec, cluster: Cluster, efficiency: float = 1.0) -> float:
+    """Seconds of alike collectives, on the slower of the two kinds of link.
+
+    Rings inside a node carry 2·(n−1)/n of the payload for an all-reduce and (n−1)/n for a gather or a scatter
+    (https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md). Across nodes each of a node's d devices
+    carries 1/d of a ring with its own adapter, and of an all-to-all all that leaves the node
+    (`stepjax.sharding.expert_parallel`). Latency is that of a small all-reduce, once a launch.
+    """
+    size = math.prod(mesh.sizes[axis] for axis in one.axes)
+    if size == 1:
+        return 0.0
+    device, inside = cluster.device, devices_of_domain(one.axes, mesh, cluster.domain)
+    share = (size - 1) / size * (2 if one.kind == "all-reduce" else 1)
+    near, far = one.payload_bytes * share, 0.0
+    if inside < size:
+        leaving = (size - inside) / size * one.payload_bytes
+        far = leaving if one.kind == "all-to-all" else one.payload_bytes * share / inside
+        near = near if inside > 1 else 0.0
+    latency = device.network_latency if far else device.link_latency
+    return one.launches * (max(near / device.link, far / device.network) / efficiency + latency)
+
+
+@functools.lru_cache(maxsize=65536)
+def devices_of_domain(axes: Axes, mesh: MeshSpec, domain: int) -> int:
+    """Devices of a group along ``axes`` that share a node with its first: devices are numbered in the mesh's order."""
+    places = [0]
+    stride = mesh.num_devices
+    for axis, size in mesh.sizes.items():
+        stride //= size
+        if axis in axes:
+            places = [place + at * stride for place in places for at in range(size)]
+    return sum(place < domain for place in places)
+
+
+def kernels_of(config: ModelConfig, work: Tokens) -> float:
+    """Kernels of one step that wait for one another. Long pieces of prompts are not bound by them."""
+    return (len(config.layers) + work.drafts) * LAYER_KERNELS + OTHER_KERNELS
+
+
+def load_time(
+    checkpoint_bytes: float, read_bytes: float, sent_bytes: float, cluster: Cluster, *, storage: float
+) -> float:
+    """Seconds to load: each node reads what its devices hold once, and each device is sent its own.
+
+    Args:
+      read_bytes: of the checkpoint, for one device.
+      sent_bytes: to it, as it holds them.
+      storage: bytes per second that one node reads.
+    """
+    from_disk = min(checkpoint_bytes, min(cluster.per_node, cluster.num_devices) * read_bytes)
+    return max(from_disk / storage, sent_bytes / cluster.device.host)
+
+
+def tokens_per_step(drafts: int, acceptance: float) -> float:
+    """Tokens that a sequence gains by a step if each draft is accepted with this chance once the ones before are."""
+    return sum(acceptance**depth for depth in range(drafts + 1))

@@ -1,0 +1,1 @@
+"""LoRA adapters: trained leaves, PEFT folders, merging."""

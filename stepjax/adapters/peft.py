@@ -1,0 +1,293 @@
+"""Adapters as PEFT folders: ``adapter_config.json`` and ``adapter_model.safetensors``, written and read.
+
+Scales go into B and alpha equals the rank everywhere, since some readers know one alpha and no patterns; patterns are
+written beside it for those who do. Only safetensors are read: a pickle could run code.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from stepjax.adapters.lora import ATTENTION, LoraConfig, adapted_paths, check_fit, describe, target_name
+from stepjax.adapters.peft_names import FORMS, PREFIX, Form, Pair, modules, read, split_key, written
+from stepjax.checkpoint.safetensors_file import SafetensorsFile
+from stepjax.checkpoint.weight_files import inside, read_json
+from stepjax.config import ModelConfig
+from stepjax.errors import CheckpointError, ConfigError
+from stepjax.weights.inventory import inventory
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MAX_ENTRIES = 2**17  # of an adapter's file: with a pair a matrix of an expert it has 72,576 and more
+_OURS = "stepjax"  # entry of the file's metadata: the settings that the adapter had here
+_FLOATS = ("F32", "BF16", "F16")
+
+
+def export_adapter(
+    folder: Path | str,
+    config: ModelConfig,
+    adapter: Mapping[str, Any],
+    lora: LoraConfig,
+    *,
+    form: Form = "peft",
+    base: str = "stepfun-ai/Step-3.5-Flash",
+    overwrite: bool = False,
+) -> Path:
+    """Write an adapter as a PEFT folder, which appears whole or not at all, and return its path.
+
+    Every process of a cluster calls this; process 0 writes what all of them hold.
+
+    Args:
+      form: whose names and shapes the routed experts have (`stepjax.adapters.peft_names`).
+      base: the name of the model that readers are told.
+
+    Raises:
+      CheckpointError: the folder holds something else, or cannot be written.
+      ConfigError: the adapter is of another model.
+    """
+    if form not in FORMS:
+        raise ConfigError(f"form: is {form!r}, expected one of {', '.join(FORMS)}")
+    folder = Path(os.path.abspath(folder))
+    if folder.exists() and not (
+        folder.is_dir() and (not any(folder.iterdir()) or (overwrite and (folder / CONFIG).is_file()))
+    ):
+        raise CheckpointError(f"{folder}: exists and is not an adapter to overwrite; choose another folder")
+    shapes = {spec.path: spec.shape for spec in inventory(config)}
+    factors: dict[str, Pair] = {}
+    for path in adapted_paths(adapter):
+        a, b = (_whole(adapter[f"{path}.{factor}"]) for factor in "ab")
+        if path not in shapes:
+            raise ConfigError(f"lora: the adapter has factors of {path}, which is no weight of this model")
+        check_fit(path, shapes[path], a.shape, b.shape)
+        factors[path] = a, b * np.float32(lora.scale(a.shape[-2]))
+    if not _leads():
+        return folder
+    tensors: dict[str, np.ndarray] = {}
+    ranks: dict[str, int] = {}
+    for stem, (a, b) in written(config, factors, form):
+        ranks[stem] = a.shape[0] // (config.num_experts if _is_stacked(stem, form) else 1)
+        tensors[f"{PREFIX}{stem}.lora_A.weight"] = np.ascontiguousarray(a, np.float32)
+        tensors[f"{PREFIX}{stem}.lora_B.weight"] = np.ascontiguousarray(b, np.float32)
+    about = {"format": "pt", _OURS: json.dumps(describe(lora))}
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+        try:
+            (work / "new").mkdir()
+            save_file(tensors, work / "new" / WEIGHTS, metadata=about)
+            text = json.dumps(_peft_config(config, ranks, form, base), indent=2) + "\n"
+            (work / "new" / CONFIG).write_text(text, encoding="utf-8")
+            if folder.exists():
+                os.rename(folder, work / "old")
+            os.rename(work / "new", folder)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: could not be written ({error}); nothing was left behind") from None
+    return folder
+
+
+def import_adapter(folder: Path | str, config: ModelConfig) -> tuple[dict[str, np.ndarray], LoraConfig]:
+    """Read a PEFT folder of any form: float32 factors by our path, and the settings to attach them with.
+
+    An adapter that `export_adapter` wrote comes back as it was, to the bit where its scale is a power of two.
+
+    Raises:
+      CheckpointError: the folder is damaged, of another model, or asks for what is not LoRA alone.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(f"{folder}: has no {CONFIG}; name the folder of a PEFT adapter")
+    if not (folder / WEIGHTS).is_file():
+        raise CheckpointError(f"{folder}: has no {WEIGHTS}; pickled adapters (.bin) are not read, save it again")
+    about = read_json(inside(folder, CONFIG))
+    _check_config(folder / CONFIG, about)
+    file = SafetensorsFile(inside(folder, WEIGHTS), max_entries=MAX_ENTRIES)
+    ours = _settings(file)
+    pairs: dict[str, dict[str, np.ndarray]] = {}
+    for key, entry in file.entries.items():
+        name = split_key(key)
+        if name is None or entry.dtype not in _FLOATS or len(entry.shape) != 2:
+            raise CheckpointError(f"{file.path}: tensor {key} ({entry.dtype}{list(entry.shape)}) is no factor of LoRA")
+        value = np.array(file.view(key), np.float32)
+        if not np.isfinite(value).all():
+            raise CheckpointError(f"{file.path}: tensor {key} has values that are not finite")
+        pairs.setdefault(name[0], {})[name[1]] = value
+    found: dict[str, Pair] = {}
+    for stem, pair in pairs.items():
+        if pair.keys() != {"A", "B"}:
+            raise CheckpointError(f"{file.path}: {stem} has {' and '.join(sorted(pair))} of the factors A and B only")
+        found[stem] = pair["A"], pair["B"] * _scale(folder / CONFIG, about, stem, pair["A"], config)
+    factors = read(config, found, where=str(file.path), known=ours is not None)
+    shapes = {spec.path: spec.shape for spec in inventory(config)}
+    for path, (a, b) in factors.items():
+        try:
+            check_fit(path, shapes[path], a.shape, b.shape)
+        except ConfigError as error:
+            raise CheckpointError(f"{file.path}: {error}") from None
+    lora = ours or _guess(config, factors)
+    adapter: dict[str, np.ndarray] = {}
+    for path, (a, b) in factors.items():
+        if ours is not None and lora.experts == "shared_outer" and a.ndim == 3:
+            a, b = _collapsed(a, b, path)
+        adapter |= {f"{path}.a": a, f"{path}.b": b / np.float32(lora.scale(a.shape[-2]))}
+    return adapter, lora
+
+
+def _whole(value: Any) -> np.ndarray:
+    """The array on this host, wherever its parts lie."""
+    if getattr(value, "is_fully_addressable", True):
+        return np.asarray(value, np.float32)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(value, tiled=True), np.float32)
+
+
+def _leads() -> bool:
+    import jax
+
+    return jax.process_index() == 0
+
+
+def _is_stacked(stem: str, form: Form) -> bool:
+    return form != "experts" and (".moe." in stem or ".mlp.experts" in stem)
+
+
+def _peft_config(config: ModelConfig, ranks: Mapping[str, int], form: Form, base: str) -> dict[str, Any]:
+    experts = {_parameter(stem, form): rank for stem, rank in ranks.items() if _is_stacked(stem, form)}
+    plain = {stem: rank for stem, rank in ranks.items() if not _is_stacked(stem, form)}
+    rank = max(plain.values(), default=max(experts.values(), default=1))
+    patterns = {name: own for name, own in _patterns(plain | experts).items() if own != rank}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": patterns,
+        "alpha_pattern": patterns,
+        "target_modules": _target_modules(plain, form),
+        "target_parameters": sorted(experts) or None,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+    }
+
+
+def _patterns(ranks: Mapping[str, int]) -> dict[str, int]:
+    """Ranks by pattern: one for all layers and experts that agree, rather than tens of thousands."""
+    groups: dict[str, dict[str, int]] = {}
+    for name, rank in ranks.items():
+        pattern = r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in name.split("."))
+        groups.setdefault(pattern, {})[name] = rank
+    out: dict[str, int] = {}
+    for pattern, members in groups.items():
+        alike = len({*members.values()}) == 1
+        out |= {pattern: next(iter(members.values()))} if alike else {re.escape(n): r for n, r in members.items()}
+    return out
+
+
+def _parameter(stem: str, form: Form) -> str:
+    """The stacked parameter that a module's factors belong to, as PEFT's target_parameters name it."""
+    if form == "peft":
+        return f"{stem}.weight"
+    return stem.replace(".base_layer", ".gate_up_proj") if stem.endswith(".base_layer") else f"{stem}.down_proj"
+
+
+def _target_modules(plain: Mapping[str, int], form: Form) -> str | list[str]:
+    """Suffixes that name these modules and no others; whole names of transformers' class, which has a vision half."""
+    if form == "transformers":
+        return "|".join(map(re.escape, plain)) or r"(?!)"
+    return sorted({re.sub(r"^model\.layers\.\d+\.(?:moe\.experts\.\d+\.)?", "", stem) for stem in plain})
+
+
+def _check_config(path: Path, about: Mapping[str, Any]) -> None:
+    if about.get("peft_type") != "LORA":
+        raise CheckpointError(f"{path}: peft_type is {about.get('peft_type')!r}, expected 'LORA'")
+    for name, plain in (
+        ("use_dora", False),
+        ("bias", "none"),
+        ("fan_in_fan_out", False),
+        ("lora_bias", False),
+        ("modules_to_save", None),
+    ):
+        if about.get(name, plain) not in (plain, None, []):
+            raise CheckpointError(f"{path}: {name} is {about[name]!r}, which is more than LoRA; expected {plain!r}")
+    for name in ("r", "lora_alpha"):
+        value = about.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise CheckpointError(f"{path}: {name} is {value!r}, expected a positive number")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(about.get(name) or {}, dict):
+            raise CheckpointError(f"{path}: {name} is {about[name]!r}, expected a table")
+
+
+def _scale(path: Path, about: Mapping[str, Any], stem: str, a: np.ndarray, config: ModelConfig) -> np.float32:
+    """alpha / r (or its root) of one module, by the patterns that match it, as PEFT matches them."""
+    names = {stem, f"{stem}.weight", stem.replace(".base_layer", ".gate_up_proj"), f"{stem}.down_proj"}
+    if stem.endswith(".base_layer"):
+        names.discard(f"{stem}.down_proj")
+
+    def matched(pattern: str, default: float) -> float:
+        for key, value in (about.get(pattern) or {}).items():
+            try:
+                if any(re.match(rf"(.*\.)?({key})$", name) for name in names):
+                    return float(value)
+            except (re.error, TypeError, ValueError):
+                raise CheckpointError(
+                    f"{path}: {pattern} has {key!r}: {value!r}, expected a pattern and a number"
+                ) from None
+        return float(default)
+
+    rank, alpha = matched("rank_pattern", about["r"]), matched("alpha_pattern", about["lora_alpha"])
+    if a.shape[0] not in (rank, rank * config.num_experts):
+        raise CheckpointError(f"{path}: says rank {rank:g} for {stem}, but its A has {a.shape[0]} rows")
+    return np.float32(alpha / (math.sqrt(rank) if about.get("use_rslora") else rank))
+
+
+def _settings(file: SafetensorsFile) -> LoraConfig | None:
+    """What the adapter was here, if it is one of ours."""
+    if _OURS not in file.metadata:
+        return None
+    try:
+        return LoraConfig(**json.loads(file.metadata[_OURS]))
+    except (ValueError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"{file.path}: its {_OURS} metadata is damaged ({error})") from None
+
+
+def _guess(config: ModelConfig, factors: Mapping[str, Pair]) -> LoraConfig:
+    """Settings of an adapter from elsewhere; alpha is the rank, so that a weight of this rank has scale 1."""
+    specs = {module.spec.path: module.spec for module in modules(config)}
+    named = {str(target_name(specs[path])) for path in factors}
+    ranks = [a.shape[-2] for path, (a, _) in factors.items() if specs[path].part != "experts"]
+    of_experts = [a.shape[-2] for path, (a, _) in factors.items() if specs[path].part == "experts"]
+    rank = max(ranks or of_experts)
+    return LoraConfig(
+        rank=rank,
+        alpha=rank,
+        targets=tuple(name for name in (*ATTENTION, "dense", "shared") if name in named),
+        experts="per_expert" if of_experts else None,
+        expert_rank=max(of_experts) if of_experts else None,
+    )
+
+
+def _collapsed(a: np.ndarray, b: np.ndarray, path: str) -> Pair:
+    """The factor on the model's width once instead of for every expert."""
+    shared = b if path.endswith(".down") else a
+    if not (shared == shared[:1]).all():
+        return a, b
+    return (a, b[0]) if path.endswith(".down") else (a[0], b)

@@ -1,0 +1,78 @@
+"""Everything in a checkpoint folder but the weights: opened and checked in a moment, before jax is even imported."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stepjax.checkpoint.hub import resolve
+from stepjax.checkpoint.reader import Checkpoint
+from stepjax.checkpoint.safetensors_file import regular_size
+from stepjax.checkpoint.weight_files import inside
+from stepjax.errors import CheckpointError
+from stepjax.text.chat import ChatTemplate
+from stepjax.text.tokenizer import Tokenizer
+
+# What stands beside the weights and may be missing. What exists must not block, fill the memory or lie elsewhere.
+_COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+_MAX_BYTES = 2**26  # the release's tokenizer.json has 8 MB
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A checked checkpoint. Tokenizer and template may be missing: token ids then still work."""
+
+    path: Path
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer | None
+    template: ChatTemplate | None
+    generation_config: dict[str, Any]
+
+
+def open_folder(name_or_path: str | Path) -> ModelFolder:
+    """Resolve a name (folder, hub id, embedded name) and check all that is found there.
+
+    Raises:
+      CheckpointError, ConfigError, TokenizerError, TemplateError: with the file, what was found and what was expected.
+    """
+    path = resolve(name_or_path)
+    checkpoint = Checkpoint(path)
+    for name in _COMPANIONS:
+        _check_companion(path, name)
+    tokenizer = Tokenizer.from_folder(path) if (path / "tokenizer.json").exists() else None
+    if tokenizer and len(tokenizer) > checkpoint.config.vocab_size:
+        raise CheckpointError(
+            f"{path / 'tokenizer.json'}: has {len(tokenizer)} entries, more than config.json's vocab_size = "
+            f"{checkpoint.config.vocab_size}; the two files belong to different models"
+        )
+    template = ChatTemplate.from_folder(path) if tokenizer and _has_template(path, tokenizer) else None
+    return ModelFolder(path, checkpoint, tokenizer, template, _generation_config(path))
+
+
+def _check_companion(folder: Path, name: str) -> None:
+    file = inside(folder, name)
+    if (file.exists() or file.is_symlink()) and regular_size(file) > _MAX_BYTES:
+        raise CheckpointError(f"{file}: is larger than {_MAX_BYTES} bytes; download it again")
+
+
+def _has_template(folder: Path, tokenizer: Tokenizer) -> bool:
+    return (folder / "chat_template.jinja").exists() or tokenizer.config.get("chat_template") is not None
+
+
+def _generation_config(folder: Path) -> dict[str, Any]:
+    file = folder / "generation_config.json"
+    if not file.exists():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not readable as JSON ({error}); delete it or copy it again") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file}: holds a JSON {type(found).__name__}, expected an object")
+    for name in ("temperature", "top_p", "top_k", "min_p"):
+        value = found.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float | None) or value != value:
+            raise CheckpointError(f"{file}: {name} is {value!r}, expected a number; correct it")
+    return found

@@ -1,0 +1,153 @@
+"""Where a checkpoint keeps each weight: the release's own names, and the spellings of other tools (spec §4.4).
+
+The one place that knows them. Given the names a checkpoint holds, every weight gets a `Recipe`: the stored tensor, part
+of one, or several to be stacked. Names that nothing asks for stay visible, since they may change the arithmetic.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from stepjax.config import ModelConfig
+from stepjax.weights.inventory import GROUPS_SUFFIX, SCALE_SUFFIX, TensorSpec, inventory
+
+_HF_PREFIX, _PREFIX = "model.language_model.", "model."  # of the vision-language class, and of the release
+
+# transformers' names of whole tensors, with the release's.
+_HF_NAMES = (
+    (".moe.gate.weight", ".mlp.gate.weight"),
+    (".moe.router_bias", ".mlp.gate.e_score_correction_bias"),
+    (".moe.down_proj.weight", ".mlp.experts.down_proj"),
+    (".share_expert.", ".mlp.shared_experts."),
+)
+# Gate and up projections concatenated on the out axis, gate first.
+_HF_FUSED = {
+    ".moe.gate_proj.weight": (".mlp.experts.gate_up_proj", 0),
+    ".moe.up_proj.weight": (".mlp.experts.gate_up_proj", 1),
+}
+# One tensor per expert, as re-quantised releases have it.
+_SPLIT = re.compile(r"\.moe\.((?:gate|up|down)_proj\.weight)$")
+_SPLIT_ROOTS = (".moe.experts.", ".mlp.experts.")
+_EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stored tensor, or rows ``start … start + rows − 1`` of its out axis where it holds more than one weight."""
+
+    name: str  # as the checkpoint spells it
+    shape: tuple[int, ...]  # of the whole stored tensor
+    start: int = 0
+    rows: int | None = None  # None: the whole tensor
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to read one weight: its only piece, or its pieces stacked on a new leading axis."""
+
+    spec: TensorSpec
+    pieces: tuple[Piece, ...]
+    scales: tuple[str, ...] = ()  # names of the pieces' scales, or none
+    grouped: bool = False  # the scales are those of whole numbers, not of FP8
+
+    @property
+    def stacked(self) -> bool:
+        return len(self.pieces[0].shape) < len(self.spec.shape)
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What the names of a checkpoint amount to."""
+
+    recipes: dict[str, Recipe]  # by our path, in the order of the inventory
+    missing: tuple[str, ...]
+    surplus: tuple[str, ...]
+    clashes: tuple[tuple[str, str], ...]  # pairs of names that hold the same weight
+    num_mtp: int  # MTP tensors that a complete checkpoint of this model has
+    has_mtp: bool  # False when none of them is there; they are not missing then
+
+
+def resolve_names(config: ModelConfig, names: Collection[str]) -> Resolution:
+    """Find every weight of ``config`` among ``names``."""
+    clashes: list[tuple[str, str]] = []
+    stored: dict[str, str] = {}
+    for name in sorted(names):
+        plain = _PREFIX + name.removeprefix(_HF_PREFIX) if name.startswith(_HF_PREFIX) else name
+        if plain in stored:
+            clashes.append((stored[plain], name))
+        stored[plain] = name
+    stems = {_EXPERT_NUMBER.sub(".experts.0.", name) for name in stored}
+    recipes: dict[str, Recipe] = {}
+    missing: dict[str, TensorSpec] = {}
+    specs = inventory(config)
+    for spec in specs:
+        found = [pieces for pieces in _candidates(spec, stems) if any(piece.name in stored for piece in pieces)]
+        if len(found) > 1:
+            clashes.append((_first(found[0], stored), _first(found[1], stored)))
+        if not found:
+            missing[spec.hub_name] = spec
+            continue
+        absent = [piece.name for piece in found[0] if piece.name not in stored]
+        missing |= dict.fromkeys(absent, spec)
+        if not absent:
+            recipes[spec.path], without = _recipe(spec, found[0], stored)
+            missing |= dict.fromkeys(without, spec)
+    mtp = [spec for spec in specs if spec.path.startswith("mtp.")]
+    has_mtp = any(spec.path in recipes for spec in mtp)
+    used = {name for recipe in recipes.values() for name in (*(p.name for p in recipe.pieces), *recipe.scales)}
+    used |= {name for pair in clashes for name in pair}
+    return Resolution(
+        recipes,
+        tuple(name for name, spec in missing.items() if has_mtp or not spec.path.startswith("mtp.")),
+        tuple(sorted(set(names) - used - _partial(missing, stored))),
+        tuple(clashes),
+        len(mtp),
+        has_mtp,
+    )
+
+
+def _candidates(spec: TensorSpec, stems: Collection[str]) -> Iterator[tuple[Piece, ...]]:
+    """Every way to spell ``spec``; forms with a tensor per expert only where such names occur at all."""
+    name = spec.hub_name
+    yield (Piece(name, spec.shape),)
+    for ours, theirs in _HF_NAMES:
+        if ours in name:
+            yield (Piece(name.replace(ours, theirs), spec.shape),)
+    for ours, (theirs, half) in _HF_FUSED.items():
+        if name.endswith(ours):
+            num_experts, rows, columns = spec.shape
+            shape = (num_experts, 2 * rows, columns)
+            yield (Piece(name.replace(ours, theirs), shape, half * rows, rows),)
+    if split := _SPLIT.search(name):
+        for root in _SPLIT_ROOTS:
+            layer = name[: split.start()] + root
+            if f"{layer}0.{split[1]}" in stems:
+                yield tuple(Piece(f"{layer}{expert}.{split[1]}", spec.shape[1:]) for expert in range(spec.shape[0]))
+
+
+def _recipe(spec: TensorSpec, pieces: tuple[Piece, ...], stored: dict[str, str]) -> tuple[Recipe, list[str]]:
+    """The recipe in the checkpoint's spelling, and the scales that some of its pieces have and others lack."""
+    grouped = any(piece.name + GROUPS_SUFFIX in stored for piece in pieces)
+    scales = [piece.name + (GROUPS_SUFFIX if grouped else SCALE_SUFFIX) for piece in pieces]
+    without = [name for name in scales if name not in stored]
+    if len(without) == len(scales):
+        scales, without = [], []
+    spelled = tuple(Piece(stored[piece.name], piece.shape, piece.start, piece.rows) for piece in pieces)
+    return Recipe(spec, spelled, tuple(stored.get(name, name) for name in scales), grouped), without
+
+
+def _first(pieces: tuple[Piece, ...], stored: dict[str, str]) -> str:
+    return next(stored[piece.name] for piece in pieces if piece.name in stored)
+
+
+def _partial(missing: dict[str, TensorSpec], stored: dict[str, str]) -> set[str]:
+    """Names beside a missing one of the same weight: the weight is incomplete, they are not surplus."""
+
+    def stem(name: str) -> str:
+        plain = name.removesuffix(SCALE_SUFFIX).removesuffix(GROUPS_SUFFIX)
+        return _EXPERT_NUMBER.sub(".experts.0.", plain)
+
+    stems = {stem(name) for name in missing if _EXPERT_NUMBER.search(name)}
+    return {name for plain, name in stored.items() if stem(plain) in stems}

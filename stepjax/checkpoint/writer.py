@@ -1,0 +1,416 @@
+"""Write a model as the hub serves it: every tensor under the release's name, in shards with an index (spec §4.5).
+
+A folder appears whole or not at all: it is written beside its place, flushed to the disk and then renamed. Tensors go
+out one by one, so memory holds one of them and not a shard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+
+from stepjax.checkpoint.hf_config import quantization_config, to_hf
+from stepjax.checkpoint.reader import Checkpoint, Progress, read_config
+from stepjax.checkpoint.safetensors_file import DTYPES
+from stepjax.checkpoint.weight_files import INDEX, inside, read_json
+from stepjax.config import ModelConfig
+from stepjax.errors import CheckpointError
+from stepjax.weights.fp8 import BlockScaled, quantize_numpy
+from stepjax.weights.int_groups import Grouped, check_fit, quantize_groups
+from stepjax.weights.inventory import FP8_BLOCK, Form, Groups, TensorSpec, inventory, quantized
+
+MAX_SHARD_BYTES = 9 * 2**30  # about the release's 44 files
+# What makes the folder usable elsewhere. Python files of the release are copied as data and never imported.
+_COMPANIONS = (
+    "tokenizer*.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+    "*.py",
+    "LICENSE*",
+)
+
+Params = Mapping[str, Any]  # our path → numpy or jax array, BlockScaled or Grouped
+
+
+@dataclass(frozen=True)
+class Share:
+    """One process's part in writing a folder that all of them see: every ``count``-th file."""
+
+    index: int
+    count: int
+    wait: Callable[[str], None]  # until all processes have come to this point
+
+
+def save(
+    folder: Path | str,
+    config: ModelConfig,
+    params: Params,
+    *,
+    source: Path | str | None = None,
+    experts: Form | Literal["fp8"] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+    share: Share | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Write ``params`` as a checkpoint folder and return its path.
+
+    Weights become BF16 and the router's bias F32, as in the release; quantised weights are written as they are.
+
+    Args:
+      params: by our path. An entry may be computed on access; it is asked for twice, to be checked and to be written.
+      source: the checkpoint the model came from. Weights that ``params`` lacks are copied from it unchanged (MTP layers
+        that were not trained, say), as are its ``config.json``, tokenizer, template and remote code.
+      experts: quantise the routed experts: to "fp8" in the blocks of ``config``, or to whole numbers in `Groups`. What
+        ``source`` has in another form is widened first. None leaves them as they are.
+      max_shard_bytes: of one file; a larger tensor gets a file of its own.
+      overwrite: replace a checkpoint at ``folder``; anything else there is never replaced.
+      share: what of it this process writes, when several call this alike; None: all. Process 0 puts the folder in its
+        place. Should one fail, the others wait until somebody ends them, as `stepjax.sharding.watchdog` does.
+
+    Raises:
+      CheckpointError: a weight is missing, unknown or misshapen, or the folder cannot be written; nothing is left.
+      ConfigError: groups of that size do not fill the experts' rows.
+    """
+    folder = Path(os.path.abspath(folder))  # not resolved: a link in its place is refused below
+    source = Path(source) if source is not None else None
+    check_target(folder, overwrite=overwrite)
+    if source is not None:
+        _check_same_model(config, source)
+    form = config.fp8_block or FP8_BLOCK if experts == "fp8" else experts
+    plan = _plan(config, params, source=source, experts=form)
+    with _appearing_together(folder, num_bytes=sum(weight.num_bytes for weight in plan), share=share) as target:
+        if share is None or share.index == 0:
+            if source is not None:
+                _copy_companions(source, target)
+            _write(target / "config.json", _config_file(config, source=source, form=_form_of(plan)))
+        _write_shards(target, plan, max_shard_bytes=max_shard_bytes, share=share, progress=progress)
+    return folder
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """One weight to be written: as one tensor, or as a quantised tensor and its scales."""
+
+    tensors: tuple[TensorSpec, ...]
+    form: Form | None  # None: not quantised
+    get: Callable[[], Any]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.num_bytes for tensor in self.tensors)
+
+    def arrays(self) -> Iterator[tuple[TensorSpec, np.ndarray]]:
+        """The tensors with their values, in the stored dtype."""
+        value = self.get()
+        if self.form is None:
+            yield self.tensors[0], np.asarray(value).astype(DTYPES[self.tensors[0].dtype], copy=False)
+            return
+        if not isinstance(value, BlockScaled | Grouped):
+            value = _quantized(value, self.form)  # matrix by matrix, where it is computed so
+        if not np.isfinite(np.asarray(value.scale).astype(np.float32)).all():
+            raise CheckpointError(
+                f"export: {self.tensors[0].path} has values that are not finite and cannot be quantised"
+            )
+        for tensor, leaf in zip(self.tensors, (value.q, value.scale), strict=True):
+            yield tensor, np.asarray(leaf)
+
+
+def _quantized(value: Any, form: Form) -> BlockScaled | Grouped:
+    if hasattr(value, "dtype") or not hasattr(value, "__getitem__"):
+        value = np.asarray(value)
+    if not isinstance(form, Groups):
+        return quantize_numpy(value, form)
+    return quantize_groups(value, "int8" if form.bits == 8 else "int4", form.columns or value.shape[-1])
+
+
+def _plan(config: ModelConfig, params: Params, *, source: Path | None, experts: Form | None) -> list[_Weight]:
+    """Every weight of the inventory with the place it comes from; refuses whatever does not fit."""
+    specs = inventory(config)
+    unknown = sorted(set(params) - {spec.path for spec in specs})
+    if unknown:
+        raise CheckpointError(
+            f"export: {unknown[0]} is not a weight of this configuration ({len(unknown)} such in all)"
+        )
+    absent = [spec for spec in specs if spec.path not in params]
+    origin = _origin(absent, source)
+    if origin is not None and not origin.has_mtp and not any(path.startswith("mtp.") for path in params):
+        specs = tuple(spec for spec in specs if not spec.path.startswith("mtp."))  # there are none, and never were
+    plan = []
+    for spec in specs:
+        form = experts if spec.part == "experts" else None
+        if isinstance(form, Groups):
+            check_fit(form, spec.shape[-1])
+        if spec.path in params:
+            plan.append(_from_params(spec, params, form))
+        else:
+            assert origin is not None
+            plan.append(_from_source(spec, origin, form))
+    forms = {str(weight.form) for weight in plan if weight.form}
+    if len(forms) > 1:
+        raise CheckpointError(f"export: weights are quantised as {' and '.join(sorted(forms))}, expected one form")
+    return plan
+
+
+def _origin(absent: list[TensorSpec], source: Path | None) -> Checkpoint | None:
+    """The checkpoint that gives what ``params`` lacks."""
+    if not absent:
+        return None
+    if source is None:
+        raise CheckpointError(
+            f"export: {len(absent)} weights are missing, first {absent[0].path}; pass source=, the checkpoint folder "
+            "they are to be copied from"
+        )
+    return Checkpoint(source)
+
+
+def _from_params(spec: TensorSpec, params: Params, form: Form | None) -> _Weight:
+    value = params[spec.path]
+    if tuple(value.shape) != spec.shape:
+        raise CheckpointError(f"export: {spec.path} has shape {list(value.shape)}, expected {list(spec.shape)}")
+    if isinstance(value, BlockScaled | Grouped):
+        if not (spec.part == "experts" if isinstance(value, Grouped) else spec.may_be_fp8):
+            raise CheckpointError(f"export: {spec.path} is quantised, but this weight is stored as {spec.dtype} only")
+        form = value.form if isinstance(value, Grouped) else value.block
+        scale = quantized(spec, form)[1]
+        if tuple(value.scale.shape) != scale.shape:
+            found = list(value.scale.shape)
+            raise CheckpointError(f"export: {scale.path} has shape {found}, expected {list(scale.shape)}")
+    tensors = (spec,) if form is None else quantized(spec, form)
+    return _Weight(tensors, form, lambda: params[spec.path])
+
+
+def _from_source(spec: TensorSpec, origin: Checkpoint, form: Form | None) -> _Weight:
+    stored = origin.form(spec.path)
+    form = form or stored
+    tensors = (spec,) if form is None else quantized(spec, form)
+    dtype = DTYPES[spec.dtype]
+    return _Weight(tensors, form, lambda: origin.read(spec.path, dtype=dtype, keep=stored == form))
+
+
+def _form_of(plan: list[_Weight]) -> Form | None:
+    return next((weight.form for weight in plan if weight.form), None)
+
+
+def _write_shards(
+    target: Path, plan: list[_Weight], *, max_shard_bytes: int, share: Share | None, progress: Progress | None
+) -> None:
+    total = sum(weight.num_bytes for weight in plan)
+    places = _places(target, [tensor for weight in plan for tensor in weight.tensors], max_shard_bytes)
+    files = list(dict.fromkeys(places.values()))
+    own = {id(file) for i, file in enumerate(files) if share is None or i % share.count == share.index}
+    mine = {name for name, file in places.items() if id(file) in own}
+    plan = [weight for weight in plan if any(tensor.hub_name in mine for tensor in weight.tensors)]
+    done, to_do = 0, sum(weight.num_bytes for weight in plan)
+    with contextlib.ExitStack() as writers:
+        for writer in files:
+            writers.callback(writer.close)
+        for weight in plan:
+            for tensor, value in weight.arrays():
+                if tensor.hub_name in mine:
+                    places[tensor.hub_name].write(tensor, value)
+            done += weight.num_bytes
+            if progress:
+                progress(done, to_do)
+    if share is not None and share.index:
+        return
+    weight_map = {name: places[name].path.name for name in sorted(places)}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write(target / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+
+
+def _places(target: Path, tensors: list[TensorSpec], max_shard_bytes: int) -> dict[str, ShardWriter]:
+    """Hub name → the shard it goes to; shards are filled in the order of the inventory."""
+    groups: list[list[TensorSpec]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if groups[-1] and filled + tensor.num_bytes > max_shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(tensor)
+        filled += tensor.num_bytes
+    writers = [ShardWriter(target / f"model-{i:05}.safetensors", group) for i, group in enumerate(groups, start=1)]
+    return {tensor.hub_name: writer for writer, group in zip(writers, groups, strict=True) for tensor in group}
+
+
+def _config_file(config: ModelConfig, *, source: Path | None, form: Form | None) -> bytes:
+    """The source's ``config.json`` to the byte, except for a quantization_config that no longer holds."""
+    about = quantization_config(config, form) if form else None
+    if source is None:
+        hub = to_hf(dataclasses.replace(config, fp8_block=None))
+    else:
+        path = inside(source, "config.json")
+        hub, block = read_json(path), read_config(source).fp8_block
+        if hub.get("quantization_config") == about or (block is not None and block == form):
+            return path.read_bytes()
+    hub.pop("quantization_config", None)
+    return _json(hub | ({"quantization_config": about} if about else {}))
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _check_same_model(config: ModelConfig, source: Path) -> None:
+    """The source's config.json goes with the weights, hence must describe them.
+
+    The window may differ: 512 in the file is read as 512 keys or 513 by different stacks, and stays 512 in the file.
+    """
+    origin = read_config(source)
+    ours, theirs = (dataclasses.replace(each.with_window(1), fp8_block=None) for each in (config, origin))
+    for field in dataclasses.fields(ModelConfig):
+        if getattr(ours, field.name) != getattr(theirs, field.name):
+            raise CheckpointError(
+                f"{source / 'config.json'}: describes another model than the one to be exported: {field.name} differs; "
+                "pass as source the checkpoint the model came from"
+            )
+
+
+def check_target(folder: Path, *, overwrite: bool) -> None:
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise CheckpointError(f"{folder}: exists and is not a folder; choose another name")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise CheckpointError(f"{folder}: is not empty; choose another folder, or ask to overwrite it")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder}: is no checkpoint (it has no config.json) and is not overwritten; choose another folder"
+        )
+
+
+@contextlib.contextmanager
+def _appearing_together(folder: Path, *, num_bytes: int, share: Share | None) -> Iterator[Path]:
+    """`_appearing`, for all processes the same folder, which process 0 makes and puts in its place."""
+    if share is None:
+        with _appearing(folder, num_bytes=num_bytes) as target:
+            yield target
+        return
+    work = folder.parent / f".{folder.name}.together.partial"
+    if share.index:
+        share.wait("begin")
+        yield work / "new"
+        share.wait("written")
+    else:
+        with _appearing(folder, num_bytes=num_bytes, work=work) as target:
+            share.wait("begin")
+            yield target
+            share.wait("written")
+    share.wait("placed")
+
+
+@contextlib.contextmanager
+def _appearing(folder: Path, *, num_bytes: int, work: Path | None = None) -> Iterator[Path]:
+    """A folder to write into that takes ``folder``'s place when all went well, and vanishes otherwise."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder.parent).free
+        if free < num_bytes:
+            raise CheckpointError(
+                f"{folder}: needs {num_bytes:,} bytes, but the disk has {free:,} free; choose another disk"
+            )
+        if work is None:
+            work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+        else:
+            shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
+            work.mkdir()
+        try:
+            (work / "new").mkdir()  # with the user's permissions; mkdtemp's are private
+            yield work / "new"
+            _sync(work / "new")
+            if folder.exists():
+                os.rename(folder, work / "old")
+            try:
+                os.rename(work / "new", folder)
+            except OSError:
+                if (work / "old").exists():
+                    os.rename(work / "old", folder)
+                raise
+            _sync(folder.parent)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: could not be written ({error}); nothing was left behind") from None
+
+
+def _copy_companions(source: Path, target: Path) -> None:
+    names = sorted({path.name for pattern in _COMPANIONS for path in source.glob(pattern) if path.is_file()})
+    for name in names:
+        _write(target / name, inside(source, name).read_bytes())
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder durable, as fsync of a file does with its content."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class ShardWriter:
+    """A file for ``tensors``; it is opened with the first of them, and flushed to the disk and closed with the last."""
+
+    def __init__(self, path: Path, tensors: Sequence[TensorSpec]):
+        self.path = path
+        # Wide dtypes first: then every tensor begins at a multiple of its element size, as readers that map it like.
+        ordered = sorted(tensors, key=lambda tensor: -DTYPES[tensor.dtype].itemsize)
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+        self._starts: dict[str, int] = {}
+        position = 0
+        for tensor in ordered:
+            end = position + tensor.num_bytes
+            header[tensor.hub_name] = {
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "data_offsets": [position, end],
+            }
+            self._starts[tensor.hub_name] = position
+            position = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        self._header = text + b" " * (-len(text) % 8)
+        self._file: BinaryIO | None = None
+
+    def write(self, tensor: TensorSpec, value: np.ndarray) -> None:
+        """Write one tensor, in any order; each exactly once."""
+        if value.shape != tensor.shape or value.dtype != DTYPES[tensor.dtype]:
+            raise CheckpointError(
+                f"export: {tensor.path} is now {value.dtype} {list(value.shape)}, expected {tensor.dtype} "
+                f"{list(tensor.shape)}; it changed while it was exported"
+            )
+        if self._file is None:
+            self._file = self.path.open("xb")
+            self._file.write(len(self._header).to_bytes(8, "little") + self._header)
+        self._file.seek(8 + len(self._header) + self._starts.pop(tensor.hub_name))
+        self._file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+        if not self._starts:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def close(self) -> None:
+        """Give up on a file that did not get all its tensors; a finished one is closed already."""
+        if self._file is not None:
+            self._file.close()

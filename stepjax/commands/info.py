@@ -1,0 +1,140 @@
+"""``stepjax info``: what a model consists of, from its config.json alone."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os.path
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from stepjax.checkpoint import reader as checkpoint
+from stepjax.config import PRESETS, ModelConfig
+from stepjax.weights.inventory import (
+    FP8_BLOCK,
+    Form,
+    Groups,
+    count_parameters,
+    inventory,
+    kv_bytes_per_token,
+    kv_window_bytes,
+    layer_table,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="checkpoint folder, config.json, hub id or embedded name")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    found = describe(read_config(args.model))
+    if args.json:
+        print(json.dumps(found, indent=2))
+    else:
+        _show(args.model, found)
+    return 0
+
+
+def read_config(name_or_path: str) -> ModelConfig:
+    """The configuration of an embedded name, a ``config.json``, a checkpoint folder or a hub id."""
+    path = Path(name_or_path).expanduser()
+    if os.path.isfile(path):  # False for text that cannot be a path, where Path.is_file raises
+        return checkpoint.read_config(path.parent, path.name)
+    if name_or_path in PRESETS and not os.path.isdir(path):
+        return ModelConfig.preset(name_or_path)
+    from stepjax.checkpoint.hub import resolve
+
+    return checkpoint.read_config(resolve(name_or_path, weights=False))
+
+
+def describe(config: ModelConfig) -> dict[str, Any]:
+    """Parameters by part, the layouts of a release, cache sizes (bfloat16) and the layer table."""
+    counts = count_parameters(config)
+    parts = dataclasses.asdict(counts)
+    parts.pop("experts_per_token")
+    return {
+        "parameters": {
+            "total": counts.total,
+            "without_mtp": counts.backbone,
+            "active": counts.active,
+            "parts": parts,
+        },
+        "release": {name: _release(config, form) for name, form in _forms(config).items()},
+        "kv": {
+            "bytes_per_token": kv_bytes_per_token(config),
+            "window_bytes_per_sequence": kv_window_bytes(config, mtp=False),
+            "mtp_window_bytes_per_sequence": kv_window_bytes(config) - kv_window_bytes(config, mtp=False),
+        },
+        "context": config.max_positions,
+        "vocabulary": config.vocab_size,
+        "layers": [
+            {
+                "index": row.layer.index,
+                "attention": row.layer.kind,
+                "window": row.layer.window,
+                "feed_forward": "moe" if row.layer.moe else "dense",
+                "mtp": row.mtp,
+                "query_heads": row.layer.num_heads,
+                "kv_heads": row.layer.num_kv_heads,
+                "rope_theta": row.layer.rope.theta,
+                "rope_width": row.layer.rope.width,
+                "rope_scaled": row.layer.rope.scaling is not None,
+                "limit": row.layer.limit,
+                "limit_shared": row.layer.limit_shared,
+                "parameters": row.parameters,
+                "active_parameters": row.active_parameters,
+                "kv_bytes_per_token": row.kv_bytes_per_token,
+            }
+            for row in layer_table(config)
+        ],
+    }
+
+
+def _forms(config: ModelConfig) -> dict[str, Form | None]:
+    """What the routed experts may be held in; int4 where its groups fill the rows."""
+    forms: dict[str, Form | None] = {"bf16": None, "fp8": config.fp8_block or FP8_BLOCK, "int8": Groups(8, None)}
+    fits = [columns for columns in (64, 32) if config.hidden_size % columns == config.expert_size % columns == 0]
+    return forms | {f"int4 in {columns}s": Groups(4, columns) for columns in fits}
+
+
+def _release(config: ModelConfig, form: Form | None) -> dict[str, int]:
+    specs = inventory(config, experts=form)
+    return {"tensors": len(specs), "bytes": sum(spec.num_bytes for spec in specs)}
+
+
+def _show(name: str, found: dict[str, Any]) -> None:
+    console = Console()
+    parameters, kv = found["parameters"], found["kv"]
+    facts = Table(title=name, show_header=False)
+    facts.add_row("parameters", f"{parameters['total']:,}")
+    facts.add_row("  without MTP", f"{parameters['without_mtp']:,}")
+    facts.add_row("  active per token", f"{parameters['active']:,}")
+    for part, count in parameters["parts"].items():
+        facts.add_row(f"  {part.replace('_', ' ')}", f"{count:,}")
+    for release, size in found["release"].items():
+        facts.add_row(f"experts in {release}", f"{size['tensors']} tensors, {size['bytes']:,} bytes")
+    facts.add_row("KV bytes per token", f"{kv['bytes_per_token']:,}")
+    facts.add_row("KV bytes of the windows", f"{kv['window_bytes_per_sequence']:,} a sequence")
+    facts.add_row("context, vocabulary", f"{found['context']:,} tokens, {found['vocabulary']:,} entries")
+    titles = ("layer", "attention", "window", "heads", "rope", "mlp", "limits", "params")
+    layers = Table(*titles, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for row in found["layers"]:
+        layers.add_row(
+            f"{row['index']}{' mtp' if row['mtp'] else ''}",
+            row["attention"].removesuffix("_attention"),
+            str(row["window"] or "–"),
+            f"{row['query_heads']}/{row['kv_heads']}",
+            f"{row['rope_theta']:g}/{row['rope_width']}{' scaled' if row['rope_scaled'] else ''}",
+            row["feed_forward"],
+            f"{row['limit'] or 0:g}/{row['limit_shared'] or 0:g}",
+            f"{row['parameters'] / 1e6:,.1f}M",
+        )
+    with console.capture() as drawn:  # rich would end the program by itself if nobody reads its output
+        console.print(facts, layers)
+    print(drawn.get(), end="")

@@ -1,0 +1,63 @@
+"""``stepjax merge``: write a checkpoint with an adapter added to its weights."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stepjax.checkpoint.hub import resolve
+from stepjax.checkpoint.reader import Checkpoint
+from stepjax.commands.writing import add_size, max_shard_bytes, progress_bar
+
+if TYPE_CHECKING:
+    from stepjax.checkpoint.writer import Share
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="BASE", help="checkpoint folder, hub id or embedded name")
+    parser.add_argument("adapter", metavar="ADAPTER", type=Path, help="PEFT folder, as export-adapter writes it")
+    parser.add_argument("target", metavar="DST", type=Path, help="folder to write; it appears whole or not at all")
+    add_size(parser)
+    parser.add_argument("--json", action="store_true", help="one line of JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    source = Checkpoint(resolve(args.source))
+    size = max_shard_bytes(args)
+    from stepjax.adapters.merge import merge_checkpoint
+    from stepjax.adapters.peft import import_adapter
+
+    adapter, lora = import_adapter(args.adapter, source.config)
+    with progress_bar() as progress:
+        report = merge_checkpoint(
+            source.folder,
+            args.target,
+            adapter,
+            lora,
+            max_shard_bytes=size,
+            share=_share(),
+            progress=progress,
+        )
+    lost = None if math.isnan(report.lost) else report.lost
+    if args.json:
+        print(json.dumps({"folder": str(report.folder), "weights": report.num_weights, "lost": lost}))
+    else:
+        said = "" if lost is None else f"; rounding to bfloat16 took {lost:.1%} of their changes"
+        print(f"{report.folder}: {report.num_weights} weights changed{said}")
+    return 0
+
+
+def _share() -> Share | None:
+    """This process's part, if several run the command together; all see the folder to write."""
+    import jax
+
+    if jax.process_count() == 1:
+        return None
+    from jax.experimental.multihost_utils import sync_global_devices
+
+    from stepjax.checkpoint.writer import Share
+
+    return Share(jax.process_index(), jax.process_count(), sync_global_devices)

@@ -1,0 +1,1 @@
+"""The model on one device, written with axis names only."""

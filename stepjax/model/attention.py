@@ -1,0 +1,66 @@
+"""Attention with QK-norm, partial rotary embedding and a head-wise output gate (spec §2.3)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from stepjax.config import LayerSpec
+from stepjax.model.cache import CacheView, Chunk
+from stepjax.model.layers import Linear, RMSNorm, rotate
+from stepjax.model.layout import Layout
+from stepjax.ops.attention import Heads
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention; the gate takes the same normalised input as q, k and v."""
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        size: int,
+        *,
+        eps: float,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike,
+        layout: Layout,
+        scale: float = 1.0,
+    ):
+        self.spec, self.layout = spec, layout
+        heads, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        self.q_proj = Linear(size, heads, axes=("heads", "embed"), rngs=rngs, dtype=dtype)
+        self.k_proj = Linear(size, kv, axes=("kv_heads", "embed"), rngs=rngs, dtype=dtype)
+        self.v_proj = Linear(size, kv, axes=("kv_heads", "embed"), rngs=rngs, dtype=dtype)
+        self.o_proj = Linear(heads, size, axes=("embed", "heads"), rngs=rngs, dtype=dtype, scale=scale)
+        self.g_proj = Linear(size, spec.num_heads, axes=("heads", "embed"), rngs=rngs, dtype=dtype, scale=0.1)
+        self.q_norm = RMSNorm(spec.head_dim, eps=eps, axis="head", dtype=dtype)
+        self.k_norm = RMSNorm(spec.head_dim, eps=eps, axis="head", dtype=dtype)
+
+    def __call__(self, x_BTD: jax.Array, chunk: Chunk, cache: CacheView | None) -> tuple[jax.Array, CacheView | None]:
+        """Attend over the cache's prefix and the chunk itself, and store the chunk."""
+        spec, (B, T, _) = self.spec, x_BTD.shape
+        q_BTNH = self._heads(self.q_proj(x_BTD), "heads")
+        k_BTKH = self._heads(self.k_proj(x_BTD), "kv_heads")
+        v_BTKH = self._heads(self.v_proj(x_BTD), "kv_heads")
+        q_BTNH = rotate(self.q_norm(q_BTNH), chunk.position_BT, spec.rope)
+        k_BTKH = rotate(self.k_norm(k_BTKH), chunk.position_BT, spec.rope)
+        if cache is not None:
+            k_BTKH, v_BTKH = _finite(k_BTKH), _finite(v_BTKH)
+        out_BTNH, cache = self.layout.attend(Heads(q_BTNH, k_BTKH, v_BTKH), chunk, cache, window=spec.window)
+        # In float32: XLA joins products of the same input and dtype, and for so few rows copies the joined weights.
+        gate_BTN = jax.nn.sigmoid(self.g_proj.wide(x_BTD)).astype(out_BTNH.dtype)
+        out_BTNH *= gate_BTN[..., None]
+        out = self.layout.constrain(out_BTNH.reshape(B, T, -1), "batch", "length", "heads")
+        return self.o_proj(out), cache
+
+    def _heads(self, x: jax.Array, axis: str) -> jax.Array:
+        return self.layout.constrain(x.reshape(*x.shape[:2], -1, self.spec.head_dim), "batch", "length", axis, "head")
+
+
+def _finite(x: jax.Array) -> jax.Array:
+    """Zeros for what is no number. A weight of 0 does not hide it, so a bad draft would spoil the tokens before it, and
+    a freed page the next request; the token itself still shows it in its own residual stream.
+    """
+    return jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype))

@@ -1,0 +1,124 @@
+"""The small parts: norm, linear map, embedding, gated MLP. Weights keep the hub's (out, in) orientation."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from stepjax.config import RopeScaling, RopeSpec
+from stepjax.ops.swiglu import swiglu
+from stepjax.weights.adapted import linear
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], *, std: float, dtype: DTypeLike) -> nnx.Param:
+    """A parameter drawn from N(0, std²), with its logical axes as metadata."""
+    value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
+    return nnx.Param(value.astype(dtype), axes=axes)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis with a gain stored as (gain − 1).
+
+    The whole product is float32 and only the result is cast back (spec §2.2).
+    """
+
+    def __init__(self, size: int, *, eps: float, axis: str = "embed", dtype: DTypeLike):
+        self.eps = eps
+        self.weight = nnx.Param(jnp.zeros((size,), dtype), axes=(axis,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        gain = 1 + self.weight.get_value().astype(jnp.float32)
+        return (wide * scale * gain.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """``y[..., out] = x[..., in] · Wᵀ``, accumulated in float32, returned in x's dtype. This model has no bias."""
+
+    def __init__(
+        self,
+        size_in: int,
+        size_out: int,
+        *,
+        axes: tuple[str, str],
+        rngs: nnx.Rngs,
+        dtype: DTypeLike,
+        scale: float = 1.0,
+    ):
+        self.weight = normal(rngs, (size_out, size_in), axes, std=scale * size_in**-0.5, dtype=dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return linear(self.weight.get_value(), x, x.dtype)
+
+    def wide(self, x: jax.Array) -> jax.Array:
+        """The float32 accumulator itself, for logits: rounded to bfloat16, near-ties would become ties."""
+        return linear(self.weight.get_value(), x, jnp.float32)
+
+
+class Embed(nnx.Module):
+    """Token id → row of a [V, D] matrix, unscaled."""
+
+    def __init__(self, vocab: int, size: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        self.weight = normal(rngs, (vocab, size), ("vocab", "embed"), std=0.5, dtype=dtype)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        if ids.size > 1:
+            return jnp.take(self.weight.get_value(), ids, axis=0, mode="clip")
+        # XLA makes a slice of a gather of one row, and on a mesh gathers the whole matrix first: 1 GB a token.
+        pair = jnp.broadcast_to(ids.reshape(-1)[:1], (2,))
+        row = jnp.take(self.weight.get_value(), pair, axis=0, mode="clip")[:1]
+        return row.reshape(*ids.shape, -1)
+
+
+class SwiGLU(nnx.Module):
+    """Gated MLP ``(silu(h·Gᵀ) ⊙ h·Uᵀ)·Dᵀ`` with an optional clamp (spec §2.4)."""
+
+    def __init__(
+        self, size: int, hidden: int, *, limit: float | None, rngs: nnx.Rngs, dtype: DTypeLike, scale: float = 1.0
+    ):
+        self.limit = limit
+        self.gate_proj = Linear(size, hidden, axes=("mlp", "embed"), rngs=rngs, dtype=dtype)
+        self.up_proj = Linear(size, hidden, axes=("mlp", "embed"), rngs=rngs, dtype=dtype)
+        self.down_proj = Linear(hidden, size, axes=("embed", "mlp"), rngs=rngs, dtype=dtype, scale=scale)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(self._hidden(x))
+
+    def wide(self, x: jax.Array) -> jax.Array:
+        """The float32 accumulator of the last product, to be added to others before it is rounded."""
+        return self.down_proj.wide(self._hidden(x))
+
+    def _hidden(self, x: jax.Array) -> jax.Array:
+        return swiglu(self.gate_proj(x), self.up_proj(x), self.limit)
+
+
+def frequencies(spec: RopeSpec) -> np.ndarray:
+    """Angular frequencies [width / 2] in float64, radians per position: theta^(−2j/width), then the scaling."""
+    plain = spec.theta ** (-2.0 * np.arange(spec.width // 2) / spec.width)
+    return plain if spec.scaling is None else _llama3(plain, spec.scaling)
+
+
+def _llama3(plain: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    """Wavelengths above original/low are slowed by the factor, below original/high kept, linear in between."""
+    turns = scaling.original_max_position * plain / (2 * math.pi)  # turns within the original context
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return (1 - keep) * plain / scaling.factor + keep * plain
+
+
+def rotate(x_BTNH: jax.Array, position_BT: jax.Array, spec: RopeSpec) -> jax.Array:
+    """Turn the heads of ``x`` by their positions; dims past ``spec.width`` pass through.
+
+    Angles, sine and cosine are float32 (positions reach 262,143); they are cast to x's dtype before the product.
+    """
+    inverse = jnp.asarray(frequencies(spec), jnp.float32)
+    angle = position_BT.astype(jnp.float32)[..., None, None] * inverse[None, None, None, :]
+    cos, sin = jnp.cos(angle).astype(x_BTNH.dtype), jnp.sin(angle).astype(x_BTNH.dtype)
+    a, b, rest = jnp.split(x_BTNH, [spec.width // 2, spec.width], axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)

@@ -1,0 +1,148 @@
+"""Mixture of experts: sigmoid router with a selection bias, routed experts, one shared expert (spec §2.5)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from stepjax.config import LayerSpec, ModelConfig
+from stepjax.model.layers import SwiGLU, normal
+from stepjax.model.layout import Layout, Routes
+from stepjax.ops.expert_choice import Form
+from stepjax.ops.expert_dense import ExpertWeights
+from stepjax.ops.experts import held_ids, routed_experts
+from stepjax.weights.adapted import by_token
+
+BIAS = "moe.router.bias"  # end of the path of every router bias
+
+
+class RouterBias(nnx.Variable):
+    """Selection bias of the router: part of the checkpoint, never trained by gradient."""
+
+
+class Router(nnx.Module):
+    """Chooses A of E experts a token. Scores are a true float32 product (``need_fp32_gate``)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        self.top_k, self.scale = config.top_k, config.router_scale
+        size, experts = config.hidden_size, config.num_experts
+        self.weight = normal(rngs, (experts, size), ("router", "embed"), std=size**-0.5, dtype=dtype)
+        self.bias = RouterBias(jnp.zeros((experts,), jnp.float32), axes=("router",))
+
+    def __call__(self, x_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Expert ids [T, A] int32 and combine weights [T, A] float32.
+
+        The bias acts on the selection only; the weights come from the unbiased scores and sum to ``scale``.
+        """
+        scores_TE = self.scores(x_TD)
+        ids_TA = self.choose(scores_TE)
+        return ids_TA, self.weigh(scores_TE, ids_TA)
+
+    def scores(self, x_TD: jax.Array) -> jax.Array:
+        """How well each expert suits each token, float32 [T, E] in (0, 1)."""
+        weight = self.weight.get_value().astype(jnp.float32)
+        return jax.nn.sigmoid(jnp.einsum("td,ed->te", x_TD.astype(jnp.float32), weight, precision="highest"))
+
+    def choose(self, scores_TE: jax.Array) -> jax.Array:
+        """Ids of the best under the bias, best first."""
+        _, ids = jax.lax.top_k(scores_TE + self.bias.get_value()[None, :], self.top_k)
+        return ids
+
+    def weigh(self, scores_TE: jax.Array, ids_TA: jax.Array) -> jax.Array:
+        """Combine weights of these experts, whoever chose them."""
+        chosen = jnp.take_along_axis(scores_TE, ids_TA, axis=-1)
+        return self.scale * chosen / (jnp.sum(chosen, axis=-1, keepdims=True) + 1e-20)
+
+
+class Experts(nnx.Module):
+    """The routed experts' weights, fused over experts in the hub's orientation."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, scale: float):
+        E, F, D = config.num_experts, config.expert_size, config.hidden_size
+        wide = ("expert", "expert_mlp", "embed")
+        self.gate = normal(rngs, (E, F, D), wide, std=D**-0.5, dtype=dtype)
+        self.up = normal(rngs, (E, F, D), wide, std=D**-0.5, dtype=dtype)
+        self.down = normal(rngs, (E, D, F), ("expert", "embed", "expert_mlp"), std=scale * F**-0.5, dtype=dtype)
+
+    def weights(self) -> ExpertWeights:
+        return ExpertWeights(self.gate.get_value(), self.up.get_value(), self.down.get_value())
+
+
+class MoE(nnx.Module):
+    """``Σ combine · expert(h) + shared(h)``; the shared expert is neither gated nor scaled."""
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike,
+        layout: Layout,
+        scale: float = 1.0,
+    ):
+        self.spec, self.layout, self.num_experts = spec, layout, config.num_experts
+        self.router = Router(config, rngs=rngs, dtype=dtype)
+        self.experts = Experts(config, rngs=rngs, dtype=dtype, scale=scale / 2)
+        self.shared = SwiGLU(
+            config.hidden_size, config.shared_size, limit=spec.limit_shared, rngs=rngs, dtype=dtype, scale=scale
+        )
+
+    def __call__(
+        self, x_BTD: jax.Array, real_BT: jax.Array, recorded_BTA: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """The layer's output [B, T, D] and the expert ids [B, T, A] that its router chose.
+
+        Padding (``real`` false) chooses no expert, which is written as id E: its rows are all alike and would crowd
+        into the same few experts.
+
+        Args:
+          recorded_BTA: experts to run instead of the router's choice, whose weights are still its own; where an id is
+            ≥ E the choice stands. Any integer dtype.
+        """
+        return self.layout.mixture(self, x_BTD, real_BT, recorded_BTA)
+
+    @property
+    def limit(self) -> float | None:
+        return self.spec.limit
+
+    def route(self, x_BTD: jax.Array, real_BT: jax.Array, recorded_BTA: jax.Array | None = None) -> Routes:
+        if recorded_BTA is None:
+            ids_TA, combine_TA = self.router(x_BTD.reshape(-1, x_BTD.shape[-1]))
+            ids_BTA = self._unpadded(ids_TA, real_BT)
+            return Routes(ids_BTA, combine_TA.reshape(ids_BTA.shape), ids_BTA)
+        scores_TE = self.router.scores(x_BTD.reshape(-1, x_BTD.shape[-1]))
+        own_TA = self.router.choose(scores_TE)
+        given_TA = recorded_BTA.reshape(own_TA.shape).astype(own_TA.dtype)
+        ids_TA = jnp.where(given_TA < self.num_experts, given_TA, own_TA)
+        ids_BTA, own_BTA = self._unpadded(ids_TA, real_BT), self._unpadded(own_TA, real_BT)
+        return Routes(ids_BTA, self.router.weigh(scores_TE, ids_TA).reshape(ids_BTA.shape), own_BTA)
+
+    def _unpadded(self, ids_TA: jax.Array, real_BT: jax.Array) -> jax.Array:
+        return jnp.where(real_BT.reshape(-1, 1), ids_TA, self.num_experts).reshape(*real_BT.shape, -1)
+
+    def local(
+        self,
+        x_BTD: jax.Array,
+        ids_BTA: jax.Array,
+        combine_BTA: jax.Array,
+        *,
+        first_expert: int | jax.Array = 0,
+        form: Form | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """What the weights at hand contribute: see `stepjax.model.layout.Routed`."""
+        x_TD, ids_TA, combine_TA = (each.reshape(-1, each.shape[-1]) for each in (x_BTD, ids_BTA, combine_BTA))
+        bare, slot_T = by_token(self.weights(), (x_BTD.shape[0], x_BTD.shape[1]))
+        weights = ExpertWeights(*bare)
+        count = weights.gate.shape[0]
+        ours, load = held_ids(ids_TA, first_expert, count), ids_TA.size * count // self.num_experts
+        routed = routed_experts(x_TD, ours, combine_TA, weights, limit=self.limit, form=form, load=load, slot_T=slot_T)
+        return routed.reshape(x_BTD.shape), self.common(x_BTD)
+
+    def weights(self) -> ExpertWeights:
+        return self.experts.weights()
+
+    def common(self, x_BTD: jax.Array) -> jax.Array:
+        return self.shared.wide(x_BTD)

@@ -1,0 +1,211 @@
+"""Step 3.5: the backbone and its prediction heads, and the flat parameter table that everything else works on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from stepjax.config import LayerSpec, ModelConfig
+from stepjax.model.attention import Attention
+from stepjax.model.cache import Cache, CacheView, Chunk
+from stepjax.model.layers import Embed, Linear, RMSNorm, SwiGLU
+from stepjax.model.layout import Layout, SingleDevice
+from stepjax.model.moe import MoE
+
+KEPT_LAYERS = 8  # whose activations fine-tuning keeps; of a deeper model each layer runs again in the backward pass
+Params = Mapping[str, Any]  # dotted path → array (or block-scaled array)
+
+
+class Hidden(NamedTuple):
+    """What a pass over tokens leaves behind."""
+
+    hidden_BTD: jax.Array  # residual stream after the last layer, before the final norm
+    cache: Cache | None
+    expert_ids: tuple[jax.Array, ...]  # per MoE layer: int32 [B, T, A], its router's choice
+
+
+class Step3p5(nnx.Module):
+    """The whole model. `forward` runs the backbone; `logits` and the MTP methods read what it leaves."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.bfloat16,
+        layout: Layout | None = None,
+        mtp: bool = True,
+    ):
+        layout = layout or SingleDevice()
+        self.config, self.layout = config, layout
+        size, vocab = config.hidden_size, config.vocab_size
+        self.embed = Embed(vocab, size, rngs=rngs, dtype=dtype)
+        self.layers = nnx.List([Block(spec, config, rngs=rngs, dtype=dtype, layout=layout) for spec in config.layers])
+        self.norm = RMSNorm(size, eps=config.norm_eps, dtype=dtype)
+        self.lm_head = Linear(size, vocab, axes=("vocab", "embed"), rngs=rngs, dtype=dtype, scale=0.5)
+        specs = config.mtp_layers if mtp else ()
+        self.mtp = nnx.List([MtpLayer(spec, config, rngs=rngs, dtype=dtype, layout=layout) for spec in specs])
+
+    def forward(
+        self,
+        ids_BT: jax.Array,
+        chunk: Chunk,
+        cache: Cache | None = None,
+        *,
+        recorded_BTLA: jax.Array | None = None,
+        recompute: bool = False,
+    ) -> Hidden:
+        """Run the backbone over a chunk of tokens, reading and extending the cache if there is one.
+
+        Args:
+          recorded_BTLA: for the L MoE layers, experts to run instead of their routers' choice (router replay); the
+            weights are still the routers'. An id ≥ E leaves the choice alone. Any integer dtype.
+          recompute: for gradients: keep each layer's input alone, and run the layer again in the backward pass.
+        """
+        x = self.layout.constrain(self.embed(ids_BT), "batch", "stream", "embed")
+        views, expert_ids = [], []
+        for i, layer in enumerate(self.layers):
+            recorded = None if recorded_BTLA is None or not layer.is_moe else recorded_BTLA[:, :, len(expert_ids)]
+            with jax.named_scope(f"layer_{i}"):
+                run = jax.checkpoint(layer) if recompute else layer
+                x, view, ids = run(x, chunk, cache.layers[i] if cache else None, recorded)
+            views.append(view)
+            expert_ids += [] if ids is None else [ids]
+        return Hidden(x, Cache(tuple(views), cache.mtp) if cache else None, tuple(expert_ids))
+
+    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        """Next-token logits, float32 [B, T, V], from the pre-norm hidden state.
+
+        They are placed here: wanted whole by what comes after, a partitioner may gather the matrix instead of them.
+        """
+        return self.layout.constrain(self.lm_head.wide(self.norm(hidden_BTD)), "batch", "length", "vocab")
+
+    def mtp_hidden(self, ids_BT: jax.Array, hidden_BTD: jax.Array, chunk: Chunk) -> list[jax.Array]:
+        """Teacher-forced MTP over whole sequences: per depth k a hidden state [B, T, D]; row t was fed token t + k.
+
+        The last k rows of depth k (and of each packed segment) were fed the wrong token; the caller masks them. They
+        reach no earlier row: attention is causal.
+        """
+        states = []
+        for k, layer in enumerate(self.mtp, start=1):
+            shifted = jnp.roll(ids_BT, -k, axis=1)
+            with jax.named_scope(f"mtp_{k}"):
+                hidden_BTD, _ = layer(self.embed(shifted), hidden_BTD, chunk, None)
+            states.append(hidden_BTD)
+        return states
+
+
+def initialise(
+    config: ModelConfig,
+    key: jax.Array,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    layout: Layout | None = None,
+    mtp: bool = True,
+) -> Step3p5:
+    """A freshly drawn model, for training from scratch and for tests."""
+    return Step3p5(config, rngs=nnx.Rngs(params=key), dtype=dtype, layout=layout, mtp=mtp)
+
+
+def abstract(
+    config: ModelConfig, *, dtype: DTypeLike = jnp.bfloat16, layout: Layout | None = None, mtp: bool = True
+) -> Step3p5:
+    """The model with shapes in place of arrays: nothing is allocated."""
+    return nnx.eval_shape(lambda: initialise(config, jax.random.key(0), dtype=dtype, layout=layout, mtp=mtp))
+
+
+def params_of(model: Step3p5) -> dict[str, Any]:
+    """Every parameter by its dotted path, as ``layers.7.moe.experts.gate``."""
+    return {".".join(map(str, path)): variable.get_value() for path, variable in _variables(model)}
+
+
+def axes_of(model: Step3p5) -> dict[str, tuple[str, ...]]:
+    """The logical axes of every parameter, by its dotted path."""
+    return {".".join(map(str, path)): variable.get_metadata("axes") for path, variable in _variables(model)}
+
+
+def bind(model: Step3p5, params: Params) -> Step3p5:
+    """The model (abstract, or another's) with these parameters in place of its own.
+
+    Meant for the inside of a jitted function whose argument is the flat table: flax's own jit walks the module tree at
+    every call (tens of milliseconds for this model), a flat dictionary costs a fraction of one.
+    """
+    graph, state = nnx.split(model)
+    flat = [(path, variable.replace(params[".".join(map(str, path))])) for path, variable in nnx.to_flat_state(state)]
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def _variables(model: Step3p5) -> list[tuple[tuple[Any, ...], nnx.Variable]]:
+    return list(nnx.to_flat_state(nnx.state(model)))
+
+
+class Block(nnx.Module):
+    """``x ← x + attention(norm(x)); x ← x + feed_forward(norm(x))``."""
+
+    def __init__(self, spec: LayerSpec, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, layout: Layout):
+        self.layout, self.is_moe = layout, spec.moe
+        size, eps = config.hidden_size, config.norm_eps
+        scale = (2 * len(config.layers)) ** -0.5  # maps onto the residual stream start small, as depth grows
+        self.input_norm = RMSNorm(size, eps=eps, dtype=dtype)
+        self.attn = Attention(spec, size, eps=eps, rngs=rngs, dtype=dtype, layout=layout, scale=scale)
+        self.post_norm = RMSNorm(size, eps=eps, dtype=dtype)
+        if spec.moe:
+            self.moe = MoE(spec, config, rngs=rngs, dtype=dtype, layout=layout, scale=scale)
+        else:
+            limit, hidden = spec.limit_shared, config.intermediate_size
+            self.mlp = SwiGLU(size, hidden, limit=limit, rngs=rngs, dtype=dtype, scale=scale)
+
+    def __call__(
+        self, x_BTD: jax.Array, chunk: Chunk, cache: CacheView | None, recorded_BTA: jax.Array | None = None
+    ) -> tuple[jax.Array, CacheView | None, jax.Array | None]:
+        """The residual stream after the layer, the layer's cache, and what the router of a MoE layer chose [B, T, A].
+
+        Args:
+          recorded_BTA: as for `MoE`; a dense layer has none.
+        """
+        out, cache = self.attn(self._whole(self.input_norm(x_BTD)), chunk, cache)
+        x_BTD = self.layout.constrain(x_BTD + out, "batch", "stream", "embed")
+        normed, ids = self.post_norm(x_BTD), None
+        if self.is_moe:
+            out, ids = self.moe(normed, chunk.position_BT >= 0, recorded_BTA)
+        else:
+            out = self._whole(self.mlp(self._whole(normed)))  # or the backward pass would gather weights, not tokens
+        return self.layout.constrain(x_BTD + out, "batch", "stream", "embed"), cache, ids
+
+    def _whole(self, x_BTD: jax.Array) -> jax.Array:
+        """From where the stream lies to where its tokens meet weights."""
+        return self.layout.constrain(x_BTD, "batch", "length", "embed")
+
+
+class MtpLayer(nnx.Module):
+    """One depth: merge the two inputs, run a dense sliding-window block, read the result with its own head."""
+
+    def __init__(self, spec: LayerSpec, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, layout: Layout):
+        self.layout = layout
+        size, eps = config.hidden_size, config.norm_eps
+        self.embed_norm = RMSNorm(size, eps=eps, dtype=dtype)
+        self.hidden_norm = RMSNorm(size, eps=eps, dtype=dtype)
+        self.merge = Linear(2 * size, size, axes=("embed", "embed_in"), rngs=rngs, dtype=dtype)
+        self.block = Block(spec, config, rngs=rngs, dtype=dtype, layout=layout)
+        self.norm = RMSNorm(size, eps=eps, dtype=dtype)
+        self.head = Linear(size, config.vocab_size, axes=("vocab", "embed"), rngs=rngs, dtype=dtype, scale=0.5)
+
+    def __call__(
+        self, embedding_BTD: jax.Array, hidden_BTD: jax.Array, chunk: Chunk, cache: CacheView | None
+    ) -> tuple[jax.Array, CacheView | None]:
+        """The depth's pre-norm hidden state [B, T, D]; the embedding half comes first."""
+        both = jnp.concatenate([self.embed_norm(embedding_BTD), self.hidden_norm(hidden_BTD)], axis=-1)
+        both = self.layout.constrain(both, "batch", "length", None)  # or norms and inputs would split like `merge`
+        # Then split like it after all: where tokens are split too, a partitioner may gather the matrix instead.
+        merged = self.merge(self.layout.constrain(both, "batch", "length", "embed_in"))
+        hidden, cache, _ = self.block(merged, chunk, cache)
+        return hidden, cache
+
+    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        """Logits of the token after the one fed, float32 [B, T, V]."""
+        return self.layout.constrain(self.head.wide(self.norm(hidden_BTD)), "batch", "length", "vocab")

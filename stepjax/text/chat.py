@@ -1,0 +1,369 @@
+"""Conversations in OpenAI's form to prompts, through the checkpoint's own chat template.
+
+What a caller writes cannot act as a control token: wherever a message, a tool or an argument spells one, the prompt
+holds that spelling as ordinary text. One thing in a caller's text keeps its meaning for the template: in an assistant
+message without `reasoning_content`, the first `</think>` (and the first `<think>` before it) separates thinking from
+answer, since many clients send the model's raw output back. A template that does not look for it prints it, as a
+control token, inside the assistant's own turn.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from stepjax.errors import RequestError, TemplateError
+from stepjax.text.template import Guard, TemplateLimits, TemplateProcess, template_literals
+from stepjax.text.tokenizer import BOS, CONTROL_NAMES, THINK_CLOSE, THINK_OPEN, Segment, Tokenizer
+
+# OpenAI's newer name for system messages is mapped to the one that templates know.
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+_MAX_DEPTH = 64  # of JSON in arguments and tools
+_MAX_INT_BITS = 1024  # as large as floats go; Python refuses to print some far larger ones
+_MAX_SOURCE_BYTES = 1 << 20
+# A template sees these names from tokenizer_config.json; ours writes bos itself.
+_TOKEN_VARIABLES = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+class ChatTemplate:
+    """A chat template and the process that renders it. Safe to share between threads."""
+
+    def __init__(
+        self, source: str, *, variables: Mapping[str, str] | None = None, limits: TemplateLimits | None = None
+    ):
+        """variables are trusted strings of the checkpoint, such as bos_token.
+
+        Raises TemplateError if the template does not parse.
+        """
+        self._source = source
+        self._literals = template_literals(source)
+        self._variables = {"bos_token": BOS, **(variables or {})}
+        self._process = TemplateProcess(source, limits=limits)
+
+    @classmethod
+    def from_folder(cls, path: str | Path, *, limits: TemplateLimits | None = None) -> ChatTemplate:
+        """Takes `chat_template.jinja`, else `chat_template` in `tokenizer_config.json` (of several, the default one).
+
+        Raises TemplateError if there is none, or it cannot be read.
+        """
+        folder = Path(path)
+        config = _read_config(folder / "tokenizer_config.json")
+        file = folder / "chat_template.jinja"
+        source = _read_text(file) if file.exists() else _choose_template(config.get("chat_template"), folder)
+        variables = {name: text for name in _TOKEN_VARIABLES if (text := _spelling(config.get(name)))}
+        try:
+            return cls(source, variables=variables, limits=limits)
+        except TemplateError as error:
+            raise TemplateError(f"{file if file.exists() else folder / 'tokenizer_config.json'}: {error}") from None
+
+    def segments(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        controls: Sequence[str] = CONTROL_NAMES,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        enable_thinking: bool = True,
+    ) -> list[Segment]:
+        """The prompt as text and control tokens; controls are the spellings that the tokenizer has as control tokens.
+
+        enable_thinking=False closes the thinking that the generation prompt opens. The official template has no such
+        switch and the model was not trained with it (it is also passed on, for templates that have one).
+        Raises RequestError naming the message and field at fault, TemplateError if the template fails.
+        """
+        conversation, functions = read_messages(messages), read_tools(tools)
+        texts = json.dumps([conversation, functions, self._variables, self._source], ensure_ascii=False)
+        guard = Guard(controls, literals=self._literals, texts=texts)
+        variables = {
+            **self._variables,
+            "messages": [_protect_message(message, guard) for message in conversation],
+            "tools": _protect(functions, guard),
+            "add_generation_prompt": add_generation_prompt,
+            "enable_thinking": enable_thinking,
+        }
+        segments = guard.split(self._process.render(variables))
+        opened = [Segment(THINK_OPEN, True), Segment("\n", False)]
+        if add_generation_prompt and not enable_thinking and segments[-2:] == opened:
+            segments += [Segment(THINK_CLOSE, True), Segment("\n", False)]
+        return segments
+
+    def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """The prompt as text, for people to read; options and errors as for `segments`.
+
+        Do not tokenize it: text cannot tell the template's control tokens from a caller's spelling of them.
+        """
+        return "".join(segment.text for segment in self.segments(messages, **options))
+
+    def close(self) -> None:
+        """Ends the rendering process, which otherwise ends with the object."""
+        self._process.close()
+
+
+def encode_chat(
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool = True,
+    enable_thinking: bool = True,
+) -> list[int]:
+    """Prompt ids of a conversation, bos included. Errors as for `ChatTemplate.segments`."""
+    segments = template.segments(
+        messages,
+        controls=tuple(tokenizer.controls),
+        tools=tools,
+        add_generation_prompt=add_generation_prompt,
+        enable_thinking=enable_thinking,
+    )
+    return tokenizer.encode_rendered(segments)
+
+
+def read_template_kwargs(kwargs: Mapping[str, Any] | None) -> dict[str, bool]:
+    """A request's `chat_template_kwargs` as keyword arguments of `encode_chat`.
+
+    Only `enable_thinking` is let through: arbitrary names have overridden the server's own elsewhere
+    (GHSA-69j4-grxj-j64p). Raises RequestError for anything else.
+    """
+    options: dict[str, bool] = {}
+    for name, value in (kwargs or {}).items():
+        if name != "enable_thinking":
+            raise RequestError(f"chat_template_kwargs: expected only 'enable_thinking', found {_short(name)}")
+        if not isinstance(value, bool):
+            raise RequestError(f"chat_template_kwargs.enable_thinking: expected true or false, found {_short(value)}")
+        options[name] = value
+    return options
+
+
+def read_messages(messages: Any) -> list[dict[str, Any]]:
+    """Checks a conversation and brings it to the form that templates expect: fields not known here are left out,
+    arguments are decoded, and `reasoning` becomes `reasoning_content`. Raises RequestError naming index and field.
+    """
+    if not _is_list(messages) or not messages:
+        raise RequestError(f"messages: expected a list of at least one message, found {_short(messages)}")
+    return [_read_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def read_tools(tools: Any) -> list[dict[str, Any]] | None:
+    """Checks the tools that a request offers; their schemas go into the prompt as they are. Raises RequestError."""
+    if tools is None:
+        return None
+    if not _is_list(tools):
+        raise RequestError(f"tools: expected a list, found {_short(tools)}")
+    read = []
+    for i, tool in enumerate(tools):
+        where = f"tools[{i}]"
+        _mapping(tool, where)
+        if tool.get("type", "function") != "function":
+            raise RequestError(f"{where}.type: expected 'function', found {_short(tool['type'])}")
+        function = _mapping(tool.get("function"), f"{where}.function")
+        if not _text(function.get("name"), f"{where}.function.name"):
+            raise RequestError(f"{where}.function.name: expected a name, found an empty string")
+        read.append(_plain_data(tool, where))
+    return read or None
+
+
+def _read_message(message: Any, where: str) -> dict[str, Any]:
+    _mapping(message, where)
+    role = message.get("role")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise RequestError(f"{where}.role: expected one of {', '.join(_ROLES)}, found {_short(role)}")
+    read: dict[str, Any] = {"role": _ROLES[role], "content": _read_content(message, where)}
+    for field in ("name", "tool_call_id"):
+        if message.get(field) is not None:
+            read[field] = _text(message[field], f"{where}.{field}")
+    if message.get("function_call") is not None:
+        raise RequestError(f"{where}.function_call: no longer supported, use tool_calls")
+    if role != "assistant":
+        if message.get("tool_calls"):
+            raise RequestError(f"{where}.tool_calls: expected only on assistant messages, found on role {role!r}")
+        return read
+    # Templates look at the text as a whole for the end of the thinking.
+    read["content"] = _joined_text(read["content"])
+    for field in ("reasoning_content", "reasoning"):
+        if message.get(field) is not None:
+            read["reasoning_content"] = _text(message[field], f"{where}.{field}")
+            break
+    if message.get("tool_calls") is not None:
+        read["tool_calls"] = _read_calls(message["tool_calls"], f"{where}.tool_calls")
+    return read
+
+
+def _read_content(message: Mapping[str, Any], where: str) -> Any:
+    """A string, a mapping with text, or a list of text parts."""
+    content, where = message.get("content"), f"{where}.content"
+    if content is None and message.get("role") == "assistant":
+        return ""  # as OpenAI sends it beside tool calls
+    if isinstance(content, str):
+        return _text(content, where)
+    if isinstance(content, Mapping):
+        return _read_part(content, where)
+    if not _is_list(content):
+        raise RequestError(f"{where}: expected a string or a list of text parts, found {_short(content)}")
+    return [_read_part(part, f"{where}[{i}]") for i, part in enumerate(content)]
+
+
+def _read_part(part: Any, where: str) -> dict[str, str]:
+    if isinstance(part, str):
+        return {"type": "text", "text": _text(part, where)}
+    _mapping(part, where)
+    if part.get("type", "text") != "text":
+        raise RequestError(
+            f"{where}.type: expected 'text' (the model reads nothing else), found {_short(part['type'])}"
+        )
+    field = "value" if "value" in part else "text"
+    return {"type": "text", field: _text(part.get(field), f"{where}.{field}")}
+
+
+def _joined_text(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    parts = [content] if isinstance(content, dict) else content
+    return "".join(part["value"] if "value" in part else part["text"] for part in parts)
+
+
+def _read_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    if not _is_list(calls):
+        raise RequestError(f"{where}: expected a list, found {_short(calls)}")
+    read = []
+    for i, call in enumerate(calls):
+        at = f"{where}[{i}]"
+        _mapping(call, at)
+        function = _mapping(call.get("function"), f"{at}.function")
+        name = _text(function.get("name"), f"{at}.function.name")
+        arguments = _read_arguments(function.get("arguments"), f"{at}.function.arguments")
+        entry: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        if call.get("id") is not None:
+            entry["id"] = _text(call["id"], f"{at}.id")
+        read.append(entry)
+    return read
+
+
+def _read_arguments(arguments: Any, where: str) -> dict[str, Any]:
+    """A mapping, given as one or as JSON text; empty text, as some clients send, is an empty mapping."""
+    if arguments is None or arguments == "":
+        return {}
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"{where}: expected JSON, found {_short(arguments)} ({error})") from None
+    return _plain_data(_mapping(arguments, where), where)
+
+
+def _plain_data(value: Any, where: str, *, depth: int = 0) -> Any:
+    """A copy of JSON data. Raises RequestError for what JSON cannot say, or nested more than 64 deep."""
+    if depth > _MAX_DEPTH:
+        raise RequestError(f"{where}: expected at most {_MAX_DEPTH} levels of nesting")
+    if value is None or (isinstance(value, int) and value.bit_length() <= _MAX_INT_BITS):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    if isinstance(value, str):
+        return _text(value, where)
+    if isinstance(value, Mapping):
+        return {
+            _text(key, f"{where} (a key)"): _plain_data(item, f"{where}.{_short(key)}", depth=depth + 1)
+            for key, item in value.items()
+        }
+    if _is_list(value):
+        return [_plain_data(item, f"{where}[{i}]", depth=depth + 1) for i, item in enumerate(value)]
+    raise RequestError(f"{where}: expected JSON data, found {_short(value)}")
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise RequestError(f"{where}: expected a string, found {_short(value)}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        found = f"U+{ord(value[error.start]):04X} at character {error.start}"
+        raise RequestError(f"{where}: expected valid Unicode, found the lone surrogate {found}") from None
+    return value
+
+
+def _mapping(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise RequestError(f"{where}: expected an object, found {_short(value)}")
+    return value
+
+
+def _is_list(value: Any) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _short(value: Any) -> str:
+    """Enough of a value to recognise it, in ASCII, since it may not be valid Unicode."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, int) and value.bit_length() > _MAX_INT_BITS:
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, str | int | float):
+        text = ascii(value[:60] if isinstance(value, str) else value)
+        return text if len(text) <= 80 else text[:80] + "..."
+    return f"a {type(value).__name__}"
+
+
+def _protect_message(message: Mapping[str, Any], guard: Guard) -> dict[str, Any]:
+    """The message with every caller's string protected; role is one of ours."""
+    protected = {field: _protect(value, guard) for field, value in message.items() if field != "role"}
+    if message["role"] == "assistant" and "reasoning_content" not in message:
+        protected["content"] = _protect_thinking(message["content"], guard)
+    return {"role": message["role"], **protected}
+
+
+def _protect_thinking(content: str, guard: Guard) -> str:
+    head, close, tail = content.partition(THINK_CLOSE)
+    if not close:
+        return guard.protect(content)
+    before, opening, thinking = head.partition(THINK_OPEN)
+    return guard.protect(before) + opening + guard.protect(thinking) + close + guard.protect(tail)
+
+
+def _protect(value: Any, guard: Guard) -> Any:
+    if isinstance(value, str):
+        return guard.protect(value)
+    if isinstance(value, dict):
+        return {guard.protect(key): _protect(item, guard) for key, item in value.items()}
+    return [_protect(item, guard) for item in value] if isinstance(value, list) else value
+
+
+def _read_text(file: Path) -> str:
+    try:
+        if file.stat().st_size > _MAX_SOURCE_BYTES:
+            raise TemplateError(f"{file}: {file.stat().st_size} bytes, expected at most {_MAX_SOURCE_BYTES}")
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TemplateError(f"{file}: cannot be read ({error}); copy it from the checkpoint's repository") from error
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    if not file.exists():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise TemplateError(f"{file}: damaged ({error}); copy it from the checkpoint's repository") from error
+    return config if isinstance(config, dict) else {}
+
+
+def _choose_template(templates: Any, folder: Path) -> str:
+    """The only template, or the one named default: files may list several as {"name", "template"}."""
+    if _is_list(templates):
+        named = {entry.get("name"): entry.get("template") for entry in templates if isinstance(entry, Mapping)}
+        templates = named.get("default", next(iter(named.values())) if len(named) == 1 else None)
+    if not isinstance(templates, str):
+        raise TemplateError(
+            f"{folder}: no chat template, expected chat_template.jinja, or chat_template in tokenizer_config.json "
+            "(if several, one named 'default'); copy the file from the checkpoint's repository"
+        )
+    return templates
+
+
+def _spelling(token: Any) -> str | None:
+    """A token in tokenizer_config.json is a string, or an object with its content."""
+    content = token.get("content") if isinstance(token, Mapping) else token
+    return content if isinstance(content, str) else None

@@ -1,0 +1,1 @@
+"""What a weight is: its name, shape, axes and format, and its product."""

@@ -1,0 +1,49 @@
+"""``stepjax pretrain``: train a model from scratch on the generated tasks, in one stage or several."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+from pathlib import Path
+
+from stepjax.errors import ConfigError
+from stepjax.train.config.pretrain import PretrainConfig, read_pretrain
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "config", type=Path, nargs="+", metavar="CONFIG.toml", help="settings; each further file is a further stage"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="run folder; an existing run goes on")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="override a setting")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train stage after stage; with several, stage n has the folder RUN/n and starts from the last weights of n − 1."""
+    stages = _stages([read_pretrain(path, args.set) for path in args.config], args.out)
+    import jax
+
+    with contextlib.suppress(RuntimeError):  # jax already runs, with the devices it has; the loop says if they are few
+        jax.config.update("jax_num_cpu_devices", max(config.devices for config, _ in stages))
+    from stepjax.train.pretrain.loop import pretrain
+
+    for config, out in stages:
+        pretrain(config, out)
+        print(f"{out}: {config.steps} steps done; weights in {out / 'weights'}")
+    return 0
+
+
+def _stages(configs: list[PretrainConfig], out: Path) -> list[tuple[PretrainConfig, Path]]:
+    """Every stage's settings and folder."""
+    if len(configs) == 1:
+        return [(configs[0], out)]
+    stages: list[tuple[PretrainConfig, Path]] = []
+    for number, config in enumerate(configs, start=1):
+        if stages:
+            if config.start_from:
+                raise ConfigError(f"start_from: stage {number} begins where stage {number - 1} ends; leave it out")
+            before, folder = stages[-1]
+            config = dataclasses.replace(config, start_from=str(folder / "weights" / f"{before.steps}.safetensors"))
+        stages.append((config, out / str(number)))
+    return stages

@@ -1,0 +1,108 @@
+"""``stepjax study``: compile one step of a whole model from shapes alone, for a mesh that need not exist."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from typing import Any
+
+from rich.console import Console
+
+from stepjax.commands.info import read_config
+from stepjax.sharding.mesh import MeshSpec
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", default="step-3.5-flash", help="as for info; no weights are read (default: %(default)s)"
+    )
+    parser.add_argument("--mesh", required=True, metavar="AXES", help="as expert=8,tensor=4; one axis may be -1")
+    parser.add_argument(
+        "--strategy",
+        default="expert_tensor",
+        choices=("tensor", "expert", "expert_tensor", "fsdp"),
+        help="what the mesh splits over which axis (%(default)s)",
+    )
+    parser.add_argument("--devices", type=int, metavar="N", help="default: as many as the mesh takes")
+    parser.add_argument(
+        "--step",
+        default="decode",
+        choices=("decode", "prefill", "train", "lora"),
+        help="train: an AdamW update of every parameter, activations kept; lora: of an adapter (%(default)s)",
+    )
+    parser.add_argument("--batch", type=int, default=1, metavar="B", help="sequences of all devices (%(default)s)")
+    parser.add_argument("--context", type=int, default=4096, metavar="S", help="positions of each (%(default)s)")
+    parser.add_argument("--chunk", type=int, metavar="T", help="prefill: tokens of each in one step (2048 at most)")
+    parser.add_argument("--speculate", type=int, default=0, metavar="K", help="MTP drafts, 0 to 3 (%(default)s)")
+    parser.add_argument("--keep-fp8", action="store_true", help="hold expert weights in 8 bits, as the FP8 release")
+    parser.add_argument("--quantize", choices=("int8", "int4"), help="hold expert weights in whole numbers")
+    parser.add_argument("--check", action="store_true", help="print what `stepjax plan` counts beside what is compiled")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="auto: bfloat16, and float32 for train",
+    )
+    parser.add_argument(
+        "--target", default="cpu", choices=("cpu", "h100", "h200", "b200"), help="compile for these (%(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    mesh, config = MeshSpec.parse(args.mesh), read_config(args.model)
+    from stepjax.train.planning.check import check
+    from stepjax.train.planning.workload import Workload, study_mesh, study_model
+
+    mesh, num_devices = study_mesh(mesh, args.devices)
+    workload = Workload(
+        step=args.step,
+        batch=args.batch,
+        context=args.context,
+        chunk=args.chunk,
+        drafts=args.speculate,
+        keep_fp8=args.keep_fp8,
+        quantize=args.quantize,
+        dtype=args.dtype,
+    )
+    console = Console(stderr=True)
+    with console.status("compiling") if console.is_terminal else contextlib.nullcontext():
+        found = study_model(config, workload, mesh, num_devices=num_devices, strategy=args.strategy, target=args.target)
+    about = {
+        "model": args.model,
+        "mesh": str(mesh),
+        "devices": num_devices,
+        "strategy": args.strategy,
+        "target": args.target,
+        "step": args.step,
+        "batch": args.batch,
+        "context": args.context,
+        "tokens": workload.tokens,
+        "speculate": args.speculate,
+        "keep_fp8": args.keep_fp8,
+        "quantize": args.quantize,
+        "dtype": str(workload.resolved_dtype),
+    }
+    checked = check(config, workload, mesh, args.strategy, found.report) if args.check else None
+    if args.json:
+        planned = {} if checked is None else {"check": checked.as_dict()}
+        print(json.dumps(about | found.as_dict() | planned, indent=2))
+        return 0 if checked is None or checked.holds else 1
+    printer = Console()
+    with printer.capture() as drawn:  # rich would end the program by itself if nobody reads its output
+        printer.print(_title(about), found.shown(), "" if checked is None else checked.shown())
+    print(drawn.get(), end="")
+    return 0 if checked is None or checked.holds else 1
+
+
+def _title(about: dict[str, Any]) -> str:
+    """What was studied, in a sentence."""
+    tokens, positions = (
+        about["tokens"],
+        "" if about["step"] in ("train", "lora") else f", {about['context']:,} positions each",
+    )
+    return (
+        f"{about['model']}: {about['step']}, {about['batch']:,} sequence{'s' * (about['batch'] > 1)} × "
+        f"{tokens:,} token{'s' * (tokens > 1)}{positions}, {about['dtype']}, {about['strategy']}"
+    )

@@ -1,0 +1,35 @@
+"""``stepjax teach``: write a teacher's likeliest tokens for the rows of a data set."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from stepjax.errors import ConfigError
+from stepjax.train.config.reader import read_settings
+from stepjax.train.config.tune import TuneConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "config", type=Path, metavar="CONFIG.toml", help="settings with a jsonl data source and a teacher"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write")
+    parser.add_argument("--data", metavar="NAME", help="which source of [data]; the only one if left out")
+    parser.add_argument("--top-k", type=int, default=20, metavar="K", help="tokens a place (default: 20)")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="override a setting")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Score every row's completion once, in the order of the file."""
+    config = read_settings(TuneConfig, args.config, [*args.set, 'verb="sft"', 'rollout.source="data"'])
+    name = args.data or next(iter(config.data))
+    if config.data.get(name) is None or config.data[name].kind != "jsonl":
+        raise ConfigError(f"data.{name}: expected a source of kind jsonl, whose rows are scored")
+    from stepjax.infer.load import use_compile_cache
+    from stepjax.train.tune.teach import teach
+
+    use_compile_cache()
+    count, tokens = teach(config, name, args.out, top_k=args.top_k)
+    print(f"{args.out}: {count} rows, {tokens} tokens, {args.top_k} likeliest of each")
+    return 0

@@ -1,0 +1,1 @@
+"""Training examples: sources, tasks, packing."""

@@ -1,0 +1,244 @@
+"""Prompts and completions by step: every batch is a function of seed and step, so that position is the step alone."""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from stepjax.errors import ConfigError
+from stepjax.infer.session import Session
+from stepjax.text.tokenizer import IM_END
+from stepjax.train.config.tune import DataSettings
+from stepjax.train.data import tasks
+from stepjax.train.data.environment import Answered, Environment, Message, Tools, environment
+from stepjax.train.data.words import Split
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a rollout starts from."""
+
+    source: str  # name of its data source
+    index: int  # of the row in its source
+    ids: tuple[int, ...]
+    completion: tuple[int, ...] | None  # the data's own, up to what ends the turn
+    start: Callable[[], Environment]  # a fresh episode
+    messages: Sequence[Message]  # empty for raw text
+    tools: Tools = None
+
+
+class Source(Protocol):
+    """Rows by number, without end."""
+
+    def row(self, seed: int, index: int) -> Prompt: ...
+
+
+class Tasks:
+    """Generated items; row i is a function of seed and i."""
+
+    def __init__(self, name: str, settings: DataSettings, session: Session, *, split: Split = "train"):
+        self._name, self._settings, self._session = name, settings, session
+        self._split: Split = split
+
+    def row(self, seed: int, index: int) -> Prompt:
+        rng = np.random.default_rng([seed, index, 1])
+        shares = {name: share for name, share in self._settings.shares.items() if share}
+        return self.prompt(tasks.draw(rng, self._split, shares), index)
+
+    def prompt(self, item: tasks.Item, index: int) -> Prompt:
+        def start() -> Environment:
+            return environment(item, tools_answer=self._settings.tools)
+
+        first = start()
+        if len(first.messages) == len(item.messages):
+            ids, completion = turn_ids(self._session, item.messages, item.target, tools=item.tools)
+        else:  # the tool answers during the episode
+            ids = tuple(self._session.encode_chat(first.messages, tools=item.tools))
+            completion = None
+        return Prompt(self._name, index, ids, completion, start, first.messages, item.tools)
+
+
+class JsonLines:
+    """A file of JSON objects, shuffled anew each time round. Lines are found by offset: the file stays on disk.
+
+    A row has ``messages`` (in OpenAI's form; a last one of the assistant's is the completion) with optional ``tools``,
+    or ``prompt`` and perhaps ``completion`` as raw text. ``answer`` is the text that exact match and rewards compare
+    with.
+    """
+
+    def __init__(self, name: str, path: Path, session: Session):
+        self._name, self._path, self._session = name, path, session
+        try:
+            with path.open("rb") as file:
+                size = path.stat().st_size
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+        self._offsets = self._line_starts()
+        if not len(self._offsets):
+            raise ConfigError(f"{path}: holds no rows, expected a JSON object a line")
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def row(self, seed: int, index: int) -> Prompt:
+        turn, at = divmod(index, len(self))
+        order = np.random.default_rng([seed, turn, 2]).permutation(len(self)) if len(self) > 1 else np.zeros(1, int)
+        return self.at(int(order[at]))
+
+    def at(self, number: int) -> Prompt:
+        """The row of a line, counted from 0."""
+        where = f"{self._path}:{number + 1}"
+        begin, end = self._offsets[number]
+        try:
+            found = json.loads(self._map[begin:end])
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{where}: not readable as JSON ({error})") from None
+        if not isinstance(found, dict):
+            raise ConfigError(f"{where}: holds a JSON {type(found).__name__}, expected an object")
+        return read_row(self._name, number, found, self._session, where=where)
+
+    def _line_starts(self) -> np.ndarray:
+        """Begin and end of each line that is not empty: int64 [N, 2]."""
+        raw = np.frombuffer(self._map, np.uint8)
+        ends = np.flatnonzero(raw == ord("\n")).astype(np.int64)
+        ends = np.concatenate([ends, [len(raw)]]) if len(raw) and (not len(ends) or ends[-1] + 1 < len(raw)) else ends
+        starts = np.concatenate([[0], ends[:-1] + 1]) if len(ends) else ends
+        pairs = np.stack([starts, ends], axis=1) if len(ends) else np.zeros((0, 2), np.int64)
+        return pairs[pairs[:, 1] > pairs[:, 0]]
+
+
+class ArrayRecords:
+    """Rows as in `JsonLines`, in ArrayRecord files (by grain): corpora larger than one file."""
+
+    def __init__(self, name: str, pattern: str, session: Session):
+        try:
+            import grain
+        except ImportError:
+            raise ConfigError(
+                f"data.{name}: array_record needs grain; install the extra as pip install 'stepjax[grain]'"
+            ) from None
+        root = Path(pattern)
+        files = sorted(str(each) for each in root.parent.glob(root.name))
+        if not files:
+            raise ConfigError(f"{pattern}: no such files")
+        self._grain, self._name, self._session, self._pattern = grain, name, session, pattern
+        self._rows: Any = grain.sources.ArrayRecordDataSource(files)
+        self._shuffled: dict[int, Any] = {}
+
+    def row(self, seed: int, index: int) -> Prompt:
+        if seed not in self._shuffled:
+            order = self._grain.MapDataset.range(len(self._rows)).seed(seed).shuffle().repeat()
+            self._shuffled[seed] = order
+        number = int(self._shuffled[seed][index])
+        where = f"{self._pattern}, record {number}"
+        try:
+            found = json.loads(self._rows[number])
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{where}: not readable as JSON ({error})") from None
+        return read_row(self._name, number, found, self._session, where=where)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Prompts of each step from several sources by weight."""
+
+    sources: Mapping[str, Source]
+    weights: Mapping[str, float]
+    seed: int
+    prompts: int  # a step
+
+    def batch(self, step: int) -> list[Prompt]:
+        """The prompts of one step. Each source is gone through in its own order, by how often it was drawn before."""
+        names = [name for name, weight in self.weights.items() if weight]
+        if len(names) == 1:
+            first = step * self.prompts
+            return [self.sources[names[0]].row(self.seed, first + i) for i in range(self.prompts)]
+        shares = np.asarray([self.weights[name] for name in names])
+        drawn = self._quotas(shares / shares.sum(), step + 1) - self._quotas(shares / shares.sum(), step)
+        before = self._quotas(shares / shares.sum(), step)
+        found = []
+        for name, start, count in zip(names, before, drawn, strict=True):
+            found += [self.sources[name].row(self.seed, int(start + i)) for i in range(count)]
+        return found
+
+    def _quotas(self, shares: np.ndarray, steps: int) -> np.ndarray:
+        """Rows of each source in the first so many steps; they add up, and no source lags by more than one row."""
+        ends = np.floor(np.cumsum(shares) * steps * self.prompts + 1e-6).astype(np.int64)
+        ends[-1] = steps * self.prompts
+        return np.diff(ends, prepend=0)
+
+
+def stream(data: Mapping[str, DataSettings], session: Session, *, seed: int, prompts: int) -> Stream:
+    """The stream that the settings ask for. ConfigError: a file is missing or not what it should be."""
+    sources = {name: source(name, each, session) for name, each in data.items()}
+    return Stream(sources, {name: each.weight for name, each in data.items()}, seed, prompts)
+
+
+def source(name: str, settings: DataSettings, session: Session, *, split: Split = "train") -> Source:
+    if settings.kind == "tasks":
+        return Tasks(name, settings, session, split=split)
+    if settings.kind == "jsonl":
+        return JsonLines(name, Path(settings.path), session)
+    return ArrayRecords(name, settings.path, session)
+
+
+def read_row(name: str, index: int, row: Mapping[str, Any], session: Session, *, where: str) -> Prompt:
+    """A prompt from a row of a file. ConfigError: a field is missing, unknown or of another type."""
+    unknown = set(row) - {"messages", "tools", "prompt", "completion", "answer"}
+    if unknown or ("messages" in row) == ("prompt" in row):
+        what = f"has {', '.join(map(repr, sorted(row)))}"
+        raise ConfigError(f"{where}: {what}; expected messages (and tools) or prompt (and completion), and answer")
+    answer = row.get("answer")
+    for field in ("prompt", "completion", "answer"):
+        if not isinstance(row.get(field, ""), str):
+            raise ConfigError(f"{where}: {field} is {row[field]!r}, expected text")
+    if "prompt" in row:
+        ids = tuple(session.encode(row["prompt"]))
+        written = row.get("completion")
+        eos = session.config.eos_ids[0]
+        completion = None if written is None else (*session.encode(written)[1:], eos)
+        return Prompt(name, index, ids, completion, lambda: Answered((), None, answer), ())
+    messages, tools = list(row["messages"]), row.get("tools")
+    completion = None
+    if messages and messages[-1].get("role") == "assistant":
+        *messages, target = messages
+        ids, completion = turn_ids(session, messages, target, tools=tools)
+        answer = target.get("content") if answer is None else answer
+    else:
+        ids = tuple(session.encode_chat(messages, tools=tools))
+    return Prompt(name, index, ids, completion, lambda: Answered(messages, tools, answer), messages, tools)
+
+
+def turn_ids(
+    session: Session, messages: Sequence[Message], turn: Message, *, tools: Tools
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The prompt, and the assistant's turn behind it up to and including what ends it."""
+    prompt = session.encode_chat(messages, tools=tools)
+    whole = session.encode_chat([*messages, turn], tools=tools, add_generation_prompt=False)
+    if whole[: len(prompt)] != prompt:
+        raise ConfigError("chat template: renders a past turn unlike the prompt that it was generated from")
+    assert session.tokenizer is not None
+    end = session.tokenizer.id_of(IM_END)
+    rest = whole[len(prompt) :]
+    return tuple(prompt), tuple(rest[: len(rest) - rest[::-1].index(end)] if end in rest else rest)
+
+
+def reply_ids(
+    session: Session, messages: Sequence[Message], replies: Sequence[Message], *, tools: Tools
+) -> tuple[int, ...]:
+    """What stands between the end of the assistant's turn, the last of ``messages``, and its next one."""
+    assert session.tokenizer is not None
+    end = session.tokenizer.id_of(IM_END)
+    before = session.encode_chat(messages, tools=tools, add_generation_prompt=False)
+    whole = session.encode_chat([*messages, *replies], tools=tools)
+    after = len(before) - before[::-1].index(end)
+    if whole[:after] != before[:after]:
+        raise ConfigError("chat template: a tool's answer changes how the turns before it are rendered")
+    return tuple(whole[after:])

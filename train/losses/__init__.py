@@ -1,0 +1,1 @@
+"""Loss functions and the log-probabilities they need."""

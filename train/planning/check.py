@@ -1,0 +1,203 @@
+"""A step as it is planned beside the same step as it is compiled: bytes held, peak, what is exchanged, a verdict."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from stepjax.adapters.lora import LoraConfig
+from stepjax.config import ModelConfig
+from stepjax.infer.engine.abstract_steps import sequence_bytes
+from stepjax.sharding.compiled.report import CompileReport, size_text
+from stepjax.sharding.layout import MeshLayout
+from stepjax.sharding.mesh import MeshSpec
+from stepjax.sharding.planner.device_bytes import Quant, cached, layout_of, local_shape, parameters, placed
+from stepjax.sharding.planner.exchanges import Tokens, of_serving, payloads
+from stepjax.sharding.planner.lora_step import adapters, training_bytes, training_work
+from stepjax.sharding.planner.temporaries import serving_temporaries
+from stepjax.train.data.packing import Rows
+from stepjax.train.planning.workload import Workload
+
+PEAK_OVER, PEAK_UNDER = 0.15, 0.03  # of the compiled peak, that the planned one may miss it by
+
+Payloads = dict[tuple[str, str], float]  # bytes by kind and axes of collectives
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One device's bytes, before anything is compiled. What is None is not predicted."""
+
+    argument_bytes: int
+    temp_bytes: float | None
+    payloads: Payloads | None
+    output_bytes: int = 0  # that take no argument's place; what a step of serving emits is a few bytes a sequence
+
+    @property
+    def peak_bytes(self) -> float | None:
+        """Outputs take the place of donated arguments."""
+        return None if self.temp_bytes is None else self.argument_bytes + self.output_bytes + self.temp_bytes
+
+
+@dataclass(frozen=True)
+class Check:
+    """Planned beside compiled."""
+
+    planned: Planned
+    argument_bytes: int
+    peak_bytes: int
+    payloads: Payloads
+    of_target: bool  # whether peak and collectives are an accelerator's; a CPU's are others
+
+    @property
+    def arguments_hold(self) -> bool:
+        return self.planned.argument_bytes == self.argument_bytes
+
+    @property
+    def peak_error(self) -> float | None:
+        """Of the planned peak, relative to the compiled."""
+        if self.planned.peak_bytes is None or not self.of_target:
+            return None
+        return self.planned.peak_bytes / self.peak_bytes - 1
+
+    @property
+    def peak_holds(self) -> bool:
+        return self.peak_error is None or -PEAK_UNDER <= self.peak_error <= PEAK_OVER
+
+    @property
+    def payloads_hold(self) -> bool:
+        return self.planned.payloads is None or not self.of_target or self.planned.payloads == self.payloads
+
+    @property
+    def holds(self) -> bool:
+        return self.arguments_hold and self.peak_holds and self.payloads_hold
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+
+        def listed(found: Payloads | None) -> Any:
+            return None if found is None else {f"{kind} over {axes}": size for (kind, axes), size in found.items()}
+
+        return {
+            "arguments": {"planned": self.planned.argument_bytes, "compiled": self.argument_bytes},
+            "peak": {"planned": self.planned.peak_bytes, "compiled": self.peak_bytes, "error": self.peak_error},
+            "collectives": {"planned": listed(self.planned.payloads), "compiled": listed(self.payloads)},
+            "of_target": self.of_target,
+            "holds": self.holds,
+        }
+
+    def shown(self) -> RenderableType:
+        """For people."""
+        table = Table("one device", "planned", "compiled", "", box=box.SIMPLE)
+        difference = self.planned.argument_bytes - self.argument_bytes
+        verdict = "equal" if not difference else f"{difference:+,} bytes"
+        table.add_row("arguments", size_text(self.planned.argument_bytes), size_text(self.argument_bytes), verdict)
+        if self.peak_error is not None and self.planned.peak_bytes is not None:
+            row = size_text(self.planned.peak_bytes), size_text(self.peak_bytes), f"{self.peak_error:+.1%}"
+            table.add_row("peak", *row)
+        if self.planned.payloads is not None and self.of_target:
+            for key in sorted({*self.planned.payloads, *self.payloads}):
+                mine, theirs = self.planned.payloads.get(key, 0.0), self.payloads.get(key, 0.0)
+                verdict = "equal" if mine == theirs else f"{mine - theirs:+,.0f} bytes"
+                table.add_row(f"{key[0]} over {key[1]}", size_text(mine), size_text(theirs), verdict)
+        note = "" if self.of_target else "Peak and collectives are compared on --target h100, h200 or b200 only."
+        return Group(table, f"The plan {'holds' if self.holds else 'does not hold'}.", note)
+
+
+def check(config: ModelConfig, workload: Workload, mesh: MeshSpec, strategy: str, report: CompileReport) -> Check:
+    """Compare a plan with what a compiler reported of the same step."""
+    return compare(
+        planned(config, workload, mesh, strategy),
+        argument_bytes=report.argument_bytes,
+        peak_bytes=report.peak_bytes,
+        payloads=[
+            (each.kind, ",".join(each.axes), each.payload_bytes * each.num_launches) for each in report.collectives
+        ],
+        of_target=report.temp_is_of_target,
+    )
+
+
+def compare(
+    planned: Planned,
+    *,
+    argument_bytes: int,
+    peak_bytes: int,
+    payloads: list[tuple[str, str, float]],
+    of_target: bool,
+) -> Check:
+    sums: defaultdict[tuple[str, str], float] = defaultdict(float)
+    for kind, axes, size in payloads:
+        sums[kind, axes] += size
+    return Check(planned, argument_bytes, peak_bytes, dict(sums), of_target)
+
+
+def planned(config: ModelConfig, workload: Workload, mesh: MeshSpec, strategy: str) -> Planned:
+    """The step of `stepjax.train.planning.workload.study_model`.
+
+    Raises:
+      RequestError, MeshError: as there.
+    """
+    workload.check(config)
+    quant: Quant = "fp8" if workload.keep_fp8 else workload.quantize or "bf16"
+    config = dataclasses.replace(config, mtp_layers=config.mtp_layers[: workload.drafts])
+    layout = layout_of(config, mesh, strategy, quant)
+    dtype = jnp.dtype(workload.resolved_dtype)
+    weights = placed(parameters(config, quant=quant, depths=workload.drafts, dtype=dtype.name), layout)
+    held = sum(each.num_bytes for each in weights)
+    if workload.step == "train":
+        biases = sum(each.num_bytes for each in weights if each.kind.path.endswith("router.bias"))
+        counts = 2 * 4  # of Adam and of the schedule
+        return Planned(held + 2 * (held - biases) + counts + 4 + _rows_bytes(layout, workload), None, None)
+    if workload.step == "lora":
+        return _lora(config, workload, layout, held)
+    cache = cached(
+        config, layout, batch=workload.batch, length=workload.context, depths=workload.drafts, dtype=dtype.name
+    )
+    work = Tokens(
+        "decode" if workload.step == "decode" else "prefill",
+        workload.batch,
+        workload.tokens,
+        workload.context,
+        workload.drafts,
+        dtype.itemsize,
+    )
+    (sequences,) = local_shape(layout, (work.batch,), "batch")
+    state = sequences * sequence_bytes(config, workload.drafts, slot=False, dtype=dtype.name)
+    if workload.step == "decode":
+        inputs = sequences  # whether each is active
+    else:
+        rows, tokens = local_shape(layout, (work.batch, work.count), "batch", "stream")
+        inputs = 4 * rows * tokens + 8 * sequences  # ids, their number, the token that follows
+    sent = payloads(of_serving(layout, work, rows_split=cache.rows_split))
+    return Planned(
+        argument_bytes=held + cache.num_bytes + state + inputs,
+        temp_bytes=serving_temporaries(layout, work, cache, quant=quant),
+        payloads={(kind, ",".join(axes)): size for (kind, axes), size in sent.items()},
+    )
+
+
+def _lora(config: ModelConfig, workload: Workload, layout: MeshLayout, held: int) -> Planned:
+    """Leaves and two moments of each go in and come out, for the state is not donated."""
+    factors = placed(adapters(config, LoraConfig()), layout)
+    found = training_bytes(layout, training_work(workload.batch, workload.context), factors)
+    rows, tokens = local_shape(layout, (workload.batch, workload.context), "batch", "length")
+    state = found.adapter + found.moments
+    counts = 4 * (2 + 1 + 2)  # of Adam and of the schedule, the step, what was skipped
+    sampler = 4 * rows * tokens  # log-probabilities; learning by likelihood has no use for advantages
+    return Planned(
+        argument_bytes=held + state + counts + _rows_bytes(layout, workload) + sampler,
+        temp_bytes=found.gradients + found.activations,
+        payloads=None,
+        output_bytes=state,
+    )
+
+
+def _rows_bytes(layout: MeshLayout, workload: Workload) -> int:
+    rows, tokens = local_shape(layout, (workload.batch, workload.context), "batch", "length")
+    return len(Rows._fields) * 4 * rows * tokens

@@ -1,0 +1,196 @@
+"""A step of serving or training on shapes alone, from the functions that serve and train."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stepjax.adapters.lora import LoraConfig, attach, shapes
+from stepjax.config import ModelConfig
+from stepjax.errors import MeshError, RequestError
+from stepjax.infer.engine.abstract_steps import decode_step, prefill_step
+from stepjax.model.cache import MAX_DRAFTS
+from stepjax.model.step3p5 import Params, Step3p5, abstract, axes_of
+from stepjax.sharding.checkpoint import shardings
+from stepjax.sharding.compiled.study import Step, Study, abstract_params, copies, study, with_blocks
+from stepjax.sharding.devices import Target, devices
+from stepjax.sharding.layout import MeshLayout
+from stepjax.sharding.mesh import MeshSpec
+from stepjax.sharding.rules import Rules
+from stepjax.train.config.tune import LossSettings, OptimSettings
+from stepjax.train.data.packing import Rows
+from stepjax.train.pretrain.step import Placement, TrainState, make_step, split_biases
+from stepjax.train.rollouts.batch import Batch
+from stepjax.train.runs.optimizer import adamw, constant, learning_rate
+from stepjax.train.tune.objective import Objective
+from stepjax.train.tune.setup import fresh_state
+from stepjax.train.tune.update import Leaves, make_update
+from stepjax.weights.int_groups import IntFormat, check_fit, form_of
+from stepjax.weights.inventory import Groups
+
+StepName = Literal["decode", "prefill", "train", "lora"]
+
+MAX_DEVICES = 4096  # more is taken for a slip of the pen, and would be as many virtual CPUs
+CHUNK = 2048  # prompt tokens of a sequence in one step, where none are given
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one step does. Sizes are those of all devices together."""
+
+    step: StepName
+    batch: int = 1  # sequences, or packed rows in training
+    context: int = 4096  # cached positions of each, or tokens of a row in training and LoRA
+    chunk: int | None = None  # prompt tokens of each in one prefill step; None: `CHUNK`, or the context if shorter
+    drafts: int = 0  # MTP depths, which are then held and run
+    keep_fp8: bool = False
+    quantize: IntFormat | None = None  # the experts in whole numbers
+    dtype: str = "auto"  # of weights, activations and caches; auto: bfloat16, and float32 in training as in `pretrain`
+
+    @property
+    def tokens(self) -> int:
+        """Of each sequence in one step."""
+        if self.step in ("train", "lora"):
+            return self.context
+        if self.step == "decode":
+            return 1 + self.drafts
+        return min(CHUNK, self.context) if self.chunk is None else self.chunk
+
+    @property
+    def resolved_dtype(self) -> Any:
+        if self.dtype == "auto":
+            return jnp.dtype(jnp.float32 if self.step == "train" else jnp.bfloat16)
+        return jnp.dtype(self.dtype)
+
+    @property
+    def groups(self) -> Groups | None:
+        """How whole numbers are held."""
+        return form_of(self.quantize) if self.quantize else None
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise RequestError where the step makes no sense for the model."""
+        depths = min(MAX_DRAFTS, len(config.mtp_layers))
+        for name, value, low, high in (
+            ("batch", self.batch, 1, 1 << 20),
+            ("context", self.context, 1, config.max_positions),
+            ("chunk", 1 if self.chunk is None else self.chunk, 1, self.context),
+            ("speculate", self.drafts, 0, depths),
+        ):
+            if not low <= value <= high:
+                raise RequestError(f"{name}: is {value}, expected {low} to {high}")
+        if self.chunk is not None and self.step != "prefill":
+            raise RequestError(f"chunk: is of --step prefill, a {self.step} step has none")
+        if self.step in ("train", "lora") and self.drafts:
+            raise RequestError("speculate: a training step is studied without MTP layers, expected 0")
+        if self.step == "train" and (self.keep_fp8 or self.quantize):
+            name = "keep-fp8" if self.keep_fp8 else f"quantize {self.quantize}"
+            raise RequestError(f"{name}: weights in 8 bits or fewer have no gradient and are not trained; leave it out")
+        if self.groups:
+            for columns in (config.hidden_size, config.expert_size):
+                check_fit(self.groups, columns)
+        if self.keep_fp8 and self.quantize:
+            raise RequestError(f"quantize {self.quantize}: the experts are kept in 8 bits already; leave one out")
+
+
+def study_mesh(spec: MeshSpec, num_devices: int | None) -> tuple[MeshSpec, int]:
+    """The mesh with no axis open, and the number of devices: as many as it takes if none is given.
+
+    Raises:
+      MeshError: they do not fit each other.
+    """
+    if num_devices is None:
+        if -1 in spec.sizes.values():
+            raise MeshError(f"mesh: {spec} leaves an axis open; give --devices N, or a size for it")
+        num_devices = spec.num_devices
+    if not 1 <= num_devices <= MAX_DEVICES:
+        raise MeshError(f"devices: {num_devices}, expected 1 to {MAX_DEVICES}")
+    return spec.resolve(num_devices), num_devices
+
+
+def study_model(
+    config: ModelConfig,
+    workload: Workload,
+    mesh: MeshSpec,
+    *,
+    num_devices: int | None = None,
+    strategy: str = "expert_tensor",
+    target: Target = "cpu",
+) -> Study:
+    """Compile one step of a model for a mesh. Meant for a process that has not used jax yet.
+
+    Raises:
+      RequestError: the step makes no sense for the model.
+      MeshError: the mesh is not legal for the model, the target is missing, or the compiler fails.
+    """
+    workload.check(config)
+    spec, num_devices = study_mesh(mesh, num_devices)
+    config = dataclasses.replace(config, mtp_layers=config.mtp_layers[: workload.drafts])
+    config = with_blocks(config) if workload.keep_fp8 else config
+    rules = Rules(config, spec, strategy, keep_fp8=workload.keep_fp8, groups=workload.groups)
+    layout = MeshLayout(spec.build(devices(target, num_devices)), rules)
+    notes = copies(spec, batch=workload.batch, context=workload.context)
+    if num_devices > spec.num_devices:
+        notes.append(f"the mesh takes {spec.num_devices} of {num_devices} devices")
+    return study(step_of(config, workload, layout), layout, notes=notes)
+
+
+def step_of(config: ModelConfig, workload: Workload, layout: MeshLayout) -> Step:
+    """The function and its shapes."""
+    dtype, batch, context = workload.resolved_dtype, workload.batch, workload.context
+    model = abstract(config, dtype=dtype, layout=layout)
+    params = abstract_params(model, layout, keep_fp8=workload.keep_fp8, groups=workload.groups)
+    if workload.step == "train":
+        return train_step(model, params, layout, batch=batch, length=context)
+    if workload.step == "lora":
+        return lora_step(model, params, layout, batch=batch, length=context)
+    drafts = workload.drafts
+    if workload.step == "decode":
+        return decode_step(model, params, batch=batch, context=context, drafts=drafts, dtype=dtype)
+    chunk = workload.tokens
+    return prefill_step(model, params, batch=batch, context=context, chunk=chunk, drafts=drafts, dtype=dtype)
+
+
+def train_step(model: Step3p5, params: Params, layout: MeshLayout, *, batch: int, length: int) -> Step:
+    """One AdamW update of every parameter from ``batch`` packed rows of ``length`` tokens; activations are kept."""
+    schedule = learning_rate(1e-3, warmup=10, decay_from=80, steps=100, floor=0.1)  # no figure depends on these
+    optimizer = adamw(schedule, b1=0.9, b2=0.98, weight_decay=0.01, clip=1.0)
+
+    def create(params: Params) -> TrainState:
+        trained, biases = split_biases(dict(params))
+        return TrainState(trained, biases, optimizer.init(trained), jnp.zeros((), jnp.int32))
+
+    state = jax.eval_shape(create, params)
+    rows = Rows(*(jax.ShapeDtypeStruct((batch, length), np.int32) for _ in Rows._fields))
+    placement = Placement.split(layout, state, rows, axes_of(model))
+    placed = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, placement.state)
+    function = make_step(model, optimizer, schedule, placement, mtp_weight=0.0, balance_rate=1.0)
+    return Step(function, (placed, rows), params=params, optimizer=placed.optimizer)
+
+
+def lora_step(model: Step3p5, params: Params, layout: MeshLayout, *, batch: int, length: int) -> Step:
+    """Learn by likelihood from one micro-batch of ``batch`` packed rows of ``length`` tokens, with default adapters."""
+    config, adapted, optim = model.config, LoraConfig(), OptimSettings()
+    schedule = constant(optim.lr, warmup=optim.warmup_steps)  # no figure depends on these
+    optimizer = adamw(schedule, b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay, clip=optim.clip)
+    where = shardings(config, adapted, layout)
+    state, placed = fresh_state(shapes(config, adapted), optimizer, where, layout, keep_previous=False)
+    state = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, placed)
+
+    def tokens(dtype: Any) -> jax.ShapeDtypeStruct:
+        shape = (1, batch, length)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(shape, None, "batch", "length"))
+
+    rows = Rows(*(tokens(jnp.int32) for _ in Rows._fields))
+    batches = {"": Batch(rows, sampler=tokens(jnp.float32), advantage=tokens(jnp.float32))}
+
+    def assemble(base: Params, leaves: Leaves) -> Params:
+        return attach(base, leaves, adapted)
+
+    objective = Objective(LossSettings("sft"), "sft", model, config.vocab_size, {})
+    function = make_update(objective, optimizer, assemble, keep_previous=False, placed=(placed, layout.replicated))
+    return Step(function, (state, params, {}, batches), params=params, optimizer=state)

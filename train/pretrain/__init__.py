@@ -1,0 +1,1 @@
+"""Training of all parameters, as step-tiny was made."""

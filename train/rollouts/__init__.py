@@ -1,0 +1,1 @@
+"""Answers sampled by the engine for training."""

@@ -1,0 +1,244 @@
+"""Answers of the policy as it is: the in-process engine runs the live weights, and keeps what it thought of each token.
+
+A batch of rollouts is a function of the weights, the prompts and the seeds: the engine begins anew with each batch, so
+that a resumed run writes what an uninterrupted one would have, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from stepjax.errors import ConfigError, TrainingError
+from stepjax.infer.engine.answer import Routing
+from stepjax.infer.engine.config import EngineConfig
+from stepjax.infer.engine.engine import Engine
+from stepjax.infer.engine.stats import Stats
+from stepjax.infer.sampling.params import SamplingParams
+from stepjax.infer.session import Session
+from stepjax.infer.transcript import Transcript, begins_in_reasoning
+from stepjax.model.step3p5 import Params
+from stepjax.train.data.environment import Environment, Message, Turn
+from stepjax.train.data.sources import Prompt, reply_ids
+
+PAGE = 64  # tokens
+WIDTHS = (64, 512)  # of prefill pieces
+
+
+@dataclass
+class Rollout:
+    """One episode: the prompt, and every token behind it."""
+
+    prompt: Prompt
+    group: int  # answers to the same prompt share it
+    policy_step: int  # updates that the policy had behind it; −1 where it was not the policy
+    ids: list[int] = field(default_factory=list)  # behind the prompt
+    own: list[bool] = field(default_factory=list)  # whether the policy wrote the token
+    logprobs: list[float] = field(default_factory=list)  # the sampler's, 0 where it is not its own
+    text: str = ""
+    turns: int = 0
+    truncated: bool = False
+    reward: float = 0.0
+    writer: Literal["student", "teacher", "data"] = "student"
+    experts: np.ndarray | None = None  # uint16 [prompt and answer, MoE layers, A]: of the sampler, for router replay
+
+    @property
+    def num_own(self) -> int:
+        return sum(self.own)
+
+
+@dataclass
+class _Episode:
+    """A rollout in the making."""
+
+    rollout: Rollout
+    environment: Environment
+    messages: list[Message]
+    transcript: Transcript | None = None
+    routing: Routing = field(default_factory=Routing)
+
+
+class Sampler:
+    """Runs episodes on one engine."""
+
+    def __init__(
+        self,
+        session: Session,
+        *,
+        slots: int,
+        context: int,
+        max_tokens: int,
+        turns: int = 1,
+        speculate: int = 0,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        routing: bool = False,
+    ):
+        """
+        Args:
+          max_tokens: of an episode, all turns together, the environment's words included.
+          routing: keep the experts of every token (`Rollout.experts`).
+        """
+        if session.tokenizer is None:
+            raise ConfigError("rollout: the checkpoint has no tokenizer.json, which episodes need")
+        self._session, self._turns, self._max_tokens = session, turns, max_tokens
+        self._params = SamplingParams(
+            max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=0, logprobs=0
+        )
+        self._own = self._params
+        context = min(context, session.config.max_positions)
+        # Deterministic: an answer's log-probabilities are the same bits whatever runs beside it, and one decode
+        # program serves all batches.
+        config = EngineConfig(
+            num_slots=slots,
+            context=context,
+            num_pages=slots * -(-context // PAGE),
+            page_size=PAGE,
+            speculate=min(speculate, session.max_drafts),
+            widths=tuple(width for width in WIDTHS if width < context) or (context,),
+            max_waiting=1 << 20,
+            deterministic=True,
+            routing=routing,
+        )
+        self._engine = Engine(session, config)
+
+    @property
+    def stats(self) -> Stats:
+        """Sums over all batches so far: drafts and their acceptance, seconds, tokens."""
+        return self._engine.stats
+
+    def run(
+        self,
+        params: Params,
+        prompts: Sequence[Prompt],
+        *,
+        samples: int,
+        seed: int,
+        policy_step: int,
+        greedy: bool = False,
+    ) -> list[Rollout]:
+        """``samples`` answers to each prompt, in their order. The parameters are used where they lie.
+
+        Args:
+          seed: of the batch; each answer has its own noise.
+          greedy: take the likeliest tokens instead, as evaluation does.
+
+        Raises:
+          TrainingError: the logits of an answer are no numbers.
+        """
+        self._engine.restart(params)
+        self._own = self._params.replace(temperature=0.0) if greedy else self._params
+        episodes: dict[str, _Episode] = {}
+        for at, prompt in enumerate(prompts):
+            for sample in range(samples):
+                number = at * samples + sample
+                rollout = Rollout(prompt, at, policy_step)
+                start = prompt.start()
+                episodes[str(number)] = _Episode(rollout, start, list(prompt.messages))
+        for name, episode in episodes.items():
+            self._speak(name, episode, seed=_seed(seed, int(name), 0))
+        while self._engine.has_work:
+            for update in self._engine.step():
+                episode = episodes[update.id]
+                if update.finish_reason == "error":
+                    raise TrainingError(
+                        f"rollout {update.id} after {policy_step} updates: the logits are no numbers; lower optim.lr"
+                    )
+                rollout, transcript = episode.rollout, episode.transcript
+                assert transcript is not None
+                rollout.ids += update.tokens
+                rollout.own += [True] * len(update.tokens)
+                rollout.logprobs += [score.logprob for score in update.scores]
+                transcript.push(update.tokens)
+                if update.finish_reason:
+                    if update.experts is not None:
+                        episode.routing.take(0, update.experts)
+                    self._turn_ended(update.id, episode, seed)
+        for episode in episodes.values():
+            rollout = episode.rollout
+            rollout.reward = float(episode.environment.reward())
+            rollout.experts = episode.routing.first(len(rollout.prompt.ids) + len(rollout.ids))
+        return [episode.rollout for episode in episodes.values()]
+
+    def _speak(self, name: str, episode: _Episode, *, seed: int) -> None:
+        """Ask for the next turn, if there is room for one. A prompt that leaves none stays without an answer."""
+        session, rollout = self._session, episode.rollout
+        prompt = [*rollout.prompt.ids, *rollout.ids]
+        room = self._max_tokens - len(rollout.ids)
+        context = self._engine.scheduler.config.context - len(prompt)
+        if min(room, context) < 1:
+            rollout.truncated = True
+            return
+        params = self._own.replace(max_tokens=min(room, context), seed=seed)
+        tokenizer = session.tokenizer
+        assert tokenizer is not None
+        episode.transcript = Transcript(
+            params,
+            eos_ids=session.config.eos_ids,
+            tokenizer=tokenizer,
+            in_reasoning=begins_in_reasoning(prompt, tokenizer),
+            tools=rollout.prompt.tools,
+        )
+        rollout.turns += 1
+        # A prompt begins as another policy's did: the salt keeps cached prefixes apart.
+        self._engine.add(prompt, params, id=name, salt=str(rollout.policy_step))
+
+    def _turn_ended(self, name: str, episode: _Episode, seed: int) -> None:
+        """Hand the turn to the environment, and go on if it answers."""
+        rollout, transcript = episode.rollout, episode.transcript
+        assert transcript is not None
+        transcript.cancel()  # does nothing to one that ended
+        finished = transcript.finish_reason in ("stop", "tool_calls")
+        rollout.text += transcript.text
+        calls = tuple({"name": call.name, "arguments": _arguments(call.arguments)} for call in transcript.calls)
+        turn = Turn(transcript.reasoning, transcript.content, calls, finished)
+        replies = list(episode.environment.respond(turn))
+        if not finished:
+            rollout.truncated = True
+            return
+        if not replies or rollout.turns == self._turns:
+            return
+        said: Message = {"role": "assistant", "reasoning_content": turn.reasoning, "content": turn.content}
+        if calls:
+            said["tool_calls"] = [
+                {"id": f"call_{at}", "type": "function", "function": call} for at, call in enumerate(calls)
+            ]
+        ids = reply_ids(self._session, [*episode.messages, said], replies, tools=rollout.prompt.tools)
+        episode.messages += [said, *replies]
+        rollout.ids += ids
+        rollout.own += [False] * len(ids)
+        rollout.logprobs += [0.0] * len(ids)
+        assert self._session.tokenizer is not None
+        rollout.text += self._session.tokenizer.decode(ids, skip_special=False)
+        self._speak(name, episode, seed=_seed(seed, int(name), rollout.turns))
+
+
+def _seed(batch: int, number: int, turn: int) -> int:
+    """A 32-bit seed of one turn; batches, answers and turns differ in it."""
+    mixed = (batch * 0x9E3779B1 + number * 0x85EBCA77 + turn * 0xC2B2AE3D) & 0xFFFFFFFF
+    return (mixed ^ (mixed >> 15)) * 0x2C1B3C6D & 0xFFFFFFFF
+
+
+def _arguments(text: str) -> dict[str, Any]:
+    """A call's arguments; what is no JSON object, the model's own fault, becomes one that no grader takes."""
+    try:
+        found = json.loads(text or "{}")
+    except ValueError:
+        return {"": text}
+    return found if isinstance(found, dict) else {"": found}
+
+
+def written(prompt: Prompt, *, group: int) -> Rollout:
+    """The data's own completion as a rollout that the policy learns from. ConfigError: the row has none."""
+    if prompt.completion is None:
+        raise ConfigError(
+            f"data.{prompt.source}: row {prompt.index} has no completion to learn from; give the assistant's turn, or "
+            "let the student or a teacher write it (rollout.source)"
+        )
+    ids = list(prompt.completion)
+    return Rollout(prompt, group, -1, ids, [True] * len(ids), [0.0] * len(ids), writer="data")

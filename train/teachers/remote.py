@@ -1,0 +1,108 @@
+"""A teacher behind an OpenAI-compatible server: `prompt_logprobs` of /v1/completions, as vLLM and ours give them."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from stepjax.errors import ConfigError, TrainingError
+from stepjax.infer.session import Session
+from stepjax.train.config.tune import TeacherSettings
+from stepjax.train.rollouts.batch import Scored
+from stepjax.train.rollouts.sampler import Rollout
+from stepjax.train.teachers.resident import prompt_with
+
+FIRST_WAIT_S = 0.5  # before the second try; each further wait is twice as long
+RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
+
+
+class Remote:
+    """Scores sequences by asking a server for the log-probabilities of a prompt that holds them."""
+
+    def __init__(self, settings: TeacherSettings, student: Session, *, name: str):
+        """Raises ConfigError if the key is not in the environment or the address is none."""
+        self._settings, self._session, self._name = settings, student, f"teachers.{name}"
+        if not settings.url.startswith(("http://", "https://")):
+            raise ConfigError(f"{self._name}.url: is {settings.url!r}, expected http://HOST:PORT/v1")
+        self._headers = {"Content-Type": "application/json"}
+        if settings.key_variable:
+            key = os.environ.get(settings.key_variable)
+            if not key:
+                raise ConfigError(f"{self._name}.key_variable: {settings.key_variable} is not in the environment")
+            self._headers["Authorization"] = f"Bearer {key}"
+        # A server that is meant and one that a proxy of the environment finds are not the same.
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def score(self, rollouts: Sequence[Rollout], *, top: int) -> list[Scored]:
+        """Several requests at a time, in the rollouts' order.
+
+        Raises:
+          TrainingError: the server does not answer, or not with what was asked for.
+        """
+        with ThreadPoolExecutor(self._settings.workers, thread_name_prefix="teacher") as pool:
+            return list(pool.map(lambda each: self._score(each, top), rollouts))
+
+    def _score(self, rollout: Rollout, top: int) -> Scored:
+        prompt = prompt_with(self._session, rollout.prompt, self._settings.system)
+        ids = [*prompt, *rollout.ids]
+        body: dict[str, Any] = {"prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": top}
+        if self._settings.model:
+            body["model"] = self._settings.model
+        found = self._ask(body)
+        try:
+            entries = found["choices"][0]["prompt_logprobs"][len(prompt) :]
+            if len(entries) != len(rollout.ids):
+                raise ValueError
+            return _read(entries, rollout.ids, top)
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise TrainingError(
+                f"{self._name}: {self._settings.url} did not give prompt_logprobs of {len(ids)} tokens with the "
+                f"{top} likeliest; it must support prompt_logprobs in /v1/completions for token ids"
+            ) from None
+
+    def _ask(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a request; waits and tries again where that may help."""
+        request = urllib.request.Request(
+            f"{self._settings.url.rstrip('/')}/completions", json.dumps(body).encode(), self._headers
+        )
+        wait, problem = FIRST_WAIT_S, ""
+        for attempt in range(self._settings.retries + 1):
+            if attempt:
+                time.sleep(wait)
+                wait *= 2
+            try:
+                with self._opener.open(request, timeout=self._settings.timeout_s) as answer:
+                    return json.loads(answer.read())
+            except urllib.error.HTTPError as error:
+                problem = f"HTTP {error.code}: {error.read(500).decode('utf-8', 'replace')}"
+                if error.code not in RETRIED:
+                    break
+            except (OSError, http.client.HTTPException, ValueError) as error:  # no connection, a time-out, half a body
+                problem = str(error) or type(error).__name__
+        raise TrainingError(
+            f"{self._name}: no answer from {self._settings.url} in {attempt + 1} tries of {self._settings.timeout_s} s "
+            f"({problem}); is the server up? The run goes on from its last checkpoint with the same command"
+        )
+
+
+def _read(entries: Sequence[dict[str, Any]], ids: Sequence[int], top: int) -> Scored:
+    """The server's form: at each place the token itself and the likeliest, by id."""
+    own = np.asarray([entry[str(token)]["logprob"] for entry, token in zip(entries, ids, strict=True)], np.float32)
+    if not top:
+        return Scored(own)
+    top_ids, top_logprobs = np.zeros((len(ids), top), np.int32), np.zeros((len(ids), top), np.float32)
+    for at, entry in enumerate(entries):
+        ranked = sorted(((each["logprob"], -int(token)) for token, each in entry.items()), reverse=True)[:top]
+        if len(ranked) < top:
+            raise ValueError
+        top_ids[at], top_logprobs[at] = [-token for _, token in ranked], [value for value, _ in ranked]
+    return Scored(own, top_ids, top_logprobs)

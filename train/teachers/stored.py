@@ -1,0 +1,52 @@
+"""A teacher's likeliest tokens in a file: written once for the rows of a data set, read by any number of runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from stepjax.errors import CheckpointError, TrainingError
+from stepjax.train.rollouts.batch import Scored
+from stepjax.train.rollouts.sampler import Rollout
+
+FORM = "stepjax teacher scores 1"
+
+
+class Stored:
+    """Scores of completions by the number of their row: safetensors with ``index`` [N], ``offset`` [N + 1], and for all
+    tokens laid end to end ``token``, ``logprob``, ``top_id`` [·, K] and ``top_logprob`` [·, K].
+    """
+
+    def __init__(self, path: Path):
+        """Raises CheckpointError if the file is none of ours."""
+        self._path = path
+        try:
+            with safe_open(str(path), "numpy") as file:
+                if (file.metadata() or {}).get("form") != FORM:
+                    raise CheckpointError(f"{path}: holds no teacher's scores; write them with stepjax teach")
+                self._arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: cannot be read ({error})") from None
+        self._place = {int(index): at for at, index in enumerate(self._arrays["index"])}
+
+    def score(self, rollouts: Sequence[Rollout], *, top: int) -> list[Scored]:
+        return [self._score(each, top) for each in rollouts]
+
+    def _score(self, rollout: Rollout, top: int) -> Scored:
+        arrays, index = self._arrays, rollout.prompt.index
+        if index not in self._place:
+            raise TrainingError(f"{self._path}: has no scores of row {index}; write them for the whole file")
+        at = self._place[index]
+        span = slice(int(arrays["offset"][at]), int(arrays["offset"][at + 1]))
+        span = slice(span.start, min(span.stop, span.start + len(rollout.ids)))
+        if arrays["token"][span].tolist() != list(rollout.ids):
+            raise TrainingError(f"{self._path}: row {index} was scored with another completion; write the scores again")
+        if top > arrays["top_id"].shape[1]:
+            raise TrainingError(f"{self._path}: holds {arrays['top_id'].shape[1]} tokens a place, but top_k is {top}")
+        return Scored(arrays["logprob"][span], arrays["top_id"][span, :top], arrays["top_logprob"][span, :top])
+
+    @property
+    def top_k(self) -> int:
+        return int(self._arrays["top_id"].shape[1])

@@ -1,0 +1,1 @@
+"""Fine-tuning of adapters: sft, distill and rl."""

@@ -1,0 +1,198 @@
+"""Opens all that a fine-tuning run needs: the base, its teachers, what is trained, the update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from stepjax.errors import ConfigError
+from stepjax.infer.load import load
+from stepjax.infer.session import Session, num_tokens_of
+from stepjax.model.step3p5 import Params
+from stepjax.sharding.layout import MeshLayout
+from stepjax.train.config.tune import ModelSettings, TeacherSettings, TuneConfig
+from stepjax.train.runs.optimizer import adamw, constant, learning_rate
+from stepjax.train.teachers.remote import Remote
+from stepjax.train.teachers.resident import Resident, Teacher, resident
+from stepjax.train.teachers.same_ids import check_same_ids
+from stepjax.train.teachers.scoring import Scoring
+from stepjax.train.teachers.stored import Stored
+from stepjax.train.tune.objective import Objective
+from stepjax.train.tune.trainable import Leaves, Trainable, adapted, fingerprint, placed, read_leaves, trainable
+from stepjax.train.tune.update import Report, TuneState, make_measure, make_update
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything but the state."""
+
+    base: Session
+    student: Session  # the same weights with the trained leaves in their places: what samples
+    teachers: Mapping[str, Teacher]
+    scoring: Scoring
+    trained: Trainable
+    schedule: optax.Schedule
+    update: Callable[..., tuple[TuneState, Report]]
+    measure: Callable[..., Any]
+    fresh: TuneState
+    fingerprint: str  # of the base
+
+    def params(self, leaves: Leaves) -> Params:
+        """The model's parameters with these leaves; arrays are shared, not copied."""
+        return self.trained.assemble(self.base.params, leaves)
+
+
+def open_run(config: TuneConfig) -> Setup:
+    """Raises what loading raises, and ConfigError where the parts do not fit each other."""
+    base = open_model(config.model, config.model.path)
+    trained = trainable(base, config.lora, jax.random.key(config.run.seed))
+    if config.lora.start_from:
+        trained = _started(trained, Path(config.lora.start_from), base)
+    layout = base.model.layout
+    mesh = layout if isinstance(layout, MeshLayout) else None
+    leaves = {name: placed(leaf, trained.shardings[name]) for name, leaf in trained.leaves.items()}
+    student = beside(base, trained.assemble(base.params, leaves))
+    teachers = open_teachers(config, base)
+    scoring = Scoring(config, base, teachers)
+    optim = config.optim
+    schedule = (
+        learning_rate(
+            optim.lr,
+            warmup=optim.warmup_steps,
+            decay_from=optim.decay_from,
+            steps=optim.steps,
+            floor=optim.lr_floor,
+        )
+        if optim.decay_from
+        else constant(optim.lr, warmup=optim.warmup_steps)
+    )
+    optimizer = adamw(schedule, b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay, clip=optim.clip)
+    keep_previous = config.rollout.ahead > 0
+    fresh, where = _fresh(leaves, optimizer, trained, mesh, keep_previous=keep_previous)
+    models = {name: each.session.model for name, each in teachers.items() if isinstance(each, Resident)}
+    num_tokens = num_tokens_of(base)
+    objective = Objective(config.loss, config.loss.objective, base.model, num_tokens, models)
+    out = None if mesh is None else (where, mesh.replicated)
+    return Setup(
+        base,
+        student,
+        teachers,
+        scoring,
+        trained,
+        schedule,
+        make_update(objective, optimizer, trained.assemble, keep_previous=keep_previous, placed=out),
+        make_measure(Objective(config.loss, "exact", base.model, num_tokens, models), mesh),
+        fresh,
+        fingerprint(base.params),
+    )
+
+
+def open_model(settings: ModelSettings, path: str) -> Session:
+    """A checkpoint as the settings place it."""
+    return load(
+        path,
+        dtype=settings.dtype,
+        keep_fp8=settings.keep_fp8,
+        quantize=settings.quantize or None,
+        mesh=settings.mesh or None,
+        strategy=settings.strategy,
+    )
+
+
+def beside(session: Session, params: Params) -> Session:
+    """The same model with other parameters, and compiled steps of its own: an adapter makes other programs."""
+    return Session(
+        session.config,
+        params,
+        dtype=session.dtype,
+        mtp=bool(session.model.mtp),
+        tokenizer=session.tokenizer,
+        template=session.template,
+        generation_config=session.generation_config,
+        layout=session.model.layout,
+    )
+
+
+def open_teachers(config: TuneConfig, base: Session) -> dict[str, Teacher]:
+    return {name: _teacher(name, each, config, base) for name, each in config.teachers.items()}
+
+
+def _teacher(name: str, settings: TeacherSettings, config: TuneConfig, base: Session) -> Teacher:
+    if settings.kind == "stored":
+        return Stored(Path(settings.path))
+    if settings.kind == "remote":
+        own = open_tokenizer(settings.tokenizer)
+        if base.tokenizer is None:
+            raise ConfigError(f"teachers.{name}: the student has no tokenizer.json, to be compared with the server's")
+        check_same_ids(base.tokenizer, own, who=f"teachers.{name} ({settings.tokenizer})")
+        return Remote(settings, base, name=name)
+    return resident(settings, base, load=lambda path: open_model(config.model, path), adapted=adapted, name=name)
+
+
+def open_tokenizer(name_or_path: str) -> Any:
+    from stepjax.checkpoint.folder import open_folder
+
+    found = open_folder(name_or_path).tokenizer
+    if found is None:
+        raise ConfigError(f"{name_or_path}: has no tokenizer.json")
+    return found
+
+
+def _started(trained: Trainable, path: Path, base: Session) -> Trainable:
+    """With the leaves of an earlier run."""
+    leaves, about = read_leaves(path, base.config)
+    shapes = {name: leaf.shape for name, leaf in trained.leaves.items()}
+    if about != dict(trained.about) or {name: leaf.shape for name, leaf in leaves.items()} != shapes:
+        raise ConfigError(f"lora.start_from: {path} holds {about}, expected {dict(trained.about)} of this model")
+    return Trainable(
+        {name: jnp.asarray(leaf) for name, leaf in leaves.items()}, trained.shardings, trained.assemble, trained.about
+    )
+
+
+def fresh_state(
+    leaves: Any,
+    optimizer: optax.GradientTransformation,
+    shardings: Mapping[str, Any],
+    mesh: MeshLayout,
+    *,
+    keep_previous: bool,
+) -> tuple[TuneState, TuneState]:
+    """Shapes of the first state, and where its parts lie: what an optimiser keeps of a leaf lies as the leaf does."""
+
+    def place(path: tuple[Any, ...], leaf: Any) -> Any:
+        of = next((key.key for key in path if getattr(key, "key", None) in shardings), None)
+        return mesh.replicated if of is None else shardings[of]
+
+    shapes = jax.eval_shape(lambda leaves: _begin(leaves, optimizer, keep_previous=keep_previous), leaves)
+    return shapes, jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def _fresh(
+    leaves: Leaves,
+    optimizer: optax.GradientTransformation,
+    trained: Trainable,
+    mesh: MeshLayout | None,
+    *,
+    keep_previous: bool,
+) -> tuple[TuneState, Any]:
+    """The state before the first update, and where its parts lie; None on one device."""
+
+    def create(leaves: Leaves) -> TuneState:
+        return _begin(leaves, optimizer, keep_previous=keep_previous)
+
+    if mesh is None:
+        return jax.jit(create)(leaves), None
+    _, where = fresh_state(leaves, optimizer, trained.shardings, mesh, keep_previous=keep_previous)
+    return jax.jit(create, out_shardings=where)(leaves), where
+
+
+def _begin(leaves: Leaves, optimizer: optax.GradientTransformation, *, keep_previous: bool) -> TuneState:
+    zero = jnp.zeros((), jnp.int32)
+    previous = jax.tree.map(jnp.copy, leaves) if keep_previous else {}
+    return TuneState(leaves, optimizer.init(leaves), zero, jnp.zeros((2,), jnp.int32), previous)
