@@ -33,12 +33,12 @@ from slices import SLICES, Cost, decode_cost, prefill_cost, random_weight, sessi
 from stepjax.config import ASSETS, ModelConfig
 from stepjax.infer.engine.config import EngineConfig
 from stepjax.infer.engine.engine import Engine
-from stepjax.infer.engine.program import Program
-from stepjax.infer.engine.state import Pieces, State
 from stepjax.infer.load import load, use_compile_cache
 from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.sampling.state import Sampling
 from stepjax.infer.session import Session
+from stepjax.infer.steps.program import Program
+from stepjax.infer.steps.state import Pieces, State
 from stepjax.ops.expert_choice import Form, choose_form
 from stepjax.ops.expert_dense import ExpertWeights
 from stepjax.ops.experts import routed_experts

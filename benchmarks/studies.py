@@ -12,8 +12,8 @@ from pathlib import Path
 import jax
 
 from stepjax.config import ModelConfig
-from stepjax.infer.engine.abstract_steps import sequence_bytes
 from stepjax.infer.engine.draft_policy import PRIOR
+from stepjax.infer.steps.abstract_steps import sequence_bytes
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.planner.device_bytes import Quant
 from stepjax.sharding.planner.explain import rivals, would_change

@@ -11,10 +11,10 @@ import numpy as np
 
 from stepjax.config import ModelConfig
 from stepjax.errors import ContextError, RequestError
-from stepjax.infer.engine.runner import Runner
 from stepjax.infer.guided.compiler import Grammars
 from stepjax.infer.guided.guide import Masks
 from stepjax.infer.sampling.params import SamplingParams
+from stepjax.infer.steps.runner import Runner
 from stepjax.model.cache import MAX_DRAFTS, Chunk
 from stepjax.model.layout import Layout
 from stepjax.model.step3p5 import Params, Step3p5, abstract, bind

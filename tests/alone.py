@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from stepjax.infer.engine.runner import Runner
-from stepjax.infer.engine.state import Pieces, State
 from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.sampling.state import Sampling
 from stepjax.infer.session import Session
+from stepjax.infer.steps.runner import Runner
+from stepjax.infer.steps.state import Pieces, State
 from stepjax.model.cache import SPARE_ROWS
 
 

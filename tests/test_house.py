@@ -7,7 +7,10 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -123,7 +126,81 @@ def test_no_file_or_string_becomes_code(name):
 @pytest.mark.parametrize("name", SOURCES)
 def test_files_stay_readable(name):
     lines = len(SOURCES[name].read_text(encoding="utf-8").splitlines())
-    assert lines <= 600, f"{name} has {lines} lines: look for its seam"
+    assert lines <= 500, f"{name} has {lines} lines: look for its seam"
+
+
+def test_folders_stay_readable():
+    """Without `__init__`, which holds a sentence."""
+    sizes = Counter(Path(name).parent.as_posix() for name in PACKAGE if Path(name).name != "__init__.py")
+    assert {folder: size for folder, size in sizes.items() if size > 20} == {}
+
+
+def test_a_public_class_name_stands_for_one_thing():
+    homes = defaultdict(list)
+    for name in PACKAGE:
+        for node in parse(name).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes[node.name].append(name)
+    assert {name: files for name, files in homes.items() if len(files) > 1} == {}
+
+
+def file_imports() -> dict[str, set[str]]:
+    """For each file of the package, the files that it imports, also for type checkers only and inside functions."""
+    files = {module_name(name): name for name in PACKAGE}
+    graph: dict[str, set[str]] = {}
+    for name in PACKAGE:
+        modules = set()
+        for module in imports(parse(name)):
+            parent = module.rpartition(".")[0]
+            modules |= {module} if module in files else {parent} & files.keys()
+        graph[name] = {files[module] for module in modules if not files[module].endswith("__init__.py")} - {name}
+    return graph
+
+
+def test_no_circle_of_imports():
+    graph = file_imports()
+    for name in LAZY:  # the public names and the table of verbs are above all rooms
+        graph.pop(name, None)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        circle = error.args[1][::-1]
+        weakest = min(pairwise(circle), key=lambda edge: len(graph[edge[0]]))
+        pytest.fail(
+            f"these files import each other: {' → '.join(circle)}; move what {weakest[0]} takes from {weakest[1]} "
+            "into a file below both"
+        )
+
+
+ORDER = re.compile(r"^## Order of imports$.*?^```text\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def order_of(room: str) -> list[list[str]]:
+    """The lines of the room's order, lowest first: each names folders and files of the room."""
+    block = ORDER.search((ROOT / room / "README.md").read_text(encoding="utf-8"))
+    assert block, f"{room}/README.md has no section 'Order of imports' with a ```text block"
+    return [line.split() for line in block[1].splitlines()]
+
+
+def part_of(name: str) -> str:
+    """The folder or file inside a room that a file belongs to: infer/serve/app.py is `serve`, infer/load.py `load`."""
+    return Path(name).parts[1].removesuffix(".py")
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_keeps_its_order(room):
+    """A folder or file imports what stands on lines above its own in the README of the room."""
+    level = {part: index for index, line in enumerate(order_of(room)) for part in line}
+    here = [name for name in PACKAGE if Path(name).parts[0] == room and Path(name).parts[1] != "__init__.py"]
+    assert {part_of(name) for name in here} == set(level), "the order names other parts than the room has"
+    for name, targets in file_imports().items():
+        if name not in here or name in LAZY:
+            continue
+        for target in targets & set(here):
+            same, below = part_of(name) == part_of(target), level[part_of(target)] < level[part_of(name)]
+            assert same or below, (
+                f"{name} imports {target}, which is not below it in {room}/README.md: move one of them, or what is needed"
+            )
 
 
 def requirement_name(requirement: str) -> str:
@@ -164,7 +241,10 @@ def test_import_loads_nothing_else():
     """Beside the standard library, so that `stepjax --help` is quick and settings of jax can still be made."""
     script = "import sys; old = {*sys.modules}; import stepjax; dir(stepjax); print(*{*sys.modules} - old)"
     loaded = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, check=True, text=True).stdout
-    assert {name for name in loaded.split() if name.split(".")[0] not in sys.stdlib_module_names} == {"stepjax"}
+    assert {name for name in loaded.split() if name.split(".")[0] not in sys.stdlib_module_names} == {
+        "stepjax",
+        "stepjax._version",
+    }
 
 
 def test_public_names_have_a_home():

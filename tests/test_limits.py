@@ -22,7 +22,7 @@ from stepjax.infer.serve.errors import ApiError
 from stepjax.infer.serve.limits import LIMITS
 
 SERVE = "stepjax.infer.serve"
-REREAD = ("limits", "body", "fields", "service", "asked", "messages_asked", "responses_asked", "server")
+REREAD = ("limits", "middleware", "schemas", "service", "requests", "messages", "responses", "server")
 # Of grammars, which have tests of their own.
 ELSEWHERE = {"schema_depth", "schema_bytes", "regex_bytes", "choices", "calls"}
 
@@ -54,7 +54,7 @@ def past(name: str) -> Any:
 
 def field(model: str, name: str, *, make: Callable[[int], Any] = lambda count: count, **rest: Any) -> Callable:
     """Validates a body in which a field is past its limit."""
-    module = {"M": "messages_asked", "T": "messages_asked", "R": "responses_asked"}.get(model[0], "fields")
+    module = {"M": "messages", "T": "messages", "R": "responses"}.get(model[0], "schemas")
     return lambda m: getattr(getattr(m, module), model).model_validate({**rest, name: make(past(name))})
 
 
@@ -70,7 +70,7 @@ async def _read(m: SimpleNamespace) -> None:
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": _text(past("body_bytes")).encode()}
 
-    await m.body._read({}, receive)
+    await m.middleware._read({}, receive)
 
 
 def _headers(m: SimpleNamespace) -> None:
@@ -100,12 +100,12 @@ PROBES: dict[str, Callable[[SimpleNamespace], object]] = {
     "tokens": field("DetokenizeRequest", "tokens", make=_ids),
     "model": field("ChatRequest", "model", make=_text, messages=SUM),
     "cache_salt": field("ChatRequest", "cache_salt", make=_text, messages=SUM),
-    "stop": lambda m: m.asked.stops(["a"] * past("stop")),
-    "stop_bytes": lambda m: m.asked.stops([_text(past("stop_bytes"))]),
-    "tools_bytes": lambda m: m.asked.offered_tools([{"a": _text(past("tools_bytes"))}], None),
-    "prompts": lambda m: m.asked._prompts(SimpleNamespace(encode=list), ["a"] * past("prompts")),
-    "logit_bias_value": lambda m: m.asked._bias("1", past("logit_bias_value")),
-    "json_depth": lambda m: m.body.check(b'{"a":' * past("json_depth") + b"1" + b"}" * past("json_depth")),
+    "stop": lambda m: m.requests.stops(["a"] * past("stop")),
+    "stop_bytes": lambda m: m.requests.stops([_text(past("stop_bytes"))]),
+    "tools_bytes": lambda m: m.requests.offered_tools([{"a": _text(past("tools_bytes"))}], None),
+    "prompts": lambda m: m.requests._prompts(SimpleNamespace(encode=list), ["a"] * past("prompts")),
+    "logit_bias_value": lambda m: m.requests._bias("1", past("logit_bias_value")),
+    "json_depth": lambda m: m.middleware.check(b'{"a":' * past("json_depth") + b"1" + b"}" * past("json_depth")),
     "body_bytes": lambda m: asyncio.run(_read(m)),
     "header_bytes": _headers,
 }
@@ -159,5 +159,5 @@ def table() -> str:
 
 def test_a_body_as_deep_as_allowed_is_read():
     deep = int(LIMITS["json_depth"].high)
-    modules().body.check(json.dumps({"a": 1}).encode())
-    modules().body.check(b'{"a":' * deep + b"1" + b"}" * deep)
+    modules().middleware.check(json.dumps({"a": 1}).encode())
+    modules().middleware.check(b'{"a":' * deep + b"1" + b"}" * deep)

@@ -15,12 +15,12 @@ from tiny import random_params
 
 import stepjax.ops.experts
 from stepjax.config import ModelConfig
-from stepjax.infer.engine.answer import NO_EXPERT
-from stepjax.infer.engine.runner import Runner
 from stepjax.infer.generate import generate
 from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.sampling.state import Sampling
 from stepjax.infer.session import Session
+from stepjax.infer.steps.runner import Runner
+from stepjax.infer.steps.state import NO_EXPERT
 from stepjax.model.cache import Chunk, Ring, Rows
 from stepjax.model.layout import Layout, SingleDevice
 from stepjax.model.step3p5 import Step3p5, abstract, axes_of, bind

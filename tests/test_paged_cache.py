@@ -10,8 +10,8 @@ import pytest
 from tiny import tiny_session
 
 import stepjax.model.cache
-from stepjax.infer.engine.state import Pieces
 from stepjax.infer.sampling.state import Sampling
+from stepjax.infer.steps.state import Pieces
 from stepjax.model.cache import SPARE_ROWS, Chunk, Pages, Ring, Rows, Stripe, attend
 from stepjax.ops.attention import Heads, finish, merge
 

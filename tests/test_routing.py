@@ -12,10 +12,11 @@ from tiny import tiny_session
 from tuning import SHORT, answers, assert_same, changed, history
 
 from stepjax.errors import ConfigError
-from stepjax.infer.engine.answer import NO_EXPERT, Routing
+from stepjax.infer.engine.answer import Routing
 from stepjax.infer.engine.config import EngineConfig
 from stepjax.infer.engine.engine import Engine
 from stepjax.infer.sampling.params import SamplingParams
+from stepjax.infer.steps.state import NO_EXPERT
 from stepjax.model.cache import Chunk
 from stepjax.model.layout import Layout, Routed, SingleDevice
 from stepjax.model.step3p5 import abstract, bind

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from slow_sampler import DRAWN, OPTIONS, token, weights
 
-from stepjax.infer.engine.speculative import accepted
 from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.sampling.sampler import record, sample
 from stepjax.infer.sampling.state import Sampling, SlotSampling, assign
+from stepjax.infer.steps.speculative import accepted
 
 V, K = 14, 3
 TOKENS = 12  # the output matrix has two padding rows

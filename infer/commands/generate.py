@@ -17,7 +17,6 @@ from stepjax.infer.commands.options import (
     open_session,
     sampling_params,
 )
-from stepjax.infer.generate import generate
 
 if TYPE_CHECKING:
     from stepjax.infer.generate import Completion
@@ -45,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     tokens = read_tokens(args.tokens) if args.tokens else None
     session = open_session(args, needs="ids" if args.tokens else "text" if args.raw else "chat")
+
+    from stepjax.infer.generate import generate  # after the folder has been checked: it loads jax
+
     prompts = tokens if tokens is not None else [_encode(session, text, args) for text in args.prompt]
     params = sampling_params(session, args)
     for ids in prompts:  # before the first is answered, so that a bad one costs nothing

@@ -10,6 +10,7 @@ import numpy as np
 
 from stepjax.infer.engine.sequence import Row, Sequence, StepPlan
 from stepjax.infer.guided.guide import Guide
+from stepjax.infer.steps.state import NO_EXPERT
 
 
 class Score(NamedTuple):
@@ -17,9 +18,6 @@ class Score(NamedTuple):
 
     logprob: float
     top: tuple[tuple[int, float], ...]  # token id and log-probability, likeliest first
-
-
-NO_EXPERT = 0xFFFF  # of a token that was not run; no router has so many experts
 
 
 class Routing:

@@ -32,11 +32,11 @@ from stepjax.infer.engine.executor import Assignment, CacheSize, Executor, Mask,
 from stepjax.infer.engine.followers import Channel, Leader, connect, follow
 from stepjax.infer.engine.scheduler import Scheduler
 from stepjax.infer.engine.sequence import Row, Sequence, StepOutput, StepPlan
-from stepjax.infer.engine.state import Emitted
 from stepjax.infer.engine.stats import Ran, Stats
 from stepjax.infer.guided.guide import Constraint
 from stepjax.infer.guided.schema_grammar import GrammarError
 from stepjax.infer.sampling.params import SamplingParams
+from stepjax.infer.steps.state import Emitted
 from stepjax.infer.transcript import FinishReason
 from stepjax.model.step3p5 import Params
 from stepjax.sharding.watchdog import deadline

@@ -20,12 +20,12 @@ import numpy as np
 from stepjax.adapters.lora import LoraConfig
 from stepjax.infer.engine.adapters import NONE, AdapterStack
 from stepjax.infer.engine.pages import TRASH_PAGE
-from stepjax.infer.engine.program import Program
-from stepjax.infer.engine.runner import Runner
 from stepjax.infer.engine.sequence import RingCopy, StepPlan
-from stepjax.infer.engine.state import Emitted, Pieces, State, slot_parts
 from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.sampling.state import Sampling, SlotSampling
+from stepjax.infer.steps.program import Program
+from stepjax.infer.steps.runner import Runner
+from stepjax.infer.steps.state import Emitted, Pieces, State, slot_parts
 from stepjax.model.step3p5 import Params
 
 log = logging.getLogger(__name__)

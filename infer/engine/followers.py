@@ -28,9 +28,9 @@ from stepjax.config import ModelConfig
 from stepjax.errors import ClusterError
 from stepjax.infer.engine.executor import Assignment, Executor, Mask, Order
 from stepjax.infer.engine.sequence import PageUpdate, RingCopy, Row, StepPlan
-from stepjax.infer.engine.state import Emitted
 from stepjax.infer.hosts import agreed
 from stepjax.infer.sampling.params import SamplingParams
+from stepjax.infer.steps.state import Emitted
 from stepjax.sharding.watchdog import listen
 
 JOIN_S = 300.0  # that all have to connect, and to compile what was announced

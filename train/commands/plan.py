@@ -78,8 +78,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _ask(args: argparse.Namespace, config: Any, cluster: Cluster) -> tuple[Any, Calibration | None]:
     """The question, and what its efficiencies were fitted to."""
-    from stepjax.infer.engine.abstract_steps import sequence_bytes
     from stepjax.infer.engine.draft_policy import PRIOR
+    from stepjax.infer.steps.abstract_steps import sequence_bytes
     from stepjax.sharding.planner.calibration import fit
     from stepjax.sharding.planner.device_bytes import QUANTS
     from stepjax.sharding.planner.measurements import read_points

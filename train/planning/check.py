@@ -14,7 +14,7 @@ from rich.table import Table
 
 from stepjax.adapters.lora import LoraConfig
 from stepjax.config import ModelConfig
-from stepjax.infer.engine.abstract_steps import sequence_bytes
+from stepjax.infer.steps.abstract_steps import sequence_bytes
 from stepjax.sharding.compiled.report import CompileReport, size_text
 from stepjax.sharding.layout import MeshLayout
 from stepjax.sharding.mesh import MeshSpec

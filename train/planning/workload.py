@@ -13,7 +13,7 @@ import numpy as np
 from stepjax.adapters.lora import LoraConfig, attach, shapes
 from stepjax.config import ModelConfig
 from stepjax.errors import MeshError, RequestError
-from stepjax.infer.engine.abstract_steps import decode_step, prefill_step
+from stepjax.infer.steps.abstract_steps import decode_step, prefill_step
 from stepjax.model.cache import MAX_DRAFTS
 from stepjax.model.step3p5 import Params, Step3p5, abstract, axes_of
 from stepjax.sharding.checkpoint import shardings

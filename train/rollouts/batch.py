@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from stepjax.infer.engine.answer import NO_EXPERT
+from stepjax.infer.steps.state import NO_EXPERT
 from stepjax.train.data.packing import Bins, Example, Rows
 from stepjax.train.losses.logprobs import TopScores
 from stepjax.train.rollouts.sampler import Rollout

@@ -11,10 +11,10 @@ import jax
 import numpy as np
 
 from stepjax.config import ModelConfig
-from stepjax.infer.engine.runner import Runner
-from stepjax.infer.engine.state import Pieces
 from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.sampling.state import Sampling
+from stepjax.infer.steps.runner import Runner
+from stepjax.infer.steps.state import Pieces
 from stepjax.model.step3p5 import Params, Step3p5, abstract
 from stepjax.sharding.compiled.study import Step
 

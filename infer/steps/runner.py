@@ -16,13 +16,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from stepjax.infer.engine.answer import NO_EXPERT
-from stepjax.infer.engine.program import Program
-from stepjax.infer.engine.speculative import Drafter, accepted, draft
-from stepjax.infer.engine.state import Emitted, Pieces, Progress, State, placement
 from stepjax.infer.sampling.params import MAX_LOGPROBS
 from stepjax.infer.sampling.sampler import Logprobs, logprobs, mask_padding, record, sample
 from stepjax.infer.sampling.state import Sampling, SlotSampling, assign, guide
+from stepjax.infer.steps.program import Program
+from stepjax.infer.steps.speculative import Drafter, accepted, draft
+from stepjax.infer.steps.state import NO_EXPERT, Emitted, Pieces, Progress, State, placement
 from stepjax.model.cache import MAX_DRAFTS, Cache, Chunk, empty_cache
 from stepjax.model.step3p5 import Hidden, Params, Step3p5, bind
 from stepjax.ops.rows import put_row, take_row

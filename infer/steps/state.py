@@ -71,3 +71,6 @@ def slot_parts(state: State) -> Any:
     """What of a slot dies with it unless it is copied aside: its rings and the drafter's tails."""
     rings = tuple(view for view in state.cache.layers if isinstance(view, Ring))
     return rings, state.cache.mtp, state.progress.tails
+
+
+NO_EXPERT = 0xFFFF  # of a token that was not run; no router has so many experts

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from stepjax.infer.engine.state import State, placement
+from stepjax.infer.steps.state import State, placement
 from stepjax.model.layout import Layout
 from stepjax.model.step3p5 import Params
 

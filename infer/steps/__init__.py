@@ -1,0 +1,1 @@
+"""The compiled steps of generation: what runs on the device, and the state that it keeps there."""
