@@ -199,7 +199,7 @@ def test_a_room_keeps_its_order(room):
         for target in targets & set(here):
             same, below = part_of(name) == part_of(target), level[part_of(target)] < level[part_of(name)]
             assert same or below, (
-                f"{name} imports {target}, which is not below it in {room}/README.md: move one of them, or what is needed"
+                f"{name} imports {target}, which is not below it in {room}/README.md: move one of them"
             )
 
 

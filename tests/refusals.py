@@ -1,0 +1,35 @@
+"""The message by which a broken folder is refused."""
+
+import time
+from pathlib import Path
+
+import pytest
+from checkpoints import (
+    fp8_hub_config,
+    fp8_tensors,
+    random_tensors,
+    tiny_hub_config,
+)
+
+from stepjax.checkpoint.reader import Checkpoint
+from stepjax.errors import CheckpointError
+
+HUB, FP8_HUB = tiny_hub_config(), fp8_hub_config()
+TENSORS = random_tensors(HUB)
+FP8_TENSORS = fp8_tensors(TENSORS)
+Q = "model.layers.4.self_attn.q_proj.weight"
+UP = "model.layers.5.moe.up_proj.weight"
+SCALE = f"{UP}_scale_inv"
+FIRST, INDEX = "model-00001.safetensors", "model.safetensors.index.json"
+
+
+def refusal(folder: Path, error: type[Exception] = CheckpointError) -> str:
+    """The message, which came within a second of processor time (the machine may be busy with other things)."""
+    start = time.thread_time()
+    with pytest.raises(error) as found:
+        Checkpoint(folder)
+    assert time.thread_time() - start < 1
+    message = str(found.value)
+    assert message.isprintable() or "\n  " in message
+    assert len(message) < 3000
+    return message
