@@ -91,10 +91,33 @@ def test_stop_and_what_is_refused(server: Serving, browser: Browser):
     browser.wait(IDLE)
     assert "stopped" in browser.run(f"{LAST}.querySelector('.facts').textContent")
     server.wait_until_unused(before)
-    browser.run("document.getElementById('most').value = -1")
+    browser.run("document.getElementById('max-tokens').value = -1")
     browser.run("document.getElementById('input').focus()")
     browser.type("Hello\n")
     assert "max_tokens" in browser.wait("document.querySelector('.fault')?.innerText")
+
+
+@pytest.mark.browser
+def test_nothing_is_sent_before_the_model_is_known(server: Serving, browser: Browser):
+    """The list of models is held back; until it comes, neither Enter nor a button sends, and the text stays."""
+    hold = (
+        "{ const fetch = window.fetch; window.sent = 0; const held = new Promise(done => window.release = done); "
+        "window.fetch = async (url, options) => { if (url === 'v1/models') await held; "
+        "window.sent += Boolean(options && options.body); return fetch(url, options); }; }"
+    )
+    browser.call("Page.addScriptToEvaluateOnNewDocument", source=hold)
+    browser.open(server.url)
+    browser.type("Hello\n")
+    browser.run("document.getElementById('form').requestSubmit()")
+    browser.run("document.querySelector('.tries button').click()")
+    assert browser.run("document.querySelectorAll('button:disabled').length") == 4  # Send and the three examples
+    assert browser.run("[window.sent, document.getElementById('input').value].join()") == "0,Hello"
+    browser.run("window.release()")
+    browser.wait("!document.getElementById('send').disabled")
+    browser.type("\n")
+    browser.wait(f"{LAST} && {IDLE}")
+    assert browser.run("window.sent") == 1
+    assert browser.run("document.querySelectorAll('.fault').length") == 0
 
 
 @pytest.mark.browser
