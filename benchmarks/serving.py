@@ -34,8 +34,9 @@ from stepjax.infer.commands.serve import SWITCH_S
 from stepjax.infer.engine.config import EngineConfig
 from stepjax.infer.engine.engine import Engine
 from stepjax.infer.load import load, use_compile_cache
-from stepjax.infer.serve.app import ServeOptions, create_app
-from stepjax.infer.serve.metrics import Metrics
+from stepjax.infer.serve.api import ServeOptions
+from stepjax.infer.serve.app import create_app
+from stepjax.infer.serve.metrics import ServerMetrics
 from stepjax.infer.serve.server import Server as HttpServer, ServerConfig, log_to_stderr
 from stepjax.infer.serve.service import Service
 
@@ -64,7 +65,7 @@ def serve(args: argparse.Namespace) -> int:
     log_to_stderr("text", "warning")
     session = load("step-tiny", dtype="float32")
     engine = Engine(session, config(args))
-    service = Service(engine, Metrics(engine, "step-tiny"))
+    service = Service(engine, ServerMetrics(engine, "step-tiny"))
     server = HttpServer(
         create_app(service, session, ServeOptions(("step-tiny",))), service, ServerConfig(port=0, drain_seconds=3)
     )

@@ -14,9 +14,10 @@ import httpx
 
 from stepjax.infer.engine.config import EngineConfig
 from stepjax.infer.engine.engine import Engine
-from stepjax.infer.serve.app import ServeOptions, create_app
-from stepjax.infer.serve.metrics import Metrics
-from stepjax.infer.serve.middleware import Keys
+from stepjax.infer.serve.api import ServeOptions
+from stepjax.infer.serve.app import create_app
+from stepjax.infer.serve.metrics import ServerMetrics
+from stepjax.infer.serve.middleware import ApiKeys
 from stepjax.infer.serve.server import Server, ServerConfig
 from stepjax.infer.serve.service import Service
 from stepjax.infer.session import Session
@@ -60,7 +61,7 @@ class Serving:
     ):
         self.engine = Engine(session, config)
         self.session, self._drain = session, drain_seconds
-        self._options = ServeOptions(("step-tiny", NAME), Keys(keys), **options)
+        self._options = ServeOptions(("step-tiny", NAME), ApiKeys(keys), **options)
         self._listening = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self.exit_code: int | None = None
@@ -72,7 +73,7 @@ class Serving:
     def _run(self) -> None:
         async def serve() -> int:
             self.loop = asyncio.get_running_loop()
-            self.service = Service(self.engine, Metrics(self.engine, self._options.names[0]))
+            self.service = Service(self.engine, ServerMetrics(self.engine, self._options.names[0]))
             self.app = create_app(self.service, self.session, self._options)
             self.server = Server(self.app, self.service, ServerConfig(port=0, drain_seconds=self._drain))
             running = asyncio.ensure_future(self.server.run_until_ended())

@@ -21,7 +21,7 @@ import pytest
 from serving import GREEDY, SUM, Serving
 
 from stepjax.infer.serve import middleware, service as service_module
-from stepjax.infer.serve.middleware import Keys
+from stepjax.infer.serve.middleware import ApiKeys
 from stepjax.infer.transcript import Transcript
 
 CHAT = "/v1/chat/completions"
@@ -76,10 +76,10 @@ def test_leaving_frees_the_slot_within_two_steps(server, monkeypatch):
     closed, freed = [], []
     old_close, old_cancel = server.service.close, server.engine.cancel
 
-    def close(ticket):
-        if ticket.open:
+    def close(submission):
+        if submission.open:
             closed.append(server.engine.stats.num_steps)
-        old_close(ticket)
+        old_close(submission)
 
     def cancel(id):
         old_cancel(id)
@@ -255,7 +255,7 @@ def test_slow_and_broken_connections_hinder_nobody(server):
 
 def test_a_key_is_compared_with_every_other_whichever_it_is(monkeypatch):
     """In full and by digests of one length, so that time tells nothing of where a key differs."""
-    keys = Keys([f"key-{i}" for i in range(5)])
+    keys = ApiKeys([f"key-{i}" for i in range(5)])
     compared: list[tuple[int, int]] = []
     real = middleware.hmac.compare_digest
 

@@ -22,7 +22,18 @@ from stepjax.infer.serve.errors import ApiError
 from stepjax.infer.serve.limits import LIMITS
 
 SERVE = "stepjax.infer.serve"
-REREAD = ("limits", "middleware", "schemas", "service", "requests", "messages", "responses", "server")
+REREAD = (
+    "limits",
+    "middleware",
+    "schemas",
+    "service",
+    "requests",
+    "completions",
+    "messages",
+    "responses",
+    "server",
+    "tokens",
+)
 # Of grammars, which have tests of their own.
 ELSEWHERE = {"schema_depth", "schema_bytes", "regex_bytes", "choices", "calls"}
 
@@ -46,6 +57,14 @@ def modules(*, without: str | None = None) -> SimpleNamespace:
                 setattr(parent, name, module)
 
 
+HOMES = {
+    "CompletionRequest": "completions",
+    "DetokenizeRequest": "tokens",
+    "ResponsesRequest": "responses",
+    "Thinking": "messages",
+}
+
+
 def past(name: str) -> Any:
     """The least number that is too large."""
     high = LIMITS[name].high
@@ -54,7 +73,7 @@ def past(name: str) -> Any:
 
 def field(model: str, name: str, *, make: Callable[[int], Any] = lambda count: count, **rest: Any) -> Callable:
     """Validates a body in which a field is past its limit."""
-    module = {"M": "messages", "T": "messages", "R": "responses"}.get(model[0], "schemas")
+    module = HOMES.get(model, "schemas")
     return lambda m: getattr(getattr(m, module), model).model_validate({**rest, name: make(past(name))})
 
 
@@ -100,12 +119,12 @@ PROBES: dict[str, Callable[[SimpleNamespace], object]] = {
     "tokens": field("DetokenizeRequest", "tokens", make=_ids),
     "model": field("ChatRequest", "model", make=_text, messages=SUM),
     "cache_salt": field("ChatRequest", "cache_salt", make=_text, messages=SUM),
-    "stop": lambda m: m.requests.stops(["a"] * past("stop")),
-    "stop_bytes": lambda m: m.requests.stops([_text(past("stop_bytes"))]),
+    "stop": lambda m: m.requests.stop_strings(["a"] * past("stop")),
+    "stop_bytes": lambda m: m.requests.stop_strings([_text(past("stop_bytes"))]),
     "tools_bytes": lambda m: m.requests.offered_tools([{"a": _text(past("tools_bytes"))}], None),
-    "prompts": lambda m: m.requests._prompts(SimpleNamespace(encode=list), ["a"] * past("prompts")),
+    "prompts": lambda m: m.completions._prompts(SimpleNamespace(encode=list), ["a"] * past("prompts")),
     "logit_bias_value": lambda m: m.requests._bias("1", past("logit_bias_value")),
-    "json_depth": lambda m: m.middleware.check(b'{"a":' * past("json_depth") + b"1" + b"}" * past("json_depth")),
+    "json_depth": lambda m: m.middleware.check_json(b'{"a":' * past("json_depth") + b"1" + b"}" * past("json_depth")),
     "body_bytes": lambda m: asyncio.run(_read(m)),
     "header_bytes": _headers,
 }
@@ -159,5 +178,5 @@ def table() -> str:
 
 def test_a_body_as_deep_as_allowed_is_read():
     deep = int(LIMITS["json_depth"].high)
-    modules().middleware.check(json.dumps({"a": 1}).encode())
-    modules().middleware.check(b'{"a":' * deep + b"1" + b"}" * deep)
+    modules().middleware.check_json(json.dumps({"a": 1}).encode())
+    modules().middleware.check_json(b'{"a":' * deep + b"1" + b"}" * deep)

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from adapters import lora_config, trained
 from alone import Batch
+from fastapi import APIRouter, Response
 from serving import Serving
 
 from stepjax.adapters.lora import merge
 from stepjax.adapters.peft import export_adapter
 from stepjax.infer.engine.config import EngineConfig
+from stepjax.infer.engine.engine import Engine
 from stepjax.infer.load import load
 from stepjax.infer.sampling.params import SamplingParams
+from stepjax.infer.serve import app as app_module
+from stepjax.infer.serve.api import Api, ServeOptions, json_response
+from stepjax.infer.serve.app import create_app
+from stepjax.infer.serve.errors import ApiError
+from stepjax.infer.serve.metrics import ServerMetrics
+from stepjax.infer.serve.middleware import ApiKeys
+from stepjax.infer.serve.service import Service
 from stepjax.infer.session import Session
 
 CONFIG = EngineConfig(
@@ -147,22 +158,48 @@ def test_a_name_is_taken_once(server, folders):
     assert change(server, "unload", lora_name="z")[0] == 200
 
 
-def test_clients_load_nothing_unless_they_may(session):
-    """The routes are not there; the application is made without a server."""
-    import asyncio
-
-    import httpx
-
-    from stepjax.infer.engine.engine import Engine
-    from stepjax.infer.serve.app import ServeOptions, create_app
-    from stepjax.infer.serve.metrics import Metrics
-    from stepjax.infer.serve.service import Service
-
+def client_of(session: Session, **options: Any) -> httpx.AsyncClient:
+    """A client of an application without a server."""
     engine = Engine(session, EngineConfig(num_slots=1, context=64, speculate=0, num_snapshots=0))
+    app: Any = create_app(Service(engine, ServerMetrics(engine, "m")), session, ServeOptions(("m",), **options))
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here")
+
+
+def test_clients_load_nothing_unless_they_may(session):
+    """The routes are not there."""
 
     async def ask() -> int:
-        app: Any = create_app(Service(engine, Metrics(engine, "m")), session, ServeOptions(("m",)))
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client:
+        async with client_of(session) as client:
             return (await client.post("/v1/load_lora_adapter", json={"lora_name": "a", "lora_path": "b"})).status_code
 
     assert asyncio.run(ask()) == 404
+
+
+def test_a_new_endpoint_is_one_entry_of_the_table(session, monkeypatch):
+    """It is then routed, in the OpenAPI document, behind the keys, and its errors have the common form."""
+
+    def router(api: Api) -> APIRouter:
+        routes = APIRouter(tags=["new"])
+
+        @routes.get("/v1/length")
+        async def length(text: str) -> Response:
+            if not text:
+                raise ApiError("text: is empty", param="text")
+            return json_response({"model": api.model_name(None), "length": len(text)})
+
+        return routes
+
+    monkeypatch.setattr(app_module, "ROUTERS", (*app_module.ROUTERS, router))
+
+    async def ask() -> tuple[list[httpx.Response], Any]:
+        async with client_of(session, keys=ApiKeys(["k"])) as client:
+            headers = {"x-api-key": "k"}
+            refused = await client.get("/v1/length?text=abc")
+            found = [await client.get(f"/v1/length?{query}", headers=headers) for query in ("text=abc", "text=", "")]
+            return [refused, *found], (await client.get("/openapi.json", headers=headers)).json()
+
+    (refused, found, empty, missing), document = asyncio.run(ask())
+    assert (refused.status_code, found.json()) == (401, {"model": "m", "length": 3})
+    assert (empty.status_code, empty.json()["error"]["param"]) == (400, "text")
+    assert missing.status_code == 400
+    assert set(document["paths"]["/v1/length"]["get"]["responses"]) >= {"200", "400", "401"}

@@ -17,7 +17,7 @@ from stepjax.infer.commands.options import add_model_arguments, open_session, pr
 if TYPE_CHECKING:
     from stepjax.adapters.lora import LoraConfig
     from stepjax.infer.engine.engine import Engine
-    from stepjax.infer.serve.app import ServeOptions
+    from stepjax.infer.serve.api import ServeOptions
     from stepjax.infer.serve.server import Server
     from stepjax.infer.session import Session
 
@@ -73,9 +73,10 @@ def run(args: argparse.Namespace) -> int:
     session = open_session(args)
     from stepjax.infer.engine.config import EngineConfig
     from stepjax.infer.engine.engine import Engine
-    from stepjax.infer.serve.app import ServeOptions, create_app
-    from stepjax.infer.serve.metrics import Metrics
-    from stepjax.infer.serve.middleware import Keys
+    from stepjax.infer.serve.api import ServeOptions
+    from stepjax.infer.serve.app import create_app
+    from stepjax.infer.serve.metrics import ServerMetrics
+    from stepjax.infer.serve.middleware import ApiKeys
     from stepjax.infer.serve.server import Server, ServerConfig, log_to_stderr
     from stepjax.infer.serve.service import Service
 
@@ -95,10 +96,10 @@ def run(args: argparse.Namespace) -> int:
     for name, (factors, lora) in adapters.found.items():
         engine.load_adapter(name, factors, lora)
     names = _served_names(args)
-    service = Service(engine, Metrics(engine, names[0]))
+    service = Service(engine, ServerMetrics(engine, names[0]))
     options = ServeOptions(
         names,
-        Keys(keys),
+        ApiKeys(keys),
         tuple(args.cors_origin or ()),
         ui=not args.no_ui,
         adapter_updates=args.allow_lora_updates,

@@ -1,4 +1,4 @@
-"""Answers while they grow: from the engine's updates to pieces of text, scores and ends."""
+"""Answers as they grow: the engine's updates become pieces of text with their scores and reasons to finish."""
 
 from __future__ import annotations
 
@@ -9,39 +9,38 @@ from typing import Any, NamedTuple
 from stepjax.infer.engine.answer import Score
 from stepjax.infer.engine.engine import Update
 from stepjax.infer.serve.errors import ApiError
-from stepjax.infer.serve.requests import Reading
-from stepjax.infer.serve.service import Service
-from stepjax.infer.serve.ticket import Asked, Ticket
+from stepjax.infer.serve.requests import TranscriptOptions
+from stepjax.infer.serve.service import EngineRequest, Service, Submission
 from stepjax.infer.transcript import Delta, FinishReason, Transcript
 from stepjax.text.tokenizer import Tokenizer
 
 
-class Piece(NamedTuple):
-    """What came of an answer since the last piece."""
+class AnswerPiece(NamedTuple):
+    """What was added to an answer since its last piece."""
 
     index: int
     delta: Delta
-    text: str  # the same, markers included
+    text: str  # the same with its markers
     ids: tuple[int, ...]
-    scores: tuple[Score, ...]  # of the ids, if asked for
+    scores: tuple[Score, ...]  # of the ids, if requested
     finish_reason: FinishReason | None
 
 
 @dataclass
-class Answer:
+class TextAnswer:
     """One answer of a request."""
 
     index: int
-    asked: Asked
+    request: EngineRequest
     transcript: Transcript
     scores: list[Score] = field(default_factory=list)
     prompt_scores: tuple[Score, ...] = ()
 
-    def take(self, updates: Sequence[Update]) -> Piece:
-        """Read what came.
+    def take(self, updates: Sequence[Update]) -> AnswerPiece:
+        """Add the engine's updates.
 
         Raises:
-          ApiError: the model's logits were no numbers.
+          ApiError: the model's logits were not finite.
         """
         transcript, scores = self.transcript, []
         seen, length = len(transcript.ids), len(transcript.text)
@@ -51,41 +50,45 @@ class Answer:
             delta = delta.join(transcript.push(update.tokens))
             scores += update.scores[: len(transcript.ids) - before]
             self.prompt_scores = self.prompt_scores or update.prompt_scores
-            if update.finish_reason == "stop":  # without a token for it, where a grammar is complete
+            if update.finish_reason == "stop":  # without an end token where a grammar is complete
                 delta = delta.join(transcript.complete())
             if update.fault:
-                raise ApiError(f"the answer cannot go on: {update.fault}", code="grammar_failed")
+                raise ApiError(f"the answer cannot continue: {update.fault}", code="grammar_failed")
             if update.finish_reason == "error":
-                raise ApiError("the model's logits were no numbers", status=500, code="not_finite")
+                raise ApiError("the model's logits were not finite", status=500, code="not_finite")
         self.scores += scores
         reason = transcript.finish_reason
-        return Piece(self.index, delta, transcript.text[length:], tuple(transcript.ids[seen:]), tuple(scores), reason)
+        return AnswerPiece(
+            self.index, delta, transcript.text[length:], tuple(transcript.ids[seen:]), tuple(scores), reason
+        )
 
     def num_reasoning(self, tokenizer: Tokenizer) -> int:
-        """Tokens before the one that ends the thinking."""
+        """Tokens of thinking, without the one that ends it."""
         if not self.transcript.began_in_reasoning:
             return 0
         ends = {tokenizer.special.think_close, tokenizer.special.tool_open}
-        return next((at for at, token in enumerate(self.transcript.ids) if token in ends), len(self.transcript.ids))
+        return next(
+            (index for index, token in enumerate(self.transcript.ids) if token in ends), len(self.transcript.ids)
+        )
 
 
 class Answers:
-    """All answers of a request: an iterator of pieces, and afterwards what they add up to."""
+    """All answers of an HTTP request: an iterator of pieces, and afterwards the whole answers and their usage."""
 
-    def __init__(self, service: Service, asked: Sequence[Asked], reading: Reading):
+    def __init__(self, service: Service, requests: Sequence[EngineRequest], options: TranscriptOptions):
         """
         Raises:
-          ApiError, QueueFullError: the request is not taken.
+          ApiError, QueueFullError: the request is refused.
         """
-        self._service, self.reading = service, reading
-        self.ticket: Ticket = service.submit(asked)
+        self._service, self.options = service, options
+        self.submission: Submission = service.submit(requests)
         self.all = [
-            Answer(index, each, reading.transcript(each.params))
-            for index, each in enumerate(each for each in asked for _ in range(each.params.n))
+            TextAnswer(index, request, options.transcript(request.params))
+            for index, request in enumerate(request for request in requests for _ in range(request.params.n))
         ]
 
-    async def pieces(self, wait_s: float | None = None) -> AsyncIterator[Piece | None]:
-        """The pieces as they come; None when ``wait_s`` went by without one. Leaving early ends the answers.
+    async def pieces(self, wait_s: float | None = None) -> AsyncIterator[AnswerPiece | None]:
+        """The pieces as they come; None if ``wait_s`` pass without one. Closing the iterator early cancels the answers.
 
         Raises:
           ApiError: an answer failed, and with it the request.
@@ -94,7 +97,7 @@ class Answers:
         try:
             while unfinished:
                 by_answer: dict[int, list[Update]] = {}
-                for index, update in await self.ticket.take(wait_s):
+                for index, update in await self.submission.take(wait_s):
                     by_answer.setdefault(index, []).append(update)
                 if not by_answer:
                     yield None
@@ -105,10 +108,10 @@ class Answers:
                     piece = answer.take(updates)
                     if piece.finish_reason:
                         unfinished -= 1
-                        self._service.finish(self.ticket, index)
+                        self._service.finish(self.submission, index)
                     yield piece
         finally:
-            self._service.close(self.ticket)
+            self._service.close(self.submission)
 
     async def whole(self) -> None:
         """Wait for all answers to end."""
@@ -116,18 +119,19 @@ class Answers:
             pass
 
     def usage(self) -> dict[str, Any]:
-        """OpenAI's count of tokens, and the steps that they took: with drafts a step brings several."""
-        prompt = sum(len(each.prompt) for each in self.ticket.asked)
+        """OpenAI's counts of tokens, and the decode steps: with drafts a step adds several tokens."""
+        progress = self.submission.progress
+        prompt = sum(len(request.prompt) for request in self.submission.requests)
         completion = sum(len(answer.transcript.ids) for answer in self.all)
-        tokenizer = self.reading.tokenizer
-        thought = sum(answer.num_reasoning(tokenizer) for answer in self.all) if tokenizer else 0
+        tokenizer = self.options.tokenizer
+        reasoning = sum(answer.num_reasoning(tokenizer) for answer in self.all) if tokenizer else 0
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": max(each.num_cached for each in self.ticket.progress)},
+            "prompt_tokens_details": {"cached_tokens": max(answer.num_cached for answer in progress)},
             "completion_tokens_details": {
-                "reasoning_tokens": thought,
-                "decode_steps": sum(each.num_steps for each in self.ticket.progress),
+                "reasoning_tokens": reasoning,
+                "decode_steps": sum(answer.num_steps for answer in progress),
             },
         }

@@ -1,4 +1,4 @@
-"""Answers in the form of /v1/chat/completions."""
+"""OpenAI's /v1/chat/completions: a conversation in `ChatRequest`, which is also what other interfaces convert to."""
 
 from __future__ import annotations
 
@@ -6,26 +6,44 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from fastapi import APIRouter, Request, Response
+
 from stepjax._version import __version__
 from stepjax.infer.engine.answer import Score
-from stepjax.infer.serve.answers import Answer, Answers, Piece
+from stepjax.infer.serve.answers import AnswerPiece, Answers, TextAnswer
+from stepjax.infer.serve.api import Api, check_stream
 from stepjax.infer.serve.schemas import ChatRequest
 from stepjax.infer.serve.sse import DONE, PING_S, event
 from stepjax.infer.transcript import Delta
 from stepjax.text.tokenizer import Tokenizer
-from stepjax.text.tool_calls import CallStart
+from stepjax.text.tool_calls import ArgumentsDelta, CallStart
 
 FINGERPRINT = f"stepjax-{__version__}"
 
 
-class Chat:
+def router(api: Api) -> APIRouter:
+    """The endpoint of this interface."""
+    routes = APIRouter(tags=["OpenAI"])
+
+    @routes.post("/v1/chat/completions")
+    async def chat_completions(request: Request, body: ChatRequest) -> Response:
+        """Answer a conversation."""
+        model = api.model_name(body.model)
+        check_stream(body)
+        answers = await api.ask(body)
+        return await api.respond(request, body, answers, ChatAnswer(body, answers, model))
+
+    return routes
+
+
+class ChatAnswer:
     """One request's answer, whole or in chunks."""
 
     def __init__(self, body: ChatRequest, answers: Answers, model: str):
         self._body, self._answers = body, answers
         self._thinking = body.include_reasoning is not False
         self._head = {
-            "id": f"chatcmpl-{answers.ticket.id}",
+            "id": f"chatcmpl-{answers.submission.id}",
             "created": int(time.time()),
             "model": model,
             "system_fingerprint": FINGERPRINT,
@@ -35,24 +53,24 @@ class Chat:
         """The body of an answer that is not streamed."""
         answers = self._answers
         await answers.whole()
-        found = {
+        body = {
             **self._head,
             "object": "chat.completion",
-            "choices": [self._choice(each) for each in answers.all],
+            "choices": [self._choice(answer) for answer in answers.all],
             "usage": answers.usage(),
         }
         first = answers.all[0]
-        if first.asked.params.prompt_logprobs is not None:
-            found["prompt_logprobs"] = prompt_logprobs(first, self._tokenizer)
+        if first.request.params.prompt_logprobs is not None:
+            body["prompt_logprobs"] = prompt_logprobs(first, self._tokenizer)
         if self._body.return_token_ids:
-            found["prompt_token_ids"] = list(first.asked.prompt)
-        return found
+            body["prompt_token_ids"] = list(first.request.prompt)
+        return body
 
     async def events(self) -> AsyncIterator[bytes | None]:
         """The chunks of a stream."""
         answers, wanted = self._answers, self._body.stream_options
-        for each in answers.all:
-            yield self._chunk(each.index, {"role": "assistant", "content": ""})
+        for answer in answers.all:
+            yield self._chunk(answer.index, {"role": "assistant", "content": ""})
         async for piece in answers.pieces(PING_S):
             if piece is None:
                 yield None
@@ -68,11 +86,11 @@ class Chat:
 
     @property
     def _tokenizer(self) -> Tokenizer:
-        tokenizer = self._answers.reading.tokenizer
-        assert tokenizer is not None, "a chat has been tokenised"
+        tokenizer = self._answers.options.tokenizer
+        assert tokenizer is not None, "a conversation has been tokenised"
         return tokenizer
 
-    def _choice(self, answer: Answer) -> dict[str, Any]:
+    def _choice(self, answer: TextAnswer) -> dict[str, Any]:
         transcript = answer.transcript
         message: dict[str, Any] = {"role": "assistant", "content": transcript.content, "refusal": None}
         if transcript.began_in_reasoning and self._thinking:
@@ -92,18 +110,18 @@ class Chat:
         return choice | ({"token_ids": transcript.ids} if self._body.return_token_ids else {})
 
     def _deltas(self, delta: Delta) -> list[dict[str, Any]]:
-        """The message's parts in the order in which they were said."""
-        found: list[dict[str, Any]] = []
+        """The parts of the message in the order of their text."""
+        parts: list[dict[str, Any]] = []
         if delta.reasoning and self._thinking:
-            found.append({"reasoning_content": delta.reasoning})
+            parts.append({"reasoning_content": delta.reasoning})
         if delta.content:
-            found.append({"content": delta.content})
+            parts.append({"content": delta.content})
         if delta.calls:
-            found.append({"tool_calls": [_call(each) for each in delta.calls]})
-        return found
+            parts.append({"tool_calls": [_call_delta(event) for event in delta.calls]})
+        return parts
 
     def _chunk(
-        self, index: int, delta: dict[str, Any], piece: Piece | None = None, *, finish: str | None = None
+        self, index: int, delta: dict[str, Any], piece: AnswerPiece | None = None, *, finish: str | None = None
     ) -> bytes:
         choice: dict[str, Any] = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
         if piece is not None and piece.ids:
@@ -116,43 +134,44 @@ class Chat:
         if not self._body.logprobs:
             return None
         content = [
-            scored(self._tokenizer, token, score.logprob)
-            | {"top_logprobs": [scored(self._tokenizer, *each) for each in score.top]}
+            token_logprob(self._tokenizer, token, score.logprob)
+            | {"top_logprobs": [token_logprob(self._tokenizer, *candidate) for candidate in score.top]}
             for token, score in zip(ids, scores, strict=True)
         ]
         return {"content": content, "refusal": None}
 
 
-def _call(each: Any) -> dict[str, Any]:
-    if isinstance(each, CallStart):
+def _call_delta(event: CallStart | ArgumentsDelta) -> dict[str, Any]:
+    if isinstance(event, CallStart):
         return {
-            "index": each.index,
-            "id": each.id,
+            "index": event.index,
+            "id": event.id,
             "type": "function",
-            "function": {"name": each.name, "arguments": ""},
+            "function": {"name": event.name, "arguments": ""},
         }
-    return {"index": each.index, "function": {"arguments": each.text}}
+    return {"index": event.index, "function": {"arguments": event.text}}
 
 
-def scored(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
+def token_logprob(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
+    """One entry of OpenAI's list of log-probabilities."""
     data = tokenizer.token_bytes([token])
     return {"token": data.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(data)}
 
 
-def prompt_logprobs(answer: Answer, tokenizer: Tokenizer | None) -> list[Any]:
-    """vLLM's form: for each prompt token but the first, its own score and the likeliest, by token id."""
-    prompt, found = answer.asked.prompt, []
+def prompt_logprobs(answer: TextAnswer, tokenizer: Tokenizer | None) -> list[Any]:
+    """vLLM's form: for each prompt token but the first, the scores of that token and of the likeliest, by token id."""
+    prompt, scores = answer.request.prompt, []
     for token, score in zip(prompt[1:], answer.prompt_scores, strict=True):
-        ranked = {each: (rank, value) for rank, (each, value) in enumerate(score.top, start=1)}
+        ranked = {candidate: (rank, value) for rank, (candidate, value) in enumerate(score.top, start=1)}
         entries = {token: (ranked.get(token, (None,))[0], score.logprob), **ranked}
-        found.append(
+        scores.append(
             {
-                str(each): {
+                str(candidate): {
                     "logprob": value,
                     "rank": rank,
-                    "decoded_token": tokenizer.decode([each], skip_special=False) if tokenizer else None,
+                    "decoded_token": tokenizer.decode([candidate], skip_special=False) if tokenizer else None,
                 }
-                for each, (rank, value) in entries.items()
+                for candidate, (rank, value) in entries.items()
             }
         )
-    return [None, *found]
+    return [None, *scores]

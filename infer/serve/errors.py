@@ -1,4 +1,4 @@
-"""Errors as the clients' own exception classes expect them: OpenAI's object, or Anthropic's around the same fields."""
+"""Errors in the forms that clients parse: OpenAI's object, or Anthropic's with the same fields."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ TYPES = {
     500: "api_error",
     503: "overloaded_error",
 }
-MAX_MESSAGE = 1000  # characters; some errors repeat what they were given
+MAX_MESSAGE = 1000  # characters; some errors repeat their input
 Dialect = Literal["openai", "anthropic", "responses"]
 _FIELD = re.compile(r"[A-Za-z_][\w.\[\]]*(?=:)")
 
 
 class ApiError(Exception):
-    """A request that is answered with an error."""
+    """An error that is the response to a request."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class ApiError(Exception):
 
     @classmethod
     def of(cls, error: Exception) -> ApiError:
-        """What a client is told of an error. Anything that is not its own fault comes without details."""
+        """The error that a client sees. Internal errors come without details."""
         if isinstance(error, ApiError):
             return error
         if isinstance(error, QueueFullError):
@@ -54,14 +54,14 @@ class ApiError(Exception):
             return cls(str(error), code="invalid_value", param=field[0] if field else None)
         if isinstance(error, StepjaxError):
             return cls(str(error), status=500, code="internal_error")
-        return cls("the server failed at this request; its log says why", status=500, code="internal_error")
+        return cls("the server failed on this request; see its log", status=500, code="internal_error")
 
     @property
     def headers(self) -> dict[str, str]:
         return {} if self.retry_after_s is None else {"retry-after": str(max(1, round(self.retry_after_s)))}
 
     def content(self, dialect: Dialect = "openai") -> dict[str, Any]:
-        """The body. ``object`` is for ChatNVIDIA, which otherwise drops an error inside of a stream."""
+        """The body. ChatNVIDIA drops an error within a stream unless it has ``object``."""
         error = {
             "object": "error",
             "message": self.message,
@@ -73,5 +73,5 @@ class ApiError(Exception):
 
 
 def dialect_of(path: str) -> Dialect:
-    """Whose form the errors of a path have. Of /v1/responses only those inside of a stream differ from OpenAI's."""
+    """The form of a path's errors. Those of /v1/responses differ from OpenAI's only within a stream."""
     return "anthropic" if path.startswith("/v1/messages") else "openai"

@@ -1,4 +1,4 @@
-"""What a request says of its answer's shape: response formats, vLLM's and NIM's fields, forced tools, thinking."""
+"""What constrains an answer: response formats, vLLM's and NIM's fields, forced tool calls, the budget of thinking."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from stepjax.errors import RequestError
 from stepjax.infer.guided.guide import Constraint
 from stepjax.infer.guided.schema_grammar import Form, choice, grammar_of, json_object, json_schema, regex
 from stepjax.infer.guided.tool_grammar import tool_calls
-from stepjax.infer.serve.schemas import ChatRequest, ResponseFormat, Sampled
+from stepjax.infer.serve.schemas import ChatRequest, ResponseFormat, SampledRequest
 
 if TYPE_CHECKING:
     from stepjax.infer.session import Session
 
-# Tokens of thinking. The model was not trained with efforts; the last ones think as long as it likes.
+# Tokens of thinking; None is unbounded. The model was not trained with efforts.
 EFFORTS = {"none": None, "minimal": 512, "low": 2048, "medium": 8192, "high": None, "xhigh": None, "max": None}
 
 
-def wants_grammar(body: Sampled) -> bool:
-    """Whether an answer's grammar must be compiled, which may take seconds."""
+def wants_grammar(body: SampledRequest) -> bool:
+    """Whether the answer needs a grammar, whose compilation may take seconds."""
     return bool(_forms(body)) or (isinstance(body, ChatRequest) and is_forced(body.tool_choice))
 
 
@@ -29,15 +29,15 @@ def is_forced(choice: Any) -> bool:
 
 def constraint_of(
     session: Session,
-    body: Sampled,
+    body: SampledRequest,
     *,
     in_reasoning: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> Constraint | None:
-    """What the answers are held to; compiles.
+    """The constraint of the answers; compiles its grammar.
 
     Raises:
-      RequestError: it contradicts itself, or cannot be held to.
+      RequestError: the fields contradict each other, or the grammar is not supported.
     """
     name, content = _content(body)
     calls = None
@@ -50,7 +50,9 @@ def constraint_of(
     if content is None and calls is None:
         return None if budget is None else Constraint(session.masks, thinking=True, budget=budget)
     if body.allowed_token_ids:
-        raise RequestError(f"allowed_token_ids: are given, expected none beside {name}, which says what may follow")
+        raise RequestError(
+            f"allowed_token_ids: are given, expected none together with {name}, which decides what may follow"
+        )
     grammar = grammar_of(content, calls, after_thinking=in_reasoning)
     grammars = session.grammars
     return Constraint(
@@ -63,32 +65,32 @@ def constraint_of(
     )
 
 
-def _content(body: Sampled) -> tuple[str, Form | None]:
-    """The field that says what the content shall look like, and what it says."""
-    found = _forms(body)
-    if len(found) > 1:
-        raise RequestError(f"{', '.join(found)}: expected one of them, since each says what the answer looks like")
-    name, value = next(iter(found.items()), ("", None))
-    return name, _form(name, value) if found else None
+def _content(body: SampledRequest) -> tuple[str, Form | None]:
+    """The field that constrains the content, and its form; empty if there is none."""
+    forms = _forms(body)
+    if len(forms) > 1:
+        raise RequestError(f"{', '.join(forms)}: expected one of them, since each decides the form of the answer")
+    name, value = next(iter(forms.items()), ("", None))
+    return name, _form(name, value) if forms else None
 
 
-def _forms(body: Sampled) -> dict[str, Any]:
-    """By field, what is asked for."""
-    found: dict[str, Any] = {}
+def _forms(body: SampledRequest) -> dict[str, Any]:
+    """The given fields that constrain the content, by name."""
+    forms: dict[str, Any] = {}
     format = getattr(body, "response_format", None)
     if format is not None and format.type != "text":
-        found["response_format"] = format
+        forms["response_format"] = format
     for group in ("structured_outputs", "nvext"):
         given = getattr(body, group)
         for kind in ("json", "regex", "choice", "json_object"):
             value = None if given is None else given.of(kind)
             if value not in (None, False):
-                found[f"{group}.{kind}"] = value
+                forms[f"{group}.{kind}"] = value
     for kind in ("json", "regex", "choice"):
         value = getattr(body, f"guided_{kind}")
         if value is not None:
-            found[f"guided_{kind}"] = value
-    return found
+            forms[f"guided_{kind}"] = value
+    return forms
 
 
 def _form(name: str, value: Any) -> Form:
@@ -117,7 +119,7 @@ def _of_format(format: ResponseFormat) -> Form:
 
 
 def _forced(body: ChatRequest, tools: Sequence[Mapping[str, Any]] | None) -> Form:
-    """The calls that a request insists on."""
+    """The form of the calls that ``tool_choice`` forces."""
     if not tools:
         raise RequestError("tool_choice: forces a call, expected tools with it")
     if body.tool_choice == "required":
@@ -130,13 +132,13 @@ def _forced(body: ChatRequest, tools: Sequence[Mapping[str, Any]] | None) -> For
 
 
 def check_tool_choice(choice: Any) -> None:
-    """Raise RequestError for a choice that is none."""
+    """Raise RequestError for an unknown choice."""
     if not isinstance(choice, Mapping) and choice not in (None, "auto", "none", "required"):
         raise RequestError("tool_choice: expected auto, none, required, or a function by its name")
 
 
-def _budget(body: Sampled) -> int | None:
-    """Tokens of thinking, if bounded."""
+def _budget(body: SampledRequest) -> int | None:
+    """The budget of thinking in tokens, if there is one."""
     if not isinstance(body, ChatRequest):
         return None
     if body.thinking_token_budget is not None:
@@ -145,6 +147,6 @@ def _budget(body: Sampled) -> int | None:
 
 
 def check_effort(effort: str | None) -> None:
-    """Raise RequestError for an effort that is not known."""
+    """Raise RequestError for an unknown effort."""
     if effort is not None and effort not in EFFORTS:
         raise RequestError(f"reasoning_effort: is {effort[:40]!a}, expected one of {', '.join(EFFORTS)}")

@@ -1,4 +1,4 @@
-"""What a request may ask for: one table, from which the validators, the OpenAPI document and the tests come."""
+"""The limits of requests, in one table that the validators, the OpenAPI document and the tests use."""
 
 from __future__ import annotations
 

@@ -1,132 +1,28 @@
-"""Answers in the form of Anthropic's /v1/messages."""
+"""Anthropic's /v1/messages and /v1/messages/count_tokens."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
+from fastapi import APIRouter, Request, Response
 from pydantic import Field, WithJsonSchema
 
 from stepjax.errors import RequestError
 from stepjax.infer.serve.answers import Answers
+from stepjax.infer.serve.api import Api, json_response
 from stepjax.infer.serve.limits import number, sized
+from stepjax.infer.serve.requests import encode_prompt
 from stepjax.infer.serve.schemas import Body, ChatRequest, record
 from stepjax.infer.serve.sse import PING_S, event
 from stepjax.infer.transcript import Delta, Transcript
 from stepjax.text.tool_calls import CallStart
 
-_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
-
-
-class Messages:
-    """One request's answer, whole or as events."""
-
-    def __init__(self, answers: Answers, model: str):
-        self._answers, self._model = answers, model
-        self._open: str | None = None  # the kind of the block that is being written
-        self._index = -1  # its number
-
-    @property
-    def _transcript(self) -> Transcript:
-        return self._answers.all[0].transcript
-
-    async def whole(self) -> dict[str, Any]:
-        """The body of an answer that is not streamed."""
-        await self._answers.whole()
-        transcript, content = self._transcript, []
-        if transcript.reasoning:
-            content.append({"type": "thinking", "thinking": transcript.reasoning, "signature": ""})
-        if transcript.content:
-            content.append({"type": "text", "text": transcript.content})
-        content += [
-            {"type": "tool_use", "id": call.id, "name": call.name, "input": arguments_of(call.arguments)}
-            for call in transcript.calls
-        ]
-        return self._message(content, self._usage()) | self._end()
-
-    async def events(self) -> AsyncIterator[bytes]:
-        """The events of a stream."""
-        usage = self._usage() | {"output_tokens": 0}
-        yield _event("message_start", message=self._message([], usage) | {"stop_reason": None, "stop_sequence": None})
-        yield _event("ping")
-        async for piece in self._answers.pieces(PING_S):
-            if piece is None:
-                yield _event("ping")
-                continue
-            for data in self._written(piece.delta):
-                yield data
-        for data in self._closed():
-            yield data
-        yield _event("message_delta", delta=self._end(), usage=self._usage())
-        yield _event("message_stop")
-
-    def _message(self, content: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "id": f"msg_{self._answers.ticket.id}",
-            "type": "message",
-            "role": "assistant",
-            "model": self._model,
-            "content": content,
-            "usage": usage,
-        }
-
-    def _end(self) -> dict[str, Any]:
-        transcript = self._transcript
-        if transcript.stopped_at is not None and transcript.finish_reason == "stop":
-            return {"stop_reason": "stop_sequence", "stop_sequence": transcript.stopped_at}
-        return {"stop_reason": _REASONS[transcript.finish_reason or "stop"], "stop_sequence": None}
-
-    def _usage(self) -> dict[str, Any]:
-        """Anthropic counts what the cache spared apart."""
-        usage = self._answers.usage()
-        cached = usage["prompt_tokens_details"]["cached_tokens"]
-        return {
-            "input_tokens": usage["prompt_tokens"] - cached,
-            "cache_creation_input_tokens": 0,
-            "cache_read_input_tokens": cached,
-            "output_tokens": usage["completion_tokens"],
-        }
-
-    def _written(self, delta: Delta) -> Iterator[bytes]:
-        """Events for what came, block by block."""
-        if delta.reasoning:
-            yield from self._in("thinking", {"thinking": "", "signature": ""})
-            yield self._delta({"type": "thinking_delta", "thinking": delta.reasoning})
-        if delta.content:
-            yield from self._in("text", {"text": ""})
-            yield self._delta({"type": "text_delta", "text": delta.content})
-        for each in delta.calls:
-            if isinstance(each, CallStart):
-                yield from self._closed()
-                yield from self._in("tool_use", {"id": each.id, "name": each.name, "input": {}})
-            else:
-                yield self._delta({"type": "input_json_delta", "partial_json": each.text})
-
-    def _in(self, kind: str, empty: dict[str, Any]) -> Iterator[bytes]:
-        """Make sure that a block of this kind is open."""
-        if self._open == kind:
-            return
-        yield from self._closed()
-        self._open, self._index = kind, self._index + 1
-        yield _event("content_block_start", index=self._index, content_block={"type": kind, **empty})
-
-    def _closed(self) -> Iterator[bytes]:
-        if self._open is not None:
-            self._open = None
-            yield _event("content_block_stop", index=self._index)
-
-    def _delta(self, delta: dict[str, Any]) -> bytes:
-        return _event("content_block_delta", index=self._index, delta=delta)
-
-
-def _event(kind: str, **fields: Any) -> bytes:
-    return event({"type": kind, **fields}, name=kind)
-
-
 _TEXT = {"type": "string"}
 _BLOCKS = {"type": "array", "items": record("type text", type={"enum": ["text"]}, text=_TEXT)}
-_SAID = {
+_CONTENT = {
     "type": "array",
     "items": {
         "anyOf": [
@@ -146,16 +42,16 @@ _SAID = {
 Message = Annotated[
     Any,
     WithJsonSchema(
-        record("role content", role={"enum": ["user", "assistant", "system"]}, content={"anyOf": [_TEXT, _SAID]})
+        record("role content", role={"enum": ["user", "assistant", "system"]}, content={"anyOf": [_TEXT, _CONTENT]})
     ),
 ]
 System = Annotated[Any, WithJsonSchema({"anyOf": [_TEXT, _BLOCKS, {"type": "null"}]})]
-# Fields that would change the answer and have no counterpart here.
+# Fields that would change the answer and are not supported.
 REFUSED = ("container", "mcp_servers")
 
 
 class Thinking(Body):
-    """Whether the model thinks first; it does unless this is disabled."""
+    """Whether the model thinks first; disabled switches that off."""
 
     type: Literal["enabled", "adaptive", "disabled"]
     budget_tokens: int | None = number("budget_tokens")
@@ -176,7 +72,7 @@ class OutputConfig(Body):
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = Field(
         None, description="as reasoning_effort of a chat"
     )
-    format: OutputFormat | None = Field(None, description="what the answer is held to, strictly")
+    format: OutputFormat | None = Field(None, description="the schema that the answer must fit")
 
 
 class CountTokensRequest(Body):
@@ -207,7 +103,7 @@ def as_chat(body: CountTokensRequest) -> ChatRequest:
     """The same request as a chat.
 
     Raises:
-      RequestError: a message, a tool or a field asks for what is not there.
+      RequestError: a message, a tool or a field is not supported.
     """
     for name in REFUSED:
         if (body.model_extra or {}).get(name):
@@ -238,51 +134,51 @@ def _output(config: OutputConfig) -> dict[str, Any]:
 
 
 def _messages(body: CountTokensRequest) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
+    messages: list[dict[str, Any]] = []
     if body.system:
-        found.append({"role": "system", "content": _text(body.system, "system")})
-    for at, message in enumerate(body.messages):
-        where = f"messages[{at}]"
+        messages.append({"role": "system", "content": _text(body.system, "system")})
+    for index, message in enumerate(body.messages):
+        where = f"messages[{index}]"
         if not isinstance(message, Mapping):
             raise RequestError(f"{where}: expected an object, found a {type(message).__name__}")
         role, content = message.get("role"), message.get("content")
         if role == "assistant":
-            found.append(_assistant(content, f"{where}.content"))
+            messages.append(_assistant(content, f"{where}.content"))
         elif role == "user":
-            found += _user(content, f"{where}.content")
+            messages += _user(content, f"{where}.content")
         elif role == "system":
-            found.append({"role": "system", "content": _text(content, f"{where}.content")})
+            messages.append({"role": "system", "content": _text(content, f"{where}.content")})
         else:
             raise RequestError(f"{where}.role: expected user, assistant or system, found {ascii(role)[:80]}")
-    return found
+    return messages
 
 
 def _blocks(content: Any, where: str) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """The parts of a message, each with its place."""
+    """The blocks of a message, each with its place in the request."""
     if isinstance(content, str):
         yield {"type": "text", "text": content}, where
         return
     if not isinstance(content, list):
         raise RequestError(f"{where}: expected a text or a list of blocks, found a {type(content).__name__}")
-    for at, block in enumerate(content):
+    for index, block in enumerate(content):
         if not isinstance(block, Mapping):
-            raise RequestError(f"{where}[{at}]: expected an object, found a {type(block).__name__}")
-        yield block, f"{where}[{at}]"
+            raise RequestError(f"{where}[{index}]: expected an object, found a {type(block).__name__}")
+        yield block, f"{where}[{index}]"
 
 
 def _text(content: Any, where: str) -> str:
-    """Of blocks that may hold nothing but text."""
-    return "".join(_of(block, "text", at) for block, at in _checked(content, where, ("text",)))
+    """The joined text of blocks that must be text."""
+    return "".join(_string(block, "text", place) for block, place in _checked(content, where, ("text",)))
 
 
 def _checked(content: Any, where: str, kinds: tuple[str, ...]) -> Iterator[tuple[Mapping[str, Any], str]]:
-    for block, at in _blocks(content, where):
+    for block, place in _blocks(content, where):
         if block.get("type") not in kinds:
-            raise RequestError(f"{at}.type: expected {' or '.join(kinds)}, found {ascii(block.get('type'))[:80]}")
-        yield block, at
+            raise RequestError(f"{place}.type: expected {' or '.join(kinds)}, found {ascii(block.get('type'))[:80]}")
+        yield block, place
 
 
-def _of(block: Mapping[str, Any], name: str, where: str) -> str:
+def _string(block: Mapping[str, Any], name: str, where: str) -> str:
     value = block.get(name)
     if not isinstance(value, str):
         raise RequestError(f"{where}.{name}: expected a text, found a {type(value).__name__}")
@@ -292,53 +188,55 @@ def _of(block: Mapping[str, Any], name: str, where: str) -> str:
 def _assistant(content: Any, where: str) -> dict[str, Any]:
     """An earlier answer: its thinking, its text and its calls."""
     text, thinking, calls = "", None, []
-    for block, at in _checked(content, where, ("text", "thinking", "redacted_thinking", "tool_use")):
+    for block, place in _checked(content, where, ("text", "thinking", "redacted_thinking", "tool_use")):
         if block["type"] == "text":
-            text += _of(block, "text", at)
+            text += _string(block, "text", place)
         elif block["type"] == "thinking":
-            thinking = (thinking or "") + _of(block, "thinking", at)
+            thinking = (thinking or "") + _string(block, "thinking", place)
         elif block["type"] == "tool_use":
             arguments = block.get("input")
             if not isinstance(arguments, Mapping):
-                raise RequestError(f"{at}.input: expected an object, found a {type(arguments).__name__}")
-            function = {"name": _of(block, "name", at), "arguments": dict(arguments)}
-            calls.append({"id": _of(block, "id", at), "type": "function", "function": function})
-    found: dict[str, Any] = {"role": "assistant", "content": text}
+                raise RequestError(f"{place}.input: expected an object, found a {type(arguments).__name__}")
+            function = {"name": _string(block, "name", place), "arguments": dict(arguments)}
+            calls.append({"id": _string(block, "id", place), "type": "function", "function": function})
+    message: dict[str, Any] = {"role": "assistant", "content": text}
     if thinking is not None:
-        found["reasoning_content"] = thinking
-    return found | ({"tool_calls": calls} if calls else {})
+        message["reasoning_content"] = thinking
+    return message | ({"tool_calls": calls} if calls else {})
 
 
 def _user(content: Any, where: str) -> Iterator[dict[str, Any]]:
-    """What a user says, and before it the results of tools."""
+    """A user's text, and before it the results of tools."""
     text: str | None = None
-    for block, at in _checked(content, where, ("text", "tool_result")):
+    for block, place in _checked(content, where, ("text", "tool_result")):
         if block["type"] == "text":
-            text = (text or "") + _of(block, "text", at)
+            text = (text or "") + _string(block, "text", place)
             continue
         if text is not None:
             yield {"role": "user", "content": text}
             text = None
         result = block.get("content")
-        said = "" if result is None else _text(result, f"{at}.content")
-        yield {"role": "tool", "tool_call_id": _of(block, "tool_use_id", at), "content": said}
+        output = "" if result is None else _text(result, f"{place}.content")
+        yield {"role": "tool", "tool_call_id": _string(block, "tool_use_id", place), "content": output}
     if text is not None or content == []:
         yield {"role": "user", "content": text or ""}
 
 
 def _tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
-    found = []
-    for at, tool in enumerate(tools or ()):
+    functions = []
+    for index, tool in enumerate(tools or ()):
         if tool.get("type") not in (None, "custom"):
-            raise RequestError(f"tools[{at}].type: is {ascii(tool['type'])[:80]}, expected custom: tools run elsewhere")
+            raise RequestError(
+                f"tools[{index}].type: is {ascii(tool['type'])[:80]}, expected custom: the server runs no tools"
+            )
         schema = tool.get("input_schema")
         if not isinstance(schema, dict):
-            raise RequestError(f"tools[{at}].input_schema: expected an object, found a {type(schema).__name__}")
+            raise RequestError(f"tools[{index}].input_schema: expected an object, found a {type(schema).__name__}")
         function = {"name": tool.get("name"), "parameters": schema}
         if tool.get("description") is not None:
             function["description"] = tool["description"]
-        found.append({"type": "function", "function": function})
-    return found or None
+        functions.append({"type": "function", "function": function})
+    return functions or None
 
 
 def _choice(choice: ToolChoice) -> Any:
@@ -349,8 +247,137 @@ def _choice(choice: ToolChoice) -> Any:
     return {"type": "function", "function": {"name": choice.name}}
 
 
-def arguments_of(text: str) -> dict[str, Any]:
-    """A call's arguments as an object; an answer that was cut inside of them has none."""
+def router(api: Api) -> APIRouter:
+    """The endpoints of this interface."""
+    routes = APIRouter(tags=["Anthropic"])
+
+    @routes.post("/v1/messages")
+    async def messages(request: Request, body: MessagesRequest) -> Response:
+        """Answer a conversation in Anthropic's form."""
+        model = api.model_name(body.model)
+        answers = await api.ask(as_chat(body))
+        return await api.respond(request, body, answers, MessagesAnswer(answers, model), dialect="anthropic")
+
+    @routes.post("/v1/messages/count_tokens")
+    async def count_tokens(body: CountTokensRequest) -> Response:
+        """Count the tokens of a prompt."""
+        api.model_name(body.model)
+        ids, _ = await asyncio.to_thread(encode_prompt, api.session, as_chat(body))
+        return json_response({"input_tokens": len(ids)})
+
+    return routes
+
+
+_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+
+
+class MessagesAnswer:
+    """One request's answer, whole or as events."""
+
+    def __init__(self, answers: Answers, model: str):
+        self._answers, self._model = answers, model
+        self._open: str | None = None  # kind of the open block
+        self._index = -1  # number of the last block
+
+    @property
+    def _transcript(self) -> Transcript:
+        return self._answers.all[0].transcript
+
+    async def whole(self) -> dict[str, Any]:
+        """The body of an answer that is not streamed."""
+        await self._answers.whole()
+        transcript, content = self._transcript, []
+        if transcript.reasoning:
+            content.append({"type": "thinking", "thinking": transcript.reasoning, "signature": ""})
+        if transcript.content:
+            content.append({"type": "text", "text": transcript.content})
+        content += [
+            {"type": "tool_use", "id": call.id, "name": call.name, "input": _arguments(call.arguments)}
+            for call in transcript.calls
+        ]
+        return self._message(content, self._usage()) | self._end()
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """The events of a stream."""
+        usage = self._usage() | {"output_tokens": 0}
+        yield _event("message_start", message=self._message([], usage) | {"stop_reason": None, "stop_sequence": None})
+        yield _event("ping")
+        async for piece in self._answers.pieces(PING_S):
+            if piece is None:
+                yield _event("ping")
+                continue
+            for data in self._write(piece.delta):
+                yield data
+        for data in self._close_block():
+            yield data
+        yield _event("message_delta", delta=self._end(), usage=self._usage())
+        yield _event("message_stop")
+
+    def _message(self, content: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "id": f"msg_{self._answers.submission.id}",
+            "type": "message",
+            "role": "assistant",
+            "model": self._model,
+            "content": content,
+            "usage": usage,
+        }
+
+    def _end(self) -> dict[str, Any]:
+        transcript = self._transcript
+        if transcript.stopped_at is not None and transcript.finish_reason == "stop":
+            return {"stop_reason": "stop_sequence", "stop_sequence": transcript.stopped_at}
+        return {"stop_reason": _REASONS[transcript.finish_reason or "stop"], "stop_sequence": None}
+
+    def _usage(self) -> dict[str, Any]:
+        """Anthropic's counts: tokens from the prefix cache are not part of ``input_tokens``."""
+        usage = self._answers.usage()
+        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        return {
+            "input_tokens": usage["prompt_tokens"] - cached,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": cached,
+            "output_tokens": usage["completion_tokens"],
+        }
+
+    def _write(self, delta: Delta) -> Iterator[bytes]:
+        """The events for new text, block by block."""
+        if delta.reasoning:
+            yield from self._open_block("thinking", {"thinking": "", "signature": ""})
+            yield self._delta({"type": "thinking_delta", "thinking": delta.reasoning})
+        if delta.content:
+            yield from self._open_block("text", {"text": ""})
+            yield self._delta({"type": "text_delta", "text": delta.content})
+        for call in delta.calls:
+            if isinstance(call, CallStart):
+                yield from self._close_block()
+                yield from self._open_block("tool_use", {"id": call.id, "name": call.name, "input": {}})
+            else:
+                yield self._delta({"type": "input_json_delta", "partial_json": call.text})
+
+    def _open_block(self, kind: str, empty: dict[str, Any]) -> Iterator[bytes]:
+        """Open a block of this kind, unless the current one is of it."""
+        if self._open == kind:
+            return
+        yield from self._close_block()
+        self._open, self._index = kind, self._index + 1
+        yield _event("content_block_start", index=self._index, content_block={"type": kind, **empty})
+
+    def _close_block(self) -> Iterator[bytes]:
+        if self._open is not None:
+            self._open = None
+            yield _event("content_block_stop", index=self._index)
+
+    def _delta(self, delta: dict[str, Any]) -> bytes:
+        return _event("content_block_delta", index=self._index, delta=delta)
+
+
+def _event(kind: str, **fields: Any) -> bytes:
+    return event({"type": kind, **fields}, name=kind)
+
+
+def _arguments(text: str) -> dict[str, Any]:
+    """A call's arguments as an object; empty if the answer was cut within them."""
     try:
         value = json.loads(text or "{}")
     except ValueError:

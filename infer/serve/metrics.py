@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
     from stepjax.infer.engine.engine import Engine, Update
-    from stepjax.infer.serve.ticket import Ticket
 
 PREFIX = "stepjax"
 _FIRST_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
@@ -24,17 +24,30 @@ _WHOLE_S = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 1
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000)
 
 
-class Metrics:
-    """Of one server. What the engine counts by itself is read when somebody asks."""
+@dataclass
+class AnswerProgress:
+    """How far one answer is."""
+
+    began: float  # when the request came
+    num_prompt: int
+    num_cached: int = 0  # prompt tokens read from the prefix cache
+    num_output: int = 0
+    num_steps: int = 0  # decode steps, without the one that read the end of the prompt
+    first_s: float | None = None  # times of its first and last tokens
+    last_s: float | None = None
+
+
+class ServerMetrics:
+    """The metrics of one server. What the engine counts itself is read at each request for the metrics."""
 
     def __init__(self, engine: Engine, model: str):
         self._registry = CollectorRegistry()
         self._model = model
         self._finished = self._counter("request_success", "Finished requests", "finished_reason")
-        for reason in get_args(FinishReason):  # there from the beginning, at 0
+        for reason in get_args(FinishReason):  # listed from the start, at 0
             self._finished.labels(model, reason)
         self._prompt = self._counter("prompt_tokens", "Prompt tokens of accepted requests")
-        self._generated = self._counter("generation_tokens", "Answered tokens")
+        self._generated = self._counter("generation_tokens", "Generated tokens")
         self._first = self._histogram("time_to_first_token_seconds", "From request to first token", _FIRST_S)
         self._next = self._histogram("inter_token_latency_seconds", "Between the tokens of an answer", _NEXT_S)
         self._whole = self._histogram("e2e_request_latency_seconds", "From request to last token", _WHOLE_S)
@@ -46,30 +59,29 @@ class Metrics:
         """The text that Prometheus reads."""
         return generate_latest(self._registry)
 
-    def observe(self, ticket: Ticket, index: int, update: Update, now: float) -> None:
+    def observe(self, progress: AnswerProgress, update: Update, now: float) -> None:
         """Count what a step added to an answer."""
-        state = ticket.progress[index]
         if update.tokens:
-            since = now - (state.last_s or ticket.began)
-            if state.last_s is None:
+            since = now - (progress.last_s or progress.began)
+            if progress.last_s is None:
                 self._first.observe(since)
-                self._prompt.inc(state.num_prompt)
-                self._prompt_sizes.observe(state.num_prompt)
-                state.first_s = now
+                self._prompt.inc(progress.num_prompt)
+                self._prompt_sizes.observe(progress.num_prompt)
+                progress.first_s = now
             else:
-                state.num_steps += 1
+                progress.num_steps += 1
                 for _ in update.tokens:
                     self._next.observe(since / len(update.tokens))
-            state.last_s = now
-            state.num_output += len(update.tokens)
-            state.num_cached = update.num_cached
+            progress.last_s = now
+            progress.num_output += len(update.tokens)
+            progress.num_cached = update.num_cached
             self._generated.inc(len(update.tokens))
 
-    def end(self, ticket: Ticket, index: int, reason: FinishReason, now: float) -> None:
-        """Count an answer that is over, whoever ended it."""
+    def end(self, progress: AnswerProgress, reason: FinishReason, now: float) -> None:
+        """Count an answer that has ended, whatever ended it."""
         self._finished.labels(self._model, reason).inc()
-        self._whole.observe(now - ticket.began)
-        self._sizes.observe(ticket.progress[index].num_output)
+        self._whole.observe(now - progress.began)
+        self._sizes.observe(progress.num_output)
 
     def _counter(self, name: str, text: str, *labels: str):
         counter = Counter(f"{PREFIX}:{name}", text, ["model_name", *labels], registry=self._registry)
@@ -93,12 +105,15 @@ class _EngineCollector(Collector):
             "kv_cache_usage_perc": ("Share of the cache's pages in use", used),
         }
         counters = {
-            "num_preemptions": ("Answers that gave up their pages and were computed again", admission.num_preemptions),
+            "num_preemptions": (
+                "Answers that lost their pages and were computed again",
+                admission.num_preemptions,
+            ),
             "prefix_cache_queries": ("Prompt tokens looked up in the prefix cache", prefix.lookup_tokens),
-            "prefix_cache_hits": ("Prompt tokens that the prefix cache spared", prefix.hit_tokens),
-            "spec_decode_num_draft_tokens": ("Drafts that were reached", sum(stats.drafted)),
-            "spec_decode_num_accepted_tokens": ("Drafts that were accepted", sum(stats.accepted)),
-            "engine_steps": ("Steps of the device", stats.num_steps),
+            "prefix_cache_hits": ("Prompt tokens found in the prefix cache", prefix.hit_tokens),
+            "spec_decode_num_draft_tokens": ("Draft tokens that were verified", sum(stats.drafted)),
+            "spec_decode_num_accepted_tokens": ("Draft tokens that were accepted", sum(stats.accepted)),
+            "engine_steps": ("Steps of the engine", stats.num_steps),
         }
         for name, (text, value) in gauges.items():
             gauge = GaugeMetricFamily(f"{PREFIX}:{name}", text, labels=["model_name"])
@@ -110,7 +125,7 @@ class _EngineCollector(Collector):
             yield counter
         by_depth = CounterMetricFamily(
             f"{PREFIX}:spec_decode_num_accepted_tokens_per_pos",
-            "Drafts that were accepted, by depth",
+            "Draft tokens that were accepted, by depth",
             labels=["model_name", "position"],
         )
         for depth, count in enumerate(stats.accepted):

@@ -8,12 +8,29 @@ import re
 from functools import cache
 from pathlib import Path
 
+from fastapi import APIRouter, Response
+
+from stepjax.infer.serve.api import Api
+
 _FILE = Path(__file__).with_name("page.html")
+
+
+def router(api: Api) -> APIRouter:
+    """The page, unless the server is to have none."""
+    routes = APIRouter()
+    if api.options.ui:
+
+        @routes.get("/", include_in_schema=False)
+        async def chat_page() -> Response:
+            body, headers = page()
+            return Response(body, headers=headers, media_type="text/html")
+
+    return routes
 
 
 @cache
 def page() -> tuple[bytes, dict[str, str]]:
-    """The file and its headers. Its own script and style are allowed by their hashes, and nothing beside them."""
+    """The page and its headers, which allow its own script and style by their hashes and nothing else."""
     text = _FILE.read_text(encoding="utf-8")
     policy = {
         "default-src": "'none'",
@@ -36,5 +53,5 @@ def page() -> tuple[bytes, dict[str, str]]:
 
 
 def _hashes(tag: str, text: str) -> str:
-    found = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
-    return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(each.encode()).digest()).decode()}'" for each in found)
+    digests = [hashlib.sha256(body.encode()).digest() for body in re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)]
+    return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)

@@ -1,4 +1,4 @@
-"""From the body of a request to what the engine is asked: prompts, sampling parameters, and how to read the answer."""
+"""From a request's body to the engine's request: the prompt, the sampling parameters, and how to read the answer."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from stepjax.errors import RequestError
 from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.serve.formats import check_effort, check_tool_choice, constraint_of
 from stepjax.infer.serve.limits import LIMITS
-from stepjax.infer.serve.schemas import Body, ChatRequest, CompletionRequest, Sampled
-from stepjax.infer.serve.ticket import Asked
+from stepjax.infer.serve.schemas import Body, ChatRequest, SampledRequest
+from stepjax.infer.serve.service import EngineRequest
 from stepjax.infer.transcript import Transcript, begins_in_reasoning
 from stepjax.text.chat import read_template_kwargs
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from stepjax.infer.session import Session
     from stepjax.text.tokenizer import Tokenizer
 
-# Fields that would change the answer and have no counterpart here: refused, unless they ask for nothing. All other
-# fields that are not known change nothing, and the answer names them in a header.
+# Fields that would change the answer and are not supported: refused unless their value has no effect. Other unknown
+# fields are ignored, and a header of the response names them.
 REFUSED = (
     "audio",
     "bad_words",
@@ -40,11 +40,11 @@ REFUSED = (
     "use_beam_search",
     "web_search_options",
 )
-_NOTHING = (None, False, [], {}, "", 0, 1.0, ["text"], "none")
+_NO_EFFECT = (None, False, [], {}, "", 0, 1.0, ["text"], "none")
 
 
 @dataclass(frozen=True)
-class Reading:
+class TranscriptOptions:
     """How the answers to a prompt are read."""
 
     tokenizer: Tokenizer | None
@@ -53,18 +53,20 @@ class Reading:
     tools: Sequence[Mapping[str, Any]] | None = None
     include_stop: bool = False
     skip_special: bool = True
-    verbatim: bool = False  # nothing behind the thinking is a marker or a call
+    verbatim: bool = False  # after the thinking no text is a marker or a call
 
     def transcript(self, params: SamplingParams) -> Transcript:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return Transcript(params, **fields)
 
 
-def of_chat(engine: Engine, session: Session, body: ChatRequest) -> tuple[Asked, Reading]:
-    """The prompt of a conversation. Renders and tokenises, which takes its time: not for an event loop.
+def read_chat(engine: Engine, session: Session, body: ChatRequest) -> tuple[EngineRequest, TranscriptOptions]:
+    """The engine's request for a conversation, and how to read its answer.
+
+    It renders and tokenises, which is too slow for an event loop.
 
     Raises:
-      RequestError, TemplateError: the request is not acceptable.
+      RequestError, TemplateError: the request is invalid.
     """
     check_unknown(body)
     if body.add_generation_prompt is False:
@@ -73,26 +75,23 @@ def of_chat(engine: Engine, session: Session, body: ChatRequest) -> tuple[Asked,
         raise RequestError("top_logprobs: is given, expected logprobs to be true with it")
     check_tool_choice(body.tool_choice)
     check_effort(body.reasoning_effort)
-    ids, tools = _rendered(session, body)
-    most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    ids, tools = encode_prompt(session, body)
+    max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     top = (body.top_logprobs or 0) if body.logprobs else None
     tokenizer = session.tokenizer
     assert tokenizer is not None, "encode_chat needs it"
     in_reasoning = begins_in_reasoning(ids, tokenizer)
-    asked = _asked(engine, session, body, ids, max_tokens=most, logprobs=top)
+    request = engine_request(engine, session, body, ids, max_tokens=max_tokens, logprobs=top)
     constraint = constraint_of(session, body, in_reasoning=in_reasoning, tools=tools)
     verbatim = constraint is not None and constraint.matcher is not None and not constraint.calls
-    options = {"tools": None if verbatim else tools, "verbatim": verbatim}
-    return asked._replace(constraint=constraint), _reading(session, body, in_reasoning=in_reasoning, **options)
+    options = transcript_options(
+        session, body, in_reasoning=in_reasoning, tools=None if verbatim else tools, verbatim=verbatim
+    )
+    return request._replace(constraint=constraint), options
 
 
-def count_prompt(session: Session, body: ChatRequest) -> int:
-    """Tokens of a conversation's prompt; errors as `of_chat`."""
-    return len(_rendered(session, body)[0])
-
-
-def _rendered(session: Session, body: ChatRequest) -> tuple[list[int], list[dict[str, Any]] | None]:
-    """The prompt, and the tools in it."""
+def encode_prompt(session: Session, body: ChatRequest) -> tuple[list[int], list[dict[str, Any]] | None]:
+    """The token ids of a conversation's prompt, and the tools in it; errors as `read_chat`."""
     tools = offered_tools(body.tools, body.tool_choice)
     options: dict[str, Any] = read_template_kwargs(body.chat_template_kwargs)
     if body.reasoning_effort == "none":
@@ -100,44 +99,21 @@ def _rendered(session: Session, body: ChatRequest) -> tuple[list[int], list[dict
     return session.encode_chat(body.messages, tools=tools, **options), tools
 
 
-def of_completion(engine: Engine, session: Session, body: CompletionRequest) -> tuple[list[Asked], Reading]:
-    """The prompts of a completion; tokenises, and errors, as `of_chat`."""
-    check_unknown(body, allowed=("echo",))
-    if body.suffix:
-        raise RequestError("suffix: is given, expected none: the model was not trained to fill in")
-    if body.best_of not in (None, body.n or 1):
-        raise RequestError(f"best_of: is {body.best_of}, expected none, or as large as n")
-    if body.max_tokens == 0 and not body.echo:
-        raise RequestError("max_tokens: is 0, expected at least 1 without echo")
-    prompts = _prompts(session, body.prompt)
-    answers = len(prompts) * (body.n or 1)
-    _at_most("prompts", "prompt", answers)
-    if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
-        body = body.model_copy(update={"prompt_logprobs": body.logprobs})
-    asked = [
-        _asked(engine, session, body, ids, max_tokens=max(1, body.max_tokens or 0), logprobs=body.logprobs)
-        for ids in prompts
-    ]
-    constraint = constraint_of(session, body)
-    verbatim = constraint is not None
-    return [each._replace(constraint=constraint) for each in asked], _reading(session, body, verbatim=verbatim)
-
-
-def check_unknown(body: Sampled, *, allowed: Sequence[str] = ()) -> None:
-    """Raise RequestError for a field that asks for what is not there."""
+def check_unknown(body: SampledRequest, *, allowed: Sequence[str] = ()) -> None:
+    """Raise RequestError for a field that is not supported."""
     extra = body.model_extra or {}
     for name in REFUSED:
-        if name in extra and name not in allowed and extra[name] not in _NOTHING:
+        if name in extra and name not in allowed and extra[name] not in _NO_EFFECT:
             raise RequestError(f"{name}: is given, but is not supported here; leave it out")
 
 
-def ignored(body: Body) -> list[str]:
-    """Fields that are not known and changed nothing."""
+def ignored_fields(body: Body) -> list[str]:
+    """Unknown fields, which changed nothing."""
     return sorted(name for name in body.model_extra or {} if name not in REFUSED)
 
 
 def offered_tools(tools: list[dict[str, Any]] | None, choice: Any) -> list[dict[str, Any]] | None:
-    """The tools that go into the prompt: none if none may be called."""
+    """The tools that go into the prompt; None if none may be called."""
     if not tools or choice == "none":
         return None
     size, most = len(json.dumps(tools, ensure_ascii=False).encode()), LIMITS["tools_bytes"].high
@@ -146,22 +122,29 @@ def offered_tools(tools: list[dict[str, Any]] | None, choice: Any) -> list[dict[
     return tools
 
 
-def stops(stop: Any) -> tuple[str, ...]:
+def stop_strings(stop: Any) -> tuple[str, ...]:
     """The stop strings of a request."""
     given = [stop] if isinstance(stop, str) else [] if stop is None else stop
     if not isinstance(given, list) or not all(isinstance(text, str) for text in given):
         raise RequestError("stop: expected a text or a list of texts")
-    _at_most("stop", "stop", len(given))
+    check_count("stop", "stop", len(given))
     low, high = LIMITS["stop_bytes"].low, LIMITS["stop_bytes"].high
-    for at, text in enumerate(given):
+    for index, text in enumerate(given):
         if not low <= len(text.encode()) <= high:
-            raise RequestError(f"stop[{at}]: has {len(text.encode())} bytes, expected {low} to {high}")
+            raise RequestError(f"stop[{index}]: has {len(text.encode())} bytes, expected {low} to {high}")
     return tuple(given)
 
 
-def _asked(
-    engine: Engine, session: Session, body: Sampled, ids: list[int], *, max_tokens: int | None, logprobs: int | None
-) -> Asked:
+def engine_request(
+    engine: Engine,
+    session: Session,
+    body: SampledRequest,
+    ids: list[int],
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
+) -> EngineRequest:
+    """The engine's request for one prompt, its sampling parameters checked and cut to the context."""
     if body.truncate_prompt_tokens is not None:
         ids = ids[-body.truncate_prompt_tokens :]
     bias = body.logit_bias or {}
@@ -176,7 +159,7 @@ def _asked(
         frequency_penalty=_float(body.frequency_penalty),
         seed=None if body.seed is None else body.seed % 2**32,
         n=body.n,
-        stop=stops(body.stop),
+        stop=stop_strings(body.stop),
         stop_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=body.ignore_eos,
         min_tokens=body.min_tokens,
@@ -185,7 +168,7 @@ def _asked(
         logprobs=logprobs,
         prompt_logprobs=body.prompt_logprobs,
     )
-    return Asked(
+    return EngineRequest(
         tuple(ids),
         engine.fit(ids, params),
         priority=body.priority or 0,
@@ -198,8 +181,8 @@ def _float(value: float | None) -> float | None:
     return None if value is None else float(value)
 
 
-def _reading(session: Session, body: Sampled, **options: Any) -> Reading:
-    return Reading(
+def transcript_options(session: Session, body: SampledRequest, **options: Any) -> TranscriptOptions:
+    return TranscriptOptions(
         session.tokenizer,
         tuple(session.config.eos_ids),
         include_stop=bool(body.include_stop_str_in_output),
@@ -221,23 +204,8 @@ def _bias(token: str, value: float) -> float:
     return value
 
 
-def _prompts(session: Session, given: Any) -> list[list[int]]:
-    """Token ids of each prompt."""
-    if isinstance(given, str):
-        return [session.encode(given)]
-    if not isinstance(given, list) or not given:
-        raise RequestError("prompt: expected a text, a list of texts, or token ids")
-    if all(isinstance(each, int) for each in given):
-        return [given]
-    _at_most("prompts", "prompt", len(given))
-    kind: Literal["text", "ids"] = "text" if isinstance(given[0], str) else "ids"
-    for at, each in enumerate(given):
-        if not isinstance(each, str if kind == "text" else list):
-            raise RequestError(f"prompt[{at}]: is a {type(each).__name__}, expected {kind} as at the beginning")
-    return [session.encode(each) for each in given] if kind == "text" else given
-
-
-def _at_most(limit: str, name: str, count: int) -> None:
+def check_count(limit: str, name: str, count: int) -> None:
+    """Raise RequestError if a field has more items than ``limit`` allows."""
     most = LIMITS[limit].high
     if count > most:
         raise RequestError(f"{name}: has {count} {LIMITS[limit].of}, expected at most {most}")

@@ -1,4 +1,4 @@
-"""Bodies of requests as pydantic models: names, types and ranges. What fields mean together is in `asked`."""
+"""Bodies of requests as pydantic models: names, types and ranges. `requests` checks what fields mean together."""
 
 from __future__ import annotations
 
@@ -6,31 +6,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
-from stepjax.infer.serve.limits import LIMITS, number, sized
+from stepjax.infer.serve.limits import number, sized
 
 _TEXT = {"type": "string"}
 
 
 def record(required: str, **properties: Any) -> dict[str, Any]:
-    """An object in the OpenAPI document, with the names of what it must have."""
+    """An object in the OpenAPI document; ``required`` names its required fields."""
     return {"type": "object", "required": required.split(), "properties": properties}
 
 
 _PART = record("type text", type={"enum": ["text"]}, text=_TEXT)
 _FUNCTION = record("name", name={"type": "string", "minLength": 1}, arguments=_TEXT)
 _CALL = record("function", id=_TEXT, type={"enum": ["function"]}, function=_FUNCTION)
-_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 Stop = Annotated[
     Any, WithJsonSchema({"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "maxItems": 16}, {"type": "null"}]})
-]
-Prompt = Annotated[
-    Any,
-    WithJsonSchema(
-        {
-            "anyOf": [_TEXT, _IDS, {"type": "array", "items": _TEXT}, {"type": "array", "items": _IDS}],
-            "description": "a text, a list of texts, token ids, or a list of lists of token ids",
-        }
-    ),
 ]
 ChatMessage = Annotated[
     Any,
@@ -52,7 +42,7 @@ ChatMessage = Annotated[
 
 
 class Body(BaseModel):
-    """Numbers are numbers, not texts of numbers. A field that is not known is left alone and named in the answer."""
+    """The base of all bodies. Numbers must be numbers, not strings. Unknown fields are kept in ``model_extra``."""
 
     model_config = ConfigDict(strict=True, extra="allow", hide_input_in_errors=True)
 
@@ -64,7 +54,7 @@ class StreamOptions(Body):
 class JsonSchemaFormat(Body):
     name: str = ""
     schema_: dict[str, Any] | None = Field(None, alias="schema")
-    strict: bool | None = Field(None, description="true refuses keywords that cannot be held to")
+    strict: bool | None = Field(None, description="true refuses keywords that cannot be enforced")
 
 
 class ResponseFormat(Body):
@@ -77,7 +67,7 @@ Schema = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "object"}, _TEXT, {"t
 
 
 class StructuredOutputs(Body):
-    """vLLM's; one of the fields."""
+    """vLLM's field; one kind may be given."""
 
     json_: Schema = Field(None, alias="json", description="a JSON schema, or its text")
     regex: str | None = None
@@ -89,7 +79,7 @@ class StructuredOutputs(Body):
 
 
 class Nvext(Body):
-    """NIM's; one of the fields."""
+    """NIM's field; one kind may be given."""
 
     guided_json: Schema = None
     guided_regex: str | None = None
@@ -99,13 +89,13 @@ class Nvext(Body):
         return getattr(self, f"guided_{kind}", None)
 
 
-class Sampled(Body):
-    """What all ways to ask for an answer share: OpenAI's fields, and vLLM's beside them."""
+class SampledRequest(Body):
+    """The fields that chats and completions share: OpenAI's, and those that vLLM adds."""
 
-    model: str | None = sized("model", doc="one of GET /v1/models; the first if left out")
+    model: str | None = sized("model", doc="one of GET /v1/models (default: the first)")
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = number("max_tokens", doc="cut to what the context leaves, which is also the default")
+    max_tokens: int | None = number("max_tokens", doc="cut to the room in the context (default: that room)")
     temperature: float | None = number("temperature", doc="0 is greedy")
     top_p: float | None = number("top_p")
     top_k: int | None = number("top_k")
@@ -113,7 +103,7 @@ class Sampled(Body):
     repetition_penalty: float | None = number("repetition_penalty")
     presence_penalty: float | None = number("presence_penalty")
     frequency_penalty: float | None = number("frequency_penalty")
-    seed: int | None = number("seed", doc="counts modulo 2^32")
+    seed: int | None = number("seed", doc="taken modulo 2^32")
     n: int | None = number("n")
     stop: Stop = None
     stop_token_ids: list[int] | None = sized("stop_token_ids")
@@ -124,10 +114,12 @@ class Sampled(Body):
     prompt_logprobs: int | None = number("prompt_logprobs")
     include_stop_str_in_output: bool | None = False
     skip_special_tokens: bool | None = True
-    truncate_prompt_tokens: int | None = number("truncate_prompt_tokens", doc="only the last so many are used")
+    truncate_prompt_tokens: int | None = number(
+        "truncate_prompt_tokens", doc="use only so many of the last prompt tokens"
+    )
     return_token_ids: bool | None = False
-    priority: int | None = number("priority", doc="lower goes first")
-    cache_salt: str | None = sized("cache_salt", doc="prompts are cached apart for each salt")
+    priority: int | None = number("priority", doc="lower runs first")
+    cache_salt: str | None = sized("cache_salt", doc="prompts share cached pages only under the same salt")
     user: str | None = Field(None, description="ignored")
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -137,11 +129,11 @@ class Sampled(Body):
     nvext: Nvext | None = None
 
 
-class ChatRequest(Sampled):
-    """POST /v1/chat/completions."""
+class ChatRequest(SampledRequest):
+    """POST /v1/chat/completions, and what the other conversation endpoints convert their bodies to."""
 
     messages: list[ChatMessage] = sized("messages", ...)
-    max_completion_tokens: int | None = number("max_completion_tokens", doc="goes before max_tokens")
+    max_completion_tokens: int | None = number("max_completion_tokens", doc="takes precedence over max_tokens")
     logprobs: bool | None = False
     top_logprobs: int | None = number("top_logprobs")
     tools: list[dict[str, Any]] | None = sized("tools")
@@ -151,37 +143,6 @@ class ChatRequest(Sampled):
         None, description="none switches thinking off, minimal, low and medium bound it, high, xhigh and max do not"
     )
     include_reasoning: bool | None = True
-    thinking_token_budget: int | None = number("thinking_token_budget", doc="goes before reasoning_effort")
+    thinking_token_budget: int | None = number("thinking_token_budget", doc="takes precedence over reasoning_effort")
     chat_template_kwargs: dict[str, Any] | None = sized("chat_template_kwargs", doc="enable_thinking: true or false")
     add_generation_prompt: bool | None = True
-
-
-class CompletionRequest(Sampled):
-    """POST /v1/completions."""
-
-    prompt: Prompt
-    max_tokens: int | None = Field(16, ge=0, le=int(LIMITS["max_tokens"].high), description="0 only with echo")
-    logprobs: int | None = number("logprobs")
-    echo: bool | None = False
-    best_of: int | None = Field(None, description="only as large as n")
-    suffix: str | None = Field(None, description="not supported")
-
-
-class TokenizeRequest(Body):
-    """POST /tokenize: of a prompt, or of a conversation."""
-
-    model: str | None = sized("model")
-    prompt: str | None = None
-    messages: list[ChatMessage] | None = sized("messages")
-    tools: list[dict[str, Any]] | None = sized("tools")
-    chat_template_kwargs: dict[str, Any] | None = sized("chat_template_kwargs")
-    add_generation_prompt: bool | None = True
-    add_special_tokens: bool | None = True
-    return_token_strs: bool | None = False
-
-
-class DetokenizeRequest(Body):
-    """POST /detokenize."""
-
-    model: str | None = sized("model")
-    tokens: list[int] = sized("tokens", ...)

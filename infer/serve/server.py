@@ -1,4 +1,4 @@
-"""The process around the application: its socket, its end, and what it says when it starts."""
+"""The process around the application: its socket, its shutdown and its log."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class ServerConfig:
     host: str = "127.0.0.1"
-    port: int = 8000  # 0: any that is free
-    drain_seconds: float = 30.0  # after SIGTERM, for answers to end
+    port: int = 8000  # 0: any free port
+    drain_seconds: float = 30.0  # time after SIGTERM for answers to end
     tls_cert: str | None = None
     tls_key: str | None = None
 
 
 class Server(uvicorn.Server):
-    """Ends by draining: no new requests, then the running ones, then the process, with exit code 0."""
+    """Ends by draining: it accepts no new requests, waits for the running ones, and exits with code 0."""
 
     def __init__(self, app: App, service: Service, config: ServerConfig):
         super().__init__(
@@ -45,7 +45,7 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                http="h11",  # refuses headers beyond a size; the faster parser takes any
+                http="h11",  # bounds the size of headers; the faster parser does not
                 h11_max_incomplete_event_size=int(LIMITS["header_bytes"].high),
                 ws="none",
                 timeout_keep_alive=75,
@@ -64,8 +64,8 @@ class Server(uvicorn.Server):
         return f"{'https' if self.config.is_ssl else 'http'}://{host}:{port}"
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A first signal drains; a second one, or Ctrl-C twice, ends at once, and so does one that comes before
-        anything was taken: compiling cannot be interrupted otherwise.
+        """The first signal drains, the second ends the process at once. Before the server is ready the first one does,
+        since compiling cannot be interrupted.
         """
         if not self._service.ready.is_set():
             log.info("%s: ending before the start was complete", signal.Signals(sig).name)
@@ -97,30 +97,30 @@ class Server(uvicorn.Server):
     async def _watch(self) -> None:
         await self._service.ended.wait()
         if self._service.failure is not None:
-            await asyncio.sleep(1)  # for the errors to reach the clients
+            await asyncio.sleep(1)  # so that the errors reach the clients
         self.should_exit = True
 
 
-class JsonLines(logging.Formatter):
-    """A JSON object a line."""
+class JsonLogFormatter(logging.Formatter):
+    """One JSON object per line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        found: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
         }
         if record.exc_info:
-            found["exception"] = self.formatException(record.exc_info)
-        return json.dumps(found)
+            fields["exception"] = self.formatException(record.exc_info)
+        return json.dumps(fields)
 
 
 def log_to_stderr(kind: str, level: str) -> None:
-    """One line a record."""
+    """Log to stderr, one line per record; ``kind`` is text or json."""
     handler = logging.StreamHandler(sys.stderr)
     text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    handler.setFormatter(JsonLines() if kind == "json" else text)
+    handler.setFormatter(JsonLogFormatter() if kind == "json" else text)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     for name in ("jax", "jax._src"):

@@ -1,48 +1,115 @@
-"""The engine in a thread of its own, and requests to it from an event loop."""
+"""The engine in its own thread, and how the event loop sends it requests and gets their updates."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import queue
+import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from stepjax.infer.engine.admission import QueueFullError
 from stepjax.infer.engine.engine import Update
+from stepjax.infer.guided.guide import Constraint
+from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.serve.errors import ApiError
-from stepjax.infer.serve.ticket import Asked, Ticket
+from stepjax.infer.serve.metrics import AnswerProgress, ServerMetrics
 
 if TYPE_CHECKING:
     from stepjax.infer.engine.engine import Engine
-    from stepjax.infer.serve.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+MAX_UNREAD = 8192  # updates that a client may leave unread; beyond them its request is cancelled
+
+
+class EngineRequest(NamedTuple):
+    """One prompt and how it is answered; ``params`` as `Engine.fit` gave them."""
+
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    priority: int = 0
+    adapter: str = ""
+    salt: str = ""
+    constraint: Constraint | None = None
+
+
+class Submission:
+    """The answers of one HTTP request, numbered in the order of its prompts; used only in the event loop."""
+
+    def __init__(self, requests: Sequence[EngineRequest]):
+        self.id = secrets.token_hex(12)
+        self.requests = tuple(requests)
+        self.began = time.monotonic()
+        self.progress = [
+            AnswerProgress(self.began, len(request.prompt)) for request in requests for _ in range(request.params.n)
+        ]
+        self.open: dict[int, str] = {}  # answers that wait or run: number → the engine's id
+        self._unread: list[tuple[int, Update]] = []
+        self._error: ApiError | None = None
+        self._wake: asyncio.Future[None] | None = None
+
+    async def take(self, wait_s: float | None = None) -> list[tuple[int, Update]]:
+        """Updates since the last call, each with the number of its answer; none if ``wait_s`` pass without one.
+
+        Raises:
+          ApiError: the request failed or was cancelled.
+        """
+        if not self._unread and self._error is None:
+            loop = asyncio.get_running_loop()
+            self._wake = loop.create_future()
+            timer = None if wait_s is None else loop.call_later(wait_s, self._notify)
+            try:
+                await self._wake
+            finally:
+                if timer is not None:
+                    timer.cancel()
+        if self._error is not None:
+            raise self._error
+        updates, self._unread = self._unread, []
+        return updates
+
+    def put(self, index: int, update: Update) -> bool:
+        """Add an update; False if the client has left too many unread."""
+        self._unread.append((index, update))
+        self._notify()
+        return len(self._unread) <= MAX_UNREAD
+
+    def fail(self, error: ApiError) -> None:
+        self._error = error
+        self._notify()
+
+    def _notify(self) -> None:
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
 
 class Service:
-    """Runs an engine. Everything but `Engine.fit` happens on its thread; all methods here belong to the event loop."""
+    """Runs an engine on its own thread, the only one that calls it except for `Engine.fit`. All public methods here
+    belong to the event loop.
+    """
 
-    def __init__(self, engine: Engine, metrics: Metrics):
+    def __init__(self, engine: Engine, metrics: ServerMetrics):
         self.engine, self.metrics = engine, metrics
         self.ready = asyncio.Event()
         self.draining = False
         self.failure: BaseException | None = None
-        self.ended = asyncio.Event()  # the engine's thread is gone
+        self.ended = asyncio.Event()  # the engine's thread has ended
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._open: dict[str, tuple[Ticket, int]] = {}  # by the engine's id
-        self._tickets: set[Ticket] = set()
+        self._open: dict[str, tuple[Submission, int]] = {}  # by the engine's id
+        self._submissions: set[Submission] = set()
         self._capacity = engine.config.num_slots + engine.config.max_waiting
         self._idle = asyncio.Event()
         self._idle.set()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Compile, then answer."""
+        """Start the engine's thread, which compiles and then serves."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
@@ -52,7 +119,7 @@ class Service:
         return len(self._open)
 
     def check_open(self) -> None:
-        """Raise ApiError unless requests are taken."""
+        """Raise ApiError unless requests are accepted."""
         if self.failure is not None:
             raise ApiError("the engine has failed; the server restarts", status=503, code="engine_failed")
         if self.draining:
@@ -60,46 +127,46 @@ class Service:
         if not self.ready.is_set():
             raise ApiError("the server is warming up", status=503, code="warming_up", retry_after_s=2)
 
-    def submit(self, asked: Sequence[Asked]) -> Ticket:
-        """Queue the prompts of one request, all or none.
+    def submit(self, requests: Sequence[EngineRequest]) -> Submission:
+        """Queue the prompts of one HTTP request, all or none.
 
         Raises:
-          ApiError: nothing is taken at present.
-          QueueFullError: too many wait.
+          ApiError: no requests are accepted at present.
+          QueueFullError: too many answers wait.
         """
         self.check_open()
-        ticket = Ticket(asked)
-        if len(self._open) + len(ticket.progress) > self._capacity:
+        submission = Submission(requests)
+        if len(self._open) + len(submission.progress) > self._capacity:
             raise QueueFullError(f"queue: {len(self._open)} answers wait or run, {self._capacity} may; try again later")
         index = 0
-        for number, each in enumerate(asked):
-            id = f"{ticket.id}-{number}"
-            ids = [id] if each.params.n == 1 else [f"{id}/{i}" for i in range(each.params.n)]
+        for number, request in enumerate(requests):
+            id = f"{submission.id}-{number}"
+            ids = [id] if request.params.n == 1 else [f"{id}/{i}" for i in range(request.params.n)]
             for name in ids:
-                self._open[name], ticket.open[index] = (ticket, index), name
+                self._open[name], submission.open[index] = (submission, index), name
                 index += 1
-            self._commands.put(lambda id=id, each=each: self._add(id, each, ticket))
-        self._tickets.add(ticket)
+            self._commands.put(lambda id=id, request=request: self._add(id, request, submission))
+        self._submissions.add(submission)
         self._idle.clear()
-        return ticket
+        return submission
 
-    def finish(self, ticket: Ticket, index: int) -> None:
-        """End one answer, whose text reached its end."""
-        if id := ticket.open.get(index):
-            self.metrics.end(ticket, index, "stop", time.monotonic())
+    def finish(self, submission: Submission, index: int) -> None:
+        """End one answer, whose text is complete."""
+        if id := submission.open.get(index):
+            self.metrics.end(submission.progress[index], "stop", time.monotonic())
             self._close(id)
             self._commands.put(lambda: self.engine.finish(id))
 
-    def close(self, ticket: Ticket) -> None:
-        """End what is left of a request."""
+    def close(self, submission: Submission) -> None:
+        """Cancel the answers of a request that have not ended."""
         now = time.monotonic()
-        for index, id in list(ticket.open.items()):
-            self.metrics.end(ticket, index, "cancelled", now)
+        for index, id in list(submission.open.items()):
+            self.metrics.end(submission.progress[index], "cancelled", now)
             self._close(id)
             self._commands.put(lambda id=id: self.engine.cancel(id))
 
     async def on_engine(self, call: Callable[[], T]) -> T:
-        """What ``call`` returns, or raises, between two steps on the engine's thread."""
+        """Run ``call`` on the engine's thread, between two steps; returns what it returns and raises what it raises."""
         loop = asyncio.get_running_loop()
         done: asyncio.Future[T] = loop.create_future()
 
@@ -123,14 +190,14 @@ class Service:
         return await done
 
     async def drain(self, seconds: float) -> None:
-        """Take no more requests; let the others end, and after ``seconds`` fail those that are left."""
+        """Accept no more requests; wait for the running ones, and after ``seconds`` fail those that remain."""
         self.draining = True
         try:
             await asyncio.wait_for(self._idle.wait(), seconds)
         except TimeoutError:
-            for ticket in list(self._tickets):
-                ticket.fail(ApiError("the server is shutting down", status=503, code="shutting_down"))
-                self.close(ticket)
+            for submission in list(self._submissions):
+                submission.fail(ApiError("the server is shutting down", status=503, code="shutting_down"))
+                self.close(submission)
 
     async def stop(self) -> None:
         """End the engine's thread."""
@@ -141,36 +208,36 @@ class Service:
             self._thread.join()
 
     def _close(self, id: str) -> None:
-        ticket, index = self._open.pop(id)
-        del ticket.open[index]
-        if not ticket.open:
-            self._tickets.discard(ticket)
+        submission, index = self._open.pop(id)
+        del submission.open[index]
+        if not submission.open:
+            self._submissions.discard(submission)
         if not self._open:
             self._idle.set()
 
     def _deliver(self, updates: list[Update]) -> None:
         now = time.monotonic()
         for update in updates:
-            ticket, index = self._open.get(update.id, (None, 0))
-            if ticket is None:  # it was closed meanwhile
+            submission, index = self._open.get(update.id, (None, 0))
+            if submission is None:  # closed meanwhile
                 continue
-            self.metrics.observe(ticket, index, update, now)
+            self.metrics.observe(submission.progress[index], update, now)
             if update.finish_reason:
-                self.metrics.end(ticket, index, update.finish_reason, now)
+                self.metrics.end(submission.progress[index], update.finish_reason, now)
                 self._close(update.id)
-            if not ticket.put(index, update):
-                ticket.fail(ApiError("the answer is not read", status=503, code="slow_reader"))
-                self.close(ticket)
+            if not submission.put(index, update):
+                submission.fail(ApiError("the client does not read the answer", status=503, code="slow_reader"))
+                self.close(submission)
 
-    def _fail_request(self, ticket: Ticket, error: Exception) -> None:
-        ticket.fail(ApiError.of(error))
-        self.close(ticket)
+    def _fail_request(self, submission: Submission, error: Exception) -> None:
+        submission.fail(ApiError.of(error))
+        self.close(submission)
 
     def _fail(self, error: BaseException) -> None:
         self.failure = error
-        for ticket in list(self._tickets):
-            ticket.fail(ApiError("the engine has failed", status=500, code="engine_failed"))
-            self.close(ticket)
+        for submission in list(self._submissions):
+            submission.fail(ApiError("the engine has failed", status=500, code="engine_failed"))
+            self.close(submission)
 
     # On the engine's thread.
 
@@ -189,7 +256,7 @@ class Service:
             self._post(self.ended.set)
 
     def _take_commands(self) -> bool:
-        """Carry out what was asked, waiting for something if there is nothing else to do; False at the end."""
+        """Run the commands that wait; without other work, wait for one. False at the end."""
         while True:
             try:
                 command = self._commands.get(block=not self.engine.has_work)
@@ -199,23 +266,23 @@ class Service:
                 return False
             command()
 
-    def _add(self, id: str, asked: Asked, ticket: Ticket) -> None:
+    def _add(self, id: str, request: EngineRequest, submission: Submission) -> None:
         try:
             self.engine.add(
-                asked.prompt,
-                asked.params,
+                request.prompt,
+                request.params,
                 id=id,
-                priority=asked.priority,
-                adapter=asked.adapter,
-                salt=asked.salt,
-                constraint=asked.constraint,
+                priority=request.priority,
+                adapter=request.adapter,
+                salt=request.salt,
+                constraint=request.constraint,
             )
-        except Exception as error:  # one request's, never the server's
-            log.exception("request %s could not be added", ticket.id)
-            self._post(self._fail_request, ticket, error)
+        except Exception as error:  # fails this request, never the server
+            log.exception("request %s could not be added", submission.id)
+            self._post(self._fail_request, submission, error)
 
     def _post(self, call: Callable[..., object], *arguments: object) -> None:
         try:
             self._loop.call_soon_threadsafe(call, *arguments)
-        except RuntimeError:  # the loop is closed: nobody listens any more
+        except RuntimeError:  # the loop is closed: the server has ended
             log.debug("the event loop is closed")

@@ -1,4 +1,4 @@
-"""Server-sent events: headers at once, comments while nothing comes, and an end when the client leaves."""
+"""Server-sent events: headers at once, comments while there are no events, and the end when a client disconnects."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def event(content: Mapping[str, Any], *, name: str | None = None) -> bytes:
 
 
 class EventStream(Response):
-    """Sends events as they come. When the client leaves, the iterator is closed at once."""
+    """Sends events as they come. When the client disconnects, the iterator is closed at once."""
 
     media_type = "text/event-stream"
 
@@ -45,8 +45,8 @@ class EventStream(Response):
     ):
         """
         Args:
-          events: None where time went by without one; a comment then keeps the connection alive.
-          close: called in any case, also where the first event was never asked for.
+          events: None where time passed without one; a comment then keeps the connection alive.
+          close: called in any case, even if the first event was never requested.
         """
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
         del self.headers["content-length"]
@@ -56,43 +56,43 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await unless_left(receive, self._write(send))
+            await unless_disconnected(receive, self._write(send))
         finally:
             self._close()
 
     async def _write(self, send: Send) -> None:
         last = time.monotonic()
 
-        async def put(data: bytes) -> None:
+        async def send_body(data: bytes) -> None:
             await send({"type": "http.response.body", "body": data, "more_body": True})
 
         try:
             async with contextlib.aclosing(self._events) as events:  # pyright: ignore[reportArgumentType]
                 async for data in events:
                     if data or time.monotonic() - last >= PING_S:
-                        await put(data or PING)
+                        await send_body(data or PING)
                         last = time.monotonic()
         except Exception as error:
             if not isinstance(error, ApiError):
                 log.exception("a stream failed")
             content = ApiError.of(error).content(self._dialect)
-            await put(event(content, name=None if self._dialect == "openai" else "error"))
+            await send_body(event(content, name=None if self._dialect == "openai" else "error"))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def unless_left(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of some work; None if the client closed the connection first, which ends the work."""
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_left(receive))
+async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of ``work``; None if the client disconnected first, which cancels the work."""
+    working, disconnecting = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
     try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({working, disconnecting}, return_when=asyncio.FIRST_COMPLETED)
         return working.result() if working.done() else None
     finally:
-        for task in (working, leaving):
+        for task in (working, disconnecting):
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await task
 
 
-async def _left(receive: Receive) -> None:
+async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

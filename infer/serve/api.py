@@ -1,0 +1,140 @@
+"""What all endpoints share: the engine's service, the session, and the way from a read request to a response."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import re
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from fastapi import Request, Response
+
+from stepjax.errors import RequestError
+from stepjax.infer.engine.admission import QueueFullError
+from stepjax.infer.serve.answers import Answers
+from stepjax.infer.serve.errors import ApiError, Dialect
+from stepjax.infer.serve.formats import wants_grammar
+from stepjax.infer.serve.middleware import ApiKeys
+from stepjax.infer.serve.requests import ignored_fields, read_chat
+from stepjax.infer.serve.schemas import Body, ChatRequest, SampledRequest
+from stepjax.infer.serve.service import Service
+from stepjax.infer.serve.sse import EventStream, unless_disconnected
+from stepjax.infer.session import Session
+
+T = TypeVar("T")
+
+MAX_COMPILING = 16  # requests whose grammars are compiled or wait for it
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """Settings of the application itself."""
+
+    names: tuple[str, ...]  # names of the model; the first is the one that answers carry by default
+    keys: ApiKeys = field(default_factory=lambda: ApiKeys(()))
+    cors_origins: tuple[str, ...] = ()  # web pages that may send requests; none: only those of this server
+    ui: bool = True  # whether / is the chat page
+    adapter_updates: bool = False  # whether clients may load and unload adapters
+
+
+class AnswerWriter(Protocol):
+    """Writes the answers of one request in the form of one interface."""
+
+    async def whole(self) -> dict[str, Any]:
+        """The body of a response that is not streamed."""
+        ...
+
+    def events(self) -> AsyncIterator[bytes | None] | AsyncIterator[bytes]:
+        """The events of a stream; None where time passed without one."""
+        ...
+
+
+class Api:
+    """What all endpoints share."""
+
+    def __init__(self, service: Service, session: Session, options: ServeOptions):
+        self.service, self.session, self.options = service, session, options
+        self._num_compiling = 0
+        self._compilers = ThreadPoolExecutor(MAX_COMPILING, thread_name_prefix="grammar")
+
+    def warm(self) -> None:
+        """Start the processes that compile grammars."""
+        if self.session.tokenizer is not None:
+            self.session.grammars.warm()
+
+    def close(self) -> None:
+        self._compilers.shutdown(wait=False, cancel_futures=True)
+        if self.session.tokenizer is not None:
+            self.session.grammars.close()
+
+    def model_name(self, name: str | None) -> str:
+        """The name that an answer carries; None takes the first.
+
+        Raises:
+          ApiError: no model or adapter has this name.
+        """
+        adapters = self.service.engine.adapters
+        if name is not None and name not in self.options.names and name not in adapters:
+            known = ", ".join((*self.options.names, *adapters))
+            raise ApiError(f"model: {name[:80]!a} is not served here, but {known}", status=404, code="model_not_found")
+        return name or self.options.names[0]
+
+    async def ask(self, body: ChatRequest) -> Answers:
+        """Queue a conversation.
+
+        Raises:
+          ApiError, RequestError, TemplateError, QueueFullError: it is refused.
+        """
+        self.service.check_open()
+        request, options = await self.read(read_chat, body)
+        return Answers(self.service, [request], options)
+
+    async def read(self, read: Callable[..., T], body: SampledRequest) -> T:
+        """``read(engine, session, body)`` in a thread, so that a grammar that takes long does not hold up others.
+
+        Raises:
+          QueueFullError: too many grammars wait to be compiled.
+        """
+        if not wants_grammar(body):
+            return await asyncio.to_thread(read, self.service.engine, self.session, body)
+        if self._num_compiling >= MAX_COMPILING:
+            raise QueueFullError(f"queue: {self._num_compiling} grammars wait to be compiled; try again later")
+        self._num_compiling += 1
+        try:
+            call = functools.partial(read, self.service.engine, self.session, body)
+            return await asyncio.get_running_loop().run_in_executor(self._compilers, call)
+        finally:
+            self._num_compiling -= 1
+
+    async def respond(
+        self, request: Request, body: Body, answers: Answers, writer: AnswerWriter, *, dialect: Dialect = "openai"
+    ) -> Response:
+        """The response, streamed or whole as ``body.stream`` says."""
+        names = ignored_fields(body)
+        headers = {"x-stepjax-ignored": _header_value(names)} if names else {}
+        if getattr(body, "stream", False):
+            close = functools.partial(self.service.close, answers.submission)
+            return EventStream(writer.events(), close=close, dialect=dialect, headers=headers)
+        content = await unless_disconnected(request.receive, writer.whole())
+        return json_response(content, headers)
+
+
+def check_stream(body: SampledRequest) -> None:
+    """Raise RequestError for options of a stream without one."""
+    if body.stream_options is not None and not body.stream:
+        raise RequestError("stream_options: is given, expected stream to be true with it")
+
+
+def json_response(content: Any, headers: Mapping[str, str] | None = None, *, status: int = 200) -> Response:
+    data = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    data = data.encode("utf-8", "replace")
+    return Response(data, status, dict(headers or {}), media_type="application/json")
+
+
+def _header_value(names: Sequence[str]) -> str:
+    """Names as the value of a header; characters that no header may hold become "?"."""
+    return ", ".join(re.sub("[^!-~]+", "?", name) for name in names)[:1000].strip()
