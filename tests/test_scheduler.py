@@ -355,7 +355,7 @@ def test_the_scheduler_loads_no_array_library():
 
 
 def test_a_step_costs_few_calls():
-    """64 sequences, k = 3, 200 steps: Python's calls are counted, not seconds, so that a busy machine changes nothing."""
+    """64 sequences, k = 3, 200 steps: Python's calls are counted, not seconds."""
     config = SchedulerConfig(num_slots=64, num_pages=64 * 24, context=1400, token_budget=4096)
     scheduler = Scheduler(config, drafts=lambda _: 3)
     for i in range(64):
