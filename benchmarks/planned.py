@@ -26,7 +26,7 @@ from stepjax.config import ModelConfig
 from stepjax.errors import StepjaxError
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.planner.hardware import parse
-from stepjax.sharding.planner.search import Ask, Option, choices, weigh
+from stepjax.sharding.planner.search import Option, PlanRequest, choices, weigh
 from stepjax.train.planning.workload import study_model
 
 WHOLE = ModelConfig.preset("step-3.5-flash")
@@ -77,7 +77,7 @@ def compile_all(args: argparse.Namespace) -> None:
 
 def speed() -> dict[str, Any]:
     """How long it takes to weigh every engine of up to 512 devices."""
-    ask, cluster = Ask("latency", drafts=(0, 1, 2, 3)), parse("512xH100")
+    ask, cluster = PlanRequest("latency", drafts=(0, 1, 2, 3)), parse("512xH100")
     began, spent = time.perf_counter(), time.process_time()
     found = [weigh(WHOLE, cluster, ask, each) for each in choices(WHOLE, cluster, ask)]
     return {

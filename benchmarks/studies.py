@@ -18,7 +18,7 @@ from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.planner.device_bytes import Quant
 from stepjax.sharding.planner.explain import rivals, would_change
 from stepjax.sharding.planner.hardware import parse
-from stepjax.sharding.planner.search import Ask, Choice, Goal, Option, Plan, plan, weigh
+from stepjax.sharding.planner.search import Choice, Goal, Option, Plan, PlanRequest, plan, weigh
 
 PAGE = Path(__file__).resolve().parent.parent / "sharding" / "README.md"
 FIRST, LAST = "<!-- studies: written by benchmarks/studies.py -->", "<!-- end of studies -->"
@@ -51,7 +51,7 @@ def section(title: str, hardware: str, quants: tuple[Quant, ...]) -> str:
     cluster = parse(hardware)
     rows, words = [], []
     for goal, name, batch, context, tpot in GOALS:
-        asked = Ask(
+        asked = PlanRequest(
             goal,
             batch=batch or 8 * cluster.num_devices,
             context=context,
@@ -91,7 +91,7 @@ def row(name: str, goal: Goal, found: Plan) -> str:
 
 def published() -> str:
     """vLLM on 4 H200 (vllm-project/recipes, StepFun/Step-3.5-Flash.md): nothing here is fitted to it."""
-    ask = Ask("latency", batch=10, context=3072, filled=2560 / 3072, drafts=(0,), quants=("bf16",))
+    ask = PlanRequest("latency", batch=10, context=3072, filled=2560 / 3072, drafts=(0,), quants=("bf16",))
     theirs, cluster = 11.91, parse("4xH200")
     mesh = weigh(WHOLE, cluster, ask, Choice(MeshSpec(tensor=4), "tensor", "bf16"))
     assert isinstance(mesh, Option)

@@ -19,8 +19,8 @@ from stepjax.checkpoint.hf_config import to_hf
 from stepjax.infer.engine.engine import Engine
 from stepjax.infer.engine.stats import Ran
 from stepjax.infer.sampling.params import SamplingParams
-from stepjax.sharding.layout import MeshLayout
 from stepjax.sharding.mesh import MeshSpec
+from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.weights.adapted import plain
 from stepjax.weights.fp8 import BlockScaled
 from stepjax.weights.int_groups import Grouped

@@ -19,10 +19,10 @@ from stepjax.infer.session import Session
 from stepjax.model.layout import Layout, SingleDevice
 from stepjax.model.step3p5 import abstract, axes_of
 from stepjax.sharding.devices import want_virtual_devices
-from stepjax.sharding.layout import MeshLayout
-from stepjax.sharding.load import ExpertOrder, load_sharded
 from stepjax.sharding.mesh import MeshSpec
-from stepjax.sharding.rules import Rules
+from stepjax.sharding.mesh_layout import MeshLayout
+from stepjax.sharding.rules import ShardingRules
+from stepjax.sharding.sharded_load import ExpertOrder, load_sharded
 from stepjax.weights.int_groups import BITS, GROUP, IntFormat, form_of, quantize_groups
 from stepjax.weights.inventory import Groups
 
@@ -134,7 +134,7 @@ def _layout(
     if -1 not in spec.sizes.values() and not jax.distributed.is_initialized():
         want_virtual_devices(spec.num_devices)
     spec = spec.resolve(jax.device_count())
-    return MeshLayout(spec.build(), Rules(config, spec, strategy, keep_fp8=keep_fp8, groups=groups))
+    return MeshLayout(spec.build(), ShardingRules(config, spec, strategy, keep_fp8=keep_fp8, groups=groups))
 
 
 def use_compile_cache() -> None:

@@ -18,7 +18,7 @@ from stepjax.infer.steps.runner import Runner
 from stepjax.model.cache import MAX_DRAFTS, Chunk
 from stepjax.model.layout import Layout
 from stepjax.model.step3p5 import Params, Step3p5, abstract, bind
-from stepjax.sharding.load import LoadReport
+from stepjax.sharding.sharded_load import LoadReport
 from stepjax.text.chat import ChatTemplate, encode_chat
 from stepjax.text.tokenizer import Tokenizer
 

@@ -23,7 +23,7 @@ from stepjax.ops.expert_choice import Form, buffer_rows
 from stepjax.ops.expert_dense import ExpertWeights
 from stepjax.ops.experts import held_ids, routed_experts
 from stepjax.ops.manual_axes import vary_alike, vary_with, zeros_after
-from stepjax.sharding.rules import GROUP, Axes, Rules
+from stepjax.sharding.rules import GROUP, Axes, ShardingRules
 from stepjax.weights.adapted import by_token, cotangent, moved, moving
 
 
@@ -40,7 +40,7 @@ class Group:
     num_experts: int  # of the whole model
 
     @classmethod
-    def of(cls, rules: Rules) -> Group:
+    def of(cls, rules: ShardingRules) -> Group:
         """The group of a model on a mesh."""
         ranks, width = (rules.table.get(name, ()) for name in ("expert", "expert_mlp"))
         return cls(

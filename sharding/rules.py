@@ -45,7 +45,7 @@ _ACTIVATIONS: dict[str, Axes] = {
 
 
 @dataclass(frozen=True)
-class Rules:
+class ShardingRules:
     """The table of one model on one mesh.
 
     Raises:

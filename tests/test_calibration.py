@@ -22,17 +22,17 @@ from stepjax.infer.sampling.params import SamplingParams
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.planner.calibration import FLOOR, fit
 from stepjax.sharding.planner.hardware import parse
-from stepjax.sharding.planner.measurements import Point, read_points
-from stepjax.sharding.planner.search import Ask, Choice, Option, weigh
-from stepjax.sharding.planner.step_time import Efficiency, Part
+from stepjax.sharding.planner.measurements import MeasuredStep, read_points
+from stepjax.sharding.planner.search import Choice, Option, PlanRequest, weigh
+from stepjax.sharding.planner.step_time import Efficiency, WorkPart
 
 FLASH = ModelConfig.preset("step-3.5-flash")
 H100 = parse("8xH100")
 TRUE = Efficiency(memory=0.7, compute=0.6, launch=1.5)
 
 
-def measured(name: str, size: float, operations: float, noise: float = 1.0) -> Point:
-    point = Point(name, 1.0, (Part("all", size, operations),), 370 + 17)
+def measured(name: str, size: float, operations: float, noise: float = 1.0) -> MeasuredStep:
+    point = MeasuredStep(name, 1.0, (WorkPart("all", size, operations),), 370 + 17)
     return point._replace(seconds=noise * point.predicted(H100, TRUE))
 
 
@@ -96,14 +96,14 @@ def benched(mesh: str, efficiency: Efficiency, **given: Any) -> dict[str, Any]:
     """A bench of the release on H100s that reach just this: each step takes what is planned for it."""
     steps = []
     for piece in (512, 2048, 4096):
-        ask = Ask("latency", context=4096, chunk=piece, efficiency=efficiency)
+        ask = PlanRequest("latency", context=4096, chunk=piece, efficiency=efficiency)
         found = weigh(FLASH, H100, ask, Choice(MeshSpec.parse(mesh), "expert_tensor", "fp8"))
         assert isinstance(found, Option), found
         shape = {"step": "prefill", "rows": 1, "tokens": piece, "drafts": 0, "positions": 2048.0}
         ms = 1e3 * found.prompt_s * piece / 4096
         steps.append(shape | {"count": 9, "median_ms": ms, "p90_ms": 0.0, "held_up": 0})
     for batch, drafts in ((1, 0), (1, 3), (8, 0), (8, 1), (64, 0), (64, 3), (256, 0)):
-        ask = Ask("latency", batch=batch, context=4096, filled=0.5, efficiency=efficiency)
+        ask = PlanRequest("latency", batch=batch, context=4096, filled=0.5, efficiency=efficiency)
         found = weigh(FLASH, H100, ask, Choice(MeshSpec.parse(mesh), "expert_tensor", "fp8", drafts))
         assert isinstance(found, Option), found
         shape = {"step": "decode", "rows": batch, "tokens": 1 + drafts, "drafts": drafts, "positions": 2048.0}

@@ -28,9 +28,9 @@ from stepjax.sharding.expert_parallel import (
     gathered_traffic,
     reach,
 )
-from stepjax.sharding.layout import MeshLayout
 from stepjax.sharding.mesh import MeshSpec
-from stepjax.sharding.rules import Rules
+from stepjax.sharding.mesh_layout import MeshLayout
+from stepjax.sharding.rules import ShardingRules
 
 B, T, E, D = 2, 128, 8, 64
 CONFIG = ModelConfig.from_hf(tiny_hub_config())
@@ -42,7 +42,7 @@ def layout(
     mesh: str, strategy: str, *, exchange: bool | None, form: Form | None = None, stream: int = 16
 ) -> MeshLayout:
     spec = MeshSpec.parse(mesh)
-    rules = Rules(CONFIG, spec, strategy)
+    rules = ShardingRules(CONFIG, spec, strategy)
     return MeshLayout(spec.build(), rules, form=form, stream_tokens=stream, exchange=exchange)
 
 
@@ -315,5 +315,5 @@ def test_reach_is_the_share_of_tokens_that_a_rank_sees():
     ],
 )
 def test_the_cheaper_form_is_chosen(mesh, strategy, tokens, pays):
-    group = Group.of(Rules(FLASH, MeshSpec.parse(mesh), strategy))
+    group = Group.of(ShardingRules(FLASH, MeshSpec.parse(mesh), strategy))
     assert exchange_pays(FLASH, group, tokens) == pays

@@ -18,17 +18,25 @@ from stepjax.adapters.lora import ExpertForm, LoraConfig, attach, init, split
 from stepjax.config import ModelConfig
 from stepjax.errors import MeshError
 from stepjax.model.step3p5 import abstract, axes_of
-from stepjax.sharding.checkpoint import shardings
-from stepjax.sharding.compiled.study import device_bytes
+from stepjax.sharding.compiled.step_study import device_bytes
 from stepjax.sharding.expert_order import rank_load
-from stepjax.sharding.layout import MeshLayout
 from stepjax.sharding.mesh import MeshSpec
+from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.planner import lora_step as training
-from stepjax.sharding.planner.device_bytes import QUANTS, Placed, bytes_by_part, cached, layout_of, parameters, placed
-from stepjax.sharding.planner.exchanges import Sent, Tokens, of_serving, payloads
+from stepjax.sharding.planner.device_bytes import (
+    QUANTS,
+    PlacedArrays,
+    bytes_by_part,
+    cached,
+    layout_of,
+    parameters,
+    placed,
+)
+from stepjax.sharding.planner.exchanges import Exchange, StepShape, payloads, serving_exchanges
 from stepjax.sharding.planner.hardware import DEVICES, parse
-from stepjax.sharding.planner.step_time import Routing, devices_of_domain, exchange_time, tokens_per_step
-from stepjax.sharding.rules import Rules
+from stepjax.sharding.planner.step_time import RoutingDistribution, devices_of_domain, exchange_time, tokens_per_step
+from stepjax.sharding.rules import ShardingRules
+from stepjax.sharding.sharded_checkpoint import shardings
 from stepjax.train.planning.check import check, planned
 from stepjax.train.planning.workload import Workload, step_of, study_model
 from stepjax.weights.inventory import count_parameters, inventory
@@ -38,7 +46,7 @@ TINY = dataclasses.replace(small_config(), max_positions=2048)
 DECODE = Workload("decode", batch=4, context=256)
 
 
-def total(arrays: Iterable[Placed]) -> int:
+def total(arrays: Iterable[PlacedArrays]) -> int:
     return sum(each.num_bytes for each in arrays)
 
 
@@ -96,7 +104,7 @@ def test_a_device_holds_what_the_runtime_would_place(mesh, strategy, workload):
     """Against the very arguments of the step that is compiled, on devices that are there."""
     spec = MeshSpec.parse(mesh)
     config = dataclasses.replace(TINY, mtp_layers=TINY.mtp_layers[: workload.drafts])
-    layout = MeshLayout(spec.build(), Rules(config, spec, strategy))
+    layout = MeshLayout(spec.build(), ShardingRules(config, spec, strategy))
     step = step_of(config, workload, layout)
     tokens = 4 * (8 // spec.data) * (64 // spec.context)
     if workload.step == "train":
@@ -171,7 +179,7 @@ def test_whole_numbers_are_studied_as_they_are_planned(quantize):
     config = dataclasses.replace(TINY, expert_size=64)
     workload = dataclasses.replace(DECODE, quantize=quantize)
     spec = MeshSpec(expert=4)
-    layout = MeshLayout(spec.build(), Rules(config, spec, groups=workload.groups))
+    layout = MeshLayout(spec.build(), ShardingRules(config, spec, groups=workload.groups))
     step = step_of(dataclasses.replace(config, mtp_layers=()), workload, layout)
     mine = placed(parameters(config, quant=quantize), layout_of(config, spec, "expert_tensor", quantize))
     assert total(mine) == device_bytes(step.params)
@@ -197,7 +205,7 @@ def test_an_adapter_takes_what_a_real_one_takes(form, mesh, strategy):
     """Attached to parameters on devices, every factor in the place that training gives it."""
     adapted = LoraConfig(rank=4, experts=form, expert_rank=2)
     spec = MeshSpec.parse(mesh)
-    layout = MeshLayout(spec.build(), Rules(TINY, spec, strategy))
+    layout = MeshLayout(spec.build(), ShardingRules(TINY, spec, strategy))
     axes = axes_of(abstract(TINY))
     params = {path: jax.device_put(w, layout.parameter(*axes[path])) for path, w in random_params(TINY, 0).items()}
     where = shardings(TINY, adapted, layout)
@@ -239,22 +247,22 @@ def test_what_cannot_be_split_is_refused_by_the_same_rules():
         parameters(TINY, quant="int4")
 
 
-# Tokens and experts
+# StepShape and experts
 
 
 def test_distinct_experts_by_draws():
     rng = np.random.default_rng(1)
     drawn = [len(np.unique([rng.permutation(288)[:8] for _ in range(16)])) for _ in range(300)]
-    assert Routing().distinct(FLASH, 16) == pytest.approx(np.mean(drawn), rel=0.01)
-    assert Routing().distinct(FLASH, 1) == pytest.approx(8)
+    assert RoutingDistribution().distinct(FLASH, 16) == pytest.approx(np.mean(drawn), rel=0.01)
+    assert RoutingDistribution().distinct(FLASH, 1) == pytest.approx(8)
 
 
 def test_a_measured_routing_touches_fewer_experts():
-    skewed = Routing(tuple(1.0 / (1 + each) for each in range(288)))
+    skewed = RoutingDistribution(tuple(1.0 / (1 + each) for each in range(288)))
     chance = skewed.probabilities(FLASH)
     assert chance.sum() == pytest.approx(8)
     assert chance.max() <= 1
-    assert skewed.distinct(FLASH, 16) < 0.8 * Routing().distinct(FLASH, 16)
+    assert skewed.distinct(FLASH, 16) < 0.8 * RoutingDistribution().distinct(FLASH, 16)
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 4096])
@@ -264,7 +272,7 @@ def test_the_fullest_rank_is_that_of_drawn_routings(tokens):
     for _ in range(40):
         ids = np.argsort(rng.random((tokens, 288)), axis=1)[:, :8]
         fullest.append(rank_load(np.bincount(ids.ravel(), minlength=288), 8).max())
-    found, _ = Routing().fullest_rank(FLASH, 8, tokens)
+    found, _ = RoutingDistribution().fullest_rank(FLASH, 8, tokens)
     assert found == pytest.approx(np.mean(fullest), rel=0.1)
 
 
@@ -292,7 +300,7 @@ def test_devices_of_a_group_that_share_a_node(mesh, axes, domain, inside):
 
 
 def test_a_ring_across_nodes_takes_the_network():
-    one = Sent("all-gather", ("expert",), 32e9, 1)
+    one = Exchange("all-gather", ("expert",), 32e9, 1)
     inside = exchange_time(one, MeshSpec(expert=8), parse("8xH100"))
     across = exchange_time(one, MeshSpec(expert=16), parse("2 nodes of 8xH100"))
     device = DEVICES["H100"]
@@ -304,7 +312,7 @@ def test_a_ring_across_nodes_takes_the_network():
 
 def test_a_decode_step_sends_two_sums_a_layer():
     layout = layout_of(FLASH, MeshSpec(expert=8, tensor=4), "expert_tensor", "bf16")
-    found = payloads(of_serving(layout, Tokens("decode", 32, 1, 4096), rows_split=False))
+    found = payloads(serving_exchanges(layout, StepShape("decode", 32, 1, 4096), rows_split=False))
     group = ("expert", "tensor")
     assert found == {
         ("all-reduce", group): 91 * 32 * 4096 * 2,
@@ -315,13 +323,13 @@ def test_a_decode_step_sends_two_sums_a_layer():
 def test_a_long_piece_is_exchanged_where_the_runtime_exchanges():
     """The same decision as the layout's, and buffers of the sizes that it makes."""
     layout = layout_of(FLASH, MeshSpec(expert=36, tensor=8), "expert_tensor", "bf16")
-    work = Tokens("prefill", 1, 36 * 8 * 1024, 36 * 8 * 1024)
-    kinds = {each.kind for each in of_serving(layout, work, rows_split=False)}
+    work = StepShape("prefill", 1, 36 * 8 * 1024, 36 * 8 * 1024)
+    kinds = {each.kind for each in serving_exchanges(layout, work, rows_split=False)}
     from stepjax.sharding.expert_parallel import Group, exchange_pays
 
     pays = exchange_pays(FLASH, Group.of(layout.rules), 1024)
     assert ("all-to-all" in kinds) == pays
-    assert math.isfinite(sum(each.payload_bytes for each in of_serving(layout, work, rows_split=False)))
+    assert math.isfinite(sum(each.payload_bytes for each in serving_exchanges(layout, work, rows_split=False)))
 
 
 def test_check_is_printed(capsys):

@@ -21,9 +21,9 @@ from stepjax.model.cache import Chunk
 from stepjax.model.layout import Layout, SingleDevice
 from stepjax.model.moe import MoE
 from stepjax.model.step3p5 import abstract, axes_of, bind
-from stepjax.sharding.layout import MeshLayout
 from stepjax.sharding.mesh import MeshSpec
-from stepjax.sharding.rules import Rules
+from stepjax.sharding.mesh_layout import MeshLayout
+from stepjax.sharding.rules import ShardingRules
 from stepjax.weights.adapted import Adapted
 from stepjax.weights.int_groups import quantize_groups
 
@@ -50,7 +50,7 @@ TOKENS = np.random.default_rng(0).integers(0, 128, (B, T)).astype(np.int32)
 
 def layout(mesh: str, strategy: str, *, stream: int = 1024, exchange: bool | None = None) -> MeshLayout:
     spec = MeshSpec.parse(mesh)
-    return MeshLayout(spec.build(), Rules(CONFIG, spec, strategy), stream_tokens=stream, exchange=exchange)
+    return MeshLayout(spec.build(), ShardingRules(CONFIG, spec, strategy), stream_tokens=stream, exchange=exchange)
 
 
 def largest_error(found: Any, expected: Any) -> float:

@@ -22,10 +22,10 @@ from stepjax.config import ModelConfig
 from stepjax.errors import CheckpointError
 from stepjax.model.cache import Chunk
 from stepjax.model.step3p5 import abstract, bind
-from stepjax.sharding.checkpoint import restore_adapter, save_adapter
-from stepjax.sharding.layout import MeshLayout
 from stepjax.sharding.mesh import MeshSpec
-from stepjax.sharding.rules import Rules
+from stepjax.sharding.mesh_layout import MeshLayout
+from stepjax.sharding.rules import ShardingRules
+from stepjax.sharding.sharded_checkpoint import restore_adapter, save_adapter
 from stepjax.weights.fp8 import BlockScaled, quantize_numpy
 from stepjax.weights.int_groups import form_of, quantize_groups
 
@@ -168,7 +168,7 @@ def test_an_adapter_goes_from_one_device_to_a_mesh(tmp_path):
     adapter = trained(config, LORA)
     save_adapter(tmp_path / "adapter", config, adapter, LORA)
     spec = MeshSpec.parse("expert=4,tensor=2")
-    found, lora, of = restore_adapter(tmp_path / "adapter", MeshLayout(spec.build(), Rules(config, spec)))
+    found, lora, of = restore_adapter(tmp_path / "adapter", MeshLayout(spec.build(), ShardingRules(config, spec)))
     assert (lora, of) == (LORA, config)
     assert found.keys() == adapter.keys()
     for name, value in adapter.items():

@@ -16,7 +16,7 @@ from stepjax.errors import MeshError
 from stepjax.model.layout import AXES as LOGICAL
 from stepjax.model.step3p5 import abstract, axes_of, params_of
 from stepjax.sharding.mesh import AXES, MeshSpec
-from stepjax.sharding.rules import GROUP, STRATEGIES, Rules
+from stepjax.sharding.rules import GROUP, STRATEGIES, ShardingRules
 
 FLASH = ModelConfig.preset("step-3.5-flash")
 FP8 = dataclasses.replace(FLASH, fp8_block=(128, 128))
@@ -132,7 +132,7 @@ ILLEGAL = [
 @pytest.mark.parametrize(("text", "devices", "strategy", "config", "fp8", "message"), ILLEGAL)
 def test_an_illegal_mesh_is_refused_with_its_reason(text, devices, strategy, config, fp8, message):
     with pytest.raises(MeshError) as refused:
-        Rules(config, MeshSpec.parse(text).resolve(devices), strategy, keep_fp8=fp8)
+        ShardingRules(config, MeshSpec.parse(text).resolve(devices), strategy, keep_fp8=fp8)
     assert message in str(refused.value)
 
 
@@ -159,7 +159,7 @@ LEGAL = [
 
 @pytest.mark.parametrize(("text", "devices", "strategy", "config", "fp8", "notes"), LEGAL)
 def test_a_legal_mesh_says_what_it_copies(text, devices, strategy, config, fp8, notes):
-    rules = Rules(config, MeshSpec.parse(text).resolve(devices), strategy, keep_fp8=fp8)
+    rules = ShardingRules(config, MeshSpec.parse(text).resolve(devices), strategy, keep_fp8=fp8)
     assert len(rules.notes) == notes
     assert all("each hold a copy" in note for note in rules.notes)
 
@@ -167,7 +167,7 @@ def test_a_legal_mesh_says_what_it_copies(text, devices, strategy, config, fp8, 
 @pytest.mark.parametrize(("text", "devices", "strategy", "config", "fp8", "notes"), LEGAL)
 def test_no_parameter_is_cut_unevenly(text, devices, strategy, config, fp8, notes):
     spec = MeshSpec.parse(text).resolve(devices)
-    rules = Rules(config, spec, strategy, keep_fp8=fp8)
+    rules = ShardingRules(config, spec, strategy, keep_fp8=fp8)
     shapes, all_axes = skeleton(config)
     for name, axes in all_axes.items():
         for size, entry in zip(shapes[name].shape, rules.spec(*axes), strict=True):
@@ -177,7 +177,7 @@ def test_no_parameter_is_cut_unevenly(text, devices, strategy, config, fp8, note
 
 def test_parameters_of_a_device_are_the_arithmetic():
     """32 devices: routed experts and widths in 32 parts, key-value projections in 8, norms and routers whole."""
-    rules = Rules(FLASH, MeshSpec(expert=8, tensor=4), "expert_tensor")
+    rules = ShardingRules(FLASH, MeshSpec(expert=8, tensor=4), "expert_tensor")
     shapes, all_axes = skeleton(FLASH)
     total = 0
     for name, axes in all_axes.items():
@@ -213,7 +213,7 @@ def test_neighbours_in_tensor_are_neighbours():
 
 
 def test_an_activation_that_does_not_divide_is_copied():
-    rules = Rules(TINY, MeshSpec(data=2, context=2, tensor=2), "tensor")
+    rules = ShardingRules(TINY, MeshSpec(data=2, context=2, tensor=2), "tensor")
     assert rules.fit((4, 64, 64), "batch", "length", "embed") == P("data", "context", None)
     assert rules.fit((3, 64, 64), "batch", "length", "embed") == P(None, "context", None)
     assert rules.fit((4, 64, 64), "batch", "stream", "embed") == P("data", ("context", "tensor"), None)
@@ -221,7 +221,7 @@ def test_an_activation_that_does_not_divide_is_copied():
 
 
 def test_training_keeps_matrices_apart_and_vectors_whole():
-    rules = Rules(TINY, MeshSpec(data=2, expert=2, tensor=2), "fsdp")
+    rules = ShardingRules(TINY, MeshSpec(data=2, expert=2, tensor=2), "fsdp")
     assert rules.spec("expert", "expert_mlp", "embed") == P("expert", "tensor", "data")
     assert rules.gathered("expert", "expert_mlp", "embed") == P("expert", "tensor", None)
     assert rules.spec("embed") == P(None)

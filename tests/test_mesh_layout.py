@@ -27,9 +27,9 @@ from stepjax.model.step3p5 import Step3p5, abstract, axes_of, bind
 from stepjax.ops.attention import Heads
 from stepjax.sharding import context_parallel
 from stepjax.sharding.compiled.hlo import collectives
-from stepjax.sharding.layout import MeshLayout
 from stepjax.sharding.mesh import MeshSpec
-from stepjax.sharding.rules import Rules
+from stepjax.sharding.mesh_layout import MeshLayout
+from stepjax.sharding.rules import ShardingRules
 
 # Mesh, strategy, tokens from which the residual stream is split, form of the experts.
 PLANS = [
@@ -66,7 +66,7 @@ PARAMS = random_params(CONFIG, 0)
 @cache
 def layout(mesh: str, strategy: str, stream: int = 1024, form: Any = None, of: ModelConfig = CONFIG) -> MeshLayout:
     spec = MeshSpec.parse(mesh)
-    return MeshLayout(spec.build(), Rules(of, spec, strategy), form=form, stream_tokens=stream)
+    return MeshLayout(spec.build(), ShardingRules(of, spec, strategy), form=form, stream_tokens=stream)
 
 
 def placed(params: dict[str, jax.Array], skeleton: Step3p5, where: MeshLayout) -> dict[str, jax.Array]:

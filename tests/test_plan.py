@@ -19,19 +19,19 @@ from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.planner.hardware import DEVICES, parse, read_devices
 from stepjax.sharding.planner.search import (
     BATCHES,
-    Ask,
     Choice,
     Goal,
     Option,
     Plan,
+    PlanRequest,
     Refusal,
     by_batch,
     choices,
     plan,
     weigh,
 )
-from stepjax.sharding.planner.step_time import Routing
-from stepjax.sharding.rules import Rules
+from stepjax.sharding.planner.step_time import RoutingDistribution
+from stepjax.sharding.rules import ShardingRules
 from stepjax.train.planning.plot import Dot, front
 from stepjax.weights.inventory import FP8_BLOCK, Groups
 
@@ -40,14 +40,14 @@ FLASH = ModelConfig.preset("step-3.5-flash")
 
 @cache
 def planned(hardware: str, goal: Goal, **given: Any) -> Plan:
-    return plan(FLASH, parse(hardware), Ask(goal, **given))
+    return plan(FLASH, parse(hardware), PlanRequest(goal, **given))
 
 
 def refused(hardware: str, text: str, **given: Any) -> str:
     """Why a choice, written as mesh strategy experts [drafts], is refused; "" if it is not."""
     mesh, strategy, quant, *drafts = text.split()
     choice = Choice(MeshSpec.parse(mesh), strategy, quant, int(drafts[0]) if drafts else 0)  # type: ignore[arg-type]
-    found = weigh(FLASH, parse(hardware), Ask(given.pop("goal", "latency"), **given), choice)
+    found = weigh(FLASH, parse(hardware), PlanRequest(given.pop("goal", "latency"), **given), choice)
     return found.reason if isinstance(found, Refusal) else ""
 
 
@@ -171,7 +171,7 @@ def test_every_mesh_that_wins_is_taken_by_the_runtime():
         assert spec == choice.mesh
         groups = {"int8": Groups(8, None), "int4": Groups(4, 64)}.get(choice.quant)
         config = dataclasses.replace(FLASH, fp8_block=FP8_BLOCK) if choice.quant == "fp8" else FLASH
-        Rules(config, spec.resolve(choice.num_devices), choice.strategy, choice.quant == "fp8", groups)
+        ShardingRules(config, spec.resolve(choice.num_devices), choice.strategy, choice.quant == "fp8", groups)
         assert option.memory.total <= option.memory.usable
 
 
@@ -223,7 +223,7 @@ def test_training_holds_factors_moments_and_activations():
 def test_drafts_are_dear_for_few_and_cheap_for_many():
     def step(batch: int, drafts: int) -> float:
         choice = Choice(MeshSpec(expert=8), "expert_tensor", "bf16", drafts)
-        found = weigh(FLASH, parse("8xH100"), Ask("latency", batch=batch), choice)
+        found = weigh(FLASH, parse("8xH100"), PlanRequest("latency", batch=batch), choice)
         assert isinstance(found, Option)
         return found.step.work_s
 
@@ -232,9 +232,9 @@ def test_drafts_are_dear_for_few_and_cheap_for_many():
 
 
 def test_hot_experts_cost_time():
-    even = weigh(FLASH, parse("8xH100"), Ask("latency", batch=2), Choice(MeshSpec(expert=8), "expert", "bf16"))
-    skewed = Routing(tuple(50.0 if each < 36 else 1.0 for each in range(288)))
-    asked = Ask("latency", batch=2, routing=skewed)
+    even = weigh(FLASH, parse("8xH100"), PlanRequest("latency", batch=2), Choice(MeshSpec(expert=8), "expert", "bf16"))
+    skewed = RoutingDistribution(tuple(50.0 if each < 36 else 1.0 for each in range(288)))
+    asked = PlanRequest("latency", batch=2, routing=skewed)
     hot = weigh(FLASH, parse("8xH100"), asked, Choice(MeshSpec(expert=8), "expert", "bf16"))
     assert isinstance(even, Option)
     assert isinstance(hot, Option)
@@ -243,18 +243,18 @@ def test_hot_experts_cost_time():
 
 def test_the_published_point_of_vllm():
     """4 H200, TP4, 16 bit, 2048 in and 1024 out, 10 at a time: 11.91 ms a token. Nothing was fitted to it."""
-    ask = Ask("latency", batch=10, context=3072, filled=2560 / 3072)
+    ask = PlanRequest("latency", batch=10, context=3072, filled=2560 / 3072)
     found = weigh(FLASH, parse("4xH200"), ask, Choice(MeshSpec(tensor=4), "tensor", "bf16"))
     assert isinstance(found, Option)
     assert found.tpot_s == pytest.approx(11.91e-3, rel=0.35)
 
 
 def test_there_are_enough_choices_to_be_worth_the_name():
-    assert sum(1 for _ in choices(FLASH, parse("512xH100"), Ask("lora"))) >= 3000
-    meshes = {str(each.mesh) for each in choices(FLASH, parse("8xH100"), Ask("latency"))}
+    assert sum(1 for _ in choices(FLASH, parse("512xH100"), PlanRequest("lora"))) >= 3000
+    meshes = {str(each.mesh) for each in choices(FLASH, parse("8xH100"), PlanRequest("latency"))}
     assert len(meshes) == 1 + 3 + 6 + 10
     small = small_config()
-    assert plan(small, parse("2xH100"), Ask("latency", context=128, quants=("bf16",))).options
+    assert plan(small, parse("2xH100"), PlanRequest("latency", context=128, quants=("bf16",))).options
 
 
 # Hardware
@@ -364,11 +364,11 @@ def test_the_front_has_no_point_that_another_beats():
 
 def test_a_batch_grows_until_memory_ends():
     choice = Choice(MeshSpec(expert=8), "expert_tensor", "bf16")
-    found = by_batch(FLASH, parse("8xH100"), Ask("latency"), choice)
+    found = by_batch(FLASH, parse("8xH100"), PlanRequest("latency"), choice)
     assert [each.batch for each in found] == list(BATCHES[: len(found)])
     assert 4 < len(found) < len(BATCHES)
     assert FITS in refused("8xH100", "expert=8 expert_tensor bf16", batch=BATCHES[len(found)])
-    assert by_batch(FLASH, parse("8xH100"), Ask("latency"), choice._replace(mesh=MeshSpec(expert=5))) == []
+    assert by_batch(FLASH, parse("8xH100"), PlanRequest("latency"), choice._replace(mesh=MeshSpec(expert=5))) == []
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ from stepjax.config import ModelConfig
 from stepjax.errors import ConfigError, TrainingError
 from stepjax.model.cache import Chunk
 from stepjax.model.step3p5 import abstract, axes_of, bind
-from stepjax.sharding.layout import MeshLayout
 from stepjax.sharding.mesh import MeshSpec
-from stepjax.sharding.rules import Rules as RuleTable
+from stepjax.sharding.mesh_layout import MeshLayout
+from stepjax.sharding.rules import ShardingRules as RuleTable
 from stepjax.train.config.mix import MIX
 from stepjax.train.config.pretrain import PretrainConfig, read_pretrain
 from stepjax.train.config.reader import write_settings

@@ -19,16 +19,16 @@ from test_hosts import together
 from stepjax.checkpoint.reader import Checkpoint, load_params
 from stepjax.errors import CheckpointError
 from stepjax.model.step3p5 import abstract, axes_of
-from stepjax.sharding.checkpoint import restore_params, restore_tree, save_params, save_tree, stored_config
-from stepjax.sharding.layout import MeshLayout
-from stepjax.sharding.load import load_sharded
 from stepjax.sharding.mesh import MeshSpec
-from stepjax.sharding.rules import Rules
+from stepjax.sharding.mesh_layout import MeshLayout
+from stepjax.sharding.rules import ShardingRules
+from stepjax.sharding.sharded_checkpoint import restore_params, restore_tree, save_params, save_tree, stored_config
+from stepjax.sharding.sharded_load import load_sharded
 
 
 def layout(config: Any, mesh: str, *, keep_fp8: bool = False) -> MeshLayout:
     spec = MeshSpec.parse(mesh)
-    return MeshLayout(spec.build(), Rules(config, spec, "expert_tensor", keep_fp8=keep_fp8))
+    return MeshLayout(spec.build(), ShardingRules(config, spec, "expert_tensor", keep_fp8=keep_fp8))
 
 
 def loaded(checkpoint: Checkpoint, mesh: str, *, keep_fp8: bool = False) -> dict[str, Any]:

@@ -16,11 +16,11 @@ from stepjax.errors import RequestError
 from stepjax.infer.load import load
 from stepjax.infer.session import Session
 from stepjax.model.step3p5 import abstract, axes_of
-from stepjax.sharding import load as loading
-from stepjax.sharding.layout import MeshLayout
-from stepjax.sharding.load import load_sharded
+from stepjax.sharding import sharded_load as loading
 from stepjax.sharding.mesh import MeshSpec
-from stepjax.sharding.rules import Rules
+from stepjax.sharding.mesh_layout import MeshLayout
+from stepjax.sharding.rules import ShardingRules
+from stepjax.sharding.sharded_load import load_sharded
 from stepjax.weights.fp8 import BlockScaled
 
 MESHES = [
@@ -46,7 +46,7 @@ def fp8(tmp_path_factory) -> Path:
 
 def placement(checkpoint: Checkpoint, mesh: str, strategy: str, *, keep_fp8: bool = False) -> dict[str, Any]:
     spec = MeshSpec.parse(mesh)
-    where = MeshLayout(spec.build(), Rules(checkpoint.config, spec, strategy, keep_fp8=keep_fp8))
+    where = MeshLayout(spec.build(), ShardingRules(checkpoint.config, spec, strategy, keep_fp8=keep_fp8))
     return {path: where.parameter(*axes) for path, axes in axes_of(abstract(checkpoint.config, layout=where)).items()}
 
 

@@ -17,7 +17,7 @@ from tiny import small_config
 from stepjax.cli import main
 from stepjax.sharding import devices
 from stepjax.sharding.compiled.hlo import Collective
-from stepjax.sharding.compiled.study import Launches, Places, Study, by_place
+from stepjax.sharding.compiled.step_study import Launches, Places, StepStudy, by_place
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.train.planning.workload import Workload, study_model
 
@@ -28,12 +28,12 @@ D, V, E, F, H = 64, 128, 8, 32, 16  # of both
 
 
 @cache
-def studied(mesh: str, workload: Workload, strategy: str = "expert_tensor", on: devices.Target = "cpu") -> Study:
+def studied(mesh: str, workload: Workload, strategy: str = "expert_tensor", on: devices.Target = "cpu") -> StepStudy:
     config = SHORT if workload.step == "train" else CONFIG
     return study_model(config, workload, MeshSpec.parse(mesh), strategy=strategy, target=on)
 
 
-def launched(study: Study, *, inside: str = "") -> dict[tuple[str, str], int]:
+def launched(study: StepStudy, *, inside: str = "") -> dict[tuple[str, str], int]:
     """Launches by kind and axes of the layer ``inside``, else of what lies in none."""
     (places,) = (each for each in study.places if (inside in each.names if inside else not each.names))
     return {(each.kind, ",".join(each.axes)): each.num_launches for each in places.launches}

@@ -97,13 +97,13 @@ def restore(folder: str, base: str, mesh: str) -> int:
     import numpy as np
 
     from stepjax.checkpoint.reader import Checkpoint
-    from stepjax.sharding.checkpoint import restore_params, stored_config
-    from stepjax.sharding.layout import MeshLayout
     from stepjax.sharding.mesh import MeshSpec
-    from stepjax.sharding.rules import Rules
+    from stepjax.sharding.mesh_layout import MeshLayout
+    from stepjax.sharding.rules import ShardingRules
+    from stepjax.sharding.sharded_checkpoint import restore_params, stored_config
 
     checkpoint, spec = Checkpoint(folder), MeshSpec.parse(mesh)
-    params = restore_params(base, MeshLayout(spec.build(), Rules(stored_config(base), spec)))
+    params = restore_params(base, MeshLayout(spec.build(), ShardingRules(stored_config(base), spec)))
     different = 0
     for path, value in params.items():
         stored = checkpoint.read(path, dtype=jnp.bfloat16)

@@ -21,7 +21,7 @@ import numpy as np
 from stepjax.adapters.lora import TARGETS, LoraConfig, adapted_paths, check_fit, targets
 from stepjax.errors import RequestError
 from stepjax.model.step3p5 import axes_of
-from stepjax.sharding.layout import MeshLayout
+from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.weights.adapted import Adapted, factor_axes
 
 if TYPE_CHECKING:

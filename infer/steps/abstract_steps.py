@@ -16,7 +16,7 @@ from stepjax.infer.sampling.state import Sampling
 from stepjax.infer.steps.runner import Runner
 from stepjax.infer.steps.state import Pieces
 from stepjax.model.step3p5 import Params, Step3p5, abstract
-from stepjax.sharding.compiled.study import Step
+from stepjax.sharding.compiled.step_study import Step
 
 
 def decode_step(model: Step3p5, params: Params, *, batch: int, context: int, drafts: int, dtype: Any) -> Step:

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from stepjax.adapters.peft import export_adapter, import_adapter
     from stepjax.commands.info import read_config
-    from stepjax.sharding.checkpoint import is_adapter, restore_adapter
+    from stepjax.sharding.sharded_checkpoint import is_adapter, restore_adapter
 
     config = read_config(args.model)
     adapter, lora = restore_adapter(args.source)[:2] if is_adapter(args.source) else import_adapter(args.source, config)

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from stepjax.adapters.peft import import_adapter
     from stepjax.commands.info import read_config
-    from stepjax.sharding.checkpoint import save_adapter
+    from stepjax.sharding.sharded_checkpoint import save_adapter
 
     config = read_config(args.model)
     adapter, lora = import_adapter(args.source, config)

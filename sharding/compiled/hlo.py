@@ -15,7 +15,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-Kind = Literal[
+CollectiveKind = Literal[
     "all-reduce",
     "all-gather",
     "reduce-scatter",
@@ -28,7 +28,9 @@ Certainty = Literal["exact", "at_most", "per_iteration"]  # from best to worst
 
 CERTAINTIES: tuple[Certainty, ...] = get_args(Certainty)
 
-_KIND_OF: dict[str, Kind] = {kind + suffix: kind for kind in get_args(Kind) for suffix in ("", "-start")}
+_KIND_OF: dict[str, CollectiveKind] = {
+    kind + suffix: kind for kind in get_args(CollectiveKind) for suffix in ("", "-start")
+}
 _HEADER = re.compile(r"(ENTRY )?%?([\w.-]+) .*\{")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?[\w.-]+ = (.*?) ([a-z][\w-]*)\(")  # its type and opcode
 _CALLED = re.compile(
@@ -50,7 +52,7 @@ class Collective:
     form. Where XLA combined several arrays into one launch it is their sum.
     """
 
-    kind: Kind
+    kind: CollectiveKind
     axes: tuple[str, ...]  # mesh axes that it runs along, in mesh order
     group_size: int  # devices of a group: fewer than the axes have together if it runs along a part of them
     dtypes: tuple[str, ...]  # as XLA writes them: bf16, f32, s32
@@ -78,7 +80,7 @@ class Collective:
 class Total:
     """What one run of the program launches of one kind along the same axes."""
 
-    kind: Kind
+    kind: CollectiveKind
     axes: tuple[str, ...]
     group_size: int
     num_launches: int
@@ -103,7 +105,7 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
 
 def totals(found: Iterable[Collective]) -> list[Total]:
     """Sums by kind, axes and group size, the ones that send most first."""
-    sums: dict[tuple[Kind, tuple[str, ...], int], Total] = {}
+    sums: dict[tuple[CollectiveKind, tuple[str, ...], int], Total] = {}
     for one in found:
         key = one.kind, one.axes, one.group_size
         old = sums.get(key) or Total(one.kind, one.axes, one.group_size, 0, 0, 0.0, "exact")
@@ -167,7 +169,7 @@ class _Program:
     def _of_branches(self, branches: list[str]) -> list[Collective]:
         return _repeated(max(map(self.launches, branches), key=_sent_bytes), 1, "at_most")
 
-    def _collective(self, kind: Kind, result: str, line: str) -> Collective:
+    def _collective(self, kind: CollectiveKind, result: str, line: str) -> Collective:
         if kind == "collective-permute":
             axes = self._mesh.along(read_pairs(line))
             size = self._mesh.span(axes)

@@ -17,7 +17,7 @@ import numpy as np
 
 from stepjax.errors import RequestError
 from stepjax.sharding.planner.hardware import Cluster
-from stepjax.sharding.planner.measurements import Point
+from stepjax.sharding.planner.measurements import MeasuredStep
 from stepjax.sharding.planner.step_time import Efficiency
 
 NAMES = ("memory", "compute", "link", "launch")
@@ -35,7 +35,7 @@ class Calibration:
     device: str  # that the steps were measured on
     efficiency: Efficiency
     fitted: tuple[str, ...]  # of its fields; the others are left at the datasheet's
-    points: tuple[Point, ...]  # fitted
+    points: tuple[MeasuredStep, ...]  # fitted
     spread: float  # standard deviation of the logarithm of measured over predicted
     factor: float  # a measured time lies within this factor of its prediction nine times of ten
     held_out: tuple[tuple[str, float], ...]  # other points: measured over predicted
@@ -56,7 +56,7 @@ class Calibration:
         }
 
 
-def fit(points: Sequence[Point], cluster: Cluster, *, device: str = "") -> Calibration:
+def fit(points: Sequence[MeasuredStep], cluster: Cluster, *, device: str = "") -> Calibration:
     """Fit at most `MOST_POINTS` of them, from the shortest to the longest; one alone decides the memory's share only.
 
     Args:
@@ -87,7 +87,7 @@ def fit(points: Sequence[Point], cluster: Cluster, *, device: str = "") -> Calib
     )
 
 
-def _spread(points: Sequence[Point]) -> list[Point]:
+def _spread(points: Sequence[MeasuredStep]) -> list[MeasuredStep]:
     """The fewest and the most bytes, the most operations, and what lies between."""
     if len(points) <= MOST_POINTS:
         return list(points)
@@ -96,14 +96,14 @@ def _spread(points: Sequence[Point]) -> list[Point]:
     return [by_time[each] for each in at]
 
 
-def _decided(points: Sequence[Point], cluster: Cluster) -> list[str]:
+def _decided(points: Sequence[MeasuredStep], cluster: Cluster) -> list[str]:
     """The efficiencies that these points can decide, no more than there are points."""
     device, names = cluster.device, ["memory"]
     parts = [part for point in points for part in point.parts]
     if any(each.operations / device.bf16 > 0.5 * each.bytes / device.bandwidth for each in parts):
         names.append("compute")
 
-    def read(point: Point) -> float:
+    def read(point: MeasuredStep) -> float:
         return sum(each.bytes for each in point.parts) / device.bandwidth
 
     if any(each.kernels * device.kernel > 0.1 * read(each) for each in points):
@@ -113,7 +113,7 @@ def _decided(points: Sequence[Point], cluster: Cluster) -> list[str]:
     return names[: len(points)]
 
 
-def _least(points: Sequence[Point], cluster: Cluster, free: Sequence[str]) -> Efficiency:
+def _least(points: Sequence[MeasuredStep], cluster: Cluster, free: Sequence[str]) -> Efficiency:
     """Least squares of relative errors. Once each part's bound is known, times are linear in 1/m, 1/c, 1/l and k."""
     tried = [Efficiency()]
     for _ in range(20):
@@ -123,7 +123,7 @@ def _least(points: Sequence[Point], cluster: Cluster, free: Sequence[str]) -> Ef
     return min(tried, key=lambda each: _squares(points, cluster, each))
 
 
-def _solved(points: Sequence[Point], cluster: Cluster, free: Sequence[str], last: Efficiency) -> Efficiency:
+def _solved(points: Sequence[MeasuredStep], cluster: Cluster, free: Sequence[str], last: Efficiency) -> Efficiency:
     """The efficiencies if each part is bound by what ``last`` says. What would be negative is left at `LEAST`."""
     rows = [_seconds(each, cluster, last) for each in points]
     columns = {name: np.array([row[at] for row in rows]) for at, name in enumerate(NAMES)}
@@ -144,7 +144,7 @@ def _solved(points: Sequence[Point], cluster: Cluster, free: Sequence[str], last
     )
 
 
-def _seconds(point: Point, cluster: Cluster, last: Efficiency) -> tuple[float, float, float, float]:
+def _seconds(point: MeasuredStep, cluster: Cluster, last: Efficiency) -> tuple[float, float, float, float]:
     """A step at the datasheet's speeds by `NAMES`, each part counted where it is bound."""
     device, read, done = cluster.device, 0.0, 0.0
     for part in point.parts:
@@ -156,5 +156,5 @@ def _seconds(point: Point, cluster: Cluster, last: Efficiency) -> tuple[float, f
     return read, done, point.exchange(cluster), point.kernels * device.kernel
 
 
-def _squares(points: Sequence[Point], cluster: Cluster, efficiency: Efficiency) -> float:
+def _squares(points: Sequence[MeasuredStep], cluster: Cluster, efficiency: Efficiency) -> float:
     return sum(math.log(each.seconds / each.predicted(cluster, efficiency)) ** 2 for each in points)

@@ -22,9 +22,9 @@ from stepjax.config import LayerSpec, ModelConfig
 from stepjax.errors import MeshError
 from stepjax.model.cache import empty_cache
 from stepjax.model.step3p5 import abstract, axes_of, params_of
-from stepjax.sharding.layout import MeshLayout
 from stepjax.sharding.mesh import AXES, MeshSpec
-from stepjax.sharding.rules import Rules
+from stepjax.sharding.mesh_layout import MeshLayout
+from stepjax.sharding.rules import ShardingRules
 from stepjax.weights.inventory import DTYPE_BYTES, FP8_BLOCK, Form, Groups, counted_as, inventory, quantized
 
 Quant = Literal["bf16", "fp8", "int8", "int4"]
@@ -50,7 +50,7 @@ class ById:
         return isinstance(other, ById) and self.value is other.value
 
 
-class Kind(NamedTuple):
+class ArrayKind(NamedTuple):
     """Arrays of one shape, dtype and placement."""
 
     part: str  # field of `stepjax.weights.inventory.ParameterCounts`
@@ -67,10 +67,10 @@ class Kind(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Placed:
+class PlacedArrays:
     """One kind of array on one device."""
 
-    kind: Kind
+    kind: ArrayKind
     shape: tuple[int, ...]  # of the device's share of each
 
     @property
@@ -83,7 +83,7 @@ class Placed:
 
 
 @dataclass(frozen=True)
-class Cached:
+class CacheBytes:
     """Keys and values on one device."""
 
     full_bytes: int  # of layers that see everything: rows, or pages
@@ -110,7 +110,7 @@ def layout_of(config: ModelConfig, mesh: MeshSpec, strategy: str, quant: Quant) 
     if keep_fp8 and not config.fp8_block:
         config = dataclasses.replace(config, fp8_block=FP8_BLOCK)
     groups = form if isinstance(form, Groups) else None
-    rules = Rules(config, mesh, strategy, keep_fp8=keep_fp8, groups=groups)
+    rules = ShardingRules(config, mesh, strategy, keep_fp8=keep_fp8, groups=groups)
     return MeshLayout(cast(Any, no_devices(mesh)), rules)
 
 
@@ -127,7 +127,7 @@ def local_shape(layout: MeshLayout, shape: Sequence[int], *axes: str | None) -> 
 
 def parameters(
     config: ModelConfig, *, quant: Quant = "bf16", depths: int = 0, dtype: str = "bfloat16"
-) -> tuple[Kind, ...]:
+) -> tuple[ArrayKind, ...]:
     """Every parameter of a model with ``depths`` MTP layers, whole, alike ones counted.
 
     Raises:
@@ -137,7 +137,7 @@ def parameters(
 
 
 @functools.lru_cache(maxsize=64)
-def _parameters(of: ById, quant: Quant, depths: int, dtype: str) -> tuple[Kind, ...]:
+def _parameters(of: ById, quant: Quant, depths: int, dtype: str) -> tuple[ArrayKind, ...]:
     small, counts = one_of_each(of, depths)
     part_of = {spec.path: spec for spec in inventory(small)}
     model = abstract(small, dtype=jnp.dtype(dtype), mtp=bool(small.mtp_layers))
@@ -151,16 +151,16 @@ def _parameters(of: ById, quant: Quant, depths: int, dtype: str) -> tuple[Kind, 
                 raise MeshError(f"{quant}: rows of {value.shape[-1]} values, expected whole groups of {form.columns}")
             shapes = [(each.shape, DTYPE_BYTES[each.dtype]) for each in quantized(spec, form)]
         for shape, itemsize in shapes:
-            found[Kind(part, kind_path(path), shape, itemsize, axes[path], 1)] += counts[spec.layer]
+            found[ArrayKind(part, kind_path(path), shape, itemsize, axes[path], 1)] += counts[spec.layer]
     return tuple(kind._replace(count=count) for kind, count in found.items() if count)
 
 
-def placed(kinds: Iterable[Kind], layout: MeshLayout) -> tuple[Placed, ...]:
+def placed(kinds: Iterable[ArrayKind], layout: MeshLayout) -> tuple[PlacedArrays, ...]:
     """Where parameters lie."""
-    return tuple(Placed(kind, layout.parameter(*kind.axes).shard_shape(kind.shape)) for kind in kinds)
+    return tuple(PlacedArrays(kind, layout.parameter(*kind.axes).shard_shape(kind.shape)) for kind in kinds)
 
 
-def bytes_by_part(arrays: Iterable[Placed]) -> dict[str, int]:
+def bytes_by_part(arrays: Iterable[PlacedArrays]) -> dict[str, int]:
     """Bytes of one device by field of `stepjax.weights.inventory.ParameterCounts`."""
     sums: Counter[str] = Counter()
     for each in arrays:
@@ -177,7 +177,7 @@ def cached(
     depths: int,
     dtype: str = "bfloat16",
     pages: tuple[int, int] | None = None,
-) -> Cached:
+) -> CacheBytes:
     """Caches of ``batch`` sequences of up to ``length`` positions, or of ``pages``: their number and positions each."""
     full, rings, shape, ring = 0, 0, (0, 0, 0, 0), (0, 0, 0, 0)
     num_full = 0
@@ -189,7 +189,7 @@ def cached(
         else:
             full, shape, num_full = full + size, local, num_full + count
     rows_split = bool(num_full) and shape[1] < (pages[1] if pages else length)
-    return Cached(full, rings, shape, ring, rows_split, num_full, paged=bool(pages))
+    return CacheBytes(full, rings, shape, ring, rows_split, num_full, paged=bool(pages))
 
 
 def paged(
@@ -201,7 +201,7 @@ def paged(
     depths: int,
     page_size: int = PAGE,
     dtype: str = "bfloat16",
-) -> Cached:
+) -> CacheBytes:
     """An engine's caches of ``batch`` sequences: pages for ``context`` positions of each and the one that padding
     writes to, and rings; ``full_shape`` is that of the pages of all sequences, joined.
     """

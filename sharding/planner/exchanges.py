@@ -15,26 +15,26 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from stepjax.config import LayerSpec
-from stepjax.sharding.compiled.hlo import Kind
+from stepjax.sharding.compiled.hlo import CollectiveKind
 from stepjax.sharding.expert_parallel import Group, exchange_pays, exchange_rows
-from stepjax.sharding.layout import MeshLayout
+from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.planner.device_bytes import ById, local_shape
 from stepjax.sharding.rules import GROUP, Axes
 
 STREAM: Axes = ("context", *GROUP)
 
 
-class Sent(NamedTuple):
+class Exchange(NamedTuple):
     """Alike collectives of one step."""
 
-    kind: Kind
+    kind: CollectiveKind
     axes: Axes  # mesh axes that they run along
     payload_bytes: float  # of one: the whole array of a group, as in `stepjax.sharding.compiled.hlo.Collective`
     launches: int
 
 
 @dataclass(frozen=True)
-class Tokens:
+class StepShape:
     """One step of serving: ``batch`` sequences of all devices, each with ``count`` tokens and a cache."""
 
     step: Literal["decode", "prefill"]
@@ -46,7 +46,7 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Shares:
+class LocalTokens:
     """How a step's tokens lie on one device."""
 
     batch: int  # sequences
@@ -57,7 +57,7 @@ class Shares:
     tokens_split: bool  # over `context`
 
     @classmethod
-    def of(cls, layout: MeshLayout, work: Tokens) -> Shares:
+    def of(cls, layout: MeshLayout, work: StepShape) -> LocalTokens:
         return _shares(ById(layout), work)
 
     @property
@@ -67,15 +67,15 @@ class Shares:
 
 
 @functools.lru_cache(maxsize=4096)
-def _shares(of: ById, work: Tokens) -> Shares:
+def _shares(of: ById, work: StepShape) -> LocalTokens:
     layout: MeshLayout = of.value
     shape = (work.batch, work.count, layout.rules.config.hidden_size)
     batch, stream, _ = local_shape(layout, shape, "batch", "stream", "embed")
     length = local_shape(layout, shape, "batch", "length", "embed")[1]
-    return Shares(batch, length, stream, stream < length, batch < work.batch, length < work.count)
+    return LocalTokens(batch, length, stream, stream < length, batch < work.batch, length < work.count)
 
 
-def of_serving(layout: MeshLayout, work: Tokens, *, rows_split: bool) -> tuple[Sent, ...]:
+def serving_exchanges(layout: MeshLayout, work: StepShape, *, rows_split: bool) -> tuple[Exchange, ...]:
     """Everything that one step launches.
 
     A split prefill that also drafts, or whose sequences are split over ``data``, moves a little more than this: what
@@ -85,25 +85,25 @@ def of_serving(layout: MeshLayout, work: Tokens, *, rows_split: bool) -> tuple[S
       rows_split: whether the caches of full layers lie in stripes over ``context``.
     """
     config, rules = layout.rules.config, layout.rules
-    shares = Shares.of(layout, work)
+    shares = LocalTokens.of(layout, work)
     found = [*_embedding(layout, work, shares)]
     for layer, count in Counter(map(_alike, config.layers)).items():
         each = [*_attention(layout, work, shares, layer, rows_split=rows_split), *_mlp(layout, work, shares, layer)]
         found += [one._replace(launches=one.launches * count) for one in each]
     if shares.tokens_split:  # positions of the keys: once, whatever the number of layers
-        found.append(Sent("all-gather", ("context",), 4.0 * shares.batch * work.count, 1))
+        found.append(Exchange("all-gather", ("context",), 4.0 * shares.batch * work.count, 1))
     found += _ending(layout, work, shares)
     if work.step == "decode" or not shares.split:
         found += _drafts(layout, work, shares)
     if shares.replicas:
         emitted = work.count if work.step == "decode" else 1
-        found.append(Sent("all-gather", rules.live(("data",)), work.batch * (4.0 * (emitted + work.drafts) + 5), 1))
+        found.append(Exchange("all-gather", rules.live(("data",)), work.batch * (4.0 * (emitted + work.drafts) + 5), 1))
     return tuple(each for each in found if each.axes and each.payload_bytes)
 
 
-def payloads(found: Iterable[Sent]) -> dict[tuple[Kind, Axes], float]:
+def payloads(found: Iterable[Exchange]) -> dict[tuple[CollectiveKind, Axes], float]:
     """Bytes of all launches by kind and axes."""
-    sums: defaultdict[tuple[Kind, Axes], float] = defaultdict(float)
+    sums: defaultdict[tuple[CollectiveKind, Axes], float] = defaultdict(float)
     for each in found:
         sums[each.kind, each.axes] += each.launches * each.payload_bytes
     return dict(sums)
@@ -113,32 +113,37 @@ def _alike(layer: LayerSpec) -> tuple[int, int, int, bool, bool]:
     return layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.window is None, layer.moe
 
 
-def _row(layout: MeshLayout, work: Tokens) -> float:
+def _row(layout: MeshLayout, work: StepShape) -> float:
     return float(layout.rules.config.hidden_size * work.itemsize)
 
 
-def _summed(layout: MeshLayout, work: Tokens, shares: Shares, axes: Axes, tokens: float) -> Sent:
-    return Sent("reduce-scatter" if shares.split else "all-reduce", axes, tokens * _row(layout, work), 1)
+def _summed(layout: MeshLayout, work: StepShape, shares: LocalTokens, axes: Axes, tokens: float) -> Exchange:
+    return Exchange("reduce-scatter" if shares.split else "all-reduce", axes, tokens * _row(layout, work), 1)
 
 
-def _gathered(layout: MeshLayout, work: Tokens, shares: Shares) -> list[Sent]:
+def _gathered(layout: MeshLayout, work: StepShape, shares: LocalTokens) -> list[Exchange]:
     """A split stream on its way to weights."""
     payload = shares.tokens * _row(layout, work)
-    return [Sent("all-gather", layout.rules.live(GROUP), payload, 1)] if shares.split else []
+    return [Exchange("all-gather", layout.rules.live(GROUP), payload, 1)] if shares.split else []
 
 
-def _embedding(layout: MeshLayout, work: Tokens, shares: Shares) -> list[Sent]:
+def _embedding(layout: MeshLayout, work: StepShape, shares: LocalTokens) -> list[Exchange]:
     axes = layout.rules.table["vocab"]
     rows = max(2, shares.tokens) if work.batch * work.count == 1 else shares.tokens  # `stepjax.model.layers.Embed`
     found = [_summed(layout, work, shares, axes, rows)]
     if shares.split:
-        found.append(Sent("all-gather", axes, 4.0 * shares.tokens, 1))  # ids
+        found.append(Exchange("all-gather", axes, 4.0 * shares.tokens, 1))  # ids
     return found
 
 
 def _attention(
-    layout: MeshLayout, work: Tokens, shares: Shares, layer: tuple[int, int, int, bool, bool], *, rows_split: bool
-) -> list[Sent]:
+    layout: MeshLayout,
+    work: StepShape,
+    shares: LocalTokens,
+    layer: tuple[int, int, int, bool, bool],
+    *,
+    rows_split: bool,
+) -> list[Exchange]:
     """The projection's sum, and over ``context`` what keys and queries need."""
     num_heads, num_kv, width, full, _ = layer
     axes = layout.rules.table["heads"]
@@ -148,19 +153,21 @@ def _attention(
     if shares.tokens_split:
         held = num_kv // layout.rules.size(layout.rules.table["kv_heads"])
         keys = shares.batch * work.count * held * width * work.itemsize
-        found += [Sent("all-gather", context, keys, 2)]
+        found += [Exchange("all-gather", context, keys, 2)]
     if rows_split and full:
         scores = shares.batch * work.count * heads * 4.0
         if shares.tokens_split:
-            found.append(Sent("all-gather", context, shares.batch * work.count * heads * width * work.itemsize, 1))
-            found.append(Sent("all-reduce", context, scores, 1))
-            found.append(Sent("reduce-scatter", context, scores * (width + 1), 1))
+            found.append(Exchange("all-gather", context, shares.batch * work.count * heads * width * work.itemsize, 1))
+            found.append(Exchange("all-reduce", context, scores, 1))
+            found.append(Exchange("reduce-scatter", context, scores * (width + 1), 1))
         else:
-            found.append(Sent("all-reduce", context, scores * (width + 2), 1))
+            found.append(Exchange("all-reduce", context, scores * (width + 2), 1))
     return found
 
 
-def _mlp(layout: MeshLayout, work: Tokens, shares: Shares, layer: tuple[int, int, int, bool, bool]) -> list[Sent]:
+def _mlp(
+    layout: MeshLayout, work: StepShape, shares: LocalTokens, layer: tuple[int, int, int, bool, bool]
+) -> list[Exchange]:
     config, group = layout.rules.config, Group.of(layout.rules)
     if not layer[-1]:
         return [
@@ -171,57 +178,57 @@ def _mlp(layout: MeshLayout, work: Tokens, shares: Shares, layer: tuple[int, int
         return [_summed(layout, work, shares, group.axes, shares.tokens)]
     if exchanges(layout, shares):
         return _exchanged(layout, work, shares)
-    ids = Sent("all-gather", group.axes, shares.tokens * config.top_k * 8.0, 1)  # int32 ids, float32 weights
+    ids = Exchange("all-gather", group.axes, shares.tokens * config.top_k * 8.0, 1)  # int32 ids, float32 weights
     return [*_gathered(layout, work, shares), ids, _summed(layout, work, shares, group.axes, shares.tokens)]
 
 
-def exchanges(layout: MeshLayout, shares: Shares) -> bool:
+def exchanges(layout: MeshLayout, shares: LocalTokens) -> bool:
     """Whether rows of a split stream travel to their experts, as `MeshLayout.mixture` decides it."""
     group = Group.of(layout.rules)
     return bool(group.ranks) and exchange_pays(layout.rules.config, group, shares.batch * shares.stream)
 
 
-def _exchanged(layout: MeshLayout, work: Tokens, shares: Shares) -> list[Sent]:
+def _exchanged(layout: MeshLayout, work: StepShape, shares: LocalTokens) -> list[Exchange]:
     """One pass of the exchange, which nearly always is the only one."""
     config, group = layout.rules.config, Group.of(layout.rules)
     row, tokens = _row(layout, work), shares.batch * shares.stream
     rows = group.num_ranks * exchange_rows(tokens, config.num_experts, config.top_k, group.num_ranks)
     table = 8.0 * config.top_k
     found = [
-        Sent("all-reduce", group.axes, 4.0, 1),  # passes
-        Sent("all-to-all", group.ranks, rows * row, 2),
-        Sent("all-to-all", group.ranks, rows * table, 1),
-        Sent("all-gather", group.shared, 3.0 * config.shared_size * row, 1),
+        Exchange("all-reduce", group.axes, 4.0, 1),  # passes
+        Exchange("all-to-all", group.ranks, rows * row, 2),
+        Exchange("all-to-all", group.ranks, rows * table, 1),
+        Exchange("all-gather", group.shared, 3.0 * config.shared_size * row, 1),
     ]
     if group.width:
         whole = rows * group.num_shares
-        found += [Sent("all-gather", group.width, whole * (row + table), 1)]
-        found += [Sent("reduce-scatter", group.width, whole * row, 1)]
+        found += [Exchange("all-gather", group.width, whole * (row + table), 1)]
+        found += [Exchange("reduce-scatter", group.width, whole * row, 1)]
     return found
 
 
-def _ending(layout: MeshLayout, work: Tokens, shares: Shares) -> list[Sent]:
+def _ending(layout: MeshLayout, work: StepShape, shares: LocalTokens) -> list[Exchange]:
     """Logits, and what a split stream needs for them: the last token of each sequence, and whether all are numbers."""
     config, rules = layout.rules.config, layout.rules
     wanted = work.count if work.step == "decode" else 1
-    logits = Sent("all-gather", rules.table["vocab"], 4.0 * shares.batch * wanted * config.vocab_size, 1)
+    logits = Exchange("all-gather", rules.table["vocab"], 4.0 * shares.batch * wanted * config.vocab_size, 1)
     if work.step == "decode" or not (shares.split or shares.tokens_split):
         return [logits]
     axes = rules.live(STREAM) if shares.split else rules.live(("context",))
-    last = Sent("all-reduce", axes, shares.batch * _row(layout, work), 1)
+    last = Exchange("all-reduce", axes, shares.batch * _row(layout, work), 1)
     if work.batch == 1:  # the compiler makes a slice of a gather of one row
-        last = Sent("all-gather", axes, work.count * _row(layout, work), 1)
-    return [logits, last, Sent("all-reduce", axes, float(shares.batch), 1)]
+        last = Exchange("all-gather", axes, work.count * _row(layout, work), 1)
+    return [logits, last, Exchange("all-reduce", axes, float(shares.batch), 1)]
 
 
-def _drafts(layout: MeshLayout, work: Tokens, shares: Shares) -> list[Sent]:
+def _drafts(layout: MeshLayout, work: StepShape, shares: LocalTokens) -> list[Exchange]:
     """Embedding, merge, attention and MLP of each depth, over as many tokens more as it is deep; a shared argmax."""
     rules, found = layout.rules, []
-    whole = Shares(shares.batch, shares.length, shares.length, False, shares.replicas, shares.tokens_split)
+    whole = LocalTokens(shares.batch, shares.length, shares.length, False, shares.replicas, shares.tokens_split)
     for depth in range(work.drafts):
         tokens = shares.batch * (work.count + depth)
         for name in ("vocab", "embed_in", "heads", "mlp"):
             found.append(_summed(layout, work, whole, rules.table[name], tokens))
         best = 8.0 * shares.batch * rules.size(rules.table["vocab"])
-        found.append(Sent("all-gather", rules.table["vocab"], best, 1))
+        found.append(Exchange("all-gather", rules.table["vocab"], best, 1))
     return found

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from stepjax.config import ModelConfig
 from stepjax.sharding.planner.calibration import Calibration
-from stepjax.sharding.planner.search import Ask, Choice, Option, Plan, Refusal, rank, weigh
+from stepjax.sharding.planner.search import Choice, Option, Plan, PlanRequest, Refusal, rank, weigh
 
 RIVALS = 5
 NAME_WIDTH = 18  # of a column of meshes, as expert=32,tensor=2
@@ -119,7 +119,7 @@ def would_change(plan: Plan, config: ModelConfig) -> list[str]:
         return []
     ask, contenders, found = plan.ask, [each.choice for each in plan.options[:CONTENDERS]], []
     winner = plan.options[0].choice
-    changed: list[tuple[str, Ask]] = []
+    changed: list[tuple[str, PlanRequest]] = []
     for factor in (8, 64):
         changed.append((f"batch {ask.batch * factor}", dataclasses.replace(ask, batch=ask.batch * factor)))
     for context in (ask.context * 8, config.max_positions):

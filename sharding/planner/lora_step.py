@@ -19,10 +19,10 @@ from stepjax.model.step3p5 import KEPT_LAYERS
 from stepjax.ops.attention import WINDOWED_BLOCK
 from stepjax.ops.expert_choice import buffer_rows, tile_size
 from stepjax.sharding.expert_parallel import Group
-from stepjax.sharding.layout import MeshLayout
-from stepjax.sharding.planner.device_bytes import ById, Cached, Kind, Placed, kind_path, one_of_each
-from stepjax.sharding.planner.exchanges import Sent, Shares, Tokens, of_serving
-from stepjax.sharding.planner.step_time import Part, Routing, serving_parts
+from stepjax.sharding.mesh_layout import MeshLayout
+from stepjax.sharding.planner.device_bytes import ArrayKind, ById, CacheBytes, PlacedArrays, kind_path, one_of_each
+from stepjax.sharding.planner.exchanges import Exchange, LocalTokens, StepShape, serving_exchanges
+from stepjax.sharding.planner.step_time import RoutingDistribution, WorkPart, serving_parts
 from stepjax.weights.inventory import inventory
 
 PASSES = 3  # over the weights: forward, again, backward
@@ -31,10 +31,10 @@ LOGIT_ROWS = 512  # tokens whose logits a chunked loss makes at once (`stepjax.t
 # Float32 arrays that a layer's backward pass holds at once, counted in a program compiled for eight H100s (4 × 1,024
 # tokens): in the experts' order, and as tokens.
 BUFFERS, STREAMS = 6, 13
-NO_CACHE = Cached(0, 0, (0, 0, 0, 0), (0, 0, 0, 0), False, 0)
+NO_CACHE = CacheBytes(0, 0, (0, 0, 0, 0), (0, 0, 0, 0), False, 0)
 
 
-def adapters(config: ModelConfig, adapted: LoraConfig) -> tuple[Kind, ...]:
+def adapters(config: ModelConfig, adapted: LoraConfig) -> tuple[ArrayKind, ...]:
     """The factors that `stepjax.adapters.lora.init` makes for the model, whole, alike ones counted.
 
     Raises:
@@ -44,13 +44,13 @@ def adapters(config: ModelConfig, adapted: LoraConfig) -> tuple[Kind, ...]:
 
 
 @functools.lru_cache(maxsize=64)
-def _adapters(of: ById, adapted: LoraConfig) -> tuple[Kind, ...]:
+def _adapters(of: ById, adapted: LoraConfig) -> tuple[ArrayKind, ...]:
     small, counts = one_of_each(of, 0)
     layer_of = {spec.path: spec.layer for spec in inventory(small)}
     axes = lora.axes(small, adapted)
-    found: Counter[Kind] = Counter()
+    found: Counter[ArrayKind] = Counter()
     for name, factor in lora.shapes(small, adapted).items():
-        kind = Kind("adapter", kind_path(name), tuple(factor.shape), factor.dtype.itemsize, axes[name], 1)
+        kind = ArrayKind("adapter", kind_path(name), tuple(factor.shape), factor.dtype.itemsize, axes[name], 1)
         found[kind] += counts[layer_of[name.rpartition(".")[0]]]
     return tuple(kind._replace(count=count) for kind, count in found.items())
 
@@ -69,14 +69,14 @@ class TrainingBytes:
         return self.adapter + self.moments + self.gradients + self.activations
 
 
-def training_work(batch: int, length: int) -> Tokens:
+def training_shape(batch: int, length: int) -> StepShape:
     """A step of ``batch`` packed rows of ``length`` tokens."""
-    return Tokens("prefill", batch, length, length)
+    return StepShape("prefill", batch, length, length)
 
 
-def training_bytes(layout: MeshLayout, work: Tokens, factors: Sequence[Placed]) -> TrainingBytes:
+def training_bytes(layout: MeshLayout, work: StepShape, factors: Sequence[PlacedArrays]) -> TrainingBytes:
     """Beside the frozen weights. Activations are an estimate."""
-    config, shares = layout.rules.config, Shares.of(layout, work)
+    config, shares = layout.rules.config, LocalTokens.of(layout, work)
     adapter = sum(each.num_bytes for each in factors)
     stream = shares.batch * shares.stream * config.hidden_size * work.itemsize
     kept = len(config.layers) * stream
@@ -87,21 +87,21 @@ def training_bytes(layout: MeshLayout, work: Tokens, factors: Sequence[Placed]) 
     )
 
 
-def _pair_bytes(layout: MeshLayout, work: Tokens, layer: LayerSpec) -> float:
+def _pair_bytes(layout: MeshLayout, work: StepShape, layer: LayerSpec) -> float:
     """Two float32 for each query and key of a head, which attention keeps: its blocks of queries are not run again."""
-    shares = Shares.of(layout, work)
+    shares = LocalTokens.of(layout, work)
     keys = min(work.count, WINDOWED_BLOCK + layer.window - 1) if layer.window else work.count
     heads = layer.num_heads // layout.rules.size(layout.rules.table["heads"])
     return 2.0 * 4 * shares.tokens * keys * heads
 
 
-def _layer_bytes(layout: MeshLayout, work: Tokens) -> float:
+def _layer_bytes(layout: MeshLayout, work: StepShape) -> float:
     """What the backward pass of one layer holds at once on its way through the experts.
 
     One of their matrices, or a tile of it, in float32, as cotangents are; rows of tokens and their cotangents, in the
     experts' order and in their own.
     """
-    config, group, shares = layout.rules.config, Group.of(layout.rules), Shares.of(layout, work)
+    config, group, shares = layout.rules.config, Group.of(layout.rules), LocalTokens.of(layout, work)
     tokens = float(shares.tokens * config.hidden_size)
     matrix = buffer = 0.0
     if config.moe_layers:
@@ -122,35 +122,39 @@ def _head_bytes(layout: MeshLayout) -> float:
     return 4 * vocab * (config.hidden_size + 3 * LOGIT_ROWS)
 
 
-def training_parts(layout: MeshLayout, work: Tokens, weights: Iterable[Placed], *, routing: Routing) -> list[Part]:
+def training_parts(
+    layout: MeshLayout, work: StepShape, weights: Iterable[PlacedArrays], *, routing: RoutingDistribution
+) -> list[WorkPart]:
     """Work of one device in one step; the output matrix meets every token."""
-    shares = Shares.of(layout, work)
+    shares = LocalTokens.of(layout, work)
     parts = serving_parts(layout, work, NO_CACHE, weights, routing=routing)
     wider = {"output": shares.tokens / max(1, shares.batch)}
     causal = {"caches": 0.5}  # a row sees itself only: half of all pairs, where a cached prompt is seen whole
     return [
-        Part(each.name, PASSES * each.bytes, PASSES * each.operations * wider.get(each.name, causal.get(each.name, 1)))
+        WorkPart(
+            each.name, PASSES * each.bytes, PASSES * each.operations * wider.get(each.name, causal.get(each.name, 1))
+        )
         for each in parts
     ]
 
 
-def training_sent(
-    layout: MeshLayout, work: Tokens, weights: Iterable[Placed], factors: Iterable[Placed]
-) -> tuple[Sent, ...]:
+def training_exchanges(
+    layout: MeshLayout, work: StepShape, weights: Iterable[PlacedArrays], factors: Iterable[PlacedArrays]
+) -> tuple[Exchange, ...]:
     """A layer's exchanges once a pass; gradients of factors over replicas; matrices that are stored over replicas."""
-    serving = of_serving(layout, work, rows_split=False)
+    serving = serving_exchanges(layout, work, rows_split=False)
     found = [each._replace(launches=PASSES * each.launches) for each in serving]
     data = layout.rules.live(("data",))
     if not data:
         return tuple(found)
     gradients = sum(each.num_bytes for each in factors)
-    found.append(Sent("all-reduce", data, float(gradients), 1))
+    found.append(Exchange("all-reduce", data, float(gradients), 1))
     if stored := layout.rules.table.get("embed", ()):
         size = layout.rules.size(stored)
         whole = sum(each.num_bytes for each in weights if _over_replicas(each))
-        found.append(Sent("all-gather", data, float(whole * size), PASSES))
+        found.append(Exchange("all-gather", data, float(whole * size), PASSES))
     return tuple(found)
 
 
-def _over_replicas(each: Placed) -> bool:
+def _over_replicas(each: PlacedArrays) -> bool:
     return "embed" in each.kind.axes and len(each.shape) > 1

@@ -17,14 +17,14 @@ from stepjax.config import ModelConfig
 from stepjax.errors import RequestError, StepjaxError
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.planner.device_bytes import QUANTS, layout_of, paged, parameters, placed
-from stepjax.sharding.planner.exchanges import Sent, Tokens, of_serving
+from stepjax.sharding.planner.exchanges import Exchange, StepShape, serving_exchanges
 from stepjax.sharding.planner.hardware import Cluster
 from stepjax.sharding.planner.step_time import (
     LAYER_KERNELS,
     OTHER_KERNELS,
     Efficiency,
-    Part,
-    Routing,
+    RoutingDistribution,
+    WorkPart,
     exchange_time,
     kernels_of,
     serving_parts,
@@ -35,14 +35,14 @@ ITEMSIZE = {"bfloat16": 2, "float32": 4}
 LEAST_STEPS = 3  # alike steps, of which a median says anything
 
 
-class Point(NamedTuple):
+class MeasuredStep(NamedTuple):
     """One measured step of one device."""
 
     name: str
     seconds: float
-    parts: tuple[Part, ...]
+    parts: tuple[WorkPart, ...]
     kernels: float
-    sent: tuple[Sent, ...] = ()
+    sent: tuple[Exchange, ...] = ()
     mesh: MeshSpec = MeshSpec()
 
     def predicted(self, cluster: Cluster, efficiency: Efficiency) -> float:
@@ -57,7 +57,7 @@ class Point(NamedTuple):
         return sum(exchange_time(each, self.mesh, cluster) for each in self.sent) - self.latency(cluster)
 
 
-def read_points(path: Path) -> tuple[str, list[Point]]:
+def read_points(path: Path) -> tuple[str, list[MeasuredStep]]:
     """The name of the device, and the steps that were measured on it.
 
     Raises:
@@ -86,7 +86,7 @@ def read_points(path: Path) -> tuple[str, list[Point]]:
     return name, points
 
 
-def _of_bench(found: Mapping[str, Any]) -> Iterator[Point]:
+def _of_bench(found: Mapping[str, Any]) -> Iterator[MeasuredStep]:
     """An engine's steps; rows, tokens and positions are those of its programs, padding included."""
     engine = found["engine"]
     config = ModelConfig.from_hf(engine["config"])
@@ -100,7 +100,7 @@ def _of_bench(found: Mapping[str, Any]) -> Iterator[Point]:
     for row in found["step_times"]:
         if row["count"] < LEAST_STEPS:
             continue
-        work = Tokens(
+        work = StepShape(
             row["step"],
             row["rows"],
             row["tokens"],
@@ -110,17 +110,17 @@ def _of_bench(found: Mapping[str, Any]) -> Iterator[Point]:
         )
         held = paged(config, layout, batch=work.batch, **size)
         filled = max(1, row["positions"]) / work.context
-        yield Point(
+        yield MeasuredStep(
             f"{work.step} of {work.batch} × {work.count}",
             seconds=1e-3 * row["median_ms"],
-            parts=tuple(serving_parts(layout, work, held, weights, routing=Routing(), filled=filled)),
+            parts=tuple(serving_parts(layout, work, held, weights, routing=RoutingDistribution(), filled=filled)),
             kernels=kernels_of(config, work),
-            sent=of_serving(layout, work, rows_split=held.rows_split),
+            sent=serving_exchanges(layout, work, rows_split=held.rows_split),
             mesh=mesh,
         )
 
 
-def _of_slices(found: Mapping[str, Any]) -> Iterator[Point]:
+def _of_slices(found: Mapping[str, Any]) -> Iterator[MeasuredStep]:
     """Parts of the model at its real widths on one device: each step has its own count of bytes and operations."""
     for name, part in found.items():
         if not isinstance(part, dict) or not {"decode", "prefill"} <= part.keys():
@@ -131,9 +131,9 @@ def _of_slices(found: Mapping[str, Any]) -> Iterator[Point]:
                 if "milliseconds" not in row:
                     continue  # it did not run: out of memory
                 depths = int(drafts[1]) if (drafts := re.search(r"(\d+) drafts", step)) else 0
-                yield Point(
+                yield MeasuredStep(
                     f"{name} {kind} {step}",
                     seconds=1e-3 * row["milliseconds"],
-                    parts=(Part("all", 1e9 * row["gigabytes"], 1e12 * row["teraflops"]),),
+                    parts=(WorkPart("all", 1e9 * row["gigabytes"], 1e12 * row["teraflops"]),),
                     kernels=(layers + depths) * LAYER_KERNELS + OTHER_KERNELS,
                 )

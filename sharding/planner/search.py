@@ -14,14 +14,14 @@ from typing import Literal, NamedTuple
 from stepjax.adapters.lora import LoraConfig
 from stepjax.config import ModelConfig
 from stepjax.errors import MeshError, RequestError
-from stepjax.sharding.layout import MeshLayout
 from stepjax.sharding.mesh import MeshSpec
-from stepjax.sharding.planner import lora_step as training
+from stepjax.sharding.mesh_layout import MeshLayout
+from stepjax.sharding.planner import lora_step
 from stepjax.sharding.planner.device_bytes import (
     PAGE,
     ById,
-    Cached,
-    Placed,
+    CacheBytes,
+    PlacedArrays,
     Quant,
     bytes_by_part,
     layout_of,
@@ -29,11 +29,11 @@ from stepjax.sharding.planner.device_bytes import (
     parameters,
     placed,
 )
-from stepjax.sharding.planner.exchanges import Sent, Tokens, of_serving
+from stepjax.sharding.planner.exchanges import Exchange, StepShape, serving_exchanges
 from stepjax.sharding.planner.hardware import STORAGE, Cluster
 from stepjax.sharding.planner.step_time import (
     Efficiency,
-    Routing,
+    RoutingDistribution,
     StepTime,
     kernels_of,
     load_time,
@@ -72,7 +72,7 @@ class Choice(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Ask:
+class PlanRequest:
     """What is wanted, and what is assumed."""
 
     goal: Goal
@@ -86,7 +86,7 @@ class Ask:
     chunk: int = CHUNK
     acceptance: float = 0.73  # of a draft, once those before are accepted
     snapshots: int = 0  # of rings, kept for the prefix cache
-    routing: Routing = field(default_factory=Routing)
+    routing: RoutingDistribution = field(default_factory=RoutingDistribution)
     efficiency: Efficiency = field(default_factory=Efficiency)
     overlap: bool = False  # exchanges run beside the work
     lora: LoraConfig = field(default_factory=LoraConfig)  # what training adapts
@@ -164,13 +164,13 @@ class Refusal(NamedTuple):
 class Plan(NamedTuple):
     """What was found, best first."""
 
-    ask: Ask
+    ask: PlanRequest
     cluster: Cluster
     options: list[Option]
     refusals: list[Refusal]
 
 
-def plan(config: ModelConfig, cluster: Cluster, ask: Ask) -> Plan:
+def plan(config: ModelConfig, cluster: Cluster, ask: PlanRequest) -> Plan:
     """Weigh every choice for a goal.
 
     Raises:
@@ -188,7 +188,7 @@ def plan(config: ModelConfig, cluster: Cluster, ask: Ask) -> Plan:
     return Plan(ask, cluster, _without_twins(sorted(options, key=functools.partial(rank, ask.goal))), refusals)
 
 
-def choices(config: ModelConfig, cluster: Cluster, ask: Ask) -> Iterator[Choice]:
+def choices(config: ModelConfig, cluster: Cluster, ask: PlanRequest) -> Iterator[Choice]:
     """Engines of every size that fills the machine, or training runs on all of it, in every mesh."""
     drafts = sorted({min(each, len(config.mtp_layers)) for each in ask.drafts})
     if ask.goal == "lora":
@@ -208,7 +208,7 @@ def choices(config: ModelConfig, cluster: Cluster, ask: Ask) -> Iterator[Choice]
                     yield from (Choice(mesh, strategy, quant, each, replicas) for each in drafts)
 
 
-def weigh(config: ModelConfig, cluster: Cluster, ask: Ask, choice: Choice) -> Option | Refusal:
+def weigh(config: ModelConfig, cluster: Cluster, ask: PlanRequest, choice: Choice) -> Option | Refusal:
     """What a choice holds and how fast it is, or why it cannot be."""
     if choice.drafts > len(config.mtp_layers):
         return Refusal(choice, f"{choice.drafts} drafts: the model has {len(config.mtp_layers)} MTP layers")
@@ -226,7 +226,7 @@ def weigh(config: ModelConfig, cluster: Cluster, ask: Ask, choice: Choice) -> Op
     return _serve(config, cluster, ask, choice, *placement, batch=ask.batch, context=ask.context)
 
 
-def by_batch(config: ModelConfig, cluster: Cluster, ask: Ask, choice: Choice) -> list[Option]:
+def by_batch(config: ModelConfig, cluster: Cluster, ask: PlanRequest, choice: Choice) -> list[Option]:
     """A choice of engine with each number of sequences in `BATCHES`, up to the first that does not work."""
     placement = _placement(config, choice.mesh, choice.strategy, choice.quant, False)
     found: list[Option] = []
@@ -255,7 +255,7 @@ def rank(goal: Goal, option: Option) -> tuple[float, ...]:
 
 def _placement(
     config: ModelConfig, mesh: MeshSpec, strategy: str, quant: Quant, train: bool
-) -> tuple[MeshLayout, tuple[Placed, ...]] | str:
+) -> tuple[MeshLayout, tuple[PlacedArrays, ...]] | str:
     """The layout and where the weights lie, or why the runtime refuses."""
     return _placed(ById(config), mesh, strategy, quant, train)
 
@@ -263,7 +263,7 @@ def _placement(
 @functools.lru_cache(maxsize=50_000)
 def _placed(
     of: ById, mesh: MeshSpec, strategy: str, quant: Quant, train: bool
-) -> tuple[MeshLayout, tuple[Placed, ...]] | str:
+) -> tuple[MeshLayout, tuple[PlacedArrays, ...]] | str:
     config: ModelConfig = of.value
     try:
         layout = layout_of(config, mesh, strategy, quant)
@@ -276,17 +276,17 @@ def _placed(
 def _serve(
     config: ModelConfig,
     cluster: Cluster,
-    ask: Ask,
+    ask: PlanRequest,
     choice: Choice,
     layout: MeshLayout,
-    weights: tuple[Placed, ...],
+    weights: tuple[PlacedArrays, ...],
     *,
     batch: int,
     context: int,
 ) -> Option | Refusal:
     held = paged(config, layout, batch=batch, context=context, depths=len(config.mtp_layers))
-    decode = Tokens("decode", batch, 1 + choice.drafts, context, choice.drafts)
-    piece = Tokens("prefill", 1, min(ask.chunk, context), context, 0)
+    decode = StepShape("decode", batch, 1 + choice.drafts, context, choice.drafts)
+    piece = StepShape("prefill", 1, min(ask.chunk, context), context, 0)
     memory = Memory(
         weights=bytes_by_part(weights),
         pages=held.full_bytes,
@@ -322,7 +322,12 @@ def _serve(
 
 
 def _busiest(
-    config: ModelConfig, cluster: Cluster, ask: Ask, choice: Choice, layout: MeshLayout, weights: tuple[Placed, ...]
+    config: ModelConfig,
+    cluster: Cluster,
+    ask: PlanRequest,
+    choice: Choice,
+    layout: MeshLayout,
+    weights: tuple[PlacedArrays, ...],
 ) -> Option | Refusal:
     """The batch that answers the most tokens a second within the bound."""
     best: Option | Refusal | None = None
@@ -338,7 +343,12 @@ def _busiest(
 
 
 def _longest(
-    config: ModelConfig, cluster: Cluster, ask: Ask, choice: Choice, layout: MeshLayout, weights: tuple[Placed, ...]
+    config: ModelConfig,
+    cluster: Cluster,
+    ask: PlanRequest,
+    choice: Choice,
+    layout: MeshLayout,
+    weights: tuple[PlacedArrays, ...],
 ) -> Option | Refusal:
     """The most positions that ``batch`` sequences can have, in whole steps of `PAGE` times the context's devices."""
     unit = PAGE * choice.mesh.context
@@ -358,22 +368,27 @@ def _longest(
 
 
 def _train(
-    config: ModelConfig, cluster: Cluster, ask: Ask, choice: Choice, layout: MeshLayout, weights: tuple[Placed, ...]
+    config: ModelConfig,
+    cluster: Cluster,
+    ask: PlanRequest,
+    choice: Choice,
+    layout: MeshLayout,
+    weights: tuple[PlacedArrays, ...],
 ) -> Option | Refusal:
     """``batch`` rows of ``context`` tokens in as many steps as memory asks for; the most rows a step that fit."""
-    factors = placed(training.adapters(config, ask.lora), layout)
+    factors = placed(lora_step.adapters(config, ask.lora), layout)
     ways = choice.mesh.data
     if ask.batch % ways:
         return Refusal(choice, f"data={ways}: {ask.batch} rows cannot be split {ways} ways; give --batch a multiple")
     rows = ask.batch
     while True:
-        work = training.training_work(rows, ask.context)
+        work = lora_step.training_shape(rows, ask.context)
         memory = Memory(
             weights=bytes_by_part(weights),
             pages=0,
             rings=0,
             sequences=0,
-            training=training.training_bytes(layout, work, factors).total,
+            training=lora_step.training_bytes(layout, work, factors).total,
             temporaries=0,
             usable=cluster.device.usable_bytes,
         )
@@ -383,8 +398,8 @@ def _train(
             return Refusal(choice, _does_not_fit(memory, cluster, f"{rows} rows of {ask.context:,} tokens"))
         rows //= 2
     step = step_time(
-        training.training_parts(layout, work, weights, routing=ask.routing),
-        training.training_sent(layout, work, weights, factors),
+        lora_step.training_parts(layout, work, weights, routing=ask.routing),
+        lora_step.training_exchanges(layout, work, weights, factors),
         choice.mesh,
         cluster,
         kernels=3 * kernels_of(config, work),
@@ -407,16 +422,16 @@ def _train(
 
 def _timed(
     cluster: Cluster,
-    ask: Ask,
+    ask: PlanRequest,
     choice: Choice,
     layout: MeshLayout,
-    work: Tokens,
-    held: Cached,
-    weights: Iterable[Placed],
+    work: StepShape,
+    held: CacheBytes,
+    weights: Iterable[PlacedArrays],
     *,
     filled: float,
 ) -> StepTime:
-    sent: tuple[Sent, ...] = of_serving(layout, work, rows_split=held.rows_split)
+    sent: tuple[Exchange, ...] = serving_exchanges(layout, work, rows_split=held.rows_split)
     return step_time(
         serving_parts(layout, work, held, weights, routing=ask.routing, filled=filled),
         sent,
@@ -428,7 +443,7 @@ def _timed(
     )
 
 
-def _load_s(cluster: Cluster, ask: Ask, choice: Choice, weights: Iterable[Placed]) -> float:
+def _load_s(cluster: Cluster, ask: PlanRequest, choice: Choice, weights: Iterable[PlacedArrays]) -> float:
     """Whole numbers are made while the BF16 release is read; the other forms are read as they are held."""
     wider = {"bf16": 1, "fp8": 1, "int8": 2, "int4": 4}[choice.quant]
     whole = read = held = 0

@@ -26,10 +26,10 @@ import numpy as np
 from stepjax.config import LayerSpec, ModelConfig
 from stepjax.ops.expert_choice import buffer_rows, choose_form
 from stepjax.sharding.expert_parallel import Group
-from stepjax.sharding.layout import MeshLayout
 from stepjax.sharding.mesh import MeshSpec
-from stepjax.sharding.planner.device_bytes import Cached, Placed
-from stepjax.sharding.planner.exchanges import Sent, Shares, Tokens
+from stepjax.sharding.mesh_layout import MeshLayout
+from stepjax.sharding.planner.device_bytes import CacheBytes, PlacedArrays
+from stepjax.sharding.planner.exchanges import Exchange, LocalTokens, StepShape
 from stepjax.sharding.planner.hardware import Cluster
 from stepjax.sharding.rules import Axes
 
@@ -50,7 +50,7 @@ class Efficiency:
 
 
 @dataclass(frozen=True)
-class Part:
+class WorkPart:
     """Work of one device that shares no time with the other parts."""
 
     name: str
@@ -86,7 +86,7 @@ class StepTime:
 
 
 @dataclass(frozen=True)
-class Routing:
+class RoutingDistribution:
     """How tokens choose experts: evenly, or as a measured histogram says (assignments of each expert)."""
 
     histogram: tuple[float, ...] | None = None
@@ -146,15 +146,21 @@ def _fullest(
 
 
 def serving_parts(
-    layout: MeshLayout, work: Tokens, held: Cached, weights: Iterable[Placed], *, routing: Routing, filled: float = 1.0
-) -> list[Part]:
+    layout: MeshLayout,
+    work: StepShape,
+    held: CacheBytes,
+    weights: Iterable[PlacedArrays],
+    *,
+    routing: RoutingDistribution,
+    filled: float = 1.0,
+) -> list[WorkPart]:
     """Work of one device in one step.
 
     Args:
       weights: as they lie; of MTP layers as many depths as the layout's configuration has.
       filled: of the cached positions, those that a sequence has on average.
     """
-    config, shares = layout.rules.config, Shares.of(layout, work)
+    config, shares = layout.rules.config, LocalTokens.of(layout, work)
     drafting = work.drafts / max(1, len(config.mtp_layers))  # of the depths that are held
     read: defaultdict[str, float] = defaultdict(float)
     done: defaultdict[str, float] = defaultdict(float)
@@ -177,18 +183,18 @@ def serving_parts(
         read[name] += share * each.num_bytes
         done[name] += share * tokens * 2 * each.num_elements if len(each.shape) > 1 else 0
     read["experts"], done["experts"] = _experts(layout, shares, expert_bytes, config, routing)
-    found = [Part(name, read[name], done[name]) for name in ("maps", "experts", "output", "drafts") if read[name]]
+    found = [WorkPart(name, read[name], done[name]) for name in ("maps", "experts", "output", "drafts") if read[name]]
     return [*found, _caches(layout, work, shares, held, filled)]
 
 
-def _part_of(each: Placed) -> str:
+def _part_of(each: PlacedArrays) -> str:
     """The part of a step that reads a parameter."""
     of = {"embedding": "embedding", "experts": "experts", "head": "output", "final_norm": "output"}
     return of.get(each.kind.part, "drafts" if each.kind.part.startswith("mtp") else "maps")
 
 
 def _experts(
-    layout: MeshLayout, shares: Shares, held_bytes: float, config: ModelConfig, routing: Routing
+    layout: MeshLayout, shares: LocalTokens, held_bytes: float, config: ModelConfig, routing: RoutingDistribution
 ) -> tuple[float, float]:
     """Bytes and operations of the fullest rank, in the form that the runtime chooses (`stepjax.ops.experts`).
 
@@ -214,7 +220,7 @@ def _experts(
     return passes * held_bytes, passes * rows * experts * one_row
 
 
-def _caches(layout: MeshLayout, work: Tokens, shares: Shares, held: Cached, filled: float) -> Part:
+def _caches(layout: MeshLayout, work: StepShape, shares: LocalTokens, held: CacheBytes, filled: float) -> WorkPart:
     """Keys and values of full layers by page, rings once; four operations a query head, channel and pair."""
     seen = work.context * filled
 
@@ -226,12 +232,12 @@ def _caches(layout: MeshLayout, work: Tokens, shares: Shares, held: Cached, fill
     heads = layout.rules.size(layout.rules.table["heads"])
     stripes = work.context / held.full_shape[1] if held.rows_split else 1
     read = held.full_bytes * filled * PAGE_PASSES + held.ring_bytes
-    return Part("caches", read, shares.batch * done / heads / stripes)
+    return WorkPart("caches", read, shares.batch * done / heads / stripes)
 
 
 def step_time(
-    parts: Iterable[Part],
-    sent: Iterable[Sent],
+    parts: Iterable[WorkPart],
+    sent: Iterable[Exchange],
     mesh: MeshSpec,
     cluster: Cluster,
     *,
@@ -252,7 +258,7 @@ def step_time(
     )
 
 
-def exchange_time(one: Sent, mesh: MeshSpec, cluster: Cluster, efficiency: float = 1.0) -> float:
+def exchange_time(one: Exchange, mesh: MeshSpec, cluster: Cluster, efficiency: float = 1.0) -> float:
     """Seconds of alike collectives, on the slower of the two kinds of link.
 
     Rings inside a node carry 2·(n−1)/n of the payload for an all-reduce and (n−1)/n for a gather or a scatter
@@ -286,7 +292,7 @@ def devices_of_domain(axes: Axes, mesh: MeshSpec, domain: int) -> int:
     return sum(place < domain for place in places)
 
 
-def kernels_of(config: ModelConfig, work: Tokens) -> float:
+def kernels_of(config: ModelConfig, work: StepShape) -> float:
     """Kernels of one step that wait for one another. Long pieces of prompts are not bound by them."""
     return (len(config.layers) + work.drafts) * LAYER_KERNELS + OTHER_KERNELS
 

@@ -16,9 +16,9 @@ from stepjax.model.cache import GATHERED_ROWS, LARGE_BLOCK, SMALL_BLOCK
 from stepjax.ops.attention import BLOCK, WINDOWED_BLOCK
 from stepjax.ops.expert_choice import buffer_rows, choose_form, tile_size
 from stepjax.sharding.expert_parallel import Group
-from stepjax.sharding.layout import MeshLayout
-from stepjax.sharding.planner.device_bytes import QUANTS, Cached, Quant
-from stepjax.sharding.planner.exchanges import Shares, Tokens
+from stepjax.sharding.mesh_layout import MeshLayout
+from stepjax.sharding.planner.device_bytes import QUANTS, CacheBytes, Quant
+from stepjax.sharding.planner.exchanges import LocalTokens, StepShape
 from stepjax.weights.inventory import Groups
 
 F32 = 4
@@ -28,7 +28,7 @@ PARTIAL = 2  # float32 beside each head's channels: largest score, sum (`stepjax
 FLOOR = 2**22  # tables, positions, small sums
 
 
-def serving_temporaries(layout: MeshLayout, work: Tokens, held: Cached, *, quant: Quant) -> float:
+def serving_temporaries(layout: MeshLayout, work: StepShape, held: CacheBytes, *, quant: Quant) -> float:
     """Bytes of one device."""
     step = _Step.of(layout, work, held, quant)
     return FLOOR + max(_logits(step), _attention(step), _experts(step), _dense(step))
@@ -39,14 +39,14 @@ class _Step:
     """What the parts are sized by."""
 
     layout: MeshLayout
-    work: Tokens
-    held: Cached
+    work: StepShape
+    held: CacheBytes
     quant: Quant
-    shares: Shares
+    shares: LocalTokens
 
     @classmethod
-    def of(cls, layout: MeshLayout, work: Tokens, held: Cached, quant: Quant) -> _Step:
-        return cls(layout, work, held, quant, Shares.of(layout, work))
+    def of(cls, layout: MeshLayout, work: StepShape, held: CacheBytes, quant: Quant) -> _Step:
+        return cls(layout, work, held, quant, LocalTokens.of(layout, work))
 
     @property
     def streams(self) -> float:

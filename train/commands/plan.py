@@ -83,8 +83,8 @@ def _ask(args: argparse.Namespace, config: Any, cluster: Cluster) -> tuple[Any, 
     from stepjax.sharding.planner.calibration import fit
     from stepjax.sharding.planner.device_bytes import QUANTS
     from stepjax.sharding.planner.measurements import read_points
-    from stepjax.sharding.planner.search import BATCHES, Ask
-    from stepjax.sharding.planner.step_time import Efficiency, Routing
+    from stepjax.sharding.planner.search import BATCHES, PlanRequest
+    from stepjax.sharding.planner.step_time import Efficiency, RoutingDistribution
 
     goal = "lora" if args.train else args.goal
     quants = tuple(each.strip() for each in args.experts.split(","))
@@ -96,7 +96,7 @@ def _ask(args: argparse.Namespace, config: Any, cluster: Cluster) -> tuple[Any, 
         device, points = read_points(args.calibrate)
         calibration = fit(points, cluster, device=device)
     most = {"throughput": BATCHES[-1], "lora": 8 * cluster.num_devices}
-    ask = Ask(
+    ask = PlanRequest(
         goal=goal,
         batch=most.get(goal, 1) if args.batch is None else args.batch,
         context=args.context,
@@ -105,7 +105,9 @@ def _ask(args: argparse.Namespace, config: Any, cluster: Cluster) -> tuple[Any, 
         chunk=args.chunk,
         acceptance=PRIOR if args.accept is None else args.accept,
         overlap=args.overlap,
-        routing=Routing() if args.routing is None else Routing(_histogram(args.routing, config.num_experts)),
+        routing=RoutingDistribution()
+        if args.routing is None
+        else RoutingDistribution(_histogram(args.routing, config.num_experts)),
         efficiency=calibration.efficiency if calibration else Efficiency(),
         sequence_bytes=lambda drafts: sequence_bytes(config, drafts),
     )

@@ -16,11 +16,11 @@ from stepjax.adapters.lora import LoraConfig
 from stepjax.config import ModelConfig
 from stepjax.infer.steps.abstract_steps import sequence_bytes
 from stepjax.sharding.compiled.report import CompileReport, size_text
-from stepjax.sharding.layout import MeshLayout
 from stepjax.sharding.mesh import MeshSpec
+from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.planner.device_bytes import Quant, cached, layout_of, local_shape, parameters, placed
-from stepjax.sharding.planner.exchanges import Tokens, of_serving, payloads
-from stepjax.sharding.planner.lora_step import adapters, training_bytes, training_work
+from stepjax.sharding.planner.exchanges import StepShape, payloads, serving_exchanges
+from stepjax.sharding.planner.lora_step import adapters, training_bytes, training_shape
 from stepjax.sharding.planner.temporaries import serving_temporaries
 from stepjax.train.data.packing import Rows
 from stepjax.train.planning.workload import Workload
@@ -159,7 +159,7 @@ def planned(config: ModelConfig, workload: Workload, mesh: MeshSpec, strategy: s
     cache = cached(
         config, layout, batch=workload.batch, length=workload.context, depths=workload.drafts, dtype=dtype.name
     )
-    work = Tokens(
+    work = StepShape(
         "decode" if workload.step == "decode" else "prefill",
         workload.batch,
         workload.tokens,
@@ -174,7 +174,7 @@ def planned(config: ModelConfig, workload: Workload, mesh: MeshSpec, strategy: s
     else:
         rows, tokens = local_shape(layout, (work.batch, work.count), "batch", "stream")
         inputs = 4 * rows * tokens + 8 * sequences  # ids, their number, the token that follows
-    sent = payloads(of_serving(layout, work, rows_split=cache.rows_split))
+    sent = payloads(serving_exchanges(layout, work, rows_split=cache.rows_split))
     return Planned(
         argument_bytes=held + cache.num_bytes + state + inputs,
         temp_bytes=serving_temporaries(layout, work, cache, quant=quant),
@@ -185,7 +185,7 @@ def planned(config: ModelConfig, workload: Workload, mesh: MeshSpec, strategy: s
 def _lora(config: ModelConfig, workload: Workload, layout: MeshLayout, held: int) -> Planned:
     """Leaves and two moments of each go in and come out, for the state is not donated."""
     factors = placed(adapters(config, LoraConfig()), layout)
-    found = training_bytes(layout, training_work(workload.batch, workload.context), factors)
+    found = training_bytes(layout, training_shape(workload.batch, workload.context), factors)
     rows, tokens = local_shape(layout, (workload.batch, workload.context), "batch", "length")
     state = found.adapter + found.moments
     counts = 4 * (2 + 1 + 2)  # of Adam and of the schedule, the step, what was skipped

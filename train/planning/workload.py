@@ -16,12 +16,12 @@ from stepjax.errors import MeshError, RequestError
 from stepjax.infer.steps.abstract_steps import decode_step, prefill_step
 from stepjax.model.cache import MAX_DRAFTS
 from stepjax.model.step3p5 import Params, Step3p5, abstract, axes_of
-from stepjax.sharding.checkpoint import shardings
-from stepjax.sharding.compiled.study import Step, Study, abstract_params, copies, study, with_blocks
+from stepjax.sharding.compiled.step_study import Step, StepStudy, abstract_params, copies, study, with_blocks
 from stepjax.sharding.devices import Target, devices
-from stepjax.sharding.layout import MeshLayout
 from stepjax.sharding.mesh import MeshSpec
-from stepjax.sharding.rules import Rules
+from stepjax.sharding.mesh_layout import MeshLayout
+from stepjax.sharding.rules import ShardingRules
+from stepjax.sharding.sharded_checkpoint import shardings
 from stepjax.train.config.tune import LossSettings, OptimSettings
 from stepjax.train.data.packing import Rows
 from stepjax.train.pretrain.step import Placement, TrainState, make_step, split_biases
@@ -120,7 +120,7 @@ def study_model(
     num_devices: int | None = None,
     strategy: str = "expert_tensor",
     target: Target = "cpu",
-) -> Study:
+) -> StepStudy:
     """Compile one step of a model for a mesh. Meant for a process that has not used jax yet.
 
     Raises:
@@ -131,7 +131,7 @@ def study_model(
     spec, num_devices = study_mesh(mesh, num_devices)
     config = dataclasses.replace(config, mtp_layers=config.mtp_layers[: workload.drafts])
     config = with_blocks(config) if workload.keep_fp8 else config
-    rules = Rules(config, spec, strategy, keep_fp8=workload.keep_fp8, groups=workload.groups)
+    rules = ShardingRules(config, spec, strategy, keep_fp8=workload.keep_fp8, groups=workload.groups)
     layout = MeshLayout(spec.build(devices(target, num_devices)), rules)
     notes = copies(spec, batch=workload.batch, context=workload.context)
     if num_devices > spec.num_devices:

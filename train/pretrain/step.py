@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stepjax.model.moe import BIAS
 from stepjax.model.step3p5 import Step3p5, bind
-from stepjax.sharding.layout import MeshLayout
+from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.train.data.packing import Rows
 from stepjax.train.losses.next_token import Losses, losses
 from stepjax.train.runs.optimizer import apply

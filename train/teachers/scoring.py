@@ -13,7 +13,7 @@ import numpy as np
 
 from stepjax.infer.session import Session
 from stepjax.model.step3p5 import Params
-from stepjax.sharding.layout import MeshLayout
+from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.train.config.tune import TuneConfig
 from stepjax.train.data.packing import Rows
 from stepjax.train.losses.policy_gradient import group_advantages

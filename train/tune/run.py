@@ -18,7 +18,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 
 from stepjax.errors import ConfigError, TrainingError
 from stepjax.model.step3p5 import Params
-from stepjax.sharding.checkpoint import save_adapter
+from stepjax.sharding.sharded_checkpoint import save_adapter
 from stepjax.train.config.tune import RunSettings, TuneConfig
 from stepjax.train.data.sources import Prompt, stream
 from stepjax.train.rollouts.sampler import Rollout, Sampler, written

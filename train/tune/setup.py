@@ -15,7 +15,7 @@ from stepjax.errors import ConfigError
 from stepjax.infer.load import load
 from stepjax.infer.session import Session, num_tokens_of
 from stepjax.model.step3p5 import Params
-from stepjax.sharding.layout import MeshLayout
+from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.train.config.tune import ModelSettings, TeacherSettings, TuneConfig
 from stepjax.train.runs.optimizer import adamw, constant, learning_rate
 from stepjax.train.teachers.remote import Remote

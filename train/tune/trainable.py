@@ -22,8 +22,8 @@ from stepjax.errors import CheckpointError, ConfigError
 from stepjax.infer.session import Session
 from stepjax.model.moe import BIAS
 from stepjax.model.step3p5 import Params, axes_of
-from stepjax.sharding.checkpoint import is_adapter, restore_adapter
-from stepjax.sharding.layout import MeshLayout
+from stepjax.sharding.mesh_layout import MeshLayout
+from stepjax.sharding.sharded_checkpoint import is_adapter, restore_adapter
 from stepjax.train.config.tune import LoraSettings
 
 FORM = "stepjax leaves 1"

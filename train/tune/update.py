@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from stepjax.model.step3p5 import Params
-from stepjax.sharding.layout import MeshLayout
+from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.train.rollouts.batch import Batch
 from stepjax.train.runs.optimizer import apply
 from stepjax.train.tune.objective import Objective, Sums

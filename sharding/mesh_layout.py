@@ -22,7 +22,7 @@ from stepjax.ops.attention import Heads, Keys
 from stepjax.ops.expert_choice import Form
 from stepjax.sharding.context_parallel import Split, attend_split
 from stepjax.sharding.expert_parallel import Group, exchange_pays, exchanged, gathered, replicated
-from stepjax.sharding.rules import GROUP, Axes, Rules
+from stepjax.sharding.rules import GROUP, Axes, ShardingRules
 from stepjax.weights.adapted import Adapted, factor_axes
 
 T = TypeVar("T")
@@ -43,7 +43,7 @@ class MeshLayout:
     """
 
     mesh: Mesh
-    rules: Rules
+    rules: ShardingRules
     form: Form | None = None  # pins a formulation of the experts
     stream_tokens: int = STREAM_TOKENS
     split_batch: bool = True  # sequences over `data`

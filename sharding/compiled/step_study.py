@@ -21,10 +21,10 @@ from rich.table import Table
 
 from stepjax.config import ModelConfig
 from stepjax.model.step3p5 import Step3p5, axes_of, params_of
-from stepjax.sharding.compiled.hlo import Collective, Kind
+from stepjax.sharding.compiled.hlo import Collective, CollectiveKind
 from stepjax.sharding.compiled.report import CompileReport, compile_report, size_text, table
-from stepjax.sharding.layout import MeshLayout
 from stepjax.sharding.mesh import MeshSpec
+from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.weights.fp8 import FP8, BlockScaled
 from stepjax.weights.int_groups import Grouped
 from stepjax.weights.inventory import FP8_BLOCK, Groups, counted_as, inventory, scale_shape
@@ -45,7 +45,7 @@ class Step(NamedTuple):
 class Launches(NamedTuple):
     """What one run of some places of the model launches of one kind along the same axes."""
 
-    kind: Kind
+    kind: CollectiveKind
     axes: tuple[str, ...]
     num_launches: int  # each of the places
 
@@ -58,7 +58,7 @@ class Places(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Study:
+class StepStudy:
     """One step on one mesh. Numbers are those of one device."""
 
     parameters: dict[
@@ -100,14 +100,14 @@ class Study:
         return Group(held, table(self.report), *lines, *(f"Note: {note}." for note in self.notes))
 
 
-def study(step: Step, layout: MeshLayout, *, notes: Iterable[str] = ()) -> Study:
+def study(step: Step, layout: MeshLayout, *, notes: Iterable[str] = ()) -> StepStudy:
     """Compile a step for the devices of a layout's mesh.
 
     Raises:
       MeshError: the compiler cannot.
     """
     report = compile_report(step.function, step.arguments, mesh=layout.mesh)
-    return Study(
+    return StepStudy(
         parameters=device_parameters(step.params, layout.rules.config),
         parameter_bytes=device_bytes(step.params),
         cache_bytes=device_bytes(step.cache),
@@ -162,7 +162,7 @@ def device_parameters(params: Mapping[str, Any], config: ModelConfig) -> dict[st
 
 def by_place(found: Iterable[Collective], names: Iterable[str]) -> tuple[Places, ...]:
     """Collectives by the layer, one of ``names``, whose scope they carry; layers that launch alike are one entry."""
-    counts: dict[str, Counter[tuple[Kind, tuple[str, ...]]]] = {name: Counter() for name in (*names, "")}
+    counts: dict[str, Counter[tuple[CollectiveKind, tuple[str, ...]]]] = {name: Counter() for name in (*names, "")}
     for one in found:
         layer = _LAYER.search(one.scope)
         counts[layer[1] if layer and layer[1] in counts else ""][one.kind, one.axes] += one.num_launches
@@ -174,7 +174,7 @@ def by_place(found: Iterable[Collective], names: Iterable[str]) -> tuple[Places,
 
 
 def copies(mesh: MeshSpec, *, batch: int, context: int) -> list[str]:
-    """Notes on what a step of this size leaves unsplit, where sizes do not go round (`Rules.fit`)."""
+    """Notes on what a step of this size leaves unsplit, where sizes do not go round (`ShardingRules.fit`)."""
     return [
         f"{size} {what} are not split over {axis}={ways}: {ways} devices each hold a copy"
         for what, size, axis in (("sequences", batch, "data"), ("positions", context, "context"))

@@ -19,7 +19,7 @@ from stepjax.checkpoint.hf_config import to_hf
 from stepjax.config import ModelConfig
 from stepjax.errors import CheckpointError, ConfigError
 from stepjax.model.step3p5 import abstract, axes_of, params_of
-from stepjax.sharding.layout import MeshLayout
+from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.weights.fp8 import BlockScaled
 from stepjax.weights.int_groups import Grouped
 from stepjax.weights.inventory import scale_shape
