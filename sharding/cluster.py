@@ -55,12 +55,18 @@ class ClusterSpec:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group(
-        "several hosts", "found by themselves under srun, mpirun and in indexed Kubernetes jobs"
+    group = parser.add_argument_group("several hosts", "detected under srun, mpirun and in indexed Kubernetes jobs")
+    group.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="address of process 0, e.g. node0:8476 (default: detected, or one process)",
     )
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
-    group.add_argument("--processes", type=int, metavar="N", help="processes that run this command")
-    group.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
+    group.add_argument(
+        "--processes", type=int, metavar="N", help="number of processes that run this command (default: detected, or 1)"
+    )
+    group.add_argument(
+        "--process-id", type=int, metavar="I", help="index of this process, from 0 (default: detected, or 0)"
+    )
 
 
 def find(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> ClusterSpec | None:

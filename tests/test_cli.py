@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from checkpoints import (
     write_folder,
 )
 
+from stepjax import cli
 from stepjax.cli import VERBS, main
 from stepjax.config import ASSETS
 from stepjax.errors import RequestError
@@ -100,6 +103,29 @@ def test_help_is_no_error(capsys, args):
         main(args)
     assert ended.value.code == 0
     assert "stepjax" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_has_an_example_and_every_default(verb):
+    """The example is a command line that the parser takes; an option that may be left out says what it then is."""
+    parser = cli._parser(verb)
+    name, *args = shlex.split(VERBS[verb].example)
+    assert (name, parser.parse_args(args).verb) == ("stepjax", verb)
+    (verbs,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    sub = verbs.choices[verb]
+    assert VERBS[verb].example in sub.format_help()
+    one_of = {id(action) for group in sub._mutually_exclusive_groups for action in group._group_actions}
+    for action in sub._actions[1:]:
+        assert action.help, action.dest
+        if action.option_strings and not action.required and id(action) not in one_of:
+            assert "default: " in action.help or "same as" in action.help, action.help
+
+
+def test_help_lists_every_command_once(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    listed = re.findall(r"^  ([a-z-]+)  +\S", capsys.readouterr().out.partition("\n\nRun a model:")[2], re.MULTILINE)
+    assert listed == list(VERBS)
 
 
 @pytest.mark.parametrize(

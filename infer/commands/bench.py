@@ -1,4 +1,4 @@
-"""``stepjax bench``: how fast the engine answers a list of requests."""
+"""``stepjax bench``: the speed of the engine on a list of requests."""
 
 from __future__ import annotations
 
@@ -24,20 +24,56 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_sampling_arguments(parser)
-    asked = parser.add_argument_group("requests")
-    asked.add_argument("--prompts", type=Path, metavar="FILE", help="a text per line, or a JSON list of lists of ids")
-    asked.add_argument("--requests", type=int, default=32, metavar="N", help="random prompts (%(default)s)")
-    asked.add_argument("--prompt-tokens", default="128", metavar="N[:M]", help="of a random prompt (%(default)s)")
-    asked.add_argument("--shared-tokens", type=int, default=0, metavar="N", help="that all random prompts begin with")
-    asked.add_argument("--rate", type=float, metavar="X", help="arrivals per second (default: all at once)")
-    asked.add_argument("--stop-at-eos", action="store_true", help="end answers where the model does")
+    requests = parser.add_argument_group("requests")
+    requests.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="a prompt per line, or a .json list of lists of token ids (default: random prompts)",
+    )
+    requests.add_argument(
+        "--requests", type=int, default=32, metavar="N", help="number of random prompts (default: %(default)s)"
+    )
+    requests.add_argument(
+        "--prompt-tokens",
+        default="128",
+        metavar="N[:M]",
+        help="length of random prompts, or a range, e.g. 20:200 (default: %(default)s)",
+    )
+    requests.add_argument(
+        "--shared-tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help="length of a prefix that all random prompts share (default: %(default)s)",
+    )
+    requests.add_argument(
+        "--rate", type=float, metavar="X", help="requests that arrive per second, e.g. 2.5 (default: all at once)"
+    )
+    requests.add_argument(
+        "--stop-at-eos", action="store_true", help="end answers where the model ends them (default: at --max-tokens)"
+    )
     engine = parser.add_argument_group("engine")
-    engine.add_argument("--slots", type=int, default=16, metavar="N", help="sequences that run together (%(default)s)")
-    engine.add_argument("--context", type=int, metavar="N", help="tokens of the longest sequence")
-    engine.add_argument("--cache-gib", type=float, metavar="X", help="memory for pages (default: what is free)")
-    engine.add_argument("--no-prefix-cache", action="store_true", help="compute every prompt from its beginning")
-    engine.add_argument("--deterministic", action="store_true", help="bitwise the same beside any neighbours")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    engine.add_argument(
+        "--slots", type=int, default=16, metavar="N", help="sequences that run together (default: %(default)s)"
+    )
+    engine.add_argument(
+        "--context", type=int, metavar="N", help="tokens of the longest sequence (default: as the requests need)"
+    )
+    engine.add_argument(
+        "--cache-gib", type=float, metavar="X", help="memory for the cache of a device, e.g. 4 (default: what is free)"
+    )
+    engine.add_argument(
+        "--no-prefix-cache",
+        action="store_true",
+        help="do not reuse the prefixes of earlier prompts (default: reuse them)",
+    )
+    engine.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="make answers bitwise independent of the other requests (default: no)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object (default: a table)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     params = sampling_params(session, args).replace(ignore_eos=not args.stop_at_eos)
     if prompts is None:
         vocab = len(session.tokenizer) if session.tokenizer else session.config.vocab_size
-        asked = random_requests(
+        requests = random_requests(
             args.requests,
             vocab=vocab,
             prompt_tokens=(least, most),
@@ -61,18 +97,20 @@ def run(args: argparse.Namespace) -> int:
             rate=args.rate,
         )
     else:
-        asked = [Request(session.encode(each) if isinstance(each, str) else each, params) for each in prompts]
+        requests = [
+            Request(session.encode(prompt) if isinstance(prompt, str) else prompt, params) for prompt in prompts
+        ]
     config = EngineConfig(
         num_slots=args.slots,
-        context=args.context or _context(session, asked),
+        context=args.context or _context(session, requests),
         cache_bytes=None if args.cache_gib is None else int(args.cache_gib * 2**30),
         num_snapshots=0 if args.no_prefix_cache or args.deterministic else None,
         speculate=args.speculate,
-        max_waiting=max(1024, len(asked) * params.n),
+        max_waiting=max(1024, len(requests) * params.n),
         deterministic=args.deterministic,
     )
     engine = Engine(session, config)
-    report = bench(engine, asked)
+    report = bench(engine, requests)
     about = _about(args, session, engine)
     if args.json:
         print(json.dumps(about | report.as_dict(), indent=2))
@@ -101,9 +139,9 @@ def _range(text: str) -> tuple[int, int]:
     return int(first), int(last or first)
 
 
-def _context(session: Session, asked: list[Request]) -> int:
-    """Room for the longest request, in whole powers of two."""
-    longest = max(len(each.prompt) + each.params.max_tokens for each in asked)
+def _context(session: Session, requests: list[Request]) -> int:
+    """Room for the longest request, as a power of two."""
+    longest = max(len(request.prompt) + request.params.max_tokens for request in requests)
     return min(session.config.max_positions, max(256, 1 << (longest - 1).bit_length()))
 
 

@@ -20,13 +20,13 @@ HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument("--system", metavar="TEXT", help="system message")
+    parser.add_argument("--system", metavar="TEXT", help="system message (default: none)")
     add_sampling_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     session = open_session(args, needs="chat")
-    session.runner(args.speculate)  # refuses a bad number now, not at each answer
+    session.runner(args.speculate)  # refuses a bad number before the first answer
     chat = Conversation(session, sampling_params(session, args), system=args.system, speculate=args.speculate)
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
@@ -40,12 +40,12 @@ def run(args: argparse.Namespace) -> int:
                 return 0
         except EOFError:
             return 0
-        except KeyboardInterrupt:  # at the prompt: drop the line, as a shell does
+        except KeyboardInterrupt:  # at the prompt: discard the line, as a shell does
             print()
 
 
 def _take(line: str, chat: Conversation) -> bool:
-    """Do what a line says; False to leave."""
+    """Run a command or answer a message; False to leave."""
     match line:
         case "":
             pass
@@ -64,7 +64,7 @@ def _take(line: str, chat: Conversation) -> bool:
 
 
 class Conversation:
-    """The messages so far; `answer` adds the user's and the model's."""
+    """The messages so far; `answer` adds the user's message and the model's."""
 
     def __init__(self, session: Any, params: Any, *, system: str | None, speculate: int | None):
         self._session, self._params, self._speculate = session, params, speculate
@@ -75,7 +75,7 @@ class Conversation:
         self.messages: list[dict[str, Any]] = list(self._opening)
 
     def answer(self, text: str) -> None:
-        """Print the answer while it grows. Ctrl-C ends it; what was said until then stays in the conversation."""
+        """Print the answer while it grows. Ctrl-C ends it; the part until then stays in the conversation."""
         from stepjax.infer.generate import Generation
 
         messages = [*self.messages, {"role": "user", "content": text}]
@@ -84,9 +84,9 @@ class Conversation:
             ids = self._session.encode_chat(messages)
             generation = Generation(self._session, [ids], [self._params], speculate=self._speculate)
         except StepjaxError as error:
-            print(f"{error}; /reset starts anew", file=sys.stderr)
+            print(f"{error}; /reset starts a new conversation", file=sys.stderr)
             return
-        except KeyboardInterrupt:  # nothing was said yet
+        except KeyboardInterrupt:  # before the answer began
             print("(stopped)")
             return
         try:

@@ -27,18 +27,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--prompt", action="append", metavar="TEXT", help="a user's message; may be given several times"
+        "--prompt", action="append", metavar="TEXT", help="a user message, e.g. 'What is 467 + 358?'; may be repeated"
     )
-    source.add_argument("--tokens", type=Path, metavar="IN.json", help="a JSON list of lists of token ids")
-    parser.add_argument("--system", metavar="TEXT", help="system message before each prompt")
-    parser.add_argument("--raw", action="store_true", help="take the prompt as plain text to continue, not as a chat")
-    parser.add_argument("--no-thinking", action="store_true", help="close the thinking before it begins")
+    source.add_argument(
+        "--tokens", type=Path, metavar="IN.json", help="prompts as a JSON list of lists of token ids, e.g. [[0, 671]]"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system message before each prompt (default: none)")
+    parser.add_argument(
+        "--raw", action="store_true", help="continue the prompt as plain text (default: answer it as a chat)"
+    )
+    parser.add_argument("--no-thinking", action="store_true", help="answer without thinking (default: think first)")
     add_sampling_arguments(parser)
     parser.add_argument(
-        "--stop", action="append", metavar="TEXT", help="end before this text; may be given several times"
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        help="end the answer before this text; may be repeated (default: none)",
     )
-    parser.add_argument("--ignore-eos", action="store_true", default=None, help="go on past the end of the answer")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per prompt")
+    parser.add_argument(
+        "--ignore-eos",
+        action="store_true",
+        default=None,
+        help="continue past the end of the answer up to --max-tokens (default: stop there)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object per prompt (default: text)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
     prompts = tokens if tokens is not None else [_encode(session, text, args) for text in args.prompt]
     params = sampling_params(session, args)
-    for ids in prompts:  # before the first is answered, so that a bad one costs nothing
+    for ids in prompts:  # all of them before the first is answered
         session.check_prompt(ids)
     for ids in prompts:
         if args.json:
@@ -63,17 +75,17 @@ def run(args: argparse.Namespace) -> int:
 def read_tokens(path: Path) -> list[list[int]]:
     """A JSON list of lists of token ids. Raises RequestError naming the file and the entry."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        prompts = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RequestError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
         raise RequestError(f"{path}: not valid JSON ({error}); expected a list of lists of token ids") from None
-    if not isinstance(found, list) or not found or not all(isinstance(ids, list) for ids in found):
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(ids, list) for ids in prompts):
         raise RequestError(f"{path}: expected a non-empty JSON list of lists of token ids, as [[0, 671], [0, 5]]")
-    for at, ids in enumerate(found):
+    for index, ids in enumerate(prompts):
         if not ids or not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
-            raise RequestError(f"{path}: list {at} is empty or holds something that is not a whole number")
-    return found
+            raise RequestError(f"{path}: list {index} is empty or holds something that is not an integer")
+    return prompts
 
 
 def _encode(session: Session, text: str, args: argparse.Namespace) -> list[int]:
@@ -85,8 +97,8 @@ def _encode(session: Session, text: str, args: argparse.Namespace) -> list[int]:
 
 
 def _as_dict(completion: Completion) -> dict[str, Any]:
-    found = dataclasses.asdict(completion)
-    return found | found.pop("timing")
+    fields = dataclasses.asdict(completion)
+    return fields | fields.pop("timing")
 
 
 def _show(session: Session, ids: list[int], params: Any, speculate: int | None) -> None:

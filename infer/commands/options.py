@@ -1,4 +1,4 @@
-"""Flags and output that the generating commands share."""
+"""The flags and the output that the commands of this folder share."""
 
 from __future__ import annotations
 
@@ -23,32 +23,56 @@ if TYPE_CHECKING:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="step-tiny", help="checkpoint folder, hub id or embedded name (%(default)s)")
     parser.add_argument(
-        "--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: float32 on CPU, else bfloat16"
+        "--model", default="step-tiny", help="checkpoint folder, hub id or embedded name (default: %(default)s)"
     )
-    parser.add_argument("--keep-fp8", action="store_true", help="keep an FP8 release's expert weights in 8 bits")
-    parser.add_argument("--quantize", choices=("int8", "int4"), help="hold the routed experts in whole numbers")
-    parser.add_argument("--group", type=int, default=64, metavar="N", help="values a scale in int4 (%(default)s)")
-    parser.add_argument("--mesh", metavar="AXES", help="split the model over devices, as expert=4,tensor=2")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="dtype of the weights; auto: float32 on CPU, else bfloat16 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--keep-fp8", action="store_true", help="keep an FP8 release's expert weights in 8 bits (default: as --dtype)"
+    )
+    parser.add_argument(
+        "--quantize", choices=("int8", "int4"), help="quantize the routed experts to integers (default: no)"
+    )
+    parser.add_argument(
+        "--group", type=int, default=64, metavar="N", help="values per scale in int4 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--mesh", metavar="AXES", help="split the model over devices, e.g. expert=4,tensor=2 (default: one device)"
+    )
     parser.add_argument(
         "--strategy",
         default="expert_tensor",
         choices=("tensor", "expert", "expert_tensor", "fsdp"),
-        help="what --mesh splits over which axis (%(default)s)",
+        help="which weights --mesh splits over which axis (default: %(default)s)",
     )
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Sampling flags; those left out come from the checkpoint's generation_config, else from the model card."""
-    parser.add_argument("--max-tokens", type=int, default=1024, metavar="N", help="longest answer (%(default)s)")
-    parser.add_argument("--temperature", type=float, metavar="X", help="0 is greedy")
-    parser.add_argument("--top-p", type=float, metavar="X", help="keep the likeliest tokens up to this mass")
-    parser.add_argument("--top-k", type=int, metavar="N", help="keep the N likeliest tokens; 0 is off")
-    parser.add_argument("--min-p", type=float, metavar="X", help="drop tokens below X times the likeliest one")
-    parser.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable (default: a fresh one)")
+    """Sampling flags. Their defaults are the checkpoint's generation_config, else the model card's values."""
     parser.add_argument(
-        "--speculate", type=int, metavar="K", help="MTP drafts per step, 0 to 3 (default: all there are)"
+        "--max-tokens", type=int, default=1024, metavar="N", help="longest answer (default: %(default)s)"
+    )
+    parser.add_argument("--temperature", type=float, metavar="X", help="0 is greedy (default: the checkpoint's)")
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        metavar="X",
+        help="keep the likeliest tokens up to this probability, e.g. 0.9 (default: the checkpoint's)",
+    )
+    parser.add_argument(
+        "--top-k", type=int, metavar="N", help="keep the N likeliest tokens; 0 is off (default: the checkpoint's)"
+    )
+    parser.add_argument(
+        "--min-p", type=float, metavar="X", help="drop tokens less likely than X times the likeliest (default: 0)"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable (default: random)")
+    parser.add_argument(
+        "--speculate", type=int, metavar="K", help="MTP drafts per step, 0 to 3 (default: all that the checkpoint has)"
     )
 
 
@@ -60,9 +84,7 @@ def sampling_params(session: Session, args: argparse.Namespace) -> SamplingParam
 
 
 def open_session(args: argparse.Namespace, *, needs: Literal["ids", "text", "chat"] = "ids") -> Session:
-    """Check the folder and what a command ``needs`` of it first, then import jax and place the weights behind a
-    progress bar.
-    """
+    """Check that the folder has what a command ``needs``, then import jax and load the weights with a progress bar."""
     mesh = None if args.mesh is None else MeshSpec.parse(args.mesh)
     folder = open_folder(args.model)
     if needs != "ids" and folder.tokenizer is None:
@@ -94,7 +116,7 @@ def open_session(args: argparse.Namespace, *, needs: Literal["ids", "text", "cha
 
 
 class Printer:
-    """Writes an answer as it grows: thinking dimmed, then the answer, then tool calls."""
+    """Prints an answer as it grows: thinking dimmed, then the answer, then tool calls."""
 
     def __init__(self) -> None:
         self._console = Console()
@@ -116,7 +138,7 @@ class Printer:
         self._print("\n", "")
 
     def _print(self, text: str, style: str) -> None:
-        """Exactly the text: printed as text, rich would widen tabs and take ``:smile:`` for a picture."""
+        """Exactly the text: as a plain string, rich would expand tabs and replace ``:smile:``."""
         if text:
             with self._console.capture() as drawn:
                 self._console.print(Segments([Segment(printable(text), Style.parse(style))]), soft_wrap=True)
@@ -124,7 +146,7 @@ class Printer:
 
 
 def printable(text: str) -> str:
-    """The text without control characters that a terminal would obey; a model's words must not move the cursor."""
+    """The text without control characters; a model's text must not control the terminal."""
     return "".join(
         c if c in "\n\t" or (ord(c) >= 32 and not 127 <= ord(c) < 160) else "\N{REPLACEMENT CHARACTER}" for c in text
     )

@@ -13,21 +13,27 @@ from stepjax.infer.commands.options import add_model_arguments, open_session
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument(
-        "--tokens", type=Path, required=True, metavar="IN.json", help="a JSON list of lists of token ids"
+        "--tokens",
+        type=Path,
+        required=True,
+        metavar="IN.json",
+        help="a JSON list of lists of token ids, e.g. [[0, 671], [0, 5]]",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="OUT.npz", help="file to write")
-    parser.add_argument("--mtp", action="store_true", help="also the logits of the three prediction heads")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="OUT.npz", help="file to write, in NumPy's .npz format"
+    )
+    parser.add_argument("--mtp", action="store_true", help="also write the logits of the MTP layers (default: no)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Score every list j of the file.
 
-    Written are ``p{j}_ids`` [T], ``p{j}_logits`` [T, V] float32 and, with --mtp, ``p{j}_mtp{k}_logits`` [T − k, V] for
-    depth k = 1 … 3, whose row t was fed token t + k.
+    The file holds ``p{j}_ids`` [T], ``p{j}_logits`` [T, V] float32 and, with --mtp, ``p{j}_mtp{k}_logits`` [T − k, V]
+    for depth k = 1 … 3, whose row t was fed token t + k.
     """
     prompts = read_tokens(args.tokens)
     if args.out.is_dir() or not args.out.parent.is_dir():
-        raise RequestError(f"{args.out}: expected the name of a file in a folder that exists; make the folder first")
+        raise RequestError(f"{args.out}: expected the name of a file in an existing folder")
     session = open_session(args)
     for ids in prompts:
         session.check_ids(ids)
@@ -45,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
             continue
         arrays[f"p{j}_logits"], depths = session.score(ids)
         arrays |= {f"p{j}_mtp{k}_logits": logits for k, logits in enumerate(depths, start=1)}
-    if jax.process_index():  # all have the same arrays; one writes them
+    if jax.process_index():  # all processes have the same arrays; one writes them
         return 0
     try:
         with args.out.open("wb") as file:  # a file object: numpy would append .npz to another name

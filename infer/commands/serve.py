@@ -1,4 +1,4 @@
-"""``stepjax serve``: answer over HTTP, as OpenAI's interface has it."""
+"""``stepjax serve``: answer over HTTP with the APIs of OpenAI and Anthropic."""
 
 from __future__ import annotations
 
@@ -22,48 +22,100 @@ if TYPE_CHECKING:
     from stepjax.infer.session import Session
 
 KEY_VARIABLE = "STEPJAX_API_KEY"
-SWITCH_S = 0.0005  # between threads: the engine's wants to launch its next step, not to wait for a parser
-DEFAULT_LORAS = 4  # that clients may load, if nothing else is said
+SWITCH_S = 0.0005  # between threads, so that the engine's does not wait for a parser
+DEFAULT_LORAS = 4  # slots for adapters that clients load, unless --max-loras is given
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", metavar="MODEL", help="the same as --model")
     add_model_arguments(parser)
     server = parser.add_argument_group("server")
-    server.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    server.add_argument("--port", type=int, default=8000, help="0 takes any that is free (%(default)s)")
+    server.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     server.add_argument(
-        "--served-model-name", action="append", metavar="NAME", help="what clients call the model; may be repeated"
+        "--port", type=int, default=8000, help="port to listen on; 0 takes any free port (default: %(default)s)"
     )
-    server.add_argument("--api-key", action="append", metavar="KEY", help=f"may be repeated; also {KEY_VARIABLE}")
-    server.add_argument("--api-key-file", type=Path, metavar="FILE", help="a key per line")
-    server.add_argument("--cors-origin", action="append", metavar="ORIGIN", help="web pages that may ask; * is any")
-    server.add_argument("--no-ui", action="store_true", help="no chat page at /")
-    server.add_argument("--tls-cert", metavar="FILE", help="certificate, as PEM")
-    server.add_argument("--tls-key", metavar="FILE", help="its key, as PEM")
     server.add_argument(
-        "--drain-seconds", type=float, default=30, metavar="S", help="for answers to end at SIGTERM (%(default)s)"
+        "--served-model-name",
+        action="append",
+        metavar="NAME",
+        help="name of the model for clients; may be repeated (default: that of --model)",
     )
-    server.add_argument("--log-format", default="text", choices=("text", "json"), help="of the log on stderr")
-    server.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    server.add_argument(
+        "--api-key",
+        action="append",
+        metavar="KEY",
+        help=f"a key that clients must send; may be repeated (default: ${KEY_VARIABLE}, or none)",
+    )
+    server.add_argument("--api-key-file", type=Path, metavar="FILE", help="file with a key per line (default: none)")
+    server.add_argument(
+        "--cors-origin",
+        action="append",
+        metavar="ORIGIN",
+        help="origin of web pages that may send requests, e.g. https://example.org; * is any (default: none)",
+    )
+    server.add_argument("--no-ui", action="store_true", help="serve no chat page at / (default: serve it)")
+    server.add_argument("--tls-cert", metavar="FILE", help="PEM file of the certificate (default: plain HTTP)")
+    server.add_argument("--tls-key", metavar="FILE", help="PEM file of the certificate's key (default: none)")
+    server.add_argument(
+        "--drain-seconds",
+        type=float,
+        default=30,
+        metavar="S",
+        help="time for running answers to end after SIGTERM (default: %(default)s)",
+    )
+    server.add_argument(
+        "--log-format",
+        default="text",
+        choices=("text", "json"),
+        help="format of the log on stderr (default: %(default)s)",
+    )
+    server.add_argument(
+        "--log-level",
+        default="info",
+        choices=("debug", "info", "warning", "error"),
+        help="least level that is logged (default: %(default)s)",
+    )
     engine = parser.add_argument_group("engine")
-    engine.add_argument("--max-seqs", type=int, default=16, metavar="N", help="answers that run together (%(default)s)")
-    engine.add_argument("--max-queue", type=int, default=1024, metavar="N", help="answers that may wait (%(default)s)")
+    engine.add_argument(
+        "--max-seqs", type=int, default=16, metavar="N", help="answers that run together (default: %(default)s)"
+    )
+    engine.add_argument(
+        "--max-queue", type=int, default=1024, metavar="N", help="answers that may wait (default: %(default)s)"
+    )
     engine.add_argument("--context", type=int, metavar="N", help="tokens of the longest sequence (default: what fits)")
-    engine.add_argument("--cache-gib", type=float, metavar="X", help="memory for pages (default: what is free)")
-    engine.add_argument("--no-prefix-cache", action="store_true", help="compute every prompt from its beginning")
-    engine.add_argument("--deterministic", action="store_true", help="bitwise the same beside any neighbours")
     engine.add_argument(
-        "--lora", action="append", metavar="NAME=PATH", help="a PEFT folder, served under this name; may be repeated"
-    )
-    engine.add_argument("--max-loras", type=int, metavar="N", help="adapters that may be loaded (default: those given)")
-    engine.add_argument(
-        "--max-lora-rank", type=int, metavar="R", help="largest rank (default: that of those given, or 32)"
+        "--cache-gib", type=float, metavar="X", help="memory for the cache of a device, e.g. 4 (default: what is free)"
     )
     engine.add_argument(
-        "--allow-lora-updates", action="store_true", help="let clients load adapters from folders of this machine"
+        "--no-prefix-cache",
+        action="store_true",
+        help="do not reuse the prefixes of earlier prompts (default: reuse them)",
     )
-    engine.add_argument("--speculate", type=int, metavar="K", help="MTP drafts per step (default: chosen by load)")
+    engine.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="make answers bitwise independent of the other requests (default: no)",
+    )
+    engine.add_argument(
+        "--lora",
+        action="append",
+        metavar="NAME=PATH",
+        help="serve a PEFT folder under this name; may be repeated (default: none)",
+    )
+    engine.add_argument(
+        "--max-loras", type=int, metavar="N", help="adapters that may be loaded at once (default: those of --lora)"
+    )
+    engine.add_argument(
+        "--max-lora-rank", type=int, metavar="R", help="largest rank of an adapter (default: that of --lora, or 32)"
+    )
+    engine.add_argument(
+        "--allow-lora-updates",
+        action="store_true",
+        help="let clients load adapters from folders of this machine (default: no)",
+    )
+    engine.add_argument(
+        "--speculate", type=int, metavar="K", help="MTP drafts per step, 0 to 3 (default: chosen by load)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -81,19 +133,19 @@ def run(args: argparse.Namespace) -> int:
     from stepjax.infer.serve.service import Service
 
     log_to_stderr(args.log_format, args.log_level)
-    adapters = GivenAdapters.read(args, session, _served_names(args))
+    given = GivenAdapters.read(args, session, _served_names(args))
     config = EngineConfig(
         num_slots=args.max_seqs,
         context=args.context,
         cache_bytes=None if args.cache_gib is None else int(args.cache_gib * 2**30),
         num_snapshots=0 if args.no_prefix_cache or args.deterministic else None,
         speculate=args.speculate,
-        **adapters.room(args),
+        **given.room(args),
         max_waiting=args.max_queue,
         deterministic=args.deterministic,
     )
     engine = Engine(session, config)
-    for name, (factors, lora) in adapters.found.items():
+    for name, (factors, lora) in given.adapters.items():
         engine.load_adapter(name, factors, lora)
     names = _served_names(args)
     service = Service(engine, ServerMetrics(engine, names[0]))
@@ -129,33 +181,33 @@ def _served_names(args: argparse.Namespace) -> tuple[str, ...]:
 class GivenAdapters:
     """The adapters of the command line, by name."""
 
-    found: dict[str, tuple[Mapping[str, Any], LoraConfig]]
+    adapters: dict[str, tuple[Mapping[str, Any], LoraConfig]]
 
     @classmethod
     def read(cls, args: argparse.Namespace, session: Session, names: tuple[str, ...]) -> GivenAdapters:
         from stepjax.adapters.peft import import_adapter
 
-        found: dict[str, tuple[Mapping[str, Any], LoraConfig]] = {}
-        for given in args.lora or ():
-            name, _, path = given.partition("=")
+        adapters: dict[str, tuple[Mapping[str, Any], LoraConfig]] = {}
+        for text in args.lora or ():
+            name, _, path = text.partition("=")
             if not name or not path:
-                raise RequestError(f"--lora: is {given!r}, expected NAME=PATH")
-            if name in found or name in names:
+                raise RequestError(f"--lora: is {text!r}, expected NAME=PATH")
+            if name in adapters or name in names:
                 raise RequestError(f"--lora: the name {name!r} is taken; choose another")
-            found[name] = import_adapter(path, session.config)
-        return cls(found)
+            adapters[name] = import_adapter(path, session.config)
+        return cls(adapters)
 
     def room(self, args: argparse.Namespace) -> dict[str, Any]:
-        """What the engine's configuration says of adapters."""
+        """The fields of the engine's configuration that concern adapters."""
         slots = args.max_loras
         if slots is None:
-            slots = len(self.found) or (DEFAULT_LORAS if args.allow_lora_updates else 0)
-        if slots < len(self.found):
-            raise RequestError(f"--max-loras: is {slots}, but {len(self.found)} adapters are given")
+            slots = len(self.adapters) or (DEFAULT_LORAS if args.allow_lora_updates else 0)
+        if slots < len(self.adapters):
+            raise RequestError(f"--max-loras: is {slots}, but {len(self.adapters)} adapters are given")
         if args.allow_lora_updates and not slots:
-            raise RequestError("--allow-lora-updates: there is no room for an adapter; give --max-loras")
+            raise RequestError("--allow-lora-updates: there is no slot for an adapter; give --max-loras")
         ranks: dict[bool, list[int]] = {True: [], False: []}
-        for factors, _ in self.found.values():
+        for factors, _ in self.adapters.values():
             for name, value in factors.items():
                 if name.endswith(".a"):
                     ranks[".experts." in name].append(value.shape[-2])
@@ -180,7 +232,9 @@ def _keys(args: argparse.Namespace) -> list[str]:
     if os.environ.get(KEY_VARIABLE):
         keys.append(os.environ[KEY_VARIABLE])
     if any(not key.isascii() or not key.isprintable() or " " in key or not key for key in keys):
-        raise RequestError("an API key is empty or holds what a header cannot; expected ASCII without spaces")
+        raise RequestError(
+            "an API key is empty or holds characters that a header cannot; expected ASCII without spaces"
+        )
     return keys
 
 
@@ -189,13 +243,13 @@ def _check_tls(args: argparse.Namespace) -> None:
         raise RequestError("--tls-cert and --tls-key: expected both or none")
     for file in filter(None, (args.tls_cert, args.tls_key)):
         if not Path(file).is_file():
-            raise RequestError(f"{file}: there is no such file")
+            raise RequestError(f"{file}: no such file")
 
 
 async def _announce(
     server: Server, ready: asyncio.Event, session: Session, engine: Engine, options: ServeOptions
 ) -> None:
-    """Say where the server is once it answers."""
+    """Print the banner once the server answers."""
     import jax
 
     await ready.wait()

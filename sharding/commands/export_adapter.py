@@ -9,16 +9,18 @@ from stepjax.adapters.peft_names import FORMS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SRC", type=Path, help="adapter as it was trained, or a PEFT folder")
-    parser.add_argument("target", metavar="DST", type=Path, help="folder to write; it appears whole or not at all")
-    parser.add_argument("--model", required=True, help="the base: checkpoint folder, hub id, preset or embedded name")
+    parser.add_argument("source", metavar="SRC", type=Path, help="adapter of a training run, or a PEFT folder")
+    parser.add_argument("target", metavar="DST", type=Path, help="folder to write; it appears complete or not at all")
+    parser.add_argument(
+        "--model", required=True, help="the base model: checkpoint folder, hub id or embedded name, e.g. step-tiny"
+    )
     parser.add_argument(
         "--form",
         choices=FORMS,
         default="peft",
-        help="experts stacked under the release's names, a tensor each, or as transformers' class (%(default)s)",
+        help="experts stacked under the release's names, one tensor each, or as in transformers (default: %(default)s)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an adapter that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing adapter (default: refuse)")
 
 
 def run(args: argparse.Namespace) -> int:

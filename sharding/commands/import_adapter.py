@@ -7,10 +7,12 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SRC", type=Path, help="PEFT folder, of any form")
+    parser.add_argument("source", metavar="SRC", type=Path, help="PEFT folder, in any form that export-adapter writes")
     parser.add_argument("target", metavar="DST", type=Path, help="folder to write")
-    parser.add_argument("--model", required=True, help="the base: checkpoint folder, hub id, preset or embedded name")
-    parser.add_argument("--overwrite", action="store_true", help="replace an adapter that is there")
+    parser.add_argument(
+        "--model", required=True, help="the base model: checkpoint folder, hub id or embedded name, e.g. step-tiny"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing adapter (default: refuse)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -14,14 +14,16 @@ from stepjax.commands.writing import add_size, max_shard_bytes, progress_bar
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="checkpoint folder, hub id or embedded name")
-    parser.add_argument("target", metavar="DST", type=Path, help="folder to write; it appears whole or not at all")
+    parser.add_argument("target", metavar="DST", type=Path, help="folder to write; it appears complete or not at all")
     parser.add_argument(
         "--experts",
         required=True,
         choices=("bf16", "fp8", "int8", "int4"),
-        help="precision of the routed experts: the releases' own, or whole numbers, which only this package reads",
+        help="precision of the routed experts; only this package reads int8 and int4",
     )
-    parser.add_argument("--group", type=int, default=64, help="columns that share a scale in int4 (%(default)s)")
+    parser.add_argument(
+        "--group", type=int, default=64, help="columns that share a scale in int4 (default: %(default)s)"
+    )
     add_size(parser)
 
 
@@ -48,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Widened(Mapping[str, Any]):
-    """The quantised weights of a checkpoint in bfloat16, each read when it is asked for."""
+    """The quantised weights of a checkpoint in bfloat16, each read when it is used."""
 
     def __init__(self, checkpoint: Checkpoint):
         self._checkpoint = checkpoint

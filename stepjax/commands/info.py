@@ -1,4 +1,4 @@
-"""``stepjax info``: what a model consists of, from its config.json alone."""
+"""``stepjax info``: the parameters, sizes and layers of a model, from its config.json alone."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ from stepjax.weights.inventory import (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="checkpoint folder, config.json, hub id or embedded name")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "model", metavar="MODEL", help="checkpoint folder, config.json, hub id or embedded name, e.g. step-tiny"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object (default: tables)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -135,6 +137,6 @@ def _show(name: str, found: dict[str, Any]) -> None:
             f"{row['limit'] or 0:g}/{row['limit_shared'] or 0:g}",
             f"{row['parameters'] / 1e6:,.1f}M",
         )
-    with console.capture() as drawn:  # rich would end the program by itself if nobody reads its output
+    with console.capture() as drawn:  # rich ends the program itself when its output is closed
         console.print(facts, layers)
     print(drawn.get(), end="")

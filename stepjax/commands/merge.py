@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="BASE", help="checkpoint folder, hub id or embedded name")
     parser.add_argument("adapter", metavar="ADAPTER", type=Path, help="PEFT folder, as export-adapter writes it")
-    parser.add_argument("target", metavar="DST", type=Path, help="folder to write; it appears whole or not at all")
+    parser.add_argument("target", metavar="DST", type=Path, help="folder to write; it appears complete or not at all")
     add_size(parser)
-    parser.add_argument("--json", action="store_true", help="one line of JSON")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON (default: text)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""What the commands that write a checkpoint have in common: how large its files are, and a bar while it is written."""
+"""What the commands that write a checkpoint share: the size of its files and a progress bar."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from stepjax.errors import CheckpointError
 
 def add_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--max-shard-gib", type=float, default=9.0, metavar="X", help="largest file (%(default)s, as the release has)"
+        "--max-shard-gib",
+        type=float,
+        default=9.0,
+        metavar="X",
+        help="size of the largest file (default: %(default)s, as in the release)",
     )
 
 

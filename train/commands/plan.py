@@ -20,36 +20,70 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--hardware", required=True, metavar="TEXT", help=f"as 8xH100 or '4 nodes of 8xH200'; of {', '.join(DEVICES)}"
+        "--hardware",
+        required=True,
+        metavar="TEXT",
+        help=f"e.g. 8xH100 or '4 nodes of 8xH200'; devices: {', '.join(DEVICES)}",
     )
-    parser.add_argument("--devices-file", type=Path, metavar="TOML", help="figures in place of the datasheets'")
-    parser.add_argument("--model", default="step-3.5-flash", help="as for info; no weights are read (%(default)s)")
+    parser.add_argument(
+        "--devices-file",
+        type=Path,
+        metavar="TOML",
+        help="hardware figures that replace the built-in ones (default: the datasheets')",
+    )
+    parser.add_argument(
+        "--model", default="step-3.5-flash", help="model as for info; no weights are read (default: %(default)s)"
+    )
     parser.add_argument(
         "--goal",
         default="latency",
         choices=("latency", "throughput", "context", "lora", "cheapest"),
-        help="what is best (%(default)s)",
+        help="what to optimise (default: %(default)s)",
     )
-    parser.add_argument("--train", action="store_true", help="the same as --goal lora")
+    parser.add_argument("--train", action="store_true", help="same as --goal lora")
     parser.add_argument(
-        "--batch", type=int, metavar="B", help="sequences of an engine, at most for throughput; rows of a training step"
-    )
-    parser.add_argument("--context", type=int, default=4096, metavar="S", help="positions of each (%(default)s)")
-    parser.add_argument("--tpot-ms", type=float, metavar="X", help="longest time between two tokens of a sequence")
-    parser.add_argument(
-        "--experts", default="bf16,fp8,int8,int4", metavar="LIST", help="precisions to consider (%(default)s)"
-    )
-    parser.add_argument("--chunk", type=int, default=512, metavar="T", help="prompt tokens of a step (%(default)s)")
-    parser.add_argument("--accept", type=float, metavar="X", help="chance of a draft, those before accepted (0.73)")
-    parser.add_argument("--overlap", action="store_true", help="take exchanges to run beside the work")
-    parser.add_argument(
-        "--routing", type=Path, metavar="JSON", help="assignments of each expert, as measured (default: all alike)"
+        "--batch",
+        type=int,
+        metavar="B",
+        help="sequences that run together, at most so many for throughput; rows of a training step (default: by goal)",
     )
     parser.add_argument(
-        "--calibrate", type=Path, metavar="JSON", help="steps that `stepjax bench --json` or benchmarks/gpu.py measured"
+        "--context", type=int, default=4096, metavar="S", help="positions of each sequence (default: %(default)s)"
     )
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="picture of throughput against latency")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--tpot-ms",
+        type=float,
+        metavar="X",
+        help="longest time between two tokens of a sequence, e.g. 25 (default: no limit)",
+    )
+    parser.add_argument(
+        "--experts", default="bf16,fp8,int8,int4", metavar="LIST", help="precisions to consider (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--chunk", type=int, default=512, metavar="T", help="prompt tokens of a step (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--accept",
+        type=float,
+        metavar="X",
+        help="probability that a draft is accepted after those before it (default: 0.73)",
+    )
+    parser.add_argument(
+        "--overlap", action="store_true", help="assume that communication overlaps with computation (default: no)"
+    )
+    parser.add_argument(
+        "--routing", type=Path, metavar="JSON", help="measured number of tokens of each expert (default: uniform)"
+    )
+    parser.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="JSON",
+        help="fit the efficiencies to the output of `stepjax bench --json` or benchmarks/gpu.py (default: built-in)",
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="PNG", help="write a plot of throughput against latency (default: none)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object (default: tables)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,23 +95,23 @@ def run(args: argparse.Namespace) -> int:
     ask, calibration = _ask(args, config, cluster)
     console = Console(stderr=True)
     with console.status("planning") if console.is_terminal else contextlib.nullcontext():
-        found = plan(config, cluster, ask)
-    if args.plot and found.options:
+        plans = plan(config, cluster, ask)
+    if args.plot and plans.options:
         from stepjax.train.planning.plot import draw
 
-        draw(found, config, args.plot, times=provenance(calibration))
+        draw(plans, config, args.plot, times=provenance(calibration))
     if args.json:
-        print(json.dumps({"model": args.model} | as_dict(found, config, calibration), indent=2))
-        return 0 if found.options else 1
+        print(json.dumps({"model": args.model} | as_dict(plans, config, calibration), indent=2))
+        return 0 if plans.options else 1
     printer = Console()
-    with printer.capture() as drawn:  # rich would end the program by itself if nobody reads its output
-        printer.print(shown(found, config, calibration))
+    with printer.capture() as drawn:  # rich ends the program itself when its output is closed
+        printer.print(shown(plans, config, calibration))
     print(drawn.get(), end="")
-    return 0 if found.options else 1
+    return 0 if plans.options else 1
 
 
 def _ask(args: argparse.Namespace, config: Any, cluster: Cluster) -> tuple[Any, Calibration | None]:
-    """The question, and what its efficiencies were fitted to."""
+    """The question for the planner, and the calibration of its efficiencies."""
     from stepjax.infer.engine.draft_policy import PRIOR
     from stepjax.infer.steps.abstract_steps import sequence_bytes
     from stepjax.sharding.planner.calibration import fit
@@ -87,10 +121,10 @@ def _ask(args: argparse.Namespace, config: Any, cluster: Cluster) -> tuple[Any, 
     from stepjax.sharding.planner.step_time import Efficiency, RoutingDistribution
 
     goal = "lora" if args.train else args.goal
-    quants = tuple(each.strip() for each in args.experts.split(","))
-    for each in quants:
-        if each not in QUANTS:
-            raise RequestError(f"--experts: {each!r}, expected of {', '.join(QUANTS)}")
+    quants = tuple(name.strip() for name in args.experts.split(","))
+    for name in quants:
+        if name not in QUANTS:
+            raise RequestError(f"--experts: {name!r}, expected of {', '.join(QUANTS)}")
     calibration = None
     if args.calibrate:
         device, points = read_points(args.calibrate)
@@ -116,10 +150,10 @@ def _ask(args: argparse.Namespace, config: Any, cluster: Cluster) -> tuple[Any, 
 
 def _histogram(path: Path, num_experts: int) -> tuple[float, ...]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        counts = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise RequestError(f"{path}: cannot be read as JSON ({error})") from None
-    numbers = isinstance(found, list) and all(isinstance(each, int | float) and each >= 0 for each in found)
-    if not numbers or len(found) != num_experts or not sum(found) > 0:
-        raise RequestError(f"{path}: expected a list of {num_experts} numbers, the assignments of each expert")
-    return tuple(map(float, found))
+    numbers = isinstance(counts, list) and all(isinstance(count, int | float) and count >= 0 for count in counts)
+    if not numbers or len(counts) != num_experts or not sum(counts) > 0:
+        raise RequestError(f"{path}: expected a list of {num_experts} numbers, the tokens of each expert")
+    return tuple(map(float, counts))

@@ -13,10 +13,20 @@ from stepjax.train.config.pretrain import PretrainConfig, read_pretrain
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "config", type=Path, nargs="+", metavar="CONFIG.toml", help="settings; each further file is a further stage"
+        "config",
+        type=Path,
+        nargs="+",
+        metavar="CONFIG.toml",
+        help="settings, one file per stage, e.g. train/recipes/step-tiny.toml",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="run folder; an existing run goes on")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="override a setting")
+    parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="run folder; resumes an interrupted run")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="override a setting, e.g. steps=20; may be repeated (default: none)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -24,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     stages = _stages([read_pretrain(path, args.set) for path in args.config], args.out)
     import jax
 
-    with contextlib.suppress(RuntimeError):  # jax already runs, with the devices it has; the loop says if they are few
+    with contextlib.suppress(RuntimeError):  # jax runs already; the loop checks its devices
         jax.config.update("jax_num_cpu_devices", max(config.devices for config, _ in stages))
     from stepjax.train.pretrain.loop import pretrain
 
@@ -42,7 +52,9 @@ def _stages(configs: list[PretrainConfig], out: Path) -> list[tuple[PretrainConf
     for number, config in enumerate(configs, start=1):
         if stages:
             if config.start_from:
-                raise ConfigError(f"start_from: stage {number} begins where stage {number - 1} ends; leave it out")
+                raise ConfigError(
+                    f"start_from: stage {number} starts from the weights of stage {number - 1}; leave it out"
+                )
             before, folder = stages[-1]
             config = dataclasses.replace(config, start_from=str(folder / "weights" / f"{before.steps}.safetensors"))
         stages.append((config, out / str(number)))

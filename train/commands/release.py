@@ -14,15 +14,17 @@ from stepjax.train.config.mix import MIX
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder of stepjax pretrain")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="checkpoint folder to write")
-    parser.add_argument("--step", type=int, metavar="N", help="weights of this step (default: the last)")
-    parser.add_argument("--items", type=int, default=512, metavar="N", help="graded items per task (%(default)s)")
+    parser.add_argument("--step", type=int, metavar="N", help="write the weights of this step (default: the last)")
+    parser.add_argument(
+        "--items", type=int, default=512, metavar="N", help="graded items per task (default: %(default)s)"
+    )
     parser.add_argument(
         "--require",
         type=_requirement,
         action="append",
         default=[],
         metavar="TASK=X",
-        help="least accuracy, as add=0.95",
+        help="least accuracy of a task, e.g. add=0.95; may be repeated (default: none)",
     )
 
 

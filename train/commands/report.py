@@ -1,4 +1,4 @@
-"""``stepjax report``: what a training run measured, as a table and as plots."""
+"""``stepjax report``: the metrics of a training run, as a table and as plots."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from stepjax.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="RUN", help="folder of a run, going on or done")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="where the plots go (default: RUN/report.png)")
-    parser.add_argument("--no-plots", action="store_true", help="the table alone, which needs no matplotlib")
-    parser.add_argument("--json", action="store_true", help="the first and last value of each number, for programs")
+    parser.add_argument("folder", type=Path, metavar="RUN", help="run folder, finished or not")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="file for the plots (default: RUN/report.png)")
+    parser.add_argument(
+        "--no-plots", action="store_true", help="print only the table, which needs no matplotlib (default: also plot)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the first and last values as JSON (default: a table)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

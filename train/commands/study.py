@@ -15,39 +15,55 @@ from stepjax.sharding.mesh import MeshSpec
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", default="step-3.5-flash", help="as for info; no weights are read (default: %(default)s)"
+        "--model", default="step-3.5-flash", help="model as for info; no weights are read (default: %(default)s)"
     )
-    parser.add_argument("--mesh", required=True, metavar="AXES", help="as expert=8,tensor=4; one axis may be -1")
+    parser.add_argument("--mesh", required=True, metavar="AXES", help="e.g. expert=8,tensor=4; one axis may be -1")
     parser.add_argument(
         "--strategy",
         default="expert_tensor",
         choices=("tensor", "expert", "expert_tensor", "fsdp"),
-        help="what the mesh splits over which axis (%(default)s)",
+        help="which weights the mesh splits over which axis (default: %(default)s)",
     )
-    parser.add_argument("--devices", type=int, metavar="N", help="default: as many as the mesh takes")
+    parser.add_argument("--devices", type=int, metavar="N", help="number of devices (default: as many as the mesh has)")
     parser.add_argument(
         "--step",
         default="decode",
         choices=("decode", "prefill", "train", "lora"),
-        help="train: an AdamW update of every parameter, activations kept; lora: of an adapter (%(default)s)",
+        help="train: an AdamW update of every parameter, activations kept; lora: of an adapter (default: %(default)s)",
     )
-    parser.add_argument("--batch", type=int, default=1, metavar="B", help="sequences of all devices (%(default)s)")
-    parser.add_argument("--context", type=int, default=4096, metavar="S", help="positions of each (%(default)s)")
-    parser.add_argument("--chunk", type=int, metavar="T", help="prefill: tokens of each in one step (2048 at most)")
-    parser.add_argument("--speculate", type=int, default=0, metavar="K", help="MTP drafts, 0 to 3 (%(default)s)")
-    parser.add_argument("--keep-fp8", action="store_true", help="hold expert weights in 8 bits, as the FP8 release")
-    parser.add_argument("--quantize", choices=("int8", "int4"), help="hold expert weights in whole numbers")
-    parser.add_argument("--check", action="store_true", help="print what `stepjax plan` counts beside what is compiled")
+    parser.add_argument(
+        "--batch", type=int, default=1, metavar="B", help="sequences on all devices together (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--context", type=int, default=4096, metavar="S", help="positions of each sequence (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--chunk",
+        type=int,
+        metavar="T",
+        help="prefill: tokens of each sequence in a step (default: the context, at most 2048)",
+    )
+    parser.add_argument(
+        "--speculate", type=int, default=0, metavar="K", help="MTP drafts, 0 to 3 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--keep-fp8", action="store_true", help="expert weights in 8 bits, as in the FP8 release (default: as --dtype)"
+    )
+    parser.add_argument("--quantize", choices=("int8", "int4"), help="expert weights as integers (default: as --dtype)")
+    parser.add_argument("--check", action="store_true", help="compare with what `stepjax plan` computes (default: no)")
     parser.add_argument(
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16"),
-        help="auto: bfloat16, and float32 for train",
+        help="dtype of the weights; auto: bfloat16, float32 for train (default: %(default)s)",
     )
     parser.add_argument(
-        "--target", default="cpu", choices=("cpu", "h100", "h200", "b200"), help="compile for these (%(default)s)"
+        "--target",
+        default="cpu",
+        choices=("cpu", "h100", "h200", "b200"),
+        help="device to compile for (default: %(default)s)",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object (default: tables)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,7 +84,9 @@ def run(args: argparse.Namespace) -> int:
     )
     console = Console(stderr=True)
     with console.status("compiling") if console.is_terminal else contextlib.nullcontext():
-        found = study_model(config, workload, mesh, num_devices=num_devices, strategy=args.strategy, target=args.target)
+        result = study_model(
+            config, workload, mesh, num_devices=num_devices, strategy=args.strategy, target=args.target
+        )
     about = {
         "model": args.model,
         "mesh": str(mesh),
@@ -84,20 +102,20 @@ def run(args: argparse.Namespace) -> int:
         "quantize": args.quantize,
         "dtype": str(workload.resolved_dtype),
     }
-    checked = check(config, workload, mesh, args.strategy, found.report) if args.check else None
+    checked = check(config, workload, mesh, args.strategy, result.report) if args.check else None
     if args.json:
         planned = {} if checked is None else {"check": checked.as_dict()}
-        print(json.dumps(about | found.as_dict() | planned, indent=2))
+        print(json.dumps(about | result.as_dict() | planned, indent=2))
         return 0 if checked is None or checked.holds else 1
     printer = Console()
-    with printer.capture() as drawn:  # rich would end the program by itself if nobody reads its output
-        printer.print(_title(about), found.shown(), "" if checked is None else checked.shown())
+    with printer.capture() as drawn:  # rich ends the program itself when its output is closed
+        printer.print(_title(about), result.shown(), "" if checked is None else checked.shown())
     print(drawn.get(), end="")
     return 0 if checked is None or checked.holds else 1
 
 
 def _title(about: dict[str, Any]) -> str:
-    """What was studied, in a sentence."""
+    """The studied step, in one line."""
     tokens, positions = (
         about["tokens"],
         "" if about["step"] in ("train", "lora") else f", {about['context']:,} positions each",

@@ -15,9 +15,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "config", type=Path, metavar="CONFIG.toml", help="settings with a jsonl data source and a teacher"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write")
-    parser.add_argument("--data", metavar="NAME", help="which source of [data]; the only one if left out")
-    parser.add_argument("--top-k", type=int, default=20, metavar="K", help="tokens a place (default: 20)")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="override a setting")
+    parser.add_argument("--data", metavar="NAME", help="source of [data] to score (default: the first)")
+    parser.add_argument("--top-k", type=int, default=20, metavar="K", help="tokens per position (default: %(default)s)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="override a setting, e.g. model.path=step-tiny; may be repeated (default: none)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

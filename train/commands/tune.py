@@ -13,15 +13,21 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, metavar="CONFIG.toml", help="settings, or the name of a built-in recipe")
-    parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="run folder; an existing run goes on")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="override a setting, as optim.steps=20"
+        "config", type=Path, metavar="CONFIG.toml", help="settings, or a built-in recipe, e.g. step-tiny-distill"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="run folder; resumes an interrupted run")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="override a setting, e.g. optim.steps=20; may be repeated (default: none)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read the settings, train, say where the result is."""
+    """Read the settings, train, print where the result is."""
     path = args.config
     if not path.exists() and (RECIPES / f"{path}.toml").exists():
         path = RECIPES / f"{path}.toml"
