@@ -14,6 +14,7 @@ import jax
 
 from stepjax.model.cache import CacheView, Chunk, Stripe, after
 from stepjax.ops.attention import Heads, Keys, Partial, attention_to, finish, merge
+from stepjax.sharding.exchange import Exchange
 
 AXIS = "context"
 RING_BYTES = 64 * 2**20  # keys and values of a chunk above which they pass round instead of being gathered
@@ -66,6 +67,41 @@ def attend_split(
         out = merge(out, seen)
         cache = cache.write(after(seen, everything), keys.k_BSKH, keys.v_BSKH)
     return finish(out, q_BTNH.dtype), cache
+
+
+def attention_exchanges(
+    split: Split,
+    *,
+    num_sequences: int,
+    chunk: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    itemsize: int,
+) -> list[Exchange]:
+    """What `attend_split` launches with a cache. Heads and sequences are those of one device, ``chunk`` is whole.
+
+    The positions of the keys are `position_exchange`: XLA gathers them once for all layers.
+    """
+    axes, exchanges = (AXIS,), []
+    if split.tokens:
+        keys = num_sequences * chunk * num_kv_heads * head_dim * itemsize
+        exchanges.append(Exchange("all-gather", axes, float(keys), 2))
+    if split.rows:
+        scores = num_sequences * chunk * num_heads * 4.0  # one float32 for each query and head
+        if split.tokens:
+            queries = num_sequences * chunk * num_heads * head_dim * itemsize
+            exchanges.append(Exchange("all-gather", axes, float(queries), 1))
+            exchanges.append(Exchange("all-reduce", axes, scores, 1))  # maxima
+            exchanges.append(Exchange("reduce-scatter", axes, scores * (head_dim + 1), 1))  # outputs and totals
+        else:
+            exchanges.append(Exchange("all-reduce", axes, scores * (head_dim + 2), 1))
+    return exchanges
+
+
+def position_exchange(*, num_sequences: int, chunk: int) -> Exchange:
+    """The positions of the keys of a chunk whose tokens are split, int32, once a step."""
+    return Exchange("all-gather", (AXIS,), 4.0 * num_sequences * chunk, 1)
 
 
 def _prefix(

@@ -1,5 +1,7 @@
 """A mixture of experts on a mesh: the bodies that run on each device of a group (`expert` × `tensor`).
 
+Beside each body stands what it exchanges, which the planner reads.
+
   replicated  every device has all tokens, runs the experts that it holds, and one reduction adds up: decode
   gathered    the same for a stream that is split by tokens: gathered before, scattered by the reduction
   exchanged   every device keeps its tokens; a row travels once to each rank that holds experts it chose, and back
@@ -10,7 +12,7 @@ a rank hold shares of the same experts. No form drops a token, whatever the rout
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,8 +25,12 @@ from stepjax.ops.expert_choice import Form, buffer_rows
 from stepjax.ops.expert_dense import ExpertWeights
 from stepjax.ops.experts import held_ids, routed_experts
 from stepjax.ops.manual_axes import vary_alike, vary_with, zeros_after
+from stepjax.sharding.exchange import Exchange
+from stepjax.sharding.expert_traffic import exchanged_traffic, gathered_traffic, reach
 from stepjax.sharding.rules import GROUP, Axes, ShardingRules
 from stepjax.weights.adapted import by_token, cotangent, moved, moving
+
+WORTHWHILE = 1.5  # so much cheaper must the exchange be on the links, for it also sorts rows into buffers and back
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,7 @@ class Group:
     ranks: Axes  # of them, those that whole experts are split over
     width: Axes  # and those that each expert's width is split over
     shared: Axes  # and those that the shared expert's width is split over
+    num_devices: int
     num_ranks: int
     num_shares: int  # of an expert's width
     num_experts: int  # of the whole model
@@ -48,6 +55,7 @@ class Group:
             ranks=ranks,
             width=width,
             shared=rules.table["mlp"],
+            num_devices=rules.size(GROUP),
             num_ranks=rules.size(ranks),
             num_shares=rules.size(width),
             num_experts=rules.config.num_experts,
@@ -81,6 +89,11 @@ def replicated(
     return jax.lax.psum(_summand(moe, x_BTD, ids, combine, group, form), group.axes), own
 
 
+def replicated_exchanges(config: ModelConfig, group: Group, num_tokens: int, *, itemsize: int) -> list[Exchange]:
+    """What `replicated` launches for ``num_tokens`` tokens of one device, in activations of ``itemsize`` bytes."""
+    return [Exchange("all-reduce", group.axes, float(num_tokens * config.hidden_size * itemsize), 1)]
+
+
 def gathered(
     moe: Routed,
     x_BTD: jax.Array,
@@ -99,6 +112,17 @@ def gathered(
     x, all_ids, weight = (jax.lax.all_gather(each, group.axes, axis=1, tiled=True) for each in (x_BTD, ids, combine))
     out = _summand(moe, x, all_ids, weight, group, form)
     return jax.lax.psum_scatter(out, group.axes, scatter_dimension=1, tiled=True), own
+
+
+def gathered_exchanges(config: ModelConfig, group: Group, num_tokens: int, *, itemsize: int) -> list[Exchange]:
+    """What `gathered` launches for ``num_tokens`` tokens of one device."""
+    tokens = num_tokens * group.num_devices
+    stream = float(tokens * config.hidden_size * itemsize)
+    return [
+        Exchange("all-gather", group.axes, stream, 1),
+        Exchange("all-gather", group.axes, tokens * config.top_k * 8.0, 1),  # int32 ids, float32 weights
+        Exchange("reduce-scatter", group.axes, stream, 1),
+    ]
 
 
 def exchanged(
@@ -124,6 +148,38 @@ def exchanged(
     routed = exchanged_experts(x, flat_ids, weight, weights, group=group, limit=moe.limit, form=form, slot_T=slot)
     out = routed.reshape(x_BTD.shape) + moe.common(x_BTD)
     return out.astype(x_BTD.dtype), own
+
+
+def exchanged_exchanges(config: ModelConfig, group: Group, num_tokens: int, *, itemsize: int) -> list[Exchange]:
+    """What `exchanged` launches for ``num_tokens`` tokens of one device in one pass, nearly always the only one."""
+    row = float(config.hidden_size * itemsize)
+    rows = group.num_ranks * exchange_rows(num_tokens, config.num_experts, config.top_k, group.num_ranks)
+    table = 8.0 * config.top_k  # ids and weights, both as float32
+    exchanges = [
+        Exchange("all-reduce", group.axes, 4.0, 1),  # number of passes
+        Exchange("all-to-all", group.ranks, rows * row, 2),
+        Exchange("all-to-all", group.ranks, rows * table, 1),
+        Exchange("all-gather", group.shared, 3.0 * config.shared_size * row, 1),
+    ]
+    if group.width:
+        whole = rows * group.num_shares
+        exchanges += [Exchange("all-gather", group.width, whole * (row + table), 1)]
+        exchanges += [Exchange("reduce-scatter", group.width, whole * row, 1)]
+    return exchanges
+
+
+@dataclass(frozen=True)
+class ExpertBody:
+    """A way to run the experts on each device of a group, and what it exchanges."""
+
+    run: Callable[..., tuple[jax.Array, jax.Array]]
+    exchanges: Callable[..., list[Exchange]]  # of (config, group, num_tokens, itemsize=)
+    whole_axis: str = ""  # logical axis that parameters are not split over inside
+
+
+REPLICATED = ExpertBody(replicated, replicated_exchanges)
+GATHERED = ExpertBody(gathered, gathered_exchanges)
+EXCHANGED = ExpertBody(exchanged, exchanged_exchanges, whole_axis="mlp")
 
 
 def _summand(
@@ -316,57 +372,3 @@ def _once(x: jax.Array, axes: set[str]) -> jax.Array:
     if not axes:
         return x
     return jnp.where(jax.lax.axis_index(tuple(sorted(axes))) == 0, x, jnp.zeros((), x.dtype))
-
-
-NVLINK_DOMAIN = 8  # devices that NVLink joins: an HGX or DGX board
-NETWORK_COST = 9  # time of a byte through a device's adapter over that by NVLink: 400 Gb/s and 450 GB/s each way (H100)
-WORTHWHILE = 1.5  # so much cheaper must the exchange be on the links, for it also sorts rows into buffers and back
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes that one device sends in one MoE layer per token of its group; backwards as many again."""
-
-    sent: float
-    far: float  # of them, those that leave the domain through the device's own network adapter
-
-    @property
-    def cost(self) -> float:
-        """Time on the slower kind of link, in bytes over NVLink; the kinds work side by side."""
-        return max(self.sent, NETWORK_COST * self.far)
-
-
-def reach(num_experts: int, top_k: int, num_ranks: int) -> float:
-    """Chance that a token has an expert on a given rank if all are as likely: ``1 − C(E − E/n, A) / C(E, A)``."""
-    elsewhere = num_experts - num_experts // num_ranks
-    return 1 - math.comb(elsewhere, top_k) / math.comb(num_experts, top_k)
-
-
-def gathered_traffic(row_bytes: float, num_devices: int) -> Traffic:
-    """Every row to every device, and a sum back: ``2·(n−1)/n`` rows."""
-    return _ring(2 * row_bytes, num_devices)
-
-
-def exchanged_traffic(
-    row_bytes: float, num_ranks: int, *, width: int = 1, share: float, common_bytes: float = 0
-) -> Traffic:
-    """A row there and back for every rank but one's own: ``2·(n−1)·share`` rows of each device's 1 / (n·w) tokens.
-
-    Over a width of w, all received rows are gathered and their results reduced: ``2·(w−1)/w·share`` rows.
-
-    Args:
-      share: rows to one rank over a device's tokens; `reach`, or with a buffer's empty rows up to 1.
-      common_bytes: weights of the shared expert per token of the group, which are gathered.
-    """
-    near = min(num_ranks, max(1, NVLINK_DOMAIN // width))  # ranks in the domain of a device, its own among them
-    each = 2 * row_bytes * share / (num_ranks * width)
-    rings = _ring(2 * row_bytes * share, width), _ring(common_bytes, num_ranks * width)
-    return Traffic(
-        sent=(num_ranks - 1) * each + sum(ring.sent for ring in rings),
-        far=(num_ranks - near) * each + sum(ring.far for ring in rings),
-    )
-
-
-def _ring(payload_bytes: float, num_devices: int) -> Traffic:
-    sent = payload_bytes * (num_devices - 1) / num_devices
-    return Traffic(sent, sent / NVLINK_DOMAIN if num_devices > NVLINK_DOMAIN else 0.0)

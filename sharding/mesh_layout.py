@@ -21,7 +21,7 @@ from stepjax.model.layout import Routed
 from stepjax.ops.attention import Heads, Keys
 from stepjax.ops.expert_choice import Form
 from stepjax.sharding.context_parallel import Split, attend_split
-from stepjax.sharding.expert_parallel import Group, exchange_pays, exchanged, gathered, replicated
+from stepjax.sharding.expert_parallel import EXCHANGED, GATHERED, REPLICATED, ExpertBody, Group, exchange_pays
 from stepjax.sharding.rules import GROUP, Axes, ShardingRules
 from stepjax.weights.adapted import Adapted, factor_axes
 
@@ -111,30 +111,29 @@ class MeshLayout:
         self, moe: Routed, x_BTD: jax.Array, real_BT: jax.Array, recorded_BTA: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """x[B_data, T_stream, D] → the same, by one of the bodies of `stepjax.sharding.expert_parallel`."""
-        group, whole = Group.of(self.rules), ""
+        group, body = Group.of(self.rules), self.expert_body(x_BTD.shape)
         spec = self._fit(x_BTD.shape, "batch", "stream", "embed")
-        if spec == self._fit(x_BTD.shape, "batch", "length", "embed"):
-            body = replicated
-        elif self._exchanges(group, NamedSharding(self.mesh, spec).shard_shape(x_BTD.shape)):
-            body, whole = exchanged, "mlp"
-        else:
-            body = gathered
-        merge, leaves, leaf_specs = self._taken_apart(moe, whole, batch=spec[0])
+        merge, leaves, leaf_specs = self._taken_apart(moe, body.whole_axis, batch=spec[0])
         token_spec = PartitionSpec(*spec[:2])
         id_spec = PartitionSpec(*token_spec, None)
         recorded = () if recorded_BTA is None else (recorded_BTA,)
         return jax.shard_map(
-            lambda leaves, *tokens: body(merge(leaves), *tokens, group=group, form=self.form),
+            lambda leaves, *tokens: body.run(merge(leaves), *tokens, group=group, form=self.form),
             mesh=self.mesh,
             in_specs=(leaf_specs, spec, token_spec, *(id_spec for _ in recorded)),
             out_specs=(spec, id_spec),
         )(leaves, x_BTD, real_BT, *recorded)
 
-    def _exchanges(self, group: Group, local: tuple[int, ...]) -> bool:
-        """Whether rows of a split stream, [B, T, D] on a device, travel to their experts."""
-        if not group.ranks:
-            return False  # no device holds a whole expert
-        return exchange_pays(self.rules.config, group, local[0] * local[1]) if self.exchange is None else self.exchange
+    def expert_body(self, shape: tuple[int, ...]) -> ExpertBody:
+        """The body that runs the experts on activations of this shape, [B, T, D] over all devices."""
+        group, spec = Group.of(self.rules), self._fit(shape, "batch", "stream", "embed")
+        if spec == self._fit(shape, "batch", "length", "embed"):
+            return REPLICATED
+        if not group.ranks:  # no device holds a whole expert
+            return GATHERED
+        batch, tokens, _ = NamedSharding(self.mesh, spec).shard_shape(shape)
+        pays = exchange_pays(self.rules.config, group, batch * tokens) if self.exchange is None else self.exchange
+        return EXCHANGED if pays else GATHERED
 
     def _taken_apart(self, module: Any, whole: str, *, batch: Any) -> tuple[Merge, Leaves, dict[Any, Any]]:
         """A module as a flat table of its parameters, their placement inside an island, and the way back.

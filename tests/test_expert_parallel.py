@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from functools import cache
 from typing import Any
 
@@ -24,10 +25,8 @@ from stepjax.sharding.expert_parallel import (
     Group,
     exchange_pays,
     exchange_rows,
-    exchanged_traffic,
-    gathered_traffic,
-    reach,
 )
+from stepjax.sharding.expert_traffic import exchanged_traffic, gathered_traffic, reach
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.rules import ShardingRules
@@ -184,10 +183,10 @@ def test_the_exchange_needs_its_cast(monkeypatch):
         run.lower(PARAMS, adapters(), *CASES["spread"][1:])
 
 
-# What is sent
+# What is exchanged
 
 
-def sent(where: MeshLayout, *, backward: bool = False) -> list[tuple[str, tuple[str, ...], int, int]]:
+def collectives_of(where: MeshLayout, *, backward: bool = False) -> list[tuple[str, tuple[str, ...], int, int]]:
     """Kind, axes, payload bytes and launches of a layer's collectives, also those of its gradient by tokens."""
     stream = where.sharding((B, T, D), "batch", "stream", "embed")
     run, _ = taken_apart(where)
@@ -219,45 +218,63 @@ SHARED_BYTES = 4 * CONFIG.shared_size * D  # of one of its three matrices
 def test_a_pass_of_the_exchange_is_two_messages_and_a_table():
     where = layout("expert=4,tensor=2", "expert", exchange=True)
     rows = 8 * exchange_rows(B * T // 8, E, 2, 8)
-    found = sent(where)
+    exchanges = collectives_of(where)
     large = ("all-to-all", ("expert", "tensor"), rows * D * 4)
-    assert [one for one in found if one[0] == "all-to-all"] == [
+    assert [one for one in exchanges if one[0] == "all-to-all"] == [
         ("all-to-all", ("expert", "tensor"), rows * 2 * 2 * 4, 1),
         (*large, 2),
     ]
-    assert [one for one in found if one[0] == "all-reduce"] == [("all-reduce", ("expert", "tensor"), 4, 1)]
-    gathered = sum(payload * count for kind, _, payload, count in found if kind == "all-gather")
+    assert [one for one in exchanges if one[0] == "all-reduce"] == [("all-reduce", ("expert", "tensor"), 4, 1)]
+    gathered = sum(payload * count for kind, _, payload, count in exchanges if kind == "all-gather")
     assert gathered == 3 * SHARED_BYTES
 
 
 def test_a_rank_of_two_devices_gathers_what_it_receives():
     rows = 4 * exchange_rows(B * T // 8, E, 2, 4)
-    found = sent(layout("expert=4,tensor=2", "expert_tensor", exchange=True))
-    assert [one for one in found if one[0] == "all-to-all"] == [
+    exchanges = collectives_of(layout("expert=4,tensor=2", "expert_tensor", exchange=True))
+    assert [one for one in exchanges if one[0] == "all-to-all"] == [
         ("all-to-all", ("expert",), rows * 2 * 2 * 4, 1),
         ("all-to-all", ("expert",), rows * D * 4, 2),
     ]
-    assert ("all-gather", ("tensor",), 2 * rows * D * 4, 1) in found
-    assert [one for one in found if one[0] == "reduce-scatter"] == [
+    assert ("all-gather", ("tensor",), 2 * rows * D * 4, 1) in exchanges
+    assert [one for one in exchanges if one[0] == "reduce-scatter"] == [
         ("reduce-scatter", ("tensor",), 2 * rows * D * 4, 1)
     ]
 
 
 def test_a_gathered_stream_is_gathered_once_and_scattered_once():
-    found = sent(layout("expert=4,tensor=2", "expert", exchange=False))
+    exchanges = collectives_of(layout("expert=4,tensor=2", "expert", exchange=False))
     whole = ("expert", "tensor"), B * T * D * 4, 1
     tables = 2 * B * T * 2 * 4  # ids and combine weights, in one message or two
-    assert [one for one in found if one[2] > tables] == [("all-gather", *whole), ("reduce-scatter", *whole)]
-    assert not any(kind == "all-to-all" for kind, *_ in found)
+    assert [one for one in exchanges if one[2] > tables] == [("all-gather", *whole), ("reduce-scatter", *whole)]
+    assert not any(kind == "all-to-all" for kind, *_ in exchanges)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "stream", "exchange"),
+    [("expert", 1024, None), ("expert", 16, False), ("expert", 16, True), ("expert_tensor", 16, True)],
+    ids=["replicated", "gathered", "exchanged", "exchanged over a width"],
+)
+def test_each_body_launches_what_is_written_beside_it(strategy, stream, exchange):
+    where = layout("expert=4,tensor=2", strategy, exchange=exchange, stream=stream)
+    local = where.sharding((B, T, D), "batch", "stream", "embed").shard_shape((B, T, D))
+    body = where.expert_body((B, T, D))
+    written: Counter[tuple[str, tuple[str, ...]]] = Counter()
+    for one in body.exchanges(CONFIG, Group.of(where.rules), local[0] * local[1], itemsize=4):
+        written[one.kind, one.axes] += int(one.payload_bytes * one.launches)
+    compiled: Counter[tuple[str, tuple[str, ...]]] = Counter()
+    for kind, axes, payload, launches in collectives_of(where):
+        compiled[kind, axes] += payload * launches
+    assert compiled == written
 
 
 def test_backwards_as_much_is_sent_as_forwards():
     """A replicated value that several products use has its gradient reduced by each, unless it is cast first."""
     for stream, kinds in ((16, {"all-gather", "reduce-scatter"}), (1024, {"all-reduce"})):
-        found = sent(layout("expert=4,tensor=2", "expert", exchange=False, stream=stream), backward=True)
-        assert {kind for kind, *_ in found} == kinds
+        exchanges = collectives_of(layout("expert=4,tensor=2", "expert", exchange=False, stream=stream), backward=True)
+        assert {kind for kind, *_ in exchanges} == kinds
         for kind in kinds:
-            payload = sum(payload * launches for each, _, payload, launches in found if each == kind)
+            payload = sum(payload * launches for each, _, payload, launches in exchanges if each == kind)
             assert payload == pytest.approx(2 * B * T * D * 4, rel=0.1), kind  # the rest: ids and combine weights
 
 
@@ -286,7 +303,10 @@ def test_bytes_of_both_forms():
     for ranks in (4, 8, 16, 32, 72):
         gathered = gathered_traffic(row, ranks)
         exchanged = exchanged_traffic(row, ranks, share=reach(288, 8, ranks))
-        found[ranks] = [round(each / 1000, 1) for each in (gathered.sent, exchanged.sent, gathered.far, exchanged.far)]
+        found[ranks] = [
+            round(each / 1000, 1)
+            for each in (gathered.sent_bytes, exchanged.sent_bytes, gathered.far_bytes, exchanged.far_bytes)
+        ]
     assert found == {
         4: [12.3, 11.1, 0, 0],
         8: [14.3, 9.5, 0, 0],

@@ -19,6 +19,7 @@ from stepjax.config import ModelConfig
 from stepjax.errors import MeshError
 from stepjax.model.step3p5 import abstract, axes_of
 from stepjax.sharding.compiled.step_study import device_bytes
+from stepjax.sharding.exchange import Exchange
 from stepjax.sharding.expert_order import rank_load
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
@@ -32,7 +33,7 @@ from stepjax.sharding.planner.device_bytes import (
     parameters,
     placed,
 )
-from stepjax.sharding.planner.exchanges import Exchange, StepShape, payloads, serving_exchanges
+from stepjax.sharding.planner.exchanges import StepShape, payloads, serving_exchanges
 from stepjax.sharding.planner.hardware import DEVICES, parse
 from stepjax.sharding.planner.step_time import RoutingDistribution, devices_of_domain, exchange_time, tokens_per_step
 from stepjax.sharding.rules import ShardingRules

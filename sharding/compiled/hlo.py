@@ -15,15 +15,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
-CollectiveKind = Literal[
-    "all-reduce",
-    "all-gather",
-    "reduce-scatter",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-]
+from stepjax.sharding.exchange import CollectiveKind
+
 Certainty = Literal["exact", "at_most", "per_iteration"]  # from best to worst
 
 CERTAINTIES: tuple[Certainty, ...] = get_args(Certainty)

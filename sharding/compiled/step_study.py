@@ -21,8 +21,9 @@ from rich.table import Table
 
 from stepjax.config import ModelConfig
 from stepjax.model.step3p5 import Step3p5, axes_of, params_of
-from stepjax.sharding.compiled.hlo import Collective, CollectiveKind
+from stepjax.sharding.compiled.hlo import Collective
 from stepjax.sharding.compiled.report import CompileReport, compile_report, size_text, table
+from stepjax.sharding.exchange import CollectiveKind
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.weights.fp8 import FP8, BlockScaled

@@ -1,5 +1,7 @@
 """What a step of serving exchanges, from the shapes and the placement of its arrays, before anything is compiled.
 
+What the shard_map bodies exchange is written beside them (`stepjax.sharding.expert_parallel`,
+`stepjax.sharding.context_parallel`). What the compiler adds where placement alone splits a product is written here.
 Each entry is one that XLA's GPU compiler launches, as `stepjax.sharding.compiled.hlo` reads it; benchmarks/planned.py
 holds the two against each other. In decode and in short pieces of prompts the stream is whole on every device of a
 group (`expert` × `tensor`) and each part of a layer ends in an all-reduce; a long piece lies split by tokens and is
@@ -12,25 +14,17 @@ import functools
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from stepjax.config import LayerSpec
-from stepjax.sharding.compiled.hlo import CollectiveKind
-from stepjax.sharding.expert_parallel import Group, exchange_pays, exchange_rows
+from stepjax.sharding.context_parallel import Split, attention_exchanges, position_exchange
+from stepjax.sharding.exchange import CollectiveKind, Exchange
+from stepjax.sharding.expert_parallel import Group
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.planner.device_bytes import ById, local_shape
 from stepjax.sharding.rules import GROUP, Axes
 
 STREAM: Axes = ("context", *GROUP)
-
-
-class Exchange(NamedTuple):
-    """Alike collectives of one step."""
-
-    kind: CollectiveKind
-    axes: Axes  # mesh axes that they run along
-    payload_bytes: float  # of one: the whole array of a group, as in `stepjax.sharding.compiled.hlo.Collective`
-    launches: int
 
 
 @dataclass(frozen=True)
@@ -78,34 +72,36 @@ def _shares(of: ById, work: StepShape) -> LocalTokens:
 def serving_exchanges(layout: MeshLayout, work: StepShape, *, rows_split: bool) -> tuple[Exchange, ...]:
     """Everything that one step launches.
 
-    A split prefill that also drafts, or whose sequences are split over ``data``, moves a little more than this: what
-    the compiler makes of shifted ids and of a single sequence a replica.
+    A split prefill that also drafts, or whose sequences are split over ``data``, moves a little more than this,
+    for shifted ids and for a single sequence on each replica.
 
     Args:
       rows_split: whether the caches of full layers lie in stripes over ``context``.
     """
     config, rules = layout.rules.config, layout.rules
     shares = LocalTokens.of(layout, work)
-    found = [*_embedding(layout, work, shares)]
+    exchanges = [*_embedding(layout, work, shares)]
     for layer, count in Counter(map(_alike, config.layers)).items():
-        each = [*_attention(layout, work, shares, layer, rows_split=rows_split), *_mlp(layout, work, shares, layer)]
-        found += [one._replace(launches=one.launches * count) for one in each]
+        once = [*_attention(layout, work, shares, layer, rows_split=rows_split), *_mlp(layout, work, shares, layer)]
+        exchanges += [exchange._replace(launches=exchange.launches * count) for exchange in once]
     if shares.tokens_split:  # positions of the keys: once, whatever the number of layers
-        found.append(Exchange("all-gather", ("context",), 4.0 * shares.batch * work.count, 1))
-    found += _ending(layout, work, shares)
+        exchanges.append(position_exchange(num_sequences=shares.batch, chunk=work.count))
+    exchanges += _ending(layout, work, shares)
     if work.step == "decode" or not shares.split:
-        found += _drafts(layout, work, shares)
+        exchanges += _drafts(layout, work, shares)
     if shares.replicas:
         emitted = work.count if work.step == "decode" else 1
-        found.append(Exchange("all-gather", rules.live(("data",)), work.batch * (4.0 * (emitted + work.drafts) + 5), 1))
-    return tuple(each for each in found if each.axes and each.payload_bytes)
+        exchanges.append(
+            Exchange("all-gather", rules.live(("data",)), work.batch * (4.0 * (emitted + work.drafts) + 5), 1)
+        )
+    return tuple(exchange for exchange in exchanges if exchange.axes and exchange.payload_bytes)
 
 
-def payloads(found: Iterable[Exchange]) -> dict[tuple[CollectiveKind, Axes], float]:
+def payloads(exchanges: Iterable[Exchange]) -> dict[tuple[CollectiveKind, Axes], float]:
     """Bytes of all launches by kind and axes."""
     sums: defaultdict[tuple[CollectiveKind, Axes], float] = defaultdict(float)
-    for each in found:
-        sums[each.kind, each.axes] += each.launches * each.payload_bytes
+    for exchange in exchanges:
+        sums[exchange.kind, exchange.axes] += exchange.launches * exchange.payload_bytes
     return dict(sums)
 
 
@@ -130,10 +126,10 @@ def _gathered(layout: MeshLayout, work: StepShape, shares: LocalTokens) -> list[
 def _embedding(layout: MeshLayout, work: StepShape, shares: LocalTokens) -> list[Exchange]:
     axes = layout.rules.table["vocab"]
     rows = max(2, shares.tokens) if work.batch * work.count == 1 else shares.tokens  # `stepjax.model.layers.Embed`
-    found = [_summed(layout, work, shares, axes, rows)]
+    exchanges = [_summed(layout, work, shares, axes, rows)]
     if shares.split:
-        found.append(Exchange("all-gather", axes, 4.0 * shares.tokens, 1))  # ids
-    return found
+        exchanges.append(Exchange("all-gather", axes, 4.0 * shares.tokens, 1))  # ids
+    return exchanges
 
 
 def _attention(
@@ -147,22 +143,17 @@ def _attention(
     """The projection's sum, and over ``context`` what keys and queries need."""
     num_heads, num_kv, width, full, _ = layer
     axes = layout.rules.table["heads"]
-    found = [*_gathered(layout, work, shares), _summed(layout, work, shares, axes, shares.tokens)]
-    heads = num_heads // layout.rules.size(axes)
-    context = layout.rules.live(("context",))
-    if shares.tokens_split:
-        held = num_kv // layout.rules.size(layout.rules.table["kv_heads"])
-        keys = shares.batch * work.count * held * width * work.itemsize
-        found += [Exchange("all-gather", context, keys, 2)]
-    if rows_split and full:
-        scores = shares.batch * work.count * heads * 4.0
-        if shares.tokens_split:
-            found.append(Exchange("all-gather", context, shares.batch * work.count * heads * width * work.itemsize, 1))
-            found.append(Exchange("all-reduce", context, scores, 1))
-            found.append(Exchange("reduce-scatter", context, scores * (width + 1), 1))
-        else:
-            found.append(Exchange("all-reduce", context, scores * (width + 2), 1))
-    return found
+    exchanges = [*_gathered(layout, work, shares), _summed(layout, work, shares, axes, shares.tokens)]
+    exchanges += attention_exchanges(
+        Split(layout.rules.mesh.context, tokens=shares.tokens_split, rows=rows_split and full),
+        num_sequences=shares.batch,
+        chunk=work.count,
+        num_heads=num_heads // layout.rules.size(axes),
+        num_kv_heads=num_kv // layout.rules.size(layout.rules.table["kv_heads"]),
+        head_dim=width,
+        itemsize=work.itemsize,
+    )
+    return exchanges
 
 
 def _mlp(
@@ -174,41 +165,12 @@ def _mlp(
             *_gathered(layout, work, shares),
             _summed(layout, work, shares, layout.rules.table["mlp"], shares.tokens),
         ]
-    if not shares.split:
-        return [_summed(layout, work, shares, group.axes, shares.tokens)]
-    if exchanges(layout, shares):
-        return _exchanged(layout, work, shares)
-    ids = Exchange("all-gather", group.axes, shares.tokens * config.top_k * 8.0, 1)  # int32 ids, float32 weights
-    return [*_gathered(layout, work, shares), ids, _summed(layout, work, shares, group.axes, shares.tokens)]
-
-
-def exchanges(layout: MeshLayout, shares: LocalTokens) -> bool:
-    """Whether rows of a split stream travel to their experts, as `MeshLayout.mixture` decides it."""
-    group = Group.of(layout.rules)
-    return bool(group.ranks) and exchange_pays(layout.rules.config, group, shares.batch * shares.stream)
-
-
-def _exchanged(layout: MeshLayout, work: StepShape, shares: LocalTokens) -> list[Exchange]:
-    """One pass of the exchange, which nearly always is the only one."""
-    config, group = layout.rules.config, Group.of(layout.rules)
-    row, tokens = _row(layout, work), shares.batch * shares.stream
-    rows = group.num_ranks * exchange_rows(tokens, config.num_experts, config.top_k, group.num_ranks)
-    table = 8.0 * config.top_k
-    found = [
-        Exchange("all-reduce", group.axes, 4.0, 1),  # passes
-        Exchange("all-to-all", group.ranks, rows * row, 2),
-        Exchange("all-to-all", group.ranks, rows * table, 1),
-        Exchange("all-gather", group.shared, 3.0 * config.shared_size * row, 1),
-    ]
-    if group.width:
-        whole = rows * group.num_shares
-        found += [Exchange("all-gather", group.width, whole * (row + table), 1)]
-        found += [Exchange("reduce-scatter", group.width, whole * row, 1)]
-    return found
+    body = layout.expert_body((work.batch, work.count, config.hidden_size))
+    return body.exchanges(config, group, shares.batch * shares.stream, itemsize=work.itemsize)
 
 
 def _ending(layout: MeshLayout, work: StepShape, shares: LocalTokens) -> list[Exchange]:
-    """Logits, and what a split stream needs for them: the last token of each sequence, and whether all are numbers."""
+    """Logits. A split stream also needs each sequence's last token, and whether all its logits are finite."""
     config, rules = layout.rules.config, layout.rules
     wanted = work.count if work.step == "decode" else 1
     logits = Exchange("all-gather", rules.table["vocab"], 4.0 * shares.batch * wanted * config.vocab_size, 1)
@@ -223,12 +185,12 @@ def _ending(layout: MeshLayout, work: StepShape, shares: LocalTokens) -> list[Ex
 
 def _drafts(layout: MeshLayout, work: StepShape, shares: LocalTokens) -> list[Exchange]:
     """Embedding, merge, attention and MLP of each depth, over as many tokens more as it is deep; a shared argmax."""
-    rules, found = layout.rules, []
+    rules, exchanges = layout.rules, []
     whole = LocalTokens(shares.batch, shares.length, shares.length, False, shares.replicas, shares.tokens_split)
     for depth in range(work.drafts):
         tokens = shares.batch * (work.count + depth)
         for name in ("vocab", "embed_in", "heads", "mlp"):
-            found.append(_summed(layout, work, whole, rules.table[name], tokens))
+            exchanges.append(_summed(layout, work, whole, rules.table[name], tokens))
         best = 8.0 * shares.batch * rules.size(rules.table["vocab"])
-        found.append(Exchange("all-gather", rules.table["vocab"], best, 1))
-    return found
+        exchanges.append(Exchange("all-gather", rules.table["vocab"], best, 1))
+    return exchanges

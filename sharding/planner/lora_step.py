@@ -18,10 +18,11 @@ from stepjax.config import LayerSpec, ModelConfig
 from stepjax.model.step3p5 import KEPT_LAYERS
 from stepjax.ops.attention import WINDOWED_BLOCK
 from stepjax.ops.expert_choice import buffer_rows, tile_size
+from stepjax.sharding.exchange import Exchange
 from stepjax.sharding.expert_parallel import Group
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.planner.device_bytes import ArrayKind, ById, CacheBytes, PlacedArrays, kind_path, one_of_each
-from stepjax.sharding.planner.exchanges import Exchange, LocalTokens, StepShape, serving_exchanges
+from stepjax.sharding.planner.exchanges import LocalTokens, StepShape, serving_exchanges
 from stepjax.sharding.planner.step_time import RoutingDistribution, WorkPart, serving_parts
 from stepjax.weights.inventory import inventory
 

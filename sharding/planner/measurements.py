@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 from stepjax.config import ModelConfig
 from stepjax.errors import RequestError, StepjaxError
+from stepjax.sharding.exchange import Exchange
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.planner.device_bytes import QUANTS, layout_of, paged, parameters, placed
-from stepjax.sharding.planner.exchanges import Exchange, StepShape, serving_exchanges
+from stepjax.sharding.planner.exchanges import StepShape, serving_exchanges
 from stepjax.sharding.planner.hardware import Cluster
 from stepjax.sharding.planner.step_time import (
     LAYER_KERNELS,

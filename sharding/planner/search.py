@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 from stepjax.adapters.lora import LoraConfig
 from stepjax.config import ModelConfig
 from stepjax.errors import MeshError, RequestError
+from stepjax.sharding.exchange import Exchange
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.planner import lora_step
@@ -29,7 +30,7 @@ from stepjax.sharding.planner.device_bytes import (
     parameters,
     placed,
 )
-from stepjax.sharding.planner.exchanges import Exchange, StepShape, serving_exchanges
+from stepjax.sharding.planner.exchanges import StepShape, serving_exchanges
 from stepjax.sharding.planner.hardware import STORAGE, Cluster
 from stepjax.sharding.planner.step_time import (
     Efficiency,

@@ -25,11 +25,12 @@ import numpy as np
 
 from stepjax.config import LayerSpec, ModelConfig
 from stepjax.ops.expert_choice import buffer_rows, choose_form
+from stepjax.sharding.exchange import Exchange
 from stepjax.sharding.expert_parallel import Group
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.planner.device_bytes import CacheBytes, PlacedArrays
-from stepjax.sharding.planner.exchanges import Exchange, LocalTokens, StepShape
+from stepjax.sharding.planner.exchanges import LocalTokens, StepShape
 from stepjax.sharding.planner.hardware import Cluster
 from stepjax.sharding.rules import Axes
 
