@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import doctest
 import json
 import sys
 from functools import cache
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from tiny import small_config
 
+import stepjax.train.planning.plan
 from stepjax.cli import main
 from stepjax.config import ModelConfig
 from stepjax.errors import ConfigError, RequestError
@@ -393,3 +395,23 @@ def test_a_picture_needs_an_extra(capsys, monkeypatch, tmp_path: Path):
     small = ["plan", "--model", "step-tiny", "--hardware", "2xH100", "--context", "128", "--experts", "bf16"]
     assert main([*small, "--plot", str(tmp_path / "plan.png")]) == 1
     assert "install stepjax[plots]" in capsys.readouterr().err
+
+
+def test_a_plan_from_python_is_that_of_the_command(capsys):
+    found = stepjax.train.planning.plan.plan("step-3.5-flash", hardware="8xH100", experts=("bf16", "fp8"))
+    assert main(["plan", "--hardware", "8xH100", "--experts", "bf16,fp8", "--json"]) == 0
+    first = json.loads(capsys.readouterr().out)["options"][0]
+    best = found.options[0]
+    assert (str(best.choice.mesh), best.choice.quant, best.choice.drafts) == (
+        first["mesh"],
+        first["experts"],
+        first["drafts"],
+    )
+    with pytest.raises(RequestError, match="batch: is 0"):
+        stepjax.train.planning.plan.plan(FLASH, hardware="8xH100", batch=0)
+
+
+def test_the_example_of_plan_runs():
+    results = doctest.testmod(stepjax.train.planning.plan)
+    assert results.attempted == 2
+    assert results.failed == 0

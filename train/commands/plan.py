@@ -113,12 +113,11 @@ def run(args: argparse.Namespace) -> int:
 def _ask(args: argparse.Namespace, config: Any, cluster: Cluster) -> tuple[Any, Calibration | None]:
     """The question for the planner, and the calibration of its efficiencies."""
     from stepjax.infer.engine.draft_policy import PRIOR
-    from stepjax.infer.steps.abstract_steps import sequence_bytes
     from stepjax.sharding.planner.calibration import fit
     from stepjax.sharding.planner.device_bytes import QUANTS
     from stepjax.sharding.planner.measurements import read_points
-    from stepjax.sharding.planner.search import BATCHES, PlanRequest
     from stepjax.sharding.planner.step_time import Efficiency, RoutingDistribution
+    from stepjax.train.planning.plan import request_for
 
     goal = "lora" if args.train else args.goal
     quants = tuple(name.strip() for name in args.experts.split(","))
@@ -129,21 +128,22 @@ def _ask(args: argparse.Namespace, config: Any, cluster: Cluster) -> tuple[Any, 
     if args.calibrate:
         device, points = read_points(args.calibrate)
         calibration = fit(points, cluster, device=device)
-    most = {"throughput": BATCHES[-1], "lora": 8 * cluster.num_devices}
-    ask = PlanRequest(
-        goal=goal,
-        batch=most.get(goal, 1) if args.batch is None else args.batch,
+    routing = RoutingDistribution()
+    if args.routing is not None:
+        routing = RoutingDistribution(_histogram(args.routing, config.num_experts))
+    ask = request_for(
+        config,
+        cluster,
+        goal,
+        batch=args.batch,
         context=args.context,
         tpot_s=None if args.tpot_ms is None else 1e-3 * args.tpot_ms,
         quants=quants,
         chunk=args.chunk,
         acceptance=PRIOR if args.accept is None else args.accept,
         overlap=args.overlap,
-        routing=RoutingDistribution()
-        if args.routing is None
-        else RoutingDistribution(_histogram(args.routing, config.num_experts)),
+        routing=routing,
         efficiency=calibration.efficiency if calibration else Efficiency(),
-        sequence_bytes=lambda drafts: sequence_bytes(config, drafts),
     )
     return ask, calibration
 

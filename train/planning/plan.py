@@ -1,0 +1,74 @@
+"""Plans from Python: the ranked layouts of a model on a machine, as the command ``stepjax plan`` prints them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from stepjax.commands.info import read_config
+from stepjax.config import ModelConfig
+from stepjax.infer.engine.draft_policy import PRIOR
+from stepjax.infer.steps.abstract_steps import sequence_bytes
+from stepjax.sharding.planner import search
+from stepjax.sharding.planner.device_bytes import QUANTS, Quant
+from stepjax.sharding.planner.hardware import Cluster, parse
+from stepjax.sharding.planner.search import BATCHES, Goal, Plan, PlanRequest
+
+
+def plan(
+    model: str | ModelConfig = "step-3.5-flash",
+    *,
+    hardware: str,
+    goal: Goal = "latency",
+    batch: int | None = None,
+    context: int = 4096,
+    tpot_s: float | None = None,
+    experts: Sequence[Quant] = tuple(QUANTS),
+) -> Plan:
+    """Rank every mesh, strategy, expert precision and number of drafts for a machine. No weights are read.
+
+    Args:
+      model: checkpoint folder, hub id, preset or embedded name, or a configuration.
+      hardware: as ``8xH100`` or ``4 nodes of 8xH200``.
+      goal: ``latency``, ``throughput``, ``context``, ``lora`` or ``cheapest``.
+      batch: sequences of one engine, at most for throughput; rows of a training step for ``lora``. By default 1, the
+        largest that is tried, and 8 rows a device.
+      context: positions of each sequence, prompt and answer.
+      tpot_s: the longest time between two tokens of a sequence, in seconds.
+      experts: precisions of the routed experts to consider.
+
+    Returns:
+      Options, best first, and refusals, each with its reason. Times are bounds from datasheets.
+
+    Raises:
+      ConfigError: the hardware or the model is not known.
+      RequestError: a value makes no sense for the model.
+
+    Example:
+      >>> best = plan("step-3.5-flash", hardware="8xH100", experts=["bf16"]).options[0]
+      >>> str(best.choice.mesh), best.choice.quant, best.choice.drafts
+      ('tensor=8', 'bf16', 3)
+    """
+    config = read_config(model) if isinstance(model, str) else model
+    cluster = parse(hardware)
+    request = request_for(config, cluster, goal, batch=batch, context=context, tpot_s=tpot_s, quants=tuple(experts))
+    return search.plan(config, cluster, request)
+
+
+def request_for(
+    config: ModelConfig, cluster: Cluster, goal: Goal, *, batch: int | None, acceptance: float = PRIOR, **settings: Any
+) -> PlanRequest:
+    """A request with the engine's own assumptions.
+
+    Args:
+      batch: None takes 1, the largest that is tried for ``throughput``, and 8 rows a device for ``lora``.
+      settings: other fields of `PlanRequest`.
+    """
+    largest = {"throughput": BATCHES[-1], "lora": 8 * cluster.num_devices}
+    return PlanRequest(
+        goal=goal,
+        batch=largest.get(goal, 1) if batch is None else batch,
+        acceptance=acceptance,
+        sequence_bytes=lambda drafts: sequence_bytes(config, drafts),
+        **settings,
+    )
