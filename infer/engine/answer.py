@@ -10,6 +10,7 @@ import numpy as np
 
 from stepjax.infer.engine.sequence import Row, Sequence, StepPlan
 from stepjax.infer.guided.guide import Guide
+from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.steps.state import NO_EXPERT
 
 
@@ -101,6 +102,19 @@ class Answer:
         found, self._prompt = self._prompt, []
         self.sequence.params = self.sequence.params.replace(prompt_logprobs=None)
         return tuple(each for each in found if each is not None)
+
+
+def split_request(id: str, params: SamplingParams) -> list[tuple[str, SamplingParams]]:
+    """The id and the parameters of each of the ``params.n`` answers to a request.
+
+    A single answer has the request's own id; of several, answer i is ``id/i`` and is sampled with seed + i. The scores
+    of the prompt are told once, with the first.
+    """
+    if params.n == 1:
+        return [(id, params)]
+    first = params.replace(n=1)
+    others = first.replace(prompt_logprobs=None)
+    return [(f"{id}/{i}", (others if i else first).replace(seed=(params.seed + i) % 2**32)) for i in range(params.n)]
 
 
 def _score(found: Any, at: Any, top: int) -> Score:

@@ -25,7 +25,7 @@ from stepjax.adapters.peft import import_adapter
 from stepjax.errors import ContextError, RequestError
 from stepjax.infer.engine.adapters import AdapterNames, AdapterStack
 from stepjax.infer.engine.admission import SchedulerConfig
-from stepjax.infer.engine.answer import Answer, Score
+from stepjax.infer.engine.answer import Answer, Score, split_request
 from stepjax.infer.engine.config import EngineConfig
 from stepjax.infer.engine.draft_policy import DRAFTS, DraftPolicy, StepBytes
 from stepjax.infer.engine.executor import Assignment, CacheSize, Executor, Mask, Order
@@ -127,28 +127,26 @@ class Engine:
         id = id if id is not None else f"request-{next(self._numbers)}"
         params = self.fit(prompt, params)
         version = self._adapters.key(adapter)
-        ids = [id] if params.n == 1 else [f"{id}/{index}" for index in range(params.n)]
-        for index, each in enumerate(ids):
-            own = params.replace(n=1, seed=(params.seed + index) % 2**32)
+        answers = split_request(id, params)
+        ids = [answer_id for answer_id, _ in answers]
+        for index, (answer_id, answer_params) in enumerate(answers):
             sequence = Sequence(
-                each,
+                answer_id,
                 tuple(map(int, prompt)),
-                own,
+                answer_params,
                 priority,
                 version,
                 salt,
-                use_prefix=own.prompt_logprobs is None or index > 0,
+                use_prefix=answer_params.prompt_logprobs is None,
             )
-            if index:
-                sequence.params = own.replace(prompt_logprobs=None)
             try:
                 self.scheduler.add(sequence)
             except RequestError:
                 for earlier in ids[:index]:  # all answers of a request or none
                     self.cancel(earlier)
                 raise
-            answer = Answer(sequence, frozenset(own.ends(self._session.config.eos_ids)))
-            self._answers[each] = answer
+            answer = Answer(sequence, frozenset(answer_params.ends(self._session.config.eos_ids)))
+            self._answers[answer_id] = answer
             if constraint is not None and (guide := constraint.guide()).active:
                 answer.guide, answer.sequence.held = guide, True
                 answer.masks = self._guides.submit(guide.ahead, ())  # for the token that prefill samples

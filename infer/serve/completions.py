@@ -162,7 +162,7 @@ class CompletionAnswer:
 
     def _choice(self, answer: TextAnswer) -> dict[str, Any]:
         transcript = answer.transcript
-        ids, scores = (transcript.ids, answer.scores) if not self._silent else ([], [])
+        ids, scores = (transcript.ids, answer.stream.scores) if not self._silent else ([], [])
         text = (self._prompt_text(answer) if self._body.echo else "") + ("" if self._silent else transcript.text)
         choice = {
             "index": answer.index,
@@ -191,7 +191,7 @@ class CompletionAnswer:
         if self._body.logprobs is None:
             return None, offset
         if echoed:
-            ids, scores = [*answer.request.prompt, *ids], [None, *answer.prompt_scores, *scores]
+            ids, scores = [*answer.request.prompt, *ids], [None, *answer.stream.prompt_scores, *scores]
         words = [self._word(token) for token in ids]
         offsets = []
         for token in ids:
