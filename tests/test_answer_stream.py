@@ -7,7 +7,7 @@ from stepjax.infer.answer_stream import AnswerDelta, AnswerStream
 from stepjax.infer.engine.answer import Score, split_request
 from stepjax.infer.engine.engine import Update
 from stepjax.infer.sampling.params import SamplingParams
-from stepjax.infer.transcript import Delta, Transcript
+from stepjax.infer.transcript import Delta, FinishReason, Transcript
 
 TOKENIZER = make_tokenizer()
 EOS = TOKENIZER.special.im_end
@@ -37,7 +37,7 @@ def test_updates_add_up_however_they_are_joined():
     )
     for one in (single, joined):
         assert one.finish_reason == "stop"
-        assert one.scores == list(all_scores)
+        assert one.scores == list(whole.scores)
         assert one.prompt_scores == scores(-7)
         assert one.num_decode_steps == 2
         assert one.experts is updates[-1].experts
@@ -59,7 +59,12 @@ def test_a_stop_string_in_the_engines_last_update():
 
 def test_the_engine_ends_it_without_a_token():
     """Where a grammar lets nothing follow, where the logits are not finite, and where the grammar failed."""
-    for reason, fault in (("stop", ""), ("error", ""), ("error", "the grammar's limits were reached")):
+    endings: list[tuple[FinishReason, str]] = [
+        ("stop", ""),
+        ("error", ""),
+        ("error", "the grammar's limits were reached"),
+    ]
+    for reason, fault in endings:
         one = stream(stop=("ab",))
         assert one.take(Update("x", (A,))).text == ""  # it may become a stop string
         added = one.take(Update("x", (), reason, fault=fault))
