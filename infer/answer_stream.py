@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stepjax.infer.engine.answer import Score
+from stepjax.infer.engine.answer import TokenScore
 from stepjax.infer.engine.engine import Update
 from stepjax.infer.transcript import Delta, FinishReason, Transcript
 
@@ -17,7 +17,7 @@ class AnswerDelta(NamedTuple):
     delta: Delta
     text: str  # the same, markers included
     ids: tuple[int, ...]
-    scores: tuple[Score, ...]  # of the ids, if the request asks for them
+    scores: tuple[TokenScore, ...]  # of the ids, if the request asks for them
     finish_reason: FinishReason | None
     ended_early: bool  # the text ended before the engine knew: `Engine.finish` must be told
 
@@ -30,8 +30,8 @@ class AnswerStream:
 
     def __init__(self, transcript: Transcript):
         self.transcript = transcript
-        self.scores: list[Score] = []  # of the ids, if the request asks for them
-        self.prompt_scores: tuple[Score, ...] = ()
+        self.scores: list[TokenScore] = []  # of the ids, if the request asks for them
+        self.prompt_scores: tuple[TokenScore, ...] = ()
         self.experts: np.ndarray | None = None  # uint16 [prompt and answer, MoE layers, A], at the end
         self.num_decode_steps = 0  # steps that brought tokens, without the one that read the prompt's end
         self.fault = ""  # why the answer ended in an error, unless its logits were not finite

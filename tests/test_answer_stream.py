@@ -4,7 +4,7 @@ import numpy as np
 from tokenizers_fixture import make_tokenizer
 
 from stepjax.infer.answer_stream import AnswerDelta, AnswerStream
-from stepjax.infer.engine.answer import Score, split_request
+from stepjax.infer.engine.answer import TokenScore, split_request
 from stepjax.infer.engine.engine import Update
 from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.transcript import Delta, FinishReason, Transcript
@@ -18,8 +18,8 @@ def stream(**params) -> AnswerStream:
     return AnswerStream(Transcript(SamplingParams(**params), eos_ids={EOS}, tokenizer=TOKENIZER))
 
 
-def scores(*values: float) -> tuple[Score, ...]:
-    return tuple(Score(value, ()) for value in values)
+def scores(*values: float) -> tuple[TokenScore, ...]:
+    return tuple(TokenScore(value, ()) for value in values)
 
 
 def test_updates_add_up_however_they_are_joined():

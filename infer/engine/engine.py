@@ -21,7 +21,7 @@ from stepjax.adapters.lora import LoraConfig
 from stepjax.adapters.peft import import_adapter
 from stepjax.errors import ContextError, RequestError
 from stepjax.infer.engine.adapters import AdapterNames
-from stepjax.infer.engine.answer import Answer, Score, split_request
+from stepjax.infer.engine.answer import Answer, TokenScore, split_request
 from stepjax.infer.engine.config import EngineConfig
 from stepjax.infer.engine.draft_policy import DRAFTS, DraftPolicy, StepBytes
 from stepjax.infer.engine.executor import Assignment, Mask, Order
@@ -49,8 +49,8 @@ class Update(NamedTuple):
     id: str
     tokens: tuple[int, ...]
     finish_reason: FinishReason | None = None
-    scores: tuple[Score, ...] = ()  # of the tokens, if asked for
-    prompt_scores: tuple[Score, ...] = ()  # of the prompt from its second token on, with the first tokens
+    scores: tuple[TokenScore, ...] = ()  # of the tokens, if asked for
+    prompt_scores: tuple[TokenScore, ...] = ()  # of the prompt from its second token on, with the first tokens
     num_cached: int = 0  # prompt tokens that the prefix cache spared
     fault: str = ""  # why it ended in an error, if that was not the model's numbers
     experts: np.ndarray | None = None  # uint16 [prompt and answer, MoE layers, A], at the end, if the engine keeps them

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from stepjax.infer.answer_stream import AnswerStream
-from stepjax.infer.engine.answer import Score
+from stepjax.infer.engine.answer import TokenScore
 from stepjax.infer.engine.engine import Update
 from stepjax.infer.serve.errors import ApiError
 from stepjax.infer.serve.requests import TranscriptOptions
@@ -23,7 +23,7 @@ class AnswerPiece(NamedTuple):
     delta: Delta
     text: str  # the same with its markers
     ids: tuple[int, ...]
-    scores: tuple[Score, ...]  # of the ids, if requested
+    scores: tuple[TokenScore, ...]  # of the ids, if requested
     finish_reason: FinishReason | None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from stepjax._version import __version__
-from stepjax.infer.engine.answer import Score
+from stepjax.infer.engine.answer import TokenScore
 from stepjax.infer.serve.answers import AnswerPiece, Answers, TextAnswer
 from stepjax.infer.serve.api import Api, check_stream
 from stepjax.infer.serve.schemas import ChatRequest
@@ -130,7 +130,7 @@ class ChatAnswer:
                 choice["token_ids"] = list(piece.ids)
         return event(self._head | {"object": "chat.completion.chunk", "choices": [choice]})
 
-    def _logprobs(self, ids: Sequence[int], scores: Sequence[Score]) -> dict[str, Any] | None:
+    def _logprobs(self, ids: Sequence[int], scores: Sequence[TokenScore]) -> dict[str, Any] | None:
         if not self._body.logprobs:
             return None
         content = [

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field, WithJsonSchema
 
 from stepjax.errors import RequestError
-from stepjax.infer.engine.answer import Score
+from stepjax.infer.engine.answer import TokenScore
 from stepjax.infer.engine.engine import Engine
 from stepjax.infer.serve.answers import Answers, TextAnswer
 from stepjax.infer.serve.api import Api, check_stream
@@ -185,7 +185,7 @@ class CompletionAnswer:
         return tokenizer.decode(answer.request.prompt) if tokenizer else ""
 
     def _logprobs(
-        self, answer: TextAnswer, ids: Sequence[int], scores: Sequence[Score | None], offset: int, *, echoed: bool
+        self, answer: TextAnswer, ids: Sequence[int], scores: Sequence[TokenScore | None], offset: int, *, echoed: bool
     ) -> tuple[dict[str, Any] | None, int]:
         """Log-probabilities in OpenAI's older form, and the offset in the text where the next token begins."""
         if self._body.logprobs is None:
@@ -207,7 +207,7 @@ class CompletionAnswer:
         }
         return logprobs, offset
 
-    def _top(self, token: int, score: Score) -> dict[str, float]:
+    def _top(self, token: int, score: TokenScore) -> dict[str, float]:
         """The likeliest tokens and the sampled one; of two with the same text, the likelier."""
         top: dict[str, float] = {}
         for candidate, value in (*score.top, (token, score.logprob)):
