@@ -67,7 +67,7 @@ class StepTimes(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Report:
+class BenchReport:
     """Times are without compiling, which happens before the start."""
 
     requests: int
@@ -109,7 +109,7 @@ class _Times:
     failed: bool = False
 
 
-def bench(engine: Engine, requests: Sequence[Request]) -> Report:
+def bench(engine: Engine, requests: Sequence[Request]) -> BenchReport:
     """Run the requests to their ends, each added when it arrives."""
     engine.warm()
     stats, prefix = engine.stats, engine.scheduler.admission.prefix.stats
@@ -136,7 +136,7 @@ def bench(engine: Engine, requests: Sequence[Request]) -> Report:
     output = sum(each.tokens for each in done)
     prompt = sum(len(each.prompt) * each.params.n for each in requests)
     later = [(each.last - each.first) / (each.tokens - 1) for each in done if each.tokens > 1]
-    return Report(
+    return BenchReport(
         requests=len(times),
         seconds=seconds,
         prompt_tokens=prompt,

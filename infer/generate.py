@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stepjax.infer.answer_stream import AnswerStream
 from stepjax.infer.engine.config import EngineConfig
 from stepjax.infer.engine.engine import Engine
 from stepjax.infer.hosts import agreed
@@ -61,48 +62,50 @@ class Generation:
         speculate: int | None = None,
         tools: Sequence[Tools | None] | None = None,
     ):
-        """``tools`` has one entry per prompt; ``params.n`` counts as 1: repeat the prompt."""
-        prompts, params = [list(ids) for ids in prompts], list(params)
-        params = [_fit(session, ids, each) for ids, each in zip(prompts, params, strict=True)]
-        seeds = agreed(np.asarray([each.seed for each in params], np.uint32)).tolist()
-        params = [each.replace(seed=seed, n=1) for each, seed in zip(params, seeds, strict=True)]
-        self._engine = Engine(session, _config(session, prompts, params, speculate))
-        self._rows = {}
-        for row, (ids, each) in enumerate(zip(prompts, params, strict=True)):
-            self._rows[self._engine.add(ids, each)[0]] = row
-        self._steps = [0] * len(prompts)  # decode steps of each answer
+        """
+        Args:
+          params: one per prompt. The rows of the ``n`` answers to a prompt follow each other.
+          tools: one entry per prompt.
+        """
+        prompts = [list(ids) for ids in prompts]
+        fitted = [_fit(session, ids, prompt_params) for ids, prompt_params in zip(prompts, params, strict=True)]
+        seeds = agreed(np.asarray([prompt_params.seed for prompt_params in fitted], np.uint32)).tolist()
+        fitted = [prompt_params.replace(seed=seed) for prompt_params, seed in zip(fitted, seeds, strict=True)]
+        self._engine = Engine(session, _config(session, prompts, fitted, speculate))
+        self._rows: dict[str, int] = {}  # by the engine's id
+        self._streams: list[AnswerStream] = []
         tokenizer, eos = session.tokenizer, session.config.eos_ids
-        self.transcripts = [
-            Transcript(
-                each,
-                eos_ids=eos,
-                tokenizer=tokenizer,
-                in_reasoning=tokenizer is not None and begins_in_reasoning(ids, tokenizer),
-                tools=schemas,
-            )
-            for ids, each, schemas in zip(prompts, params, tools or [None] * len(prompts), strict=True)
-        ]
+        for ids, prompt_params, schemas in zip(prompts, fitted, tools or [None] * len(prompts), strict=True):
+            for answer_id in self._engine.add(ids, prompt_params):
+                transcript = Transcript(
+                    prompt_params,
+                    eos_ids=eos,
+                    tokenizer=tokenizer,
+                    in_reasoning=tokenizer is not None and begins_in_reasoning(ids, tokenizer),
+                    tools=schemas,
+                )
+                self._rows[answer_id] = len(self._streams)
+                self._streams.append(AnswerStream(transcript))
 
     def __iter__(self) -> Iterator[tuple[int, Delta]]:
         for update in self._engine.run():
             row = self._rows[update.id]
-            transcript = self.transcripts[row]
-            if transcript.finish_reason:
+            stream = self._streams[row]
+            if stream.finish_reason:
                 continue
-            self._steps[row] += bool(transcript.ids)
-            if update.tokens:
-                yield row, transcript.push(update.tokens)
-            if update.finish_reason == "error":
-                transcript.fail()
-            elif transcript.finish_reason and not update.finish_reason:
-                self._engine.finish(update.id)  # its text reached a stop string
+            added = stream.take(update)
+            if added.ids:
+                yield row, added.delta
+            if added.ended_early:
+                self._engine.finish(update.id)
 
     def completions(self) -> list[Completion]:
         """The answers so far; one that has not ended is closed as cancelled."""
-        return [self._completion(row, transcript) for row, transcript in enumerate(self.transcripts)]
+        return [self._completion(stream) for stream in self._streams]
 
-    def _completion(self, row: int, transcript: Transcript) -> Completion:
-        transcript.cancel()
+    def _completion(self, stream: AnswerStream) -> Completion:
+        transcript, num_steps = stream.transcript, stream.num_decode_steps
+        transcript.end("cancelled")
         assert transcript.finish_reason
         stats = self._engine.stats
         return Completion(
@@ -115,7 +118,7 @@ class Generation:
             timing=Timing(
                 prefill_tokens_per_s=stats.prefill_tokens / max(stats.prefill_s, 1e-9),
                 decode_tokens_per_s=stats.decode_tokens / stats.decode_s if stats.decode_s else 0.0,
-                accepted_per_step=(len(transcript.ids) - 1) / self._steps[row] if self._steps[row] else 0.0,
+                accepted_per_step=(len(transcript.ids) - 1) / num_steps if num_steps else 0.0,
             ),
         )
 
@@ -124,16 +127,16 @@ def _config(
     session: Session, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], speculate: int | None
 ) -> EngineConfig:
     """An engine with room for these prompts; sizes are powers of two, so that programs are met again."""
-    room = [len(ids) + each.max_tokens for ids, each in zip(prompts, params, strict=True)]
-    slots = min(MAX_BATCH, _bucket(len(prompts), 1))
+    longest = max(len(ids) + prompt_params.max_tokens for ids, prompt_params in zip(prompts, params, strict=True))
+    num_answers = sum(prompt_params.n for prompt_params in params)
     return EngineConfig(
-        num_slots=slots,
-        context=min(session.config.max_positions, _bucket(max(room), 256)),
-        num_snapshots=None if len(prompts) > 1 else 0,
+        num_slots=min(MAX_BATCH, _bucket(num_answers, 1)),
+        context=min(session.config.max_positions, _bucket(longest, 256)),
+        num_snapshots=None if num_answers > 1 else 0,
         speculate=session.max_drafts if speculate is None else speculate,
         widths=(min(CHUNK, _bucket(max(map(len, prompts)), 16)),),
         token_budget=CHUNK,
-        max_waiting=len(prompts),
+        max_waiting=num_answers,
     )
 
 
@@ -159,18 +162,9 @@ def generate(
     """
     if params is None or isinstance(params, SamplingParams):
         params = [params or session.sampling()] * len(prompts)
-    params = list(params)
-    repeated = [(ids, each) for ids, each in zip(prompts, params, strict=True) for _ in range(each.n)]
-    if not repeated:
+    if not prompts:
         return []
-    seeds = [index for each in params for index in range(each.n)]
-    generation = Generation(
-        session,
-        [ids for ids, _ in repeated],
-        [each.replace(seed=(each.seed + i) % 2**32) for (_, each), i in zip(repeated, seeds, strict=True)],
-        speculate=speculate,
-        tools=[tools] * len(repeated),
-    )
+    generation = Generation(session, prompts, params, speculate=speculate, tools=[tools] * len(prompts))
     for _ in generation:
         pass
     return generation.completions()

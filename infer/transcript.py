@@ -81,17 +81,9 @@ class Transcript:
             return delta
         return self._push(ids)
 
-    def fail(self) -> Delta:
-        """End the answer because the model's logits were no numbers."""
-        return Delta() if self.finish_reason else self._finish("error")
-
-    def complete(self) -> Delta:
-        """End the answer because its grammar lets nothing follow."""
-        return Delta() if self.finish_reason else self._finish("stop")
-
-    def cancel(self) -> Delta:
-        """End the answer where it stands."""
-        return Delta() if self.finish_reason else self._finish("cancelled")
+    def end(self, reason: FinishReason) -> Delta:
+        """End the answer where it stands. One that has ended keeps its reason."""
+        return Delta() if self.finish_reason else self._finish(reason)
 
     def _push(self, ids: Sequence[int]) -> Delta:
         """All of them up to the end, at once: the parsers do not mind how text is cut."""

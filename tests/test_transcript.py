@@ -93,7 +93,7 @@ def test_any_grouping_equals_the_answer_taken_whole(data, fragments, stops, in_r
         size = data.draw(st.integers(1, 5))
         deltas.append(growing.push(ids[at : at + size]))
         at += size
-    deltas.append(growing.cancel())
+    deltas.append(growing.end("cancelled"))
 
     kept, text, reason = taken_whole(ids, params)
     reasoning, content = split_reasoning(text, in_reasoning=in_reasoning)
@@ -116,7 +116,7 @@ def test_a_stop_string_cuts_alike_however_the_text_is_tokenized(text, stops):
     for ids in (TOKENIZER.encode(text), byte_ids(text), encode(*text)):
         one = transcript(params)
         one.push(ids)
-        one.cancel()
+        one.end("cancelled")
         texts.add(one.text)
     stopped = cut(text, stops)
     assert texts == {text if stopped is None else stopped}
@@ -133,7 +133,7 @@ def test_what_may_become_a_stop_string_is_held_back_and_then_released():
     assert [one.push([token]).content for token in byte_ids("a</en")] == ["a", "", "", "", ""]
     assert one.push(byte_ids("x")).content == "</enx"
     assert [one.push([token]).content for token in byte_ids("</")] == ["", ""]
-    assert one.cancel().content == "</"
+    assert one.end("cancelled").content == "</"
     assert (one.text, one.finish_reason) == ("a</enx</", "cancelled")
 
 
@@ -153,7 +153,7 @@ def test_tokens_after_the_end_are_ignored():
     one = transcript(SamplingParams(max_tokens=3))
     one.push(byte_ids("abcdef"))
     assert (one.text, len(one.ids), one.finish_reason) == ("abc", 3, "length")
-    assert one.push(byte_ids("gh")) == one.cancel() == ("", "", ())
+    assert one.push(byte_ids("gh")) == one.end("cancelled") == ("", "", ())
     assert (one.text, one.finish_reason) == ("abc", "length")
 
 
@@ -204,7 +204,7 @@ def test_calls_come_as_events_in_order():
 def test_only_an_answer_that_ends_by_itself_finishes_with_its_calls(tail, max_tokens, reason):
     one = transcript(SamplingParams(max_tokens=max_tokens), tools=TOOLS)
     one.push([*byte_ids(CALL), *tail])
-    one.cancel()
+    one.end("cancelled")
     assert len(one.calls) == 1
     assert one.finish_reason == reason
 

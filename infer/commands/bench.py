@@ -16,7 +16,7 @@ from stepjax.infer.commands.generate import read_tokens
 from stepjax.infer.commands.options import add_model_arguments, add_sampling_arguments, open_session, sampling_params
 
 if TYPE_CHECKING:
-    from stepjax.infer.bench import Report, Request
+    from stepjax.infer.bench import BenchReport, Request
     from stepjax.infer.engine.engine import Engine
     from stepjax.infer.session import Session
 
@@ -165,7 +165,7 @@ def _about(args: argparse.Namespace, session: Session, engine: Engine) -> dict[s
     }
 
 
-def _show(about: dict[str, Any], report: Report) -> None:
+def _show(about: dict[str, Any], report: BenchReport) -> None:
     table = Table(box=box.SIMPLE, show_header=False, title=f"{about['model']}, {about['dtype']}, {about['device']}")
     first, later = report.time_to_first_token_s, report.time_per_output_token_s
     rows = {

@@ -71,7 +71,7 @@ class SchedulerConfig:
 
 
 @dataclass(eq=False)
-class Run:
+class RunningSequence:
     """A sequence from its admission to a slot until it leaves: finished, cancelled or preempted."""
 
     sequence: Sequence
@@ -131,7 +131,7 @@ class Admission:
         self.pool = PagePool(config.num_pages)
         self.prefix = PrefixCache(self.pool, page_size=config.page_size, num_snapshots=config.num_snapshots)
         self.waiting: list[Sequence] = []  # by rank
-        self.running: list[Run] = []  # by rank
+        self.running: list[RunningSequence] = []  # by rank
         self.changes = Changes()
         self.num_preemptions = 0
         self._alive: dict[str, Sequence] = {}
@@ -210,7 +210,7 @@ class Admission:
         # Where a known chain ends without a snapshot, prompts part: others will want to start there.
         marks = tuple(sorted({match.num_pages * page_size, last * page_size})) if keys else ()
         slot = heappop(self._slots)
-        run = Run(sequence, slot, tokens, keys, marks, list(match.nodes), pages, start, start)
+        run = RunningSequence(sequence, slot, tokens, keys, marks, list(match.nodes), pages, start, start)
         self.waiting.remove(sequence)
         insort(self.running, run, key=_RUN_RANK)
         sequence.slot, sequence.state = slot, SequenceState.PREFILLING
@@ -228,7 +228,7 @@ class Admission:
             self.changes.restores.append(RingCopy(slot, snapshot))
         return True
 
-    def grow(self, run: Run, positions: int) -> bool:
+    def grow(self, run: RunningSequence, positions: int) -> bool:
         """Give a sequence pages for so many positions; False if it had to go instead."""
         positions = min(positions, run.sequence.max_cached)  # those past them write surplus, to the trash page
         missing = self.config.num_pages_for(positions) - len(run.pages)
@@ -243,7 +243,7 @@ class Admission:
         run.pages += pages
         return True
 
-    def keep_prefix(self, run: Run, end: int, snapshot: int | None) -> None:
+    def keep_prefix(self, run: RunningSequence, end: int, snapshot: int | None) -> None:
         """Make the pages filled up to ``end`` known to the prefix cache, with the rings there if they were saved."""
         if run.left or not run.keys:
             if snapshot is not None:
@@ -264,7 +264,7 @@ class Admission:
         changes, self.changes = self.changes, Changes()
         return changes
 
-    def _preempt(self, run: Run) -> None:
+    def _preempt(self, run: RunningSequence) -> None:
         """Back to the queue: what was computed is lost, but not the tokens, nor those in flight."""
         self._leave(run)
         run.sequence.state = SequenceState.WAITING
@@ -272,7 +272,7 @@ class Admission:
         self.num_preemptions += 1
         insort(self.waiting, run.sequence, key=_RANK)
 
-    def _leave(self, run: Run) -> None:
+    def _leave(self, run: RunningSequence) -> None:
         """Free a slot and its pages. Steps in flight still write there, and before anything planned later."""
         run.left = True
         self.running.remove(run)

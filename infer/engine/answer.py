@@ -10,10 +10,11 @@ import numpy as np
 
 from stepjax.infer.engine.sequence import Row, Sequence, StepPlan
 from stepjax.infer.guided.guide import Guide
+from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.steps.state import NO_EXPERT
 
 
-class Score(NamedTuple):
+class TokenScore(NamedTuple):
     """Log-probabilities at one position: of the token there, and of the likeliest."""
 
     logprob: float
@@ -53,7 +54,7 @@ class Answer:
     masks: Future[np.ndarray] | None = None  # for the next step
     fault: str = ""
     experts: Routing = field(default_factory=Routing)
-    _prompt: list[Score | None] | None = None
+    _prompt: list[TokenScore | None] | None = None
 
     def cut(self, tokens: list[int]) -> tuple[tuple[int, ...], bool]:
         """The tokens up to the first that ends the answer, and whether there is one within ``max_tokens``.
@@ -72,7 +73,7 @@ class Answer:
                 return tuple(tokens[: at + 1]), True
         return tuple(tokens), False
 
-    def scores(self, found: Any, place: int, count: int) -> tuple[Score, ...]:
+    def scores(self, found: Any, place: int, count: int) -> tuple[TokenScore, ...]:
         """Of the ``count`` tokens of a row, if asked for."""
         top = self.sequence.params.logprobs
         return () if top is None else tuple(_score(found, (place, at), top) for at in range(count))
@@ -94,7 +95,7 @@ class Answer:
         for at in range(row.start, min(row.start + row.count, len(prompt) - 1)):
             self._prompt[at] = _score(found, at - row.start, top or 0)
 
-    def give_prompt(self) -> tuple[Score, ...]:
+    def give_prompt(self) -> tuple[TokenScore, ...]:
         """The scores of the whole prompt, once."""
         if self._prompt is None or None in self._prompt:
             return ()
@@ -103,6 +104,19 @@ class Answer:
         return tuple(each for each in found if each is not None)
 
 
-def _score(found: Any, at: Any, top: int) -> Score:
+def split_request(id: str, params: SamplingParams) -> list[tuple[str, SamplingParams]]:
+    """The id and the parameters of each of the ``params.n`` answers to a request.
+
+    A single answer has the request's own id; of several, answer i is ``id/i`` and is sampled with seed + i. The scores
+    of the prompt are told once, with the first.
+    """
+    if params.n == 1:
+        return [(id, params)]
+    first = params.replace(n=1)
+    others = first.replace(prompt_logprobs=None)
+    return [(f"{id}/{i}", (others if i else first).replace(seed=(params.seed + i) % 2**32)) for i in range(params.n)]
+
+
+def _score(found: Any, at: Any, top: int) -> TokenScore:
     ids, values = found.top_id_BTN[at][:top].tolist(), found.top_BTN[at][:top].tolist()
-    return Score(float(found.token_BT[at]), tuple(zip(ids, values, strict=True)))
+    return TokenScore(float(found.token_BT[at]), tuple(zip(ids, values, strict=True)))

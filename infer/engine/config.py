@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from stepjax.errors import ConfigError
-from stepjax.infer.engine.adapters import StackSize
-from stepjax.infer.engine.executor import CacheSize
+from stepjax.infer.engine.adapters import AdapterStack, StackSize
+from stepjax.infer.engine.admission import SchedulerConfig
+from stepjax.infer.engine.executor import CacheSize, Executor
 from stepjax.infer.hosts import least
 from stepjax.weights.inventory import kv_bytes_per_token
 
@@ -70,6 +72,39 @@ class EngineConfig:
             return None
         of_experts = self.adapter_expert_rank or max(1, self.adapter_rank // session.config.top_k)
         return StackSize(self.adapter_slots, self.adapter_rank, of_experts)
+
+    def executor(self, session: Session) -> Executor:
+        """The device's side of an engine. Every process of a cluster makes the same one."""
+        runner = session.runner(self.speculate, routing=self.routing)
+        stack_size = self.stack_size(session)
+        stack = AdapterStack(session, stack_size) if stack_size else None  # before the cache, which takes what is left
+        params = stack.params if stack else session.params
+        eos_ids = session.config.eos_ids
+        return Executor(runner, params, self.sizes(session), dtype=session.dtype, eos_ids=eos_ids, adapters=stack)
+
+    def scheduler(self, sizes: CacheSize) -> SchedulerConfig:
+        """How steps are planned for a cache of these sizes."""
+        enough = next((width for width in self.widths if width >= sizes.context), self.widths[-1])
+        return SchedulerConfig(
+            num_slots=sizes.num_slots,
+            num_pages=sizes.num_pages,
+            context=sizes.context,
+            page_size=sizes.page_size,
+            widths=tuple(width for width in self.widths if width <= enough),  # wider pieces would never be full
+            token_budget=self.token_budget,
+            num_snapshots=sizes.num_snapshots,
+            max_waiting=self.max_waiting,
+            prefill_rows=1 if self.deterministic else sizes.num_slots,
+            reserve=self.deterministic,
+        )
+
+    @property
+    def slot_buckets(self) -> tuple[int, ...]:
+        """Numbers of slots that a decode step may run: powers of two and ``num_slots``."""
+        if self.deterministic:
+            return (self.num_slots,)
+        powers = itertools.takewhile(lambda count: count < self.num_slots, (1 << i for i in itertools.count()))
+        return (*powers, self.num_slots)
 
     def sizes(self, session: Session) -> CacheSize:
         """What to keep on the device."""

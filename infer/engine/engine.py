@@ -8,11 +8,8 @@ is therefore seen one step late, and the surplus tokens are dropped.
 from __future__ import annotations
 
 import itertools
-import logging
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence as Tokens
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,18 +20,17 @@ import numpy as np
 from stepjax.adapters.lora import LoraConfig
 from stepjax.adapters.peft import import_adapter
 from stepjax.errors import ContextError, RequestError
-from stepjax.infer.engine.adapters import AdapterNames, AdapterStack
-from stepjax.infer.engine.admission import SchedulerConfig
-from stepjax.infer.engine.answer import Answer, Score
+from stepjax.infer.engine.adapters import AdapterNames
+from stepjax.infer.engine.answer import Answer, TokenScore, split_request
 from stepjax.infer.engine.config import EngineConfig
 from stepjax.infer.engine.draft_policy import DRAFTS, DraftPolicy, StepBytes
-from stepjax.infer.engine.executor import Assignment, CacheSize, Executor, Mask, Order
+from stepjax.infer.engine.executor import Assignment, Mask, Order
 from stepjax.infer.engine.followers import Channel, Leader, connect, follow
+from stepjax.infer.engine.guidance import Guidance, fault_of
 from stepjax.infer.engine.scheduler import Scheduler
 from stepjax.infer.engine.sequence import Row, Sequence, StepOutput, StepPlan
-from stepjax.infer.engine.stats import Ran, Stats
+from stepjax.infer.engine.stats import Ran, Stats, StepTimer
 from stepjax.infer.guided.guide import Constraint
-from stepjax.infer.guided.schema_grammar import GrammarError
 from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.steps.state import Emitted
 from stepjax.infer.transcript import FinishReason
@@ -43,8 +39,6 @@ from stepjax.sharding.watchdog import deadline
 
 if TYPE_CHECKING:
     from stepjax.infer.session import Session
-
-log = logging.getLogger(__name__)
 
 STEP_S = 300.0  # after which a compiled step on several hosts is taken to hang
 
@@ -55,8 +49,8 @@ class Update(NamedTuple):
     id: str
     tokens: tuple[int, ...]
     finish_reason: FinishReason | None = None
-    scores: tuple[Score, ...] = ()  # of the tokens, if asked for
-    prompt_scores: tuple[Score, ...] = ()  # of the prompt from its second token on, with the first tokens
+    scores: tuple[TokenScore, ...] = ()  # of the tokens, if asked for
+    prompt_scores: tuple[TokenScore, ...] = ()  # of the prompt from its second token on, with the first tokens
     num_cached: int = 0  # prompt tokens that the prefix cache spared
     fault: str = ""  # why it ended in an error, if that was not the model's numbers
     experts: np.ndarray | None = None  # uint16 [prompt and answer, MoE layers, A], at the end, if the engine keeps them
@@ -76,25 +70,23 @@ class Engine:
         """
         self.config = config = config or EngineConfig()
         self.stats = Stats()
-        self.executor = executor_of(session, config)
+        self.executor = config.executor(session)
         self._runner, sizes = self.executor.runner, self.executor.size
         self._leader = Leader(self.executor, channels) if channels else None
         drafts = self._runner.drafts
         self._policy = DraftPolicy(StepBytes.of(session.config, session.params), most=drafts)
         fixed = config.speculate if config.speculate is not None else drafts if config.deterministic else None
         self._fixed_drafts = fixed
-        self.scheduler = Scheduler(self._scheduler_config(sizes), drafts=self._drafts)
+        self.scheduler = Scheduler(config.scheduler(sizes), drafts=self._drafts)
         self._session = session
         self._adapters = AdapterNames(config.adapter_slots)
         self._in_flight: deque[_Launched] = deque()
         self._owners: dict[int, str] = {}  # slot → the sequence whose sampling it has
         self._answers: dict[str, Answer] = {}
         self._numbers = itertools.count()
-        self._free = 0.0  # since when the device has worked on the step that is read next
-        self._slot_buckets = _slot_buckets(config)
-        self._guides = ThreadPoolExecutor(max_workers=2, thread_name_prefix="masks")  # neighbours do not wait for one
-        self._masking: dict[Future[np.ndarray], str] = {}  # to the answer that waits for it
-        self._masked_slots: set[int] = set()
+        self._timer = StepTimer(self.stats)
+        self._slot_buckets = config.slot_buckets
+        self._guidance = Guidance()
         self._failed: list[Update] = []
         self.on_step: Callable[[Ran], None] | None = None  # called with every step that has been read
 
@@ -127,31 +119,28 @@ class Engine:
         id = id if id is not None else f"request-{next(self._numbers)}"
         params = self.fit(prompt, params)
         version = self._adapters.key(adapter)
-        ids = [id] if params.n == 1 else [f"{id}/{index}" for index in range(params.n)]
-        for index, each in enumerate(ids):
-            own = params.replace(n=1, seed=(params.seed + index) % 2**32)
+        answers = split_request(id, params)
+        ids = [answer_id for answer_id, _ in answers]
+        for index, (answer_id, answer_params) in enumerate(answers):
             sequence = Sequence(
-                each,
+                answer_id,
                 tuple(map(int, prompt)),
-                own,
+                answer_params,
                 priority,
                 version,
                 salt,
-                use_prefix=own.prompt_logprobs is None or index > 0,
+                use_prefix=answer_params.prompt_logprobs is None,
             )
-            if index:
-                sequence.params = own.replace(prompt_logprobs=None)
             try:
                 self.scheduler.add(sequence)
             except RequestError:
                 for earlier in ids[:index]:  # all answers of a request or none
                     self.cancel(earlier)
                 raise
-            answer = Answer(sequence, frozenset(own.ends(self._session.config.eos_ids)))
-            self._answers[each] = answer
-            if constraint is not None and (guide := constraint.guide()).active:
-                answer.guide, answer.sequence.held = guide, True
-                answer.masks = self._guides.submit(guide.ahead, ())  # for the token that prefill samples
+            answer = Answer(sequence, frozenset(answer_params.ends(self._session.config.eos_ids)))
+            self._answers[answer_id] = answer
+            if constraint is not None:
+                self._guidance.begin(answer, constraint)
         return ids
 
     def fit(self, prompt: Tokens[int], params: SamplingParams | None = None) -> SamplingParams:
@@ -239,44 +228,20 @@ class Engine:
 
     def step(self) -> list[Update]:
         """Launch a step and read the one before it."""
-        began = time.perf_counter()
-        self._take_masks()
-        plan = self.scheduler.plan()
-        if plan is None and not self._in_flight and self._masking:
-            wait(self._masking, return_when=FIRST_COMPLETED)
-            self._take_masks()
-            plan = self.scheduler.plan()
-        dry = bool(self._in_flight) and self._in_flight[-1].emitted.token_BT.is_ready()
-        if plan is not None:
-            self.stats.num_idle += dry
-            order, compiled = self._order(plan), self._runner.compile_s
-            emitted = (self._leader or self.executor).run(order)
-            compiled = self._runner.compile_s - compiled
-            if compiled:
-                self._free = time.perf_counter()
-            self._free = max(self._free, began) if not self._in_flight else self._free
-            answers = tuple(self._answers.get(row.id) for row in plan.rows)
-            self._in_flight.append(_Launched(order, emitted, answers))
-            self.stats.host_s -= compiled
-        self.stats.host_s += time.perf_counter() - began
+        with self._timer.host():
+            plan = self._plan()
+            device_idle = bool(self._in_flight) and self._in_flight[-1].emitted.token_BT.is_ready()
+            if plan is not None:
+                self.stats.num_idle += device_idle
+                self._launch(plan)
         if not self._in_flight or (plan is not None and len(self._in_flight) == 1):
             return self._take_failed()
-        order, emitted, answers = self._in_flight.popleft()
-        began = time.perf_counter()
-        with deadline("a step", STEP_S):
-            emitted = jax.tree.map(np.asarray, emitted)
-        ready = time.perf_counter()
-        updates = [*self._commit(order, emitted, answers), *self._take_failed()]
-        self.stats.wait_s += ready - began
-        if order.plan.kind == "prefill":
-            self.stats.prefill_s += ready - self._free
-        else:
-            self.stats.decode_s += ready - self._free
-        if self.on_step:
-            self.on_step(Ran(order, ready - self._free, dry))
-        self._free = ready
-        self.stats.host_s += time.perf_counter() - ready
-        return updates
+        launched = self._in_flight.popleft()
+        emitted = self._read(launched)
+        with self._timer.host():
+            if self.on_step:
+                self.on_step(Ran(launched.order, self._timer.last_step_s, device_idle))
+            return [*self._commit(launched.order, emitted, launched.answers), *self._take_failed()]
 
     def run(self) -> Iterator[Update]:
         """Steps until nothing is left to do."""
@@ -291,7 +256,7 @@ class Engine:
         assert not self.has_work, "finish or cancel what runs first"
         assert self._leader is None, "the processes that follow have parameters of their own"
         self.executor.params = params
-        self.scheduler = Scheduler(self._scheduler_config(self.executor.size), drafts=self._drafts)
+        self.scheduler = Scheduler(self.config.scheduler(self.executor.size), drafts=self._drafts)
         self._policy = DraftPolicy(StepBytes.of(self._session.config, params), most=self._runner.drafts)
         self._owners.clear()
         self.executor.forget()
@@ -310,33 +275,38 @@ class Engine:
 
     def close(self) -> None:
         """Let the processes go that follow this one."""
-        self._guides.shutdown(cancel_futures=True)
+        self._guidance.close()
         if self._leader:
             self._leader.close()
-
-    def _scheduler_config(self, sizes: CacheSize) -> SchedulerConfig:
-        config = self.config
-        enough = next((width for width in config.widths if width >= sizes.context), config.widths[-1])
-        return SchedulerConfig(
-            num_slots=sizes.num_slots,
-            num_pages=sizes.num_pages,
-            context=sizes.context,
-            page_size=sizes.page_size,
-            widths=tuple(width for width in config.widths if width <= enough),  # wider pieces would never be full
-            token_budget=config.token_budget,
-            num_snapshots=sizes.num_snapshots,
-            max_waiting=config.max_waiting,
-            prefill_rows=1 if config.deterministic else sizes.num_slots,
-            reserve=config.deterministic,
-        )
 
     def _drafts(self, batch: int) -> int:
         return self._policy.drafts(batch) if self._fixed_drafts is None else self._fixed_drafts
 
+    def _plan(self) -> StepPlan | None:
+        """The next step, if there is one; where all answers wait for their masks, once the first are ready."""
+        self._guidance.release()
+        plan = self.scheduler.plan()
+        if plan is None and not self._in_flight and self._guidance.num_pending:
+            self._guidance.wait()
+            plan = self.scheduler.plan()
+        return plan
+
+    def _launch(self, plan: StepPlan) -> None:
+        order, compiled_before = self._order(plan), self._runner.compile_s
+        emitted = (self._leader or self.executor).run(order)
+        self._timer.launched(self._runner.compile_s - compiled_before, alone=not self._in_flight)
+        answers = tuple(self._answers.get(row.id) for row in plan.rows)
+        self._in_flight.append(_Launched(order, emitted, answers))
+
+    def _read(self, launched: _Launched) -> Any:
+        """What the step emitted, as numpy arrays."""
+        with self._timer.device(launched.order), deadline("a step", STEP_S):
+            return jax.tree.map(np.asarray, launched.emitted)
+
     def _order(self, plan: StepPlan) -> Order:
         for slot in plan.resets:
             self._owners.pop(slot, None)
-            self._masked_slots.discard(slot)
+        self._guidance.reset(plan.resets)
         assignments, masks = [], []
         rows = [(row, self._answers.get(row.id)) for row in plan.rows]
         for row, answer in rows:
@@ -367,13 +337,16 @@ class Engine:
         Args:
           launched: whose the rows were. An answer that has ended since is not there any more, or another has its id.
         """
-        plan, stats = order.plan, self.stats
+        plan = order.plan
         answers = [
             each if self._answers.get(row.id) is each else None for row, each in zip(plan.rows, launched, strict=True)
         ]
         at = [row.slot for row in plan.rows] if plan.kind == "decode" else list(range(len(plan.rows)))
         count_B, token_BT, finite_B = (x.tolist() for x in (emitted.count_B, emitted.token_BT, emitted.finite_B))
-        self._count(plan, [count_B[place] for place in at])
+        counts = [count_B[place] for place in at]
+        self.stats.count(plan, counts)
+        if plan.kind == "decode":
+            self._policy.observe(plan.drafts, counts)
         taken: list[tuple[Row, int, tuple[int, ...], FinishReason | None]] = []
         for row, answer, place in zip(plan.rows, answers, at, strict=True):
             tokens: tuple[int, ...] = ()
@@ -386,13 +359,13 @@ class Engine:
                     tokens, ended = answer.cut(token_BT[place][: count_B[place]]) if sound else ((), False)
                     reason = ("stop" if ended else None) if sound else "error"
                 except Exception as error:  # its guide's: one request's, never the engine's
-                    reason, answer.fault = "error", _fault(error)
+                    reason, answer.fault = "error", fault_of(error)
                 if emitted.expert_BTLA is not None:
                     answer.take_experts(row, plan, emitted.expert_BTLA[place], len(tokens))
                 if reason == "error":
                     self.scheduler.finish(row.id, reason)
                 elif tokens and reason is None and answer.guide is not None:
-                    self._look_ahead(answer, emitted.draft_BK[place].tolist())
+                    self._guidance.look_ahead(answer, emitted.draft_BK[place].tolist())
             taken.append((row, place, tokens, reason))
         done = {each.id for each in self.scheduler.commit(plan, StepOutput(tuple(each[2] for each in taken)))}
         updates = []
@@ -409,43 +382,13 @@ class Engine:
             updates.append(Update(row.id, tokens, reason, scores, answer.give_prompt(), cached, answer.fault, experts))
             if reason:
                 del self._answers[row.id]
-        stats.num_steps += 1
         return updates
 
-    def _look_ahead(self, answer: Answer, drafts: Tokens[int]) -> None:
-        """Have the tokens found that may follow; no decode step of the answer is planned before they are known."""
-        guide = answer.guide
-        assert guide is not None
-        if guide.active:
-            answer.masks = self._guides.submit(guide.ahead, drafts)
-            self._masking[answer.masks] = answer.sequence.id
-        else:
-            answer.guide = answer.masks = None
-            answer.sequence.held = False
-
-    def _take_masks(self) -> None:
-        """Let answers go on whose masks are there."""
-        for future in [each for each in self._masking if each.done()]:
-            answer = self._answers.get(self._masking.pop(future))
-            if answer is not None and answer.masks is future:
-                answer.sequence.held = False
-
     def _mask(self, row: Row, answer: Answer, plan: StepPlan) -> Mask | None:
-        """What the device must be told of a row's tokens."""
-        if answer.guide is None:
-            if row.slot not in self._masked_slots:
-                return None
-            self._masked_slots.discard(row.slot)
-            return Mask(row.slot, b"")
-        if plan.kind == "prefill" and row.next_id >= 0:
-            return None
-        answer.sequence.held = True  # until this step is read
-        assert answer.masks is not None
-        self._masked_slots.add(row.slot)
         try:
-            return Mask(row.slot, answer.masks.result()[: 1 + plan.drafts].tobytes())
+            return self._guidance.mask(row, answer, plan)
         except Exception as error:  # one request's, never the engine's
-            self._fail(answer, _fault(error))
+            self._fail(answer, fault_of(error))
             return None
 
     def _fail(self, answer: Answer, fault: str) -> None:
@@ -457,29 +400,6 @@ class Engine:
     def _take_failed(self) -> list[Update]:
         failed, self._failed = self._failed, []
         return failed
-
-    def _count(self, plan: StepPlan, counts: list[int]) -> None:
-        stats = self.stats
-        if plan.kind == "prefill":
-            stats.num_prefill_steps += 1
-            stats.prefill_tokens += sum(row.count for row in plan.rows)
-            return
-        stats.decode_rows += len(counts)
-        stats.decode_tokens += sum(counts)
-        self._policy.observe(plan.drafts, counts)
-        for depth in range(plan.drafts):
-            stats.drafted[depth] += sum(count > depth for count in counts)
-            stats.accepted[depth] += sum(count > depth + 1 for count in counts)
-
-
-def executor_of(session: Session, config: EngineConfig) -> Executor:
-    """The device's side of an engine, alike on every process of a cluster."""
-    runner = session.runner(config.speculate, routing=config.routing)
-    eos = session.config.eos_ids
-    size = config.stack_size(session)
-    stack = AdapterStack(session, size) if size else None  # before the cache, which takes what is left
-    params = stack.params if stack else session.params
-    return Executor(runner, params, config.sizes(session), dtype=session.dtype, eos_ids=eos, adapters=stack)
 
 
 def open_engine(session: Session, config: EngineConfig, *, host: str) -> Engine | None:
@@ -495,7 +415,7 @@ def open_engine(session: Session, config: EngineConfig, *, host: str) -> Engine 
     channels = connect(host, f"{config} of {session.config} in {jnp.dtype(session.dtype)}")
     if jax.process_index() == 0:
         return Engine(session, config, channels=channels)
-    follow(executor_of(session, config), channels[0], session.config)
+    follow(config.executor(session), channels[0], session.config)
     return None
 
 
@@ -505,19 +425,3 @@ class _Launched(NamedTuple):
     order: Order
     emitted: Emitted
     answers: tuple[Answer | None, ...]  # of its rows
-
-
-def _fault(error: Exception) -> str:
-    """What a client is told of a guide's error."""
-    if isinstance(error, GrammarError):
-        return str(error)
-    log.error("a guide failed", exc_info=error)
-    return "the grammar failed at this answer; the server's log says why"
-
-
-def _slot_buckets(config: EngineConfig) -> tuple[int, ...]:
-    """Numbers of slots that a decode step may run."""
-    if config.deterministic:
-        return (config.num_slots,)
-    powers = itertools.takewhile(lambda count: count < config.num_slots, (1 << at for at in itertools.count()))
-    return (*powers, config.num_slots)

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from stepjax.infer.engine.admission import Admission, Run, SchedulerConfig
+from stepjax.infer.engine.admission import Admission, RunningSequence, SchedulerConfig
 from stepjax.infer.engine.sequence import RingCopy, Row, Sequence, SequenceState, StepOutput, StepPlan
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ class _Part(NamedTuple):
     """A row of a plan, and what must be known of it when its tokens arrive."""
 
     row: Row
-    run: Run
+    run: RunningSequence
     least: int  # tokens it adds
     most: int
     snapshot: int | None = None  # of the rings at its end
@@ -105,11 +105,11 @@ class Scheduler:
         saves = (RingCopy(part.row.slot, part.snapshot) for part in parts if part.snapshot is not None)
         return self._launch("prefill", width, parts, saves)
 
-    def _chunk_end(self, run: Run) -> int:
+    def _chunk_end(self, run: RunningSequence) -> int:
         end = min(len(run.tokens), run.position + self.config.widths[-1])
         return min([end, *(mark for mark in run.marks if mark > run.position)])
 
-    def _prefill(self, run: Run, end: int) -> _Part:
+    def _prefill(self, run: RunningSequence, end: int) -> _Part:
         start, last = run.position, end == len(run.tokens)
         next_id = -1 if last else run.tokens[end]
         row = Row(run.slot, run.sequence.id, start, end - start, run.tokens[start:end], next_id)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from stepjax.infer.engine.executor import Order
+from stepjax.infer.engine.sequence import StepPlan
 
 
 class Ran(NamedTuple):
@@ -32,3 +36,60 @@ class Stats:
     num_idle: int = 0  # steps that were launched when the device had nothing left to do
     prefill_s: float = 0.0  # from the end of the step before, or its own launch, to the end of a prefill step
     decode_s: float = 0.0
+
+    def count(self, plan: StepPlan, counts: Sequence[int]) -> None:
+        """Count a step that brought each row so many tokens."""
+        self.num_steps += 1
+        if plan.kind == "prefill":
+            self.num_prefill_steps += 1
+            self.prefill_tokens += sum(row.count for row in plan.rows)
+            return
+        self.decode_rows += len(counts)
+        self.decode_tokens += sum(counts)
+        for depth in range(plan.drafts):
+            self.drafted[depth] += sum(count > depth for count in counts)
+            self.accepted[depth] += sum(count > depth + 1 for count in counts)
+
+
+class StepTimer:
+    """Times the steps of an engine. The device works on one step after the other, so a step's time begins where the
+    step before it was read, or at its own launch where the device had nothing to do.
+    """
+
+    def __init__(self, stats: Stats):
+        self._stats = stats
+        self.last_step_s = 0.0  # of the step that was read last
+        self._host_began = 0.0
+        self._device_began = 0.0  # when the device began the step that is read next
+
+    @contextlib.contextmanager
+    def host(self) -> Iterator[None]:
+        """Count the block as time of the host."""
+        self._host_began = time.perf_counter()
+        yield
+        self._stats.host_s += time.perf_counter() - self._host_began
+
+    def launched(self, compile_s: float, *, alone: bool) -> None:
+        """Note a launch, within a `host` block. Compiling in it is neither the host's time nor the device's.
+
+        Args:
+          alone: no other step is in flight.
+        """
+        if compile_s:
+            self._device_began = time.perf_counter()
+        if alone:
+            self._device_began = max(self._device_began, self._host_began)
+        self._stats.host_s -= compile_s
+
+    @contextlib.contextmanager
+    def device(self, order: Order) -> Iterator[None]:
+        """The block waits for the result of a step."""
+        began = time.perf_counter()
+        yield
+        now = time.perf_counter()
+        self._stats.wait_s += now - began
+        self.last_step_s, self._device_began = now - self._device_began, now
+        if order.plan.kind == "prefill":
+            self._stats.prefill_s += self.last_step_s
+        else:
+            self._stats.decode_s += self.last_step_s

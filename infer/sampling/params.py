@@ -10,19 +10,11 @@ from typing import Any
 
 from stepjax.errors import RequestError
 
-MAX_LOGPROBS = 20
-
-
-MAX_ANSWERS = 8
-
-
-MAX_BIASES = 1024
-
-
-MAX_STOP_IDS = 16
-
-
-NUM_ENDS = 24  # a request's stop ids and the model's own
+MAX_LOGPROBS = 20  # alternatives reported at each position
+MAX_ANSWERS = 8  # of one request
+MAX_BIASES = 1024  # tokens with a bias
+MAX_STOP_IDS = 16  # of one request
+NUM_ENDS = 24  # a request's stop ids and the model's own end-of-sequence ids
 
 
 @dataclass(frozen=True)

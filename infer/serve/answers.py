@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from stepjax.infer.engine.answer import Score
+from stepjax.infer.answer_stream import AnswerStream
+from stepjax.infer.engine.answer import TokenScore
 from stepjax.infer.engine.engine import Update
 from stepjax.infer.serve.errors import ApiError
 from stepjax.infer.serve.requests import TranscriptOptions
@@ -22,7 +23,7 @@ class AnswerPiece(NamedTuple):
     delta: Delta
     text: str  # the same with its markers
     ids: tuple[int, ...]
-    scores: tuple[Score, ...]  # of the ids, if requested
+    scores: tuple[TokenScore, ...]  # of the ids, if requested
     finish_reason: FinishReason | None
 
 
@@ -32,35 +33,24 @@ class TextAnswer:
 
     index: int
     request: EngineRequest
-    transcript: Transcript
-    scores: list[Score] = field(default_factory=list)
-    prompt_scores: tuple[Score, ...] = ()
+    stream: AnswerStream
+
+    @property
+    def transcript(self) -> Transcript:
+        return self.stream.transcript
 
     def take(self, updates: Sequence[Update]) -> AnswerPiece:
         """Add the engine's updates.
 
         Raises:
-          ApiError: the model's logits were not finite.
+          ApiError: the answer ended in an error.
         """
-        transcript, scores = self.transcript, []
-        seen, length = len(transcript.ids), len(transcript.text)
-        delta = Delta()
-        for update in updates:
-            before = len(transcript.ids)
-            delta = delta.join(transcript.push(update.tokens))
-            scores += update.scores[: len(transcript.ids) - before]
-            self.prompt_scores = self.prompt_scores or update.prompt_scores
-            if update.finish_reason == "stop":  # without an end token where a grammar is complete
-                delta = delta.join(transcript.complete())
-            if update.fault:
-                raise ApiError(f"the answer cannot continue: {update.fault}", code="grammar_failed")
-            if update.finish_reason == "error":
-                raise ApiError("the model's logits were not finite", status=500, code="not_finite")
-        self.scores += scores
-        reason = transcript.finish_reason
-        return AnswerPiece(
-            self.index, delta, transcript.text[length:], tuple(transcript.ids[seen:]), tuple(scores), reason
-        )
+        added = self.stream.take(*updates)
+        if self.stream.fault:
+            raise ApiError(f"the answer cannot continue: {self.stream.fault}", code="grammar_failed")
+        if added.finish_reason == "error":
+            raise ApiError("the model's logits were not finite", status=500, code="not_finite")
+        return AnswerPiece(self.index, added.delta, added.text, added.ids, added.scores, added.finish_reason)
 
     def num_reasoning(self, tokenizer: Tokenizer) -> int:
         """Tokens of thinking, without the one that ends it."""
@@ -83,7 +73,7 @@ class Answers:
         self._service, self.options = service, options
         self.submission: Submission = service.submit(requests)
         self.all = [
-            TextAnswer(index, request, options.transcript(request.params))
+            TextAnswer(index, request, AnswerStream(options.transcript(request.params)))
             for index, request in enumerate(request for request in requests for _ in range(request.params.n))
         ]
 

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from stepjax._version import __version__
-from stepjax.infer.engine.answer import Score
+from stepjax.infer.engine.answer import TokenScore
 from stepjax.infer.serve.answers import AnswerPiece, Answers, TextAnswer
 from stepjax.infer.serve.api import Api, check_stream
 from stepjax.infer.serve.schemas import ChatRequest
@@ -104,7 +104,7 @@ class ChatAnswer:
         choice = {
             "index": answer.index,
             "message": message,
-            "logprobs": self._logprobs(transcript.ids, answer.scores),
+            "logprobs": self._logprobs(transcript.ids, answer.stream.scores),
             "finish_reason": transcript.finish_reason,
         }
         return choice | ({"token_ids": transcript.ids} if self._body.return_token_ids else {})
@@ -130,7 +130,7 @@ class ChatAnswer:
                 choice["token_ids"] = list(piece.ids)
         return event(self._head | {"object": "chat.completion.chunk", "choices": [choice]})
 
-    def _logprobs(self, ids: Sequence[int], scores: Sequence[Score]) -> dict[str, Any] | None:
+    def _logprobs(self, ids: Sequence[int], scores: Sequence[TokenScore]) -> dict[str, Any] | None:
         if not self._body.logprobs:
             return None
         content = [
@@ -161,7 +161,7 @@ def token_logprob(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str,
 def prompt_logprobs(answer: TextAnswer, tokenizer: Tokenizer | None) -> list[Any]:
     """vLLM's form: for each prompt token but the first, the scores of that token and of the likeliest, by token id."""
     prompt, scores = answer.request.prompt, []
-    for token, score in zip(prompt[1:], answer.prompt_scores, strict=True):
+    for token, score in zip(prompt[1:], answer.stream.prompt_scores, strict=True):
         ranked = {candidate: (rank, value) for rank, (candidate, value) in enumerate(score.top, start=1)}
         entries = {token: (ranked.get(token, (None,))[0], score.logprob), **ranked}
         scores.append(

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field, WithJsonSchema
 
 from stepjax.errors import RequestError
-from stepjax.infer.engine.answer import Score
+from stepjax.infer.engine.answer import TokenScore
 from stepjax.infer.engine.engine import Engine
 from stepjax.infer.serve.answers import Answers, TextAnswer
 from stepjax.infer.serve.api import Api, check_stream
@@ -162,7 +162,7 @@ class CompletionAnswer:
 
     def _choice(self, answer: TextAnswer) -> dict[str, Any]:
         transcript = answer.transcript
-        ids, scores = (transcript.ids, answer.scores) if not self._silent else ([], [])
+        ids, scores = (transcript.ids, answer.stream.scores) if not self._silent else ([], [])
         text = (self._prompt_text(answer) if self._body.echo else "") + ("" if self._silent else transcript.text)
         choice = {
             "index": answer.index,
@@ -185,13 +185,13 @@ class CompletionAnswer:
         return tokenizer.decode(answer.request.prompt) if tokenizer else ""
 
     def _logprobs(
-        self, answer: TextAnswer, ids: Sequence[int], scores: Sequence[Score | None], offset: int, *, echoed: bool
+        self, answer: TextAnswer, ids: Sequence[int], scores: Sequence[TokenScore | None], offset: int, *, echoed: bool
     ) -> tuple[dict[str, Any] | None, int]:
         """Log-probabilities in OpenAI's older form, and the offset in the text where the next token begins."""
         if self._body.logprobs is None:
             return None, offset
         if echoed:
-            ids, scores = [*answer.request.prompt, *ids], [None, *answer.prompt_scores, *scores]
+            ids, scores = [*answer.request.prompt, *ids], [None, *answer.stream.prompt_scores, *scores]
         words = [self._word(token) for token in ids]
         offsets = []
         for token in ids:
@@ -207,7 +207,7 @@ class CompletionAnswer:
         }
         return logprobs, offset
 
-    def _top(self, token: int, score: Score) -> dict[str, float]:
+    def _top(self, token: int, score: TokenScore) -> dict[str, float]:
         """The likeliest tokens and the sampled one; of two with the same text, the likelier."""
         top: dict[str, float] = {}
         for candidate, value in (*score.top, (token, score.logprob)):

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field, WithJsonSchema
 
 from stepjax.errors import RequestError
-from stepjax.infer.engine.answer import Score
+from stepjax.infer.engine.answer import TokenScore
 from stepjax.infer.serve.answers import Answers
 from stepjax.infer.serve.api import Api
 from stepjax.infer.serve.chat import token_logprob
@@ -323,7 +323,7 @@ class ResponsesAnswer:
             "total_tokens": usage["total_tokens"],
         }
 
-    def _logprobs(self, ids: Sequence[int], scores: Sequence[Score]) -> list[dict[str, Any]]:
+    def _logprobs(self, ids: Sequence[int], scores: Sequence[TokenScore]) -> list[dict[str, Any]]:
         """Log-probabilities of the text's tokens, without those of the thinking and the end token."""
         tokenizer = self._answers.options.tokenizer
         if not self._body.wants_logprobs or tokenizer is None:

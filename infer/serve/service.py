@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from stepjax.infer.engine.admission import QueueFullError
+from stepjax.infer.engine.answer import split_request
 from stepjax.infer.engine.engine import Update
 from stepjax.infer.guided.guide import Constraint
 from stepjax.infer.sampling.params import SamplingParams
@@ -141,8 +142,7 @@ class Service:
         index = 0
         for number, request in enumerate(requests):
             id = f"{submission.id}-{number}"
-            ids = [id] if request.params.n == 1 else [f"{id}/{i}" for i in range(request.params.n)]
-            for name in ids:
+            for name, _ in split_request(id, request.params):
                 self._open[name], submission.open[index] = (submission, index), name
                 index += 1
             self._commands.put(lambda id=id, request=request: self._add(id, request, submission))

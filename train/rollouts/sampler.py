@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from stepjax.errors import ConfigError, TrainingError
+from stepjax.infer.answer_stream import AnswerStream
 from stepjax.infer.engine.answer import Routing
 from stepjax.infer.engine.config import EngineConfig
 from stepjax.infer.engine.engine import Engine
@@ -58,7 +59,7 @@ class _Episode:
     rollout: Rollout
     environment: Environment
     messages: list[Message]
-    transcript: Transcript | None = None
+    stream: AnswerStream | None = None  # of the turn that is being written
     routing: Routing = field(default_factory=Routing)
 
 
@@ -129,7 +130,7 @@ class Sampler:
           greedy: take the likeliest tokens instead, as evaluation does.
 
         Raises:
-          TrainingError: the logits of an answer are no numbers.
+          TrainingError: the logits of an answer are not finite.
         """
         self._engine.restart(params)
         self._own = self._params.replace(temperature=0.0) if greedy else self._params
@@ -147,17 +148,17 @@ class Sampler:
                 episode = episodes[update.id]
                 if update.finish_reason == "error":
                     raise TrainingError(
-                        f"rollout {update.id} after {policy_step} updates: the logits are no numbers; lower optim.lr"
+                        f"rollout {update.id} after {policy_step} updates: the logits are not finite; lower optim.lr"
                     )
-                rollout, transcript = episode.rollout, episode.transcript
-                assert transcript is not None
-                rollout.ids += update.tokens
-                rollout.own += [True] * len(update.tokens)
-                rollout.logprobs += [score.logprob for score in update.scores]
-                transcript.push(update.tokens)
-                if update.finish_reason:
-                    if update.experts is not None:
-                        episode.routing.take(0, update.experts)
+                rollout, stream = episode.rollout, episode.stream
+                assert stream is not None
+                added = stream.take(update)
+                rollout.ids += added.ids
+                rollout.own += [True] * len(added.ids)
+                rollout.logprobs += [score.logprob for score in added.scores]
+                if added.finish_reason:
+                    if stream.experts is not None:
+                        episode.routing.take(0, stream.experts)
                     self._turn_ended(update.id, episode, seed)
         for episode in episodes.values():
             rollout = episode.rollout
@@ -177,12 +178,14 @@ class Sampler:
         params = self._own.replace(max_tokens=min(room, context), seed=seed)
         tokenizer = session.tokenizer
         assert tokenizer is not None
-        episode.transcript = Transcript(
-            params,
-            eos_ids=session.config.eos_ids,
-            tokenizer=tokenizer,
-            in_reasoning=begins_in_reasoning(prompt, tokenizer),
-            tools=rollout.prompt.tools,
+        episode.stream = AnswerStream(
+            Transcript(
+                params,
+                eos_ids=session.config.eos_ids,
+                tokenizer=tokenizer,
+                in_reasoning=begins_in_reasoning(prompt, tokenizer),
+                tools=rollout.prompt.tools,
+            )
         )
         rollout.turns += 1
         # A prompt begins as another policy's did: the salt keeps cached prefixes apart.
@@ -190,9 +193,8 @@ class Sampler:
 
     def _turn_ended(self, name: str, episode: _Episode, seed: int) -> None:
         """Hand the turn to the environment, and go on if it answers."""
-        rollout, transcript = episode.rollout, episode.transcript
-        assert transcript is not None
-        transcript.cancel()  # does nothing to one that ended
+        assert episode.stream is not None
+        rollout, transcript = episode.rollout, episode.stream.transcript
         finished = transcript.finish_reason in ("stop", "tool_calls")
         rollout.text += transcript.text
         calls = tuple({"name": call.name, "arguments": _arguments(call.arguments)} for call in transcript.calls)
