@@ -17,6 +17,7 @@ from stepjax.train.rollouts.batch import Scored, fitting
 from stepjax.train.rollouts.sampler import written
 from stepjax.train.teachers.resident import Resident
 from stepjax.train.teachers.stored import FORM, Stored
+from stepjax.train.tune.setup import open_model, open_teachers
 
 CHUNK = 256  # rows that are scored together
 
@@ -45,8 +46,6 @@ def teach(config: TuneConfig, name: str, path: Path, *, top_k: int) -> tuple[int
     Raises:
       ConfigError: the teacher cannot score this, or a row has no completion or no room in optim.length.
     """
-    from stepjax.train.tune.setup import open_model, open_teachers
-
     session = open_model(config.model, config.model.path)
     source = JsonLinesSource(name, Path(config.data[name].path), session)
     teachers = open_teachers(config, session)
