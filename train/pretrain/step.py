@@ -16,7 +16,7 @@ from stepjax.model.step3p5 import Step3p5, bind
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.train.losses.next_token import Losses, losses
 from stepjax.train.packing.rows import PackedRows
-from stepjax.train.runs.optimizer import apply
+from stepjax.train.runs.optimizer import apply, state_shardings
 
 
 class TrainState(NamedTuple):
@@ -66,12 +66,9 @@ class Placement:
           axes: of every parameter (`stepjax.model.step3p5.axes_of`).
         """
 
-        def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-            of = next((key.key for key in path if getattr(key, "key", None) in axes), None)
-            return layout.replicated if of is None else layout.parameter(*axes[of])
-
+        shardings = {name: layout.parameter(*parameter_axes) for name, parameter_axes in axes.items()}
         of_rows = layout.sharding(rows.ids.shape, "batch", "length")
-        return cls(jax.tree_util.tree_map_with_path(place, state), of_rows, layout.replicated)
+        return cls(state_shardings(state, shardings, otherwise=layout.replicated), of_rows, layout.replicated)
 
 
 def make_step(

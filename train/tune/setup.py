@@ -20,7 +20,7 @@ from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.train.config.tune import ModelSettings, TeacherSettings, TuneConfig
 from stepjax.train.objectives.objective import LossContext, Objective
 from stepjax.train.objectives.table import OBJECTIVES
-from stepjax.train.runs.optimizer import adamw, constant, learning_rate
+from stepjax.train.runs.optimizer import adamw, constant, learning_rate, state_shardings
 from stepjax.train.teachers.remote import Remote
 from stepjax.train.teachers.resident import Resident, Teacher, resident
 from stepjax.train.teachers.same_ids import check_same_ids
@@ -174,12 +174,8 @@ def fresh_state(
 ) -> tuple[TuneState, TuneState]:
     """Shapes of the first state, and where its parts lie: what an optimiser keeps of a leaf lies as the leaf does."""
 
-    def place(path: tuple[Any, ...], leaf: Any) -> Any:
-        of = next((key.key for key in path if getattr(key, "key", None) in shardings), None)
-        return mesh.replicated if of is None else shardings[of]
-
     shapes = jax.eval_shape(lambda leaves: _begin(leaves, optimizer, keep_previous=keep_previous), leaves)
-    return shapes, jax.tree_util.tree_map_with_path(place, shapes)
+    return shapes, state_shardings(shapes, shardings, otherwise=mesh.replicated)
 
 
 def _fresh(
