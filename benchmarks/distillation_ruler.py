@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from stepjax.model.step3p5 import Params
 from stepjax.train.config.tune import DataSettings, TuneConfig
 from stepjax.train.data import tasks
 from stepjax.train.data.sources import Prompt, Tasks
+from stepjax.train.objectives.objective import LossContext
+from stepjax.train.objectives.table import OBJECTIVES
 from stepjax.train.rollouts.sampler import Rollout, Sampler
 from stepjax.train.teachers.resident import Resident
-from stepjax.train.tune.objective import Objective
 from stepjax.train.tune.setup import beside, open_run
 from stepjax.train.tune.trainable import Leaves
 from stepjax.train.tune.update import make_measure
@@ -51,14 +53,10 @@ class Ruler:
         assert isinstance(teacher, Resident)
         self._teacher = teacher
         models = dict.fromkeys(self.setup.scoring.teachers, teacher.session.model)
-        objective = Objective(
-            replace(config.loss, divergence="forward"),
-            "exact",
-            self.setup.base.model,
-            num_tokens_of(self.setup.base),
-            models,
+        context = LossContext(
+            replace(config.loss, divergence="forward"), self.setup.base.model, num_tokens_of(self.setup.base), models
         )
-        self._forward = make_measure(objective, None)
+        self._forward = make_measure(partial(OBJECTIVES["exact"].loss, context), None)
         self._student = _sampler(self.setup.student)
         session = self.setup.student
         known: set[str] = set()
@@ -101,7 +99,7 @@ class Ruler:
     def final(self, leaves: Leaves) -> dict[str, Any]:
         """All of it, with the grade of every item. Holds what `curve` has."""
         params = self.setup.params(leaves)
-        batches = self.setup.scoring.prepare(self._teachers_text, kind="exact").batches
+        batches = self.setup.scoring.prepare(self._teachers_text, objective=OBJECTIVES["exact"]).batches
         sums = self._forward(params, batches, self.setup.scoring.residents)
         apart = {"forward_kl": float(sums.divergence) / float(sums.tokens)}
         answered = self._answered(self._student, params)
@@ -118,7 +116,7 @@ class Ruler:
     def _distance(self, params: Params) -> dict[str, float]:
         """On fresh answers, drawn at temperature 1 with the same seeds every time."""
         found = self._student.run(params, self._sampled, samples=1, seed=TEST, policy_step=-1)
-        batches = self.setup.scoring.prepare(found, kind="exact").batches
+        batches = self.setup.scoring.prepare(found, objective=OBJECTIVES["exact"]).batches
         sums = self.setup.measure(params, batches, self.setup.scoring.residents)
         tokens = float(sums.tokens)
         apart = {"reverse_kl": float(sums.divergence) / tokens, "entropy": float(sums.entropy) / tokens}

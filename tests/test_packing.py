@@ -9,12 +9,13 @@ import pytest
 from items import items
 from tokenizers import Tokenizer
 
-from stepjax.train.data import packing, tasks
+from stepjax.train.data import task_batches, tasks
+from stepjax.train.packing import rows as packing
 
 LENGTH = 192  # tokens of a training row
 
 
-def unpack(rows: packing.Rows) -> list[packing.Example]:
+def unpack(rows: packing.PackedRows) -> list[packing.Example]:
     """The examples of packed rows; checks the layout on the way."""
     found = []
     for ids, segments, positions, mask in zip(*rows, strict=True):
@@ -33,7 +34,7 @@ def unpack(rows: packing.Rows) -> list[packing.Example]:
 
 
 def test_pack_keeps_every_token_of_every_example(tokenizer: Tokenizer, template: tasks.TinyTemplate) -> None:
-    examples = [packing.encode(item, tokenizer, template) for item in items("train", count=20)]
+    examples = [task_batches.encode(item, tokenizer, template) for item in items("train", count=20)]
     examples = [example for example in examples if example.num_tokens <= LENGTH]
     rows = packing.pack(examples, LENGTH)
     assert all(array.dtype == np.int32 and array.shape == rows.ids.shape for array in rows)
@@ -47,12 +48,12 @@ def test_pack_refuses_what_does_not_fit() -> None:
 
 
 def test_batches_depend_on_seed_and_step_only(tokenizer: Tokenizer) -> None:
-    draw = packing.Draw(3, 6, LENGTH)
-    first = list(itertools.islice(packing.batches(tokenizer, draw, step=0), 4))
-    resumed = next(packing.batches(tokenizer, draw, step=3))
+    draw = task_batches.Draw(3, 6, LENGTH)
+    first = list(itertools.islice(task_batches.batches(tokenizer, draw, step=0), 4))
+    resumed = next(task_batches.batches(tokenizer, draw, step=3))
     assert all((a == b).all() for a, b in zip(first[3], resumed, strict=True))
     assert (first[2].ids != first[3].ids).any()
-    assert (next(packing.batches(tokenizer, packing.Draw(4, 6, LENGTH), step=3)).ids != resumed.ids).any()
+    assert (next(task_batches.batches(tokenizer, task_batches.Draw(4, 6, LENGTH), step=3)).ids != resumed.ids).any()
     for rows in first:
         assert rows.ids.shape == (6, LENGTH)
         for example in unpack(rows):  # nothing is cut: every example runs from bos to <|im_end|>
@@ -60,7 +61,7 @@ def test_batches_depend_on_seed_and_step_only(tokenizer: Tokenizer) -> None:
 
 
 def test_batches_keep_the_shares(tokenizer: Tokenizer) -> None:
-    rows = list(itertools.islice(packing.batches(tokenizer, packing.Draw(0, 12, LENGTH), step=0), 30))
+    rows = list(itertools.islice(task_batches.batches(tokenizer, task_batches.Draw(0, 12, LENGTH), step=0), 30))
     assert np.mean([(batch.segment_ids > 0).mean() for batch in rows]) > 0.88
     answered = tokenizer.encode("The tool answered.").ids[0]
     examples = [example for batch in rows for example in unpack(batch)]

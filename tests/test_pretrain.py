@@ -25,10 +25,10 @@ from stepjax.sharding.rules import ShardingRules as RuleTable
 from stepjax.train.config.mix import MIX
 from stepjax.train.config.pretrain import PretrainConfig, read_pretrain
 from stepjax.train.config.reader import write_settings
-from stepjax.train.data.packing import Example, Rows, pack
 from stepjax.train.losses.next_token import losses
+from stepjax.train.packing.rows import Example, PackedRows, pack
 from stepjax.train.pretrain import loop
-from stepjax.train.pretrain.accuracy import Score
+from stepjax.train.pretrain.accuracy import TaskScore
 from stepjax.train.pretrain.step import Placement, TrainState, balanced, make_step, split_biases
 from stepjax.train.runs.optimizer import adamw, learning_rate
 
@@ -37,7 +37,7 @@ MODEL = abstract(CONFIG, dtype=jnp.float32)
 
 
 @pytest.fixture(scope="module")
-def rows() -> Rows:
+def rows() -> PackedRows:
     rng = np.random.default_rng(0)
     examples = [
         Example(rng.integers(8, 128, p).tolist(), rng.integers(8, 128, c).tolist())
@@ -61,7 +61,7 @@ def all_heads(params: dict[str, jax.Array], ids: jax.Array) -> list[jax.Array]:
     return [model.logits(hidden)] + [layer.logits(h) for layer, h in zip(model.mtp, states, strict=True)]
 
 
-def one_by_one(params: dict[str, jax.Array], rows: Rows) -> tuple[list[float], list[float]]:
+def one_by_one(params: dict[str, jax.Array], rows: PackedRows) -> tuple[list[float], list[float]]:
     """Loss and accuracy per depth, example by example, without packing, rolling or masks."""
     sums, counts, hits = np.zeros(4), np.zeros(4), np.zeros(4)
     for ids, segments, mask in zip(rows.ids, rows.segment_ids, rows.loss_mask, strict=True):
@@ -181,7 +181,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(finished, tmp_path, monk
     """Killed after the save at step 2, in the middle of step 4 (the MTP heads have joined), and finished."""
     whole, expected = finished
     monkeypatch.chdir(tmp_path)  # a relative folder is what people type
-    out, real, calls = Path("parts"), loop.packing.batch, []
+    out, real, calls = Path("parts"), loop.task_batches.batch, []
 
     def failing(*args, step, **kwargs):
         calls.append(step)
@@ -189,7 +189,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(finished, tmp_path, monk
             raise KeyboardInterrupt
         return real(*args, step=step, **kwargs)
 
-    monkeypatch.setattr(loop.packing, "batch", failing)
+    monkeypatch.setattr(loop.task_batches, "batch", failing)
     with pytest.raises(KeyboardInterrupt):
         loop.pretrain(SHORT, out)
     found = loop.pretrain(SHORT, out)
@@ -246,7 +246,7 @@ def test_stages_follow_each_other_from_one_command(tmp_path, capsys):
 
 
 def test_a_release_that_falls_short_changes_nothing(finished, tmp_path, monkeypatch, capsys):
-    score = Score(4, 0.25, 1.5)
+    score = TaskScore(4, 0.25, 1.5)
     monkeypatch.setattr("stepjax.train.pretrain.release.evaluate", lambda session, **_: dict.fromkeys(MIX, score))
     run, target = str(finished[0]), tmp_path / "released"
     assert main(["release", run, "--out", str(target), "--require", "add=0.95"]) == 1

@@ -21,8 +21,9 @@ from stepjax.model.cache import Chunk
 from stepjax.model.layout import Layout, Routed, SingleDevice
 from stepjax.model.step3p5 import abstract, bind
 from stepjax.ops.swiglu import swiglu
+from stepjax.train.objectives.sums import Agreement
+from stepjax.train.objectives.table import OBJECTIVES
 from stepjax.train.tune import run as loop
-from stepjax.train.tune.objective import Agreement
 from stepjax.train.tune.run import tune
 from stepjax.train.tune.setup import open_run
 
@@ -221,7 +222,7 @@ def test_replay_undoes_a_router_that_went_elsewhere():
     """The trainer's biases are moved: without replay it disagrees with the sampler, with it only on the routing."""
     setup = open_run(SHORT)
     recorded = answers(setup, routing=True)
-    batches = setup.scoring.prepare(recorded, kind="exact").batches
+    batches = setup.scoring.prepare(recorded, objective=OBJECTIVES["exact"]).batches
     plain = {name: batch._replace(experts=None) for name, batch in batches.items()}
     rng = np.random.default_rng(0)
     moved = {

@@ -13,7 +13,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from stepjax.text import chat, tokenizer as tokenizer_module
-from stepjax.train.data import packing, tasks, tiny_tokenizer, tools as toolbox, words
+from stepjax.train.data import task_batches, tasks, tiny_tokenizer, tools as toolbox, words
 
 MAX_COMPLETION = 72  # tokens; what an evaluation must allow for
 SPLITS: tuple[words.Split, ...] = ("train", "test")
@@ -73,7 +73,7 @@ def test_renders_survive_the_tokenizer(split: words.Split, tokenizer: Tokenizer,
         assert prompt.endswith("<|im_start|>assistant\n<think>\n")
         assert completion.endswith("<|im_end|>")
         assert completion.count("<|im_end|>") == 1
-        example = packing.encode(item, tokenizer, template)
+        example = task_batches.encode(item, tokenizer, template)
         ids = [*example.prompt, *example.completion]
         assert tokenizer.encode(prompt + completion, add_special_tokens=False).ids == ids  # no piece spans the seam
         assert tokenizer.decode(ids, skip_special_tokens=False) == prompt + completion
@@ -82,7 +82,9 @@ def test_renders_survive_the_tokenizer(split: words.Split, tokenizer: Tokenizer,
 
 def test_a_tool_prompt_is_short(tokenizer: Tokenizer, template: tasks.TinyTemplate) -> None:
     rng = np.random.default_rng(0)
-    sizes = [len(packing.encode(tasks.make("tool_call", rng, "test"), tokenizer, template).prompt) for _ in range(300)]
+    sizes = [
+        len(task_batches.encode(tasks.make("tool_call", rng, "test"), tokenizer, template).prompt) for _ in range(300)
+    ]
     assert np.mean(sizes) < 90
     assert np.percentile(sizes, 95) < 140
 
@@ -168,7 +170,7 @@ def test_serving_renders_and_encodes_as_training_does(tokenizer: Tokenizer, temp
         chat.ChatTemplate.from_folder(tasks.ASSETS),
     )
     for item in items("test", count=4):
-        example = packing.encode(item, tokenizer, template)
+        example = task_batches.encode(item, tokenizer, template)
         assert chat.encode_chat(served, served_template, item.messages, tools=item.tools) == example.prompt
         assert served.decode(example.completion[:-1]) + "<|im_end|>" == tasks.render(item, template)[1]
         prompt, completion = tasks.render(item, served_template)

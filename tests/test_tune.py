@@ -24,12 +24,13 @@ from stepjax.text.tokenizer import Tokenizer
 from stepjax.train.config.tune import (
     DataSettings,
     LoraSettings,
-    LossSettings,
     RolloutSettings,
     TeacherSettings,
     TuneConfig,
 )
 from stepjax.train.data.sources import Tasks
+from stepjax.train.objectives.settings import LossSettings
+from stepjax.train.objectives.table import OBJECTIVES
 from stepjax.train.rollouts.sampler import Rollout, Sampler, written
 from stepjax.train.teachers import remote as remote_teacher
 from stepjax.train.teachers.remote import Remote
@@ -195,7 +196,7 @@ def test_the_split_into_micro_batches_changes_nothing(setup, rollouts):
 
 def test_bad_batches_change_nothing_and_are_counted(setup, rollouts):
     """One without a token, one whose loss is no number; a good one afterwards ends the row of misses."""
-    good = setup.scoring.prepare(rollouts, kind="exact").batches["main"]
+    good = setup.scoring.prepare(rollouts, objective=OBJECTIVES["exact"]).batches["main"]
     empty = good._replace(rows=good.rows._replace(loss_mask=jnp.zeros_like(good.rows.loss_mask)))
     broken = good._replace(hidden=good.hidden * jnp.nan)
     state = setup.fresh
@@ -218,8 +219,8 @@ def test_prompts_without_room_are_left_out(setup, rollouts):
     assert found[0].truncated
     assert found[0].ids == []
     assert found[1].ids
-    assert setup.scoring.prepare(found, kind="exact").num_left_out == 1
-    nothing = setup.scoring.prepare(found[:1], kind="exact")
+    assert setup.scoring.prepare(found, objective=OBJECTIVES["exact"]).num_left_out == 1
+    nothing = setup.scoring.prepare(found[:1], objective=OBJECTIVES["exact"])
     assert nothing.num_left_out == 1
     _, report = setup.update(setup.fresh, setup.base.params, {}, nothing.batches)
     assert bool(report.skipped)
@@ -303,7 +304,9 @@ def test_episodes_with_tools_that_answer():
 
 def exact_sampled_kl(setup: Setup, rollouts) -> float:
     sums = setup.measure(
-        setup.student.params, setup.scoring.prepare(rollouts, kind="exact").batches, setup.scoring.residents
+        setup.student.params,
+        setup.scoring.prepare(rollouts, objective=OBJECTIVES["exact"]).batches,
+        setup.scoring.residents,
     )
     return float(sums.sampled_kl) / float(sums.tokens)
 
@@ -320,7 +323,7 @@ def test_teachers_scores_are_those_of_unpacked_sequences(setup, rollouts):
         total += float(jnp.sum(jnp.exp(mine) * (mine - other)))
         sampled += float((mine - other)[np.arange(len(each.ids)), np.asarray(each.ids)].sum())
         count += len(each.ids)
-    batches = setup.scoring.prepare(rollouts, kind="exact").batches
+    batches = setup.scoring.prepare(rollouts, objective=OBJECTIVES["exact"]).batches
     sums = setup.measure(setup.student.params, batches, setup.scoring.residents)
     assert int(sums.tokens) == count
     np.testing.assert_allclose(float(sums.divergence), total, rtol=1e-4)
@@ -343,13 +346,15 @@ def test_a_teacher_with_another_prompt(rollouts):
         ]
         other = jax.nn.log_softmax(setup.base.logits([*prompt, *each.ids])[:, :size])[len(prompt) - 1 : -1]
         total += float(jnp.sum(jnp.exp(mine) * (mine - other)))
-    batches = setup.scoring.prepare(rollouts, kind="exact").batches
+    batches = setup.scoring.prepare(rollouts, objective=OBJECTIVES["exact"]).batches
     sums = setup.measure(setup.student.params, batches, setup.scoring.residents)
     np.testing.assert_allclose(float(sums.divergence), total, rtol=1e-4, atol=1e-5)
     # Without the text it is the student itself: no distance.
     bare = open_run(dataclasses.replace(SHORT, teachers={"main": TeacherSettings(kind="base")}))
     sums = bare.measure(
-        bare.student.params, bare.scoring.prepare(rollouts, kind="exact").batches, bare.scoring.residents
+        bare.student.params,
+        bare.scoring.prepare(rollouts, objective=OBJECTIVES["exact"]).batches,
+        bare.scoring.residents,
     )
     assert abs(float(sums.divergence)) / float(sums.tokens) < 1e-6
 
@@ -444,7 +449,11 @@ def test_stored_scores(setup, rollouts, tmp_path):
             loss=LossSettings(objective="top_k"),
             optim=SHORT.optim,
         )
-        batch = Scoring(config, setup.base, {"main": found}).prepare(rollouts, kind="top_k").batches["main"]
+        batch = (
+            Scoring(config, setup.base, {"main": found})
+            .prepare(rollouts, objective=OBJECTIVES["top_k"])
+            .batches["main"]
+        )
         assert batch.top is not None
         assert batch.top.id_BTK.shape[-1] == counted
     other = dataclasses.replace(rollouts[0], ids=[5, *rollouts[0].ids[1:]])
@@ -480,10 +489,10 @@ def test_several_teachers_by_source(rollouts):
         dataclasses.replace(each, prompt=dataclasses.replace(each.prompt, source=("tasks", "other")[at % 2]))
         for at, each in enumerate(rollouts)
     ]
-    prepared = setup.scoring.prepare(mixed, kind="exact")
+    prepared = setup.scoring.prepare(mixed, objective=OBJECTIVES["exact"])
     assert set(prepared.batches) == {"far", "near"}
     state, report = setup.update(setup.fresh, setup.base.params, setup.scoring.residents, prepared.batches)
-    half = setup.scoring.prepare(mixed[::2], kind="exact").batches
+    half = setup.scoring.prepare(mixed[::2], objective=OBJECTIVES["exact"]).batches
     alone = setup.measure(setup.student.params, half, setup.scoring.residents)
     np.testing.assert_allclose(report.sums.divergence, alone.divergence, rtol=1e-4)  # the other half has none
     assert float(report.sums.tokens) == sum(len(each.ids) for each in rollouts)
@@ -521,15 +530,17 @@ def test_rewards_move_what_was_said(rollouts):
     ]
 
     def nll(state, chosen):
-        sums = setup.measure(setup.params(state.leaves), setup.scoring.prepare(chosen, kind="sft").batches, {})
+        sums = setup.measure(
+            setup.params(state.leaves), setup.scoring.prepare(chosen, objective=OBJECTIVES["sft"]).batches, {}
+        )
         return float(sums.nll)
 
-    state, report = update_of(setup, rated, kind="grpo")
+    state, report = update_of(setup, rated, objective="grpo")
     assert float(report.sums.kept_tokens) == float(report.sums.tokens)
     for chosen, sign in ((rated[::3], 1), (rated[1:3], -1)):
         assert sign * (nll(setup.fresh, chosen) - nll(state, chosen)) > 0.01
     level = [dataclasses.replace(each, reward=1.0) for each in rated]
-    state, report = update_of(setup, level, kind="grpo")
+    state, report = update_of(setup, level, objective="grpo")
     assert float(report.gradient_norm) == 0
     assert not bool(report.skipped)
 

@@ -19,7 +19,7 @@ from stepjax.train.config.reader import read_settings, write_settings
 from stepjax.train.config.tune import DataSettings, RunSettings, TuneConfig
 from stepjax.train.data import tasks
 from stepjax.train.data.environment import Answered, Turn, environment
-from stepjax.train.data.sources import ArrayRecords, JsonLines, Stream, Tasks, reply_ids, turn_ids
+from stepjax.train.data.sources import ArrayRecords, JsonLinesSource, Stream, Tasks, reply_ids, turn_ids
 from stepjax.train.data.text_checks import mixes_languages, repeats
 from stepjax.train.rollouts.batch import fitting, make_batch
 from stepjax.train.rollouts.sampler import Rollout, written
@@ -113,7 +113,7 @@ def lines(tmp_path_factory) -> Path:
 
 
 def test_rows_of_a_file(lines, session):
-    rows = JsonLines("rows", lines, session)
+    rows = JsonLinesSource("rows", lines, session)
     assert len(rows) == 7
     for turn in range(2):
         found = [rows.row(0, 7 * turn + i) for i in range(7)]
@@ -148,11 +148,11 @@ def test_bad_rows_are_refused_by_place(tmp_path, session, row, message):
     file = tmp_path / "rows.jsonl"
     file.write_text(row)
     with pytest.raises(ConfigError) as error:
-        JsonLines("rows", file, session).at(0)
+        JsonLinesSource("rows", file, session).at(0)
     assert message in str(error.value)
     file.write_text("")
     with pytest.raises(ConfigError, match="holds no rows"):
-        JsonLines("rows", file, session)
+        JsonLinesSource("rows", file, session)
 
 
 def test_array_records(tmp_path, session):

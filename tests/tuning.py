@@ -19,6 +19,7 @@ from stepjax.train.config.tune import (
     TuneConfig,
 )
 from stepjax.train.data.sources import Tasks
+from stepjax.train.objectives.table import OBJECTIVES
 from stepjax.train.rollouts.sampler import Rollout, Sampler
 from stepjax.train.runs.folder import read_metrics
 from stepjax.train.tune.setup import Setup
@@ -57,6 +58,6 @@ def answers(setup: Setup, *, routing: bool = False) -> list[Rollout]:
     return run.run(setup.student.params, prompts, samples=1, seed=1, policy_step=0)
 
 
-def update_of(setup: Setup, rollouts, kind="exact", state=None):
-    prepared = setup.scoring.prepare(rollouts, kind=kind)
+def update_of(setup: Setup, rollouts, objective="exact", state=None):
+    prepared = setup.scoring.prepare(rollouts, objective=OBJECTIVES[objective])
     return setup.update(state or setup.fresh, setup.base.params, setup.scoring.residents, prepared.batches)

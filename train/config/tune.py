@@ -7,16 +7,9 @@ from typing import Literal
 
 from stepjax.errors import ConfigError
 from stepjax.train.config.mix import MIX
-
-Verb = Literal["distill", "sft", "rl"]
-
-# Objectives of each verb. "mtp" trains the prediction heads alone, on what the model itself answers.
-OBJECTIVES: dict[Verb, tuple[str, ...]] = {
-    "distill": ("exact", "sampled", "top_k", "mtp"),
-    "sft": ("sft", "exact", "top_k"),
-    "rl": ("grpo", "mispo"),
-}
-SAMPLED = ("sampled", "grpo", "mispo")  # right only for samples of the policy itself
+from stepjax.train.objectives.objective import Objective, Verb
+from stepjax.train.objectives.settings import LossSettings
+from stepjax.train.objectives.table import OBJECTIVES
 
 
 @dataclass(frozen=True)
@@ -116,32 +109,6 @@ class RolloutSettings:
 
 
 @dataclass(frozen=True)
-class LossSettings:
-    """What is minimised (`stepjax.train.losses.policy_gradient`, `stepjax.train.losses.divergence`)."""
-
-    objective: Literal["exact", "sampled", "top_k", "sft", "grpo", "mispo", "mtp"] = "exact"
-    divergence: Literal["reverse", "forward", "jsd"] = "reverse"
-    beta: float = 0.5  # of "jsd": the teacher's share of the mixture
-    filter: Literal["none", "tis", "icepop", "mispo"] = "none"  # of samples that trainer and sampler see differently
-    cap: float = 2.0  # of "tis"
-    token_low: float = 0.5  # bounds of "icepop" and "mispo" for a token's ratio
-    token_high: float = 2.0
-    sequence_low: float = 0.996  # and of "mispo" for a trajectory's mean
-    sequence_high: float = 1.001
-    clip: float = 0.0  # rl: ratios further from 1 that would move on outwards are dropped; 0 is off
-    discount: float = 0.0  # "sampled": of later tokens' advantages
-    scaled: bool = True  # rl: advantages in units of their group's standard deviation
-    teacher_weight: float = 0.0  # rl: of the sampled reverse KL to a teacher, added to the reward's advantage
-    chunk: int = 512  # positions whose logits exist at once
-
-    def __post_init__(self) -> None:
-        if not 0 < self.beta < 1:
-            raise ConfigError(f"loss.beta: is {self.beta}, expected between 0 and 1; the ends are reverse and forward")
-        if self.chunk < 1:
-            raise ConfigError(f"loss.chunk: is {self.chunk}, expected at least 1")
-
-
-@dataclass(frozen=True)
 class OptimSettings:
     """AdamW on float32 leaves."""
 
@@ -209,7 +176,7 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class TuneConfig:
-    """All of it. One file serves a verb; which objectives each has is checked here."""
+    """The settings of one run; sections that do not fit each other are refused."""
 
     verb: Verb = "distill"
     model: ModelSettings = field(default_factory=ModelSettings)
@@ -223,55 +190,58 @@ class TuneConfig:
     run: RunSettings = field(default_factory=RunSettings)
 
     def __post_init__(self) -> None:
-        loss, rollout = self.loss, self.rollout
-        if loss.objective not in OBJECTIVES[self.verb]:
-            raise ConfigError(
-                f"loss.objective: is {loss.objective!r}, but stepjax {self.verb} has {', '.join(OBJECTIVES[self.verb])}"
-            )
-        if not self.data or not sum(each.weight for each in self.data.values()) > 0:
+        name, rollout = self.loss.objective, self.rollout
+        if name not in OBJECTIVES:
+            raise ConfigError(f"loss.objective: is {name!r}, expected one of {', '.join(map(repr, OBJECTIVES))}")
+        objective = OBJECTIVES[name]
+        if self.verb not in objective.verbs:
+            offered = ", ".join(other.name for other in OBJECTIVES.values() if self.verb in other.verbs)
+            raise ConfigError(f"loss.objective: is {name!r}, but stepjax {self.verb} has {offered}")
+        if not self.data or not sum(source.weight for source in self.data.values()) > 0:
             raise ConfigError("data: no source has any weight, expected at least one")
-        for name, source in self.data.items():
+        for source_name, source in self.data.items():
             if source.teacher and source.teacher not in self.teachers:
-                raise ConfigError(f"data.{name}.teacher: {source.teacher!r} is none of {', '.join(self.teachers)}")
+                raise ConfigError(
+                    f"data.{source_name}.teacher: {source.teacher!r} is none of {', '.join(self.teachers)}"
+                )
             if not source.teacher and len(self.teachers) > 1:
-                raise ConfigError(f"data.{name}.teacher: there are {', '.join(self.teachers)}; say which")
+                raise ConfigError(f"data.{source_name}.teacher: there are {', '.join(self.teachers)}; say which")
         if self.needs_teacher and not self.teachers:
-            raise ConfigError(f"teachers: {loss.objective} needs one; add a section as [teachers.main]")
-        self._check_sampling(loss.objective, rollout)
-        if rollout.replay and (rollout.source != "student" or loss.objective == "mtp"):
+            raise ConfigError(f"teachers: {name} needs one; add a section as [teachers.main]")
+        self._check_sampling(objective, rollout)
+        if rollout.replay and (rollout.source != "student" or objective.trains_heads):
             raise ConfigError(
-                f"rollout.replay: is on with source {rollout.source!r} and objective {loss.objective!r}; only answers "
+                f"rollout.replay: is on with source {rollout.source!r} and objective {name!r}; only answers "
                 "of the student have experts to replay, and prediction heads have no experts"
             )
-        if (loss.objective == "mtp") != (self.lora.kind == "mtp"):
-            raise ConfigError(f"lora.kind {self.lora.kind!r} and objective {loss.objective!r}: mtp goes with mtp")
-        kinds = {each.kind for each in self.teachers.values()}
-        if loss.objective == "exact" and kinds & {"remote", "stored"}:
-            raise ConfigError("loss.objective: exact needs a teacher in this process; take top_k or sampled")
-        if loss.objective == "top_k" and kinds & {"base", "checkpoint"}:
-            raise ConfigError("loss.objective: top_k is for remote and stored teachers; one in this process knows all")
-        if loss.objective == "sampled" and "stored" in kinds:
-            raise ConfigError("loss.objective: a stored teacher knows no token that the student chose; take top_k")
-        if "stored" in kinds and (rollout.source != "data" or "tasks" in {each.kind for each in self.data.values()}):
+        if objective.trains_heads != (self.lora.kind == "mtp"):
+            raise ConfigError(f"lora.kind {self.lora.kind!r} and objective {name!r}: mtp goes with mtp")
+        kinds = {teacher.kind for teacher in self.teachers.values()}
+        for kind, reason in objective.refused_teachers.items():
+            if kind in kinds:
+                raise ConfigError(f"loss.objective: {reason}")
+        if "stored" in kinds and (
+            rollout.source != "data" or "tasks" in {source.kind for source in self.data.values()}
+        ):
             raise ConfigError("rollout.source: a stored teacher knows the completions of its file; take data")
 
     @property
     def needs_teacher(self) -> bool:
-        loss, rollout = self.loss, self.rollout
+        objective, rollout = OBJECTIVES[self.loss.objective], self.rollout
         writes = "teacher" in (rollout.source, rollout.otherwise if rollout.on_policy < 1 else "")
-        return loss.objective in ("exact", "sampled", "top_k") or loss.teacher_weight != 0 or writes
+        return objective.needs_teacher or self.loss.teacher_weight != 0 or writes
 
-    def _check_sampling(self, objective: str, rollout: RolloutSettings) -> None:
+    def _check_sampling(self, objective: Objective, rollout: RolloutSettings) -> None:
         """The estimators hold for samples of the policy itself, not for those of a trimmed one."""
         if self.verb == "sft" and rollout.source == "student":
             raise ConfigError("rollout.source: is student, but sft learns what data or a teacher wrote")
-        if objective not in SAMPLED:
+        if not objective.on_policy:
             return
         if rollout.source != "student" or rollout.on_policy < 1:
-            raise ConfigError(f"rollout.source: {objective} learns from the student's own answers alone")
+            raise ConfigError(f"rollout.source: {objective.name} learns from the student's own answers alone")
         for name, neutral in (("temperature", 1.0), ("top_p", 1.0), ("top_k", 0)):
             if getattr(rollout, name) != neutral:
                 raise ConfigError(
-                    f"rollout.{name}: is {getattr(rollout, name)}, but {objective} is unbiased only at {neutral}: "
+                    f"rollout.{name}: is {getattr(rollout, name)}, but {objective.name} is unbiased only at {neutral}: "
                     "tokens must be drawn from the distribution whose log-probabilities are used"
                 )

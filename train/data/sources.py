@@ -64,7 +64,7 @@ class Tasks:
         return Prompt(self._name, index, ids, completion, start, first.messages, item.tools)
 
 
-class JsonLines:
+class JsonLinesSource:
     """A file of JSON objects, shuffled anew each time round. Lines are found by offset: the file stays on disk.
 
     A row has ``messages`` (in OpenAI's form; a last one of the assistant's is the completion) with optional ``tools``,
@@ -115,7 +115,7 @@ class JsonLines:
 
 
 class ArrayRecords:
-    """Rows as in `JsonLines`, in ArrayRecord files (by grain): corpora larger than one file."""
+    """Rows as in `JsonLinesSource`, in ArrayRecord files (by grain): corpora larger than one file."""
 
     def __init__(self, name: str, pattern: str, session: Session):
         try:
@@ -185,7 +185,7 @@ def source(name: str, settings: DataSettings, session: Session, *, split: Split 
     if settings.kind == "tasks":
         return Tasks(name, settings, session, split=split)
     if settings.kind == "jsonl":
-        return JsonLines(name, Path(settings.path), session)
+        return JsonLinesSource(name, Path(settings.path), session)
     return ArrayRecords(name, settings.path, session)
 
 

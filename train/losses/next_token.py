@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from stepjax.model.cache import Chunk
 from stepjax.model.step3p5 import Step3p5
 from stepjax.ops.experts import expert_load
-from stepjax.train.data.packing import Rows
+from stepjax.train.packing.rows import PackedRows
 
 
 class Losses(NamedTuple):
@@ -23,7 +23,7 @@ class Losses(NamedTuple):
     load: tuple[jax.Array, ...]  # per MoE layer: assignments of each expert by real tokens, int32 [E]
 
 
-def losses(model: Step3p5, rows: Rows, *, mtp_weight: float) -> Losses:
+def losses(model: Step3p5, rows: PackedRows, *, mtp_weight: float) -> Losses:
     """Loss of packed rows: next-token cross-entropy plus ``mtp_weight`` × the mean over the MTP depths.
 
     A weight of 0 leaves the MTP layers out of the program. Depth k at row t is fed token t + k and predicts token
@@ -44,7 +44,7 @@ def losses(model: Step3p5, rows: Rows, *, mtp_weight: float) -> Losses:
     return Losses(total, means[0][0], mtp, accuracy, load)
 
 
-def _cross_entropy(logits_BTV: jax.Array, rows: Rows, *, ahead: int) -> tuple[jax.Array, jax.Array]:
+def _cross_entropy(logits_BTV: jax.Array, rows: PackedRows, *, ahead: int) -> tuple[jax.Array, jax.Array]:
     """Mean loss and accuracy of predicting the token ``ahead`` rows on."""
     label = jnp.roll(rows.ids, -ahead, axis=1)
     same = rows.segment_ids == jnp.roll(rows.segment_ids, -ahead, axis=1)

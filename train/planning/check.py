@@ -22,7 +22,7 @@ from stepjax.sharding.planner.device_bytes import Quant, cached, layout_of, loca
 from stepjax.sharding.planner.exchanges import StepShape, payloads, serving_exchanges
 from stepjax.sharding.planner.lora_step import adapters, training_bytes, training_shape
 from stepjax.sharding.planner.temporaries import serving_temporaries
-from stepjax.train.data.packing import Rows
+from stepjax.train.packing.rows import PackedRows
 from stepjax.train.planning.workload import Workload
 
 PEAK_OVER, PEAK_UNDER = 0.15, 0.03  # of the compiled peak, that the planned one may miss it by
@@ -200,4 +200,4 @@ def _lora(config: ModelConfig, workload: Workload, layout: MeshLayout, held: int
 
 def _rows_bytes(layout: MeshLayout, workload: Workload) -> int:
     rows, tokens = local_shape(layout, (workload.batch, workload.context), "batch", "length")
-    return len(Rows._fields) * 4 * rows * tokens
+    return len(PackedRows._fields) * 4 * rows * tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,12 +23,14 @@ from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.rules import ShardingRules
 from stepjax.sharding.sharded_checkpoint import shardings
-from stepjax.train.config.tune import LossSettings, OptimSettings
-from stepjax.train.data.packing import Rows
+from stepjax.train.config.tune import OptimSettings
+from stepjax.train.objectives.batch import Batch
+from stepjax.train.objectives.objective import LossContext
+from stepjax.train.objectives.settings import LossSettings
+from stepjax.train.objectives.table import OBJECTIVES
+from stepjax.train.packing.rows import PackedRows
 from stepjax.train.pretrain.step import Placement, TrainState, make_step, split_biases
-from stepjax.train.rollouts.batch import Batch
 from stepjax.train.runs.optimizer import adamw, constant, learning_rate
-from stepjax.train.tune.objective import Objective
 from stepjax.train.tune.setup import fresh_state
 from stepjax.train.tune.update import Leaves, make_update
 from stepjax.weights.int_groups import IntFormat, check_fit, form_of
@@ -165,7 +168,7 @@ def train_step(model: Step3p5, params: Params, layout: MeshLayout, *, batch: int
         return TrainState(trained, biases, optimizer.init(trained), jnp.zeros((), jnp.int32))
 
     state = jax.eval_shape(create, params)
-    rows = Rows(*(jax.ShapeDtypeStruct((batch, length), np.int32) for _ in Rows._fields))
+    rows = PackedRows(*(jax.ShapeDtypeStruct((batch, length), np.int32) for _ in PackedRows._fields))
     placement = Placement.split(layout, state, rows, axes_of(model))
     placed = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, placement.state)
     function = make_step(model, optimizer, schedule, placement, mtp_weight=0.0, balance_rate=1.0)
@@ -185,12 +188,14 @@ def lora_step(model: Step3p5, params: Params, layout: MeshLayout, *, batch: int,
         shape = (1, batch, length)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(shape, None, "batch", "length"))
 
-    rows = Rows(*(tokens(jnp.int32) for _ in Rows._fields))
+    rows = PackedRows(*(tokens(jnp.int32) for _ in PackedRows._fields))
     batches = {"": Batch(rows, sampler=tokens(jnp.float32), advantage=tokens(jnp.float32))}
 
     def assemble(base: Params, leaves: Leaves) -> Params:
         return attach(base, leaves, adapted)
 
-    objective = Objective(LossSettings("sft"), "sft", model, config.vocab_size, {})
-    function = make_update(objective, optimizer, assemble, keep_previous=False, placed=(placed, layout.replicated))
+    likelihood = OBJECTIVES["sft"]
+    context = LossContext(LossSettings(likelihood.name), model, config.vocab_size, {})
+    loss = functools.partial(likelihood.loss, context)
+    function = make_update(loss, optimizer, assemble, keep_previous=False, placed=(placed, layout.replicated))
     return Step(function, (state, params, {}, batches), params=params, optimizer=state)

@@ -17,7 +17,7 @@ BATCH = 64  # prompts that run together
 GREEDY = SamplingParams(max_tokens=96, temperature=0.0, seed=0)
 
 
-class Score(NamedTuple):
+class TaskScore(NamedTuple):
     """One task's result."""
 
     items: int
@@ -27,12 +27,12 @@ class Score(NamedTuple):
 
 def evaluate(
     session: Session, *, items: int, seed: int, names: Sequence[str] = tuple(tasks.MIX), speculate: int | None = None
-) -> dict[str, Score]:
+) -> dict[str, TaskScore]:
     """Greedy answers to ``items`` held-out items of each task, graded exactly."""
     return {name: _task(session, name, items=items, seed=seed, speculate=speculate) for name in names}
 
 
-def _task(session: Session, name: str, *, items: int, seed: int, speculate: int | None) -> Score:
+def _task(session: Session, name: str, *, items: int, seed: int, speculate: int | None) -> TaskScore:
     rng = np.random.default_rng([seed, list(tasks.MIX).index(name)])
     right, tokens, steps = 0, 0, 0.0
     for at in range(0, items, BATCH):
@@ -42,7 +42,7 @@ def _task(session: Session, name: str, *, items: int, seed: int, speculate: int 
             if len(done.ids) > 1:  # the first token comes from the prompt's own pass
                 tokens += len(done.ids) - 1
                 steps += (len(done.ids) - 1) / done.timing.accepted_per_step
-    return Score(items, right / items, tokens / steps if steps else 0.0)
+    return TaskScore(items, right / items, tokens / steps if steps else 0.0)
 
 
 def graded(item: tasks.Item, done: Completion) -> bool:

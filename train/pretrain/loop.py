@@ -22,12 +22,12 @@ from stepjax.errors import ConfigError, TrainingError
 from stepjax.model.layout import SingleDevice
 from stepjax.model.step3p5 import abstract, initialise, params_of
 from stepjax.train.config.pretrain import PretrainConfig
-from stepjax.train.data import packing
-from stepjax.train.data.packing import Rows
+from stepjax.train.data import task_batches
 from stepjax.train.data.words import Split
 from stepjax.train.losses.next_token import Losses
-from stepjax.train.pretrain.step import Placement, Report, TrainState, make_held_out, make_step, split_biases
-from stepjax.train.runs.folder import Metrics, claim, progress, resume
+from stepjax.train.packing.rows import PackedRows
+from stepjax.train.pretrain.step import Placement, StepReport, TrainState, make_held_out, make_step, split_biases
+from stepjax.train.runs.folder import MetricsFile, claim, progress, resume
 from stepjax.train.runs.optimizer import adamw, learning_rate
 
 # At step-tiny's shapes sorting tokens by expert took 0.37 s a step on two cores, running every expert on every token
@@ -75,7 +75,7 @@ def pretrain(config: PretrainConfig, out: Path) -> TrainState:
         state = resume(checkpointer, fresh)
         start = int(state.step)
         stream, held_out = _stream(config, start), _held_out_rows(config)
-        metrics = Metrics(out / "metrics.jsonl", start)
+        metrics = MetricsFile(out / "metrics.jsonl", start)
         with progress(config.steps, start) as advance, contextlib.closing(metrics):
             began, tokens, pending = time.perf_counter(), 0, None
             for step in range(start, config.steps):
@@ -105,7 +105,7 @@ def pretrain(config: PretrainConfig, out: Path) -> TrainState:
     return state
 
 
-def _finite(step: int, report: Report) -> float:
+def _finite(step: int, report: StepReport) -> float:
     """The step's loss. TrainingError if it or the gradient is no number: what follows would be none either."""
     loss, norm = float(report.losses.total), float(report.gradient_norm)
     if not math.isfinite(loss + norm):
@@ -116,13 +116,13 @@ def _finite(step: int, report: Report) -> float:
     return float(report.losses.next_token)
 
 
-def _stream(config: PretrainConfig, step: int, *, split: Split = "train") -> Iterator[Rows]:
+def _stream(config: PretrainConfig, step: int, *, split: Split = "train") -> Iterator[PackedRows]:
     tokenizer = tokenizers.Tokenizer.from_file(str(ASSETS / config.model / "tokenizer.json"))
-    draw = packing.Draw(config.seed, config.rows, config.length, config.shares, split)
-    return packing.batches(tokenizer, draw, step=step)
+    draw = task_batches.Draw(config.seed, config.rows, config.length, config.shares, split)
+    return task_batches.batches(tokenizer, draw, step=step)
 
 
-def _held_out_rows(config: PretrainConfig) -> Rows:
+def _held_out_rows(config: PretrainConfig) -> PackedRows:
     """One batch of items that no step trains on, the same at every measurement."""
     return jax.tree.map(jnp.asarray, next(_stream(config, 0, split="test")))
 
@@ -174,7 +174,7 @@ def _mesh(devices: int) -> Mesh:
     return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
 
 
-def _record(step: int, report: Report, *, learning_rate: float) -> dict[str, Any]:
+def _record(step: int, report: StepReport, *, learning_rate: float) -> dict[str, Any]:
     found = report.losses
     return {
         "step": step,

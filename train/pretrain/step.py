@@ -14,9 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from stepjax.model.moe import BIAS
 from stepjax.model.step3p5 import Step3p5, bind
 from stepjax.sharding.mesh_layout import MeshLayout
-from stepjax.train.data.packing import Rows
 from stepjax.train.losses.next_token import Losses, losses
-from stepjax.train.runs.optimizer import apply
+from stepjax.train.packing.rows import PackedRows
+from stepjax.train.runs.optimizer import apply, state_shardings
 
 
 class TrainState(NamedTuple):
@@ -28,7 +28,7 @@ class TrainState(NamedTuple):
     step: jax.Array  # int32
 
 
-class Report(NamedTuple):
+class StepReport(NamedTuple):
     """What one step measured."""
 
     losses: Losses
@@ -56,7 +56,9 @@ class Placement:
         return cls(whole, NamedSharding(mesh, PartitionSpec(mesh.axis_names[0])), whole)
 
     @classmethod
-    def split(cls, layout: MeshLayout, state: TrainState, rows: Rows, axes: Mapping[str, tuple[str, ...]]) -> Placement:
+    def split(
+        cls, layout: MeshLayout, state: TrainState, rows: PackedRows, axes: Mapping[str, tuple[str, ...]]
+    ) -> Placement:
         """Everything as the layout's rules say; what an optimiser keeps of a parameter lies as the parameter does.
 
         Args:
@@ -64,12 +66,9 @@ class Placement:
           axes: of every parameter (`stepjax.model.step3p5.axes_of`).
         """
 
-        def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-            of = next((key.key for key in path if getattr(key, "key", None) in axes), None)
-            return layout.replicated if of is None else layout.parameter(*axes[of])
-
+        shardings = {name: layout.parameter(*parameter_axes) for name, parameter_axes in axes.items()}
         of_rows = layout.sharding(rows.ids.shape, "batch", "length")
-        return cls(jax.tree_util.tree_map_with_path(place, state), of_rows, layout.replicated)
+        return cls(state_shardings(state, shardings, otherwise=layout.replicated), of_rows, layout.replicated)
 
 
 def make_step(
@@ -88,11 +87,11 @@ def make_step(
     """
     layers = [spec.index for spec in model.config.moe_layers]
 
-    def loss(params: dict[str, jax.Array], biases: dict[str, jax.Array], rows: Rows) -> tuple[jax.Array, Losses]:
+    def loss(params: dict[str, jax.Array], biases: dict[str, jax.Array], rows: PackedRows) -> tuple[jax.Array, Losses]:
         found = losses(bind(model, params | biases), rows, mtp_weight=mtp_weight)
         return found.total, found
 
-    def update(state: TrainState, rows: Rows) -> tuple[TrainState, Report]:
+    def update(state: TrainState, rows: PackedRows) -> tuple[TrainState, StepReport]:
         (_, found), gradients = jax.value_and_grad(loss, has_aux=True)(state.params, state.biases, rows)
         params, inner = apply(optimizer, gradients, state.optimizer, state.params)
         rate = jnp.asarray(balance_rate * schedule(state.step))
@@ -100,7 +99,7 @@ def make_step(
             name: balanced(state.biases[name], load, rate)
             for name, load in zip((f"layers.{i}.{BIAS}" for i in layers), found.load, strict=True)
         }
-        return TrainState(params, biases, inner, state.step + 1), Report(found, optax.tree.norm(gradients))
+        return TrainState(params, biases, inner, state.step + 1), StepReport(found, optax.tree.norm(gradients))
 
     return jax.jit(
         update,
@@ -110,7 +109,9 @@ def make_step(
     )
 
 
-def make_held_out(model: Step3p5, placement: Placement, *, mtp_weight: float) -> Callable[[TrainState, Rows], Losses]:
+def make_held_out(
+    model: Step3p5, placement: Placement, *, mtp_weight: float
+) -> Callable[[TrainState, PackedRows], Losses]:
     """The losses of a state on rows that it does not learn from."""
     return jax.jit(
         lambda state, rows: losses(bind(model, state.params | state.biases), rows, mtp_weight=mtp_weight),

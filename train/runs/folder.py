@@ -33,7 +33,7 @@ def claim(settings: T, out: Path, *, same: Callable[[T], Any] = lambda settings:
         write_settings(settings, file)
 
 
-class Metrics:
+class MetricsFile:
     """``metrics.jsonl``, cut back to what precedes a step: steps run again are not logged twice."""
 
     def __init__(self, path: Path, start: int):

@@ -41,6 +41,23 @@ def adamw(
     )
 
 
+def state_shardings(state: Any, shardings: Mapping[str, Any], *, otherwise: Any) -> Any:
+    """The sharding of every leaf of a training state, as a tree of its structure.
+
+    What an optimiser keeps of a parameter lies as the parameter does. Counters get ``otherwise``.
+
+    Args:
+      state: arrays or their shapes.
+      shardings: by the name of the parameter.
+    """
+
+    def place(path: tuple[Any, ...], leaf: Any) -> Any:
+        name = next((key.key for key in path if getattr(key, "key", None) in shardings), None)
+        return otherwise if name is None else shardings[name]
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
 def apply(
     optimizer: optax.GradientTransformation, gradients: Any, state: optax.OptState, params: Any
 ) -> tuple[Any, optax.OptState]:

@@ -16,10 +16,11 @@ from stepjax.infer.sampling.sampler import mask_padding
 from stepjax.infer.session import Session
 from stepjax.model.step3p5 import Params, Step3p5, bind
 from stepjax.train.config.tune import TeacherSettings
-from stepjax.train.data.packing import Rows, packed_chunk
 from stepjax.train.data.sources import Prompt
 from stepjax.train.losses.logprobs import TopScores
-from stepjax.train.rollouts.batch import Scored, pack_sequences
+from stepjax.train.packing.rows import PackedRows, packed_chunk
+from stepjax.train.packing.sequences import pack_sequences
+from stepjax.train.rollouts.batch import Scored
 from stepjax.train.rollouts.sampler import Rollout
 from stepjax.train.teachers.same_ids import check_same_ids
 
@@ -41,17 +42,17 @@ class Resident:
     system: str = ""  # what it sees and the student does not
 
     @functools.cached_property
-    def hidden(self) -> Callable[[Params, Rows], jax.Array]:
+    def hidden(self) -> Callable[[Params, PackedRows], jax.Array]:
         """``(params, rows [M, R, T]) → [M, R, T, D]``, a micro-batch after the other."""
         model = self.session.model
 
-        def run(params: Params, rows: Rows) -> jax.Array:
+        def run(params: Params, rows: PackedRows) -> jax.Array:
             bound = bind(model, params)
             return jax.lax.map(lambda each: bound.forward(each.ids, packed_chunk(each)).hidden_BTD, rows)
 
         return jax.jit(run)
 
-    def top(self, rows: Rows, *, k: int, num_tokens: int) -> TopScores:
+    def top(self, rows: PackedRows, *, k: int, num_tokens: int) -> TopScores:
         """The ``k`` likeliest tokens at each token's place, and the token itself last: numpy [M, R, T, k + 1]."""
         hidden = self.hidden(self.params, rows)
         ids = jnp.roll(jnp.asarray(rows.ids), -1, axis=2)

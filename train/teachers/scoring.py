@@ -15,9 +15,11 @@ from stepjax.infer.session import Session
 from stepjax.model.step3p5 import Params
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.train.config.tune import TuneConfig
-from stepjax.train.data.packing import Rows
-from stepjax.train.losses.policy_gradient import group_advantages
-from stepjax.train.rollouts.batch import Batch, Packed, fitting, make_batch, pack_sequences, places_of_another
+from stepjax.train.objectives.batch import Batch
+from stepjax.train.objectives.objective import Objective
+from stepjax.train.packing.rows import PackedRows
+from stepjax.train.packing.sequences import PackedSequences, pack_sequences
+from stepjax.train.rollouts.batch import fitting, make_batch, places_of_another
 from stepjax.train.rollouts.sampler import Rollout
 from stepjax.train.teachers.resident import Resident, Teacher
 from stepjax.train.teachers.stored import Stored
@@ -45,7 +47,7 @@ class Scoring:
 
     @property
     def residents(self) -> dict[str, Params]:
-        """Parameters of the teachers that sit in this process."""
+        """Parameters of the teachers in this process."""
         return {name: each.params for name, each in self.teachers.items() if isinstance(each, Resident)}
 
     def teacher_of(self, rollout: Rollout) -> str:
@@ -55,29 +57,27 @@ class Scoring:
         source = self._config.data.get(rollout.prompt.source)
         return (source.teacher if source else "") or next(iter(self.teachers))
 
-    def prepare(self, rollouts: Sequence[Rollout], *, kind: str) -> Prepared:
+    def prepare(self, rollouts: Sequence[Rollout], *, objective: Objective) -> Prepared:
         """Batches for an objective."""
         optim, loss = self._config.optim, self._config.loss
         kept, lost = fitting(rollouts, optim.length)
         prepared = Prepared({}, lost, rollouts=kept)
-        advantages = np.zeros(len(kept), np.float32)
-        if kind in ("grpo", "mispo") and kept:
-            rewards, groups = np.asarray([each.reward for each in kept]), np.asarray([each.group for each in kept])
-            advantages = group_advantages(rewards, groups, scaled=loss.scaled)
-        scored = kind in ("exact", "sampled", "top_k") or (kind in ("grpo", "mispo") and loss.teacher_weight != 0)
-        names = [self.teacher_of(each) if scored else "" for each in kept]
+        rewards, groups = (np.asarray([getattr(rollout, name) for rollout in kept]) for name in ("reward", "group"))
+        advantages = objective.advantages(rewards, groups, loss)
+        scored = objective.scored(loss)
+        names = [self.teacher_of(rollout) if scored else "" for rollout in kept]
         for name in sorted(set(names)) or [""]:
-            own = [at for at, each in enumerate(names) if each == name]
-            chosen = [kept[at] for at in own]
+            indices = [index for index, teacher in enumerate(names) if teacher == name]
+            chosen = [kept[index] for index in indices]
             began = time.perf_counter()
-            batch = self._batch(chosen, advantages[own], name, kind)
+            batch = self._batch(chosen, advantages[indices], name, objective)
             if name:
                 prepared.scored_tokens += sum(len(each.ids) for each in chosen)
                 prepared.score_s += time.perf_counter() - began
             prepared.batches[name] = batch
         return prepared
 
-    def _batch(self, rollouts: list[Rollout], advantages: np.ndarray, name: str, kind: str) -> Batch:
+    def _batch(self, rollouts: list[Rollout], advantages: np.ndarray, name: str, objective: Objective) -> Batch:
         optim = self._config.optim
         teacher = self.teachers[name] if name else None
         make = functools.partial(make_batch, rollouts, advantages, rows=optim.rows, length=optim.length)
@@ -88,10 +88,10 @@ class Scoring:
                 placed if teacher is None else placed._replace(hidden=self._hidden(teacher, rollouts, placed, packed))
             )
         top = self._config.teachers[name].top_k or (teacher.top_k if isinstance(teacher, Stored) else REMOTE_TOP)
-        top = top if kind == "top_k" else 0
+        top = top if objective.reads_top_k else 0
         return self.place(make(scored=teacher.score(rollouts, top=top))[0])
 
-    def _hidden(self, teacher: Resident, rollouts: list[Rollout], batch: Batch, packed: Packed) -> jax.Array:
+    def _hidden(self, teacher: Resident, rollouts: list[Rollout], batch: Batch, packed: PackedSequences) -> jax.Array:
         """The teacher's hidden states where the student predicts: [M, R, T, D]."""
         if not teacher.system:
             return teacher.hidden(teacher.params, batch.rows)
@@ -108,7 +108,7 @@ class Scoring:
         """A batch of numpy arrays on the devices."""
         return jax.tree.map(self._placed, batch)
 
-    def _place_rows(self, rows: Rows) -> Rows:
+    def _place_rows(self, rows: PackedRows) -> PackedRows:
         return jax.tree.map(self._placed, rows)
 
     def _placed(self, x: np.ndarray) -> jax.Array:

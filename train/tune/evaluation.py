@@ -13,11 +13,12 @@ from stepjax.infer.session import Session
 from stepjax.model.step3p5 import Params
 from stepjax.train.config.tune import DataSettings, TuneConfig
 from stepjax.train.data import tasks
-from stepjax.train.data.sources import JsonLines, Prompt, Source, Tasks, source
+from stepjax.train.data.sources import JsonLinesSource, Prompt, Source, Tasks, source
 from stepjax.train.data.text_checks import mixes_languages, repeats
+from stepjax.train.objectives.sums import Sums
+from stepjax.train.objectives.table import OBJECTIVES
 from stepjax.train.rollouts.sampler import Rollout, Sampler
 from stepjax.train.teachers.scoring import Scoring
-from stepjax.train.tune.objective import Sums
 
 # (params, batches of one teacher's) → sums over their tokens
 Measure = Callable[[Params, Any, dict[str, Params]], Sums]
@@ -42,7 +43,7 @@ class Evaluation:
         self._tasks = wanted.tasks or tuple(dict.fromkeys(trained))
         self._questions = {name: self._items(name) for name in dict.fromkeys((*self._tasks, *wanted.forgetting))}
         if wanted.file:
-            rows = JsonLines("eval", Path(wanted.file), session)
+            rows = JsonLinesSource("eval", Path(wanted.file), session)
             self._questions["file"] = [rows.at(i) for i in range(min(wanted.items, len(rows)))]
 
     def run(self, params: Params, *, step: int) -> dict[str, Any]:
@@ -96,13 +97,12 @@ class Evaluation:
         prompts = [p for name in names for p in self._held_out(name, share)]
         found = self._sampler.run(params, prompts, samples=1, seed=wanted.seed + 1, policy_step=-1)
         residents = self._scoring.residents
-        kinds = ("exact", "sampled")  # of teachers in this process, and of others
         total: dict[str, float] = {"tokens": 0.0, "divergence": 0.0, "sampled_kl": 0.0}
-        for kind in kinds:
-            own = [each for each in found if (self._scoring.teacher_of(each) in residents) == (kind == "exact")]
-            if not own:
+        for in_this_process, objective in ((True, OBJECTIVES["exact"]), (False, OBJECTIVES["sampled"])):
+            scored = [each for each in found if (self._scoring.teacher_of(each) in residents) == in_this_process]
+            if not scored:
                 continue
-            sums = self._measure(params, self._scoring.prepare(own, kind=kind).batches, residents)
+            sums = self._measure(params, self._scoring.prepare(scored, objective=objective).batches, residents)
             total["tokens"] += float(sums.tokens)
             total["divergence"] += float(sums.divergence)
             total["sampled_kl"] += float(sums.sampled_kl)

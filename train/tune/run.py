@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,25 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
-from stepjax.errors import ConfigError, TrainingError
+from stepjax.errors import ConfigError
 from stepjax.model.step3p5 import Params
 from stepjax.sharding.sharded_checkpoint import save_adapter
 from stepjax.train.config.tune import RunSettings, TuneConfig
 from stepjax.train.data.sources import Prompt, stream
 from stepjax.train.rollouts.sampler import Rollout, Sampler, written
 from stepjax.train.rollouts.transcripts import write_transcripts
-from stepjax.train.runs.folder import Metrics, claim, progress, resume
+from stepjax.train.runs.folder import MetricsFile, claim, progress, resume
 from stepjax.train.runs.sinks import Sink, open_sinks
 from stepjax.train.teachers.resident import Resident
-from stepjax.train.teachers.scoring import Prepared
 from stepjax.train.tune.evaluation import Evaluation
+from stepjax.train.tune.metrics import StepMetrics, note
 from stepjax.train.tune.setup import Setup, beside, open_run
 from stepjax.train.tune.trainable import Leaves, lora_config, save_leaves
-from stepjax.train.tune.update import Report, TuneState
+from stepjax.train.tune.update import TuneState
 
 
 def tune(config: TuneConfig, out: Path) -> TuneState:
@@ -103,8 +101,9 @@ class _Run:
         self._student = self._sampler(setup.student, routing=config.rollout.replay)
         self._writers: dict[str, Sampler] = {}
         self._evaluation: Evaluation | None = None
+        self._measured = StepMetrics(config, setup)
         self._first = jax.process_index() == 0
-        self._metrics = Metrics(out / "metrics.jsonl", start) if self._first else None
+        self._metrics = MetricsFile(out / "metrics.jsonl", start) if self._first else None
         about = dataclasses.asdict(config)
         self._sinks: list[Sink] = open_sinks(config.run, out, start, about) if self._first else []
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
@@ -122,8 +121,7 @@ class _Run:
         if step == 0:
             self._evaluate(0, state.leaves)
         rollouts, write_s = self._rollouts(step, state)
-        kind = config.loss.objective
-        prepared = setup.scoring.prepare(rollouts, kind=kind)
+        prepared = setup.scoring.prepare(rollouts, objective=setup.objective)
         if step == self.start or (config.run.transcripts_every and step % config.run.transcripts_every == 0):
             self._transcripts(step, rollouts)
         began = time.perf_counter()
@@ -131,15 +129,15 @@ class _Run:
         state, report = setup.update(state, setup.base.params, residents, prepared.batches)
         report = jax.tree.map(np.asarray, report)
         update_s = time.perf_counter() - began
-        record = self._record(step, report, prepared, rollouts)
+        record = self._measured.record(step, report, prepared, rollouts)
         record |= {"write_s": write_s, "score_s": prepared.score_s, "update_s": update_s}
         if step % config.run.log_every == 0 or report.skipped or step + 1 == config.optim.steps:
             self._write(record)
-        self._check(step, report, record)
+        self._measured.check(step, report, record)
         done = step + 1
         if config.eval.every and (done % config.eval.every == 0 or done == config.optim.steps):
             self._evaluate(done, state.leaves)
-        return state, _note(record)
+        return state, note(record)
 
     # writing
 
@@ -228,72 +226,6 @@ class _Run:
         }
         self._write(record | {"step": max(done - 1, 0), "updates": done})
 
-    def _record(self, step: int, report: Report, prepared: Prepared, rollouts: Sequence[Rollout]) -> dict[str, Any]:
-        sums, config = report.sums, self._config
-        count = max(float(sums.tokens), 1.0)
-        sampled = sum(sum(each.own) for each in prepared.rollouts if any(each.logprobs))
-        record: dict[str, Any] = {
-            "step": step,
-            "objective": config.loss.objective,
-            "loss": float(sums.loss) / count,
-            "tokens": int(sums.tokens),
-            "gradient_norm": float(report.gradient_norm),
-            "learning_rate": float(np.asarray(self._setup.schedule(step))),
-            "skipped": int(report.num_skipped[0]),
-            "left_out": prepared.num_left_out,
-            "student_tokens": sum(each.num_own for each in rollouts if each.writer == "student"),
-            "teacher_tokens": sum(each.num_own for each in rollouts if each.writer == "teacher"),
-            "scored_tokens": prepared.scored_tokens,
-            "reward": float(np.mean([each.reward for each in rollouts])),
-            "answer_length": float(np.mean([each.num_own for each in rollouts])),
-            "truncated": float(np.mean([each.truncated for each in rollouts])),
-        }
-        if config.loss.objective == "mtp":
-            depth = sums.depth_loss / np.maximum(sums.depth_tokens, 1)
-            return record | {"loss": float(np.mean(depth)), "depth_loss": [float(each) for each in depth]}
-        record |= {"nll": float(sums.nll) / count, "entropy": float(sums.entropy) / count}
-        if prepared.scored_tokens:
-            record |= {"divergence": float(sums.divergence) / count, "sampled_kl": float(sums.sampled_kl) / count}
-        if sums.agreement is not None:
-            record["router_agreement"] = float(sums.agreement.agreed) / max(float(sums.agreement.tokens), 1.0)
-        if sampled:
-            record |= {
-                "gap": float(sums.gap) / sampled,
-                "largest_gap": float(sums.largest_gap),
-                "kl_v1": float(sums.gap_signed) / sampled,
-                "kl_v2": float(sums.gap_squared) / (2 * sampled),
-                "kept_tokens": float(sums.kept_tokens) / count,
-                "kept_sequences": float(sums.kept_sequences) / count,
-            }
-        return record
-
-    def _check(self, step: int, report: Report, record: dict[str, Any]) -> None:
-        """TrainingError where it would be wrong to go on."""
-        config = self._config
-        gap, bound = record.get("gap", 0.0), self.max_gap
-        if not gap <= bound:
-            raise TrainingError(
-                f"step {step}: sampler and trainer disagree: the mean |log π − log μ| over the sampled tokens is "
-                f"{gap:.3g} (largest {record['largest_gap']:.3g}), more than rollout.max_gap = {bound:g}. What is "
-                "learnt would be wrong: use one dtype for both, or raise the bound if answers are written ahead"
-            )
-        if int(report.num_skipped[1]) >= config.optim.max_skips:
-            raise TrainingError(
-                f"step {step}: {int(report.num_skipped[1])} batches in a row had no token or no finite gradient "
-                f"(loss {record['loss']}, gradient norm {record['gradient_norm']}); the checkpoints hold the steps "
-                "before. Lower optim.lr, or look at the transcripts"
-            )
-
-    @property
-    def max_gap(self) -> float:
-        """The bound in force."""
-        given = self._config.rollout.max_gap
-        if given:
-            return given
-        if self._config.rollout.ahead:
-            return math.inf  # π has moved on from μ by design
-        return 0.01 if self._setup.base.dtype == jnp.float32 else 0.1
-
     def _write(self, record: dict[str, Any]) -> None:
         for each in (self._metrics, *self._sinks):
             if each:
@@ -303,8 +235,3 @@ class _Run:
         shown = list(rollouts)[: self._config.run.transcripts]
         if self._first and shown:
             write_transcripts(self._out / "transcripts" / f"{step}.md", shown, self._setup.base)
-
-
-def _note(record: dict[str, Any]) -> str:
-    value = record.get("divergence", record["loss"])
-    return f"loss {value:.4f} reward {record['reward']:.2f}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +18,18 @@ from stepjax.infer.session import Session, num_tokens_of
 from stepjax.model.step3p5 import Params
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.train.config.tune import ModelSettings, TeacherSettings, TuneConfig
-from stepjax.train.runs.optimizer import adamw, constant, learning_rate
+from stepjax.train.objectives.objective import LossContext, Objective
+from stepjax.train.objectives.table import OBJECTIVES
+from stepjax.train.runs.optimizer import adamw, constant, learning_rate, state_shardings
 from stepjax.train.teachers.remote import Remote
 from stepjax.train.teachers.resident import Resident, Teacher, resident
 from stepjax.train.teachers.same_ids import check_same_ids
 from stepjax.train.teachers.scoring import Scoring
 from stepjax.train.teachers.stored import Stored
-from stepjax.train.tune.objective import Objective
 from stepjax.train.tune.trainable import Leaves, Trainable, adapted, fingerprint, placed, read_leaves, trainable
-from stepjax.train.tune.update import Report, TuneState, make_measure, make_update
+from stepjax.train.tune.update import TuneState, UpdateReport, make_measure, make_update
+
+DISTANCE = OBJECTIVES["exact"]  # measures the divergence from the teacher
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,9 @@ class Setup:
     teachers: Mapping[str, Teacher]
     scoring: Scoring
     trained: Trainable
+    objective: Objective
     schedule: optax.Schedule
-    update: Callable[..., tuple[TuneState, Report]]
+    update: Callable[..., tuple[TuneState, UpdateReport]]
     measure: Callable[..., Any]
     fresh: TuneState
     fingerprint: str  # of the base
@@ -77,7 +82,10 @@ def open_run(config: TuneConfig) -> Setup:
     fresh, where = _fresh(leaves, optimizer, trained, mesh, keep_previous=keep_previous)
     models = {name: each.session.model for name, each in teachers.items() if isinstance(each, Resident)}
     num_tokens = num_tokens_of(base)
-    objective = Objective(config.loss, config.loss.objective, base.model, num_tokens, models)
+    objective = OBJECTIVES[config.loss.objective]
+    context = LossContext(config.loss, base.model, num_tokens, models)
+    loss = functools.partial(objective.loss, context)
+    distance = functools.partial(DISTANCE.loss, context)
     out = None if mesh is None else (where, mesh.replicated)
     return Setup(
         base,
@@ -85,9 +93,10 @@ def open_run(config: TuneConfig) -> Setup:
         teachers,
         scoring,
         trained,
+        objective,
         schedule,
-        make_update(objective, optimizer, trained.assemble, keep_previous=keep_previous, placed=out),
-        make_measure(Objective(config.loss, "exact", base.model, num_tokens, models), mesh),
+        make_update(loss, optimizer, trained.assemble, keep_previous=keep_previous, placed=out),
+        make_measure(distance, mesh),
         fresh,
         fingerprint(base.params),
     )
@@ -165,12 +174,8 @@ def fresh_state(
 ) -> tuple[TuneState, TuneState]:
     """Shapes of the first state, and where its parts lie: what an optimiser keeps of a leaf lies as the leaf does."""
 
-    def place(path: tuple[Any, ...], leaf: Any) -> Any:
-        of = next((key.key for key in path if getattr(key, "key", None) in shardings), None)
-        return mesh.replicated if of is None else shardings[of]
-
     shapes = jax.eval_shape(lambda leaves: _begin(leaves, optimizer, keep_previous=keep_previous), leaves)
-    return shapes, jax.tree_util.tree_map_with_path(place, shapes)
+    return shapes, state_shardings(shapes, shardings, otherwise=mesh.replicated)
 
 
 def _fresh(

@@ -12,11 +12,12 @@ from safetensors.numpy import save_file
 from stepjax.errors import ConfigError
 from stepjax.infer.session import num_tokens_of
 from stepjax.train.config.tune import TuneConfig
-from stepjax.train.data.sources import JsonLines, Prompt
+from stepjax.train.data.sources import JsonLinesSource, Prompt
 from stepjax.train.rollouts.batch import Scored, fitting
 from stepjax.train.rollouts.sampler import written
 from stepjax.train.teachers.resident import Resident
 from stepjax.train.teachers.stored import FORM, Stored
+from stepjax.train.tune.setup import open_model, open_teachers
 
 CHUNK = 256  # rows that are scored together
 
@@ -45,10 +46,8 @@ def teach(config: TuneConfig, name: str, path: Path, *, top_k: int) -> tuple[int
     Raises:
       ConfigError: the teacher cannot score this, or a row has no completion or no room in optim.length.
     """
-    from stepjax.train.tune.setup import open_model, open_teachers
-
     session = open_model(config.model, config.model.path)
-    source = JsonLines(name, Path(config.data[name].path), session)
+    source = JsonLinesSource(name, Path(config.data[name].path), session)
     teachers = open_teachers(config, session)
     chosen = config.data[name].teacher or next(iter(teachers), "")
     if chosen not in teachers or isinstance(teachers[chosen], Stored):

@@ -11,9 +11,10 @@ import optax
 
 from stepjax.model.step3p5 import Params
 from stepjax.sharding.mesh_layout import MeshLayout
-from stepjax.train.rollouts.batch import Batch
+from stepjax.train.objectives.batch import Batch
+from stepjax.train.objectives.objective import LossFunction
+from stepjax.train.objectives.sums import Sums
 from stepjax.train.runs.optimizer import apply
-from stepjax.train.tune.objective import Objective, Sums
 
 # Left on, XLA's GPU compiler makes the zeros that every layer's loops over blocks of queries start from in one kernel
 # before the first layer, and keeps them: 11 GiB for four rows of 1,024 tokens on eight GPUs. CPUs have no such pass.
@@ -33,7 +34,7 @@ class TuneState(NamedTuple):
     previous: Leaves  # before the last update, for rollouts that are written ahead; else empty
 
 
-class Report(NamedTuple):
+class UpdateReport(NamedTuple):
     """What one step measured, before it moved anything."""
 
     sums: Sums
@@ -43,7 +44,7 @@ class Report(NamedTuple):
 
 
 def make_update(
-    objective: Objective,
+    loss_function: LossFunction,
     optimizer: optax.GradientTransformation,
     assemble: Assemble,
     *,
@@ -59,41 +60,40 @@ def make_update(
 
     def update(
         state: TuneState, base: Params, teachers: dict[str, Params], batches: dict[str, Batch]
-    ) -> tuple[TuneState, Report]:
-        """Batches by the name of their teacher; "" has none. Teachers that do not sit here have no parameters."""
-        total = sum(jnp.sum((each.rows.loss_mask > 0).astype(jnp.float32)) for each in batches.values())
+    ) -> tuple[TuneState, UpdateReport]:
+        """Batches by the name of their teacher; "" has none. Remote and stored teachers have no parameters."""
+        total = sum(jnp.sum((batch.rows.loss_mask > 0).astype(jnp.float32)) for batch in batches.values())
         total = jnp.maximum(total, 1.0)
         gradients, sums = jax.tree.map(jnp.zeros_like, state.leaves), None
         for name, batch in sorted(batches.items()):
             teacher = (name, teachers[name]) if name in teachers else None
 
             def loss(leaves: Leaves, micro: Batch, teacher: Any = teacher) -> Any:
-                return objective.loss(assemble(base, leaves), micro, total, teacher)
+                return loss_function(assemble(base, leaves), micro, total, teacher)
 
             def body(so_far: Leaves, micro: Batch, loss: Any = loss) -> tuple[Leaves, Sums]:
-                found, found_sums = jax.grad(loss, has_aux=True)(state.leaves, micro)
-                return jax.tree.map(jnp.add, so_far, found), found_sums
+                gradient, micro_sums = jax.grad(loss, has_aux=True)(state.leaves, micro)
+                return jax.tree.map(jnp.add, so_far, gradient), micro_sums
 
-            gradients, each = jax.lax.scan(body, gradients, batch)
-            own = jax.tree.map(lambda x: jnp.sum(x, axis=0), each)
-            own = own._replace(largest_gap=jnp.max(each.largest_gap))
-            sums = own if sums is None else _added(sums, own)
+            gradients, stacked = jax.lax.scan(body, gradients, batch)
+            batch_sums = Sums.over(stacked)
+            sums = batch_sums if sums is None else sums.plus(batch_sums)
         assert sums is not None
         norm = optax.tree.norm(gradients)
-        sound = jnp.isfinite(norm) & jnp.isfinite(sums.loss) & (sums.tokens > 0)
+        finite = jnp.isfinite(norm) & jnp.isfinite(sums.loss) & (sums.tokens > 0)
         leaves, inner = apply(optimizer, gradients, state.optimizer, state.leaves)
         leaves, inner = jax.tree.map(
-            lambda new, old: jnp.where(sound, new, old), (leaves, inner), (state.leaves, state.optimizer)
+            lambda new, old: jnp.where(finite, new, old), (leaves, inner), (state.leaves, state.optimizer)
         )
-        miss = (~sound).astype(jnp.int32)
+        miss = (~finite).astype(jnp.int32)
         skipped = jnp.stack([state.skipped[0] + miss, (state.skipped[1] + 1) * miss])
         previous = state.leaves if keep_previous else {}
-        return TuneState(leaves, inner, state.step + 1, skipped, previous), Report(sums, norm, ~sound, skipped)
+        return TuneState(leaves, inner, state.step + 1, skipped, previous), UpdateReport(sums, norm, ~finite, skipped)
 
     return jax.jit(update, out_shardings=placed, compiler_options=COMPILER_OPTIONS)
 
 
-def make_measure(objective: Objective, layout: MeshLayout | None) -> Callable[..., Sums]:
+def make_measure(loss_function: LossFunction, layout: MeshLayout | None) -> Callable[..., Sums]:
     """``(params, batches, teachers) → Sums`` without an update."""
 
     def measure(params: Params, batches: dict[str, Batch], teachers: dict[str, Params]) -> Sums:
@@ -102,16 +102,12 @@ def make_measure(objective: Objective, layout: MeshLayout | None) -> Callable[..
             teacher = (name, teachers[name]) if name in teachers else None
 
             def body(carry: None, micro: Batch, teacher: Any = teacher) -> tuple[None, Sums]:
-                return carry, objective.loss(params, micro, jnp.ones(()), teacher)[1]
+                return carry, loss_function(params, micro, jnp.ones(()), teacher)[1]
 
-            _, each = jax.lax.scan(body, None, batch)
-            own = jax.tree.map(lambda x: jnp.sum(x, axis=0), each)._replace(largest_gap=jnp.max(each.largest_gap))
-            sums = own if sums is None else _added(sums, own)
+            _, stacked = jax.lax.scan(body, None, batch)
+            batch_sums = Sums.over(stacked)
+            sums = batch_sums if sums is None else sums.plus(batch_sums)
         assert sums is not None
         return sums
 
     return jax.jit(measure, out_shardings=None if layout is None else layout.replicated)
-
-
-def _added(a: Sums, b: Sums) -> Sums:
-    return jax.tree.map(jnp.add, a, b)._replace(largest_gap=jnp.maximum(a.largest_gap, b.largest_gap))

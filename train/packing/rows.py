@@ -1,20 +1,16 @@
-"""Examples packed into rows of one length, and an endless batch stream that can be entered at any step."""
+"""Examples packed into rows of one length, by first fit. Both trainers pack here."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from tokenizers import Tokenizer
 
 from stepjax.model.cache import Chunk
-from stepjax.train.data import tasks
-from stepjax.train.data.words import Split
 
-PATIENCE = 4  # a batch is closed when this many examples fitted nowhere; they are dropped
 PAD_ID = 2
 
 
@@ -31,7 +27,7 @@ class Example:
         return len(self.prompt) + len(self.completion)
 
 
-class Rows(NamedTuple):
+class PackedRows(NamedTuple):
     """Packed examples: int32 [R, T] each, of numpy or jax. A token sees only earlier ones with its own segment id."""
 
     ids: Any  # PAD_ID outside the examples
@@ -65,10 +61,12 @@ class Bins:
         self._room.append(self.length - size)
         return True
 
-    def arrays(self) -> Rows:
-        """The rows as arrays; with a limit there are always that many rows."""
-        shape = (len(self.rows) if self.limit is None else self.limit, self.length)
-        packed = Rows(np.full(shape, PAD_ID, np.int32), *(np.zeros(shape, np.int32) for _ in range(3)))
+    def arrays(self, *, num_rows: int | None = None) -> PackedRows:
+        """The rows as arrays, with empty rows at the end up to ``num_rows``; None: up to the limit, if there is one."""
+        if num_rows is None:
+            num_rows = len(self.rows) if self.limit is None else self.limit
+        shape = (num_rows, self.length)
+        packed = PackedRows(np.full(shape, PAD_ID, np.int32), *(np.zeros(shape, np.int32) for _ in range(3)))
         for index, row in enumerate(self.rows):
             start = 0
             for segment, example in enumerate(row, 1):
@@ -82,7 +80,7 @@ class Bins:
         return packed
 
 
-def pack(examples: Sequence[Example], length: int) -> Rows:
+def pack(examples: Sequence[Example], length: int) -> PackedRows:
     """All examples in as few rows of ``length`` tokens as first fit needs. ValueError if one is longer than a row."""
     bins = Bins(length)
     for index, example in enumerate(examples):
@@ -91,48 +89,7 @@ def pack(examples: Sequence[Example], length: int) -> Rows:
     return bins.arrays()
 
 
-def encode(item: tasks.Item, tokenizer: Tokenizer, template: tasks.Template) -> Example:
-    """The item as the tokens that the model reads and must produce."""
-    prompt, completion = tasks.render(item, template)
-    return Example(*(tokenizer.encode(text, add_special_tokens=False).ids for text in (prompt, completion)))
-
-
-@dataclass(frozen=True)
-class Draw:
-    """What every batch of a stream is drawn from."""
-
-    seed: int
-    rows: int
-    length: int  # tokens of a row
-    mix: Mapping[str, float] = field(default_factory=lambda: tasks.MIX)
-    split: Split = "train"
-
-
-def batch(tokenizer: Tokenizer, template: tasks.Template, draw: Draw, *, step: int) -> Rows:
-    """The batch of one step, a function of the draw and the step alone.
-
-    Items are drawn until ``PATIENCE`` of them found no room; dropping the few that did not fit favours short examples
-    slightly, so the shares in a batch differ from the mix by a little.
-    """
-    rng = np.random.default_rng([draw.seed, step])
-    bins = Bins(draw.length, limit=draw.rows)
-    misses = 0
-    while misses < PATIENCE:
-        example = encode(tasks.draw(rng, draw.split, draw.mix), tokenizer, template)
-        if example.num_tokens <= draw.length:  # a rare long one is skipped, not cut
-            misses += not bins.add(example)
-    return bins.arrays()
-
-
-def batches(tokenizer: Tokenizer, draw: Draw, *, step: int) -> Iterator[Rows]:
-    """Batches ``step``, ``step + 1``, … without end; entering at a step gives what a run from 0 would see there."""
-    template = tasks.TinyTemplate()
-    while True:
-        yield batch(tokenizer, template, draw, step=step)
-        step += 1
-
-
-def packed_chunk(rows: Rows) -> Chunk:
+def packed_chunk(rows: PackedRows) -> Chunk:
     """The chunk of packed rows [R, T]."""
     start = jnp.zeros(rows.ids.shape[:1], jnp.int32)
     return Chunk(jnp.where(rows.segment_ids > 0, rows.positions, -1), start, rows.segment_ids)

@@ -1,0 +1,87 @@
+"""The table of objectives: one class each, and an objective of our own trains from a recipe."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tuning import history
+
+from stepjax.errors import ConfigError
+from stepjax.train.config.reader import read_settings
+from stepjax.train.config.tune import TuneConfig
+from stepjax.train.objectives.objective import Objective, TokenInputs, TokenLoss
+from stepjax.train.objectives.settings import LossSettings
+from stepjax.train.objectives.table import OBJECTIVES
+from stepjax.train.tune.run import tune
+
+TRAIN = Path(__file__).parents[1] / "train"
+
+RECIPE = """
+verb = "sft"
+
+[lora]
+rank = 2
+targets = ["q"]
+experts = "none"
+
+[data.tasks]
+shares = { copy = 1.0 }
+
+[rollout]
+source = "data"
+prompts = 4
+
+[loss]
+objective = "rewarded_likelihood"
+
+[optim]
+steps = 2
+rows = 2
+length = 96
+
+[eval]
+every = 0
+"""
+
+
+class RewardedLikelihood(Objective):
+    """−(1 + advantage) · log π of the data's own completions, with advantages of 2."""
+
+    name = "rewarded_likelihood"
+    verbs = ("sft",)
+
+    def advantages(self, rewards: np.ndarray, groups: np.ndarray, settings: LossSettings) -> np.ndarray:
+        return np.full(len(rewards), 2.0, np.float32)
+
+    def token_loss(self, inputs: TokenInputs, settings: LossSettings) -> TokenLoss:
+        return TokenLoss.of_all(-(1 + inputs.advantage) * inputs.scores.logprob)
+
+
+def test_a_new_objective_is_a_class_and_a_line(tmp_path, monkeypatch):
+    """The loss is three times the negative log-likelihood, by the class's own formula."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE)
+    with pytest.raises(ConfigError, match=r"loss\.objective: is 'rewarded_likelihood', expected one of 'exact'"):
+        read_settings(TuneConfig, recipe)
+    monkeypatch.setitem(OBJECTIVES, RewardedLikelihood.name, RewardedLikelihood())
+    tune(read_settings(TuneConfig, recipe), tmp_path / "run")
+    records = history(tmp_path / "run")
+    assert [record["objective"] for record in records] == ["rewarded_likelihood"] * 2
+    for record in records:
+        assert record["gradient_norm"] > 0
+        np.testing.assert_allclose(record["loss"], 3 * record["nll"], rtol=1e-5)  # float32 sums
+
+
+def test_objectives_are_compared_nowhere_else():
+    """Outside of the table's folder no expression compares the name of an objective."""
+    for path in sorted(TRAIN.rglob("*.py")):
+        if path.parent.name == "objectives":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Compare):
+                compared = {each.value for each in ast.walk(node) if isinstance(each, ast.Constant)}
+                names = compared & (OBJECTIVES.keys() - {"mtp", "sft", "top_k"})  # these name other settings as well
+                assert not names, f"{path}:{node.lineno} compares {names}"

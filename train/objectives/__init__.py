@@ -1,0 +1,1 @@
+"""What fine-tuning minimises: one class an objective, and the table of them."""
