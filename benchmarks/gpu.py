@@ -43,7 +43,9 @@ from stepjax.ops.expert_choice import Form, choose_form
 from stepjax.ops.expert_dense import ExpertWeights
 from stepjax.ops.experts import routed_experts
 from stepjax.ops.pallas_hopper import hopper_cores
-from stepjax.weights.inventory import Groups
+from stepjax.weights.expert_format import ExpertFormat
+from stepjax.weights.int_groups import IntGroups
+from stepjax.weights.plain import PLAIN
 
 CONTEXT, PAGE = 4096, 64
 FORMS: tuple[Form, ...] = ("gathered", "batched", "grouped", "capacity")
@@ -136,14 +138,14 @@ def forms(*, small: bool) -> dict[str, Any]:
     """One layer's experts: milliseconds of each formulation by number of tokens, and which one is chosen."""
     num_experts, top_k, width, hidden = (16, 4, 128, 64) if small else (288, 8, 4096, 1280)
     table: dict[str, Any] = {}
-    for name, held in (("bf16", None), ("int4", Groups(4, 64))):
-        weights = expert_weights((num_experts, width, hidden), held)
+    for format in (PLAIN, IntGroups(4, 64)):
+        weights = expert_weights((num_experts, width, hidden), format)
         for tokens in (1, 4, 16) if small else (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192):
-            kernel = held is None and hopper_cores() > 0
-            chosen = choose_form(tokens, num_experts, top_k, widened=held is not None, kernel=kernel)
+            kernel = not format.quantised and hopper_cores() > 0
+            chosen = choose_form(tokens, num_experts, top_k, widened=format.quantised, kernel=kernel)
             for skew in (0.0, 1.0) if tokens > 16 else (0.0,):
                 row = by_form(weights, tokens, top_k, skew)
-                table[f"{name}, {tokens} tokens{', skewed' if skew else ''}"] = row | {"chosen": chosen}
+                table[f"{format.name}, {tokens} tokens{', skewed' if skew else ''}"] = row | {"chosen": chosen}
     return {"milliseconds": table}
 
 
@@ -170,10 +172,10 @@ def by_form(weights: ExpertWeights, tokens: int, top_k: int, skew: float) -> dic
     return row
 
 
-def expert_weights(sizes: tuple[int, int, int], held: Groups | None) -> ExpertWeights:
+def expert_weights(sizes: tuple[int, int, int], format: ExpertFormat) -> ExpertWeights:
     num_experts, width, hidden = sizes
     shapes = (num_experts, hidden, width), (num_experts, hidden, width), (num_experts, width, hidden)
-    return ExpertWeights(*(random_weight(shape, jnp.bfloat16, at, held) for at, shape in enumerate(shapes)))
+    return ExpertWeights(*(random_weight(shape, jnp.bfloat16, at, format) for at, shape in enumerate(shapes)))
 
 
 def slice_part(name: str, speeds: dict[str, float], *, small: bool) -> dict[str, Any]:

@@ -7,11 +7,11 @@ attention, at the real widths), fp8=1, int8=1 and int4=1. 45 layers are the whol
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 from stepjax.config import ModelConfig
 from stepjax.train.planning.workload import Workload
-from stepjax.weights.int_groups import IntFormat
+from stepjax.weights.formats import FORMATS
 
 
 class Case(NamedTuple):
@@ -42,15 +42,14 @@ def _case(line: str) -> Case:
     mesh, strategy, step, batch, context, *words = line.split()
     given = {name: int(value) for name, _, value in (word.partition("=") for word in words)}
     layers = given.pop("layers", 3)
-    whole_numbers: list[IntFormat] = [name for name in get_args(IntFormat) if given.get(name)]
+    experts = next((name for name in FORMATS if given.get(name)), "bf16")
     workload = Workload(
         step=step,  # type: ignore[arg-type]  (one of four, by the tables below)
         batch=int(batch),
         context=int(context),
         chunk=given.get("chunk"),
         drafts=given.get("drafts", 0),
-        keep_fp8=bool(given.get("fp8")),
-        quantize=whole_numbers[0] if whole_numbers else None,
+        experts=FORMATS[experts],
     )
     return Case(" ".join(line.split()), mesh, strategy, workload, layers)
 

@@ -27,7 +27,8 @@ from stepjax.checkpoint.writer import save
 from stepjax.infer.generate import generate
 from stepjax.infer.load import load, use_compile_cache
 from stepjax.infer.session import Session
-from stepjax.weights.fp8 import dequantize
+from stepjax.weights.fp8 import Fp8Blocks
+from stepjax.weights.quantised import dequantize
 
 FORMATS: dict[str, dict[str, Any]] = {
     "fp8": {"keep_fp8": True},
@@ -78,9 +79,9 @@ def scored_rows(session: Session, args: argparse.Namespace) -> list[list[int]]:
 def source(model: str, name: str, scratch: Path) -> Path | str:
     """The folder to load: for FP8 a copy of the checkpoint that stores it."""
     folder = open_folder(model)
-    if name != "fp8" or folder.checkpoint.fp8:
+    if name != "fp8" or folder.checkpoint.experts.name == "fp8":
         return model
-    return save(scratch / "fp8", folder.checkpoint.config, {}, source=folder.path, experts="fp8")
+    return save(scratch / "fp8", folder.checkpoint.config, {}, source=folder.path, experts=Fp8Blocks())
 
 
 def by_layer(base: Session, held: Session) -> dict[str, float]:

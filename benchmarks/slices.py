@@ -19,9 +19,11 @@ from stepjax.config import LayerSpec, ModelConfig
 from stepjax.infer.engine.draft_policy import StepBytes
 from stepjax.infer.session import Session
 from stepjax.model.step3p5 import abstract, params_of
-from stepjax.weights.fp8 import Weight
-from stepjax.weights.int_groups import Grouped
-from stepjax.weights.inventory import Groups, count_parameters, kv_bytes_per_token, kv_window_bytes
+from stepjax.weights.expert_format import ExpertFormat
+from stepjax.weights.int_groups import IntGroups
+from stepjax.weights.inventory import count_parameters, kv_bytes_per_token, kv_window_bytes
+from stepjax.weights.plain import PLAIN
+from stepjax.weights.quantised import Quantised, Weight
 
 
 class Slice(NamedTuple):
@@ -29,7 +31,7 @@ class Slice(NamedTuple):
 
     layers: int
     mtp: int
-    experts: Groups | None  # None: bf16
+    experts: ExpertFormat
     batches: tuple[int, ...]
     prefill: tuple[int, ...]  # tokens
 
@@ -38,8 +40,8 @@ class Slice(NamedTuple):
 
 
 SLICES = {
-    "s10": Slice(10, 0, None, (1, 8, 64), (2048, 8192, 16384)),  # 68.6 GB: an H100
-    "full45-int4": Slice(45, 3, Groups(4, 64), (1, 8, 64), (2048, 8192)),  # 119 GB: an H200
+    "s10": Slice(10, 0, PLAIN, (1, 8, 64), (2048, 8192, 16384)),  # 68.6 GB: an H100
+    "full45-int4": Slice(45, 3, IntGroups(4, 64), (1, 8, 64), (2048, 8192)),  # 119 GB: an H200
 }
 
 
@@ -48,15 +50,15 @@ def session(part: Slice, whole: ModelConfig) -> Session:
     config = part.config(whole)
     shapes = params_of(abstract(config, dtype=jnp.bfloat16, mtp=bool(part.mtp)))
     params = {
-        path: random_weight(value.shape, value.dtype, seed, part.experts if ".experts." in path else None)
+        path: random_weight(value.shape, value.dtype, seed, part.experts if ".experts." in path else PLAIN)
         for seed, (path, value) in enumerate(shapes.items())
     }
     return Session(config, params, dtype=jnp.bfloat16, mtp=bool(part.mtp))
 
 
-def random_weight(shape: tuple[int, ...], dtype: Any, seed: int, form: Groups | None = None) -> Weight:
-    """Made on the device, in ``dtype`` or in whole numbers."""
-    return _whole_numbers(shape, form, seed) if form else _drawn(shape, dtype, seed)
+def random_weight(shape: tuple[int, ...], dtype: Any, seed: int, format: ExpertFormat = PLAIN) -> Weight:
+    """Made on the device, in ``dtype`` or in a format of integers."""
+    return _integers(shape, format, seed) if format.quantised else _drawn(shape, dtype, seed)
 
 
 def _drawn(shape: tuple[int, ...], dtype: Any, seed: int) -> jax.Array:
@@ -69,12 +71,12 @@ def _drawn(shape: tuple[int, ...], dtype: Any, seed: int) -> jax.Array:
     return jax.jit(lambda seed: values(seed).astype(dtype))(jnp.uint32(seed))
 
 
-def _whole_numbers(shape: tuple[int, ...], form: Groups, seed: int) -> Grouped:
-    of_values, of_scales = form.shapes(shape)
-    q_type, scale_type = (jnp.uint8, jnp.bfloat16) if form.bits == 4 else (jnp.int8, jnp.float32)
-    spread = 2 ** (form.bits - 1) / 3**0.5  # of even whole numbers
-    q = jax.jit(lambda seed: (_hashed(of_values, seed) >> 24).astype(jnp.uint8).astype(q_type))(jnp.uint32(seed))
-    return Grouped(q, jnp.full(of_scales, shape[-1] ** -0.5 / spread, scale_type), form.bits)
+def _integers(shape: tuple[int, ...], format: ExpertFormat, seed: int) -> Quantised:
+    value_shape, scale_shape = format.shapes(shape)
+    q_type, scale_type = format.numpy_dtypes
+    spread = 2 ** (format.bits - 1) / 3**0.5  # of evenly drawn integers
+    q = jax.jit(lambda seed: (_hashed(value_shape, seed) >> 24).astype(jnp.uint8).astype(q_type))(jnp.uint32(seed))
+    return Quantised(q, jnp.full(scale_shape, shape[-1] ** -0.5 / spread, scale_type), format)
 
 
 def _hashed(shape: tuple[int, ...], seed: jax.Array) -> jax.Array:

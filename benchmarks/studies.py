@@ -15,15 +15,16 @@ from stepjax.config import ModelConfig
 from stepjax.infer.engine.draft_policy import PRIOR
 from stepjax.infer.steps.abstract_steps import sequence_bytes
 from stepjax.sharding.mesh import MeshSpec
-from stepjax.sharding.planner.device_bytes import Quant
 from stepjax.sharding.planner.explain import rivals, would_change
 from stepjax.sharding.planner.hardware import parse
 from stepjax.sharding.planner.search import Choice, Goal, Option, Plan, PlanRequest, plan, weigh
+from stepjax.weights.formats import FORMATS
+from stepjax.weights.plain import PLAIN
 
 PAGE = Path(__file__).resolve().parent.parent / "sharding" / "README.md"
 FIRST, LAST = "<!-- studies: written by benchmarks/studies.py -->", "<!-- end of studies -->"
 WHOLE = ModelConfig.preset("step-3.5-flash")
-MACHINES: tuple[tuple[str, str, tuple[Quant, ...]], ...] = (
+MACHINES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Four H100, FP8 experts", "4xH100", ("fp8",)),
     ("Eight H100, bf16", "8xH100", ("bf16",)),
     ("Four H200, bf16", "4xH200", ("bf16",)),
@@ -47,7 +48,7 @@ def main() -> None:
     PAGE.write_text(f"{before}{FIRST}\n\n{body}\n{LAST}{after}", encoding="utf-8")
 
 
-def section(title: str, hardware: str, quants: tuple[Quant, ...]) -> str:
+def section(title: str, hardware: str, experts: tuple[str, ...]) -> str:
     cluster = parse(hardware)
     rows, words = [], []
     for goal, name, batch, context, tpot in GOALS:
@@ -56,7 +57,7 @@ def section(title: str, hardware: str, quants: tuple[Quant, ...]) -> str:
             batch=batch or 8 * cluster.num_devices,
             context=context,
             tpot_s=tpot,
-            quants=quants,
+            experts=tuple(FORMATS[name] for name in experts),
             acceptance=PRIOR,
             sequence_bytes=lambda drafts: sequence_bytes(WHOLE, drafts),
         )
@@ -84,16 +85,17 @@ def row(name: str, goal: Goal, found: Plan) -> str:
         time = f"{1e3 * best.tpot_s:,.0f} ms a step, {best.step.bound_by} most"
     drafts = "" if goal == "lora" else f", {choice.drafts}"
     return (
-        f"| {name} | `{choice.mesh}` `{choice.strategy}` | {choice.quant}{drafts} | {choice.replicas} × {best.batch} | "
+        f"| {name} | `{choice.mesh}` `{choice.strategy}` | {choice.experts.name}{drafts} "
+        f"| {choice.replicas} × {best.batch} | "
         f"{1e-9 * memory.total:.1f} of {1e-9 * memory.usable:.1f} | {best.tokens_per_s:,.0f} | {time} |"
     )
 
 
 def published() -> str:
     """vLLM on 4 H200 (vllm-project/recipes, StepFun/Step-3.5-Flash.md): nothing here is fitted to it."""
-    ask = PlanRequest("latency", batch=10, context=3072, filled=2560 / 3072, drafts=(0,), quants=("bf16",))
+    ask = PlanRequest("latency", batch=10, context=3072, filled=2560 / 3072, drafts=(0,), experts=(PLAIN,))
     theirs, cluster = 11.91, parse("4xH200")
-    mesh = weigh(WHOLE, cluster, ask, Choice(MeshSpec(tensor=4), "tensor", "bf16"))
+    mesh = weigh(WHOLE, cluster, ask, Choice(MeshSpec(tensor=4), "tensor", PLAIN))
     assert isinstance(mesh, Option)
     step = mesh.step
     parts = {**step.parts, "exchange": step.exchange_s, "launches": step.launch_s}

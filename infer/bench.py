@@ -19,12 +19,10 @@ from stepjax.checkpoint.hf_config import to_hf
 from stepjax.infer.engine.engine import Engine
 from stepjax.infer.engine.stats import Ran
 from stepjax.infer.sampling.params import SamplingParams
-from stepjax.sharding.mesh import MeshSpec
-from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.weights.adapted import plain
-from stepjax.weights.fp8 import BlockScaled
-from stepjax.weights.int_groups import Grouped
 from stepjax.weights.inventory import kv_bytes_per_token, kv_window_bytes
+from stepjax.weights.plain import PLAIN
+from stepjax.weights.quantised import format_of
 
 if TYPE_CHECKING:
     from stepjax.infer.session import Session
@@ -210,12 +208,10 @@ def cache_over_formula(engine: Engine) -> float:
 def held(session: Session, engine: Engine) -> dict[str, Any]:
     """What the engine runs, in JSON's terms: enough to count what a step of it must read, compute and send."""
     layout, size = session.model.layout, engine.executor.size
-    rules = layout.rules if isinstance(layout, MeshLayout) else None
     config = session.config if session.model.mtp else dataclasses.replace(session.config, mtp_layers=())
     return {
         "config": to_hf(config),
-        "mesh": str(rules.mesh if rules else MeshSpec()),
-        "strategy": rules.strategy if rules else "expert_tensor",
+        **layout.describe(),
         "experts": _precision(session),
         "dtype": jnp.dtype(session.dtype).name,
         "context": size.pages_per_sequence * size.page_size,
@@ -226,9 +222,7 @@ def held(session: Session, engine: Engine) -> dict[str, Any]:
 def _precision(session: Session) -> str:
     """How the routed experts are held, in the planner's words."""
     weight = next((plain(w) for path, w in session.params.items() if ".experts." in path), None)
-    if isinstance(weight, Grouped):
-        return f"int{weight.bits}"
-    return "fp8" if isinstance(weight, BlockScaled) else "bf16"
+    return PLAIN.name if weight is None else format_of(weight).name
 
 
 def peak_bytes() -> int:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from stepjax.checkpoint.folder import ModelFolder, open_folder
-from stepjax.checkpoint.reader import Change, Checkpoint, load_params
+from stepjax.checkpoint.reader import Checkpoint, load_params
 from stepjax.config import ModelConfig
 from stepjax.errors import MeshError, RequestError
 from stepjax.infer.session import Session
@@ -23,8 +23,9 @@ from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.rules import ShardingRules
 from stepjax.sharding.sharded_load import ExpertOrder, load_sharded
-from stepjax.weights.int_groups import BITS, GROUP, IntFormat, form_of, quantize_groups
-from stepjax.weights.inventory import Groups
+from stepjax.weights.expert_format import ExpertFormat
+from stepjax.weights.formats import requested
+from stepjax.weights.int_groups import GROUP
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -34,7 +35,7 @@ def load(
     *,
     dtype: Dtype = "auto",
     keep_fp8: bool = False,
-    quantize: IntFormat | None = None,
+    quantize: str | None = None,
     group: int = GROUP,
     mesh: str | MeshSpec | None = None,
     strategy: str = "expert_tensor",
@@ -49,9 +50,9 @@ def load(
       dtype: of weights and activations. "auto" is bfloat16 on an accelerator and float32 on a CPU, which has no faster
         bfloat16 product and where greedy answers then do not depend on how a step is shaped.
       keep_fp8: keep the FP8 release's expert weights in 8 bits and widen them where they are used.
-      quantize: hold the routed experts in whole numbers: "int8" with a scale per output channel, or "int4" with one
-        per ``group`` columns. Each weight is quantised as it is read. A checkpoint that ``stepjax convert`` wrote in
-        whole numbers is held as it is stored.
+      quantize: hold the routed experts in another format of `stepjax.weights.formats`: "int8" with a scale per output
+        channel, or "int4" with one per ``group`` columns. Each weight is quantised as it is read. A checkpoint that
+        ``stepjax convert`` wrote in such a format is held as it is stored.
       group: columns that share a scale in int4, 32 or 64 as a rule.
       mesh: split the model over devices, as ``expert=4,tensor=2`` (`stepjax.sharding.mesh`); None is one device. When
         several processes run, each calls this alike and reads only what its own devices hold.
@@ -67,27 +68,25 @@ def load(
     """
     folder = name_or_path if isinstance(name_or_path, ModelFolder) else open_folder(name_or_path)
     checkpoint = folder.checkpoint
-    change = _quantiser(quantize, group, checkpoint, keep_fp8=keep_fp8)
-    groups = form_of(quantize, group) if quantize else checkpoint.groups
-    layout = _layout(mesh, strategy, checkpoint.config, keep_fp8=keep_fp8 and checkpoint.fp8, groups=groups)
+    experts = _experts(checkpoint, requested(keep_fp8=keep_fp8, quantize=quantize, group=group))
+    layout = _layout(mesh, strategy, checkpoint.config, experts)
     chosen = _resolve_dtype(dtype)
     report = None
-    if isinstance(layout, MeshLayout):
+    if layout.replicated:
         axes = axes_of(abstract(checkpoint.config, layout=layout, mtp=checkpoint.has_mtp))
-        shardings = {path: layout.parameter(*names) for path, names in axes.items()}
+        shardings = {path: sharding for path, names in axes.items() if (sharding := layout.parameter(*names))}
         params, report = load_sharded(
             checkpoint,
             shardings,
             chosen,
-            keep_fp8=keep_fp8,
+            experts=experts,
             expert_order=expert_order,
-            change=change,
             progress=progress,
         )
     else:
         if expert_order:
             raise RequestError("expert_order: one device holds all experts; give it together with a mesh")
-        params = load_params(checkpoint, chosen, keep_fp8=keep_fp8, change=change, progress=progress)
+        params = load_params(checkpoint, chosen, experts=experts, progress=progress)
     return Session(
         checkpoint.config,
         params,
@@ -101,31 +100,22 @@ def load(
     )
 
 
-def _quantiser(format: IntFormat | None, group: int, checkpoint: Checkpoint, *, keep_fp8: bool) -> Change | None:
-    """What turns experts into whole numbers while they are read."""
-    if format is None:
-        return None
-    if format not in BITS:
-        raise RequestError(f"quantize: is {format!r}, expected {' or '.join(BITS)}")
-    if keep_fp8:
+def _experts(checkpoint: Checkpoint, requested: ExpertFormat | None) -> ExpertFormat:
+    """How the routed experts are to be held."""
+    stored = checkpoint.experts
+    if requested is None:
+        return checkpoint.resident_experts
+    if not requested.made_while_loading:
+        return stored if stored.name == requested.name else checkpoint.resident_experts
+    if stored.made_while_loading:
         raise RequestError(
-            f"quantize {format} and keep_fp8: expected one of them, since each says how experts are held"
+            f"quantize {requested.name}: {checkpoint.folder} holds its experts in {stored.bits} bits already; load it "
+            "as it is, or quantise the checkpoint that it was made from"
         )
-    if checkpoint.groups:
-        raise RequestError(
-            f"quantize {format}: {checkpoint.folder} holds its experts in {checkpoint.groups.bits} bits already; load "
-            "it as it is, or quantise the checkpoint that it was made from"
-        )
-
-    def change(path: str, value: Any) -> Any:
-        return quantize_groups(value, format, group) if ".experts." in path else value
-
-    return change
+    return requested
 
 
-def _layout(
-    mesh: str | MeshSpec | None, strategy: str, config: ModelConfig, *, keep_fp8: bool, groups: Groups | None
-) -> Layout:
+def _layout(mesh: str | MeshSpec | None, strategy: str, config: ModelConfig, experts: ExpertFormat) -> Layout:
     if mesh is None:
         if jax.process_count() > 1:
             raise MeshError(f"mesh: {jax.process_count()} processes run, but no mesh is given; try --mesh expert=-1")
@@ -134,7 +124,7 @@ def _layout(
     if -1 not in spec.sizes.values() and not jax.distributed.is_initialized():
         want_virtual_devices(spec.num_devices)
     spec = spec.resolve(jax.device_count())
-    return MeshLayout(spec.build(), ShardingRules(config, spec, strategy, keep_fp8=keep_fp8, groups=groups))
+    return MeshLayout(spec.build(), ShardingRules(config, spec, strategy, experts))
 
 
 def use_compile_cache() -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import jax
 
 from stepjax.model.cache import CacheView, Chunk, Stripe, after
-from stepjax.ops.attention import Heads, Keys, Partial, attention_to, finish, merge
+from stepjax.ops.attention import Heads, KeyValues, Partial, attention_to, finish, merge
 from stepjax.sharding.exchange import Exchange
 
 AXIS = "context"
@@ -36,7 +36,7 @@ def attend_split(
     *,
     window: int | None,
     split: Split,
-    select: Callable[[Keys], Keys],
+    select: Callable[[KeyValues], KeyValues],
 ) -> tuple[jax.Array, CacheView | None]:
     """`stepjax.model.cache.attend` on one device's share: its heads, its block of the chunk, its stripe of the cache.
 
@@ -45,14 +45,14 @@ def attend_split(
     """
     q_BTNH = heads.q_BTNH
     in_order = chunk.segment_BT is None
-    keys = Keys(heads.k_BTKH, heads.v_BTKH, chunk.position_BT, chunk.segment_BT, offset=0, in_order=in_order)
+    keys = KeyValues(heads.k_BTKH, heads.v_BTKH, chunk.position_BT, chunk.segment_BT, offset=0, in_order=in_order)
     if split.tokens and cache is None and 2 * keys.k_BSKH.nbytes * split.size > RING_BYTES:
         return finish(_ring(q_BTNH, select(keys), window, split.size), q_BTNH.dtype), None
     if split.tokens:
         keys = _gathered(keys, offset=jax.lax.axis_index(AXIS) * q_BTNH.shape[1])
     everything = replace(chunk, position_BT=keys.position_BS, segment_BT=None)
 
-    def attend_to(keys: Keys) -> Partial:
+    def attend_to(keys: KeyValues) -> Partial:
         return attention_to(q_BTNH, chunk.position_BT, [select(keys)], window=window, segment_BT=chunk.segment_BT)
 
     out = attend_to(keys)
@@ -105,7 +105,12 @@ def position_exchange(*, num_sequences: int, chunk: int) -> Exchange:
 
 
 def _prefix(
-    q_BTNH: jax.Array, everything: Chunk, cache: CacheView, split: Split, stripe: Stripe, select: Callable[[Keys], Keys]
+    q_BTNH: jax.Array,
+    everything: Chunk,
+    cache: CacheView,
+    split: Split,
+    stripe: Stripe,
+    select: Callable[[KeyValues], KeyValues],
 ) -> Partial:
     """Attention of this device's queries to all stripes. The queries travel, not the cache: they are fewer."""
     q = jax.lax.all_gather(q_BTNH, AXIS, axis=1, tiled=True) if split.tokens else q_BTNH
@@ -121,13 +126,13 @@ def _prefix(
     )
 
 
-def _gathered(keys: Keys, *, offset: jax.Array) -> Keys:
+def _gathered(keys: KeyValues, *, offset: jax.Array) -> KeyValues:
     """The keys of the whole chunk, in which this device's queries begin at row ``offset``."""
     whole = jax.tree.map(lambda x: jax.lax.all_gather(x, AXIS, axis=1, tiled=True), replace(keys, offset=None))
     return replace(whole, offset=offset)
 
 
-def _ring(q_BTNH: jax.Array, keys: Keys, window: int | None, size: int) -> Partial:
+def _ring(q_BTNH: jax.Array, keys: KeyValues, window: int | None, size: int) -> Partial:
     """Blocks of keys pass from device to device; a window needs only the last few before one's own."""
     length = q_BTNH.shape[1]
     hops = size - 1 if window is None else min(size - 1, -(-(window - 1) // length))

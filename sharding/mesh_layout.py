@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stepjax.model.cache import CacheView, Chunk
 from stepjax.model.layout import Routed
-from stepjax.ops.attention import Heads, Keys
+from stepjax.ops.attention import Heads, KeyValues
 from stepjax.ops.expert_choice import Form
 from stepjax.sharding.context_parallel import Split, attend_split
 from stepjax.sharding.expert_parallel import EXCHANGED, GATHERED, REPLICATED, ExpertBody, Group, exchange_pays
@@ -56,6 +56,9 @@ class MeshLayout:
     @property
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
+
+    def describe(self) -> dict[str, str]:
+        return {"mesh": str(self.rules.mesh), "strategy": self.rules.strategy}
 
     def sharding(self, shape: tuple[int, ...], *axes: str | None) -> NamedSharding:
         return NamedSharding(self.mesh, self._fit(shape, *axes))
@@ -180,7 +183,7 @@ class LocalHeads:
     q_axes: Axes
     kv_axes: Axes
 
-    def of(self, keys: Keys, *, num_heads: int) -> Keys:
+    def of(self, keys: KeyValues, *, num_heads: int) -> KeyValues:
         """The heads that ``num_heads`` local query heads use: one a group of them, or one each where groups are cut."""
         if self.q_axes == self.kv_axes:
             return keys

@@ -16,7 +16,8 @@ from stepjax.config import ModelConfig
 from stepjax.errors import MeshError
 from stepjax.model.layout import AXES as LOGICAL
 from stepjax.sharding.mesh import MeshSpec
-from stepjax.weights.inventory import Groups
+from stepjax.weights.expert_format import ExpertFormat
+from stepjax.weights.plain import PLAIN
 
 Axes = tuple[str, ...]
 
@@ -55,8 +56,7 @@ class ShardingRules:
     config: ModelConfig
     mesh: MeshSpec
     strategy: str = "expert_tensor"
-    keep_fp8: bool = False  # the experts' weights stay in blocks, which no device may share
-    groups: Groups | None = None  # the experts' weights are held in whole numbers, whose groups no device may share
+    experts: ExpertFormat = PLAIN  # of the routed experts; no unit that shares a scale may be cut
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
@@ -127,13 +127,7 @@ class ShardingRules:
             elif kept is None:
                 raise MeshError(self._refusal(what, self.live(("tensor",)), sizes))
         if name in ("expert_mlp", "embed") and axes:
-            if self.keep_fp8:
-                widths, advice = self.config.fp8_block or (), "load the weights widened (without keep_fp8)"
-                self._check_blocks(what, axes, sizes, frozenset(widths), "an FP8 block", advice)
-            if self.groups:
-                widths = frozenset({self.groups.columns}) if self.groups.columns else sizes
-                advice = "split whole experts only (--strategy expert)"
-                self._check_blocks(what, axes, sizes, widths, f"an int{self.groups.bits} group", advice)
+            self._check_units(what, axes, sizes)
         if kept == axes:
             return kept, ""
         copied = f"{self.size(axes) // self.size(kept)} devices each hold a copy"
@@ -150,16 +144,15 @@ class ShardingRules:
             count -= 1
         return heads[:count]
 
-    def _check_blocks(
-        self, what: str, axes: Axes, sizes: frozenset[int], widths: frozenset[int], block: str, advice: str
-    ) -> None:
+    def _check_units(self, what: str, axes: Axes, sizes: frozenset[int]) -> None:
+        """Refuse a cut of the experts inside what shares a scale."""
         for size in sizes:
-            for width in sorted(widths):
+            for width in sorted(self.experts.widths(sizes)):
                 if (size // self.size(axes)) % width:
                     legal = [n for n in range(1, size // width + 1) if size % n == 0 and (size // n) % width == 0]
                     raise MeshError(
-                        f"{_text(self.mesh, axes)}: {what} would be cut inside {block} of {width}; expected "
-                        f"{' or '.join(map(str, legal))} ways, or {advice}"
+                        f"{_text(self.mesh, axes)}: {what} would be cut inside {self.experts.unit_name} of {width}; "
+                        f"expected {' or '.join(map(str, legal))} ways, or {self.experts.cut_advice}"
                     )
 
     def _refusal(self, what: str, axes: Axes, sizes: frozenset[int]) -> str:

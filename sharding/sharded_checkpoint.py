@@ -20,9 +20,8 @@ from stepjax.config import ModelConfig
 from stepjax.errors import CheckpointError, ConfigError
 from stepjax.model.step3p5 import abstract, axes_of, params_of
 from stepjax.sharding.mesh_layout import MeshLayout
-from stepjax.weights.fp8 import BlockScaled
-from stepjax.weights.int_groups import Grouped
-from stepjax.weights.inventory import scale_shape
+from stepjax.weights.formats import described
+from stepjax.weights.quantised import Quantised, Weight, abstract_quantised, format_of
 
 T = TypeVar("T")
 
@@ -90,13 +89,10 @@ def stored_about(path: Path | str) -> Any:
 
 def save_params(path: Path | str, config: ModelConfig, params: Mapping[str, Any], *, overwrite: bool = False) -> None:
     """Write a model's weights with its configuration: a base that loads without being converted again."""
-    if any(isinstance(weight, Grouped) for weight in params.values()):
-        raise CheckpointError(f"{path}: weights in whole numbers go to a checkpoint folder, by stepjax convert")
-    block = next((list(weight.block) for weight in params.values() if isinstance(weight, BlockScaled)), None)
     dtypes = {path: str(np.dtype(weight.dtype)) for path, weight in params.items()}
-    save_tree(
-        path, dict(params), about={"config": to_hf(config), "dtypes": dtypes, "block": block}, overwrite=overwrite
-    )
+    formats = {path: format_of(weight).describe() for path, weight in params.items() if isinstance(weight, Quantised)}
+    about = {"config": to_hf(config), "dtypes": dtypes, "formats": formats}
+    save_tree(path, dict(params), about=about, overwrite=overwrite)
 
 
 def stored_config(path: Path | str) -> ModelConfig:
@@ -104,7 +100,7 @@ def stored_config(path: Path | str) -> ModelConfig:
     return ModelConfig.from_hf(_about(Path(path).absolute())["config"])
 
 
-def restore_params(path: Path | str, layout: MeshLayout) -> dict[str, jax.Array | BlockScaled]:
+def restore_params(path: Path | str, layout: MeshLayout) -> dict[str, Weight]:
     """Weights that `save_params` wrote, on the mesh of ``layout``."""
     about = _about(Path(path).absolute())
     dtypes = about["dtypes"]
@@ -113,12 +109,9 @@ def restore_params(path: Path | str, layout: MeshLayout) -> dict[str, jax.Array 
 
     def like(name: str) -> Any:
         placed, dtype = layout.parameter(*axes[name]), np.dtype(dtypes[name])
-        weight = jax.ShapeDtypeStruct(shapes[name], dtype, sharding=placed)
-        if about["block"] is None or dtype.itemsize != 1:
-            return weight
-        block = (about["block"][0], about["block"][1])
-        scale = jax.ShapeDtypeStruct(scale_shape(shapes[name], block), np.float32, sharding=placed)
-        return BlockScaled(weight, scale, block)
+        if name in about["formats"]:
+            return abstract_quantised(shapes[name], described(about["formats"][name]), placed)
+        return jax.ShapeDtypeStruct(shapes[name], dtype, sharding=placed)
 
     return restore_tree(path, {name: like(name) for name in axes if name in dtypes})
 
@@ -137,7 +130,7 @@ def _text(leaf: Any) -> str:
 
 def _about(path: Path) -> dict[str, Any]:
     about = _metadata(path).custom_metadata
-    if not isinstance(about, dict) or not {"config", "dtypes", "block"} <= about.keys():
+    if not isinstance(about, dict) or not {"config", "dtypes", "formats"} <= about.keys():
         raise CheckpointError(f"{path}: is a checkpoint, but not of a model's weights")
     return about
 

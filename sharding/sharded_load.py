@@ -18,10 +18,9 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from stepjax.checkpoint.reader import Change, Checkpoint, Index, Progress
-from stepjax.weights.fp8 import BlockScaled, Weight
-from stepjax.weights.int_groups import Grouped
-from stepjax.weights.inventory import Groups, scale_shape
+from stepjax.checkpoint.reader import Checkpoint, Index, Progress, read_as
+from stepjax.weights.expert_format import ExpertFormat
+from stepjax.weights.quantised import Quantised, Weight
 
 READERS = 4  # threads; reading releases the interpreter's lock
 AHEAD = 0.2  # of the largest weight's part: how much more than that may be read and not placed yet
@@ -29,7 +28,7 @@ AHEAD = 0.2  # of the largest weight's part: how much more than that may be read
 # Weights whose first axis is the experts as the router numbers them.
 _BY_EXPERT = re.compile(r"layers\.(\d+)\.moe\.(?:experts\.(?:gate|up|down)|router\.(?:weight|bias))")
 
-Read = np.ndarray | BlockScaled | Grouped
+Read = np.ndarray | Quantised
 ExpertOrder = Mapping[int, Sequence[int]]  # by layer: our expert j is the stored expert order[j]
 
 
@@ -55,19 +54,17 @@ def load_sharded(
     shardings: Mapping[str, Sharding],
     dtype: Any,
     *,
-    keep_fp8: bool = False,
+    experts: ExpertFormat | None = None,
     expert_order: ExpertOrder | None = None,
-    change: Change | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Weight], LoadReport]:
     """Every weight on its devices.
 
     Args:
-      shardings: by our path, one for each weight of the checkpoint. A weight that stays in FP8 blocks must not be cut
-        inside one (`stepjax.sharding.rules` sees to it).
+      shardings: by our path, one for each weight of the checkpoint. A quantised weight must not be cut inside what
+        shares a scale (`stepjax.sharding.rules` refuses that).
+      experts: how to hold the routed experts; None: as `Checkpoint.resident_experts` says.
       expert_order: relabel experts while reading, so that busy ones lie on different devices; answers do not change.
-      keep_fp8: leave FP8 weights in their blocks. What is stored in whole numbers stays so always.
-      change: applied to each slice before it is placed, as to quantise it.
       progress: called with (bytes read, bytes that this process will read).
     """
     assert set(shardings) == set(checkpoint.paths), set(shardings) ^ set(checkpoint.paths)
@@ -75,9 +72,8 @@ def load_sharded(
     slices = [piece for path in checkpoint.paths for piece in _slices(checkpoint, path, shardings[path])]
     total, done, placed_bytes = sum(piece.num_bytes for piece in slices), 0, 0
     arrays: dict[str, list[Any]] = {}
-    read = _Reader(checkpoint, dtype, keep_fp8=keep_fp8, order=expert_order or {})
+    read = _Reader(checkpoint, dtype, experts=experts or checkpoint.resident_experts, order=expert_order or {})
     for piece, value in _read_ahead(slices, read, limit=(1 + AHEAD) * _largest(slices)):
-        value = change(piece.path, value) if change else value
         copies = [jax.tree.map(lambda x, to=device: jax.device_put(x, to), value) for device in piece.devices]
         arrays.setdefault(piece.path, []).extend(jax.block_until_ready(copies))
         placed_bytes += sum(copy.nbytes for copy in copies)
@@ -150,7 +146,7 @@ class _Reader:
 
     checkpoint: Checkpoint
     dtype: Any
-    keep_fp8: bool
+    experts: ExpertFormat
     order: ExpertOrder
 
     def __call__(self, piece: _Slice) -> Read:
@@ -158,8 +154,7 @@ class _Reader:
         return parts[0] if len(parts) == 1 else jax.tree.map(lambda *each: np.concatenate(each), *parts)
 
     def _part(self, path: str, index: Index) -> Read:
-        keep = self.keep_fp8 or not self.checkpoint.is_fp8(path)
-        return self.checkpoint.read(path, dtype=self.dtype, keep=keep, index=index, own=True)
+        return read_as(self.checkpoint, path, self.dtype, self.experts, index=index, own=True)
 
     def _stored(self, piece: _Slice) -> list[Index]:
         """Where the slice lies in the file: more than one run of experts if they are relabelled."""
@@ -176,14 +171,11 @@ class _Reader:
 def _assembled(shape: tuple[int, ...], sharding: Sharding, pieces: list[Any]) -> Any:
     """The global array (or quantised weight) of which this process holds ``pieces``."""
     first = pieces[0]
-    if not isinstance(first, BlockScaled | Grouped):
+    if not isinstance(first, Quantised):
         return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
-    if isinstance(first, Grouped):
-        of_values, of_scales = Groups(first.bits, first.group).shapes(shape)
-    else:
-        of_values, of_scales = shape, scale_shape(shape, first.block)
-    q = jax.make_array_from_single_device_arrays(of_values, sharding, [piece.q for piece in pieces])
-    scale = jax.make_array_from_single_device_arrays(of_scales, sharding, [piece.scale for piece in pieces])
+    value_shape, scale_shape = first.format.shapes(shape)
+    q = jax.make_array_from_single_device_arrays(value_shape, sharding, [piece.q for piece in pieces])
+    scale = jax.make_array_from_single_device_arrays(scale_shape, sharding, [piece.scale for piece in pieces])
     return dataclasses.replace(first, q=q, scale=scale)
 
 

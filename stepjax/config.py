@@ -20,7 +20,7 @@ from stepjax.errors import ConfigError
 FULL, SLIDE = "full_attention", "sliding_attention"
 ASSETS = Path(__file__).parent / "assets"
 PRESETS = ("step-3.5-flash", "step-tiny")
-WHOLE_NUMBERS = "stepjax"  # quant_method of a checkpoint whose experts `stepjax convert` wrote in int8 or int4
+OWN_FORMAT = "stepjax"  # quant_method of a checkpoint in a format that this package alone reads, as int8 and int4
 
 
 @dataclass(frozen=True)
@@ -413,7 +413,7 @@ class _Reader:
         where = "quantization_config"
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}: is {value!r}, expected an object or null")
-        if value.get("quant_method") == WHOLE_NUMBERS:
+        if value.get("quant_method") == OWN_FORMAT:
             return None  # the tensors say how
         for name, expected in (("quant_method", "fp8"), ("fmt", "e4m3"), ("activation_scheme", "dynamic")):
             if value.get(name, expected) != expected or (name == "quant_method" and name not in value):

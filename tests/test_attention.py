@@ -16,10 +16,10 @@ import stepjax.model.cache
 import stepjax.ops.attention
 from stepjax.config import ModelConfig
 from stepjax.model.attention import Attention
-from stepjax.model.cache import SPARE_ROWS, Chunk, Ring, Rows, empty_cache
+from stepjax.model.cache import SPARE_ROWS, Chunk, Ring, RowCache, empty_cache
 from stepjax.model.layout import SingleDevice
 from stepjax.model.step3p5 import abstract, bind
-from stepjax.ops.attention import Keys, attention
+from stepjax.ops.attention import KeyValues, attention
 
 B, N, K, H = 2, 6, 2, 16
 FEW = settings(max_examples=15)
@@ -62,7 +62,7 @@ def numpy_attention(q, k, v, window):
 def test_reference_equals_two_loops(window):
     q, k, v = drawn(12)
     position = Chunk.whole(B, 12).position_BT
-    found = both(q, position, [Keys(k, v, position)], window=window)
+    found = both(q, position, [KeyValues(k, v, position)], window=window)
     for row in range(B):
         expected = numpy_attention(q[row], k[row], v[row], window)
         for each in found:
@@ -78,8 +78,8 @@ def test_blocks_and_bands_equal_reference(length, window):
     q, k, v = drawn(length)
     chunk = Chunk.at(jnp.array([0, 9]), jnp.array([length, length - 11]), length)
     _, before_k, before_v = drawn(12, seed=1)
-    prefix = Rows(before_k, before_v).prefix(chunk)
-    parts = [Keys(k, v, chunk.position_BT, offset=0), prefix]
+    prefix = RowCache(before_k, before_v).prefix(chunk)
+    parts = [KeyValues(k, v, chunk.position_BT, offset=0), prefix]
     found, expected = both(q, chunk.position_BT, parts, window=window)
     np.testing.assert_allclose(found, expected, atol=3e-6)
     np.testing.assert_array_equal(found[1, length - 11 :], 0)  # padding sees no key
@@ -90,7 +90,7 @@ def test_block_of_the_real_size(window):
     length = stepjax.ops.attention.BLOCK + 3
     q, k, v = drawn(length)
     position = Chunk.whole(B, length).position_BT
-    found, expected = both(q, position, [Keys(k, v, position, offset=0)], window=window)
+    found, expected = both(q, position, [KeyValues(k, v, position, offset=0)], window=window)
     np.testing.assert_allclose(found, expected, atol=3e-6)
 
 
@@ -102,7 +102,7 @@ def test_gradients_equal_reference(window):
     chunk = Chunk.at(jnp.zeros(B, jnp.int32), jnp.array([37, 20]), 37)
 
     def loss(implementation, q, k, v):
-        parts = [Keys(k, v, chunk.position_BT, offset=0)]
+        parts = [KeyValues(k, v, chunk.position_BT, offset=0)]
         return jnp.sum(jnp.sin(attention(q, chunk.position_BT, parts, window=window, implementation=implementation)))
 
     blocked, reference = (
@@ -119,7 +119,7 @@ def test_segments_equal_separate_sequences(window):
     q, k, v = drawn(total)
     position = jnp.concatenate([jnp.arange(n, dtype=jnp.int32) for n in lengths])[None].repeat(B, 0)
     segment = jnp.repeat(jnp.arange(3), jnp.array(lengths), total_repeat_length=total)[None].repeat(B, 0)
-    parts = [Keys(k, v, position, segment, offset=0)]
+    parts = [KeyValues(k, v, position, segment, offset=0)]
     for found in both(q, position, parts, window=window, segment_BT=segment):
         for row in range(B):
             for start, n in zip(np.cumsum([0, *lengths[:-1]]), lengths, strict=True):
@@ -133,7 +133,7 @@ def test_large_scores_stay_finite_and_exact():
     q, k, v = drawn(8)
     _, before_k, before_v = drawn(8, seed=1)
     chunk = Chunk.at(jnp.array([8, 3]), jnp.array([8, 8]), 8)
-    parts = [Keys(k, v, chunk.position_BT, offset=0), Rows(30 * before_k, before_v).prefix(chunk)]
+    parts = [KeyValues(k, v, chunk.position_BT, offset=0), RowCache(30 * before_k, before_v).prefix(chunk)]
     found, expected = both(100 * q, chunk.position_BT, parts, window=None)
     assert np.isfinite(found).all()
     np.testing.assert_allclose(
@@ -145,7 +145,7 @@ def test_bfloat16_is_rounded_twice():
     """Scores and sums are float32: what is rounded is the weights before the product with v, and the result."""
     q, k, v = drawn(64, dtype=jnp.bfloat16)
     position = Chunk.whole(B, 64).position_BT
-    found, expected = both(q, position, [Keys(k, v, position, offset=0)], window=None)
+    found, expected = both(q, position, [KeyValues(k, v, position, offset=0)], window=None)
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(jnp.float32), rtol=2.0**-7, atol=2.0**-7)
 
@@ -156,7 +156,7 @@ def test_chunk_marks_padding_and_positions_before_the_first():
     assert chunk.start_B.tolist() == [5, -2, 7]
 
 
-@pytest.mark.parametrize("view", [Rows, Ring])
+@pytest.mark.parametrize("view", [RowCache, Ring])
 def test_a_waiting_row_keeps_its_cache(view):
     _, k, v = drawn(9)
     cache = view(k, v)
@@ -169,7 +169,7 @@ def test_a_waiting_row_keeps_its_cache(view):
 def test_rows_past_the_last_are_dropped():
     _, k, v = drawn(6)
     _, new_k, new_v = drawn(4, seed=1)
-    written = Rows(k, v).write(Chunk.at(jnp.array([4, 100]), jnp.array([4, 4]), 4), new_k, new_v)
+    written = RowCache(k, v).write(Chunk.at(jnp.array([4, 100]), jnp.array([4, 4]), 4), new_k, new_v)
     np.testing.assert_array_equal(written.k_BSKH[0, :4], k[0, :4])
     np.testing.assert_array_equal(written.k_BSKH[0, 4:], new_k[0, :2])
     np.testing.assert_array_equal(written.k_BSKH[1], k[1])
@@ -210,7 +210,7 @@ def layer_of(window):
     empty = [jnp.zeros((B, rows, spec.num_kv_heads, spec.head_dim)) for _ in range(2)]
     x = jnp.asarray(np.random.default_rng(1).standard_normal((B, TOTAL, 32)), jnp.float32)
     whole, _ = run(x, jnp.zeros(B, jnp.int32), jnp.full(B, TOTAL), None)
-    return run, (Rows if window is None else Ring)(*empty), x, np.asarray(whole)
+    return run, (RowCache if window is None else Ring)(*empty), x, np.asarray(whole)
 
 
 @pytest.fixture(scope="module", params=[None, WINDOW], ids=["rows", "ring"])
@@ -294,7 +294,7 @@ def test_empty_cache_is_as_large_as_its_layers_need():
     config = ModelConfig.preset("step-3.5-flash")
     cache = jax.eval_shape(lambda: empty_cache(config, batch=2, length=1000, dtype=jnp.bfloat16))
     shapes = [
-        view.k_BSKH.shape if isinstance(view, Rows) else view.k_SRKH.shape for view in (*cache.layers, *cache.mtp)
+        view.k_BSKH.shape if isinstance(view, RowCache) else view.k_SRKH.shape for view in (*cache.layers, *cache.mtp)
     ]
     assert shapes == [(2, 516 if i % 4 else 1000, 8, 128) for i in range(48)]
     assert not jax.eval_shape(lambda: empty_cache(config, batch=1, length=8, dtype=jnp.bfloat16, mtp=False)).mtp

@@ -25,6 +25,7 @@ from stepjax.sharding.planner.hardware import parse
 from stepjax.sharding.planner.measurements import MeasuredStep, read_points
 from stepjax.sharding.planner.search import Choice, Option, PlanRequest, weigh
 from stepjax.sharding.planner.step_time import Efficiency, WorkPart
+from stepjax.weights.fp8 import Fp8Blocks
 
 FLASH = ModelConfig.preset("step-3.5-flash")
 H100 = parse("8xH100")
@@ -97,14 +98,14 @@ def benched(mesh: str, efficiency: Efficiency, **given: Any) -> dict[str, Any]:
     steps = []
     for piece in (512, 2048, 4096):
         ask = PlanRequest("latency", context=4096, chunk=piece, efficiency=efficiency)
-        found = weigh(FLASH, H100, ask, Choice(MeshSpec.parse(mesh), "expert_tensor", "fp8"))
+        found = weigh(FLASH, H100, ask, Choice(MeshSpec.parse(mesh), "expert_tensor", Fp8Blocks()))
         assert isinstance(found, Option), found
         shape = {"step": "prefill", "rows": 1, "tokens": piece, "drafts": 0, "positions": 2048.0}
         ms = 1e3 * found.prompt_s * piece / 4096
         steps.append(shape | {"count": 9, "median_ms": ms, "p90_ms": 0.0, "held_up": 0})
     for batch, drafts in ((1, 0), (1, 3), (8, 0), (8, 1), (64, 0), (64, 3), (256, 0)):
         ask = PlanRequest("latency", batch=batch, context=4096, filled=0.5, efficiency=efficiency)
-        found = weigh(FLASH, H100, ask, Choice(MeshSpec.parse(mesh), "expert_tensor", "fp8", drafts))
+        found = weigh(FLASH, H100, ask, Choice(MeshSpec.parse(mesh), "expert_tensor", Fp8Blocks(), drafts))
         assert isinstance(found, Option), found
         shape = {"step": "decode", "rows": batch, "tokens": 1 + drafts, "drafts": drafts, "positions": 2048.0}
         steps.append(shape | {"count": 9, "median_ms": 1e3 * found.step.seconds, "p90_ms": 0.0, "held_up": 0})

@@ -22,8 +22,10 @@ from checkpoints import (
 from stepjax.checkpoint.reader import Checkpoint, load_params
 from stepjax.config import ModelConfig
 from stepjax.errors import CheckpointError
-from stepjax.weights.fp8 import BlockScaled, dequantize
+from stepjax.weights.fp8 import Fp8Blocks
 from stepjax.weights.inventory import inventory
+from stepjax.weights.plain import PLAIN
+from stepjax.weights.quantised import Quantised, dequantize
 
 HUB = tiny_hub_config()
 TENSORS = random_tensors(HUB)
@@ -45,7 +47,7 @@ def widened(q, scale, block):
 def test_every_tensor_equals_what_was_written(tmp_path, num_shards, index):
     checkpoint = Checkpoint(write_folder(tmp_path, HUB, TENSORS, num_shards=num_shards, index=index))
     assert set(checkpoint.paths) == set(NAMES)
-    assert (checkpoint.has_mtp, checkpoint.fp8, checkpoint.notes) == (True, False, ())
+    assert (checkpoint.has_mtp, checkpoint.experts, checkpoint.notes) == (True, PLAIN, ())
     assert checkpoint.config == ModelConfig.from_hf(HUB)
     assert checkpoint.num_bytes == sum(value.nbytes for value in TENSORS.values())
     for path in checkpoint.paths:
@@ -87,16 +89,16 @@ def test_floats_of_any_width_are_accepted(tmp_path, dtype):
 def test_fp8_is_widened_or_kept(tmp_path, block):
     hub, tensors = fp8_hub_config(block), fp8_tensors(TENSORS, block)
     checkpoint = Checkpoint(write_folder(tmp_path, hub, tensors))
-    assert (checkpoint.fp8, checkpoint.config.fp8_block) == (True, block)
+    assert (checkpoint.experts, checkpoint.config.fp8_block) == (Fp8Blocks(block), block)
     for path in checkpoint.paths:
-        assert checkpoint.is_fp8(path) == (".experts." in path)
-        if not checkpoint.is_fp8(path):
+        assert checkpoint.format(path).quantised == (".experts." in path)
+        if not checkpoint.format(path).quantised:
             assert checkpoint.read(path, dtype=np.float32).tobytes() == expected(path).astype(np.float32).tobytes()
             continue
         q, scale = expected(path, tensors), tensors[f"{NAMES[path]}_scale_inv"]
         kept = checkpoint.read(path, dtype=BF16, keep=True)
-        assert isinstance(kept, BlockScaled)
-        assert (kept.q.dtype, kept.q.tobytes(), kept.block) == (FP8, q.tobytes(), block)
+        assert isinstance(kept, Quantised)
+        assert (kept.q.dtype, kept.q.tobytes(), kept.format) == (FP8, q.tobytes(), Fp8Blocks(block))
         assert kept.scale.tobytes() == scale.tobytes()
         assert np.array_equal(checkpoint.read(path, dtype=np.float32), widened(q, scale, block))
         assert np.array_equal(checkpoint.read(path, dtype=BF16), widened(q, scale, block).astype(BF16))
@@ -113,7 +115,7 @@ def test_part_of_an_fp8_weight(tmp_path):
         index = tuple(slice(*sorted(random.choice(size + 1, 2, replace=False).tolist())) for size in whole.shape)
         assert np.array_equal(checkpoint.read(EXPERTS, dtype=np.float32, index=index), whole[index])
     kept = checkpoint.read(EXPERTS, dtype=BF16, keep=True, index=(slice(1, 3), slice(24, None), slice(20, 60)))
-    assert isinstance(kept, BlockScaled)
+    assert isinstance(kept, Quantised)
     assert kept.q.tobytes() == expected(EXPERTS, tensors)[1:3, 24:, 20:60].tobytes()
     assert kept.scale.tobytes() == tensors[f"{NAMES[EXPERTS]}_scale_inv"][1:3, 1:, 1:3].tobytes()
 
@@ -128,8 +130,8 @@ def test_the_tensors_decide_what_is_fp8(tmp_path):
     part = fp8_tensors({name.replace("self_attn", "moe"): TENSORS[name]})
     tensors |= renamed(part, [(".moe.", ".self_attn.")])
     checkpoint = Checkpoint(write_folder(tmp_path, fp8_hub_config(), tensors))
-    assert [checkpoint.is_fp8(f"layers.{i}.moe.experts.gate") for i in (3, 4, 5)] == [True, False, True]
-    assert checkpoint.is_fp8("layers.1.attn.q_proj.weight")
+    assert [checkpoint.format(f"layers.{i}.moe.experts.gate").quantised for i in (3, 4, 5)] == [True, False, True]
+    assert checkpoint.format("layers.1.attn.q_proj.weight").quantised
     found = checkpoint.read("layers.1.attn.q_proj.weight", dtype=np.float32)
     assert np.array_equal(found, widened(tensors[name], tensors[f"{name}_scale_inv"], (16, 32)))
 
@@ -142,7 +144,7 @@ def test_blocks_of_128_need_no_quantization_config(tmp_path):
 
 def test_a_quantization_config_without_fp8_tensors_is_noted(tmp_path):
     checkpoint = Checkpoint(write_folder(tmp_path, fp8_hub_config(), TENSORS))
-    assert (checkpoint.fp8, checkpoint.config.fp8_block) == (False, None)
+    assert (checkpoint.experts, checkpoint.config.fp8_block) == (PLAIN, None)
     assert "no weight has FP8 scales" in checkpoint.notes[0]
 
 
@@ -207,7 +209,7 @@ def test_other_tools_fp8_spellings_load_as_the_release(tmp_path, spell):
     checkpoint = Checkpoint(write_folder(tmp_path, fp8_hub_config(), spell(tensors)))
     for path in (EXPERTS, EXPERTS.replace("up", "gate"), EXPERTS.replace("up", "down")):
         found = checkpoint.read(path, dtype=BF16, keep=True)
-        assert isinstance(found, BlockScaled)
+        assert isinstance(found, Quantised)
         assert found.q.tobytes() == expected(path, tensors).tobytes()
         assert found.scale.tobytes() == tensors[f"{NAMES[path]}_scale_inv"].tobytes()
 
@@ -216,13 +218,14 @@ def test_other_tools_fp8_spellings_load_as_the_release(tmp_path, spell):
 def test_load_params_gives_jax_arrays_of_the_dtype(tmp_path, keep_fp8):
     checkpoint = Checkpoint(write_folder(tmp_path, fp8_hub_config(), fp8_tensors(TENSORS)))
     calls = []
+    experts = checkpoint.experts if keep_fp8 else None
     params = load_params(
-        checkpoint, jnp.float32, keep_fp8=keep_fp8, progress=lambda done, total: calls.append((done, total))
+        checkpoint, jnp.float32, experts=experts, progress=lambda done, total: calls.append((done, total))
     )
     assert list(params) == list(checkpoint.paths)
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
     assert params["layers.3.moe.router.bias"].dtype == jnp.float32
-    assert isinstance(params[EXPERTS], BlockScaled) == keep_fp8
+    assert isinstance(params[EXPERTS], Quantised) == keep_fp8
     for path, value in params.items():
         wide = dequantize(value, jnp.float32)
         assert np.array_equal(wide, checkpoint.read(path, dtype=np.float32)), path

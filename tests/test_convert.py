@@ -12,8 +12,10 @@ from checkpoints import speaking_folder
 
 from stepjax.checkpoint.reader import Checkpoint
 from stepjax.cli import main
-from stepjax.weights.fp8 import dequantize_numpy, quantize_numpy
-from stepjax.weights.int_groups import dequantize_groups, form_of, quantize_groups
+from stepjax.weights.formats import FORMATS
+from stepjax.weights.fp8 import Fp8Blocks
+from stepjax.weights.plain import PLAIN
+from stepjax.weights.quantised import quantise
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +39,8 @@ def test_there_and_back(capsys, folder, tmp_path):
     assert block
     for path in plain.paths:
         exact = plain.read(path, dtype=ml_dtypes.bfloat16)
-        if fp8.is_fp8(path):
-            expected = dequantize_numpy(quantize_numpy(exact, block), exact.dtype)
+        if fp8.format(path).quantised:
+            expected = quantise(exact, Fp8Blocks(block)).dequantize_numpy(exact.dtype)
             np.testing.assert_array_equal(wide.read(path, dtype=exact.dtype), expected)
         else:
             expected = exact
@@ -62,16 +64,16 @@ def test_whole_numbers_there_and_back(capsys, folder, tmp_path, form):
     assert convert(tmp_path / "int", tmp_path / "back", "--experts", "fp8") == 0
     assert f"experts in {form}" in capsys.readouterr().out
     fp8, whole, wide, back = (Checkpoint(tmp_path / name) for name in ("fp8", "int", "bf16", "back"))
-    assert whole.groups == form_of(form, 16)
-    assert (wide.groups, wide.fp8, back.groups, back.fp8) == (None, False, None, True)
+    assert whole.experts == FORMATS[form].with_group(16)
+    assert (wide.experts, back.experts) == (PLAIN, Fp8Blocks())
     for path in fp8.paths:
         exact = fp8.read(path, dtype=ml_dtypes.bfloat16)
-        if fp8.is_fp8(path):
-            exact = dequantize_groups(quantize_groups(exact, form, 16), exact.dtype)
+        if fp8.format(path).quantised:
+            exact = quantise(exact, whole.experts).dequantize_numpy(exact.dtype)
         np.testing.assert_array_equal(whole.read(path, dtype=exact.dtype), exact)
         np.testing.assert_array_equal(wide.read(path, dtype=exact.dtype), exact)
-        if back.is_fp8(path):
-            exact = dequantize_numpy(quantize_numpy(exact, back.config.fp8_block or (0, 0)), exact.dtype)
+        if back.format(path).quantised:
+            exact = quantise(exact, back.experts).dequantize_numpy(exact.dtype)
         np.testing.assert_array_equal(back.read(path, dtype=exact.dtype), exact)
     for file in (tmp_path / "int").iterdir():
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name

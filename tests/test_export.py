@@ -27,10 +27,12 @@ from stepjax.checkpoint.hf_config import to_hf
 from stepjax.checkpoint.reader import Checkpoint, load_params
 from stepjax.checkpoint.safetensors_file import SafetensorsFile
 from stepjax.checkpoint.writer import save
-from stepjax.config import PRESETS, ModelConfig
+from stepjax.config import ASSETS, PRESETS, ModelConfig
 from stepjax.errors import CheckpointError, ConfigError
-from stepjax.weights.fp8 import BlockScaled
+from stepjax.weights.fp8 import Fp8Blocks
 from stepjax.weights.inventory import inventory
+from stepjax.weights.plain import PLAIN
+from stepjax.weights.quantised import Quantised
 
 HUB = tiny_hub_config()
 CONFIG = ModelConfig.from_hf(HUB)
@@ -64,14 +66,14 @@ def fp8(tmp_path):
 def test_load_save_load_keeps_every_byte(tmp_path, request, kind, max_shard_bytes):
     source = request.getfixturevalue(kind)
     checkpoint = Checkpoint(source)
-    params = load_params(checkpoint, jnp.bfloat16, keep_fp8=True)
+    params = load_params(checkpoint, jnp.bfloat16, experts=checkpoint.experts)
     target = save(
         tmp_path / "out",
         checkpoint.config,
         params,
         source=source,
         max_shard_bytes=max_shard_bytes,
-        experts="fp8" if kind == "fp8" else None,
+        experts=checkpoint.experts if kind == "fp8" else None,
     )
     assert stored(target) == stored(source)
     again = Checkpoint(target)
@@ -79,7 +81,7 @@ def test_load_save_load_keeps_every_byte(tmp_path, request, kind, max_shard_byte
     files = list(target.glob("*.safetensors"))
     assert len(files) == {2**40: 1, 1: len(stored(source))}.get(max_shard_bytes, len(files))
     assert max(map(os.path.getsize, files)) <= max(2 * max_shard_bytes, 100_000)
-    save(tmp_path / "third", again.config, load_params(again, jnp.bfloat16, keep_fp8=True))
+    save(tmp_path / "third", again.config, load_params(again, jnp.bfloat16, experts=again.experts))
     assert stored(tmp_path / "third") == stored(source)
 
 
@@ -119,10 +121,12 @@ def test_a_companion_that_is_a_link_out_of_the_source_is_refused(tmp_path, bf16)
 
 def test_fp8_export_quantises_the_routed_experts_only(tmp_path, bf16):
     config = dataclasses.replace(CONFIG, fp8_block=(16, 32))
-    target = save(tmp_path / "out", config, load_params(Checkpoint(bf16), jnp.bfloat16), source=bf16, experts="fp8")
+    target = save(
+        tmp_path / "out", config, load_params(Checkpoint(bf16), jnp.bfloat16), source=bf16, experts=Fp8Blocks((16, 32))
+    )
     found = stored(target)
     assert {name: entry[0] for name, entry in found.items()} == {
-        spec.hub_name: spec.dtype for spec in inventory(config, experts=(16, 32))
+        spec.hub_name: spec.dtype for spec in inventory(config, experts=Fp8Blocks((16, 32)))
     }
     for name, value in FP8_TENSORS.items():
         assert found[name][2] == value.tobytes(), name
@@ -137,7 +141,7 @@ def test_fp8_export_quantises_the_routed_experts_only(tmp_path, bf16):
 
 
 def test_fp8_export_of_experts_copied_from_the_source(tmp_path, bf16):
-    target = save(tmp_path / "out", CONFIG, {}, source=bf16, experts="fp8")
+    target = save(tmp_path / "out", CONFIG, {}, source=bf16, experts=Fp8Blocks())
     q, scale = quantized(TENSORS["model.layers.8.moe.down_proj.weight"], (128, 128))
     found = stored(target)
     assert found["model.layers.8.moe.down_proj.weight"][2] == q.tobytes()
@@ -147,7 +151,7 @@ def test_fp8_export_of_experts_copied_from_the_source(tmp_path, bf16):
 def test_bf16_export_of_a_widened_fp8_model_drops_the_quantization_config(tmp_path, fp8):
     params = load_params(Checkpoint(fp8), jnp.bfloat16)
     target = save(tmp_path / "out", CONFIG, params, source=fp8)
-    assert not Checkpoint(target).fp8
+    assert Checkpoint(target).experts == PLAIN
     assert json.loads((target / "config.json").read_text()) == HUB
 
 
@@ -220,9 +224,9 @@ def test_memory_holds_one_tensor_and_values_may_be_computed(tmp_path, bf16):
     [
         ({"norm.weight": np.zeros(63, BF16)}, r"norm\.weight has shape \[63\], expected \[64\]"),
         ({"layers.0.typo": np.zeros(3)}, r"layers\.0\.typo is not a weight"),
-        ({"norm.weight": BlockScaled(np.zeros(64), np.zeros(1), (1, 1))}, r"norm\.weight is quantised"),
+        ({"norm.weight": Quantised(np.zeros(64), np.zeros(1), Fp8Blocks((1, 1)))}, r"norm\.weight is quantised"),
         (
-            {"layers.3.moe.experts.up": BlockScaled(np.zeros((8, 32, 64)), np.zeros((8, 1, 1)), (16, 32))},
+            {"layers.3.moe.experts.up": Quantised(np.zeros((8, 32, 64)), np.zeros((8, 1, 1)), Fp8Blocks((16, 32)))},
             r"layers\.3\.moe\.experts\.up\.scale has shape \[8, 1, 1\], expected \[8, 2, 2\]",
         ),
     ],
@@ -237,7 +241,7 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_written(tmp_path
 def test_values_that_cannot_be_quantised_are_refused(tmp_path, bf16):
     bad = np.full((8, 32, 64), np.inf, BF16)
     with pytest.raises(CheckpointError, match=r"experts\.up has values that are not finite"):
-        save(tmp_path / "out", CONFIG, {"layers.3.moe.experts.up": bad}, source=bf16, experts="fp8")
+        save(tmp_path / "out", CONFIG, {"layers.3.moe.experts.up": bad}, source=bf16, experts=Fp8Blocks())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bf16"]
 
 
@@ -341,7 +345,7 @@ def test_a_configuration_survives_the_hub_s_spelling(config):
 
 
 def test_the_release_s_configuration_is_written_as_it_was():
-    path = Path(export.__file__).parent / "assets" / "step-3.5-flash" / "config.json"
+    path = ASSETS / "step-3.5-flash" / "config.json"
     ours, release = to_hf(ModelConfig.preset("step-3.5-flash")), json.loads(path.read_text())
     ignored = {"auto_map", "moe_layer_offset", "moe_every_n_layer"}
     assert {name: value for name, value in release.items() if name not in ignored} == {

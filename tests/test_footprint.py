@@ -24,15 +24,7 @@ from stepjax.sharding.expert_order import rank_load
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.planner import lora_step as training
-from stepjax.sharding.planner.device_bytes import (
-    QUANTS,
-    PlacedArrays,
-    bytes_by_part,
-    cached,
-    layout_of,
-    parameters,
-    placed,
-)
+from stepjax.sharding.planner.device_bytes import PlacedArrays, bytes_by_part, cached, layout_of, parameters, placed
 from stepjax.sharding.planner.exchanges import StepShape, payloads, serving_exchanges
 from stepjax.sharding.planner.hardware import DEVICES, parse
 from stepjax.sharding.planner.step_time import RoutingDistribution, devices_of_domain, exchange_time, tokens_per_step
@@ -40,7 +32,9 @@ from stepjax.sharding.rules import ShardingRules
 from stepjax.sharding.sharded_checkpoint import shardings
 from stepjax.train.planning.check import check, planned
 from stepjax.train.planning.workload import Workload, step_of, study_model
+from stepjax.weights.formats import FORMATS
 from stepjax.weights.inventory import count_parameters, inventory
+from stepjax.weights.plain import PLAIN
 
 FLASH = ModelConfig.preset("step-3.5-flash")
 TINY = dataclasses.replace(small_config(), max_positions=2048)
@@ -54,19 +48,19 @@ def total(arrays: Iterable[PlacedArrays]) -> int:
 # Bytes of the release
 
 
-@pytest.mark.parametrize("quant", QUANTS)
-def test_the_parameters_are_those_of_a_release(quant):
-    kinds = parameters(FLASH, quant=quant, depths=3)
-    expected = sum(spec.num_bytes for spec in inventory(FLASH, experts=QUANTS[quant]))
+@pytest.mark.parametrize("experts", FORMATS.values(), ids=FORMATS)
+def test_the_parameters_are_those_of_a_release(experts):
+    kinds = parameters(FLASH, experts=experts, depths=3)
+    expected = sum(spec.num_bytes for spec in inventory(FLASH, experts=experts))
     assert sum(kind.num_elements * kind.itemsize for kind in kinds) == expected
-    assert sum(kind.count for kind in kinds) == len(inventory(FLASH, experts=QUANTS[quant]))
-    if quant == "bf16":
+    assert sum(kind.count for kind in kinds) == len(inventory(FLASH, experts=experts))
+    if experts == PLAIN:
         assert (expected, sum(kind.count for kind in kinds)) == (398_768_626_944, 804)
         assert sum(kind.num_elements for kind in kinds) == count_parameters(FLASH).total == 199_384_301_376
 
 
 def test_a_rank_of_eight_holds_an_eighth_of_the_experts():
-    layout = layout_of(FLASH, MeshSpec(expert=8), "expert", "bf16")
+    layout = layout_of(FLASH, MeshSpec(expert=8), "expert", PLAIN)
     held = [each for each in placed(parameters(FLASH), layout) if each.kind.part == "experts"]
     assert sum(each.num_elements for each in held) == 23_781_703_680
     assert bytes_by_part(held) == {"experts": 2 * 23_781_703_680}
@@ -175,19 +169,21 @@ def test_attention_multiplies_by_its_weights_where_they_lie():
     assert found.peak_bytes - found.argument_bytes < 40e6
 
 
-@pytest.mark.parametrize("quantize", ["int8", "int4"])
-def test_whole_numbers_are_studied_as_they_are_planned(quantize):
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_whole_numbers_are_studied_as_they_are_planned(name):
     config = dataclasses.replace(TINY, expert_size=64)
-    workload = dataclasses.replace(DECODE, quantize=quantize)
+    workload = dataclasses.replace(DECODE, experts=FORMATS[name])
     spec = MeshSpec(expert=4)
-    layout = MeshLayout(spec.build(), ShardingRules(config, spec, groups=workload.groups))
+    layout = MeshLayout(spec.build(), ShardingRules(config, spec, experts=workload.experts))
     step = step_of(dataclasses.replace(config, mtp_layers=()), workload, layout)
-    mine = placed(parameters(config, quant=quantize), layout_of(config, spec, "expert_tensor", quantize))
+    mine = placed(
+        parameters(config, experts=workload.experts), layout_of(config, spec, "expert_tensor", workload.experts)
+    )
     assert total(mine) == device_bytes(step.params)
 
 
 def test_caches_are_pages_or_rows():
-    layout = layout_of(FLASH, MeshSpec(context=2, expert=4), "expert_tensor", "bf16")
+    layout = layout_of(FLASH, MeshSpec(context=2, expert=4), "expert_tensor", PLAIN)
     rows = cached(FLASH, layout, batch=3, length=4096, depths=0)
     pages = cached(FLASH, layout, batch=3, length=0, depths=0, pages=(3 * 32, 128))
     assert rows.full_bytes == pages.full_bytes == 3 * 4096 * 49152 // 4 // 2
@@ -217,7 +213,7 @@ def test_an_adapter_takes_what_a_real_one_takes(form, mesh, strategy):
     kinds = training.adapters(TINY, adapted)
     assert sum(kind.num_elements for kind in kinds) == sum(x.size for x in attached.values())
     assert sum(kind.count for kind in kinds) == len(attached)
-    mine = placed(kinds, layout_of(TINY, spec, strategy, "bf16"))
+    mine = placed(kinds, layout_of(TINY, spec, strategy, PLAIN))
     assert total(mine) == sum(shard.data.nbytes for shard in shards)
 
 
@@ -243,9 +239,9 @@ def test_adapters_of_the_release():
 
 def test_what_cannot_be_split_is_refused_by_the_same_rules():
     with pytest.raises(MeshError, match="cut inside an FP8 block of 128"):
-        layout_of(FLASH, MeshSpec(tensor=4), "tensor", "fp8")
-    with pytest.raises(MeshError, match="whole groups of 64"):
-        parameters(TINY, quant="int4")
+        layout_of(FLASH, MeshSpec(tensor=4), "tensor", FORMATS["fp8"])
+    with pytest.raises(MeshError, match="groups of 64"):
+        parameters(TINY, experts=FORMATS["int4"])
 
 
 # StepShape and experts
@@ -312,7 +308,7 @@ def test_a_ring_across_nodes_takes_the_network():
 
 
 def test_a_decode_step_sends_two_sums_a_layer():
-    layout = layout_of(FLASH, MeshSpec(expert=8, tensor=4), "expert_tensor", "bf16")
+    layout = layout_of(FLASH, MeshSpec(expert=8, tensor=4), "expert_tensor", PLAIN)
     found = payloads(serving_exchanges(layout, StepShape("decode", 32, 1, 4096), rows_split=False))
     group = ("expert", "tensor")
     assert found == {
@@ -323,7 +319,7 @@ def test_a_decode_step_sends_two_sums_a_layer():
 
 def test_a_long_piece_is_exchanged_where_the_runtime_exchanges():
     """The same decision as the layout's, and buffers of the sizes that it makes."""
-    layout = layout_of(FLASH, MeshSpec(expert=36, tensor=8), "expert_tensor", "bf16")
+    layout = layout_of(FLASH, MeshSpec(expert=36, tensor=8), "expert_tensor", PLAIN)
     work = StepShape("prefill", 1, 36 * 8 * 1024, 36 * 8 * 1024)
     kinds = {each.kind for each in serving_exchanges(layout, work, rows_split=False)}
     from stepjax.sharding.expert_parallel import Group, exchange_pays

@@ -14,12 +14,13 @@ from stepjax.infer.engine.config import EngineConfig
 from stepjax.infer.engine.engine import Engine
 from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.session import Session
-from stepjax.ops.attention import Keys, attention_to, finish
+from stepjax.ops.attention import KeyValues, attention_to, finish
 from stepjax.ops.expert_dense import ExpertWeights
 from stepjax.ops.experts import routed_experts
 from stepjax.weights.adapted import merged
-from stepjax.weights.fp8 import quantize_blocks
-from stepjax.weights.int_groups import quantize_groups
+from stepjax.weights.fp8 import Fp8Blocks
+from stepjax.weights.int_groups import IntGroups
+from stepjax.weights.quantised import quantise
 
 pytestmark = pytest.mark.gpu
 
@@ -39,12 +40,9 @@ def session(device: Any) -> Session:
 def weights(held: str) -> ExpertWeights:
     random = np.random.default_rng(0)
     plain = [random.standard_normal(shape, np.float32) * 0.1 for shape in ((E, F, D), (E, F, D), (E, D, F))]
-    if held == "fp8":
-        return ExpertWeights(*(quantize_blocks(jnp.asarray(w), (32, 32)) for w in plain))
+    formats = {"fp8": Fp8Blocks((32, 32)), "int8": IntGroups(8, None), "int4": IntGroups(4, 32)}
     if held != "float32":
-        return ExpertWeights(
-            *(jax.tree.map(jnp.asarray, quantize_groups(w, "int4" if held == "int4" else "int8", 32)) for w in plain)
-        )
+        return ExpertWeights(*(jax.tree.map(jnp.asarray, quantise(w, formats[held])) for w in plain))
     return ExpertWeights(*map(jnp.asarray, plain))
 
 
@@ -92,7 +90,7 @@ def test_flash_attention_agrees_with_blocks(window, query, key, count):
     position, own = (jnp.asarray(np.stack([x, np.where(x < 0, x, x + 17)]), jnp.int32) for x in (at, own))
 
     def run(in_order: bool) -> Any:
-        keys = Keys(k, v, own, in_order=in_order)
+        keys = KeyValues(k, v, own, in_order=in_order)
         return jax.jit(lambda q: attention_to(q, position, [keys], window=window))(q)
 
     found, expected = run(True), run(False)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stepjax.ops.attention import Keys, Partial, attention_to, finish, flash
+from stepjax.ops.attention import KeyValues, Partial, attention_to, finish, flash
 from stepjax.ops.expert_dense import ExpertWeights
 from stepjax.ops.expert_sorted import grouped
 from stepjax.ops.experts import routed_experts
@@ -95,7 +95,7 @@ def test_flash_attention_agrees_with_blocks(interpreter, query, key, first, end,
     own = key + np.arange(num_keys)
     own = np.where((own >= first) & (own < end), own, -1)
     position, own = (jnp.asarray(np.stack([x, np.where(x < 0, x, x + 20)]), jnp.int32) for x in (at, own))
-    keys = Keys(k, v, own, in_order=True)
+    keys = KeyValues(k, v, own, in_order=True)
     expected = attention_to(q, position, [keys], window=window)
     found = flash(q, position, keys, window, interpreter)
     np.testing.assert_array_equal(found.total_BTKG == 0, expected.total_BTKG == 0)
@@ -118,7 +118,7 @@ def test_the_gradient_of_flash_attention_is_that_of_blocks(interpreter):
     position = jnp.arange(70, dtype=jnp.int32)[None]
 
     def loss(attend: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.sin(average(attend(q, Keys(k, v, position, in_order=True)))))
+        return jnp.sum(jnp.sin(average(attend(q, KeyValues(k, v, position, in_order=True)))))
 
     found = jax.grad(lambda *a: loss(lambda q, keys: flash(q, position, keys, 20, interpreter), *a), (0, 1, 2))(q, k, v)
     expected = jax.grad(lambda *a: loss(lambda q, keys: attention_to(q, position, [keys], window=20), *a), (0, 1, 2))(

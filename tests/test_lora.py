@@ -21,8 +21,9 @@ from stepjax.model.step3p5 import abstract, bind
 from stepjax.ops.expert_dense import ExpertWeights
 from stepjax.ops.experts import routed_experts
 from stepjax.weights.adapted import Adapted, by_token, linear, merged
-from stepjax.weights.fp8 import quantize_blocks
-from stepjax.weights.int_groups import quantize_groups
+from stepjax.weights.fp8 import Fp8Blocks
+from stepjax.weights.int_groups import IntGroups
+from stepjax.weights.quantised import quantise
 
 FORMS = ("gathered", "batched", "capacity", "blocked", "in_turn")
 T, A, E, D, F, R = 48, 2, 4, 24, 16, 3
@@ -60,9 +61,9 @@ def expert_sample(
         w = 0.3 * jax.random.normal(next(keys), (E, out, size_in))
         held: Any = w
         if base == "fp8":
-            held = quantize_blocks(w, (8, 8))
+            held = jax.tree.map(jnp.asarray, quantise(np.asarray(w), Fp8Blocks((8, 8))))
         elif base == "int4":
-            held = jax.tree.map(jnp.asarray, quantize_groups(np.asarray(w), "int4", 8))
+            held = jax.tree.map(jnp.asarray, quantise(np.asarray(w), IntGroups(4, 8)))
         a = jax.random.normal(next(keys), (E, slots * R, size_in)) * 0.3
         b = jax.random.normal(next(keys), (E, out, slots * R)) * 0.3
         if form == "shared_outer":

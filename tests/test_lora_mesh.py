@@ -25,7 +25,8 @@ from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.rules import ShardingRules
 from stepjax.weights.adapted import Adapted
-from stepjax.weights.int_groups import quantize_groups
+from stepjax.weights.int_groups import IntGroups
+from stepjax.weights.quantised import quantise
 
 B, T = 2, 64
 FORMS = ("per_expert", "shared_outer")
@@ -123,7 +124,7 @@ def mixture(where: Layout, form: str, *, slots: int = 1, quantized: bool = False
         if f"{of}{name}.a" in adapters[0]:
             base = held[name]
             if quantized and ".experts." in f".{name}":
-                base = jax.tree.map(jnp.asarray, quantize_groups(np.asarray(base), "int4", 32))
+                base = jax.tree.map(jnp.asarray, quantise(np.asarray(base), IntGroups(4, 32)))
             a = jnp.concatenate([each[f"{of}{name}.a"] for each in adapters], axis=-2)
             b = jnp.concatenate([each[f"{of}{name}.b"] for each in adapters], axis=-1)
             held[name] = Adapted(base, a, b, scale=0.5, slots=slots)

@@ -26,8 +26,9 @@ from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.rules import ShardingRules
 from stepjax.sharding.sharded_checkpoint import restore_adapter, save_adapter
-from stepjax.weights.fp8 import BlockScaled, quantize_numpy
-from stepjax.weights.int_groups import form_of, quantize_groups
+from stepjax.weights.fp8 import Fp8Blocks
+from stepjax.weights.int_groups import IntGroups
+from stepjax.weights.quantised import Quantised, quantise
 
 LORA = lora_config(experts="shared_outer")
 
@@ -112,7 +113,7 @@ def test_quantised_experts_are_added_to_in_float32_and_quantised_again(tmp_path,
         write_folder(folder, hub, fp8_tensors(tensors))
     else:
         write_folder(tmp_path / "plain", hub, tensors)
-        save(folder, ModelConfig.from_hf(hub), {}, source=tmp_path / "plain", experts=form_of("int4", 16))
+        save(folder, ModelConfig.from_hf(hub), {}, source=tmp_path / "plain", experts=IntGroups(4, 16))
     checkpoint = Checkpoint(folder)
     config = checkpoint.config
     adapter = adapter_of(config)
@@ -128,10 +129,10 @@ def test_quantised_experts_are_added_to_in_float32_and_quantised_again(tmp_path,
     held: Any = found.read(path, dtype=np.float32, keep=True)
     if form == "fp8":
         assert config.fp8_block
-        expected: Any = quantize_numpy(exact, config.fp8_block)
-        assert isinstance(held, BlockScaled)
+        expected: Any = quantise(exact, Fp8Blocks(config.fp8_block))
+        assert isinstance(held, Quantised)
     else:
-        expected = quantize_groups(exact, "int4", 16)
+        expected = quantise(exact, IntGroups(4, 16))
     assert (np.asarray(held.q) != np.asarray(expected.q)).mean() < 1e-3  # sums of other order at a rounding's edge
     np.testing.assert_allclose(held.scale.astype(np.float32), expected.scale.astype(np.float32), rtol=1e-2)
     for name in before:

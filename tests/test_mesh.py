@@ -17,6 +17,8 @@ from stepjax.model.layout import AXES as LOGICAL
 from stepjax.model.step3p5 import abstract, axes_of, params_of
 from stepjax.sharding.mesh import AXES, MeshSpec
 from stepjax.sharding.rules import GROUP, STRATEGIES, ShardingRules
+from stepjax.weights.fp8 import Fp8Blocks
+from stepjax.weights.plain import PLAIN
 
 FLASH = ModelConfig.preset("step-3.5-flash")
 FP8 = dataclasses.replace(FLASH, fp8_block=(128, 128))
@@ -132,7 +134,7 @@ ILLEGAL = [
 @pytest.mark.parametrize(("text", "devices", "strategy", "config", "fp8", "message"), ILLEGAL)
 def test_an_illegal_mesh_is_refused_with_its_reason(text, devices, strategy, config, fp8, message):
     with pytest.raises(MeshError) as refused:
-        ShardingRules(config, MeshSpec.parse(text).resolve(devices), strategy, keep_fp8=fp8)
+        ShardingRules(config, MeshSpec.parse(text).resolve(devices), strategy, Fp8Blocks() if fp8 else PLAIN)
     assert message in str(refused.value)
 
 
@@ -159,7 +161,7 @@ LEGAL = [
 
 @pytest.mark.parametrize(("text", "devices", "strategy", "config", "fp8", "notes"), LEGAL)
 def test_a_legal_mesh_says_what_it_copies(text, devices, strategy, config, fp8, notes):
-    rules = ShardingRules(config, MeshSpec.parse(text).resolve(devices), strategy, keep_fp8=fp8)
+    rules = ShardingRules(config, MeshSpec.parse(text).resolve(devices), strategy, Fp8Blocks() if fp8 else PLAIN)
     assert len(rules.notes) == notes
     assert all("each hold a copy" in note for note in rules.notes)
 
@@ -167,7 +169,7 @@ def test_a_legal_mesh_says_what_it_copies(text, devices, strategy, config, fp8, 
 @pytest.mark.parametrize(("text", "devices", "strategy", "config", "fp8", "notes"), LEGAL)
 def test_no_parameter_is_cut_unevenly(text, devices, strategy, config, fp8, notes):
     spec = MeshSpec.parse(text).resolve(devices)
-    rules = ShardingRules(config, spec, strategy, keep_fp8=fp8)
+    rules = ShardingRules(config, spec, strategy, Fp8Blocks() if fp8 else PLAIN)
     shapes, all_axes = skeleton(config)
     for name, axes in all_axes.items():
         for size, entry in zip(shapes[name].shape, rules.spec(*axes), strict=True):

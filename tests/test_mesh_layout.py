@@ -21,7 +21,7 @@ from stepjax.infer.sampling.state import Sampling
 from stepjax.infer.session import Session
 from stepjax.infer.steps.runner import Runner
 from stepjax.infer.steps.state import NO_EXPERT
-from stepjax.model.cache import Chunk, Ring, Rows
+from stepjax.model.cache import Chunk, Ring, RowCache
 from stepjax.model.layout import Layout, SingleDevice
 from stepjax.model.step3p5 import Step3p5, abstract, axes_of, bind
 from stepjax.ops.attention import Heads
@@ -226,7 +226,7 @@ def test_a_cache_is_split_by_sequence_position_and_head():
     runner = Runner(session(where, CONFIG, PARAMS).model, num_tokens=128, drafts=0)
     state = runner.start(4, 256, jnp.float32, sampling)
     full, ring = state.cache.layers[:2]
-    assert isinstance(full, Rows)
+    assert isinstance(full, RowCache)
     assert isinstance(ring, Ring)
     assert full.k_BSKH.sharding.shard_shape(full.k_BSKH.shape) == (2, 128, 1, 16)
     assert ring.k_SRKH.sharding.shard_shape(ring.k_SRKH.shape) == (2, 12, 1, 16)

@@ -14,7 +14,8 @@ from stepjax.ops.expert_choice import block_rows, buffer_rows, choose_form, choo
 from stepjax.ops.expert_dense import ExpertWeights
 from stepjax.ops.experts import routed_experts
 from stepjax.ops.swiglu import swiglu
-from stepjax.weights.fp8 import dequantize, quantize_blocks
+from stepjax.weights.fp8 import Fp8Blocks
+from stepjax.weights.quantised import dequantize, quantise
 
 T, A, E, D, F = 40, 2, 8, 24, 16
 FORMS = ("gathered", "batched", "capacity", "blocked", "in_turn")
@@ -155,7 +156,7 @@ def test_forms_agree_in_value_and_gradient(form, dtype):
 def test_float8_weights_equal_their_dequantised_form(form):
     """Frozen, so that gradients reach tokens and combine weights only."""
     x, weights = sample(jnp.float32)
-    blocks = [quantize_blocks(jnp.asarray(w), (8, 16)) for w in weights]
+    blocks = [jax.tree.map(jnp.asarray, quantise(np.asarray(w), Fp8Blocks((8, 16)))) for w in weights]
     small, plain = ExpertWeights(*blocks), ExpertWeights(*(dequantize(w, jnp.float32) for w in blocks))
     for name in ROUTINGS:
         ids, combine = routing(name)

@@ -28,7 +28,7 @@ from stepjax.model.cache import Chunk
 from stepjax.model.layers import Embed, RMSNorm
 from stepjax.model.moe import MoE, Router
 from stepjax.model.step3p5 import Block, MtpLayer, Step3p5
-from stepjax.ops.attention import Keys
+from stepjax.ops.attention import KeyValues
 from stepjax.ops.swiglu import swiglu
 
 CAUGHT = 1e-3  # the weakest mutant changes sixty times as much
@@ -189,7 +189,7 @@ def attention(
             v = self._heads(self.v_proj(x), "kv_heads")
             if per_head:  # query head a reads KV head a mod K
                 k, v = (jnp.tile(y, (1, 1, spec.num_heads // spec.num_kv_heads, 1)) for y in (k, v))
-            keys = Keys(k, v, at, None, offset=0)
+            keys = KeyValues(k, v, at, None, offset=0)
             out = stepjax.ops.attention.attention(scale * q, at, [keys], window=spec.window)
             if gate is not None:
                 out *= gate(self.g_proj(stream["raw"] if gate_input == "raw" else x))[..., None]

@@ -12,7 +12,7 @@ from tiny import tiny_session
 import stepjax.model.cache
 from stepjax.infer.sampling.state import Sampling
 from stepjax.infer.steps.state import Pieces
-from stepjax.model.cache import SPARE_ROWS, Chunk, Pages, Ring, Rows, Stripe, attend
+from stepjax.model.cache import SPARE_ROWS, Chunk, Pages, Ring, RowCache, Stripe, attend
 from stepjax.ops.attention import Heads, finish, merge
 
 N, K, H, SIZE = 4, 2, 8, 4  # heads, and positions a page
@@ -55,7 +55,7 @@ def filled(rows, pages, chunk_pages):
 @pytest.mark.parametrize("length", [1, 4, 6])
 def test_pages_hold_what_rows_hold(blocks, length):
     where = table()
-    rows, pages = filled(empty(Rows, (BATCH, 36)), empty(Pages, (NUM_PAGES, SIZE)), where)
+    rows, pages = filled(empty(RowCache, (BATCH, 36)), empty(Pages, (NUM_PAGES, SIZE)), where)
     heads = drawn(length, seed=length)
     start = jnp.asarray(LENGTHS, jnp.int32)
     chunk = Chunk.at(start, jnp.asarray([length, length, 0, length, 1]), length, page_BN=where)
@@ -63,7 +63,7 @@ def test_pages_hold_what_rows_hold(blocks, length):
     found, pages = jax.jit(lambda *args: attend(*args, window=None))(heads, chunk, pages)
     np.testing.assert_allclose(found, expected, atol=2e-6)  # blocks are summed in another order
     assert isinstance(pages, Pages)
-    assert isinstance(rows, Rows)
+    assert isinstance(rows, RowCache)
     for b, prefix in enumerate(LENGTHS):
         kept = pages.k_PRKH[where[b]].reshape(-1, K, H)[:prefix]
         np.testing.assert_array_equal(kept, rows.k_BSKH[b, :prefix])
@@ -72,7 +72,7 @@ def test_pages_hold_what_rows_hold(blocks, length):
 def test_blocks_past_a_sequence_change_no_bit_of_it(blocks):
     """A neighbour's long prefix makes the loop go on: merging nothing is exact."""
     where, start = table(), jnp.asarray(LENGTHS, jnp.int32)
-    _, pages = filled(empty(Rows, (BATCH, 36)), empty(Pages, (NUM_PAGES, SIZE)), where)
+    _, pages = filled(empty(RowCache, (BATCH, 36)), empty(Pages, (NUM_PAGES, SIZE)), where)
     heads = drawn(1, seed=1)
 
     def look(start):
@@ -96,7 +96,7 @@ def test_what_has_no_page_is_not_stored():
 def test_stripes_of_pages_add_up(blocks):
     """Three devices that hold every third position each, against one that holds all."""
     where, start = table(), jnp.asarray(LENGTHS, jnp.int32)
-    _, whole = filled(empty(Rows, (BATCH, 36)), empty(Pages, (NUM_PAGES, SIZE)), where)
+    _, whole = filled(empty(RowCache, (BATCH, 36)), empty(Pages, (NUM_PAGES, SIZE)), where)
     heads = drawn(30, seed=5)
     first = Chunk.at(jnp.zeros_like(start), start, 30, page_BN=where)
     query, chunk = drawn(2, seed=6), Chunk.at(start, jnp.full_like(start, 2), 2, page_BN=where)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import doctest
 import json
 import sys
@@ -35,7 +34,8 @@ from stepjax.sharding.planner.search import (
 from stepjax.sharding.planner.step_time import RoutingDistribution
 from stepjax.sharding.rules import ShardingRules
 from stepjax.train.planning.plot import Dot, front
-from stepjax.weights.inventory import FP8_BLOCK, Groups
+from stepjax.weights.formats import FORMATS
+from stepjax.weights.plain import PLAIN
 
 FLASH = ModelConfig.preset("step-3.5-flash")
 
@@ -48,7 +48,7 @@ def planned(hardware: str, goal: Goal, **given: Any) -> Plan:
 def refused(hardware: str, text: str, **given: Any) -> str:
     """Why a choice, written as mesh strategy experts [drafts], is refused; "" if it is not."""
     mesh, strategy, quant, *drafts = text.split()
-    choice = Choice(MeshSpec.parse(mesh), strategy, quant, int(drafts[0]) if drafts else 0)  # type: ignore[arg-type]
+    choice = Choice(MeshSpec.parse(mesh), strategy, FORMATS[quant], int(drafts[0]) if drafts else 0)
     found = weigh(FLASH, parse(hardware), PlanRequest(given.pop("goal", "latency"), **given), choice)
     return found.reason if isinstance(found, Refusal) else ""
 
@@ -163,17 +163,15 @@ def test_every_mesh_that_wins_is_taken_by_the_runtime():
     """Text and rules, as `load` and `study` read them."""
     found = [
         *planned("8xH100", "latency").options,
-        *planned("2 nodes of 8xH100", "lora", batch=32, quants=("bf16", "int4")).options,
-        *planned("6xH100", "cheapest", quants=("int8", "fp8")).options,
+        *planned("2 nodes of 8xH100", "lora", batch=32, experts=(PLAIN, FORMATS["int4"])).options,
+        *planned("6xH100", "cheapest", experts=(FORMATS["int8"], FORMATS["fp8"])).options,
     ]
     assert len(found) > 100
     for option in found:
         choice = option.choice
         spec = MeshSpec.parse(str(choice.mesh))
         assert spec == choice.mesh
-        groups = {"int8": Groups(8, None), "int4": Groups(4, 64)}.get(choice.quant)
-        config = dataclasses.replace(FLASH, fp8_block=FP8_BLOCK) if choice.quant == "fp8" else FLASH
-        ShardingRules(config, spec.resolve(choice.num_devices), choice.strategy, choice.quant == "fp8", groups)
+        ShardingRules(FLASH, spec.resolve(choice.num_devices), choice.strategy, choice.experts)
         assert option.memory.total <= option.memory.usable
 
 
@@ -188,23 +186,25 @@ def test_options_are_ranked_and_each_is_another():
 
 
 def test_four_h100_need_eight_bits():
-    found = planned("4xH100", "latency", quants=("bf16", "fp8"))
-    assert {each.choice.quant for each in found.options} == {"fp8"}
-    reasons = [each.reason for each in found.refusals if each.choice.num_devices == 4 and each.choice.quant == "bf16"]
+    found = planned("4xH100", "latency", experts=(PLAIN, FORMATS["fp8"]))
+    assert {each.choice.experts.name for each in found.options} == {"fp8"}
+    reasons = [
+        each.reason for each in found.refusals if each.choice.num_devices == 4 and each.choice.experts.name == "bf16"
+    ]
     assert reasons
     assert all(FITS in each for each in reasons)
 
 
 def test_goals_ask_for_different_things():
-    quick = planned("8xH100", "latency", quants=("bf16",)).options[0]
-    many = planned("8xH100", "throughput", quants=("bf16",), batch=256, tpot_s=0.03).options[0]
+    quick = planned("8xH100", "latency", experts=(PLAIN,)).options[0]
+    many = planned("8xH100", "throughput", experts=(PLAIN,), batch=256, tpot_s=0.03).options[0]
     assert quick.batch == 1 < many.batch
     assert many.tokens_per_s > 10 * quick.tokens_per_s
     assert many.tpot_s <= 0.03
     cheap = planned("8xH100", "cheapest", batch=8).options[0]
     assert cheap.choice.num_devices == 2  # 119 GB with int4 experts
-    assert cheap.choice.quant == "int4"
-    far = planned("1xH200", "context", batch=2, quants=("int4",)).options[0]
+    assert cheap.choice.experts.name == "int4"
+    far = planned("1xH200", "context", batch=2, experts=(FORMATS["int4"],)).options[0]
     assert far.context % 64 == 0
     assert 100_000 < far.context < 262_144
     asked = f"data=1 expert_tensor int4 {far.choice.drafts}"
@@ -213,7 +213,7 @@ def test_goals_ask_for_different_things():
 
 
 def test_training_holds_factors_moments_and_activations():
-    found = planned("8xH100", "lora", batch=16, quants=("bf16",))
+    found = planned("8xH100", "lora", batch=16, experts=(PLAIN,))
     best = found.options[0]
     assert best.memory.training > 0
     assert best.tokens_per_s == pytest.approx(best.batch * best.context / best.step.seconds)
@@ -224,7 +224,7 @@ def test_training_holds_factors_moments_and_activations():
 
 def test_drafts_are_dear_for_few_and_cheap_for_many():
     def step(batch: int, drafts: int) -> float:
-        choice = Choice(MeshSpec(expert=8), "expert_tensor", "bf16", drafts)
+        choice = Choice(MeshSpec(expert=8), "expert_tensor", PLAIN, drafts)
         found = weigh(FLASH, parse("8xH100"), PlanRequest("latency", batch=batch), choice)
         assert isinstance(found, Option)
         return found.step.work_s
@@ -234,10 +234,10 @@ def test_drafts_are_dear_for_few_and_cheap_for_many():
 
 
 def test_hot_experts_cost_time():
-    even = weigh(FLASH, parse("8xH100"), PlanRequest("latency", batch=2), Choice(MeshSpec(expert=8), "expert", "bf16"))
+    even = weigh(FLASH, parse("8xH100"), PlanRequest("latency", batch=2), Choice(MeshSpec(expert=8), "expert", PLAIN))
     skewed = RoutingDistribution(tuple(50.0 if each < 36 else 1.0 for each in range(288)))
     asked = PlanRequest("latency", batch=2, routing=skewed)
-    hot = weigh(FLASH, parse("8xH100"), asked, Choice(MeshSpec(expert=8), "expert", "bf16"))
+    hot = weigh(FLASH, parse("8xH100"), asked, Choice(MeshSpec(expert=8), "expert", PLAIN))
     assert isinstance(even, Option)
     assert isinstance(hot, Option)
     assert hot.step.parts["experts"] > 1.5 * even.step.parts["experts"]
@@ -246,7 +246,7 @@ def test_hot_experts_cost_time():
 def test_the_published_point_of_vllm():
     """4 H200, TP4, 16 bit, 2048 in and 1024 out, 10 at a time: 11.91 ms a token. Nothing was fitted to it."""
     ask = PlanRequest("latency", batch=10, context=3072, filled=2560 / 3072)
-    found = weigh(FLASH, parse("4xH200"), ask, Choice(MeshSpec(tensor=4), "tensor", "bf16"))
+    found = weigh(FLASH, parse("4xH200"), ask, Choice(MeshSpec(tensor=4), "tensor", PLAIN))
     assert isinstance(found, Option)
     assert found.tpot_s == pytest.approx(11.91e-3, rel=0.35)
 
@@ -256,7 +256,7 @@ def test_there_are_enough_choices_to_be_worth_the_name():
     meshes = {str(each.mesh) for each in choices(FLASH, parse("8xH100"), PlanRequest("latency"))}
     assert len(meshes) == 1 + 3 + 6 + 10
     small = small_config()
-    assert plan(small, parse("2xH100"), PlanRequest("latency", context=128, quants=("bf16",))).options
+    assert plan(small, parse("2xH100"), PlanRequest("latency", context=128, experts=(PLAIN,))).options
 
 
 # Hardware
@@ -365,7 +365,7 @@ def test_the_front_has_no_point_that_another_beats():
 
 
 def test_a_batch_grows_until_memory_ends():
-    choice = Choice(MeshSpec(expert=8), "expert_tensor", "bf16")
+    choice = Choice(MeshSpec(expert=8), "expert_tensor", PLAIN)
     found = by_batch(FLASH, parse("8xH100"), PlanRequest("latency"), choice)
     assert [each.batch for each in found] == list(BATCHES[: len(found)])
     assert 4 < len(found) < len(BATCHES)
@@ -402,7 +402,7 @@ def test_a_plan_from_python_is_that_of_the_command(capsys):
     assert main(["plan", "--hardware", "8xH100", "--experts", "bf16,fp8", "--json"]) == 0
     first = json.loads(capsys.readouterr().out)["options"][0]
     best = found.options[0]
-    assert (str(best.choice.mesh), best.choice.quant, best.choice.drafts) == (
+    assert (str(best.choice.mesh), best.choice.experts.name, best.choice.drafts) == (
         first["mesh"],
         first["experts"],
         first["drafts"],

@@ -1,4 +1,4 @@
-"""Block-scaled float8: the numpy and the jax form, against the definition read block by block."""
+"""Block-scaled float8 against the definition read block by block, in numpy and in jax."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,8 @@ import pytest
 from checkpoints import quantized
 from hypothesis import given, strategies as st
 
-from stepjax.weights.fp8 import BlockScaled, dequantize, dequantize_numpy, quantize_blocks, quantize_numpy, take
+from stepjax.weights.fp8 import Fp8Blocks
+from stepjax.weights.quantised import Quantised, dequantize, quantise, take
 
 CASES = [((256, 384), (128, 128)), ((3, 100, 70), (16, 32)), ((2, 2, 33, 65), (32, 64)), ((5, 7), (8, 8))]
 
@@ -26,85 +27,86 @@ def same_bytes(a, b):
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
+def on_device(w: Quantised) -> Quantised:
+    return jax.tree.map(jnp.asarray, w)
+
+
 @pytest.mark.parametrize(("shape", "block"), CASES)
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32], ids=["bf16", "f32"])
-def test_all_forms_give_the_bytes_of_the_definition(shape, block, dtype):
+def test_quantising_gives_the_bytes_of_the_definition(shape, block, dtype):
     w = weights(shape, dtype=dtype)
     q, scale = quantized(w, block)
-    for found in (
-        quantize_numpy(w, block),
-        quantize_blocks(jnp.asarray(w), block),
-        jax.jit(quantize_blocks, static_argnums=1)(w, block),
-    ):
-        assert same_bytes(found.q, q)
-        assert same_bytes(found.scale, scale)
-        assert (found.shape, found.ndim, found.block) == (shape, len(shape), block)
+    found = quantise(w, Fp8Blocks(block))
+    assert same_bytes(found.q, q)
+    assert same_bytes(found.scale, scale)
+    assert (found.shape, found.ndim, found.format) == (shape, len(shape), Fp8Blocks(block))
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=28, max_size=28))
-def test_numpy_and_jax_agree_on_any_numbers(values):
+def test_any_numbers_are_held_as_the_definition_says(values):
     w = np.array(values, np.float32).reshape(7, 4)
-    a, b = quantize_numpy(w, (3, 3)), quantize_blocks(jnp.asarray(w), (3, 3))
-    assert same_bytes(a.q, b.q)
-    assert same_bytes(a.scale, b.scale)
-    assert np.isfinite(a.q.astype(np.float32)).all()
-    assert (a.scale > 0).all()
+    found = quantise(w, Fp8Blocks((3, 3)))
+    q, scale = quantized(w, (3, 3))
+    assert same_bytes(found.q, q)
+    assert same_bytes(found.scale, scale)
+    assert np.isfinite(found.q.astype(np.float32)).all()
+    assert (found.scale > 0).all()
 
 
 def test_a_zero_block_has_scale_one_and_its_neighbours_do_not_matter():
     w = np.zeros((4, 8), np.float32)
     w[:2, 4:] = 896
-    found = quantize_numpy(w, (2, 4))
+    found = quantise(w, Fp8Blocks((2, 4)))
     assert found.scale.tolist() == [[1, 2], [1, 1]]
-    assert dequantize_numpy(found, np.float32).tolist() == w.tolist()
+    assert found.dequantize_numpy(np.float32).tolist() == w.tolist()
 
 
 @pytest.mark.parametrize(("shape", "block"), CASES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
 def test_dequantize_multiplies_in_float32_and_rounds_once(shape, block, dtype):
-    w = quantize_numpy(weights(shape), block)
+    w = quantise(weights(shape), Fp8Blocks(block))
     expected = np.empty(shape, np.float32)
     for where in np.ndindex(shape):
         at = (*where[:-2], where[-2] // block[0], where[-1] // block[1])
         expected[where] = np.float32(w.q[where]) * w.scale[at]
     expected = expected.astype(dtype)
-    on_device = BlockScaled(jnp.asarray(w.q), jnp.asarray(w.scale), block)
-    assert same_bytes(dequantize_numpy(w, dtype), expected)
-    assert same_bytes(dequantize(on_device, dtype), expected)
-    assert same_bytes(jax.jit(dequantize, static_argnums=1)(on_device, dtype), expected)
+    placed = on_device(w)
+    assert same_bytes(w.dequantize_numpy(dtype), expected)
+    assert same_bytes(dequantize(placed, dtype), expected)
+    assert same_bytes(jax.jit(dequantize, static_argnums=1)(placed, dtype), expected)
 
 
 def test_error_is_that_of_three_mantissa_bits():
     """ATOM measured 30.5 dB on the release; Gaussian weights give 31.5."""
     w = np.random.default_rng(0).standard_normal((512, 512)).astype(np.float32)
-    error = dequantize_numpy(quantize_numpy(w, (128, 128)), np.float32) - w
+    error = quantise(w, Fp8Blocks((128, 128))).dequantize_numpy(np.float32) - w
     assert 31 < 10 * np.log10((w**2).mean() / (error**2).mean()) < 32
 
 
 def test_requantising_is_stable():
     """A quantised weight, widened and quantised again, is itself: its largest value is 448 scales by construction."""
-    once = quantize_numpy(weights((3, 100, 70), dtype=np.float32), (16, 32))
-    again = quantize_numpy(dequantize_numpy(once, np.float32), (16, 32))
+    once = quantise(weights((3, 100, 70), dtype=np.float32), Fp8Blocks((16, 32)))
+    again = quantise(once.dequantize_numpy(np.float32), Fp8Blocks((16, 32)))
     assert same_bytes(once.q, again.q)
 
 
 @pytest.mark.parametrize("ids", [np.int32(2), np.array([0, 2, 2, 1], np.int32), np.array([[3, 1], [0, 0]], np.int32)])
 def test_take_picks_experts_with_their_scales(ids):
-    w = quantize_numpy(weights((4, 33, 20)), (16, 16))
-    ours = BlockScaled(jnp.asarray(w.q), jnp.asarray(w.scale), w.block)
-    expected = dequantize_numpy(w, np.float32)[ids]
+    w = quantise(weights((4, 33, 20)), Fp8Blocks((16, 16)))
+    ours = on_device(w)
+    expected = w.dequantize_numpy(np.float32)[ids]
     for run in (take, jax.jit(take)):
         found = run(ours, jnp.asarray(ids))
-        assert isinstance(found, BlockScaled)
+        assert isinstance(found, Quantised)
         assert same_bytes(found.dequantize(jnp.float32), expected)
-    assert same_bytes(take(jnp.asarray(dequantize_numpy(w, np.float32)), jnp.asarray(ids)), expected)
+    assert same_bytes(take(jnp.asarray(w.dequantize_numpy(np.float32)), jnp.asarray(ids)), expected)
 
 
 def test_it_is_a_pytree_that_keeps_its_block():
-    w = quantize_blocks(jnp.ones((4, 8)), (2, 4))
+    w = on_device(quantise(np.ones((4, 8)), Fp8Blocks((2, 4))))
     leaves, tree = jax.tree.flatten(w)
     assert [leaf.dtype for leaf in leaves] == [jnp.float8_e4m3fn, jnp.float32]
-    assert jax.tree.unflatten(tree, leaves).block == (2, 4)
+    assert jax.tree.unflatten(tree, leaves).format == Fp8Blocks((2, 4))
     assert jax.eval_shape(lambda x: x, w).shape == (4, 8)
     stacked = jax.lax.scan(lambda carry, x: (carry, x.dequantize(jnp.float32)), 0, jax.tree.map(lambda x: x[None], w))[
         1
@@ -113,7 +115,7 @@ def test_it_is_a_pytree_that_keeps_its_block():
 
 
 def test_a_quantised_weight_takes_no_gradient_and_lets_it_through():
-    w = quantize_blocks(jax.random.normal(jax.random.key(0), (8, 8)), (4, 4))
+    w = on_device(quantise(weights((8, 8)), Fp8Blocks((4, 4))))
 
     def loss(x, w):
         return jnp.sum(jnp.dot(x, w.dequantize(jnp.float32), precision="highest") ** 2)

@@ -1,4 +1,4 @@
-"""Whole-number weights: what they hold, how near they are, and that every formulation of the experts agrees on them."""
+"""Weights in integers: what they hold, how near they are, and that every formulation of the experts agrees on them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from stepjax.errors import ConfigError, MeshError, RequestError
 from stepjax.infer.load import load
 from stepjax.ops.expert_dense import ExpertWeights
 from stepjax.ops.experts import routed_experts
-from stepjax.weights.fp8 import dequantize, take
-from stepjax.weights.int_groups import Grouped, form_of, quantize_groups
-from stepjax.weights.inventory import Groups
+from stepjax.weights.formats import FORMATS
+from stepjax.weights.int_groups import IntGroups
+from stepjax.weights.quantised import Quantised, dequantize, quantise, take
 
-FORMATS = [("int8", 64), ("int4", 64), ("int4", 32)]
+CASES = [("int8", 64), ("int4", 64), ("int4", 32)]
 E, D, F = 6, 64, 128
 
 
@@ -43,16 +43,16 @@ def by_hand(w: np.ndarray, bits: int, group: int) -> np.ndarray:
     return out
 
 
-@pytest.mark.parametrize(("name", "group"), FORMATS)
+@pytest.mark.parametrize(("name", "group"), CASES)
 def test_values_are_those_by_hand(name, group):
     w = drawn((2, 3, F))
     w[0, 1] = 0  # a group of zeros has no scale of its own
-    held = quantize_groups(w, name, group)
+    held = quantise(w, FORMATS[name].with_group(group))
     bits = int(name[3:])
     expected = by_hand(w, bits, F if bits == 8 else group)
     np.testing.assert_array_equal(np.asarray(dequantize(jax.tree.map(jnp.asarray, held), jnp.float32)), expected)
     assert held.shape == w.shape
-    assert held.group == (F if bits == 8 else group)
+    assert held.format.unit_of(w.shape) == (1, F if bits == 8 else group)
     assert held.nbytes == w.size * bits // 8 + held.scale.nbytes
 
 
@@ -60,15 +60,15 @@ def test_values_are_those_by_hand(name, group):
 def test_errors_are_those_of_the_format(name, group, bound):
     """Of normal values, relative: half a step over √3, a step being the largest of the group over 2^(bits−1)."""
     w = drawn((4, 32, 256))
-    held = quantize_groups(w, name, group)
+    held = quantise(w, FORMATS[name].with_group(group))
     wide = np.asarray(dequantize(jax.tree.map(jnp.asarray, held), jnp.float32))
     assert bound / 2 < np.sqrt(np.mean((wide - w) ** 2)) < bound
 
 
 def test_a_weight_may_be_cut_at_any_group_and_any_expert():
     w = drawn((E, 4, F))
-    whole = jax.tree.map(jnp.asarray, quantize_groups(w, "int4", 32))
-    part = quantize_groups(w[2:4, :, 32:96], "int4", 32)
+    whole = jax.tree.map(jnp.asarray, quantise(w, IntGroups(4, 32)))
+    part = quantise(w[2:4, :, 32:96], IntGroups(4, 32))
     np.testing.assert_array_equal(
         dequantize(whole, jnp.float32)[2:4, :, 32:96], dequantize(jax.tree.map(jnp.asarray, part), jnp.float32)
     )
@@ -80,21 +80,21 @@ def test_a_weight_may_be_cut_at_any_group_and_any_expert():
 
 def test_what_cannot_be_held_is_refused():
     with pytest.raises(ConfigError, match="groups of 64"):
-        quantize_groups(drawn((2, 96)), "int4", 64)
+        quantise(drawn((2, 96)), IntGroups(4, 64))
     broken = drawn((2, 64))
     broken[1, 3] = np.inf
     for name in ("int8", "int4"):
         with pytest.raises(ConfigError, match="not finite"):
-            quantize_groups(broken, name)
+            quantise(broken, FORMATS[name].with_group(64))
 
 
-@pytest.mark.parametrize(("name", "group"), FORMATS)
+@pytest.mark.parametrize(("name", "group"), CASES)
 @pytest.mark.parametrize("form", ["gathered", "batched", "capacity", "blocked", "in_turn"])
 def test_every_form_agrees_with_the_widened_weights(monkeypatch, name, group, form):
     """Some experts at a time, as where they are large."""
     monkeypatch.setattr(stepjax.ops.expert_choice, "WIDENED_BYTES", 2 * D * F * 4)
     weights = [drawn(shape, at) * 0.1 for at, shape in enumerate([(E, F, D), (E, F, D), (E, D, F)])]
-    held = [jax.tree.map(jnp.asarray, quantize_groups(w, name, group)) for w in weights]
+    held = [jax.tree.map(jnp.asarray, quantise(w, FORMATS[name].with_group(group))) for w in weights]
     wide = [dequantize(w, jnp.float32) for w in held]
     x, random = jnp.asarray(drawn((20, D), 7)), np.random.default_rng(8)
     ids = jnp.asarray(np.stack([random.permutation(E)[:2] for _ in range(20)]), jnp.int32)
@@ -119,13 +119,13 @@ def folder(tmp_path_factory):
 def test_a_checkpoint_is_quantised_as_it_is_read(folder, mesh):
     """Experts only, split by whole experts or between groups; the logits are those of the widened weights."""
     session = load(folder, dtype="float32", quantize="int4", group=16, mesh=mesh)
-    kinds = {path: isinstance(value, Grouped) for path, value in session.params.items()}
+    kinds = {path: isinstance(value, Quantised) for path, value in session.params.items()}
     assert kinds == {path: ".experts." in path for path in kinds}
     plain = load(folder, dtype="float32")
     wide = dict(plain.params)
     for path in Checkpoint(folder).paths:
         if ".experts." in path:
-            held = quantize_groups(np.asarray(plain.params[path]), "int4", 16)
+            held = quantise(np.asarray(plain.params[path]), IntGroups(4, 16))
             wide[path] = dequantize(jax.tree.map(jnp.asarray, held), jnp.float32)
     ids = list(range(20, 60))
     expected = type(plain)(plain.config, wide, dtype=jnp.float32).logits(ids)
@@ -150,17 +150,19 @@ def test_bad_requests_are_refused(folder):
 @pytest.mark.parametrize("mesh", [None, "expert=8"])
 def test_a_converted_checkpoint_is_held_as_it_is_stored(folder, tmp_path, form, mesh):
     """To the byte what quantising while reading gives, on one device and on a mesh that reads slices."""
-    written = save(tmp_path / "out", Checkpoint(folder).config, {}, source=folder, experts=form_of(*form))
+    written = save(
+        tmp_path / "out", Checkpoint(folder).config, {}, source=folder, experts=FORMATS[form[0]].with_group(form[1])
+    )
     stored = load(written, dtype="float32", mesh=mesh)
     expected = load(folder, dtype="float32", quantize=form[0], group=form[1], mesh=mesh)
     assert stored.params.keys() == expected.params.keys()
     for path, value in expected.params.items():
         found = stored.params[path]
-        assert isinstance(found, Grouped) == (".experts." in path)
+        assert isinstance(found, Quantised) == (".experts." in path)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(value), strict=True):
             assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
     checkpoint = Checkpoint(written)
-    assert checkpoint.groups == form_of(*form)
+    assert checkpoint.experts == FORMATS[form[0]].with_group(form[1])
     assert checkpoint.num_bytes == sum(file.nbytes for file in stored.params.values()) - _widening(stored)
     with pytest.raises(RequestError, match=f"in {form[0][3:]} bits already"):
         load(written, quantize="int4")
@@ -171,18 +173,20 @@ def _widening(session) -> int:
     return sum(
         value.nbytes // 2
         for path, value in session.params.items()
-        if not isinstance(value, Grouped) and not path.endswith("router.bias")
+        if not isinstance(value, Quantised) and not path.endswith("router.bias")
     )
 
 
 def test_part_of_a_stored_weight_is_that_part(folder, tmp_path):
-    checkpoint = Checkpoint(save(tmp_path / "out", Checkpoint(folder).config, {}, source=folder, experts=Groups(4, 16)))
+    checkpoint = Checkpoint(
+        save(tmp_path / "out", Checkpoint(folder).config, {}, source=folder, experts=IntGroups(4, 16))
+    )
     path = "layers.2.moe.experts.gate"
     whole = checkpoint.read(path, dtype=np.float32)
     index = (slice(1, 3), slice(5, 20), slice(16, 48))
     np.testing.assert_array_equal(checkpoint.read(path, dtype=np.float32, index=index), whole[index])
     kept = checkpoint.read(path, dtype=np.float32, index=index, keep=True, own=True)
-    assert isinstance(kept, Grouped)
+    assert isinstance(kept, Quantised)
     np.testing.assert_array_equal(dequantize(jax.tree.map(jnp.asarray, kept), jnp.float32), whole[index])
     assert checkpoint.stored_bytes(path, index) == kept.nbytes
     ragged = (slice(None), slice(None), slice(5, 21))

@@ -24,19 +24,22 @@ from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.rules import ShardingRules
 from stepjax.sharding.sharded_checkpoint import restore_params, restore_tree, save_params, save_tree, stored_config
 from stepjax.sharding.sharded_load import load_sharded
+from stepjax.weights.expert_format import ExpertFormat
+from stepjax.weights.formats import FORMATS
+from stepjax.weights.plain import PLAIN
 
 
-def layout(config: Any, mesh: str, *, keep_fp8: bool = False) -> MeshLayout:
+def layout(config: Any, mesh: str, *, experts: ExpertFormat = PLAIN) -> MeshLayout:
     spec = MeshSpec.parse(mesh)
-    return MeshLayout(spec.build(), ShardingRules(config, spec, "expert_tensor", keep_fp8=keep_fp8))
+    return MeshLayout(spec.build(), ShardingRules(config, spec, "expert_tensor", experts))
 
 
-def loaded(checkpoint: Checkpoint, mesh: str, *, keep_fp8: bool = False) -> dict[str, Any]:
-    where = layout(checkpoint.config, mesh, keep_fp8=keep_fp8)
+def loaded(checkpoint: Checkpoint, mesh: str, *, experts: ExpertFormat = PLAIN) -> dict[str, Any]:
+    where = layout(checkpoint.config, mesh, experts=experts)
     shardings = {
         path: where.parameter(*axes) for path, axes in axes_of(abstract(checkpoint.config, layout=where)).items()
     }
-    return load_sharded(checkpoint, shardings, jnp.bfloat16, keep_fp8=keep_fp8)[0]
+    return load_sharded(checkpoint, shardings, jnp.bfloat16, experts=experts)[0]
 
 
 def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -47,17 +50,19 @@ def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
             np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=path)
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-def test_weights_saved_on_eight_devices_are_restored_on_fewer(tmp_path, fp8):
+@pytest.mark.parametrize("name", ["bf16", "fp8", "int8"])
+def test_weights_saved_on_eight_devices_are_restored_on_fewer(tmp_path, name):
+    fp8 = name == "fp8"
     hub = fp8_hub_config() if fp8 else tiny_hub_config()
     tensors = random_tensors(hub)
     checkpoint = Checkpoint(write_folder(tmp_path / "model", hub, fp8_tensors(tensors) if fp8 else tensors))
-    expected = load_params(checkpoint, jnp.bfloat16, keep_fp8=fp8)
-    save_params(tmp_path / "base", checkpoint.config, loaded(checkpoint, "expert=8", keep_fp8=fp8))
+    experts = FORMATS[name].for_model(checkpoint.config)
+    expected = load_params(checkpoint, jnp.bfloat16, experts=experts)
+    save_params(tmp_path / "base", checkpoint.config, loaded(checkpoint, "expert=8", experts=experts))
     config = stored_config(tmp_path / "base")
     assert config.layers == checkpoint.config.layers
     for mesh in ("expert=4", "data=2", "data=1", "expert=2,data=4"):
-        same(restore_params(tmp_path / "base", layout(checkpoint.config, mesh, keep_fp8=fp8)), expected)
+        same(restore_params(tmp_path / "base", layout(checkpoint.config, mesh, experts=experts)), expected)
 
 
 def test_two_processes_restore_what_one_saved(tmp_path):

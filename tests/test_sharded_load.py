@@ -21,7 +21,9 @@ from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.rules import ShardingRules
 from stepjax.sharding.sharded_load import load_sharded
-from stepjax.weights.fp8 import BlockScaled
+from stepjax.weights.expert_format import ExpertFormat
+from stepjax.weights.plain import PLAIN
+from stepjax.weights.quantised import Quantised
 
 MESHES = [
     ("expert=8", "expert"),
@@ -44,9 +46,9 @@ def fp8(tmp_path_factory) -> Path:
     return write_folder(tmp_path_factory.mktemp("fp8"), hub, fp8_tensors(random_tensors(hub)))
 
 
-def placement(checkpoint: Checkpoint, mesh: str, strategy: str, *, keep_fp8: bool = False) -> dict[str, Any]:
+def placement(checkpoint: Checkpoint, mesh: str, strategy: str, *, experts: ExpertFormat = PLAIN) -> dict[str, Any]:
     spec = MeshSpec.parse(mesh)
-    where = MeshLayout(spec.build(), ShardingRules(checkpoint.config, spec, strategy, keep_fp8=keep_fp8))
+    where = MeshLayout(spec.build(), ShardingRules(checkpoint.config, spec, strategy, experts))
     return {path: where.parameter(*axes) for path, axes in axes_of(abstract(checkpoint.config, layout=where)).items()}
 
 
@@ -75,11 +77,12 @@ def test_weights_are_those_of_the_single_device_loader(bf16, mesh, strategy):
 @pytest.mark.parametrize("mesh", ["expert=8", "data=2,expert=4"])
 def test_fp8_weights_too(fp8, mesh, keep_fp8):
     checkpoint = Checkpoint(fp8)
-    shardings = placement(checkpoint, mesh, "expert", keep_fp8=keep_fp8)
-    found, report = load_sharded(checkpoint, shardings, jnp.float32, keep_fp8=keep_fp8)
-    same(found, load_params(checkpoint, jnp.float32, keep_fp8=keep_fp8))
+    experts = checkpoint.experts if keep_fp8 else PLAIN
+    shardings = placement(checkpoint, mesh, "expert", experts=experts)
+    found, report = load_sharded(checkpoint, shardings, jnp.float32, experts=experts)
+    same(found, load_params(checkpoint, jnp.float32, experts=experts))
     gate = found["layers.3.moe.experts.gate"]
-    assert isinstance(gate, BlockScaled) == keep_fp8
+    assert isinstance(gate, Quantised) == keep_fp8
     assert {shard.data.shape[0] for leaf in jax.tree.leaves(gate) for shard in leaf.addressable_shards} <= {1, 2}
     assert report.bytes_read == checkpoint.num_bytes
 
@@ -148,13 +151,13 @@ def test_a_failing_read_ends_the_load(bf16, monkeypatch):
 @pytest.mark.parametrize("folder", ["bf16", "fp8"])
 def test_relabelled_experts_answer_alike(folder, request):
     checkpoint = Checkpoint(request.getfixturevalue(folder))
-    keep = checkpoint.fp8
+    experts = checkpoint.experts
     order = {
         layer.index: np.random.default_rng(layer.index).permutation(8).tolist() for layer in checkpoint.config.layers
     }
-    shardings = placement(checkpoint, "expert=4", "expert", keep_fp8=keep)
-    plain, _ = load_sharded(checkpoint, shardings, jnp.float32, keep_fp8=keep)
-    moved, report = load_sharded(checkpoint, shardings, jnp.float32, keep_fp8=keep, expert_order=order)
+    shardings = placement(checkpoint, "expert=4", "expert", experts=experts)
+    plain, _ = load_sharded(checkpoint, shardings, jnp.float32, experts=experts)
+    moved, report = load_sharded(checkpoint, shardings, jnp.float32, experts=experts, expert_order=order)
     assert report.bytes_read == checkpoint.num_bytes
     for part in ("experts.gate", "experts.down", "router.weight", "router.bias"):
         for a, b in zip(*(jax.tree.leaves(each[f"layers.4.moe.{part}"]) for each in (moved, plain)), strict=True):

@@ -20,6 +20,7 @@ from stepjax.sharding.compiled.hlo import Collective
 from stepjax.sharding.compiled.step_study import Launches, Places, StepStudy, by_place
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.train.planning.workload import Workload, study_model
+from stepjax.weights.formats import FORMATS
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = dataclasses.replace(small_config(), max_positions=2048)  # five layers, MoE from the second on
@@ -109,7 +110,7 @@ def test_parameters_and_arguments_are_the_arithmetic():
 
 def test_blocks_of_8_bits_are_counted_with_their_scales():
     blocks = dataclasses.replace(CONFIG, fp8_block=(16, 16))
-    workload = dataclasses.replace(DECODE, keep_fp8=True)
+    workload = dataclasses.replace(DECODE, experts=FORMATS["fp8"])
     study = study_model(blocks, workload, MeshSpec(expert=4, tensor=2))
     wide = studied("expert=4,tensor=2", DECODE)
     experts = wide.parameters["experts"]
@@ -243,7 +244,7 @@ REFUSED = [
     (["--mesh", "expert=8", "--chunk", 16], "chunk: is of --step prefill"),
     (["--mesh", "expert=8", "--speculate", 4], "speculate: is 4, expected 0 to 3"),
     (["--mesh", "expert=8", "--speculate", 1, "--step", "train"], "without MTP layers"),
-    (["--mesh", "expert=8", "--keep-fp8", "--step", "train"], "keep-fp8: weights in 8 bits or fewer have no gradient"),
+    (["--mesh", "expert=8", "--keep-fp8", "--step", "train"], "keep-fp8: quantised weights have no gradient"),
     (["--mesh", "tensor=2", "--keep-fp8"], "would be cut inside an FP8 block of 128"),
     (["--mesh", "expert=8", "--model", "no/such-model-here"], "no/such-model-here"),
 ]

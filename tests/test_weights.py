@@ -9,15 +9,15 @@ from checkpoints import fp8_hub_config, hub_shapes, tiny_hub_config
 
 from stepjax.checkpoint.hub_names import resolve_names
 from stepjax.config import ModelConfig
+from stepjax.weights.fp8 import Fp8Blocks
 from stepjax.weights.inventory import (
-    FP8_BLOCK,
     count_parameters,
     inventory,
     kv_bytes_per_token,
     kv_window_bytes,
     layer_table,
-    scale_shape,
 )
+from stepjax.weights.plain import PLAIN
 
 FLASH = ModelConfig.preset("step-3.5-flash")
 TINY = ModelConfig.from_hf(tiny_hub_config())
@@ -25,13 +25,13 @@ TINY = ModelConfig.from_hf(tiny_hub_config())
 
 @pytest.mark.parametrize(("fp8", "tensors", "size"), [(False, 804, 398_768_626_944), (True, 930, 208_561_446_144)])
 def test_releases_have_their_published_size(fp8, tensors, size):
-    specs = inventory(FLASH, experts=FP8_BLOCK if fp8 else None)
+    specs = inventory(FLASH, experts=Fp8Blocks() if fp8 else PLAIN)
     assert (len(specs), sum(spec.num_bytes for spec in specs)) == (tensors, size)
     assert len({spec.hub_name for spec in specs}) == len({spec.path for spec in specs}) == tensors
 
 
 def test_fp8_release_adds_scales_to_the_routed_experts_only():
-    scales = [spec for spec in inventory(FLASH, experts=FP8_BLOCK) if spec.path.endswith(".scale")]
+    scales = [spec for spec in inventory(FLASH, experts=Fp8Blocks()) if spec.path.endswith(".scale")]
     assert (len(scales), sum(spec.num_bytes for spec in scales)) == (126, 46_448_640)
     assert {spec.shape for spec in scales} == {(288, 10, 32), (288, 32, 10)}
     assert scales[0].hub_name == "model.layers.3.moe.gate_proj.weight_scale_inv"
@@ -133,9 +133,9 @@ def test_paths_and_shapes_are_the_model_s(config):
 @pytest.mark.parametrize("block", [(16, 32), (24, 20), (128, 128)])
 def test_fp8_scales_follow_the_configured_block(block):
     config = ModelConfig.from_hf(fp8_hub_config(block))
-    shapes = {spec.path: spec.shape for spec in inventory(config, experts=block)}
+    shapes = {spec.path: spec.shape for spec in inventory(config, experts=Fp8Blocks(block))}
     down = shapes["layers.3.moe.experts.down"]
-    assert shapes["layers.3.moe.experts.down.scale"] == scale_shape(down, block)
+    assert shapes["layers.3.moe.experts.down.scale"] == Fp8Blocks(block).shapes(down)[1]
     assert shapes["layers.3.moe.experts.down.scale"] == (8, math.ceil(64 / block[0]), math.ceil(32 / block[1]))
 
 
@@ -147,7 +147,7 @@ def names_of(config, **changes):
 def test_the_release_s_own_names_resolve_to_themselves():
     found = resolve_names(FLASH, names_of(FLASH))
     assert (found.missing, found.surplus, found.clashes, found.has_mtp) == ((), (), (), True)
-    assert all(recipe.pieces[0].name == recipe.spec.hub_name for recipe in found.recipes.values())
+    assert all(recipe.parts[0].name == recipe.spec.hub_name for recipe in found.recipes.values())
 
 
 def test_missing_and_surplus_names_stay_visible():
@@ -179,7 +179,7 @@ def test_transformers_names_resolve_with_halves_of_the_fused_projection():
         names = {name.replace(old, new) for name in names}
     found = resolve_names(TINY, names)
     assert (found.missing, found.surplus, found.clashes) == ((), (), ())
-    (up,) = found.recipes["layers.3.moe.experts.up"].pieces
+    (up,) = found.recipes["layers.3.moe.experts.up"].parts
     assert up.name == "model.language_model.layers.3.mlp.experts.gate_up_proj"
     assert (up.shape, up.start, up.rows) == ((8, 64, 64), 32, 32)
 
@@ -188,7 +188,7 @@ def test_one_tensor_per_expert_resolves_and_a_lost_expert_is_named():
     fused = "model.layers.3.moe.up_proj.weight"
     split = [f"model.layers.3.moe.experts.{expert}.up_proj.weight" for expert in range(8)]
     found = resolve_names(TINY, names_of(TINY, without=[fused], also=split))
-    assert [piece.name for piece in found.recipes["layers.3.moe.experts.up"].pieces] == split
+    assert [piece.name for piece in found.recipes["layers.3.moe.experts.up"].parts] == split
     lost = resolve_names(TINY, names_of(TINY, without=[fused], also=split[:5] + split[6:]))
     assert (lost.missing, lost.surplus) == ((split[5],), ())
     extra = split[0].replace(".0.", ".8.")

@@ -14,8 +14,8 @@ from checkpoints import (
 )
 from refusals import FP8_HUB, FP8_TENSORS, HUB, SCALE, TENSORS, UP, Q, refusal
 
-from stepjax.weights.int_groups import quantize_groups
-from stepjax.weights.inventory import Groups
+from stepjax.weights.int_groups import IntGroups
+from stepjax.weights.quantised import quantise
 
 # Tensors that do not make the model: name → (what is done to them, what the message must hold).
 WRONG_TENSORS = {
@@ -45,11 +45,11 @@ WRONG_TENSORS = {
     "fp8-without-scales": (lambda t: t.update({UP: t[UP].astype(FP8)}), UP + r" is F8_E4M3 without its scales"),
     "scale-without-fp8": (
         lambda t: t.update({SCALE: np.ones((8, 2, 2), np.float32)}),
-        UP + r" is BF16, expected F8_E4M3 since it has FP8 scales",
+        UP + r" is BF16, expected F8_E4M3 since it has scales",
     ),
     "scale-of-a-norm": (
         lambda t: t.update({"model.norm.weight_scale_inv": np.ones(1, np.float32)}),
-        r"model\.norm\.weight has FP8 scales, but this weight is never quantised",
+        r"model\.norm\.weight has scales model\.norm\.weight_scale_inv, but this weight is never quantised in fp8",
     ),
     "two-spellings": (
         lambda t: t.update({"model.language_model.norm.weight": t["model.norm.weight"]}),
@@ -105,12 +105,12 @@ def test_scales_that_do_not_fit(tmp_path, case):
     assert re.search(expected, refusal(write_folder(tmp_path, FP8_HUB, tensors)))
 
 
-def grouped(tensors: Tensors, form: Groups) -> Tensors:
-    """The checkpoint with routed experts in whole numbers."""
+def grouped(tensors: Tensors, format: IntGroups) -> Tensors:
+    """The checkpoint with routed experts in a format of integers."""
     out = dict(tensors)
     for name, value in tensors.items():
         if ".moe." in name and name.endswith("_proj.weight"):
-            held = quantize_groups(value, "int4" if form.bits == 4 else "int8", form.columns or 0)
+            held = quantise(value, format)
             out |= {name: held.q, f"{name}_scale": held.scale}
     return out
 
@@ -125,9 +125,10 @@ def one_scale(value):
 
 WHOLE_SCALE = f"{UP}_scale"
 NORM = "model.norm.weight"
+UNFIT = WHOLE_SCALE + r" has shape .*, expected \[8, 32, 1\] for int4"
 WRONG_GROUPS = {
     "nan": (one_scale(np.nan), WHOLE_SCALE + " has scales that are not finite"),
-    "missing": (lambda t: t.pop(WHOLE_SCALE), UP + r" is U8, expected BF16"),
+    "missing": (lambda t: t.pop(WHOLE_SCALE), UP + r" is U8 without its scales " + WHOLE_SCALE),
     "dtype": (
         lambda t: t.update({WHOLE_SCALE: t[WHOLE_SCALE].astype(np.float32)}),
         WHOLE_SCALE + " is F32, expected BF16",
@@ -135,27 +136,27 @@ WRONG_GROUPS = {
     "plain": (lambda t: t.update({UP: TENSORS[UP]}), UP + r" is BF16, expected I8 or U8 since it has scales"),
     "shape": (
         lambda t: t.update({UP: t[UP][..., :-2]}),
-        UP + r" has shape .*, which do not hold \[8, 32, 64\] in 4 bits",
+        UP + r" has shape \[8, 32, 30\], expected \[8, 32, 32\] for \[8, 32, 64\] in 4 bits",
     ),
-    "odd": (lambda t: t.update({WHOLE_SCALE: t[WHOLE_SCALE][..., :3]}), UP + " has shape .*, which do not hold"),
-    "none": (lambda t: t.update({WHOLE_SCALE: t[WHOLE_SCALE][..., :0]}), UP + " has shape .*, which do not hold"),
-    "mixed": (lambda t: t.update(only(UP, Groups(4, 32))), UP + " is not held as other weights are"),
+    "odd": (lambda t: t.update({WHOLE_SCALE: t[WHOLE_SCALE][..., :3]}), UNFIT),
+    "none": (lambda t: t.update({WHOLE_SCALE: t[WHOLE_SCALE][..., :0]}), UNFIT),
+    "mixed": (lambda t: t.update(only(UP, IntGroups(4, 32))), UP + " is not held as other weights are"),
     "both": (lambda t: t.update({SCALE: FP8_TENSORS[SCALE]}), SCALE + " is not a weight of this model"),
     "norm": (
         lambda t: t.update({NORM: np.zeros(64, np.int8), f"{NORM}_scale": np.ones(1, np.float32)}),
-        NORM + " has scales of whole numbers, which routed experts alone may have",
+        f"{NORM} has scales {NORM}_scale, but this weight is never quantised in int8",
     ),
 }
 
 
-def only(name: str, form: Groups) -> Tensors:
-    return {key: value for key, value in grouped(TENSORS, form).items() if key.startswith(name)}
+def only(name: str, format: IntGroups) -> Tensors:
+    return {key: value for key, value in grouped(TENSORS, format).items() if key.startswith(name)}
 
 
 @pytest.mark.parametrize("case", WRONG_GROUPS)
 def test_whole_numbers_that_do_not_fit(tmp_path, case):
     change, expected = WRONG_GROUPS[case]
-    tensors = grouped(TENSORS, Groups(4, 16))
+    tensors = grouped(TENSORS, IntGroups(4, 16))
     change(tensors)
     assert re.search(expected, refusal(write_folder(tmp_path, HUB, tensors)))
 
@@ -168,7 +169,7 @@ def test_the_configured_block_must_fit_the_scales(tmp_path):
 def test_a_block_that_the_scales_do_not_tell_must_be_configured(tmp_path):
     message = refusal(write_folder(tmp_path, HUB, FP8_TENSORS))
     assert "config.json: quantization_config is missing" in message
-    assert "model.layers.3.moe.gate_proj.weight_scale_inv [8, 2, 2]" in message
+    assert "model.layers.3.moe.gate_proj.weight_scale_inv has shape [8, 2, 2]" in message
 
 
 def test_blocks_across_a_fused_projection_are_refused(tmp_path):

@@ -15,6 +15,8 @@ from stepjax.checkpoint.folder import open_folder
 from stepjax.errors import RequestError
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.text.tool_calls import CallStart
+from stepjax.weights.formats import made_while_loading
+from stepjax.weights.int_groups import GROUP
 
 if TYPE_CHECKING:
     from stepjax.infer.sampling.params import SamplingParams
@@ -35,11 +37,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-fp8", action="store_true", help="keep an FP8 release's expert weights in 8 bits (default: as --dtype)"
     )
+    parser.add_argument("--quantize", choices=made_while_loading(), help="quantize the routed experts (default: no)")
     parser.add_argument(
-        "--quantize", choices=("int8", "int4"), help="quantize the routed experts to integers (default: no)"
-    )
-    parser.add_argument(
-        "--group", type=int, default=64, metavar="N", help="values per scale in int4 (default: %(default)s)"
+        "--group", type=int, default=GROUP, metavar="N", help="values per scale in int4 (default: %(default)s)"
     )
     parser.add_argument(
         "--mesh", metavar="AXES", help="split the model over devices, e.g. expert=4,tensor=2 (default: one device)"

@@ -21,7 +21,6 @@ import numpy as np
 from stepjax.adapters.lora import TARGETS, LoraConfig, adapted_paths, check_fit, targets
 from stepjax.errors import RequestError
 from stepjax.model.step3p5 import axes_of
-from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.weights.adapted import Adapted, factor_axes
 
 if TYPE_CHECKING:
@@ -53,8 +52,7 @@ class AdapterStack:
             shapes = (*lead, size.num_slots * rank, size_in), (*target.b_shape[:-1], size.num_slots * rank)
             of = factor_axes(axes[path], a_ndim=len(shapes[0]), b_ndim=len(shapes[1]))
             a, b = (
-                _zeros(shape, session.dtype, layout.parameter(*names) if isinstance(layout, MeshLayout) else None)
-                for shape, names in zip(shapes, of, strict=True)
+                _zeros(shape, session.dtype, layout.parameter(*names)) for shape, names in zip(shapes, of, strict=True)
             )
             self.params[path] = Adapted(session.params[path], a, b, slots=size.num_slots)
 

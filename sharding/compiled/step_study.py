@@ -5,7 +5,6 @@ The step is the function that serves or trains, given by the room that it lives 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections import Counter, defaultdict
@@ -14,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -26,9 +24,8 @@ from stepjax.sharding.compiled.report import CompileReport, compile_report, size
 from stepjax.sharding.exchange import CollectiveKind
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
-from stepjax.weights.fp8 import FP8, BlockScaled
-from stepjax.weights.int_groups import Grouped
-from stepjax.weights.inventory import FP8_BLOCK, Groups, counted_as, inventory, scale_shape
+from stepjax.weights.inventory import counted_as, inventory
+from stepjax.weights.quantised import Quantised, abstract_quantised
 
 _LAYER = re.compile(r"\b((?:layer|mtp)_\d+)\b")  # in a scope, whatever transformation it is wrapped in
 
@@ -64,7 +61,7 @@ class StepStudy:
 
     parameters: dict[
         str, int
-    ]  # by field of `stepjax.weights.inventory.ParameterCounts`; scales of FP8 blocks not counted
+    ]  # by field of `stepjax.weights.inventory.ParameterCounts`; scales of quantised weights not counted
     parameter_bytes: int  # scales included
     cache_bytes: int
     optimizer_bytes: int
@@ -119,30 +116,15 @@ def study(step: Step, layout: MeshLayout, *, notes: Iterable[str] = ()) -> StepS
     )
 
 
-def with_blocks(config: ModelConfig) -> ModelConfig:
-    """The configuration of the FP8 release of a model."""
-    return dataclasses.replace(config, fp8_block=config.fp8_block or FP8_BLOCK)
-
-
-def abstract_params(
-    model: Step3p5, layout: MeshLayout, *, keep_fp8: bool = False, groups: Groups | None = None
-) -> dict[str, Any]:
-    """The parameters of an abstract model as shapes where they would lie, the experts' in FP8 blocks if kept so, or in
-    whole numbers.
-    """
-    axes, block = axes_of(model), with_blocks(model.config).fp8_block
-    assert block
+def abstract_params(model: Step3p5, layout: MeshLayout) -> dict[str, Any]:
+    """The parameters of an abstract model as shapes where they would lie, the experts' as the layout's rules say."""
+    axes, experts = axes_of(model), layout.rules.experts
 
     def leaf(path: str, value: Any) -> Any:
-        where = layout.parameter(*axes[path])
-        if not ((keep_fp8 or groups) and ".experts." in path):
-            return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=where)
-        if groups:
-            dtypes = (jnp.int8, jnp.float32) if groups.bits == 8 else (jnp.uint8, jnp.bfloat16)
-            held = zip(groups.shapes(value.shape), dtypes, strict=True)
-            return Grouped(*(jax.ShapeDtypeStruct(*each, sharding=where) for each in held), groups.bits)
-        q = jax.ShapeDtypeStruct(value.shape, FP8, sharding=where)
-        return BlockScaled(q, jax.ShapeDtypeStruct(scale_shape(value.shape, block), jnp.float32, sharding=where), block)
+        sharding = layout.parameter(*axes[path])
+        if experts.quantised and ".experts." in path:
+            return abstract_quantised(value.shape, experts, sharding)
+        return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
 
     return {path: leaf(path, value) for path, value in params_of(model).items()}
 
@@ -185,9 +167,9 @@ def copies(mesh: MeshSpec, *, batch: int, context: int) -> list[str]:
 
 def _values(weight: Any) -> int:
     """On one device, without scales."""
-    if isinstance(weight, Grouped):
-        return _elements(weight.q) * 8 // (weight.bits * weight.q.dtype.itemsize)
-    return _elements(weight.q if isinstance(weight, BlockScaled) else weight)
+    if isinstance(weight, Quantised):
+        return _elements(weight.q) * weight.format.values_per_element
+    return _elements(weight)
 
 
 def _elements(leaf: Any) -> int:

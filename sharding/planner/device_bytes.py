@@ -12,27 +12,25 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from stepjax.config import LayerSpec, ModelConfig
-from stepjax.errors import MeshError
+from stepjax.errors import ConfigError, MeshError
 from stepjax.model.cache import empty_cache
 from stepjax.model.step3p5 import abstract, axes_of, params_of
 from stepjax.sharding.mesh import AXES, MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.rules import ShardingRules
-from stepjax.weights.inventory import DTYPE_BYTES, FP8_BLOCK, Form, Groups, counted_as, inventory, quantized
-
-Quant = Literal["bf16", "fp8", "int8", "int4"]
+from stepjax.weights.dtypes import DTYPES
+from stepjax.weights.expert_format import ExpertFormat
+from stepjax.weights.inventory import counted_as, inventory, quantized
+from stepjax.weights.plain import PLAIN
 
 PAGE = 64  # positions (`stepjax.infer.engine.config`)
-
-# How the routed experts are held; everything else is in the dtype of activations.
-QUANTS: dict[Quant, Form | None] = {"bf16": None, "fp8": FP8_BLOCK, "int8": Groups(8, None), "int4": Groups(4, 64)}
 
 
 class ById:
@@ -99,19 +97,13 @@ class CacheBytes:
         return self.full_bytes + self.ring_bytes
 
 
-def layout_of(config: ModelConfig, mesh: MeshSpec, strategy: str, quant: Quant) -> MeshLayout:
+def layout_of(config: ModelConfig, mesh: MeshSpec, strategy: str, experts: ExpertFormat) -> MeshLayout:
     """The layout that the runtime would use, over devices that are not there.
 
     Raises:
       MeshError: the model cannot be split that way; the message has the reason.
     """
-    form = QUANTS[quant]
-    keep_fp8 = quant == "fp8"
-    if keep_fp8 and not config.fp8_block:
-        config = dataclasses.replace(config, fp8_block=FP8_BLOCK)
-    groups = form if isinstance(form, Groups) else None
-    rules = ShardingRules(config, mesh, strategy, keep_fp8=keep_fp8, groups=groups)
-    return MeshLayout(cast(Any, no_devices(mesh)), rules)
+    return MeshLayout(cast(Any, no_devices(mesh)), ShardingRules(config, mesh, strategy, experts))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -126,18 +118,21 @@ def local_shape(layout: MeshLayout, shape: Sequence[int], *axes: str | None) -> 
 
 
 def parameters(
-    config: ModelConfig, *, quant: Quant = "bf16", depths: int = 0, dtype: str = "bfloat16"
+    config: ModelConfig, *, experts: ExpertFormat = PLAIN, depths: int = 0, dtype: str = "bfloat16"
 ) -> tuple[ArrayKind, ...]:
     """Every parameter of a model with ``depths`` MTP layers, whole, alike ones counted.
 
+    Args:
+      dtype: of everything but quantised experts.
+
     Raises:
-      MeshError: the experts' widths do not hold whole groups.
+      MeshError: the format cannot hold the experts.
     """
-    return _parameters(ById(config), quant, depths, dtype)
+    return _parameters(ById(config), experts, depths, dtype)
 
 
 @functools.lru_cache(maxsize=64)
-def _parameters(of: ById, quant: Quant, depths: int, dtype: str) -> tuple[ArrayKind, ...]:
+def _parameters(of: ById, experts: ExpertFormat, depths: int, dtype: str) -> tuple[ArrayKind, ...]:
     small, counts = one_of_each(of, depths)
     part_of = {spec.path: spec for spec in inventory(small)}
     model = abstract(small, dtype=jnp.dtype(dtype), mtp=bool(small.mtp_layers))
@@ -146,10 +141,12 @@ def _parameters(of: ById, quant: Quant, depths: int, dtype: str) -> tuple[ArrayK
         spec = part_of[path]
         part = counted_as(spec, num_layers=len(small.layers))
         shapes = [(tuple(value.shape), value.dtype.itemsize)]
-        if ".experts." in path and (form := QUANTS[quant]) is not None:
-            if isinstance(form, Groups) and value.shape[-1] % (form.columns or 1):
-                raise MeshError(f"{quant}: rows of {value.shape[-1]} values, expected whole groups of {form.columns}")
-            shapes = [(each.shape, DTYPE_BYTES[each.dtype]) for each in quantized(spec, form)]
+        if experts.quantised and ".experts." in path:
+            try:
+                experts.check_shape(value.shape)
+            except ConfigError as error:
+                raise MeshError(str(error)) from None
+            shapes = [(tensor.shape, DTYPES[tensor.dtype].itemsize) for tensor in quantized(spec, experts)]
         for shape, itemsize in shapes:
             found[ArrayKind(part, kind_path(path), shape, itemsize, axes[path], 1)] += counts[spec.layer]
     return tuple(kind._replace(count=count) for kind, count in found.items() if count)

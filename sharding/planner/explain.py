@@ -140,10 +140,10 @@ def would_change(plan: Plan, config: ModelConfig) -> list[str]:
         best = min(options, key=lambda each: rank(ask.goal, each))
         if _key(best.choice) != _key(winner):
             found.append(f"{name}: then {_name(best)}")
-    for quant in ask.quants:
-        best_of = next((each for each in plan.options if each.choice.quant == quant), None)
-        if best_of is not None and quant != winner.quant:
-            found.append(f"{quant} experts asked for: then {_name(best_of)}, {_figure(plan, best_of)}")
+    for experts in ask.experts:
+        best_of = next((each for each in plan.options if each.choice.experts.name == experts.name), None)
+        if best_of is not None and experts.name != winner.experts.name:
+            found.append(f"{experts.name} experts asked for: then {_name(best_of)}, {_figure(plan, best_of)}")
     return found
 
 
@@ -166,7 +166,7 @@ def _table(plan: Plan, calibration: Calibration | None, rows: int) -> Table:
         engines = f"{choice.replicas} × " if several else ""
         table.add_row(
             _over_lines(choice),
-            choice.quant,
+            choice.experts.name,
             *([] if training else [str(choice.drafts)]),
             f"{engines}{option.batch:,}",
             *([f"{option.context:,}"] if plan.ask.goal == "context" else []),
@@ -241,7 +241,7 @@ def _reasons(refusals: Iterable[Refusal], *, most: int = 8) -> list[str]:
     counts: Counter[str] = Counter()
     for each in refusals:
         kind = each.reason.split(":")[0] + each.reason.partition(": ")[2][:24]
-        first.setdefault(kind, f"{each.choice.mesh} {each.choice.strategy} {each.choice.quant}: {each.reason}")
+        first.setdefault(kind, f"{each.choice.mesh} {each.choice.strategy} {each.choice.experts.name}: {each.reason}")
         counts[kind] += 1
     return [first[kind] for kind, _ in counts.most_common(most)]
 
@@ -250,22 +250,22 @@ def _name(option: Option) -> str:
     choice = option.choice
     drafts = f", {choice.drafts} drafts" if choice.drafts else ""
     engines = f", {choice.replicas} engines" if choice.replicas > 1 else ""
-    return f"{choice.mesh} {choice.strategy} in {choice.quant}{drafts}{engines}"
+    return f"{choice.mesh} {choice.strategy} in {choice.experts.name}{drafts}{engines}"
 
 
 def _family(choice: Choice) -> tuple[Any, ...]:
-    return choice.mesh, choice.quant, choice.replicas
+    return choice.mesh, choice.experts, choice.replicas
 
 
 def _key(choice: Choice) -> tuple[Any, ...]:
-    return choice.mesh, choice.quant, choice.drafts, choice.replicas
+    return choice.mesh, choice.experts, choice.drafts, choice.replicas
 
 
 def _choice_dict(choice: Choice) -> dict[str, Any]:
     return {
         "mesh": str(choice.mesh),
         "strategy": choice.strategy,
-        "experts": choice.quant,
+        "experts": choice.experts.name,
         "drafts": choice.drafts,
         "engines": choice.replicas,
         "devices": choice.num_devices,

@@ -109,7 +109,7 @@ def _layer_bytes(layout: MeshLayout, work: StepShape) -> float:
         rows = buffer_rows(shares.tokens * config.top_k / config.num_experts, most=shares.tokens)
         buffer = float(group.experts_each * rows * config.hidden_size)
         values = config.hidden_size * config.expert_size // group.num_shares
-        widened = layout.rules.keep_fp8 or layout.rules.groups
+        widened = layout.rules.experts.quantised
         tile = tile_size(group.experts_each, values, work.itemsize) if widened else group.experts_each
         matrix = float(tile * values)
     pairs = max(_pair_bytes(layout, work, layer) for layer in config.layers)

@@ -17,7 +17,7 @@ from stepjax.config import ModelConfig
 from stepjax.errors import RequestError, StepjaxError
 from stepjax.sharding.exchange import Exchange
 from stepjax.sharding.mesh import MeshSpec
-from stepjax.sharding.planner.device_bytes import QUANTS, layout_of, paged, parameters, placed
+from stepjax.sharding.planner.device_bytes import layout_of, paged, parameters, placed
 from stepjax.sharding.planner.exchanges import StepShape, serving_exchanges
 from stepjax.sharding.planner.hardware import Cluster
 from stepjax.sharding.planner.step_time import (
@@ -31,6 +31,7 @@ from stepjax.sharding.planner.step_time import (
     serving_parts,
     step_time,
 )
+from stepjax.weights.formats import FORMATS
 
 ITEMSIZE = {"bfloat16": 2, "float32": 4}
 LEAST_STEPS = 3  # alike steps, of which a median says anything
@@ -91,12 +92,13 @@ def _of_bench(found: Mapping[str, Any]) -> Iterator[MeasuredStep]:
     """An engine's steps; rows, tokens and positions are those of its programs, padding included."""
     engine = found["engine"]
     config = ModelConfig.from_hf(engine["config"])
-    mesh, quant, dtype = MeshSpec.parse(engine["mesh"]), engine["experts"], engine["dtype"]
-    if quant not in QUANTS:
-        raise RequestError(f"experts: are in {quant!r}, expected {', '.join(QUANTS)}")
+    mesh, dtype = MeshSpec.parse(engine["mesh"]), engine["dtype"]
+    if engine["experts"] not in FORMATS:
+        raise RequestError(f"experts: are in {engine['experts']!r}, expected {', '.join(FORMATS)}")
+    experts = FORMATS[engine["experts"]].for_model(config)
     itemsize = ITEMSIZE[dtype]
-    layout, depths = layout_of(config, mesh, engine["strategy"], quant), len(config.mtp_layers)
-    weights = placed(parameters(config, quant=quant, depths=depths, dtype=dtype), layout)
+    layout, depths = layout_of(config, mesh, engine["strategy"], experts), len(config.mtp_layers)
+    weights = placed(parameters(config, experts=experts, depths=depths, dtype=dtype), layout)
     size = {"context": engine["context"], "page_size": engine["page_size"], "depths": depths, "dtype": dtype}
     for row in found["step_times"]:
         if row["count"] < LEAST_STEPS:

@@ -23,7 +23,6 @@ from stepjax.sharding.planner.device_bytes import (
     ById,
     CacheBytes,
     PlacedArrays,
-    Quant,
     bytes_by_part,
     layout_of,
     paged,
@@ -43,6 +42,8 @@ from stepjax.sharding.planner.step_time import (
     tokens_per_step,
 )
 from stepjax.sharding.planner.temporaries import serving_temporaries
+from stepjax.weights.expert_format import ExpertFormat
+from stepjax.weights.formats import FORMATS
 
 Goal = Literal["latency", "throughput", "context", "lora", "cheapest"]
 
@@ -58,7 +59,7 @@ class Choice(NamedTuple):
 
     mesh: MeshSpec  # of one engine, or of the training run
     strategy: str
-    quant: Quant
+    experts: ExpertFormat
     drafts: int = 0
     replicas: int = 1  # engines beside one another, which exchange nothing
 
@@ -68,8 +69,7 @@ class Choice(NamedTuple):
 
     def flags(self) -> str:
         """For the command line of `generate`, `serve`, `score`."""
-        quant = {"bf16": "", "fp8": " --keep-fp8", "int8": " --quantize int8", "int4": " --quantize int4"}[self.quant]
-        return f"--mesh {self.mesh} --strategy {self.strategy}{quant}"
+        return f"--mesh {self.mesh} --strategy {self.strategy} {self.experts.flag}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class PlanRequest:
     context: int = 4096  # positions of each, prompt and answer
     filled: float = 1.0  # of them, on average while an answer is written
     tpot_s: float | None = None  # the longest time between two tokens of a sequence
-    quants: tuple[Quant, ...] = ("bf16", "fp8", "int8", "int4")
+    experts: tuple[ExpertFormat, ...] = field(default_factory=lambda: tuple(FORMATS.values()))  # to choose from
     drafts: tuple[int, ...] = DRAFTS
     strategies: tuple[str, ...] = ("expert_tensor", "expert", "tensor")
     chunk: int = CHUNK
@@ -195,8 +195,8 @@ def choices(config: ModelConfig, cluster: Cluster, ask: PlanRequest) -> Iterator
     if ask.goal == "lora":
         for sizes in _factorings(cluster.num_devices, 4):
             for strategy in (*ask.strategies, "fsdp"):
-                for quant in ask.quants:
-                    yield Choice(MeshSpec(*sizes), strategy, quant)
+                for experts in ask.experts:
+                    yield Choice(MeshSpec(*sizes), strategy, experts.for_model(config))
         return
     for count in range(1, cluster.num_devices + 1):
         if ask.goal != "cheapest" and cluster.num_devices % count:
@@ -205,8 +205,9 @@ def choices(config: ModelConfig, cluster: Cluster, ask: PlanRequest) -> Iterator
         for sizes in _factorings(count, 3):
             mesh = MeshSpec(1, *sizes)
             for strategy in ask.strategies:
-                for quant in ask.quants:
-                    yield from (Choice(mesh, strategy, quant, each, replicas) for each in drafts)
+                for experts in ask.experts:
+                    held = experts.for_model(config)
+                    yield from (Choice(mesh, strategy, held, each, replicas) for each in drafts)
 
 
 def weigh(config: ModelConfig, cluster: Cluster, ask: PlanRequest, choice: Choice) -> Option | Refusal:
@@ -215,7 +216,7 @@ def weigh(config: ModelConfig, cluster: Cluster, ask: PlanRequest, choice: Choic
         return Refusal(choice, f"{choice.drafts} drafts: the model has {len(config.mtp_layers)} MTP layers")
     if choice.num_devices > cluster.num_devices:
         return Refusal(choice, f"mesh: {choice.mesh} takes {choice.num_devices} devices of {cluster.num_devices}")
-    placement = _placement(config, choice.mesh, choice.strategy, choice.quant, ask.goal == "lora")
+    placement = _placement(config, choice.mesh, choice.strategy, choice.experts, ask.goal == "lora")
     if isinstance(placement, str):
         return Refusal(choice, placement)
     if ask.goal == "lora":
@@ -229,7 +230,7 @@ def weigh(config: ModelConfig, cluster: Cluster, ask: PlanRequest, choice: Choic
 
 def by_batch(config: ModelConfig, cluster: Cluster, ask: PlanRequest, choice: Choice) -> list[Option]:
     """A choice of engine with each number of sequences in `BATCHES`, up to the first that does not work."""
-    placement = _placement(config, choice.mesh, choice.strategy, choice.quant, False)
+    placement = _placement(config, choice.mesh, choice.strategy, choice.experts, False)
     found: list[Option] = []
     for batch in BATCHES:
         if isinstance(placement, str):
@@ -255,21 +256,21 @@ def rank(goal: Goal, option: Option) -> tuple[float, ...]:
 
 
 def _placement(
-    config: ModelConfig, mesh: MeshSpec, strategy: str, quant: Quant, train: bool
+    config: ModelConfig, mesh: MeshSpec, strategy: str, experts: ExpertFormat, train: bool
 ) -> tuple[MeshLayout, tuple[PlacedArrays, ...]] | str:
     """The layout and where the weights lie, or why the runtime refuses."""
-    return _placed(ById(config), mesh, strategy, quant, train)
+    return _placed(ById(config), mesh, strategy, experts, train)
 
 
 @functools.lru_cache(maxsize=50_000)
 def _placed(
-    of: ById, mesh: MeshSpec, strategy: str, quant: Quant, train: bool
+    of: ById, mesh: MeshSpec, strategy: str, experts: ExpertFormat, train: bool
 ) -> tuple[MeshLayout, tuple[PlacedArrays, ...]] | str:
     config: ModelConfig = of.value
     try:
-        layout = layout_of(config, mesh, strategy, quant)
+        layout = layout_of(config, mesh, strategy, experts)
         depths = 0 if train else len(config.mtp_layers)  # a checkpoint's drafters are loaded whether they run or not
-        return layout, placed(parameters(config, quant=quant, depths=depths), layout)
+        return layout, placed(parameters(config, experts=experts, depths=depths), layout)
     except MeshError as error:
         return str(error)
 
@@ -294,7 +295,7 @@ def _serve(
         rings=held.ring_bytes * (1 + ask.snapshots / batch),
         sequences=batch * ask.sequence_bytes(choice.drafts),
         training=0,
-        temporaries=max(serving_temporaries(layout, each, held, quant=choice.quant) for each in (decode, piece)),
+        temporaries=max(serving_temporaries(layout, each, held) for each in (decode, piece)),
         usable=cluster.device.usable_bytes,
     )
     if memory.free < 0:
@@ -445,11 +446,10 @@ def _timed(
 
 
 def _load_s(cluster: Cluster, ask: PlanRequest, choice: Choice, weights: Iterable[PlacedArrays]) -> float:
-    """Whole numbers are made while the BF16 release is read; the other forms are read as they are held."""
-    wider = {"bf16": 1, "fp8": 1, "int8": 2, "int4": 4}[choice.quant]
-    whole = read = held = 0
+    """Some formats are made while the BF16 release is read; the others are read as they are held."""
+    whole = read = held = 0.0
     for each in weights:
-        factor = wider if each.kind.part == "experts" else 1
+        factor = choice.experts.bytes_read if each.kind.part == "experts" else 1
         whole += factor * each.kind.num_elements * each.kind.itemsize
         read += factor * each.num_bytes
         held += each.num_bytes
@@ -475,7 +475,7 @@ def _without_twins(options: Iterable[Option]) -> list[Option]:
     found: dict[object, Option] = {}
     for option in options:
         choice = option.choice
-        same = choice.mesh.data, choice.mesh.context, choice.num_devices, choice.quant, choice.drafts
+        same = choice.mesh.data, choice.mesh.context, choice.num_devices, choice.experts, choice.drafts
         key = same, option.memory.total, round(1e9 * option.step.seconds), option.batch, option.context
         found.setdefault(key, option)
     return list(found.values())

@@ -209,7 +209,7 @@ def _experts(
     experts, tokens = group.experts_each, shares.tokens
     one_bytes = held_bytes / experts  # of an expert in all layers
     one_row = 6.0 * config.hidden_size * config.expert_size / group.num_shares * layers  # operations
-    form = choose_form(tokens, experts, config.top_k, widened=layout.rules.keep_fp8 or bool(layout.rules.groups))
+    form = choose_form(tokens, experts, config.top_k, widened=layout.rules.experts.quantised)
     if form == "gathered":
         rows, _ = routing.fullest_rank(config, group.num_ranks, tokens)
         return (rows + (group.num_ranks > 1)) * one_bytes, rows * one_row

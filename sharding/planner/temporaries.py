@@ -17,9 +17,9 @@ from stepjax.ops.attention import BLOCK, WINDOWED_BLOCK
 from stepjax.ops.expert_choice import buffer_rows, choose_form, tile_size
 from stepjax.sharding.expert_parallel import Group
 from stepjax.sharding.mesh_layout import MeshLayout
-from stepjax.sharding.planner.device_bytes import QUANTS, CacheBytes, Quant
+from stepjax.sharding.planner.device_bytes import CacheBytes
 from stepjax.sharding.planner.exchanges import LocalTokens, StepShape
-from stepjax.weights.inventory import Groups
+from stepjax.weights.expert_format import ExpertFormat
 
 F32 = 4
 # Of sampling, for a logit: masked; sorted, with its id, from and to (float32, int32); whether it is kept.
@@ -28,9 +28,9 @@ PARTIAL = 2  # float32 beside each head's channels: largest score, sum (`stepjax
 FLOOR = 2**22  # tables, positions, small sums
 
 
-def serving_temporaries(layout: MeshLayout, work: StepShape, held: CacheBytes, *, quant: Quant) -> float:
+def serving_temporaries(layout: MeshLayout, work: StepShape, held: CacheBytes) -> float:
     """Bytes of one device."""
-    step = _Step.of(layout, work, held, quant)
+    step = _Step.of(layout, work, held)
     return FLOOR + max(_logits(step), _attention(step), _experts(step), _dense(step))
 
 
@@ -41,12 +41,15 @@ class _Step:
     layout: MeshLayout
     work: StepShape
     held: CacheBytes
-    quant: Quant
     shares: LocalTokens
 
     @classmethod
-    def of(cls, layout: MeshLayout, work: StepShape, held: CacheBytes, quant: Quant) -> _Step:
-        return cls(layout, work, held, quant, LocalTokens.of(layout, work))
+    def of(cls, layout: MeshLayout, work: StepShape, held: CacheBytes) -> _Step:
+        return cls(layout, work, held, LocalTokens.of(layout, work))
+
+    @property
+    def experts(self) -> ExpertFormat:
+        return self.layout.rules.experts
 
     @property
     def streams(self) -> float:
@@ -134,26 +137,20 @@ def _experts(step: _Step) -> float:
     hidden = config.expert_size // group.num_shares
     after = config.layers[config.moe_layers[0].index + 1 :]  # whose zeros are there already
     own = step.streams + step.loop_zeros(after)
-    form = choose_form(tokens, experts, config.top_k, widened=step.quant != "bf16")
+    form = choose_form(tokens, experts, config.top_k, widened=step.experts.quantised)
     if form == "gathered":
-        scales = _scale_bytes(step.quant, 3 * width * hidden)
+        scales = step.experts.gathered_scale_bytes * 3 * width * hidden
         return own + tokens * config.top_k * (F32 * (3.0 * hidden + width) + scales)
     rows = tokens
     if form == "capacity":
         rows = buffer_rows(tokens * config.top_k / config.num_experts, most=tokens)
         own += F32 * tokens * width  # the sum over passes
-    tile = experts if step.quant == "bf16" else tile_size(experts, width * hidden, size)
+    tile = tile_size(experts, width * hidden, size) if step.experts.quantised else experts
     gathered = experts * rows * width * size if form == "capacity" else 0.0
     first = 2.0 * F32 * tile * rows * hidden  # gate and up
     second = tile * rows * (size * hidden + F32 * width)
-    if step.quant == "bf16":
+    if not step.experts.quantised:
         return own + max(gathered + first, second)
     widened = tile * width * hidden * size  # one matrix after the other
     results = F32 * experts * rows * width  # of all tiles
     return own + gathered + results + widened + max(first, second)
-
-
-def _scale_bytes(quant: Quant, values: int) -> float:
-    """Of the groups of so many values, which are gathered with them."""
-    form = QUANTS[quant]
-    return 2.0 * values / form.columns if isinstance(form, Groups) and form.columns else 0.0

@@ -16,10 +16,10 @@ import numpy as np
 
 from stepjax.adapters.lora import LoraConfig, adapted_paths, check_fit
 from stepjax.checkpoint.reader import Checkpoint, Progress
-from stepjax.checkpoint.safetensors_file import DTYPES
 from stepjax.checkpoint.writer import MAX_SHARD_BYTES, Share, save
 from stepjax.errors import CheckpointError
-from stepjax.weights.inventory import Form
+from stepjax.weights.dtypes import DTYPES
+from stepjax.weights.expert_format import ExpertFormat
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def merge_checkpoint(
         checkpoint.config,
         sums,
         source=source,
-        experts=_form(checkpoint, sums),
+        experts=_experts(checkpoint, sums),
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
         share=share,
@@ -67,16 +67,16 @@ def merge_checkpoint(
     return MergeReport(folder, len(sums), sums.lost)
 
 
-def _form(checkpoint: Checkpoint, sums: Mapping[str, Any]) -> Form | None:
-    """How adapted experts are stored again. Other weights in FP8, as some releases have, are refused below."""
-    forms = {path: checkpoint.form(path) for path in sums}
-    other = next((path for path, form in forms.items() if form and ".experts." not in path), None)
+def _experts(checkpoint: Checkpoint, sums: Mapping[str, Any]) -> ExpertFormat | None:
+    """How adapted experts are stored again. Other quantised weights, as some FP8 releases have, are refused."""
+    formats = {path: checkpoint.format(path) for path in sums}
+    other = next((path for path, format in formats.items() if format.quantised and ".experts." not in path), None)
     if other:
         raise CheckpointError(
             f"merge: {other} is quantised in {checkpoint.folder}; only routed experts are quantised again, so widen "
             "the checkpoint first (stepjax convert --experts bf16)"
         )
-    return next((form for path, form in forms.items() if form), None)
+    return next((format for format in formats.values() if format.quantised), None)
 
 
 class Merged(Mapping[str, Any]):

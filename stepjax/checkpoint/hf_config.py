@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from stepjax.config import FULL, SLIDE, WHOLE_NUMBERS, LayerSpec, ModelConfig, RopeScaling
+from stepjax.config import FULL, SLIDE, LayerSpec, ModelConfig, RopeScaling
 from stepjax.errors import ConfigError
-from stepjax.weights.inventory import Form, Groups, inventory
+from stepjax.weights.expert_format import ExpertFormat
+from stepjax.weights.fp8 import Fp8Blocks
+from stepjax.weights.inventory import inventory
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -66,33 +68,20 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         kinds = {layer.kind for layer in layers if layer.rope.scaling == scaling}
         hub |= {"rope_scaling": _rope_scaling(scaling), "yarn_only_types": [k for k in (FULL, SLIDE) if k in kinds]}
     if config.fp8_block:
-        hub["quantization_config"] = quantization_config(config, config.fp8_block)
+        hub["quantization_config"] = quantization_config(config, Fp8Blocks(config.fp8_block))
     if ModelConfig.from_hf(hub) != config:
         raise ConfigError("layers: layers of one kind differ from each other, which config.json cannot express")
     return hub
 
 
-def quantization_config(config: ModelConfig, form: Form) -> dict[str, Any]:
-    """The field that marks a release whose routed experts alone are quantised.
-
-    Whole numbers are this package's own form, and named so that no other engine takes them for one of its own. In FP8
-    engines read in ``modules_to_not_convert`` what stays as it is, some by prefix and some by whole name, so every
-    module is spelled out. This package goes by the tensors instead.
-    """
-    if isinstance(form, Groups):
-        return {"quant_method": WHOLE_NUMBERS, "bits": form.bits, "group_size": form.columns}
-    kept = [
+def quantization_config(config: ModelConfig, experts: ExpertFormat) -> dict[str, Any] | None:
+    """The field that marks a release whose routed experts alone are quantised; None for a plain one."""
+    plain_matrices = [
         spec.hub_name.removesuffix(".weight")
         for spec in inventory(config)
         if len(spec.shape) > 1 and spec.part not in ("experts", "embedding")
     ]
-    return {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "activation_scheme": "dynamic",
-        "weight_block_size": list(form),
-        "modules_to_not_convert": kept,
-    }
+    return experts.quantization_config(plain_matrices)
 
 
 def _slide_setting(layer: LayerSpec) -> dict[str, Any]:

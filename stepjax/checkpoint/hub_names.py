@@ -1,4 +1,5 @@
-"""Where a checkpoint keeps each weight: the release's own names, and the spellings of other tools (spec §4.4).
+"""Where a checkpoint keeps each weight: the release's own names, and the spellings of other tools
+(docs/architecture.md, Checkpoint layout).
 
 The one place that knows them. Given the names a checkpoint holds, every weight gets a `Recipe`: the stored tensor, part
 of one, or several to be stacked. Names that nothing asks for stay visible, since they may change the arithmetic.
@@ -8,10 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stepjax.config import ModelConfig
-from stepjax.weights.inventory import GROUPS_SUFFIX, SCALE_SUFFIX, TensorSpec, inventory
+from stepjax.weights.formats import scale_suffixes
+from stepjax.weights.inventory import TensorSpec, inventory
 
 _HF_PREFIX, _PREFIX = "model.language_model.", "model."  # of the vision-language class, and of the release
 
@@ -34,7 +36,7 @@ _EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True)
-class Piece:
+class StoredPart:
     """A stored tensor, or rows ``start … start + rows − 1`` of its out axis where it holds more than one weight."""
 
     name: str  # as the checkpoint spells it
@@ -45,16 +47,16 @@ class Piece:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to read one weight: its only piece, or its pieces stacked on a new leading axis."""
+    """How to read one weight: its only part, or its parts stacked on a new leading axis."""
 
     spec: TensorSpec
-    pieces: tuple[Piece, ...]
-    scales: tuple[str, ...] = ()  # names of the pieces' scales, or none
-    grouped: bool = False  # the scales are those of whole numbers, not of FP8
+    parts: tuple[StoredPart, ...]
+    scales: tuple[str, ...] = ()  # names of the parts' scales, or none
+    scale_suffix: str = ""  # of these names, which says of which formats they are
 
     @property
     def stacked(self) -> bool:
-        return len(self.pieces[0].shape) < len(self.spec.shape)
+        return len(self.parts[0].shape) < len(self.spec.shape)
 
 
 @dataclass(frozen=True)
@@ -83,20 +85,20 @@ def resolve_names(config: ModelConfig, names: Collection[str]) -> Resolution:
     missing: dict[str, TensorSpec] = {}
     specs = inventory(config)
     for spec in specs:
-        found = [pieces for pieces in _candidates(spec, stems) if any(piece.name in stored for piece in pieces)]
-        if len(found) > 1:
-            clashes.append((_first(found[0], stored), _first(found[1], stored)))
-        if not found:
+        spellings = [parts for parts in _candidates(spec, stems) if any(part.name in stored for part in parts)]
+        if len(spellings) > 1:
+            clashes.append((_first(spellings[0], stored), _first(spellings[1], stored)))
+        if not spellings:
             missing[spec.hub_name] = spec
             continue
-        absent = [piece.name for piece in found[0] if piece.name not in stored]
+        absent = [part.name for part in spellings[0] if part.name not in stored]
         missing |= dict.fromkeys(absent, spec)
         if not absent:
-            recipes[spec.path], without = _recipe(spec, found[0], stored)
-            missing |= dict.fromkeys(without, spec)
+            recipes[spec.path], no_scales = _recipe(spec, spellings[0], stored)
+            missing |= dict.fromkeys(no_scales, spec)
     mtp = [spec for spec in specs if spec.path.startswith("mtp.")]
     has_mtp = any(spec.path in recipes for spec in mtp)
-    used = {name for recipe in recipes.values() for name in (*(p.name for p in recipe.pieces), *recipe.scales)}
+    used = {name for recipe in recipes.values() for name in (*(part.name for part in recipe.parts), *recipe.scales)}
     used |= {name for pair in clashes for name in pair}
     return Resolution(
         recipes,
@@ -108,46 +110,50 @@ def resolve_names(config: ModelConfig, names: Collection[str]) -> Resolution:
     )
 
 
-def _candidates(spec: TensorSpec, stems: Collection[str]) -> Iterator[tuple[Piece, ...]]:
+def _candidates(spec: TensorSpec, stems: Collection[str]) -> Iterator[tuple[StoredPart, ...]]:
     """Every way to spell ``spec``; forms with a tensor per expert only where such names occur at all."""
     name = spec.hub_name
-    yield (Piece(name, spec.shape),)
+    yield (StoredPart(name, spec.shape),)
     for ours, theirs in _HF_NAMES:
         if ours in name:
-            yield (Piece(name.replace(ours, theirs), spec.shape),)
+            yield (StoredPart(name.replace(ours, theirs), spec.shape),)
     for ours, (theirs, half) in _HF_FUSED.items():
         if name.endswith(ours):
             num_experts, rows, columns = spec.shape
             shape = (num_experts, 2 * rows, columns)
-            yield (Piece(name.replace(ours, theirs), shape, half * rows, rows),)
+            yield (StoredPart(name.replace(ours, theirs), shape, half * rows, rows),)
     if split := _SPLIT.search(name):
         for root in _SPLIT_ROOTS:
             layer = name[: split.start()] + root
             if f"{layer}0.{split[1]}" in stems:
-                yield tuple(Piece(f"{layer}{expert}.{split[1]}", spec.shape[1:]) for expert in range(spec.shape[0]))
+                yield tuple(
+                    StoredPart(f"{layer}{expert}.{split[1]}", spec.shape[1:]) for expert in range(spec.shape[0])
+                )
 
 
-def _recipe(spec: TensorSpec, pieces: tuple[Piece, ...], stored: dict[str, str]) -> tuple[Recipe, list[str]]:
-    """The recipe in the checkpoint's spelling, and the scales that some of its pieces have and others lack."""
-    grouped = any(piece.name + GROUPS_SUFFIX in stored for piece in pieces)
-    scales = [piece.name + (GROUPS_SUFFIX if grouped else SCALE_SUFFIX) for piece in pieces]
-    without = [name for name in scales if name not in stored]
-    if len(without) == len(scales):
-        scales, without = [], []
-    spelled = tuple(Piece(stored[piece.name], piece.shape, piece.start, piece.rows) for piece in pieces)
-    return Recipe(spec, spelled, tuple(stored.get(name, name) for name in scales), grouped), without
+def _recipe(spec: TensorSpec, parts: tuple[StoredPart, ...], stored: dict[str, str]) -> tuple[Recipe, list[str]]:
+    """The recipe in the checkpoint's spelling, and the names of the scales that some of its parts lack."""
+    spelled = tuple(replace(part, name=stored[part.name]) for part in parts)
+    suffixes = [suffix for suffix in scale_suffixes() if any(part.name + suffix in stored for part in parts)]
+    if not suffixes:
+        return Recipe(spec, spelled), []
+    suffix = suffixes[-1]
+    scales = [part.name + suffix for part in parts]
+    absent = [name for name in scales if name not in stored]
+    return Recipe(spec, spelled, tuple(stored.get(name, name) for name in scales), suffix), absent
 
 
-def _first(pieces: tuple[Piece, ...], stored: dict[str, str]) -> str:
-    return next(stored[piece.name] for piece in pieces if piece.name in stored)
+def _first(parts: tuple[StoredPart, ...], stored: dict[str, str]) -> str:
+    return next(stored[part.name] for part in parts if part.name in stored)
 
 
 def _partial(missing: dict[str, TensorSpec], stored: dict[str, str]) -> set[str]:
     """Names beside a missing one of the same weight: the weight is incomplete, they are not surplus."""
 
     def stem(name: str) -> str:
-        plain = name.removesuffix(SCALE_SUFFIX).removesuffix(GROUPS_SUFFIX)
-        return _EXPERT_NUMBER.sub(".experts.0.", plain)
+        for suffix in scale_suffixes():
+            name = name.removesuffix(suffix)
+        return _EXPERT_NUMBER.sub(".experts.0.", name)
 
     stems = {stem(name) for name in missing if _EXPERT_NUMBER.search(name)}
     return {name for plain, name in stored.items() if stem(plain) in stems}

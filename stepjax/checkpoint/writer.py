@@ -15,19 +15,20 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from stepjax.checkpoint.hf_config import quantization_config, to_hf
 from stepjax.checkpoint.reader import Checkpoint, Progress, read_config
-from stepjax.checkpoint.safetensors_file import DTYPES
 from stepjax.checkpoint.weight_files import INDEX, inside, read_json
 from stepjax.config import ModelConfig
 from stepjax.errors import CheckpointError
-from stepjax.weights.fp8 import BlockScaled, quantize_numpy
-from stepjax.weights.int_groups import Grouped, check_fit, quantize_groups
-from stepjax.weights.inventory import FP8_BLOCK, Form, Groups, TensorSpec, inventory, quantized
+from stepjax.weights.dtypes import DTYPES
+from stepjax.weights.expert_format import ExpertFormat
+from stepjax.weights.inventory import TensorSpec, inventory, quantized
+from stepjax.weights.plain import PLAIN
+from stepjax.weights.quantised import Quantised, format_of, quantise
 
 MAX_SHARD_BYTES = 9 * 2**30  # about the release's 44 files
 # What makes the folder usable elsewhere. Python files of the release are copied as data and never imported.
@@ -44,7 +45,7 @@ _COMPANIONS = (
     "LICENSE*",
 )
 
-Params = Mapping[str, Any]  # our path → numpy or jax array, BlockScaled or Grouped
+Params = Mapping[str, Any]  # our path → numpy or jax array, or Quantised
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def save(
     params: Params,
     *,
     source: Path | str | None = None,
-    experts: Form | Literal["fp8"] | None = None,
+    experts: ExpertFormat | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
     share: Share | None = None,
@@ -76,8 +77,8 @@ def save(
       params: by our path. An entry may be computed on access; it is asked for twice, to be checked and to be written.
       source: the checkpoint the model came from. Weights that ``params`` lacks are copied from it unchanged (MTP layers
         that were not trained, say), as are its ``config.json``, tokenizer, template and remote code.
-      experts: quantise the routed experts: to "fp8" in the blocks of ``config``, or to whole numbers in `Groups`. What
-        ``source`` has in another form is widened first. None leaves them as they are.
+      experts: how the routed experts are written. What ``source`` has in another format is widened first; `PLAIN`
+        widens every quantised weight. None leaves them as they are.
       max_shard_bytes: of one file; a larger tensor gets a file of its own.
       overwrite: replace a checkpoint at ``folder``; anything else there is never replaced.
       share: what of it this process writes, when several call this alike; None: all. Process 0 puts the folder in its
@@ -85,20 +86,19 @@ def save(
 
     Raises:
       CheckpointError: a weight is missing, unknown or misshapen, or the folder cannot be written; nothing is left.
-      ConfigError: groups of that size do not fill the experts' rows.
+      ConfigError: the format cannot hold the experts.
     """
     folder = Path(os.path.abspath(folder))  # not resolved: a link in its place is refused below
     source = Path(source) if source is not None else None
     check_target(folder, overwrite=overwrite)
     if source is not None:
         _check_same_model(config, source)
-    form = config.fp8_block or FP8_BLOCK if experts == "fp8" else experts
-    plan = _plan(config, params, source=source, experts=form)
+    plan = _plan(config, params, source=source, experts=experts)
     with _appearing_together(folder, num_bytes=sum(weight.num_bytes for weight in plan), share=share) as target:
         if share is None or share.index == 0:
             if source is not None:
                 _copy_companions(source, target)
-            _write(target / "config.json", _config_file(config, source=source, form=_form_of(plan)))
+            _write(target / "config.json", _config_file(config, source=source, format=_format_of(plan)))
         _write_shards(target, plan, max_shard_bytes=max_shard_bytes, share=share, progress=progress)
     return folder
 
@@ -108,7 +108,7 @@ class _Weight:
     """One weight to be written: as one tensor, or as a quantised tensor and its scales."""
 
     tensors: tuple[TensorSpec, ...]
-    form: Form | None  # None: not quantised
+    format: ExpertFormat
     get: Callable[[], Any]
 
     @property
@@ -118,11 +118,12 @@ class _Weight:
     def arrays(self) -> Iterator[tuple[TensorSpec, np.ndarray]]:
         """The tensors with their values, in the stored dtype."""
         value = self.get()
-        if self.form is None:
+        if not self.format.quantised:
             yield self.tensors[0], np.asarray(value).astype(DTYPES[self.tensors[0].dtype], copy=False)
             return
-        if not isinstance(value, BlockScaled | Grouped):
-            value = _quantized(value, self.form)  # matrix by matrix, where it is computed so
+        if not isinstance(value, Quantised):
+            by_matrix = hasattr(value, "__getitem__") and not hasattr(value, "dtype")  # each computed when asked for
+            value = quantise(value if by_matrix else np.asarray(value), self.format)
         if not np.isfinite(np.asarray(value.scale).astype(np.float32)).all():
             raise CheckpointError(
                 f"export: {self.tensors[0].path} has values that are not finite and cannot be quantised"
@@ -131,15 +132,7 @@ class _Weight:
             yield tensor, np.asarray(leaf)
 
 
-def _quantized(value: Any, form: Form) -> BlockScaled | Grouped:
-    if hasattr(value, "dtype") or not hasattr(value, "__getitem__"):
-        value = np.asarray(value)
-    if not isinstance(form, Groups):
-        return quantize_numpy(value, form)
-    return quantize_groups(value, "int8" if form.bits == 8 else "int4", form.columns or value.shape[-1])
-
-
-def _plan(config: ModelConfig, params: Params, *, source: Path | None, experts: Form | None) -> list[_Weight]:
+def _plan(config: ModelConfig, params: Params, *, source: Path | None, experts: ExpertFormat | None) -> list[_Weight]:
     """Every weight of the inventory with the place it comes from; refuses whatever does not fit."""
     specs = inventory(config)
     unknown = sorted(set(params) - {spec.path for spec in specs})
@@ -153,17 +146,17 @@ def _plan(config: ModelConfig, params: Params, *, source: Path | None, experts: 
         specs = tuple(spec for spec in specs if not spec.path.startswith("mtp."))  # there are none, and never were
     plan = []
     for spec in specs:
-        form = experts if spec.part == "experts" else None
-        if isinstance(form, Groups):
-            check_fit(form, spec.shape[-1])
+        wanted = experts if spec.part == "experts" or experts == PLAIN else None
+        if wanted is not None:
+            wanted.check_shape(spec.shape)
         if spec.path in params:
-            plan.append(_from_params(spec, params, form))
+            plan.append(_from_params(spec, params, wanted))
         else:
             assert origin is not None
-            plan.append(_from_source(spec, origin, form))
-    forms = {str(weight.form) for weight in plan if weight.form}
-    if len(forms) > 1:
-        raise CheckpointError(f"export: weights are quantised as {' and '.join(sorted(forms))}, expected one form")
+            plan.append(_from_source(spec, origin, wanted))
+    formats = {str(weight.format) for weight in plan if weight.format.quantised}
+    if len(formats) > 1:
+        raise CheckpointError(f"export: weights are quantised as {' and '.join(sorted(formats))}, expected one format")
     return plan
 
 
@@ -179,32 +172,31 @@ def _origin(absent: list[TensorSpec], source: Path | None) -> Checkpoint | None:
     return Checkpoint(source)
 
 
-def _from_params(spec: TensorSpec, params: Params, form: Form | None) -> _Weight:
+def _from_params(spec: TensorSpec, params: Params, wanted: ExpertFormat | None) -> _Weight:
     value = params[spec.path]
     if tuple(value.shape) != spec.shape:
         raise CheckpointError(f"export: {spec.path} has shape {list(value.shape)}, expected {list(spec.shape)}")
-    if isinstance(value, BlockScaled | Grouped):
-        if not (spec.part == "experts" if isinstance(value, Grouped) else spec.may_be_fp8):
-            raise CheckpointError(f"export: {spec.path} is quantised, but this weight is stored as {spec.dtype} only")
-        form = value.form if isinstance(value, Grouped) else value.block
-        scale = quantized(spec, form)[1]
-        if tuple(value.scale.shape) != scale.shape:
-            found = list(value.scale.shape)
-            raise CheckpointError(f"export: {scale.path} has shape {found}, expected {list(scale.shape)}")
-    tensors = (spec,) if form is None else quantized(spec, form)
-    return _Weight(tensors, form, lambda: params[spec.path])
+    format = format_of(value)
+    if not format.quantised:
+        format = wanted or PLAIN
+    elif not spec.may_be(format):
+        raise CheckpointError(f"export: {spec.path} is quantised, but this weight is stored as {spec.dtype} only")
+    else:
+        scales = quantized(spec, format)[1]
+        if tuple(value.scale.shape) != scales.shape:
+            shapes = f"{list(value.scale.shape)}, expected {list(scales.shape)}"
+            raise CheckpointError(f"export: {scales.path} has shape {shapes}")
+    return _Weight(quantized(spec, format), format, lambda: params[spec.path])
 
 
-def _from_source(spec: TensorSpec, origin: Checkpoint, form: Form | None) -> _Weight:
-    stored = origin.form(spec.path)
-    form = form or stored
-    tensors = (spec,) if form is None else quantized(spec, form)
-    dtype = DTYPES[spec.dtype]
-    return _Weight(tensors, form, lambda: origin.read(spec.path, dtype=dtype, keep=stored == form))
+def _from_source(spec: TensorSpec, origin: Checkpoint, wanted: ExpertFormat | None) -> _Weight:
+    stored = origin.format(spec.path)
+    format, dtype = wanted or stored, DTYPES[spec.dtype]
+    return _Weight(quantized(spec, format), format, lambda: origin.read(spec.path, dtype=dtype, keep=stored == format))
 
 
-def _form_of(plan: list[_Weight]) -> Form | None:
-    return next((weight.form for weight in plan if weight.form), None)
+def _format_of(plan: list[_Weight]) -> ExpertFormat:
+    return next((weight.format for weight in plan if weight.format.quantised), PLAIN)
 
 
 def _write_shards(
@@ -248,15 +240,16 @@ def _places(target: Path, tensors: list[TensorSpec], max_shard_bytes: int) -> di
     return {tensor.hub_name: writer for writer, group in zip(writers, groups, strict=True) for tensor in group}
 
 
-def _config_file(config: ModelConfig, *, source: Path | None, form: Form | None) -> bytes:
+def _config_file(config: ModelConfig, *, source: Path | None, format: ExpertFormat) -> bytes:
     """The source's ``config.json`` to the byte, except for a quantization_config that no longer holds."""
-    about = quantization_config(config, form) if form else None
+    about = quantization_config(config, format)
     if source is None:
         hub = to_hf(dataclasses.replace(config, fp8_block=None))
     else:
         path = inside(source, "config.json")
-        hub, block = read_json(path), read_config(source).fp8_block
-        if hub.get("quantization_config") == about or (block is not None and block == form):
+        hub, described = read_json(path), read_config(source)
+        same_blocks = described.fp8_block is not None and format.configured(described) == described
+        if hub.get("quantization_config") == about or same_blocks:
             return path.read_bytes()
     hub.pop("quantization_config", None)
     return _json(hub | ({"quantization_config": about} if about else {}))

@@ -1,15 +1,15 @@
-"""``stepjax convert``: write a checkpoint again with its routed experts in another precision."""
+"""``stepjax convert``: write a checkpoint again with its routed experts in another format."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from stepjax.checkpoint.folder import open_folder
 from stepjax.checkpoint.reader import Checkpoint
 from stepjax.commands.writing import add_size, max_shard_bytes, progress_bar
+from stepjax.weights.formats import FORMATS
+from stepjax.weights.int_groups import GROUP
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,11 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--experts",
         required=True,
-        choices=("bf16", "fp8", "int8", "int4"),
-        help="precision of the routed experts; only this package reads int8 and int4",
+        choices=tuple(FORMATS),
+        help="format of the routed experts; other software reads bf16 and fp8 only",
     )
     parser.add_argument(
-        "--group", type=int, default=64, help="columns that share a scale in int4 (default: %(default)s)"
+        "--group", type=int, default=GROUP, help="columns that share a scale in int4 (default: %(default)s)"
     )
     add_size(parser)
 
@@ -32,50 +32,16 @@ def run(args: argparse.Namespace) -> int:
     source = folder.checkpoint
     size = max_shard_bytes(args)
     from stepjax.checkpoint.writer import save
-    from stepjax.weights.int_groups import form_of
 
-    form = None if args.experts == "bf16" else "fp8" if args.experts == "fp8" else form_of(args.experts, args.group)
     with progress_bar() as progress:
         written = save(
             args.target,
             source.config,
-            Widened(source) if args.experts == "bf16" else {},
+            {},
             source=folder.path,
-            experts=form,
+            experts=FORMATS[args.experts].for_model(source.config).with_group(args.group),
             max_shard_bytes=size,
             progress=progress,
         )
     print(f"{written}: {Checkpoint(written).num_bytes:,} bytes of weights, experts in {args.experts}")
     return 0
-
-
-class Widened(Mapping[str, Any]):
-    """The quantised weights of a checkpoint in bfloat16, each read when it is used."""
-
-    def __init__(self, checkpoint: Checkpoint):
-        self._checkpoint = checkpoint
-        self._paths = [path for path in checkpoint.paths if checkpoint.form(path)]
-
-    def __getitem__(self, path: str) -> Any:
-        import ml_dtypes
-
-        if path not in self._paths:
-            raise KeyError(path)
-        return _Lazy(self._checkpoint, path, ml_dtypes.bfloat16)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._paths)
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-
-class _Lazy:
-    """A weight whose shape is known before it is read."""
-
-    def __init__(self, checkpoint: Checkpoint, path: str, dtype: Any):
-        self._checkpoint, self._path, self._dtype = checkpoint, path, dtype
-        self.shape = checkpoint.shape(path)
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-        return self._checkpoint.read(self._path, dtype=dtype or self._dtype)

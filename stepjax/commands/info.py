@@ -15,10 +15,9 @@ from rich.table import Table
 
 from stepjax.checkpoint import reader as checkpoint
 from stepjax.config import PRESETS, ModelConfig
+from stepjax.weights.expert_format import ExpertFormat
+from stepjax.weights.formats import FORMATS
 from stepjax.weights.inventory import (
-    FP8_BLOCK,
-    Form,
-    Groups,
     count_parameters,
     inventory,
     kv_bytes_per_token,
@@ -67,7 +66,11 @@ def describe(config: ModelConfig) -> dict[str, Any]:
             "active": counts.active,
             "parts": parts,
         },
-        "release": {name: _release(config, form) for name, form in _forms(config).items()},
+        "release": {
+            name: _release(config, variant)
+            for format in FORMATS.values()
+            for name, variant in format.variants(config).items()
+        },
         "kv": {
             "bytes_per_token": kv_bytes_per_token(config),
             "window_bytes_per_sequence": kv_window_bytes(config, mtp=False),
@@ -98,15 +101,8 @@ def describe(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _forms(config: ModelConfig) -> dict[str, Form | None]:
-    """What the routed experts may be held in; int4 where its groups fill the rows."""
-    forms: dict[str, Form | None] = {"bf16": None, "fp8": config.fp8_block or FP8_BLOCK, "int8": Groups(8, None)}
-    fits = [columns for columns in (64, 32) if config.hidden_size % columns == config.expert_size % columns == 0]
-    return forms | {f"int4 in {columns}s": Groups(4, columns) for columns in fits}
-
-
-def _release(config: ModelConfig, form: Form | None) -> dict[str, int]:
-    specs = inventory(config, experts=form)
+def _release(config: ModelConfig, experts: ExpertFormat) -> dict[str, int]:
+    specs = inventory(config, experts=experts)
     return {"tensors": len(specs), "bytes": sum(spec.num_bytes for spec in specs)}
 
 

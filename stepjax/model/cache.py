@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from stepjax.config import LayerSpec, ModelConfig
-from stepjax.ops.attention import Heads, Keys, Partial, attention_to, empty_partial, finish, merge
+from stepjax.ops.attention import Heads, KeyValues, Partial, attention_to, empty_partial, finish, merge
 
 MAX_DRAFTS = 3
 SPARE_ROWS = MAX_DRAFTS + 1  # a rejected draft must not overwrite a key that the next query still sees
@@ -25,7 +25,7 @@ SMALL_BLOCK = 256  # positions of a sequence that are gathered from pages at onc
 LARGE_BLOCK = 4096  # the same while at least so many are left, for few sequences
 GATHERED_ROWS = 32768  # of all sequences together: bounds what a gather copies
 
-Select = Callable[[Keys], Keys]
+Select = Callable[[KeyValues], KeyValues]
 
 
 @jax.tree_util.register_dataclass
@@ -82,7 +82,7 @@ class Stripe(NamedTuple):
 EVERYTHING = Stripe(0, 1)
 
 
-def every_head(keys: Keys) -> Keys:
+def every_head(keys: KeyValues) -> KeyValues:
     return keys
 
 
@@ -115,18 +115,18 @@ class CacheView(Protocol):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Rows:
+class RowCache:
     """Contiguous cache of a full-attention layer: position p in row p. Positions past the last row are not stored."""
 
     k_BSKH: jax.Array
     v_BSKH: jax.Array
     axes: ClassVar[tuple[str | None, ...]] = ("batch", "rows", "kv_heads", "head")
 
-    def prefix(self, chunk: Chunk, stripe: Stripe = EVERYTHING) -> Keys:
+    def prefix(self, chunk: Chunk, stripe: Stripe = EVERYTHING) -> KeyValues:
         """The keys before the chunk, with their positions."""
         position = stripe.position(jnp.arange(self.k_BSKH.shape[1], dtype=jnp.int32))[None, :]
         position = jnp.where(position < chunk.start_B[:, None], position, -1)
-        return Keys(self.k_BSKH, self.v_BSKH, position, in_order=stripe is EVERYTHING)
+        return KeyValues(self.k_BSKH, self.v_BSKH, position, in_order=stripe is EVERYTHING)
 
     def look(
         self,
@@ -139,10 +139,10 @@ class Rows:
     ) -> Partial:
         return attention_to(q_BTNH, chunk.position_BT, [select(self.prefix(chunk, stripe))], window=window)
 
-    def write(self, chunk: Chunk, k_BTKH: jax.Array, v_BTKH: jax.Array, *, stripe: Stripe = EVERYTHING) -> Rows:
+    def write(self, chunk: Chunk, k_BTKH: jax.Array, v_BTKH: jax.Array, *, stripe: Stripe = EVERYTHING) -> RowCache:
         row = stripe.row(chunk.position_BT)
         row = jnp.where(row >= 0, row, self.k_BSKH.shape[1])
-        return Rows(store(self.k_BSKH, row, k_BTKH), store(self.v_BSKH, row, v_BTKH))
+        return RowCache(store(self.k_BSKH, row, k_BTKH), store(self.v_BSKH, row, v_BTKH))
 
 
 @jax.tree_util.register_dataclass
@@ -186,7 +186,7 @@ class Pages:
             position = stripe.position(row.reshape(batch, -1))
             position = jnp.where(position < end_B[:, None], position, -1)
             shape = (batch, count * size, *k.shape[2:])
-            keys = select(Keys(k.reshape(shape), v.reshape(shape), position, in_order=stripe is EVERYTHING))
+            keys = select(KeyValues(k.reshape(shape), v.reshape(shape), position, in_order=stripe is EVERYTHING))
             return attention_to(q_BTNH, chunk.position_BT, [keys], window=window)
 
         end_B, per_page = chunk.start_B, size * stripe.count
@@ -231,14 +231,14 @@ class Ring:
     v_SRKH: jax.Array
     axes: ClassVar[tuple[str | None, ...]] = ("batch", None, "kv_heads", "head")
 
-    def prefix(self, chunk: Chunk) -> Keys:
+    def prefix(self, chunk: Chunk) -> KeyValues:
         """The keys before the chunk, with their positions."""
         size = self.k_SRKH.shape[1]
         last = chunk.start_B[:, None] - 1
         row = jnp.arange(size, dtype=jnp.int32)[None, :]
         position = last - (last - row) % size  # the newest position before the chunk that falls on this row
         live = position >= (0 if chunk.first_B is None else chunk.first_B[:, None])
-        return Keys(_entries(self.k_SRKH, chunk), _entries(self.v_SRKH, chunk), jnp.where(live, position, -1))
+        return KeyValues(_entries(self.k_SRKH, chunk), _entries(self.v_SRKH, chunk), jnp.where(live, position, -1))
 
     def look(
         self,
@@ -309,7 +309,7 @@ def attend(
 ) -> tuple[jax.Array, CacheView | None]:
     """A chunk attends to the cache's prefix and to itself, and is stored: output [B, T, N, H] and the new view."""
     q, k, v = heads
-    own = Keys(k, v, chunk.position_BT, chunk.segment_BT, offset=0, in_order=chunk.segment_BT is None)
+    own = KeyValues(k, v, chunk.position_BT, chunk.segment_BT, offset=0, in_order=chunk.segment_BT is None)
     part = attention_to(q, chunk.position_BT, [own], window=window, segment_BT=chunk.segment_BT)
     if cache is not None:
         seen = cache.look(q, chunk, window=window)
@@ -350,6 +350,6 @@ def empty_cache(
 
         if layer.window is not None:
             return Ring(*pair(batch, layer.window + SPARE_ROWS))
-        return Pages(*pair(*pages)) if pages else Rows(*pair(batch, length))
+        return Pages(*pair(*pages)) if pages else RowCache(*pair(batch, length))
 
     return Cache(tuple(map(view, config.layers)), tuple(map(view, config.mtp_layers)) if mtp else ())

@@ -93,6 +93,14 @@ class Layout(Protocol):
         """Placement of what every device holds whole; None: jax's default."""
         ...
 
+    def describe(self) -> dict[str, str]:
+        """The mesh and the strategy in the words of the command line."""
+        ...
+
+    def parameter(self, *axes: str | None) -> jax.sharding.NamedSharding | None:
+        """Placement of a parameter, one logical axis name (or None) per dimension; None: jax's default."""
+        ...
+
     def sharding(self, shape: tuple[int, ...], *axes: str | None) -> jax.sharding.NamedSharding | None:
         """Placement of an array of this shape, one logical axis name (or None) per dimension."""
         ...
@@ -143,6 +151,12 @@ class SingleDevice:
 
     @property
     def replicated(self) -> None:
+        return None
+
+    def describe(self) -> dict[str, str]:
+        return {"mesh": "data=1", "strategy": "expert_tensor"}
+
+    def parameter(self, *axes: str | None) -> None:
         return None
 
     def sharding(self, shape: tuple[int, ...], *axes: str | None) -> None:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from stepjax.ops.flash import NONE, ROWS, Run, flash_attention
+from stepjax.ops.flash import NONE, ROWS, RowPositions, flash_attention
 from stepjax.ops.pallas_hopper import hopper_cores
 from stepjax.weights.products import wide_einsum
 
@@ -35,7 +35,7 @@ class Heads(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Keys:
+class KeyValues:
     """Keys and values with the positions they stand at."""
 
     k_BSKH: jax.Array
@@ -46,11 +46,11 @@ class Keys:
     # A row, of these and of the queries that meet them, stands one position after the row before it, or is empty.
     in_order: bool = field(default=False, metadata={"static": True})
 
-    def sliced(self, start: jax.Array, count: int) -> Keys:
+    def sliced(self, start: jax.Array, count: int) -> KeyValues:
         """Rows ``start`` … ``start + count − 1``, no longer tied to the queries' rows."""
         return jax.tree.map(lambda x: _rows(x, start, count), replace(self, offset=None))
 
-    def padded(self, before: int, after: int) -> Keys:
+    def padded(self, before: int, after: int) -> KeyValues:
         """Empty rows in front and behind."""
         empty = jnp.pad(self.position_BS, [(0, 0), (before, after)], constant_values=-1)
         wide = jax.tree.map(lambda x: _pad_rows(x, before, after), replace(self, offset=None))
@@ -99,7 +99,7 @@ def finish(partial: Partial, dtype: DTypeLike) -> jax.Array:
 def attention(
     q_BTNH: jax.Array,
     position_BT: jax.Array,
-    parts: Sequence[Keys],
+    parts: Sequence[KeyValues],
     *,
     window: int | None,
     segment_BT: jax.Array | None = None,
@@ -120,7 +120,7 @@ def attention(
 def attention_to(
     q_BTNH: jax.Array,
     position_BT: jax.Array,
-    parts: Sequence[Keys],
+    parts: Sequence[KeyValues],
     *,
     window: int | None,
     segment_BT: jax.Array | None = None,
@@ -137,7 +137,7 @@ def attention_to(
     )
 
 
-def _fits(q: jax.Array, keys: Keys) -> bool:
+def _fits(q: jax.Array, keys: KeyValues) -> bool:
     """Whether there is a kernel for these, and enough of them."""
     if not keys.in_order:
         return False
@@ -145,13 +145,13 @@ def _fits(q: jax.Array, keys: Keys) -> bool:
     return whole and min(q.shape[1], keys.k_BSKH.shape[1]) >= ROWS and hopper_cores() > 0
 
 
-def _flash_forward(q: jax.Array, position: jax.Array, keys: Keys, window: int | None, interpret: Any) -> Partial:
+def _flash_forward(q: jax.Array, position: jax.Array, keys: KeyValues, window: int | None, interpret: Any) -> Partial:
     own = keys.position_BS
     first = jnp.min(jnp.where(own < 0, jnp.iinfo(jnp.int32).max, own), axis=1)
-    run = Run(_start(position), _start(own), first, jnp.max(own, axis=1) + 1)
+    rows = RowPositions(_start(position), _start(own), first, jnp.max(own, axis=1) + 1)
     (B, T, _, H), K = q.shape, keys.k_BSKH.shape[2]
     q, k, v = (_pad_rows(x, 0, -x.shape[1] % ROWS) for x in (q, keys.k_BSKH, keys.v_BSKH))
-    out, top, total = (x[:, :T] for x in flash_attention(q, k, v, run, window=window, interpret=interpret))
+    out, top, total = (x[:, :T] for x in flash_attention(q, k, v, rows, window=window, interpret=interpret))
     seen = (top > NONE / 2) & (position >= 0)[..., None]
     return Partial(
         jnp.where(seen[..., None], out, 0.0).reshape(B, T, K, -1, H),
@@ -192,7 +192,7 @@ def _blocked(
     q_BTNH: jax.Array,
     position_BT: jax.Array,
     segment_BT: jax.Array | None,
-    parts: Sequence[Keys],
+    parts: Sequence[KeyValues],
     window: int | None,
 ) -> Partial:
     B, T, _, H = q_BTNH.shape
@@ -204,7 +204,12 @@ def _blocked(
 
 
 def _by_blocks(
-    q: jax.Array, position: jax.Array, segment: jax.Array | None, parts: Sequence[Keys], window: int | None, size: int
+    q: jax.Array,
+    position: jax.Array,
+    segment: jax.Array | None,
+    parts: Sequence[KeyValues],
+    window: int | None,
+    size: int,
 ) -> Partial:
     """Run ``size`` queries at a time; windowed keys that follow the queries' rows are cut to what a block can see."""
     T = q.shape[1]
@@ -238,13 +243,13 @@ def _rows(x: jax.Array, start: jax.Array, count: int) -> jax.Array:
 
 
 def _block(
-    q_BTKGH: jax.Array, position: jax.Array, segment: jax.Array | None, parts: Sequence[Keys], window: int | None
+    q_BTKGH: jax.Array, position: jax.Array, segment: jax.Array | None, parts: Sequence[KeyValues], window: int | None
 ) -> Partial:
     """Attend to every part and merge."""
     return functools.reduce(merge, (_part(q_BTKGH, position, segment, part, window) for part in parts))
 
 
-def _part(q: jax.Array, position: jax.Array, segment: jax.Array | None, part: Keys, window: int | None) -> Partial:
+def _part(q: jax.Array, position: jax.Array, segment: jax.Array | None, part: KeyValues, window: int | None) -> Partial:
     """A matrix of scores for each head and all its queries, lying as the products leave and take it: in another order
     XLA rearranges it on a CPU, before and after the softmax (512 queries and 16 heads: 28 ms in place of 10), and the
     keys on a GPU.
@@ -263,7 +268,7 @@ def _part(q: jax.Array, position: jax.Array, segment: jax.Array | None, part: Ke
     return Partial(*(jnp.moveaxis(x, 3, 1) for x in (out.reshape(B, K, G, T, H), top, total)))
 
 
-def _visible(position: jax.Array, segment: jax.Array | None, part: Keys, window: int | None) -> jax.Array:
+def _visible(position: jax.Array, segment: jax.Array | None, part: KeyValues, window: int | None) -> jax.Array:
     """Bool [B, T, S]."""
     query, key = position[:, :, None], part.position_BS[:, None, :]
     seen = (key >= 0) & (key <= query)
@@ -275,7 +280,12 @@ def _visible(position: jax.Array, segment: jax.Array | None, part: Keys, window:
 
 
 def _reference(
-    q_BTNH: jax.Array, position: jax.Array, parts: Sequence[Keys], *, window: int | None, segment_BT: jax.Array | None
+    q_BTNH: jax.Array,
+    position: jax.Array,
+    parts: Sequence[KeyValues],
+    *,
+    window: int | None,
+    segment_BT: jax.Array | None,
 ) -> jax.Array:
     """One softmax over all keys, every step in float32."""
     group = q_BTNH.shape[2] // parts[0].k_BSKH.shape[2]

@@ -13,6 +13,7 @@ from stepjax.ops.expert_choice import tile_size
 from stepjax.ops.manual_axes import vary_with, zeros_after
 from stepjax.ops.swiglu import swiglu
 from stepjax.weights.adapted import Adapted, AnyWeight, choose, merged, plain, product, rows_product, widen
+from stepjax.weights.quantised import format_of
 
 Slot = jax.Array | None  # int32 [T], adapter of each token
 
@@ -109,7 +110,7 @@ def tiled(
 
 def _tile(weight: AnyWeight, dtype: DTypeLike) -> int:
     num_experts, rows, columns = weight.shape
-    if isinstance(plain(weight), jax.Array):
+    if not format_of(plain(weight)).quantised:
         return num_experts
     return tile_size(num_experts, rows * columns, jnp.dtype(dtype).itemsize)
 

@@ -14,6 +14,7 @@ from stepjax.ops.expert_sorted import blocked, capacity, grouped, grouped_fits
 from stepjax.ops.manual_axes import vary_alike
 from stepjax.ops.pallas_hopper import hopper_cores
 from stepjax.weights.adapted import plain
+from stepjax.weights.quantised import format_of
 
 
 def routed_experts(
@@ -51,7 +52,7 @@ def routed_experts(
         return run(form)(x_TD, ids_TA, combine_TA, weights, slot_T)
     size = (x_TD.shape[0], weights.gate.shape[0], ids_TA.shape[1])
     kernel = hopper_cores() > 0 and grouped_fits(x_TD, weights)
-    other = choose_form(*size, widened=not isinstance(plain(weights.gate), jax.Array), kernel=kernel)
+    other = choose_form(*size, widened=format_of(plain(weights.gate)).quantised, kernel=kernel)
     return jax.lax.platform_dependent(
         x_TD, ids_TA, combine_TA, weights, slot_T, cpu=run(choose_form_cpu(*size)), default=run(other)
     )

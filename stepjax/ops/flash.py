@@ -22,7 +22,7 @@ LOG2_E = math.log2(math.e)
 NONE = -1e30  # score of a key that is not seen; finite, so that a block without seen keys stays finite
 
 
-class Run(NamedTuple):
+class RowPositions(NamedTuple):
     """Where the rows of each sequence stand: int32 [B] each."""
 
     query: jax.Array  # position of query row 0
@@ -36,7 +36,7 @@ def flash_attention(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    run: Run,
+    rows: RowPositions,
     *,
     window: int | None,
     interpret: Any = None,
@@ -59,14 +59,14 @@ def flash_attention(
     floats = gpu.TilingTransform((8, 32)), gpu.SwizzleTransform(128)
 
     def kernel(*refs: Any) -> None:
-        runs, q, k, v, out, top, total, *held = refs
+        positions, q, k, v, out, top, total, *held = refs
         q_s, out_s, top_s, total_s, arrived, *weights_s = held
         head, batch = jax.lax.axis_index("head"), jax.lax.axis_index("batch")
         tile = tiles - 1 - jax.lax.axis_index("tile")  # those that see most begin first
-        rows, kv_head = pl.ds(tile * ROWS, ROWS), jax.lax.div(head, N // K)
-        query, key, first, end = (runs[batch, i] for i in range(4))
+        block, kv_head = pl.ds(tile * ROWS, ROWS), jax.lax.div(head, N // K)
+        query, key, first, end = (positions[batch, i] for i in range(4))
         query += tile * ROWS
-        gpu.copy_gmem_to_smem(q.at[batch, rows, head], q_s, arrived)
+        gpu.copy_gmem_to_smem(q.at[batch, block, head], q_s, arrived)
 
         low = first if window is None else jnp.maximum(first, query - (window - 1))
         start = jnp.clip(jax.lax.div(jnp.maximum(low - key, 0), ROWS), 0, blocks)
@@ -119,9 +119,9 @@ def flash_attention(
         )
         out_s[...], top_s[...], total_s[...] = pipeline(k.at[batch, :, kv_head], v.at[batch, :, kv_head])
         gpu.commit_smem()
-        gpu.copy_smem_to_gmem(out_s, out.at[batch, rows, head])
-        gpu.copy_smem_to_gmem(top_s, top.at[batch, head, rows])
-        gpu.copy_smem_to_gmem(total_s, total.at[batch, head, rows])
+        gpu.copy_smem_to_gmem(out_s, out.at[batch, block, head])
+        gpu.copy_smem_to_gmem(top_s, top.at[batch, head, block])
+        gpu.copy_smem_to_gmem(total_s, total.at[batch, head, block])
         gpu.wait_smem_to_gmem(0)
 
     memory = [
@@ -142,5 +142,5 @@ def flash_attention(
         scratch_types=memory,
         compiler_params=gpu.CompilerParams(approx_math=True),
         **interpreted(interpret),
-    )(jnp.stack(run, axis=1), q_BTNH, k_BSKH, v_BSKH)
+    )(jnp.stack(rows, axis=1), q_BTNH, k_BSKH, v_BSKH)
     return out, jnp.swapaxes(top, 1, 2) / LOG2_E, jnp.swapaxes(total, 1, 2)

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from stepjax.weights.fp8 import Weight, dequantize, take
 from stepjax.weights.products import linear_product, wide_einsum
+from stepjax.weights.quantised import Weight, dequantize, take
 
 T = TypeVar("T")
 

@@ -1,143 +1,132 @@
-"""Block-scaled float8 weights, as the FP8 release stores its routed experts (spec §4.2).
+"""Block-scaled float8, as the FP8 release stores its routed experts (docs/architecture.md, Quantised forms).
 
 ``W[..., r, c] = float32(q[..., r, c]) · scale[..., r // rows, c // columns]``; the last block of an axis may be ragged.
 To quantise: ``scale = amax / 448`` of the block, ``q = W / scale`` rounded to nearest even; a zero block has scale 1.
-The jax and the numpy forms give the same bytes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, overload
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
 
-import jax
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
-from stepjax.weights.int_groups import Grouped, dequantize_groups
-from stepjax.weights.inventory import scale_shape
+from stepjax.config import ModelConfig
+from stepjax.weights.dtypes import DTYPES
+from stepjax.weights.expert_format import ExpertFormat, Unit
 
-FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+FP8_BLOCK = (128, 128)  # of the FP8 release
 FP8_MAX = 448.0
 # A smaller scale would be subnormal, which some devices flush to zero; a block that small is zero for every purpose.
 _MIN_SCALE = float(np.finfo(np.float32).tiny)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
-class BlockScaled:
-    """A weight in 8 bits. Leaves are jax arrays, or numpy arrays on their way from and to a file."""
+@dataclass(frozen=True)
+class Fp8Blocks(ExpertFormat):
+    """float8_e4m3fn values with a float32 scale for each block."""
 
-    q: Any  # float8_e4m3fn [..., R, C]
-    scale: Any  # float32 [..., ceil(R / rows), ceil(C / columns)]
-    block: tuple[int, int] = field(metadata={"static": True})  # rows, columns that share a scale
+    block: tuple[int, int] = FP8_BLOCK  # rows, columns
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.q.shape
-
-    @property
-    def ndim(self) -> int:
-        return self.q.ndim
+    linear_maps: ClassVar[bool] = True  # the release quantises the routed experts only, others quantise more
+    kept_as_stored: ClassVar[bool] = False
+    made_while_loading: ClassVar[bool] = False
+    # "inv" since it undoes the quantiser's scale: the weight is q · scale_inv.
+    scale_suffix: ClassVar[str] = "_scale_inv"
 
     @property
-    def dtype(self) -> np.dtype:
-        return self.q.dtype
+    def name(self) -> str:
+        return "fp8"
 
     @property
-    def nbytes(self) -> int:
-        return self.q.nbytes + self.scale.nbytes
+    def flag(self) -> str:
+        return "--keep-fp8"
 
-    def dequantize(self, dtype: Any) -> jax.Array:
-        """The weight in ``dtype``: multiplied in float32, rounded once. A quantised weight is frozen: no gradient."""
-        q, scale = jax.lax.stop_gradient((self.q, self.scale))
-        return (q.astype(jnp.float32) * _expand(scale, self.block, self.q.shape)).astype(dtype)
+    @property
+    def value_dtype(self) -> str:
+        return "F8_E4M3"
 
-    def take(self, ids: jax.Array) -> BlockScaled:
-        """Entries of the leading axis, which the axes of ``ids`` replace; ids are clamped into range."""
-        return BlockScaled(_take(self.q, ids), _take(self.scale, ids), self.block)
+    @property
+    def scale_dtypes(self) -> tuple[str, ...]:
+        return "F32", "BF16", "F16"
+
+    @property
+    def bits(self) -> int:
+        return 8
+
+    @property
+    def unit(self) -> Unit:
+        return self.block
+
+    def for_model(self, config: ModelConfig) -> Fp8Blocks:
+        return Fp8Blocks(config.fp8_block or self.block)
+
+    def fitted(self, config: ModelConfig, shape: Sequence[int], scale_shape: Sequence[int]) -> Fp8Blocks:
+        """The scales' shape does not show the block, since the last one may be ragged: the configuration does."""
+        return self.for_model(config)
+
+    def quantise_matrix(self, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        (rows, columns), (block_rows, block_columns) = w.shape, self.block
+        _, (num_rows, num_columns) = self.shapes(w.shape)
+        # Ragged blocks are filled with zeros, which are never the largest magnitude.
+        missing = num_rows * block_rows - rows, num_columns * block_columns - columns
+        magnitude = np.pad(np.abs(w), [(0, count) for count in missing])
+        blocks = magnitude.reshape(num_rows, block_rows, num_columns, block_columns)
+        scale = blocks.max(axis=(1, 3)) / np.float32(FP8_MAX)
+        scale = np.where(scale < _MIN_SCALE, np.float32(1), scale)
+        with np.errstate(invalid="ignore"):  # inf / inf: the block's scale shows that the weight is not finite
+            q = np.clip(w / _expand(scale, self.block, w.shape, np), -FP8_MAX, FP8_MAX)
+        return q.astype(DTYPES["F8_E4M3"]), scale
+
+    def widen(self, q: Any, scale: Any, array: ModuleType) -> Any:
+        return q.astype(array.float32) * _expand(scale.astype(array.float32), self.block, q.shape, array)
+
+    def scale_problem(self, scale: np.ndarray) -> str:
+        wide = scale.astype(np.float32)
+        return "" if np.all((wide > 0) & (wide < np.inf)) else "has scales that are not positive numbers"
+
+    def shape_note(self, config: ModelConfig) -> str:
+        blocks = f"for blocks of {self.block[0]}×{self.block[1]}"
+        if config.fp8_block:
+            return f"{blocks} (quantization_config.weight_block_size)"
+        return (
+            f"{blocks}, and config.json: quantization_config is missing; add quantization_config.weight_block_size as "
+            "the FP8 release has it"
+        )
+
+    def notes(self, config: ModelConfig, file: Path) -> list[str]:
+        missing = f"{file}: has no quantization_config; {self.block[0]}×{self.block[1]} blocks fit the scales"
+        return [] if config.fp8_block else [missing]
+
+    def configured(self, config: ModelConfig) -> ModelConfig:
+        return dataclasses.replace(config, fp8_block=self.block)
+
+    def quantization_config(self, not_converted: Sequence[str]) -> dict[str, Any]:
+        """Other engines read in ``modules_to_not_convert`` what stays plain, some by prefix and some by whole name, so
+        every module is spelled out. This package goes by the tensors instead.
+        """
+        return {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": list(self.block),
+            "modules_to_not_convert": list(not_converted),
+        }
+
+    @property
+    def unit_name(self) -> str:
+        return "an FP8 block"
+
+    @property
+    def cut_advice(self) -> str:
+        return "load the weights widened (without keep_fp8)"
 
 
-Weight = jax.Array | BlockScaled | Grouped
-
-
-def dequantize(w: Weight, dtype: Any) -> jax.Array:
-    """Any weight as an array of ``dtype``."""
-    return w.dequantize(dtype) if isinstance(w, BlockScaled | Grouped) else w.astype(dtype)
-
-
-@overload
-def take(w: BlockScaled, ids: jax.Array) -> BlockScaled: ...
-@overload
-def take(w: Grouped, ids: jax.Array) -> Grouped: ...
-@overload
-def take(w: jax.Array, ids: jax.Array) -> jax.Array: ...
-def take(w: Weight, ids: jax.Array) -> Weight:
-    """Entries of any weight's leading axis, which the axes of ``ids`` replace; ids are clamped into range."""
-    return w.take(ids) if isinstance(w, BlockScaled | Grouped) else _take(w, ids)
-
-
-def quantize_blocks(w: jax.Array, block: tuple[int, int]) -> BlockScaled:
-    """Quantise the last two axes of ``w``, one scale per ``block``."""
-    w = w.astype(jnp.float32)
-    scale = _divide(_block_max(w, block), jnp.float32(FP8_MAX))
-    scale = jnp.where(scale < _MIN_SCALE, 1, scale)
-    q = _divide(w, _expand(scale, block, w.shape))
-    return BlockScaled(jnp.clip(q, -FP8_MAX, FP8_MAX).astype(jnp.float8_e4m3fn), scale, block)
-
-
-def quantize_numpy(w: np.ndarray, block: tuple[int, int]) -> BlockScaled:
-    """`quantize_blocks` with numpy leaves; one entry of the leading axes at a time, to keep float32 copies small."""
-    q = np.empty(w.shape, FP8)
-    scale = np.empty(scale_shape(w.shape, block), np.float32)
-    for lead in np.ndindex(w.shape[:-2]):
-        wide = w[lead].astype(np.float32)
-        steps = _block_max(wide, block) / np.float32(FP8_MAX)
-        steps = np.where(steps < _MIN_SCALE, np.float32(1), steps)
-        with np.errstate(invalid="ignore"):  # inf / inf: the block's scale says that it is not finite
-            q[lead] = np.clip(wide / _expand(steps, block, wide.shape), -FP8_MAX, FP8_MAX).astype(FP8)
-        scale[lead] = steps
-    return BlockScaled(q, scale, block)
-
-
-def dequantize_numpy(w: BlockScaled, dtype: Any) -> np.ndarray:
-    """`BlockScaled.dequantize` of numpy leaves; one entry of the leading axes at a time."""
-    out = np.empty(w.shape, dtype)
-    for lead in np.ndindex(w.shape[:-2]):
-        out[lead] = (w.q[lead].astype(np.float32) * _expand(w.scale[lead], w.block, w.shape[-2:])).astype(dtype)
-    return out
-
-
-def widened(w: BlockScaled | Grouped, dtype: Any) -> np.ndarray:
-    """A quantised weight with numpy leaves as a plain one."""
-    return dequantize_groups(w, dtype) if isinstance(w, Grouped) else dequantize_numpy(w, dtype)
-
-
-def _block_max(w: Any, block: tuple[int, int]) -> Any:
-    """Largest magnitude of each block; ragged blocks are filled up with zeros, which are never the largest."""
-    numpy = np if isinstance(w, np.ndarray) else jnp
-    *lead, rows, columns = w.shape
-    *_, num_rows, num_columns = scale_shape(w.shape, block)
-    missing = (num_rows * block[0] - rows, num_columns * block[1] - columns)
-    padded = numpy.pad(numpy.abs(w), [(0, 0)] * len(lead) + [(0, count) for count in missing])
-    return padded.reshape(*lead, num_rows, block[0], num_columns, block[1]).max(axis=(-3, -1))
-
-
-def _expand(scale: Any, block: tuple[int, int], shape: tuple[int, ...]) -> Any:
-    """One scale per element of ``shape``. A broadcast and a reshape, which fuse into what uses them."""
-    numpy = np if isinstance(scale, np.ndarray) else jnp
+def _expand(scale: Any, block: tuple[int, int], shape: Sequence[int], array: ModuleType) -> Any:
+    """One scale for each element of ``shape``: a broadcast and a reshape, which fuse into what uses them."""
     *lead, rows, columns = scale.shape
-    wide = numpy.broadcast_to(scale[..., :, None, :, None], (*lead, rows, block[0], columns, block[1]))
+    wide = array.broadcast_to(scale[..., :, None, :, None], (*lead, rows, block[0], columns, block[1]))
     return wide.reshape(*lead, rows * block[0], columns * block[1])[..., : shape[-2], : shape[-1]]
-
-
-def _divide(a: jax.Array, b: jax.Array) -> jax.Array:
-    """IEEE division. XLA turns one by a broadcast value into a product with its reciprocal, which rounds twice."""
-    return a / jax.lax.optimization_barrier(jnp.broadcast_to(b, a.shape))
-
-
-def _take(array: jax.Array, ids: jax.Array) -> jax.Array:
-    if ids.ndim == 0:  # a slice, where a gather would be copied first on CPU
-        return jax.lax.dynamic_index_in_dim(array, ids, axis=0, keepdims=False)
-    return jnp.take(array, ids, axis=0, mode="clip")

@@ -1,139 +1,105 @@
-"""Whole-number weights with one scale per group of columns: int8 per output channel, int4 in groups of 32 or 64.
+"""Integers with one scale for each group of columns: int8 per output channel, int4 in groups of 32 or 64.
 
 ``W[..., r, c] = q[..., r, c] · scale[..., r, c // group]``. A scale may be negative: it is chosen so that the value of
-largest magnitude becomes exactly −2^(bits−1), which uses all levels of an otherwise lopsided range. int4 values lie two
-a byte, the first half of a group in the low bits, so that a weight may be cut at any group.
+largest magnitude becomes exactly −2^(bits−1), which uses all levels of an otherwise lopsided range. Two int4 values
+share a byte, the first half of a group in the low bits, so that a weight may be cut at any group.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
+from stepjax.config import OWN_FORMAT, ModelConfig
 from stepjax.errors import ConfigError
-from stepjax.weights.inventory import Groups
+from stepjax.weights.expert_format import ExpertFormat, Unit
 
-IntFormat = Literal["int8", "int4"]
-
-BITS: dict[IntFormat, int] = {"int8": 8, "int4": 4}
 GROUP = 64  # columns that share a scale in int4
-SCALE = {8: np.dtype(np.float32), 4: np.dtype(ml_dtypes.bfloat16)}  # by bits
+_COUNTED = (64, 32)  # sizes of groups that ``stepjax info`` counts
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
-class Grouped:
-    """A weight [..., R, C] in whole numbers. Leaves are jax or numpy arrays."""
+@dataclass(frozen=True)
+class IntGroups(ExpertFormat):
+    """Signed integers of 8 bits, or of 4 bits with two in a byte."""
 
-    q: Any  # int8 [..., R, C], or uint8 [..., R, C / 2]
-    scale: Any  # [..., R, C / group]
-    bits: int = field(metadata={"static": True})
+    num_bits: int  # 8 or 4
+    columns: int | None  # that share a scale; None: a whole row
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return (*self.q.shape[:-1], self.q.shape[-1] * 8 // self.bits)
+    def name(self) -> str:
+        return f"int{self.num_bits}"
 
     @property
-    def ndim(self) -> int:
-        return self.q.ndim
+    def bits(self) -> int:
+        return self.num_bits
 
     @property
-    def dtype(self) -> np.dtype:
-        return self.q.dtype
+    def value_dtype(self) -> str:
+        return "I8" if self.num_bits == 8 else "U8"
 
     @property
-    def nbytes(self) -> int:
-        return self.q.nbytes + self.scale.nbytes
+    def scale_dtypes(self) -> tuple[str, ...]:
+        return ("F32",) if self.num_bits == 8 else ("BF16",)
 
     @property
-    def group(self) -> int:
-        """Columns that share a scale."""
-        return self.shape[-1] // self.scale.shape[-1]
+    def unit(self) -> Unit:
+        return 1, self.columns
 
     @property
-    def form(self) -> Groups:
-        """How the weight is held."""
-        return form_of("int8" if self.bits == 8 else "int4", self.group)
+    def gathered_scale_bytes(self) -> float:
+        return 2 / self.columns if self.columns else 0.0
 
-    def dequantize(self, dtype: Any) -> jax.Array:
-        """The weight in ``dtype``: multiplied in float32, rounded once. A quantised weight is frozen: no gradient."""
-        q, scale = jax.lax.stop_gradient((self.q, self.scale))
+    def variants(self, config: ModelConfig) -> dict[str, ExpertFormat]:
+        """int4 in each size of group that fills the rows."""
+        if self.columns is None:
+            return {self.name: self}
+        fits = [size for size in _COUNTED if config.hidden_size % size == config.expert_size % size == 0]
+        return {f"{self.name} in {size}s": self.with_group(size) for size in fits}
+
+    def with_group(self, columns: int) -> IntGroups:
+        return self if self.columns is None else dataclasses.replace(self, columns=columns)
+
+    def fitted(self, config: ModelConfig, shape: Sequence[int], scale_shape: Sequence[int]) -> IntGroups:
+        groups = scale_shape[-1] if scale_shape else 0
+        columns = shape[-1] // groups if groups else 0
+        return self.with_group(columns) if columns and columns * groups == shape[-1] and columns % 2 == 0 else self
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        group = self.columns or shape[-1]
+        if group < 2 or group % 2 or shape[-1] % group:
+            raise ConfigError(f"{self.name}: rows of {shape[-1]} values, expected a multiple of groups of {group}")
+
+    def quantise_matrix(self, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        low = 1 << (self.num_bits - 1)
+        dtype = self.numpy_dtypes[1]
+        values = w.reshape(w.shape[0], -1, self.columns or w.shape[-1])
+        largest = np.abs(values).argmax(axis=-1, keepdims=True)
+        scale = (np.take_along_axis(values, largest, axis=-1) / np.float32(-low)).astype(dtype)
+        if not np.isfinite(scale.astype(np.float32)).all():
+            raise ConfigError(f"{self.name}: the weight has values that are not finite and cannot be quantised")
+        scale = np.where(scale == 0, dtype.type(1), scale)
+        q = np.clip(np.rint(values / scale.astype(np.float32)), -low, low - 1).astype(np.int8)
+        if self.num_bits == 4:
+            half = values.shape[-1] // 2
+            q = (q + 8).astype(np.uint8)
+            q = q[..., :half] | (q[..., half:] << 4)
+        return q.reshape(w.shape[0], -1), scale[..., 0]
+
+    def widen(self, q: Any, scale: Any, array: ModuleType) -> Any:
+        shape = self.whole_shape(q.shape)
         q = q.reshape(*scale.shape, -1)
-        if self.bits == 4:
-            q = jnp.concatenate([q & 15, q >> 4], axis=-1).astype(jnp.int8) - 8
-        wide = q.astype(jnp.float32) * scale[..., None].astype(jnp.float32)
-        return wide.reshape(self.shape).astype(dtype)
+        if self.num_bits == 4:
+            q = array.concatenate([q & 15, q >> 4], axis=-1).astype(array.int8) - array.int8(8)
+        return (q.astype(array.float32) * scale[..., None].astype(array.float32)).reshape(shape)
 
-    def take(self, ids: jax.Array) -> Grouped:
-        """Entries of the leading axis, which the axes of ``ids`` replace; ids are clamped into range."""
+    def quantization_config(self, not_converted: Sequence[str]) -> dict[str, Any]:
+        return {"quant_method": OWN_FORMAT, "bits": self.num_bits, "group_size": self.columns}
 
-        def one(x: jax.Array) -> jax.Array:
-            if ids.ndim == 0:  # a slice, where a gather would be copied first on CPU
-                return jax.lax.dynamic_index_in_dim(x, ids, axis=0, keepdims=False)
-            return jnp.take(x, ids, axis=0, mode="clip")
-
-        return Grouped(one(self.q), one(self.scale), self.bits)
-
-
-def form_of(format: IntFormat, group: int = GROUP) -> Groups:
-    """What `quantize_groups` makes of a weight."""
-    return Groups(BITS[format], None if format == "int8" else group)
-
-
-def quantize_groups(w: np.ndarray, format: IntFormat, group: int = GROUP) -> Grouped:
-    """Quantise a numpy weight [..., R, C]; one entry of the leading axes at a time, to keep float32 copies small.
-
-    Args:
-      group: of int4; int8 has one scale a row.
-
-    Raises:
-      ConfigError: groups do not fill the rows, or values are not finite.
-    """
-    bits, columns = BITS[format], w.shape[-1]
-    group = columns if format == "int8" else group
-    check_fit(form_of(format, group), columns)
-    q = np.empty((*w.shape[:-1], columns * bits // 8), np.int8 if bits == 8 else np.uint8)
-    scale = np.empty((*w.shape[:-1], columns // group), SCALE[bits])
-    for lead in np.ndindex(w.shape[:-2]):
-        q[lead], scale[lead] = _quantized(w[lead].astype(np.float32), bits, group)
-    return Grouped(q, scale, bits)
-
-
-def check_fit(form: Groups, columns: int) -> None:
-    """Raise ConfigError unless groups fill rows of so many columns."""
-    group = form.columns or columns
-    if group < 2 or group % 2 or columns % group:
-        raise ConfigError(f"int{form.bits}: rows of {columns} values, expected a multiple of groups of {group}")
-
-
-def _quantized(w: np.ndarray, bits: int, group: int) -> tuple[np.ndarray, np.ndarray]:
-    low = 1 << (bits - 1)
-    values = w.reshape(w.shape[0], -1, group)
-    at = np.abs(values).argmax(axis=-1, keepdims=True)
-    scale = (np.take_along_axis(values, at, axis=-1) / np.float32(-low)).astype(SCALE[bits])
-    if not np.isfinite(scale.astype(np.float32)).all():
-        raise ConfigError(f"int{bits}: the weight has values that are not finite and cannot be quantised")
-    scale = np.where(scale == 0, SCALE[bits].type(1), scale)
-    q = np.clip(np.rint(values / scale.astype(np.float32)), -low, low - 1).astype(np.int8)
-    if bits == 4:
-        half = group // 2
-        q = (q + 8).astype(np.uint8)
-        q = q[..., :half] | (q[..., half:] << 4)
-    return q.reshape(w.shape[0], -1), scale[..., 0]
-
-
-def dequantize_groups(w: Grouped, dtype: Any) -> np.ndarray:
-    """`Grouped.dequantize` of numpy leaves; one entry of the leading axes at a time."""
-    out = np.empty(w.shape, dtype)
-    for lead in np.ndindex(w.shape[:-2]):
-        q, scale = w.q[lead], w.scale[lead]
-        q = q.reshape(*scale.shape, -1)
-        if w.bits == 4:
-            q = np.concatenate([q & 15, q >> 4], axis=-1).astype(np.int8) - np.int8(8)
-        out[lead] = (q * scale[..., None].astype(np.float32)).reshape(out.shape[-2:]).astype(dtype)
-    return out
+    @property
+    def unit_name(self) -> str:
+        return f"an {self.name} group"

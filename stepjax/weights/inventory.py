@@ -6,6 +6,7 @@ orientation, so a weight is loaded by renaming it. Sections refer to the specifi
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -13,11 +14,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stepjax.config import LayerSpec, ModelConfig
-
-FP8_BLOCK = (128, 128)  # of the FP8 release
-SCALE_SUFFIX = "_scale_inv"  # "inv" since it undoes the quantiser's scale: the weight is q · scale_inv
-GROUPS_SUFFIX = "_scale"  # of whole numbers, which are this package's own form
-DTYPE_BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "I8": 1, "U8": 1}
+from stepjax.weights.dtypes import DTYPES
+from stepjax.weights.expert_format import ExpertFormat
+from stepjax.weights.plain import PLAIN
 
 Part = Literal["embedding", "head", "norm", "attention", "dense", "router", "experts", "shared", "merge", "mtp_head"]
 
@@ -39,61 +38,38 @@ class TensorSpec:
 
     @property
     def num_bytes(self) -> int:
-        return self.num_elements * DTYPE_BYTES[self.dtype]
+        return self.num_elements * DTYPES[self.dtype].itemsize
 
-    @property
-    def may_be_fp8(self) -> bool:
-        """Whether 8 bits with scales are accepted: the linear maps. The release itself quantises only ``experts``."""
-        return self.part == "experts" or self.path.endswith("_proj.weight")
-
-
-@dataclass(frozen=True)
-class Groups:
-    """Whole numbers with a scale per group of columns, as `stepjax.weights.int_groups` holds them."""
-
-    bits: int  # 8, or 4: two values a byte
-    columns: int | None  # that share a scale; None: a whole row
-
-    @property
-    def dtypes(self) -> tuple[str, str]:
-        """Of the values and of the scales."""
-        return ("I8", "F32") if self.bits == 8 else ("U8", "BF16")
-
-    def shapes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of the stored values and of the scales of a weight of ``shape``."""
-        *rows, columns = shape
-        return (*rows, columns * self.bits // 8), (*rows, columns // (self.columns or columns))
+    def may_be(self, format: ExpertFormat) -> bool:
+        """Whether a checkpoint may hold the weight in a format."""
+        if not format.quantised or self.part == "experts":
+            return True
+        return format.linear_maps and self.path.endswith("_proj.weight")
 
 
-Form = tuple[int, int] | Groups  # FP8 in blocks of rows and columns, or whole numbers
-
-
-def inventory(config: ModelConfig, *, experts: Form | None = None) -> tuple[TensorSpec, ...]:
-    """Every tensor of a release of ``config``, MTP layers included (§4.1, §4.2).
+def inventory(config: ModelConfig, *, experts: ExpertFormat = PLAIN) -> tuple[TensorSpec, ...]:
+    """Every tensor of a release of ``config``, MTP layers included (docs/architecture.md, Checkpoint layout).
 
     Args:
-      experts: what the routed experts are quantised to; None is the BF16 release, `FP8_BLOCK` the FP8 release.
+      experts: how the routed experts are held.
     """
-    specs = tuple(_specs(config))
-    if experts is None:
-        return specs
-    return tuple(each for spec in specs for each in (quantized(spec, experts) if spec.part == "experts" else (spec,)))
+    return tuple(
+        tensor
+        for spec in _specs(config)
+        for tensor in (quantized(spec, experts) if spec.part == "experts" else (spec,))
+    )
 
 
-def quantized(spec: TensorSpec, form: Form) -> tuple[TensorSpec, TensorSpec]:
-    """The two tensors that hold a quantised weight: itself and its scales."""
-    if isinstance(form, Groups):
-        dtypes, shapes, suffix = form.dtypes, form.shapes(spec.shape), GROUPS_SUFFIX
-    else:
-        dtypes, shapes, suffix = ("F8_E4M3", "F32"), (spec.shape, scale_shape(spec.shape, form)), SCALE_SUFFIX
-    weight = TensorSpec(spec.hub_name, spec.path, shapes[0], dtypes[0], spec.part, spec.layer)
-    scale = f"{spec.path}.scale"
-    return weight, TensorSpec(spec.hub_name + suffix, scale, shapes[1], dtypes[1], spec.part, spec.layer)
-
-
-def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
-    """Shape of the scales of a weight of ``shape``; the last block of an axis may be ragged."""
-    return (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))
+def quantized(spec: TensorSpec, format: ExpertFormat) -> tuple[TensorSpec, ...]:
+    """The tensors that hold a weight in a format: itself, and its scales if it has any."""
+    if not format.quantised:
+        return (spec,)
+    values, scales = (
+        dataclasses.replace(spec, shape=shape, dtype=dtype)
+        for shape, dtype in zip(format.shapes(spec.shape), format.dtypes, strict=True)
+    )
+    scale_names = {"hub_name": spec.hub_name + format.scale_suffix, "path": f"{spec.path}.scale"}
+    return values, dataclasses.replace(scales, **scale_names)
 
 
 def _specs(config: ModelConfig) -> Iterator[TensorSpec]:

@@ -13,6 +13,7 @@ from rich.console import Console
 from stepjax.commands.info import read_config
 from stepjax.errors import RequestError
 from stepjax.sharding.planner.hardware import DEVICES, Cluster, parse, read_devices
+from stepjax.weights.formats import FORMATS, named
 
 if TYPE_CHECKING:
     from stepjax.sharding.planner.calibration import Calibration
@@ -57,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="longest time between two tokens of a sequence, e.g. 25 (default: no limit)",
     )
     parser.add_argument(
-        "--experts", default="bf16,fp8,int8,int4", metavar="LIST", help="precisions to consider (default: %(default)s)"
+        "--experts", default=",".join(FORMATS), metavar="LIST", help="formats to consider (default: %(default)s)"
     )
     parser.add_argument(
         "--chunk", type=int, default=512, metavar="T", help="prompt tokens of a step (default: %(default)s)"
@@ -114,16 +115,11 @@ def _ask(args: argparse.Namespace, config: Any, cluster: Cluster) -> tuple[Any, 
     """The question for the planner, and the calibration of its efficiencies."""
     from stepjax.infer.engine.draft_policy import PRIOR
     from stepjax.sharding.planner.calibration import fit
-    from stepjax.sharding.planner.device_bytes import QUANTS
     from stepjax.sharding.planner.measurements import read_points
     from stepjax.sharding.planner.step_time import Efficiency, RoutingDistribution
     from stepjax.train.planning.plan import request_for
 
     goal = "lora" if args.train else args.goal
-    quants = tuple(name.strip() for name in args.experts.split(","))
-    for name in quants:
-        if name not in QUANTS:
-            raise RequestError(f"--experts: {name!r}, expected of {', '.join(QUANTS)}")
     calibration = None
     if args.calibrate:
         device, points = read_points(args.calibrate)
@@ -138,7 +134,7 @@ def _ask(args: argparse.Namespace, config: Any, cluster: Cluster) -> tuple[Any, 
         batch=args.batch,
         context=args.context,
         tpot_s=None if args.tpot_ms is None else 1e-3 * args.tpot_ms,
-        quants=quants,
+        experts=named([name.strip() for name in args.experts.split(",")]),
         chunk=args.chunk,
         acceptance=PRIOR if args.accept is None else args.accept,
         overlap=args.overlap,

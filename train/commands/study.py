@@ -11,6 +11,8 @@ from rich.console import Console
 
 from stepjax.commands.info import read_config
 from stepjax.sharding.mesh import MeshSpec
+from stepjax.weights.formats import made_while_loading, requested
+from stepjax.weights.plain import PLAIN
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-fp8", action="store_true", help="expert weights in 8 bits, as in the FP8 release (default: as --dtype)"
     )
-    parser.add_argument("--quantize", choices=("int8", "int4"), help="expert weights as integers (default: as --dtype)")
+    parser.add_argument(
+        "--quantize", choices=made_while_loading(), help="quantised expert weights (default: as --dtype)"
+    )
     parser.add_argument("--check", action="store_true", help="compare with what `stepjax plan` computes (default: no)")
     parser.add_argument(
         "--dtype",
@@ -78,8 +82,7 @@ def run(args: argparse.Namespace) -> int:
         context=args.context,
         chunk=args.chunk,
         drafts=args.speculate,
-        keep_fp8=args.keep_fp8,
-        quantize=args.quantize,
+        experts=requested(keep_fp8=args.keep_fp8, quantize=args.quantize) or PLAIN,
         dtype=args.dtype,
     )
     console = Console(stderr=True)

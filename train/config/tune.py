@@ -10,6 +10,7 @@ from stepjax.train.config.mix import MIX
 from stepjax.train.objectives.objective import Objective, Verb
 from stepjax.train.objectives.settings import LossSettings
 from stepjax.train.objectives.table import OBJECTIVES
+from stepjax.weights.formats import made_while_loading
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,12 @@ class ModelSettings:
     mesh: str = ""  # as data=2,expert=4; "" is one device
     strategy: str = "expert_tensor"
     keep_fp8: bool = False  # hold the FP8 release's experts in 8 bits
-    quantize: Literal["", "int8", "int4"] = ""  # hold the routed experts in whole numbers
+    quantize: str = ""  # hold the routed experts in a format that is made while loading, as "int8" and "int4"
+
+    def __post_init__(self) -> None:
+        names = made_while_loading()
+        if self.quantize and self.quantize not in names:
+            raise ConfigError(f"model: quantize is {self.quantize!r}, expected {' or '.join(names)}, or nothing")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from stepjax.infer.steps.abstract_steps import sequence_bytes
 from stepjax.sharding.compiled.report import CompileReport, size_text
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
-from stepjax.sharding.planner.device_bytes import Quant, cached, layout_of, local_shape, parameters, placed
+from stepjax.sharding.planner.device_bytes import cached, layout_of, local_shape, parameters, placed
 from stepjax.sharding.planner.exchanges import StepShape, payloads, serving_exchanges
 from stepjax.sharding.planner.lora_step import adapters, training_bytes, training_shape
 from stepjax.sharding.planner.temporaries import serving_temporaries
@@ -144,11 +144,11 @@ def planned(config: ModelConfig, workload: Workload, mesh: MeshSpec, strategy: s
       RequestError, MeshError: as there.
     """
     workload.check(config)
-    quant: Quant = "fp8" if workload.keep_fp8 else workload.quantize or "bf16"
+    experts = workload.experts.for_model(config)
     config = dataclasses.replace(config, mtp_layers=config.mtp_layers[: workload.drafts])
-    layout = layout_of(config, mesh, strategy, quant)
+    layout = layout_of(config, mesh, strategy, experts)
     dtype = jnp.dtype(workload.resolved_dtype)
-    weights = placed(parameters(config, quant=quant, depths=workload.drafts, dtype=dtype.name), layout)
+    weights = placed(parameters(config, experts=experts, depths=workload.drafts, dtype=dtype.name), layout)
     held = sum(each.num_bytes for each in weights)
     if workload.step == "train":
         biases = sum(each.num_bytes for each in weights if each.kind.path.endswith("router.bias"))
@@ -177,7 +177,7 @@ def planned(config: ModelConfig, workload: Workload, mesh: MeshSpec, strategy: s
     sent = payloads(serving_exchanges(layout, work, rows_split=cache.rows_split))
     return Planned(
         argument_bytes=held + cache.num_bytes + state + inputs,
-        temp_bytes=serving_temporaries(layout, work, cache, quant=quant),
+        temp_bytes=serving_temporaries(layout, work, cache),
         payloads={(kind, ",".join(axes)): size for (kind, axes), size in sent.items()},
     )
 

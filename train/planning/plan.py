@@ -10,9 +10,9 @@ from stepjax.config import ModelConfig
 from stepjax.infer.engine.draft_policy import PRIOR
 from stepjax.infer.steps.abstract_steps import sequence_bytes
 from stepjax.sharding.planner import search
-from stepjax.sharding.planner.device_bytes import QUANTS, Quant
 from stepjax.sharding.planner.hardware import Cluster, parse
 from stepjax.sharding.planner.search import BATCHES, Goal, Plan, PlanRequest
+from stepjax.weights.formats import FORMATS, named
 
 
 def plan(
@@ -23,7 +23,7 @@ def plan(
     batch: int | None = None,
     context: int = 4096,
     tpot_s: float | None = None,
-    experts: Sequence[Quant] = tuple(QUANTS),
+    experts: Sequence[str] = tuple(FORMATS),
 ) -> Plan:
     """Rank every mesh, strategy, expert precision and number of drafts for a machine. No weights are read.
 
@@ -35,23 +35,23 @@ def plan(
         largest that is tried, and 8 rows a device.
       context: positions of each sequence, prompt and answer.
       tpot_s: the longest time between two tokens of a sequence, in seconds.
-      experts: precisions of the routed experts to consider.
+      experts: names of the expert formats to consider, as ``bf16``, ``fp8``, ``int8``, ``int4``.
 
     Returns:
       Options, best first, and refusals, each with its reason. Times are bounds from datasheets.
 
     Raises:
       ConfigError: the hardware or the model is not known.
-      RequestError: a value makes no sense for the model.
+      RequestError: an expert format is not known, or a value makes no sense for the model.
 
     Example:
       >>> best = plan("step-3.5-flash", hardware="8xH100", experts=["bf16"]).options[0]
-      >>> str(best.choice.mesh), best.choice.quant, best.choice.drafts
+      >>> str(best.choice.mesh), best.choice.experts.name, best.choice.drafts
       ('tensor=8', 'bf16', 3)
     """
     config = read_config(model) if isinstance(model, str) else model
     cluster = parse(hardware)
-    request = request_for(config, cluster, goal, batch=batch, context=context, tpot_s=tpot_s, quants=tuple(experts))
+    request = request_for(config, cluster, goal, batch=batch, context=context, tpot_s=tpot_s, experts=named(experts))
     return search.plan(config, cluster, request)
 
 

@@ -42,11 +42,11 @@ def draw(found: Plan, config: ModelConfig, path: Path, *, times: str) -> None:
     figure = drawing.Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.add_subplot()
     dots = _dots(found, config)
-    for quant, (colour, mark) in STYLES.items():
-        mine = [each for each in dots if each.option.choice.quant == quant]
+    for name, (colour, mark) in STYLES.items():
+        mine = [each for each in dots if each.option.choice.experts.name == name]
         if mine:
             axes.scatter(*_places(mine), color=colour, marker=mark, s=10, alpha=0.25, linewidths=0)
-            axes.plot(*_places(front(mine)), color=colour, marker=mark, markersize=5, linewidth=1.5, label=quant)
+            axes.plot(*_places(front(mine)), color=colour, marker=mark, markersize=5, linewidth=1.5, label=name)
     for each in _named(front(dots)):
         place = {"xytext": (-7, 3), "textcoords": "offset points", "ha": "right"}  # where no point is better
         axes.annotate(_name(found, each), (each.time, each.rate), fontsize=7.5, linespacing=0.95, **place)
@@ -89,8 +89,8 @@ def _dots(found: Plan, config: ModelConfig) -> list[Dot]:
     free = dataclasses.replace(found.ask, tpot_s=None)
     chosen = list(dict.fromkeys(each.choice for each in found.options))
     swept: list[Option] = []
-    for quant in STYLES:
-        mine = [each for each in chosen if each.quant == quant][: MOST_SWEPT // len(STYLES)]
+    for name in STYLES:
+        mine = [each for each in chosen if each.experts.name == name][: MOST_SWEPT // len(STYLES)]
         swept += [option for each in mine for option in by_batch(config, found.cluster, free, each)]
     return [_dot(found, each) for each in (*found.options, *swept)]
 
@@ -114,7 +114,7 @@ def _named(dots: Sequence[Dot]) -> list[Dot]:
 def _name(found: Plan, each: Dot) -> str:
     choice = each.option.choice
     rows = "" if found.ask.goal == "context" else f" × {each.option.batch}"
-    return f"{choice.mesh}\n{choice.quant}{rows}"
+    return f"{choice.mesh}\n{choice.experts.name}{rows}"
 
 
 def _words(found: Plan) -> tuple[str, str, str]:

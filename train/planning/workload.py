@@ -17,7 +17,7 @@ from stepjax.errors import MeshError, RequestError
 from stepjax.infer.steps.abstract_steps import decode_step, prefill_step
 from stepjax.model.cache import MAX_DRAFTS
 from stepjax.model.step3p5 import Params, Step3p5, abstract, axes_of
-from stepjax.sharding.compiled.step_study import Step, StepStudy, abstract_params, copies, study, with_blocks
+from stepjax.sharding.compiled.step_study import Step, StepStudy, abstract_params, copies, study
 from stepjax.sharding.devices import Target, devices
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
@@ -33,8 +33,8 @@ from stepjax.train.pretrain.step import Placement, TrainState, make_step, split_
 from stepjax.train.runs.optimizer import adamw, constant, learning_rate
 from stepjax.train.tune.setup import fresh_state
 from stepjax.train.tune.update import Leaves, make_update
-from stepjax.weights.int_groups import IntFormat, check_fit, form_of
-from stepjax.weights.inventory import Groups
+from stepjax.weights.expert_format import ExpertFormat
+from stepjax.weights.plain import PLAIN
 
 StepName = Literal["decode", "prefill", "train", "lora"]
 
@@ -51,8 +51,7 @@ class Workload:
     context: int = 4096  # cached positions of each, or tokens of a row in training and LoRA
     chunk: int | None = None  # prompt tokens of each in one prefill step; None: `CHUNK`, or the context if shorter
     drafts: int = 0  # MTP depths, which are then held and run
-    keep_fp8: bool = False
-    quantize: IntFormat | None = None  # the experts in whole numbers
+    experts: ExpertFormat = PLAIN  # how the routed experts are held
     dtype: str = "auto"  # of weights, activations and caches; auto: bfloat16, and float32 in training as in `pretrain`
 
     @property
@@ -70,11 +69,6 @@ class Workload:
             return jnp.dtype(jnp.float32 if self.step == "train" else jnp.bfloat16)
         return jnp.dtype(self.dtype)
 
-    @property
-    def groups(self) -> Groups | None:
-        """How whole numbers are held."""
-        return form_of(self.quantize) if self.quantize else None
-
     def check(self, config: ModelConfig) -> None:
         """Raise RequestError where the step makes no sense for the model."""
         depths = min(MAX_DRAFTS, len(config.mtp_layers))
@@ -90,14 +84,11 @@ class Workload:
             raise RequestError(f"chunk: is of --step prefill, a {self.step} step has none")
         if self.step in ("train", "lora") and self.drafts:
             raise RequestError("speculate: a training step is studied without MTP layers, expected 0")
-        if self.step == "train" and (self.keep_fp8 or self.quantize):
-            name = "keep-fp8" if self.keep_fp8 else f"quantize {self.quantize}"
-            raise RequestError(f"{name}: weights in 8 bits or fewer have no gradient and are not trained; leave it out")
-        if self.groups:
-            for columns in (config.hidden_size, config.expert_size):
-                check_fit(self.groups, columns)
-        if self.keep_fp8 and self.quantize:
-            raise RequestError(f"quantize {self.quantize}: the experts are kept in 8 bits already; leave one out")
+        if self.step == "train" and self.experts.quantised:
+            name = self.experts.flag.removeprefix("--")
+            raise RequestError(f"{name}: quantised weights have no gradient and are not trained; leave it out")
+        for columns in (config.hidden_size, config.expert_size):
+            self.experts.check_shape((columns,))
 
 
 def study_mesh(spec: MeshSpec, num_devices: int | None) -> tuple[MeshSpec, int]:
@@ -133,8 +124,7 @@ def study_model(
     workload.check(config)
     spec, num_devices = study_mesh(mesh, num_devices)
     config = dataclasses.replace(config, mtp_layers=config.mtp_layers[: workload.drafts])
-    config = with_blocks(config) if workload.keep_fp8 else config
-    rules = ShardingRules(config, spec, strategy, keep_fp8=workload.keep_fp8, groups=workload.groups)
+    rules = ShardingRules(config, spec, strategy, workload.experts.for_model(config))
     layout = MeshLayout(spec.build(devices(target, num_devices)), rules)
     notes = copies(spec, batch=workload.batch, context=workload.context)
     if num_devices > spec.num_devices:
@@ -146,7 +136,7 @@ def step_of(config: ModelConfig, workload: Workload, layout: MeshLayout) -> Step
     """The function and its shapes."""
     dtype, batch, context = workload.resolved_dtype, workload.batch, workload.context
     model = abstract(config, dtype=dtype, layout=layout)
-    params = abstract_params(model, layout, keep_fp8=workload.keep_fp8, groups=workload.groups)
+    params = abstract_params(model, layout)
     if workload.step == "train":
         return train_step(model, params, layout, batch=batch, length=context)
     if workload.step == "lora":

@@ -13,7 +13,6 @@ import numpy as np
 
 from stepjax.infer.session import Session
 from stepjax.model.step3p5 import Params
-from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.train.config.tune import TuneConfig
 from stepjax.train.objectives.batch import Batch
 from stepjax.train.objectives.objective import Objective
@@ -113,10 +112,9 @@ class Scoring:
 
     def _placed(self, x: np.ndarray) -> jax.Array:
         """[M, R, T, …] by rows and tokens."""
-        layout = self._session.model.layout
-        if not isinstance(layout, MeshLayout):
+        where = self._session.model.layout.sharding(x.shape, None, "batch", "length", *(None,) * (x.ndim - 3))
+        if where is None:
             return jnp.asarray(x)
-        where = layout.sharding(x.shape, None, "batch", "length", *(None,) * (x.ndim - 3))
         return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
 
 

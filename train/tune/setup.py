@@ -15,8 +15,8 @@ import optax
 from stepjax.errors import ConfigError
 from stepjax.infer.load import load
 from stepjax.infer.session import Session, num_tokens_of
+from stepjax.model.layout import Layout
 from stepjax.model.step3p5 import Params
-from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.train.config.tune import ModelSettings, TeacherSettings, TuneConfig
 from stepjax.train.objectives.objective import LossContext, Objective
 from stepjax.train.objectives.table import OBJECTIVES
@@ -60,7 +60,7 @@ def open_run(config: TuneConfig) -> Setup:
     if config.lora.start_from:
         trained = _started(trained, Path(config.lora.start_from), base)
     layout = base.model.layout
-    mesh = layout if isinstance(layout, MeshLayout) else None
+    mesh = layout if layout.replicated else None
     leaves = {name: placed(leaf, trained.shardings[name]) for name, leaf in trained.leaves.items()}
     student = beside(base, trained.assemble(base.params, leaves))
     teachers = open_teachers(config, base)
@@ -168,7 +168,7 @@ def fresh_state(
     leaves: Any,
     optimizer: optax.GradientTransformation,
     shardings: Mapping[str, Any],
-    mesh: MeshLayout,
+    mesh: Layout,
     *,
     keep_previous: bool,
 ) -> tuple[TuneState, TuneState]:
@@ -182,7 +182,7 @@ def _fresh(
     leaves: Leaves,
     optimizer: optax.GradientTransformation,
     trained: Trainable,
-    mesh: MeshLayout | None,
+    mesh: Layout | None,
     *,
     keep_previous: bool,
 ) -> tuple[TuneState, Any]:

@@ -22,7 +22,6 @@ from stepjax.errors import CheckpointError, ConfigError
 from stepjax.infer.session import Session
 from stepjax.model.moe import BIAS
 from stepjax.model.step3p5 import Params, axes_of
-from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.sharded_checkpoint import is_adapter, restore_adapter
 from stepjax.train.config.tune import LoraSettings
 
@@ -91,8 +90,6 @@ def _lora(session: Session, config: LoraConfig, key: jax.Array) -> Trainable:
 
 def _placed(session: Session, axes: Mapping[str, tuple[str | None, ...]]) -> dict[str, Any]:
     layout = session.model.layout
-    if not isinstance(layout, MeshLayout):
-        return dict.fromkeys(axes)
     return {name: layout.parameter(*each) for name, each in axes.items()}
 
 

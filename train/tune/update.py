@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from stepjax.model.layout import Layout
 from stepjax.model.step3p5 import Params
-from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.train.objectives.batch import Batch
 from stepjax.train.objectives.objective import LossFunction
 from stepjax.train.objectives.sums import Sums
@@ -93,7 +93,7 @@ def make_update(
     return jax.jit(update, out_shardings=placed, compiler_options=COMPILER_OPTIONS)
 
 
-def make_measure(loss_function: LossFunction, layout: MeshLayout | None) -> Callable[..., Sums]:
+def make_measure(loss_function: LossFunction, layout: Layout | None) -> Callable[..., Sums]:
     """``(params, batches, teachers) → Sums`` without an update."""
 
     def measure(params: Params, batches: dict[str, Batch], teachers: dict[str, Params]) -> Sums:

@@ -1,0 +1,62 @@
+"""The table of ways to hold the routed experts. Every part of the project that differs between them looks here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stepjax.errors import RequestError
+from stepjax.weights.expert_format import ExpertFormat
+from stepjax.weights.fp8 import Fp8Blocks
+from stepjax.weights.int_groups import GROUP, IntGroups
+from stepjax.weights.plain import PLAIN
+
+FORMATS: dict[str, ExpertFormat] = {  # by name
+    format.name: format for format in (PLAIN, Fp8Blocks(), IntGroups(8, None), IntGroups(4, GROUP))
+}
+
+
+def named(names: Sequence[str]) -> tuple[ExpertFormat, ...]:
+    """The formats of these names.
+
+    Raises:
+      RequestError: one is not in the table.
+    """
+    for name in names:
+        if name not in FORMATS:
+            raise RequestError(f"experts: {name!r}, expected some of {', '.join(FORMATS)}")
+    return tuple(FORMATS[name] for name in names)
+
+
+def made_while_loading() -> tuple[str, ...]:
+    """Names of the formats that ``--quantize`` makes of a plain checkpoint."""
+    return tuple(name for name, format in FORMATS.items() if format.made_while_loading)
+
+
+def scale_suffixes() -> tuple[str, ...]:
+    """What a checkpoint adds to a weight's name for its scales, each once, the longest first."""
+    suffixes = {format.scale_suffix for format in FORMATS.values() if format.scale_suffix}
+    return tuple(sorted(suffixes, key=lambda suffix: (-len(suffix), suffix)))
+
+
+def described(fields: Mapping[str, Any]) -> ExpertFormat:
+    """The format that `ExpertFormat.describe` put into JSON's terms."""
+    sizes = dict(fields)
+    return FORMATS[sizes.pop("name")].described(sizes)
+
+
+def requested(*, keep_fp8: bool = False, quantize: str | None = None, group: int = GROUP) -> ExpertFormat | None:
+    """The format that the options of loading ask for; None: the checkpoint decides.
+
+    Raises:
+      RequestError: they name no format, or more than one.
+    """
+    if quantize is None:
+        return FORMATS["fp8"] if keep_fp8 else None
+    if quantize not in made_while_loading():
+        raise RequestError(f"quantize: is {quantize!r}, expected {' or '.join(made_while_loading())}")
+    if keep_fp8:
+        raise RequestError(
+            f"quantize {quantize} and keep_fp8: expected one of them, since each says how experts are held"
+        )
+    return FORMATS[quantize].with_group(group)

@@ -1,0 +1,182 @@
+"""Adding a format is one class and one entry of the table: a made-up one goes through every part of the project."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoints import speaking_folder
+
+from stepjax.checkpoint.reader import Checkpoint
+from stepjax.cli import main
+from stepjax.commands.info import describe
+from stepjax.errors import MeshError
+from stepjax.infer.load import load
+from stepjax.infer.session import Session
+from stepjax.model.step3p5 import abstract
+from stepjax.ops.expert_dense import ExpertWeights
+from stepjax.ops.experts import routed_experts
+from stepjax.sharding.compiled.step_study import abstract_params, device_bytes
+from stepjax.sharding.mesh import MeshSpec
+from stepjax.sharding.mesh_layout import MeshLayout
+from stepjax.sharding.planner.device_bytes import layout_of, parameters, placed
+from stepjax.sharding.planner.hardware import parse
+from stepjax.sharding.planner.search import PlanRequest, plan
+from stepjax.sharding.rules import ShardingRules
+from stepjax.weights.expert_format import ExpertFormat, Unit
+from stepjax.weights.formats import FORMATS, described
+from stepjax.weights.inventory import inventory
+from stepjax.weights.quantised import Quantised, dequantize, quantise
+
+E, D, F = 6, 64, 128
+GATE = "layers.2.moe.experts.gate"
+
+
+@dataclass(frozen=True)
+class HalfPerExpert(ExpertFormat):
+    """float16 values over the largest magnitude of their expert, which is its float32 scale."""
+
+    @property
+    def name(self) -> str:
+        return "half"
+
+    @property
+    def value_dtype(self) -> str:
+        return "F16"
+
+    @property
+    def scale_dtypes(self) -> tuple[str, ...]:
+        return ("F32",)
+
+    @property
+    def bits(self) -> int:
+        return 16
+
+    @property
+    def unit(self) -> Unit:
+        return None, None
+
+    def quantise_matrix(self, w):
+        scale = np.maximum(np.abs(w).max(keepdims=True), np.float32(1e-30))
+        return (w / scale).astype(np.float16), scale
+
+    def widen(self, q, scale, array):
+        return q.astype(array.float32) * scale
+
+
+HALF = HalfPerExpert()
+
+
+@pytest.fixture(autouse=True)
+def entry(monkeypatch):
+    monkeypatch.setitem(FORMATS, HALF.name, HALF)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return speaking_folder(tmp_path_factory.mktemp("formats") / "model")
+
+
+@pytest.fixture
+def converted(folder, tmp_path) -> Path:
+    assert main(["convert", str(folder), str(tmp_path / "half"), "--experts", "half"]) == 0
+    return tmp_path / "half"
+
+
+def on_device(w: Quantised) -> Quantised:
+    return jax.tree.map(jnp.asarray, w)
+
+
+def twin(folder: Path) -> Session:
+    """The model with plain experts that hold what the format makes of them."""
+    plain = load(folder, dtype="float32")
+    params = {
+        path: dequantize(on_device(quantise(np.asarray(value), HALF)), jnp.float32) if ".experts." in path else value
+        for path, value in plain.params.items()
+    }
+    return Session(plain.config, params, dtype=jnp.float32)
+
+
+@pytest.mark.parametrize("form", ["gathered", "batched", "capacity", "blocked", "in_turn"])
+def test_products_agree_with_the_widened_weights(monkeypatch, form):
+    monkeypatch.setattr("stepjax.ops.expert_choice.WIDENED_BYTES", 2 * D * F * 4)  # some experts at a time
+    random = np.random.default_rng(0)
+    drawn = [0.1 * random.standard_normal(shape, np.float32) for shape in ((E, F, D), (E, F, D), (E, D, F))]
+    quantised = [on_device(quantise(w, HALF)) for w in drawn]
+    held = ExpertWeights(*quantised)
+    wide = ExpertWeights(*(dequantize(w, jnp.float32) for w in quantised))
+    x = jnp.asarray(random.standard_normal((20, D)), jnp.float32)
+    ids = jnp.asarray(np.stack([random.permutation(E)[:2] for _ in range(20)]), jnp.int32)
+    combine = jnp.asarray(random.random((20, 2)), jnp.float32)
+    expected = routed_experts(x, ids, combine, wide, limit=None, form="reference")
+    out = routed_experts(x, ids, combine, held, limit=None, form=form)
+    np.testing.assert_allclose(out, expected, atol=2e-5)  # float32 sums in another order
+
+
+def test_convert_writes_it_and_the_reader_recognises_it(folder, converted):
+    plain, checkpoint = Checkpoint(folder), Checkpoint(converted)
+    assert checkpoint.experts == HALF
+    release = inventory(checkpoint.config, experts=HALF)
+    assert checkpoint.num_bytes == sum(tensor.num_bytes for tensor in release)
+    exact = plain.read(GATE, dtype=np.float32)
+    stored = checkpoint.read(GATE, dtype=np.float32, keep=True)
+    assert isinstance(stored, Quantised)
+    expected = quantise(exact, HALF)
+    assert stored.q.tobytes() == expected.q.tobytes()
+    assert stored.scale.tobytes() == expected.scale.tobytes()
+    part = (slice(1, 3), slice(2, 9), slice(4, 20))
+    np.testing.assert_array_equal(
+        checkpoint.read(GATE, dtype=np.float32, index=part), expected.dequantize_numpy(np.float32)[part]
+    )
+
+
+def test_a_checkpoint_of_it_goes_back_to_the_release_s_format(converted, tmp_path):
+    assert main(["convert", str(converted), str(tmp_path / "bf16"), "--experts", "bf16"]) == 0
+    back, half = Checkpoint(tmp_path / "bf16"), Checkpoint(converted)
+    assert not back.experts.quantised
+    np.testing.assert_array_equal(back.read(GATE, dtype=jnp.bfloat16), half.read(GATE, dtype=jnp.bfloat16))
+
+
+@pytest.mark.parametrize("mesh", [None, "expert=8"])
+@pytest.mark.parametrize("stored", [False, True])
+def test_it_is_loaded_and_answers_as_its_widened_twin(folder, converted, mesh, stored):
+    source, quantize = (converted, None) if stored else (folder, "half")
+    session = load(source, dtype="float32", quantize=quantize, mesh=mesh)
+    kinds = {path: isinstance(value, Quantised) for path, value in session.params.items()}
+    assert kinds == {path: ".experts." in path for path in kinds}
+    ids = list(range(20, 60))
+    np.testing.assert_allclose(session.logits(ids), twin(folder).logits(ids), atol=2e-4)  # sums in another order
+
+
+def test_rules_refuse_to_cut_what_shares_a_scale(folder):
+    config = Checkpoint(folder).config
+    ShardingRules(config, MeshSpec(expert=8), experts=HALF)
+    with pytest.raises(MeshError, match="would be cut inside a unit of half of 32; expected 1 ways, or split whole"):
+        ShardingRules(config, MeshSpec(expert=4, tensor=2), experts=HALF)
+
+
+def test_the_planner_counts_the_bytes_that_a_device_holds(folder):
+    config, spec = Checkpoint(folder).config, MeshSpec(expert=4)
+    layout = MeshLayout(spec.build(), ShardingRules(config, spec, experts=HALF))
+    held = device_bytes(abstract_params(abstract(config, dtype=jnp.bfloat16, layout=layout), layout))
+    kinds = parameters(config, experts=HALF, depths=len(config.mtp_layers))
+    planned = placed(kinds, layout_of(config, spec, "expert_tensor", HALF))
+    assert sum(array.num_bytes for array in planned) == held
+    assert describe(config)["release"]["half"]["bytes"] == sum(
+        spec.num_bytes for spec in inventory(config, experts=HALF)
+    )
+
+
+def test_the_planner_names_its_flag(folder):
+    config = Checkpoint(folder).config
+    found = plan(config, parse("1xH100"), PlanRequest("latency", context=64, experts=(HALF,)))
+    assert found.options[0].choice.flags().endswith("--quantize half")
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "half"])
+def test_a_format_survives_json(name):
+    assert described(FORMATS[name].with_group(32).describe()) == FORMATS[name].with_group(32)
