@@ -1,4 +1,4 @@
-"""Tables and a plot of benchmarks/distillation.py: writes those of docs/distillation.md again, and the plot beside them.
+"""Tables and a plot of benchmarks/distillation.py: writes those of docs/distillation.md and the plot.
 
     python benchmarks/distillation_report.py benchmarks/results/distillation.json
 
