@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from stepjax.model.step3p5 import Step3p5
     from stepjax.sharding.mesh import MeshSpec
     from stepjax.text.tokenizer import Tokenizer
+    from stepjax.train.planning.plan import plan
 
 __all__ = [
     "CheckpointError",
@@ -55,6 +56,7 @@ __all__ = [
     "TrainingError",
     "generate",
     "load",
+    "plan",
 ]
 
 _HOME = {
@@ -79,6 +81,7 @@ _HOME = {
     "TrainingError": "stepjax.errors",
     "generate": "stepjax.infer.generate",
     "load": "stepjax.infer.load",
+    "plan": "stepjax.train.planning.plan",
 }
 
 
