@@ -1,4 +1,4 @@
-"""Tables and a plot of benchmarks/distillation.py: writes those of train/README.md again, and the picture beside them.
+"""Tables and a plot of benchmarks/distillation.py: writes those of docs/distillation.md and the plot.
 
     python benchmarks/distillation_report.py benchmarks/results/distillation.json
 
@@ -18,7 +18,7 @@ import numpy as np
 from distillation_arms import ARMS, CORPUS_ARMS
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "train" / "README.md"
+PAGE = ROOT / "docs" / "distillation.md"
 FIRST, LAST = "<!-- distillation: written by benchmarks/distillation_report.py -->", "<!-- end of distillation -->"
 SHARES = (0.25, 0.5, 0.9)
 AXES = {

@@ -1,4 +1,4 @@
-"""Writes the worked machines of sharding/README.md again: what to choose, why, and the published point.
+"""Writes the worked machines of docs/planning.md again: what to choose, why, and the published point.
 
     python benchmarks/studies.py
 
@@ -21,7 +21,7 @@ from stepjax.sharding.planner.search import Choice, Goal, Option, Plan, PlanRequ
 from stepjax.weights.formats import FORMATS
 from stepjax.weights.plain import PLAIN
 
-PAGE = Path(__file__).resolve().parent.parent / "sharding" / "README.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "planning.md"
 FIRST, LAST = "<!-- studies: written by benchmarks/studies.py -->", "<!-- end of studies -->"
 WHOLE = ModelConfig.preset("step-3.5-flash")
 MACHINES: tuple[tuple[str, str, tuple[str, ...]], ...] = (

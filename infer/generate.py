@@ -159,6 +159,13 @@ def generate(
 
     Raises:
       RequestError: an empty prompt, an id outside the vocabulary, or a prompt that leaves no room to answer.
+
+    Example:
+      >>> import stepjax
+      >>> model = stepjax.load("step-tiny")
+      >>> prompt = model.encode_chat([{"role": "user", "content": "What is 467 + 358?"}])
+      >>> stepjax.generate(model, [prompt], model.sampling(temperature=0.0, max_tokens=64))[0].content
+      '825'
     """
     if params is None or isinstance(params, SamplingParams):
         params = [params or session.sampling()] * len(prompts)

@@ -65,6 +65,12 @@ def load(
       CheckpointError, ConfigError, TokenizerError, TemplateError: the folder is not a usable checkpoint. Everything is
         checked before the first weight is placed.
       MeshError: the mesh fits neither the devices nor the model.
+
+    Example:
+      >>> import stepjax
+      >>> model = stepjax.load("step-tiny")
+      >>> len(model.config.layers)
+      5
     """
     folder = name_or_path if isinstance(name_or_path, ModelFolder) else open_folder(name_or_path)
     checkpoint = folder.checkpoint

@@ -26,7 +26,14 @@ HEAD_ROWS = 256  # rows per call of an output matrix: bounds the logits on the d
 
 
 class Session:
-    """A loaded model: logits of given tokens, answers to prompts and chats."""
+    """A loaded model: logits of given tokens, answers to prompts and chats. `stepjax.load` makes one.
+
+    Example:
+      >>> import stepjax
+      >>> model = stepjax.load("step-tiny")
+      >>> model.logits([0, 3, 5, 300]).shape[0]
+      4
+    """
 
     def __init__(
         self,

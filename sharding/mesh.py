@@ -20,7 +20,16 @@ AXES = ("data", "context", "expert", "tensor")
 
 @dataclass(frozen=True)
 class MeshSpec:
-    """Devices along each axis; at most one is −1, "whatever is left"."""
+    """Devices along each axis; at most one is −1, the devices that are left.
+
+    Raises:
+      MeshError: a size is below 1, or two are −1.
+
+    Example:
+      >>> import stepjax
+      >>> stepjax.MeshSpec.parse("expert=4,tensor=2").num_devices
+      8
+    """
 
     data: int = 1  # sequences
     context: int = 1  # positions of a sequence: its cache, and its tokens in prefill

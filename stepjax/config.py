@@ -64,7 +64,14 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A resolved Step 3.5 model. Hashable, so it can be a static argument of a jitted function."""
+    """A resolved Step 3.5 model. Hashable, so it can be a static argument of a jitted function.
+
+    Example:
+      >>> import stepjax
+      >>> config = stepjax.ModelConfig.preset("step-3.5-flash")
+      >>> config.num_experts, config.top_k, len(config.layers)
+      (288, 8, 45)
+    """
 
     vocab_size: int
     hidden_size: int

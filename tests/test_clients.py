@@ -1,4 +1,4 @@
-"""The clients that people already have: the snippets of infer/README.md, and what they make of answers and errors."""
+"""The clients that people already have: the snippets of docs/serving.md, and what they make of answers and errors."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from openai import OpenAI
 from serving import GREEDY, NAME, SUM, TOOL, WEATHER
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "infer" / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
 SNIPPET = re.compile(r"<!-- client: (\w+) -->\n```\w+\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-SNIPPETS = dict(SNIPPET.findall(README))
+SNIPPETS = dict(SNIPPET.findall(PAGE))
 
 
 def run(name: str, server, command: list[str], **options) -> str:

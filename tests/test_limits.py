@@ -157,7 +157,7 @@ def test_the_openapi_document_has_the_limits(server):
 
 
 def test_the_page_lists_the_table():
-    page = (Path(__file__).resolve().parent.parent / "infer" / "README.md").read_text(encoding="utf-8")
+    page = (Path(__file__).resolve().parent.parent / "docs" / "serving.md").read_text(encoding="utf-8")
     listed = re.findall(
         r"^\| `(\w+)` \| (\S+) \| (\S+) \| (.*?) *\|$", page.partition("<!-- limits -->")[2], re.MULTILINE
     )

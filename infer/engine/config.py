@@ -25,7 +25,16 @@ DEVICE_SHARE = 0.85  # of an accelerator's free memory that caches may take; the
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Settings of an engine; what is None follows from the model and the device."""
+    """Settings of an engine; what is None follows from the model and the device.
+
+    Raises:
+      ConfigError: a setting is out of range, or two contradict each other.
+
+    Example:
+      >>> import stepjax
+      >>> stepjax.EngineConfig(num_slots=4, context=4096).page_size
+      64
+    """
 
     num_slots: int = 16  # sequences that run together; the others wait
     context: int | None = None  # tokens of the longest sequence; None: the model's, if the cache can hold it

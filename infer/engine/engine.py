@@ -57,7 +57,18 @@ class Update(NamedTuple):
 
 
 class Engine:
-    """Runs requests on one model. Not thread-safe: one thread calls `add`, `step`, `finish` and `cancel`."""
+    """Runs requests on one model. Not thread-safe: one thread calls `add`, `step`, `finish` and `cancel`.
+
+    Example:
+      >>> import stepjax
+      >>> model = stepjax.load("step-tiny")
+      >>> engine = stepjax.Engine(model, stepjax.EngineConfig(num_slots=2, context=256, widths=(64,)))
+      >>> prompt = model.encode_chat([{"role": "user", "content": "What is 467 + 358?"}])
+      >>> engine.add(prompt, model.sampling(temperature=0.0, max_tokens=64), id="sum")
+      ['sum']
+      >>> [update.finish_reason for update in engine.run()][-1]
+      'stop'
+    """
 
     def __init__(self, session: Session, config: EngineConfig | None = None, *, channels: Tokens[Channel] = ()):
         """

@@ -19,7 +19,16 @@ NUM_ENDS = 24  # a request's stop ids and the model's own end-of-sequence ids
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request is sampled. The defaults are the model card's."""
+    """How one request is sampled. The defaults are the model card's.
+
+    Raises:
+      RequestError: a field is out of its range.
+
+    Example:
+      >>> import stepjax
+      >>> stepjax.SamplingParams(temperature=0.0, max_tokens=64).top_k
+      40
+    """
 
     max_tokens: int = 1024
     temperature: float = 1.0  # 0 is greedy, and so is anything below 1e-5

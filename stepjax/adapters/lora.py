@@ -41,6 +41,11 @@ class LoraConfig:
 
     Raises:
       ConfigError: a field is out of range, or a target unknown.
+
+    Example:
+      >>> import stepjax
+      >>> stepjax.LoraConfig(rank=8, alpha=16.0).targets
+      ('q', 'k', 'v', 'o', 'dense', 'shared')
     """
 
     rank: int = 32

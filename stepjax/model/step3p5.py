@@ -30,7 +30,19 @@ class Hidden(NamedTuple):
 
 
 class Step3p5(nnx.Module):
-    """The whole model. `forward` runs the backbone; `logits` and the MTP methods read what it leaves."""
+    """The whole model. `forward` runs the backbone; `logits` and the MTP methods read its result.
+
+    Example:
+      >>> import stepjax
+      >>> from stepjax.model.cache import Chunk
+      >>> from stepjax.model.step3p5 import bind
+      >>> session = stepjax.load("step-tiny", dtype="float32")
+      >>> model = bind(session.model, session.params)
+      >>> import jax.numpy as jnp
+      >>> hidden = model.forward(jnp.array([[0, 3, 5, 300]]), Chunk.whole(1, 4)).hidden_BTD
+      >>> model.logits(hidden).shape == (1, 4, session.config.vocab_size)
+      True
+    """
 
     def __init__(
         self,

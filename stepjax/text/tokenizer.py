@@ -54,7 +54,14 @@ class Segment(NamedTuple):
 
 
 class Tokenizer:
-    """Byte-level BPE over `tokenizer.json`. Reads only; safe to share between threads."""
+    """Byte-level BPE over `tokenizer.json`. Reads only; safe to share between threads.
+
+    Example:
+      >>> import stepjax
+      >>> tokenizer = stepjax.load("step-tiny").tokenizer
+      >>> tokenizer.decode(tokenizer.encode("What is 467 + 358?"))
+      'What is 467 + 358?'
+    """
 
     def __init__(self, spec: Mapping[str, Any], *, config: Mapping[str, Any] | None = None, origin: str = "tokenizer"):
         """spec is the parsed tokenizer.json, config the parsed tokenizer_config.json; origin names them in errors.

@@ -45,7 +45,8 @@ def plan(
       RequestError: an expert format is not known, or a value makes no sense for the model.
 
     Example:
-      >>> best = plan("step-3.5-flash", hardware="8xH100", experts=["bf16"]).options[0]
+      >>> import stepjax
+      >>> best = stepjax.plan("step-3.5-flash", hardware="8xH100", experts=["bf16"]).options[0]
       >>> str(best.choice.mesh), best.choice.experts.name, best.choice.drafts
       ('tensor=8', 'bf16', 3)
     """
