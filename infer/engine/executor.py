@@ -166,7 +166,8 @@ class Executor:
         pages = self.size.pages_per_sequence
         jobs: list[tuple[Program, tuple[Any, ...]]] = []
         for slots, drafts in decode:
-            rest = (np.zeros((slots,), bool), np.zeros((slots, pages), np.int32), self._of_slots(slots))
+            active = np.zeros((slots,), bool)
+            rest = (active, np.zeros((slots, pages), np.int32), self._adapters_of(active))
             jobs.append((self.runner.step(drafts), rest))
         for rows, width in prefill:
             jobs.append((self.runner.prefill(), (self._no_pieces(rows, width),)))
@@ -204,12 +205,12 @@ class Executor:
         active = np.zeros((order.num_slots,), bool)
         active[[row.slot for row in order.plan.rows]] = True
         # As numpy arrays: to send them first and keep what has not changed costs more than it spares.
-        rest = (active, self._table[: order.num_slots].copy(), self._of_slots(order.num_slots))
+        rest = (active, self._table[: order.num_slots].copy(), self._adapters_of(active))
         return self.runner.step(order.plan.drafts), rest
 
-    def _of_slots(self, count: int) -> np.ndarray | None:
-        """The adapters of the first ``count`` slots."""
-        return None if self.adapters is None else self._adapter[:count].copy()
+    def _adapters_of(self, active: np.ndarray) -> np.ndarray | None:
+        """The adapters of the first slots; those that are not active have none."""
+        return None if self.adapters is None else np.where(active, self._adapter[: len(active)], np.int32(NONE))
 
     def _prefill(self, order: Order) -> tuple[Program, tuple[Any, ...]]:
         plan = order.plan

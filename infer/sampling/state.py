@@ -93,6 +93,33 @@ class Sampling:
         return cls(zero, zero + 1, whole, zero, whole.astype(np.uint32), rules)
 
 
+    def only(self, live_B: jax.Array) -> Sampling:
+        """The same for the live rows; the others are greedy and have no rule in force, so that they cost nothing."""
+
+        def off(x_B: jax.Array, neutral: float | bool) -> jax.Array:
+            return jnp.where(live_B, x_B, jnp.asarray(neutral, x_B.dtype))
+
+        rules = self.rules
+        if rules is not None:
+            rules = rules._replace(
+                repetition_B=off(rules.repetition_B, 1),
+                presence_B=off(rules.presence_B, 0),
+                frequency_B=off(rules.frequency_B, 0),
+                first_end_B=off(rules.first_end_B, 0),
+                scored_B=off(rules.scored_B, False),
+                biased_B=off(rules.biased_B, False),
+                guided_B=off(rules.guided_B, False),
+            )
+        return dataclasses.replace(
+            self,
+            temperature_B=off(self.temperature_B, 0),
+            top_p_B=off(self.top_p_B, 1),
+            top_k_B=off(self.top_k_B, 0),
+            min_p_B=off(self.min_p_B, 0),
+            rules=rules,
+        )
+
+
 class SlotSampling(NamedTuple):
     """One sequence's row of a `Sampling`, as numpy: small, and of few different shapes."""
 
