@@ -26,6 +26,8 @@ from stepjax.model.step3p5 import Hidden, Params, Step3p5, bind
 from stepjax.ops.rows import put_row, take_row
 from stepjax.weights.adapted import Adapted
 
+SCORED_POSITIONS = 64  # of a prompt, whose logits exist at once
+
 
 class Runner:
     """Compiles and runs the steps of one model; slots, cache length and widths follow from the arguments."""
@@ -49,10 +51,9 @@ class Runner:
         """Seconds spent compiling so far."""
         return sum(program.compile_s for program in self._programs.values())
 
-    def prefill(self, *, prompt_scores: bool = False) -> Program:
+    def prefill(self) -> Program:
         """``(params, state, pieces) -> (state, emitted)``: run pieces of prompts, emit the first token of answers."""
-        function = functools.partial(self._prefill, prompt_scores=prompt_scores)
-        return self._program(("prefill", *(["prompt_scores"] if prompt_scores else ())), function)
+        return self._program(("prefill",), self._prefill)
 
     def step(self, drafts: int | None = None) -> Program:
         """``(params, state, active_B, page_BN, adapter_B) -> (state, emitted)``: verify and draft, emit 1 … drafts + 1
@@ -116,7 +117,7 @@ class Runner:
         zero, per_depth = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch, self.drafts), jnp.int32)
         return State(cache, Progress(tails, per_depth, zero, zero, per_depth), jax.tree.map(jnp.asarray, sampling))
 
-    def _prefill(self, params: Params, state: State, pieces: Pieces, *, prompt_scores: bool) -> tuple[State, Emitted]:
+    def _prefill(self, params: Params, state: State, pieces: Pieces) -> tuple[State, Emitted]:
         """Run the pieces; where a prompt ends, the first token of its answer is sampled."""
         model, count_R, slot_R = bind(self.model, with_slots(params, pieces.adapter_R)), pieces.count_R, pieces.slot_R
         live_R, inside_R = count_R > 0, pieces.next_R >= 0
@@ -132,8 +133,8 @@ class Runner:
         follow = jnp.where(inside_R, pieces.next_R, drawn)
         tokens_RT = put_row(jnp.roll(pieces.id_RT, -1, axis=1), count_R - 1, follow)
         prompt = None
-        if prompt_scores:
-            prompt = self._logprobs(self._logits(model, out.hidden_BTD), tokens_RT)
+        if pieces.scored_R is not None:
+            prompt = self._prompt_scores(model, out.hidden_BTD, tokens_RT, live_R & pieces.scored_R)
         count = jnp.where(live_R & ~inside_R, 1, 0)
         finite = _finite(out.hidden_BTD, count_R) & _finite(logits, jnp.minimum(count_R, 1))
         own = self._scores(logits, follow[:, None], sampling, count > 0)
@@ -192,6 +193,34 @@ class Runner:
         none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(self._logprobs, logits, token_BT))
         wanted = jnp.any(sampling.rules.scored_B & live_B)
         return jax.lax.cond(wanted, lambda: self._logprobs(logits, token_BT), lambda: none)
+
+    def _prompt_scores(
+        self, model: Step3p5, hidden_RTD: jax.Array, token_RT: jax.Array, scored_R: jax.Array
+    ) -> Logprobs:
+        """Log-probabilities of whole pieces, all 0 where no row asks for them.
+
+        They are a branch of prefill and not a program of their own, which would have to be compiled for each shape of
+        pieces. A block of positions at a time, since the logits of 512 positions take 264 MB.
+        """
+        rows, length = token_RT.shape
+        size = min(length, max(1, SCORED_POSITIONS // rows))
+        blocks = -(-length // size)
+        rest = blocks * size - length
+        hidden_RTD = jnp.pad(hidden_RTD, [(0, 0), (0, rest), (0, 0)])
+        token_RT = jnp.pad(token_RT, [(0, 0), (0, rest)])
+
+        def block(index: jax.Array) -> Logprobs:
+            hidden, token = (
+                jax.lax.dynamic_slice_in_dim(x, index * size, size, axis=1) for x in (hidden_RTD, token_RT)
+            )
+            return self._logprobs(self._logits(model, hidden), token)
+
+        def every() -> Logprobs:
+            scores = jax.lax.map(block, jnp.arange(blocks, dtype=jnp.int32))
+            return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, -1, *x.shape[3:])[:, :length], scores)
+
+        none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(every))
+        return jax.lax.cond(jnp.any(scored_R), every, lambda: none)
 
     def _logprobs(self, logits: jax.Array, token_BT: jax.Array) -> Logprobs:
         def run(logits: jax.Array, token_BT: jax.Array) -> Logprobs:
