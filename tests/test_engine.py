@@ -5,20 +5,25 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import defaultdict
+from collections.abc import Sequence
 from functools import cache
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from adapters import trained
 from alone import alone as answer_alone
 from tiny import random_params, short_config, tiny_session
 
+from stepjax.adapters.lora import LoraConfig
 from stepjax.errors import ConfigError, RequestError
 from stepjax.infer.engine.admission import QueueFullError
 from stepjax.infer.engine.config import EngineConfig
 from stepjax.infer.engine.engine import Engine, Update
 from stepjax.infer.sampling.params import SamplingParams
+from stepjax.infer.sampling.state import num_words
 from stepjax.infer.session import Session
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True, seed=0)
@@ -285,19 +290,77 @@ def test_bad_requests_and_settings_are_refused():
         Engine(tiny_session(), EngineConfig(context=4096))
 
 
+def with_options(params: SamplingParams, random: np.random.Generator) -> SamplingParams:
+    """Any mixture of what a request may ask for, with lists of any length."""
+
+    def ids(most: int) -> tuple[int, ...]:
+        return tuple(random.permutation(np.arange(8, 128))[: random.integers(1, most)].tolist())
+
+    options = {
+        "repetition_penalty": 1.3,
+        "presence_penalty": -0.4,
+        "frequency_penalty": 0.6,
+        "logit_bias": dict.fromkeys(ids(100), 1.5),
+        "allowed_ids": ids(120),
+        "stop_ids": ids(16),
+        "min_tokens": min(4, params.max_tokens),
+        "logprobs": 3,
+        "prompt_logprobs": 2,
+        "top_k": 100,
+        "min_p": 0.05,
+    }
+    return params.replace(**{name: value for name, value in options.items() if random.random() < 0.4})
+
+
+class EvenTokens:
+    """A constraint and its guide: only even tokens, for the whole answer."""
+
+    active, done = True, False
+
+    def guide(self) -> EvenTokens:
+        return self
+
+    def ahead(self, drafts: Sequence[int]) -> np.ndarray:
+        return np.full((1 + len(drafts), num_words(128)), 0x55555555, np.uint32)
+
+    def push(self, token: int) -> None:
+        assert token % 2 == 0
+
+
 def test_nothing_is_compiled_after_warming_up(caplog):
-    """Whatever number of drafts is chosen; of a single layer and a head, since there are many programs."""
+    """Whatever number of drafts is chosen and whatever is asked for, with adapters that are loaded meanwhile; of a
+    single layer and a head, since there are many programs.
+    """
     whole = short_config()
-    config = dataclasses.replace(whole, layers=whole.layers[1:2], mtp_layers=whole.mtp_layers[:1])
+    layer = dataclasses.replace(whole.layers[1], index=0)
+    config = dataclasses.replace(whole, layers=(layer,), mtp_layers=whole.mtp_layers[:1])
     session = Session(config, random_params(config, 0), dtype=jnp.float32)
-    engine = Engine(session, dataclasses.replace(SMALL, num_slots=2, widths=(8,), speculate=None))
+    sizes = {"num_slots": 2, "num_pages": 17, "adapter_slots": 2, "adapter_rank": 4}
+    engine = Engine(session, dataclasses.replace(SMALL, widths=(8,), speculate=None, **sizes))
     ks = itertools.cycle((1, 1, 0))
     engine._policy.drafts = lambda batch: next(ks)
     engine.warm()
+    random = np.random.default_rng(4)
+    lora = LoraConfig(rank=2, targets=("q", "v"), experts=None)
+    factors = trained(config, lora, seed=1)
     with jax.log_compiles(), caplog.at_level("INFO"):
         for turn in range(2):  # the second finds the prompts of the first in the cache
             for at, (prompt, params) in enumerate(requests(6)):
                 engine.add(prompt, params, id=f"{turn} {at}")
             collect(engine)
+        for name in ("a", "b"):
+            engine.load_adapter(name, factors, lora)
+            for at, (prompt, params) in enumerate(requests(12, seed=1)):
+                engine.add(
+                    prompt,
+                    with_options(params, random) if at % 5 else params,
+                    id=f"{name} {at}",
+                    adapter=name if at % 3 else "",
+                    constraint=None if at % 5 else cast(Any, EvenTokens()),
+                )
+                if at % 4 == 3:  # others come while these run
+                    engine.step()
+            collect(engine)
+        assert engine.scheduler.admission.num_preemptions > 0
     assert engine.scheduler.admission.prefix.stats.hit_tokens > 0
     assert not [record.message for record in caplog.records if record.message.lower().startswith("compil")]

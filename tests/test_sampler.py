@@ -1,6 +1,7 @@
 """Sampling: the processed distribution against a slow twin, and noise that depends on seed and position only."""
 
 import functools
+import re
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -11,10 +12,10 @@ import pytest
 from slow_sampler import DRAWN, OPTIONS, token, weights
 
 from stepjax.errors import RequestError
-from stepjax.infer.sampling import sampler
-from stepjax.infer.sampling.params import SamplingParams
+from stepjax.infer.sampling import sampler, state
+from stepjax.infer.sampling.params import MAX_BIASES, SamplingParams
 from stepjax.infer.sampling.sampler import logprobs, process, record, sample
-from stepjax.infer.sampling.state import Sampling, SlotSampling, assign
+from stepjax.infer.sampling.state import Sampling, SlotSampling, assign, num_words, packed, unpacked
 
 V, TOKENS = 14, 12  # the output matrix has two padding rows
 EOS = (10,)
@@ -23,7 +24,9 @@ drawn = jax.jit(functools.partial(sample, num_tokens=TOKENS))
 
 
 def row(params: SamplingParams, prompt: Sequence[int], output: Sequence[int] = ()) -> SlotSampling:
-    return SlotSampling.of(params, prompt, output, eos_ids=EOS)
+    """Of an answer with few different tokens."""
+    (only,) = SlotSampling.rows(params, prompt, output, eos_ids=EOS, vocab=V)
+    return only
 
 
 def assigned(sampling: Sampling, slot: int, taken: SlotSampling) -> Sampling:
@@ -252,11 +255,55 @@ def test_an_answer_that_was_preempted_goes_on_with_its_counts():
     jax.tree.map(np.testing.assert_array_equal, slots([row(OPTIONS["all"], [1, 2], [4, 4, 9])]), whole)
 
 
-def test_ids_of_a_slot_have_few_shapes():
-    """Each new shape is compiled; no penalty, no ids of the prompt."""
-    sizes = {len(row(DRAWN.replace(presence_penalty=1.0), [1] * count).prompt_id) for count in range(600)}
-    assert sizes == {0, 8, 64, 512, 4096}
-    assert row(DRAWN, [1] * 600).prompt_id.size == 0
+def test_rows_of_a_slot_have_one_shape_whatever_is_asked_for():
+    """Else a request would wait for a compiler."""
+    rng, vocab = np.random.default_rng(3), 5000
+    most = DRAWN.replace(
+        repetition_penalty=1.3,
+        allowed_ids=tuple(rng.permutation(vocab)[:3000].tolist()),
+        logit_bias=dict.fromkeys(range(MAX_BIASES), 1.0),
+        stop_ids=tuple(range(16)),
+    )
+    prompt, output = rng.integers(0, vocab, (2, 20_000)).tolist()
+    rows = [
+        row
+        for params in (*OPTIONS.values(), most)
+        for length in (0, 1, 9, 20_000)
+        for row in SlotSampling.rows(params, prompt[:length], output[:length], eos_ids=EOS, vocab=vocab)
+    ]
+    shapes = {tuple((field.shape, field.dtype) for field in row) for row in rows}
+    assert len(shapes) == 1
+    assert sum(field.nbytes for field in rows[0]) < 20_000
+
+
+def test_more_counts_than_a_row_carries_are_added_by_the_rows_behind_it(monkeypatch):
+    monkeypatch.setattr(state, "MAX_COUNTS", 3)
+    output = [1, 5, 5, 9, 2, 0, 7, 7, 7, 11, 2]  # seven different tokens
+    rows = SlotSampling.rows(OPTIONS["all"], [1, 2], output, eos_ids=EOS, vocab=V)
+    assert [bool(each.continues) for each in rows] == [False, True, True]
+    sampling = slots([row(OPTIONS["all"], [4], [3, 3])] * 2)  # the slot had another answer before
+    for each in rows:
+        sampling = assigned(sampling, 1, each)
+    np.testing.assert_array_equal(counts(sampling)[1], np.bincount(output, minlength=V))
+    np.testing.assert_array_equal(counts(sampling)[0], np.bincount([3, 3], minlength=V))
+
+
+def test_assigning_copies_no_table_of_the_vocabulary():
+    """The tables of 64 slots are 74 MB; four of their rows are written in place."""
+    sampling = jax.tree.map(jnp.asarray, Sampling.empty(7, 300))
+    (new,) = SlotSampling.rows(OPTIONS["all"], [1], eos_ids=EOS, vocab=300)
+    arguments = (sampling, jnp.zeros((4,), jnp.int32), SlotSampling.stack([new], count=4))
+    text = jax.jit(assign, donate_argnums=0).lower(*arguments).compile().as_text() or ""
+    assert "[7,300]" in text
+    assert not re.search(r"= \w+\[7,300\]\S* copy\(", text)
+
+
+@pytest.mark.parametrize("size", [1, 31, 32, 33, 300])
+def test_sets_of_tokens_as_bits(size):
+    ids = np.flatnonzero(np.random.default_rng(size).random(size) < 0.5).tolist()
+    bits = np.asarray(unpacked(jnp.asarray(packed(ids, size)), size))
+    assert np.flatnonzero(bits).tolist() == ids
+    assert packed(ids, size).shape == (num_words(size),)
 
 
 def test_log_probabilities_are_those_of_the_raw_logits():

@@ -47,7 +47,7 @@ def verify(sampling: Sampling, logits_BTV, position_BT, draft_BK):
 def in_steps(params: list[SamplingParams], answers: list[tuple[int, ...]], *, drafts: int) -> list[list[int]]:
     """All rows decoded together; of their drafts, 0 … all are right, which changes from step to step."""
     sampling = jax.tree.map(jnp.asarray, Sampling.empty(len(params), V))
-    rows = [SlotSampling.of(each, PROMPT, eos_ids=EOS) for each in params]
+    rows = [SlotSampling.rows(each, PROMPT, eos_ids=EOS, vocab=V)[0] for each in params]
     sampling = jax.jit(assign)(sampling, jnp.arange(len(rows)), SlotSampling.stack(rows, count=len(rows)))
     outputs: list[list[int]] = [[] for _ in params]
     step = 0
@@ -110,7 +110,7 @@ def test_tokens_of_many_seeds_follow_the_processed_distribution(name, drafts):
     """Of 4,000 seeds, in each row of a verify step. p > 0.001 of fixed seeds: it passes for good or never."""
     count, output = 4000, [3, 3, 8]
     draft = np.asarray([3, 5, 8][:drafts], np.int32)
-    row = SlotSampling.of(OPTIONS[name], PROMPT, output, eos_ids=EOS)
+    (row,) = SlotSampling.rows(OPTIONS[name], PROMPT, output, eos_ids=EOS, vocab=V)
     empty = jax.tree.map(jnp.asarray, Sampling.empty(1, V))
     one = assign(empty, jnp.zeros((1,), jnp.int32), SlotSampling.stack([row], count=1))
     many = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape[1:])), one)

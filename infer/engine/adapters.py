@@ -80,21 +80,27 @@ class AdapterStack:
         The arrays are new ones: a step that is under way still has the old.
         """
         for path, target in self._targets.items():
-            weight = self.params[path]
-            size = target.rank
             a, b = np.zeros(target.a_shape, np.float32), np.zeros(target.b_shape, np.float32)
             if f"{path}.a" in adapter:
                 rank = adapter[f"{path}.a"].shape[-2]
                 a[..., :rank, :] = np.asarray(adapter[f"{path}.a"], np.float32)
                 b[..., :rank] = np.asarray(adapter[f"{path}.b"], np.float32) * np.float32(lora.scale(rank))
-            put_a, put_b = _put(weight.a, axis=-2), _put(weight.b, axis=-1)
-            self.params = self.params | {
-                path: dataclasses.replace(
-                    weight,
-                    a=put_a(weight.a, _placed(a, weight.a), slot * size),
-                    b=put_b(weight.b, _placed(b, weight.b), slot * size),
-                )
-            }
+            self.params = self.params | {path: self._written(path, slot, a, b)}
+
+    def warm(self) -> None:
+        """Compile what `write` runs; no slot is changed."""
+        for path, target in self._targets.items():
+            self._written(path, 0, np.zeros(target.a_shape, np.float32), np.zeros(target.b_shape, np.float32))
+
+    def _written(self, path: str, slot: int, a: np.ndarray, b: np.ndarray) -> Adapted:
+        """A weight with these factors in a slot; the stack keeps its own."""
+        weight, first = self.params[path], slot * self._targets[path].rank
+        put_a, put_b = _put(weight.a, axis=-2), _put(weight.b, axis=-1)
+        return dataclasses.replace(
+            weight,
+            a=put_a(weight.a, _placed(a, weight.a), first),
+            b=put_b(weight.b, _placed(b, weight.b), first),
+        )
 
 
 class AdapterNames:
@@ -178,7 +184,9 @@ def _targets(session: Session) -> tuple[str, ...]:
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any, where: Any) -> jax.Array:
-    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=where)()
+    """Committed to its place, as what `_put` returns: else the second adapter would be loaded by another program."""
+    zeros = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=where)()
+    return jax.device_put(zeros, zeros.sharding)
 
 
 def _placed(value: np.ndarray, like: jax.Array) -> jax.Array:

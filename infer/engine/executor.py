@@ -127,6 +127,8 @@ class Executor:
         self.state, emitted = run(self.params, self.state, *rest)
         if not order.scores:
             emitted = emitted._replace(scores=None)
+        if not order.prompt_scores:
+            emitted = emitted._replace(prompt=None)
         if not order.drafts:
             emitted = emitted._replace(draft_BK=None)
         if self._far:
@@ -166,7 +168,8 @@ class Executor:
         pages = self.size.pages_per_sequence
         jobs: list[tuple[Program, tuple[Any, ...]]] = []
         for slots, drafts in decode:
-            rest = (np.zeros((slots,), bool), np.zeros((slots, pages), np.int32), self._of_slots(slots))
+            active = np.zeros((slots,), bool)
+            rest = (active, np.zeros((slots, pages), np.int32), self._adapters_of(active))
             jobs.append((self.runner.step(drafts), rest))
         for rows, width in prefill:
             jobs.append((self.runner.prefill(), (self._no_pieces(rows, width),)))
@@ -176,6 +179,8 @@ class Executor:
         self._assign([Assignment(0, SamplingParams(seed=0), (0,))])
         for rows in self.row_buckets:
             self._guide([Mask(0, b"")] * rows)
+        if self.adapters is not None:
+            self.adapters.warm()
         if self.size.num_snapshots:
             self._save(RingCopy(0, 0))
             self._restore(RingCopy(0, 0))
@@ -204,12 +209,12 @@ class Executor:
         active = np.zeros((order.num_slots,), bool)
         active[[row.slot for row in order.plan.rows]] = True
         # As numpy arrays: to send them first and keep what has not changed costs more than it spares.
-        rest = (active, self._table[: order.num_slots].copy(), self._of_slots(order.num_slots))
+        rest = (active, self._table[: order.num_slots].copy(), self._adapters_of(active))
         return self.runner.step(order.plan.drafts), rest
 
-    def _of_slots(self, count: int) -> np.ndarray | None:
-        """The adapters of the first ``count`` slots."""
-        return None if self.adapters is None else self._adapter[:count].copy()
+    def _adapters_of(self, active: np.ndarray) -> np.ndarray | None:
+        """The adapters of the first slots; those that are not active have none."""
+        return None if self.adapters is None else np.where(active, self._adapter[: len(active)], np.int32(NONE))
 
     def _prefill(self, order: Order) -> tuple[Program, tuple[Any, ...]]:
         plan = order.plan
@@ -222,7 +227,9 @@ class Executor:
             pieces.page_RN[at] = self._table[row.slot]
             if pieces.adapter_R is not None:
                 pieces.adapter_R[at] = self._adapter[row.slot]
-        return self.runner.prefill(prompt_scores=order.prompt_scores), (pieces,)
+        assert pieces.scored_R is not None
+        pieces.scored_R[: len(plan.rows)] = order.prompt_scores
+        return self.runner.prefill(), (pieces,)
 
     def _no_pieces(self, rows: int, width: int) -> Pieces:
         """Rows that do nothing: their slot is past the last."""
@@ -230,16 +237,24 @@ class Executor:
         slot = np.full((rows,), self.size.num_slots, np.int32)
         pages = np.full((rows, self.size.pages_per_sequence), TRASH_PAGE, np.int32)
         adapter = None if self.adapters is None else np.full((rows,), NONE, np.int32)
-        return Pieces(np.zeros((rows, width), np.int32), zero.copy(), zero - 1, zero.copy(), slot, pages, adapter)
+        ids, scored = np.zeros((rows, width), np.int32), np.zeros((rows,), bool)
+        return Pieces(ids, zero.copy(), zero - 1, zero.copy(), slot, pages, adapter, scored)
 
     def _assign(self, assignments: Sequence[Assignment]) -> None:
-        slot, rows = np.full((ASSIGNED,), self.size.num_slots, np.int32), []
-        for at, each in enumerate(assignments):
-            slot[at] = each.slot
+        """One launch, and more only where an answer with penalties was preempted late: see `SlotSampling.rows`."""
+        vocab = self.runner.model.config.vocab_size
+        waiting: list[tuple[int, list[SlotSampling]]] = []
+        for each in assignments:
             self._adapter[each.slot] = each.adapter
-            rows.append(SlotSampling.of(each.params, each.prompt, each.output, eos_ids=self._eos_ids))
-        arguments = ({}, self.state, slot, SlotSampling.stack(rows, count=ASSIGNED))
-        self.state, _ = self.runner.assign().compiled(*arguments)(*arguments)
+            rows = SlotSampling.rows(each.params, each.prompt, each.output, eos_ids=self._eos_ids, vocab=vocab)
+            waiting.append((each.slot, rows))
+        while waiting:
+            slot = np.full((ASSIGNED,), self.size.num_slots, np.int32)
+            slot[: len(waiting)] = [at for at, _ in waiting]
+            stacked = SlotSampling.stack([rows[0] for _, rows in waiting], count=ASSIGNED)
+            arguments = ({}, self.state, slot, stacked)
+            self.state, _ = self.runner.assign().compiled(*arguments)(*arguments)
+            waiting = [(at, rows[1:]) for at, rows in waiting if rows[1:]]
 
     def _guide(self, masks: Sequence[Mask]) -> None:
         shape = self.state.sampling.rules.mask_BTW.shape[1:]

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stepjax.infer.sampling.state import REMOVED, Rules, Sampling
+from stepjax.infer.sampling.state import REMOVED, Rules, Sampling, unpacked
 
 FEW = 64  # the largest top_k that is found without sorting the vocabulary
 
@@ -127,9 +127,8 @@ def _guided(logits: jax.Array, rules: Rules) -> jax.Array:
     mask_BTW = rules.mask_BTW[:, : logits.shape[1]]
     rest = logits.shape[1] - mask_BTW.shape[1]
     mask_BTW = jnp.pad(mask_BTW, [(0, 0), (0, rest), (0, 0)], constant_values=np.uint32(2**32 - 1))
-    bits = mask_BTW[..., None] >> jnp.arange(32, dtype=jnp.uint32)[None, None, None, :] & jnp.uint32(1)
-    allowed = bits.reshape(*logits.shape[:2], -1)[..., : logits.shape[-1]] == 1
-    return jnp.where(allowed | ~rules.guided_B[:, None, None], logits, REMOVED)
+    allowed_BTV = unpacked(mask_BTW, logits.shape[-1])
+    return jnp.where(allowed_BTV | ~rules.guided_B[:, None, None], logits, REMOVED)
 
 
 def _without_ends(logits: jax.Array, early_BT: jax.Array, rules: Rules) -> jax.Array:

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from stepjax.errors import RequestError
-from stepjax.infer.sampling.params import NUM_ENDS, SamplingParams
+from stepjax.infer.sampling.params import MAX_BIASES, NUM_ENDS, SamplingParams
 from stepjax.model.cache import MAX_DRAFTS
 
 REMOVED = -1e30  # below every real logit, and finite under division by a temperature
 PAST = 2**31 - 1  # an id past any vocabulary
+MAX_COUNTS = 1024  # different tokens whose counts one row carries
 COLDEST = 1e-5  # lower temperatures are greedy: no noise reaches the second token, and float32 ends near 1e-38
 
 
@@ -92,9 +93,40 @@ class Sampling:
         )
         return cls(zero, zero + 1, whole, zero, whole.astype(np.uint32), rules)
 
+    def only(self, live_B: jax.Array) -> Sampling:
+        """The same for the live rows; the others are greedy and have no rule in force, so that they cost nothing."""
+
+        def off(x_B: jax.Array, neutral: float | bool) -> jax.Array:
+            return jnp.where(live_B, x_B, jnp.asarray(neutral, x_B.dtype))
+
+        rules = self.rules
+        if rules is not None:
+            rules = rules._replace(
+                repetition_B=off(rules.repetition_B, 1),
+                presence_B=off(rules.presence_B, 0),
+                frequency_B=off(rules.frequency_B, 0),
+                first_end_B=off(rules.first_end_B, 0),
+                scored_B=off(rules.scored_B, False),
+                biased_B=off(rules.biased_B, False),
+                guided_B=off(rules.guided_B, False),
+            )
+        return dataclasses.replace(
+            self,
+            temperature_B=off(self.temperature_B, 0),
+            top_p_B=off(self.top_p_B, 1),
+            top_k_B=off(self.top_k_B, 0),
+            min_p_B=off(self.min_p_B, 0),
+            rules=rules,
+        )
+
 
 class SlotSampling(NamedTuple):
-    """One sequence's row of a `Sampling`, as numpy: small, and of few different shapes."""
+    """One sequence's row of a `Sampling`, as numpy. Its shapes depend on the vocabulary alone, so that one compiled
+    `assign` serves every request.
+
+    Sets of tokens are bits, 16 kB for 128,896 tokens; a row is 48 kB then. A row of the vocabulary in full would be
+    1.2 MB, which every request would pay for, also the plain ones.
+    """
 
     temperature: np.ndarray
     top_p: np.ndarray
@@ -108,27 +140,35 @@ class SlotSampling(NamedTuple):
     first_end: np.ndarray
     scored: np.ndarray
     biased: np.ndarray
-    restricted: np.ndarray  # bool: whether only ``allowed_ids`` may be sampled
-    allowed_id: np.ndarray  # padded, as all ids here, with `PAST`
-    bias_id: np.ndarray
-    bias: np.ndarray
-    prompt_id: np.ndarray  # none unless a penalty asks for them
-    output_id: np.ndarray
+    allowed_W: np.ndarray  # uint32: a bit for each token that may be sampled
+    bias_id_M: np.ndarray  # int32 [MAX_BIASES], padded with `PAST`
+    bias_M: np.ndarray  # float32
+    prompt_W: np.ndarray  # uint32: a bit for each token of the prompt; none unless a penalty asks for them
+    continues: np.ndarray  # bool: the counts below are added to those that the slot has
+    counted_id_C: np.ndarray  # int32 [MAX_COUNTS], padded with `PAST`: tokens that were answered
+    count_C: np.ndarray  # int32: how often
 
     @classmethod
-    def of(
+    def rows(
         cls,
         params: SamplingParams,
         prompt: Sequence[int],
         output: Sequence[int] = (),
         *,
         eos_ids: Iterable[int],
-    ) -> SlotSampling:
-        """``output``: what was answered before, if the sequence was preempted."""
+        vocab: int,
+    ) -> list[SlotSampling]:
+        """The row of a sequence, and one more for each further `MAX_COUNTS` different tokens that were answered, to be
+        assigned after it in this order.
+
+        Args:
+          output: what was answered before, if the sequence was preempted.
+        """
         ends = params.ends(eos_ids)
         assert len(ends) <= NUM_ENDS, "SamplingParams.check comes first"
         penalised = params.has_penalties
-        return cls(
+        counted, count = np.unique(np.asarray(output if penalised else (), np.int32), return_counts=True)
+        row = cls(
             np.float32(_temperature(params)),
             np.float32(params.top_p),
             np.int32(params.top_k),
@@ -141,41 +181,49 @@ class SlotSampling(NamedTuple):
             np.int32(len(prompt) + params.min_tokens if params.min_tokens else 0),
             np.bool_(params.logprobs is not None),
             np.bool_(bool(params.logit_bias or params.allowed_ids)),
-            np.bool_(bool(params.allowed_ids)),
-            _padded(params.allowed_ids),
-            _padded([token for token, _ in params.logit_bias]),
-            _padded([bias for _, bias in params.logit_bias], np.float32),
-            _padded(prompt if penalised else ()),
-            _padded(output if penalised else ()),
+            packed(params.allowed_ids, vocab) if params.allowed_ids else ~packed((), vocab),
+            _filled([token for token, _ in params.logit_bias], MAX_BIASES, PAST, np.int32),
+            _filled([bias for _, bias in params.logit_bias], MAX_BIASES, 0, np.float32),
+            packed(prompt if penalised else (), vocab),
+            np.bool_(False),
+            _filled(counted[:MAX_COUNTS], MAX_COUNTS, PAST, np.int32),
+            _filled(count[:MAX_COUNTS], MAX_COUNTS, 0, np.int32),
+        )
+        rest = range(MAX_COUNTS, len(counted), MAX_COUNTS)
+        return [row, *(row._continued(counted[at:], count[at:]) for at in rest)]
+
+    def _continued(self, counted: np.ndarray, count: np.ndarray) -> SlotSampling:
+        return self._replace(
+            continues=np.bool_(True),
+            counted_id_C=_filled(counted[:MAX_COUNTS], MAX_COUNTS, PAST, np.int32),
+            count_C=_filled(count[:MAX_COUNTS], MAX_COUNTS, 0, np.int32),
         )
 
     @classmethod
     def stack(cls, rows: Sequence[SlotSampling], *, count: int) -> SlotSampling:
         """Several with a leading axis of ``count``; the last stands for what is missing."""
         rows = [*rows, *rows[-1:] * (count - len(rows))]
-        return cls(*map(_stacked, zip(*rows, strict=True)))
+        return cls(*map(np.stack, zip(*rows, strict=True)))
 
 
-def _padded(values: Sequence[Any], dtype: Any = np.int32) -> np.ndarray:
-    """To the next power of 8, so that few shapes occur."""
-    size = 0
-    while size < len(values):
-        size = max(8, 8 * size)
-    return _filled([values], size, dtype)[0]
-
-
-def _stacked(column: Sequence[np.ndarray]) -> np.ndarray:
-    if not column[0].ndim:
-        return np.array(column)
-    return _filled(column, max(map(len, column)), column[0].dtype)
-
-
-def _filled(rows: Sequence[Any], size: int, dtype: Any) -> np.ndarray:
-    """Rows of ids or numbers as one array, each padded behind."""
-    out = np.full((len(rows), size), PAST if dtype == np.int32 else 0, dtype)
-    for at, row in enumerate(rows):
-        out[at, : len(row)] = row
+def _filled(values: Sequence[Any] | np.ndarray, size: int, padding: int, dtype: Any) -> np.ndarray:
+    out = np.full((size,), padding, dtype)
+    out[: len(values)] = values
     return out
+
+
+def packed(ids: Sequence[int], vocab: int) -> np.ndarray:
+    """A set of tokens as bits, uint32 [W]: token t is bit t mod 32 of word ⌊t/32⌋."""
+    member = np.zeros((32 * num_words(vocab),), bool)
+    member[np.asarray(ids, np.int64)] = True
+    return np.packbits(member, bitorder="little").view("<u4").astype(np.uint32)
+
+
+def unpacked(words: jax.Array, vocab: int) -> jax.Array:
+    """Bits of sets, uint32 [..., W], as bool [..., V]."""
+    shift = jnp.arange(32, dtype=jnp.uint32).reshape((1,) * words.ndim + (32,))
+    bits = words[..., None] >> shift & jnp.uint32(1)
+    return bits.reshape(*words.shape[:-1], -1)[..., :vocab] == 1
 
 
 def num_words(vocab_size: int) -> int:
@@ -198,11 +246,10 @@ def assign(sampling: Sampling, slot_M: jax.Array, rows: SlotSampling) -> Samplin
     assert rules is not None
     vocab, masks = rules.bias_BV.shape[1], rules.mask_BTW.shape[1:]
 
-    def own(row: SlotSampling) -> Sampling:
-        allowed = jnp.where(row.restricted, REMOVED, 0.0) * jnp.ones(vocab, jnp.float32)
-        bias = allowed.at[row.allowed_id].set(0.0, mode="drop").at[row.bias_id].add(row.bias, mode="drop")
-        in_prompt = jnp.zeros(vocab, bool).at[row.prompt_id].set(True, mode="drop")
-        count = jnp.zeros(vocab, jnp.int32).at[row.output_id].add(1, mode="drop")
+    def own(row: SlotSampling, kept_V: jax.Array) -> Sampling:
+        allowed = jnp.where(unpacked(row.allowed_W, vocab), jnp.float32(0), jnp.float32(REMOVED))
+        bias = allowed.at[row.bias_id_M].add(row.bias_M, mode="drop")
+        count = jnp.where(row.continues, kept_V, 0).at[row.counted_id_C].add(row.count_C, mode="drop")
         new = Rules(
             row.repetition,
             row.presence,
@@ -214,9 +261,11 @@ def assign(sampling: Sampling, slot_M: jax.Array, rows: SlotSampling) -> Samplin
             bias,
             jnp.asarray(False),
             jnp.zeros(masks, jnp.uint32),
-            in_prompt,
+            unpacked(row.prompt_W, vocab),
             count,
         )
         return Sampling(row.temperature, row.top_p, row.top_k, row.min_p, row.seed, new)
 
-    return jax.tree.map(lambda kept, new: kept.at[slot_M].set(new, mode="drop"), sampling, jax.vmap(own)(rows))
+    kept_MV = jnp.take(rules.count_BV, slot_M, axis=0, mode="clip")
+    new = jax.vmap(own)(rows, kept_MV)
+    return jax.tree.map(lambda kept, new: kept.at[slot_M].set(new, mode="drop"), sampling, new)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -26,6 +25,8 @@ from stepjax.model.cache import MAX_DRAFTS, Cache, Chunk, empty_cache
 from stepjax.model.step3p5 import Hidden, Params, Step3p5, bind
 from stepjax.ops.rows import put_row, take_row
 from stepjax.weights.adapted import Adapted
+
+SCORED_POSITIONS = 64  # of a prompt, whose logits exist at once
 
 
 class Runner:
@@ -50,10 +51,9 @@ class Runner:
         """Seconds spent compiling so far."""
         return sum(program.compile_s for program in self._programs.values())
 
-    def prefill(self, *, prompt_scores: bool = False) -> Program:
+    def prefill(self) -> Program:
         """``(params, state, pieces) -> (state, emitted)``: run pieces of prompts, emit the first token of answers."""
-        function = functools.partial(self._prefill, prompt_scores=prompt_scores)
-        return self._program(("prefill", *(["prompt_scores"] if prompt_scores else ())), function)
+        return self._program(("prefill",), self._prefill)
 
     def step(self, drafts: int | None = None) -> Program:
         """``(params, state, active_B, page_BN, adapter_B) -> (state, emitted)``: verify and draft, emit 1 … drafts + 1
@@ -117,29 +117,30 @@ class Runner:
         zero, per_depth = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch, self.drafts), jnp.int32)
         return State(cache, Progress(tails, per_depth, zero, zero, per_depth), jax.tree.map(jnp.asarray, sampling))
 
-    def _prefill(self, params: Params, state: State, pieces: Pieces, *, prompt_scores: bool) -> tuple[State, Emitted]:
+    def _prefill(self, params: Params, state: State, pieces: Pieces) -> tuple[State, Emitted]:
         """Run the pieces; where a prompt ends, the first token of its answer is sampled."""
         model, count_R, slot_R = bind(self.model, with_slots(params, pieces.adapter_R)), pieces.count_R, pieces.slot_R
+        live_R, inside_R = count_R > 0, pieces.next_R >= 0
         mine, sampling = _rows((state.progress, state.sampling), slot_R, count_R.shape[0])
         if pieces.start_R is not None:
             first = jnp.where(pieces.start_R[:, None] > 0, mine.first_SK, 0)
             mine = mine._replace(length_S=pieces.start_R, first_SK=first)
+        mine, sampling = _only(mine, live_R), sampling.only(live_R & ~inside_R)
         chunk = Chunk.at(mine.length_S, count_R, pieces.id_RT.shape[1], slot_B=slot_R, page_BN=pieces.page_RN)
         out = model.forward(pieces.id_RT, chunk, state.cache)
         logits = self._logits(model, take_row(out.hidden_BTD, count_R - 1)[:, None, :])
         drawn = self._sample(logits, (mine.length_S + count_R)[:, None], sampling)[:, 0]
-        inside = pieces.next_R >= 0
-        follow = jnp.where(inside, pieces.next_R, drawn)
+        follow = jnp.where(inside_R, pieces.next_R, drawn)
         tokens_RT = put_row(jnp.roll(pieces.id_RT, -1, axis=1), count_R - 1, follow)
         prompt = None
-        if prompt_scores:
-            prompt = self._logprobs(self._logits(model, out.hidden_BTD), tokens_RT)
-        count = jnp.where((count_R > 0) & ~inside, 1, 0)
+        if pieces.scored_R is not None:
+            prompt = self._prompt_scores(model, out.hidden_BTD, tokens_RT, live_R & pieces.scored_R)
+        count = jnp.where(live_R & ~inside_R, 1, 0)
         finite = _finite(out.hidden_BTD, count_R) & _finite(logits, jnp.minimum(count_R, 1))
         own = self._scores(logits, follow[:, None], sampling, count > 0)
         cache, after = self._advance(model, out, mine, tokens_RT, count_R, follow, slot_R, drafts=self.drafts)
         emitted = Emitted(follow[:, None], count, finite, after.draft_SK, own, prompt, self._experts(out))
-        return self._committed(state, cache, after, emitted, count_R > 0, slot_R), emitted
+        return self._committed(state, cache, after, emitted, live_R, slot_R), emitted
 
     def _step(
         self,
@@ -154,9 +155,7 @@ class Runner:
         """Verify ``drafts`` tokens of the active slots, emit 1 … drafts + 1 each, and draft as many again."""
         model, width = bind(self.model, with_slots(params, adapter_B)), 1 + drafts
         mine, sampling = _rows((state.progress, state.sampling), None, active_B.shape[0])
-        if sampling.rules is not None:  # a mask that is left over from an answer that ended costs nothing
-            rules = sampling.rules
-            sampling = replace(sampling, rules=rules._replace(guided_B=rules.guided_B & active_B))
+        mine, sampling = _only(mine, active_B), sampling.only(active_B)
         guess_BK = mine.draft_SK[:, :drafts]
         chunk = Chunk.at(mine.length_S, jnp.where(active_B, width, 0), width, page_BN=page_BN)
         out = model.forward(jnp.concatenate([mine.last_S[:, None], guess_BK], axis=1), chunk, state.cache)
@@ -194,6 +193,34 @@ class Runner:
         none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(self._logprobs, logits, token_BT))
         wanted = jnp.any(sampling.rules.scored_B & live_B)
         return jax.lax.cond(wanted, lambda: self._logprobs(logits, token_BT), lambda: none)
+
+    def _prompt_scores(
+        self, model: Step3p5, hidden_RTD: jax.Array, token_RT: jax.Array, scored_R: jax.Array
+    ) -> Logprobs:
+        """Log-probabilities of whole pieces, all 0 where no row asks for them.
+
+        They are a branch of prefill and not a program of their own, which would have to be compiled for each shape of
+        pieces. A block of positions at a time, since the logits of 512 positions take 264 MB.
+        """
+        rows, length = token_RT.shape
+        size = min(length, max(1, SCORED_POSITIONS // rows))
+        blocks = -(-length // size)
+        rest = blocks * size - length
+        hidden_RTD = jnp.pad(hidden_RTD, [(0, 0), (0, rest), (0, 0)])
+        token_RT = jnp.pad(token_RT, [(0, 0), (0, rest)])
+
+        def block(index: jax.Array) -> Logprobs:
+            hidden, token = (
+                jax.lax.dynamic_slice_in_dim(x, index * size, size, axis=1) for x in (hidden_RTD, token_RT)
+            )
+            return self._logprobs(self._logits(model, hidden), token)
+
+        def every() -> Logprobs:
+            scores = jax.lax.map(block, jnp.arange(blocks, dtype=jnp.int32))
+            return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, -1, *x.shape[3:])[:, :length], scores)
+
+        none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(every))
+        return jax.lax.cond(jnp.any(scored_R), every, lambda: none)
 
     def _logprobs(self, logits: jax.Array, token_BT: jax.Array) -> Logprobs:
         def run(logits: jax.Array, token_BT: jax.Array) -> Logprobs:
@@ -256,6 +283,17 @@ def _rows(tree: Any, slot_B: jax.Array | None, count: int) -> Any:
     if slot_B is None:
         return jax.tree.map(lambda x: x if x.shape[0] == count else x[:count], tree)
     return jax.tree.map(lambda x: jnp.take(x, slot_B, axis=0, mode="clip"), tree)
+
+
+def _only(mine: Progress, live_B: jax.Array) -> Progress:
+    """``mine`` with nothing in the cache of the rows that are not live, and nothing to verify.
+
+    A slot keeps the length of its last answer, and the loop over pages runs to the longest sequence of the batch.
+    Which slots are live comes with each call, so that no way of ending an answer has to clear its slot.
+    """
+    length = jnp.where(live_B, mine.length_S, 0)
+    last, drafts = jnp.where(live_B, mine.last_S, 0), jnp.where(live_B[:, None], mine.draft_SK, 0)
+    return mine._replace(length_S=length, last_S=last, draft_SK=drafts)
 
 
 def _put(old: jax.Array, new: jax.Array, *, slot_B: jax.Array | None, live_B: jax.Array) -> jax.Array:

@@ -40,6 +40,7 @@ class Pieces(NamedTuple):
     slot_R: Any = None  # int32; None: row r is slot r
     page_RN: Any = None  # int32
     adapter_R: Any = None  # int32: slot of the adapter (`stepjax.infer.engine.adapters`); None: the model has none
+    scored_R: Any = None  # bool: whether log-probabilities of the prompt are asked for; None: nobody ever does
 
 
 class Emitted(NamedTuple):
@@ -50,7 +51,7 @@ class Emitted(NamedTuple):
     finite_B: jax.Array  # bool: whether the logits were numbers
     draft_BK: jax.Array | None  # int32: what the next step will verify; the host drops it where nobody asks
     scores: Logprobs | None = None  # of the tokens, where a slot asks for them
-    prompt: Logprobs | None = None  # of the prompt token after each token of a piece
+    prompt: Logprobs | None = None  # of the prompt token after each token of a piece; 0 where no row asks for them
     expert_BTLA: jax.Array | None = None  # uint16: where each token that went in was sent, if the runner tells
 
 

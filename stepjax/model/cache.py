@@ -145,6 +145,26 @@ class RowCache:
         return RowCache(store(self.k_BSKH, row, k_BTKH), store(self.v_BSKH, row, v_BTKH))
 
 
+class PageBlocks(NamedTuple):
+    """The blocks of pages that `Pages.look` visits in one call."""
+
+    done_B: jax.Array  # int32: the pages of each sequence that are visited in large blocks
+    num_large: jax.Array  # int32
+    num_small: jax.Array  # int32
+
+
+def page_blocks(end_B: jax.Array, *, large: int, small: int, per_page: int) -> PageBlocks:
+    """The loop counts for sequences of ``end`` cached positions; a sequence of length 0 adds nothing to them.
+
+    Args:
+      large, small: pages of a block; no large block is used if ``large`` is 0.
+      per_page: positions of a page.
+    """
+    done_B = end_B // (large * per_page) * large if large else jnp.zeros_like(end_B)
+    num_large = jnp.max(done_B) // large if large else jnp.zeros((), end_B.dtype)
+    return PageBlocks(done_B, num_large, -(-jnp.max(end_B - done_B * per_page) // (small * per_page)))
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Pages:
@@ -190,23 +210,20 @@ class Pages:
             return attention_to(q_BTNH, chunk.position_BT, [keys], window=window)
 
         end_B, per_page = chunk.start_B, size * stripe.count
-        done_B = jnp.zeros_like(end_B)
-        part = empty_partial(jax.eval_shape(functools.partial(block, count=small), done_B, end_B))
+        blocks = page_blocks(end_B, large=large if large > small else 0, small=small, per_page=per_page)
+        part = empty_partial(jax.eval_shape(functools.partial(block, count=small), blocks.done_B, end_B))
         if large > small:
-            done_B = end_B // (large * per_page) * large
-            rounds = jnp.max(done_B) // large
-            covered_B = done_B * per_page
+            covered_B = blocks.done_B * per_page
 
             def far(i: jax.Array, part: Partial) -> Partial:
                 return merge(part, block(jnp.full_like(end_B, large) * i, covered_B, large))
 
-            part = jax.lax.fori_loop(0, rounds, far, part)
-        rounds = -(-jnp.max(end_B - done_B * per_page) // (small * per_page))
+            part = jax.lax.fori_loop(0, blocks.num_large, far, part)
 
         def near(i: jax.Array, part: Partial) -> Partial:
-            return merge(part, block(done_B + i * small, end_B, small))
+            return merge(part, block(blocks.done_B + i * small, end_B, small))
 
-        return jax.lax.fori_loop(0, rounds, near, part)
+        return jax.lax.fori_loop(0, blocks.num_small, near, part)
 
     def write(self, chunk: Chunk, k_BTKH: jax.Array, v_BTKH: jax.Array, *, stripe: Stripe = EVERYTHING) -> Pages:
         table, (num_pages, size) = _table(chunk), self.k_PRKH.shape[:2]
