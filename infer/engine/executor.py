@@ -27,6 +27,7 @@ from stepjax.infer.steps.program import Program
 from stepjax.infer.steps.runner import Runner
 from stepjax.infer.steps.state import Emitted, Pieces, State, slot_parts
 from stepjax.model.step3p5 import Params
+from stepjax.program_cache import compile_program
 
 log = logging.getLogger(__name__)
 
@@ -294,9 +295,15 @@ class Executor:
         """``function(into, source, slot, snapshot)``, compiled once for all; its result takes the place of ``into``."""
         began, index = time.perf_counter(), np.int32(0)
         where = jax.tree.map(lambda x: x.sharding, into)
-        jitted = jax.jit(function, donate_argnums=(0,), out_shardings=where)
-        compiled = jitted.lower(into, source, index, index).compile()
-        log.info("compiled %s in %.1f s", function.__name__, time.perf_counter() - began)
+        compiled = compile_program(
+            self.runner.cache,
+            function,
+            (into, source, index, index),
+            identity=f"{function.__name__} {self.runner.model.layout!r}",
+            donate_argnums=(0,),
+            out_shardings=where,
+        )
+        log.info("prepared %s in %.1f s", function.__name__, time.perf_counter() - began)
         return compiled
 
     @cached_property
