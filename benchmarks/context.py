@@ -22,7 +22,7 @@ import numpy as np
 from provenance import commit
 
 from stepjax.config import ModelConfig
-from stepjax.infer.load import use_compile_cache
+from stepjax.infer.load import use_caches
 from stepjax.infer.sampling.state import Sampling
 from stepjax.infer.session import Session
 from stepjax.model.step3p5 import initialise, params_of
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    use_compile_cache()
+    use_caches()
     found: dict[str, Any] = {
         "device": jax.local_devices()[0].device_kind,
         "machine": platform.platform(),

@@ -43,7 +43,7 @@ from distillation_arms import ARMS, CONTROLS, CORPUS_ARMS, RATES, SEARCH_SEED, S
 from distillation_ruler import Ruler, Size, checkpoints
 from provenance import commit, cpu_name
 
-from stepjax.infer.load import use_compile_cache
+from stepjax.infer.load import use_caches
 from stepjax.text.reasoning import split_reasoning
 from stepjax.text.tokenizer import IM_END
 from stepjax.train.data.sources import stream, turn_ids
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--small", action="store_true", help="three steps and a few items, to see that it runs")
     args = parser.parse_args()
-    use_compile_cache()
+    use_caches()
     args.runs.mkdir(parents=True, exist_ok=True)
     steps, size = (3, SMALL) if args.small else (args.steps, Size())
     book = Book(args.json)

@@ -26,7 +26,7 @@ from provenance import commit
 from stepjax.config import ModelConfig
 from stepjax.infer.engine.config import EngineConfig
 from stepjax.infer.engine.engine import Engine
-from stepjax.infer.load import use_compile_cache
+from stepjax.infer.load import use_caches
 from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.session import Session
 from stepjax.model.step3p5 import initialise, params_of
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--parts", default="requests,drafts,deterministic", help="which to run (%(default)s)")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    use_compile_cache()
+    use_caches()
     parts = {"requests": requests, "drafts": drafts, "deterministic": deterministic}
     found: dict[str, Any] = {"machine": machine(), "model": HUB, "command": " ".join(["exactness.py", *flags(args)])}
     for name in args.parts.split(","):

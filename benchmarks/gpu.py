@@ -33,7 +33,7 @@ from slices import SLICES, Cost, decode_cost, prefill_cost, random_weight, sessi
 from stepjax.config import ASSETS, ModelConfig
 from stepjax.infer.engine.config import EngineConfig
 from stepjax.infer.engine.engine import Engine
-from stepjax.infer.load import load, use_compile_cache
+from stepjax.infer.load import load, use_caches
 from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.sampling.state import Sampling
 from stepjax.infer.session import Session
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="tiny widths")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    use_compile_cache()
+    use_caches()
     found: dict[str, Any] = about(args)
     for part in args.parts.split(","):
         began = time.perf_counter()

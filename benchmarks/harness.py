@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from serving import Server
 
-from stepjax.infer.load import load, use_compile_cache
+from stepjax.infer.load import load, use_caches
 from stepjax.infer.session import Session
 
 TASK = """task: tiny_sums
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--speculate", type=int, default=3)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    use_compile_cache()
+    use_caches()
     session = load("step-tiny", dtype="float32")
     asked = questions(args.questions)
     with tempfile.TemporaryDirectory() as scratch, Server(args) as server:

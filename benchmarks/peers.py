@@ -76,9 +76,9 @@ class Ours:
     def __init__(self, folder: Path, threads: int):
         import jax
 
-        from stepjax.infer.load import load, use_compile_cache
+        from stepjax.infer.load import load, use_caches
 
-        use_compile_cache()
+        use_caches()
         self.version = f"jax {jax.__version__}"
         self.session = load(folder, dtype="float32")
         self.engines: dict[int, Any] = {}

@@ -25,7 +25,7 @@ from rich.table import Table
 from stepjax.checkpoint.folder import open_folder
 from stepjax.checkpoint.writer import save
 from stepjax.infer.generate import generate
-from stepjax.infer.load import load, use_compile_cache
+from stepjax.infer.load import load, use_caches
 from stepjax.infer.session import Session
 from stepjax.weights.fp8 import Fp8Blocks
 from stepjax.weights.quantised import dequantize
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--answer-tokens", type=int, default=48, help="of the model's own answer, scored too")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    use_compile_cache()
+    use_caches()
     base = load(args.model, dtype="float32")
     rows = scored_rows(base, args)
     expected = [base.logits(ids) for ids in rows]

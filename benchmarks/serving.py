@@ -33,7 +33,7 @@ from stepjax.infer.bench import Request, bench
 from stepjax.infer.commands.serve import SWITCH_S
 from stepjax.infer.engine.config import EngineConfig
 from stepjax.infer.engine.engine import Engine
-from stepjax.infer.load import load, use_compile_cache
+from stepjax.infer.load import load, use_caches
 from stepjax.infer.serve.api import ServeOptions
 from stepjax.infer.serve.app import create_app
 from stepjax.infer.serve.metrics import ServerMetrics
@@ -272,7 +272,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of throughput")
     parser.add_argument("--json", type=Path, help="what a part found replaces what the file has of it")
     args = parser.parse_args()
-    use_compile_cache()
+    use_caches()
     if args.serve:
         sys.exit(serve(args))
     work = {"streams": streams, "cancels": cancels, "sigterm": sigterm, "throughput": throughput}

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from stepjax.cache_folder import MAX_GIB, CacheFolder
 from stepjax.checkpoint.folder import ModelFolder, open_folder
 from stepjax.checkpoint.reader import Checkpoint, load_params
 from stepjax.config import ModelConfig
@@ -18,6 +19,7 @@ from stepjax.errors import MeshError, RequestError
 from stepjax.infer.session import Session
 from stepjax.model.layout import Layout, SingleDevice
 from stepjax.model.step3p5 import abstract, axes_of
+from stepjax.program_cache import ProgramCache
 from stepjax.sharding.devices import want_virtual_devices
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
@@ -41,6 +43,7 @@ def load(
     strategy: str = "expert_tensor",
     expert_order: ExpertOrder | None = None,
     progress: Callable[[int, int], None] | None = None,
+    program_cache: ProgramCache | None = None,
 ) -> Session:
     """Open a checkpoint and place its weights.
 
@@ -60,6 +63,7 @@ def load(
       expert_order: with a mesh, by layer: which stored expert becomes our j-th, so that busy ones lie on different
         devices (`stepjax.sharding.expert_order.balanced_order`); answers do not change.
       progress: called with (bytes read, bytes in all) after each tensor.
+      program_cache: executables of earlier runs, as `use_caches` opens them; None: every run compiles its own.
 
     Raises:
       CheckpointError, ConfigError, TokenizerError, TemplateError: the folder is not a usable checkpoint. Everything is
@@ -103,6 +107,7 @@ def load(
         generation_config=folder.generation_config,
         layout=layout,
         load_report=report,
+        program_cache=program_cache,
     )
 
 
@@ -133,19 +138,26 @@ def _layout(mesh: str | MeshSpec | None, strategy: str, config: ModelConfig, exp
     return MeshLayout(spec.build(), ShardingRules(config, spec, strategy, experts))
 
 
-def use_compile_cache() -> None:
-    """Keep compiled programs between runs, in ``JAX_COMPILATION_CACHE_DIR`` or the user's cache folder."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "stepjax" / "compiled"
-        try:
-            folder = folder.expanduser()
-            folder.mkdir(parents=True, exist_ok=True)
-        except (OSError, RuntimeError):  # no home, or one that may not be written to: compile anew each time
-            return
+def use_caches(*, programs: bool = True, max_gib: float = MAX_GIB) -> ProgramCache | None:
+    """Keep compiled programs between runs, in ``STEPJAX_CACHE_DIR`` or the user's cache folder.
+
+    XLA's own cache is switched on for all of jax, unless ``JAX_COMPILATION_CACHE_DIR`` names another. It spares
+    compiling, and the cache that is returned spares tracing and lowering too.
+
+    Args:
+      programs: False: compile everything; neither cache is used.
+      max_gib: of each of the two; what was not used for longest goes first.
+    """
+    if not programs:
+        jax.config.update("jax_enable_compilation_cache", False)
+        return None
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and (folder := CacheFolder.open("compiled")):
+        folder.trim(int(max_gib * 2**30))
         # Written in place by jax: of two processes that share the folder, one may meet half a file and compiles itself.
         warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry", UserWarning)
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        jax.config.update("jax_compilation_cache_dir", str(folder.path))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+    return ProgramCache.open(max_gib=max_gib)
 
 
 def _resolve_dtype(dtype: Dtype) -> Any:

@@ -18,6 +18,7 @@ from stepjax.infer.steps.runner import Runner
 from stepjax.model.cache import MAX_DRAFTS, Chunk
 from stepjax.model.layout import Layout
 from stepjax.model.step3p5 import Params, Step3p5, abstract, bind
+from stepjax.program_cache import ProgramCache
 from stepjax.sharding.sharded_load import LoadReport
 from stepjax.text.chat import ChatTemplate, encode_chat
 from stepjax.text.tokenizer import Tokenizer
@@ -47,7 +48,9 @@ class Session:
         generation_config: Mapping[str, Any] | None = None,
         layout: Layout | None = None,
         load_report: LoadReport | None = None,
+        program_cache: ProgramCache | None = None,
     ):
+        self.program_cache = program_cache
         self.config, self.params, self.dtype = config, params, dtype
         self.tokenizer, self.template = tokenizer, template
         self.generation_config, self.load_report = dict(generation_config or {}), load_report
@@ -77,7 +80,9 @@ class Session:
         key = drafts, routing
         if key not in self._runners:
             num_tokens = len(self.tokenizer) if self.tokenizer else self.config.vocab_size
-            self._runners[key] = Runner(self._together, num_tokens=num_tokens, drafts=drafts, routing=routing)
+            self._runners[key] = Runner(
+                self._together, num_tokens=num_tokens, drafts=drafts, routing=routing, cache=self.program_cache
+            )
         return self._runners[key]
 
     @cached_property

@@ -70,6 +70,9 @@ VERBS = {
         "write a checkpoint with its experts in another precision",
         "stepjax convert step-tiny step-tiny-int8 --experts int8",
     ),
+    "cache": Verb(
+        _MODELS, "stepjax.commands.cache", "show or empty the cache of compiled programs", "stepjax cache --list"
+    ),
     "plan": Verb(
         _PLAN,
         "stepjax.train.commands.plan",

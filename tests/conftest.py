@@ -44,6 +44,7 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("STEPJAX_TEST_CACHE") or str(
     Path("~/.cache/stepjax/tests").expanduser()
 )
+os.environ["STEPJAX_CACHE_DIR"] = os.environ["JAX_COMPILATION_CACHE_DIR"]  # programs of the commands that tests run
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 gc.set_threshold(50_000, 20, 20)  # tracing makes so many objects that looking for cycles took a tenth of the time
 

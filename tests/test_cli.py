@@ -31,7 +31,7 @@ from stepjax.config import ASSETS
 from stepjax.errors import RequestError
 from stepjax.infer.commands.options import Printer
 from stepjax.infer.generate import generate
-from stepjax.infer.load import load, use_compile_cache
+from stepjax.infer.load import load, use_caches
 from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.session import Session
 from stepjax.infer.transcript import Delta
@@ -458,9 +458,10 @@ def test_the_checkpoints_defaults_are_checked_unless_a_flag_replaces_them():
 @pytest.mark.parametrize("home", ["/dev/null/cache", "~nobody-of-this-name/cache"])
 def test_without_a_folder_for_compiled_programs_there_is_none(monkeypatch, home):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.delenv("STEPJAX_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", home)
     monkeypatch.setattr(jax.config, "update", lambda *change: pytest.fail(f"{change}"))
-    use_compile_cache()
+    assert use_caches() is None
 
 
 # The streams of a process

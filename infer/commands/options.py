@@ -11,6 +11,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.segment import Segment, Segments
 from rich.style import Style
 
+from stepjax.cache_folder import MAX_GIB
 from stepjax.checkpoint.folder import open_folder
 from stepjax.errors import RequestError
 from stepjax.sharding.mesh import MeshSpec
@@ -44,11 +45,25 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mesh", metavar="AXES", help="split the model over devices, e.g. expert=4,tensor=2 (default: one device)"
     )
+    add_cache_arguments(parser)
     parser.add_argument(
         "--strategy",
         default="expert_tensor",
         choices=("tensor", "expert", "expert_tensor", "fsdp"),
         help="which weights --mesh splits over which axis (default: %(default)s)",
+    )
+
+
+def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--no-program-cache", action="store_true", help="compile all programs and keep none (default: keep them)"
+    )
+    parser.add_argument(
+        "--program-cache-gib",
+        type=float,
+        default=MAX_GIB,
+        metavar="X",
+        help="largest size of the program cache, which stepjax cache shows (default: %(default)s)",
     )
 
 
@@ -93,9 +108,9 @@ def open_session(args: argparse.Namespace, *, needs: Literal["ids", "text", "cha
         raise RequestError(f"{folder.path}: has no chat template; continue plain text with generate --raw")
     for note in folder.checkpoint.notes:
         print(f"stepjax: {printable(note)}", file=sys.stderr)
-    from stepjax.infer.load import load, use_compile_cache
+    from stepjax.infer.load import load, use_caches
 
-    use_compile_cache()
+    cache = use_caches(programs=not args.no_program_cache, max_gib=args.program_cache_gib)
     columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -109,6 +124,7 @@ def open_session(args: argparse.Namespace, *, needs: Literal["ids", "text", "cha
             mesh=mesh,
             strategy=args.strategy,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
+            program_cache=cache,
         )
     for note in session.model.layout.notes:
         print(f"stepjax: {note}", file=sys.stderr)

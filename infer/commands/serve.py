@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -170,7 +171,12 @@ def run(args: argparse.Namespace) -> int:
         announcing.cancel()
         return code
 
-    return asyncio.run(serve())
+    code = asyncio.run(serve())
+    if engine.programs.compiling:  # it cannot be stopped, and must not meet an interpreter that is taken apart
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(code)
+    return code
 
 
 def _served_names(args: argparse.Namespace) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from stepjax.infer.engine.draft_policy import DRAFTS, DraftPolicy, StepBytes
 from stepjax.infer.engine.executor import Assignment, Mask, Order
 from stepjax.infer.engine.followers import Channel, Leader, connect, follow
 from stepjax.infer.engine.guidance import Guidance, fault_of
+from stepjax.infer.engine.ready_programs import ReadyPrograms
 from stepjax.infer.engine.scheduler import Scheduler
 from stepjax.infer.engine.sequence import Row, Sequence, StepOutput, StepPlan
 from stepjax.infer.engine.stats import Ran, Stats, StepTimer
@@ -88,7 +89,11 @@ class Engine:
         self._policy = DraftPolicy(StepBytes.of(session.config, session.params), most=drafts)
         fixed = config.speculate if config.speculate is not None else drafts if config.deterministic else None
         self._fixed_drafts = fixed
-        self.scheduler = Scheduler(config.scheduler(sizes), drafts=self._drafts)
+        scheduler = config.scheduler(sizes)
+        limits = {width: min(scheduler.prefill_rows, scheduler.token_budget // width) for width in scheduler.widths}
+        rows = {width: self.executor.row_buckets_for(limit) for width, limit in limits.items()}
+        self.programs = ReadyPrograms(self.executor.prepare_shape, config.slot_buckets, rows)
+        self.scheduler = Scheduler(scheduler, drafts=self._drafts)
         self._session = session
         self._adapters = AdapterNames(config.adapter_slots)
         self._in_flight: deque[_Launched] = deque()
@@ -284,18 +289,33 @@ class Engine:
         ]
         (self._leader or self.executor).warm(decode, prefill)
 
+    def start(self) -> None:
+        """Compile what is needed to answer; a thread compiles the rest once steps want it.
+
+        A deterministic engine, and one of several processes, compiles everything first: its programs do not change.
+        """
+        if self._leader or self.config.deterministic:
+            self.warm()
+            return
+        shapes = self.programs.first(self._drafts(1))
+        decode, prefill = ([(*shape[1:],) for shape in shapes if shape.kind == kind] for kind in ("decode", "prefill"))
+        self.executor.warm(decode, prefill)
+        self.programs.open(shapes)
+
     def close(self) -> None:
-        """Let the processes go that follow this one."""
+        """Compile nothing more, and let the processes go that follow this one."""
+        self.programs.close()
         self._guidance.close()
         if self._leader:
             self._leader.close()
 
     def _drafts(self, batch: int) -> int:
-        return self._policy.drafts(batch) if self._fixed_drafts is None else self._fixed_drafts
+        return self.programs.drafts(self._policy.drafts(batch) if self._fixed_drafts is None else self._fixed_drafts)
 
     def _plan(self) -> StepPlan | None:
         """The next step, if there is one; where all answers wait for their masks, once the first are ready."""
         self._guidance.release()
+        self.scheduler.most_rows = self.programs.most_rows(self.scheduler.piece_limits)
         plan = self.scheduler.plan()
         if plan is None and not self._in_flight and self._guidance.num_pending:
             self._guidance.wait()
@@ -303,9 +323,9 @@ class Engine:
         return plan
 
     def _launch(self, plan: StepPlan) -> None:
-        order, compiled_before = self._order(plan), self._runner.compile_s
+        order, compiled_before = self._order(plan), self.executor.waited_s
         emitted = (self._leader or self.executor).run(order)
-        self._timer.launched(self._runner.compile_s - compiled_before, alone=not self._in_flight)
+        self._timer.launched(self.executor.waited_s - compiled_before, alone=not self._in_flight)
         answers = tuple(self._answers.get(row.id) for row in plan.rows)
         self._in_flight.append(_Launched(order, emitted, answers))
 
@@ -331,11 +351,19 @@ class Engine:
             if answer is not None and (mask := self._mask(row, answer, plan)) is not None:
                 masks.append(mask)
         wanted = [answer.sequence.params for _, answer in rows if answer is not None]
-        highest = 1 + max(row.slot for row in plan.rows)
+        num_slots = num_rows = 0
+        if plan.kind == "decode":
+            num_slots = self.programs.slots(1 + max(row.slot for row in plan.rows), plan.drafts)
+        else:
+            num_rows = self.programs.rows(len(plan.rows), plan.width)
+            waiting = [run for run in self.scheduler.admission.running if not run.prefilled]
+            left = [plan.rows[0].count, *(len(run.tokens) - run.position for run in waiting)]
+            self.programs.want_prefill(len(plan.rows) + len(waiting), max(left), self.scheduler.piece_limits)
         return Order(
             plan,
             tuple(assignments),
-            num_slots=next(bucket for bucket in self._slot_buckets if bucket >= highest),
+            num_slots=num_slots,
+            num_rows=num_rows,
             scores=any(params.logprobs is not None for params in wanted),
             drafts=any(answer is not None and answer.guide is not None for _, answer in rows),
             masks=tuple(masks),

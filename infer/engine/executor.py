@@ -20,6 +20,7 @@ import numpy as np
 from stepjax.adapters.lora import LoraConfig
 from stepjax.infer.engine.adapters import NONE, AdapterStack
 from stepjax.infer.engine.pages import TRASH_PAGE
+from stepjax.infer.engine.ready_programs import StepShape
 from stepjax.infer.engine.sequence import RingCopy, StepPlan
 from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.sampling.state import Sampling, SlotSampling
@@ -27,6 +28,7 @@ from stepjax.infer.steps.program import Program
 from stepjax.infer.steps.runner import Runner
 from stepjax.infer.steps.state import Emitted, Pieces, State, slot_parts
 from stepjax.model.step3p5 import Params
+from stepjax.program_cache import compile_program
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +73,7 @@ class Order(NamedTuple):
     plan: StepPlan
     assignments: tuple[Assignment, ...] = ()
     num_slots: int = 0  # that a decode step runs: the first so many
+    num_rows: int = 0  # that a prefill step runs; 0: as few as there is a program for
     scores: bool = False  # log-probabilities of the new tokens are read
     drafts: bool = False  # the next drafts are read
     prompt_scores: bool = False
@@ -104,6 +107,8 @@ class Executor:
         vocab = runner.model.config.vocab_size
         pages = (size.num_pages, size.page_size)
         self.state: State = runner.start_paged(size.num_slots, pages, dtype, Sampling.empty(size.num_slots, vocab))
+        self._state_shapes = _shapes_of(self.state)
+        self.waited_s = 0.0  # for programs that orders needed and that were not there
         self._table = np.full((size.num_slots, size.pages_per_sequence), TRASH_PAGE, np.int32)
         self._far = jax.default_backend() != "cpu"  # whether results must be fetched
         self._launchers: dict[Any, Callable[..., Any]] = {}
@@ -123,7 +128,9 @@ class Executor:
         key = (program.name, jax.tree.leaves(rest)[0].shape)  # the rest of the shapes is the executor's own
         run = self._launchers.get(key)
         if run is None:
+            began = time.perf_counter()
             run = self._launchers[key] = program.compiled(self.params, self.state, *rest)
+            self.waited_s += time.perf_counter() - began
         self.state, emitted = run(self.params, self.state, *rest)
         if not order.scores:
             emitted = emitted._replace(scores=None)
@@ -155,8 +162,16 @@ class Executor:
 
     def prepare(self, order: Order) -> None:
         """Compile the program of an order, without launching it."""
+        began = time.perf_counter()
         program, rest = self._call(order)
         program.compiled(self.params, self.state, *rest)
+        self.waited_s += time.perf_counter() - began
+
+    def prepare_shape(self, shape: StepShape) -> None:
+        """Compile a program while orders run, whose arrays are therefore not touched. Any thread may ask."""
+        program, rest = self._idle_call(shape)
+        params = {name: _shapes_of(value) for name, value in self.params.items()}  # in their order, which counts
+        program.compiled(params, self._state_shapes, *rest)
 
     def warm(self, decode: Iterable[tuple[int, int]], prefill: Iterable[tuple[int, int]]) -> None:
         """Compile ahead of time, several programs at once, while no slot is in use.
@@ -165,14 +180,8 @@ class Executor:
           decode: slots and drafts of each decode step.
           prefill: rows and width of each prefill step.
         """
-        pages = self.size.pages_per_sequence
-        jobs: list[tuple[Program, tuple[Any, ...]]] = []
-        for slots, drafts in decode:
-            active = np.zeros((slots,), bool)
-            rest = (active, np.zeros((slots, pages), np.int32), self._adapters_of(active))
-            jobs.append((self.runner.step(drafts), rest))
-        for rows, width in prefill:
-            jobs.append((self.runner.prefill(), (self._no_pieces(rows, width),)))
+        shapes = [StepShape("decode", *each) for each in decode] + [StepShape("prefill", *each) for each in prefill]
+        jobs = [self._idle_call(shape) for shape in shapes]
         with ThreadPoolExecutor(max_workers=4, thread_name_prefix="compile") as pool:
             for job in [pool.submit(program.compiled, self.params, self.state, *rest) for program, rest in jobs]:
                 job.result()
@@ -185,6 +194,13 @@ class Executor:
             self._save(RingCopy(0, 0))
             self._restore(RingCopy(0, 0))
         jax.block_until_ready(self.state)
+
+    def _idle_call(self, shape: StepShape) -> tuple[Program, tuple[Any, ...]]:
+        """A program and arguments of its shapes, none of whose slots or rows is in use."""
+        if shape.kind == "prefill":
+            return self.runner.prefill(), (self._no_pieces(shape.count, shape.width),)
+        active, pages = np.zeros((shape.count,), bool), np.zeros((shape.count, self.size.pages_per_sequence), np.int32)
+        return self.runner.step(shape.width), (active, pages, self._adapters_of(active))
 
     def row_buckets_for(self, most: int) -> list[int]:
         """Those that ``most`` pieces or fewer are padded to."""
@@ -218,7 +234,7 @@ class Executor:
 
     def _prefill(self, order: Order) -> tuple[Program, tuple[Any, ...]]:
         plan = order.plan
-        rows = next(each for each in self.row_buckets if each >= len(plan.rows))
+        rows = order.num_rows or next(each for each in self.row_buckets if each >= len(plan.rows))
         pieces = self._no_pieces(rows, plan.width)
         for at, row in enumerate(plan.rows):
             pieces.id_RT[at, : row.count] = row.ids
@@ -309,14 +325,30 @@ class Executor:
         """``function(into, source, slot, snapshot)``, compiled once for all; its result takes the place of ``into``."""
         began, index = time.perf_counter(), np.int32(0)
         where = jax.tree.map(lambda x: x.sharding, into)
-        jitted = jax.jit(function, donate_argnums=(0,), out_shardings=where)
-        compiled = jitted.lower(into, source, index, index).compile()
-        log.info("compiled %s in %.1f s", function.__name__, time.perf_counter() - began)
+        compiled = compile_program(
+            self.runner.cache,
+            function,
+            (into, source, index, index),
+            identity=f"{function.__name__} {self.runner.model.layout!r}",
+            donate_argnums=(0,),
+            out_shardings=where,
+        )
+        log.info("prepared %s in %.1f s", function.__name__, time.perf_counter() - began)
         return compiled
 
     @cached_property
     def _is_ring(self) -> tuple[bool, ...]:
         return tuple(layer.window is not None for layer in self.runner.model.config.layers)
+
+
+def _shapes_of(tree: Any) -> Any:
+    """Arrays as shapes where they lie: a step that runs may take the arrays away."""
+
+    def shape(x: jax.Array) -> jax.ShapeDtypeStruct:
+        where = x.sharding if getattr(x, "committed", True) else None
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where, weak_type=x.weak_type)
+
+    return jax.tree.map(shape, tree)
 
 
 def _ways(x: jax.Array) -> int:

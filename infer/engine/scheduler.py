@@ -38,6 +38,8 @@ class Scheduler:
         self._in_flight: deque[tuple[StepPlan, list[_Part]]] = deque()
         self._num_plans = 0
         self._prefilled_last = False
+        self.piece_limits = {width: min(config.prefill_rows, config.token_budget // width) for width in config.widths}
+        self.most_rows = self.piece_limits  # by width of a piece, ascending; an engine may offer fewer
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; errors as `Admission.add`."""
@@ -94,8 +96,8 @@ class Scheduler:
             if run.prefilled:
                 continue
             count = self._chunk_end(run) - run.position
-            width = width or next(bucket for bucket in self.config.widths if bucket >= count)
-            if (len(parts) + 1) * width > self.config.token_budget or len(parts) == self.config.prefill_rows:
+            width = width or next(bucket for bucket in self.most_rows if bucket >= count)
+            if len(parts) == self.most_rows[width]:
                 break
             if count <= width:
                 parts.append(self._prefill(run, run.position + count))
@@ -106,7 +108,7 @@ class Scheduler:
         return self._launch("prefill", width, parts, saves)
 
     def _chunk_end(self, run: RunningSequence) -> int:
-        end = min(len(run.tokens), run.position + self.config.widths[-1])
+        end = min(len(run.tokens), run.position + max(self.most_rows))
         return min([end, *(mark for mark in run.marks if mark > run.position)])
 
     def _prefill(self, run: RunningSequence, end: int) -> _Part:

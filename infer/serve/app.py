@@ -40,9 +40,17 @@ def status_router(api: Api) -> APIRouter:
     """The endpoints about the server itself."""
     routes, service = APIRouter(tags=["state"]), api.service
 
+    @routes.get("/health/live")
+    async def live() -> Response:
+        """200 while the process is worth keeping, also while it starts or drains; 503 once the engine has failed."""
+        if service.failure is not None:
+            service.check_open()
+        return json_response({"status": "ok"})
+
+    @routes.get("/health/ready")
     @routes.get("/health")
     async def health() -> Response:
-        """200 while requests are accepted, otherwise 503."""
+        """200 while a request would be answered at once, otherwise 503 with the reason."""
         service.check_open()
         return json_response({"status": "ok"})
 

@@ -26,8 +26,13 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Refuse = Callable[[Scope, Receive, Send, ApiError], Awaitable[None]]  # answers a request with an error
 
-OPEN_PATHS = ("/", "/health")  # need no key
-QUIET_PATHS = ("/health", "/metrics")  # polled by monitors; not logged unless they fail
+OPEN_PATHS = ("/", "/health", "/health/ready", "/health/live")  # need no key
+QUIET_PATHS = (
+    "/health",
+    "/health/ready",
+    "/health/live",
+    "/metrics",
+)  # polled by monitors; not logged unless they fail
 _GIVEN_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 _BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[{]|[\]}]', re.DOTALL)

@@ -243,7 +243,7 @@ class Service:
 
     def _run(self) -> None:
         try:
-            self.engine.warm()
+            self.engine.start()
             self._post(self.ready.set)
             while self._take_commands():
                 if self.engine.has_work and (updates := self.engine.step()):

@@ -9,9 +9,11 @@ from typing import Any
 
 import jax
 
-from stepjax.infer.steps.state import State, placement
+from stepjax.infer.sampling.sampler import Logprobs
+from stepjax.infer.steps.state import Emitted, State, placement
 from stepjax.model.layout import Layout
 from stepjax.model.step3p5 import Params
+from stepjax.program_cache import ProgramCache, compile_program
 
 log = logging.getLogger(__name__)
 
@@ -19,11 +21,24 @@ log = logging.getLogger(__name__)
 class Program:
     """A jitted function, compiled when asked to, once per set of shapes, and not in the middle of a timed call."""
 
-    def __init__(self, name: str, function: Callable[..., Any], layout: Layout):
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        layout: Layout,
+        *,
+        identity: str = "",
+        cache: ProgramCache | None = None,
+    ):
         """``function(params, state, …) -> (state, …)``; the state is donated and stays where it lies, the rest of the
         result is whole on every device. The parameters keep their shapes between calls.
+
+        Args:
+          identity: what the function depends on beside our sources and its arguments; the cache's names hold it.
+          cache: executables of earlier runs.
         """
         self.name, self._function, self._layout = name, function, layout
+        self._identity, self._cache = f"{name}\0{identity}\0{layout!r}", cache
         self._executables: dict[tuple[tuple[int, ...], ...], Any] = {}
         self.compile_s = 0.0
 
@@ -36,7 +51,7 @@ class Program:
             shapes = " ".join(str(list(leaf.shape)) for leaf in jax.tree.leaves(rest) if leaf.ndim)
             took = time.perf_counter() - began
             self.compile_s += took
-            log.info("compiled %s for %s in %.1f s", self.name, shapes, took)
+            log.info("prepared %s for %s in %.1f s", self.name, shapes, took)
         return self._executables[key]
 
     def _compile(self, params: Params, state: State, *rest: Any) -> Callable[..., Any]:
@@ -47,8 +62,15 @@ class Program:
             return self._function(dict(zip(names, values, strict=True)), state, *rest)
 
         placed = (placement(state, self._layout), self._layout.replicated)
-        jitted = jax.jit(run, donate_argnums=(1,), out_shardings=placed)
-        executable = jitted.lower(tuple(params.values()), state, *rest).compile()
+        executable = compile_program(
+            self._cache,
+            run,
+            (tuple(params.values()), state, *rest),
+            identity=f"{self._identity}\0{names}",
+            types=(Emitted, Logprobs),
+            donate_argnums=(1,),
+            out_shardings=placed,
+        )
         return lambda params, *arguments: executable(tuple(params.values()), *arguments)
 
     def has(self, state: State, *rest: Any) -> bool:

@@ -24,6 +24,7 @@ from stepjax.infer.steps.state import NO_EXPERT, Emitted, Pieces, Progress, Stat
 from stepjax.model.cache import MAX_DRAFTS, Cache, Chunk, empty_cache
 from stepjax.model.step3p5 import Hidden, Params, Step3p5, bind
 from stepjax.ops.rows import put_row, take_row
+from stepjax.program_cache import ProgramCache
 from stepjax.weights.adapted import Adapted
 
 SCORED_POSITIONS = 64  # of a prompt, whose logits exist at once
@@ -32,18 +33,29 @@ SCORED_POSITIONS = 64  # of a prompt, whose logits exist at once
 class Runner:
     """Compiles and runs the steps of one model; slots, cache length and widths follow from the arguments."""
 
-    def __init__(self, model: Step3p5, *, num_tokens: int, drafts: int, routing: bool = False):
+    def __init__(
+        self,
+        model: Step3p5,
+        *,
+        num_tokens: int,
+        drafts: int,
+        routing: bool = False,
+        cache: ProgramCache | None = None,
+    ):
         """
         Args:
           model: abstract; the parameters come with each call.
           num_tokens: entries of the tokenizer.
           drafts: MTP drafts that the state has room for, 0 … 3.
           routing: emit the experts of every token.
+          cache: executables of earlier runs.
         """
         assert 0 <= drafts <= min(MAX_DRAFTS, len(model.mtp))
         assert model.config.num_experts < NO_EXPERT
         self.model, self.num_tokens, self.drafts = model, num_tokens, drafts
         self._routing = routing and bool(model.config.moe_layers)
+        self.cache = cache
+        self._identity = f"{model.config} mtp {len(model.mtp)} of {num_tokens} tokens, {drafts} drafts, {self._routing}"
         self._programs: dict[Any, Program] = {}
 
     @property
@@ -86,7 +98,8 @@ class Runner:
 
     def _program(self, key: tuple[Any, ...], function: Callable[..., Any]) -> Program:
         if key not in self._programs:
-            self._programs[key] = Program(" ".join(map(str, key)), function, self.model.layout)
+            name, layout = " ".join(map(str, key)), self.model.layout
+            self._programs[key] = Program(name, function, layout, identity=self._identity, cache=self.cache)
         return self._programs[key]
 
     def start(self, batch: int, length: int, dtype: DTypeLike, sampling: Sampling) -> State:

@@ -145,6 +145,9 @@ class SingleDevice:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SingleDevice) and self.form == other.form
 
+    def __repr__(self) -> str:
+        return f"SingleDevice({self.form!r})"
+
     @property
     def notes(self) -> tuple[str, ...]:
         return ()

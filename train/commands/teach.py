@@ -32,10 +32,10 @@ def run(args: argparse.Namespace) -> int:
     name = args.data or next(iter(config.data))
     if config.data.get(name) is None or config.data[name].kind != "jsonl":
         raise ConfigError(f"data.{name}: expected a source of kind jsonl, whose rows are scored")
-    from stepjax.infer.load import use_compile_cache
+    from stepjax.infer.load import use_caches
     from stepjax.train.tune.teach import teach
 
-    use_compile_cache()
+    use_caches()
     count, tokens = teach(config, name, args.out, top_k=args.top_k)
     print(f"{args.out}: {count} rows, {tokens} tokens, {args.top_k} likeliest of each")
     return 0

@@ -32,10 +32,10 @@ def run(args: argparse.Namespace) -> int:
     if not path.exists() and (RECIPES / f"{path}.toml").exists():
         path = RECIPES / f"{path}.toml"
     config = dataclasses.replace(read_settings(TuneConfig, path, [*args.set, f'verb="{args.verb}"']))
-    from stepjax.infer.load import use_compile_cache
+    from stepjax.infer.load import use_caches
     from stepjax.train.tune.run import leaves_file, tune
 
-    use_compile_cache()
+    use_caches()
     tune(config, args.out)
     print(f"{args.out}: {config.optim.steps} steps done; the result is in {leaves_file(args.out, config.optim.steps)}")
     return 0

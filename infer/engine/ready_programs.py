@@ -1,0 +1,158 @@
+"""Which programs of an engine are there, and the thread that compiles the others while it answers.
+
+An engine answers with one decode program, which has all slots, and one prefill program. Any other is quicker for some
+batch and changes no answer: it is compiled once steps have wanted it, the most wanted first, and used once it is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+log = logging.getLogger(__name__)
+
+FIRST_WIDTH = 64  # tokens of a piece in the first prefill program, if the settings have such a width
+WANTED = 8  # steps that a program would have served before it is compiled
+NICE = 10  # priority of the thread that compiles
+
+
+class StepShape(NamedTuple):
+    """What a program is compiled for."""
+
+    kind: Literal["prefill", "decode"]
+    count: int  # rows of a prefill step, slots of a decode step
+    width: int  # tokens of a piece, drafts of a decode step
+
+
+class ReadyPrograms:
+    """Chooses among the programs that are there. Until `open`, all count as there and are compiled where they are met.
+
+    The engine's thread calls everything but the constructor's ``prepare``, which runs on a thread of its own.
+    """
+
+    def __init__(self, prepare: Callable[[StepShape], None], slots: Sequence[int], rows: Mapping[int, Sequence[int]]):
+        """
+        Args:
+          prepare: compiles a program.
+          slots: numbers of slots that a decode step may run, ascending.
+          rows: by width of a piece the numbers of rows that a prefill step may run, ascending.
+        """
+        self._prepare, self._slots, self._rows = prepare, tuple(slots), {width: tuple(rows[width]) for width in rows}
+        self._there: frozenset[StepShape] | None = None  # None: all
+        self._wanted: Counter[StepShape] = Counter()
+        self._given_up: set[StepShape] = set()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def first(self, drafts: int) -> list[StepShape]:
+        """The programs that an engine needs to answer."""
+        width = max((width for width in self._rows if width <= FIRST_WIDTH), default=min(self._rows))
+        return [StepShape("decode", self._slots[-1], drafts), StepShape("prefill", self._rows[width][0], width)]
+
+    def open(self, shapes: Sequence[StepShape]) -> None:
+        """Only ``shapes`` are there from now on, and what the thread adds."""
+        self._there = frozenset(shapes)
+        self._thread = threading.Thread(target=self._compile, name="compile", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Compile nothing more. A compilation that has begun cannot be stopped."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    @property
+    def compiling(self) -> bool:
+        """Whether the thread has not ended."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def num_there(self) -> int | None:
+        """Programs that are there; None before `open`."""
+        return None if self._there is None else len(self._there)
+
+    def drafts(self, wanted: int) -> int:
+        """Drafts of the next decode step, ``wanted`` if there is a program for them."""
+        if self._there is None or self._has("decode", self._slots[-1], wanted):
+            return wanted
+        self._want(StepShape("decode", self._slots[-1], wanted))
+        choices = {shape.width for shape in self._there if shape.kind == "decode" and shape.count == self._slots[-1]}
+        return min(choices, key=lambda drafts: (abs(drafts - wanted), drafts))
+
+    def slots(self, least: int, drafts: int) -> int:
+        """Slots that the next decode step runs, at least ``least``."""
+        return self._choose("decode", [count for count in self._slots if count >= least], drafts)
+
+    def rows(self, least: int, width: int) -> int:
+        """Rows that the next prefill step runs, at least ``least``."""
+        return self._choose("prefill", [count for count in self._rows[width] if count >= least], width)
+
+    def most_rows(self, limits: Mapping[int, int]) -> dict[int, int]:
+        """By width of a piece the prompts that the next prefill step may run, at most ``limits``."""
+        if self._there is None:
+            return dict(limits)
+        found: dict[int, int] = {}
+        for shape in sorted(self._there):
+            if shape.kind == "prefill":
+                found[shape.width] = min(shape.count, limits[shape.width])
+        return found
+
+    def want_prefill(self, num_prompts: int, num_tokens: int, limits: Mapping[int, int]) -> None:
+        """Note the program that would best have served so many prompts, whose first has ``num_tokens`` left."""
+        if self._there is None:
+            return
+        width = next((width for width in sorted(self._rows) if width >= num_tokens), max(self._rows))
+        least = min(num_prompts, limits[width])
+        count = next(count for count in self._rows[width] if count >= least)
+        if not self._has("prefill", count, width):
+            self._want(StepShape("prefill", count, width))
+
+    def _choose(self, kind: Literal["prefill", "decode"], counts: Sequence[int], width: int) -> int:
+        if self._there is None or self._has(kind, counts[0], width):
+            return counts[0]
+        self._want(StepShape(kind, counts[0], width))
+        return next(count for count in counts if self._has(kind, count, width))
+
+    def _has(self, kind: Literal["prefill", "decode"], count: int, width: int) -> bool:
+        return self._there is not None and StepShape(kind, count, width) in self._there
+
+    def _want(self, shape: StepShape) -> None:
+        with self._changed:
+            self._wanted[shape] += 1
+            if self._wanted[shape] == WANTED:
+                self._changed.notify()
+
+    def _next(self) -> StepShape | None:
+        """The most wanted that is not there; None for the moment."""
+        assert self._there is not None
+        missing = [
+            (count, shape)
+            for shape, count in self._wanted.items()
+            if count >= WANTED and shape not in self._there and shape not in self._given_up
+        ]
+        return max(missing)[1] if missing else None
+
+    def _compile(self) -> None:
+        if hasattr(os, "setpriority"):
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        while True:
+            with self._changed:
+                while (shape := self._next()) is None and not self._closed:
+                    self._changed.wait()
+            if self._closed or shape is None:
+                return
+            try:
+                self._prepare(shape)
+            except Exception:  # the engine goes on with what it has
+                log.exception("%s could not be compiled; it is left out", shape)
+                self._given_up.add(shape)
+                continue
+            assert self._there is not None
+            self._there |= {shape}

@@ -1,0 +1,288 @@
+"""Executables kept whole between runs, so that a warm start neither traces nor lowers nor compiles.
+
+The name of an entry is a digest of all that its executable depends on: our sources, the versions of jax and of the
+device's plugin, the devices, flags and settings, and the program with its arguments' shapes and placements. It is
+known before anything is traced. An entry that is damaged, or that this jax cannot load, is removed and compiled again.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import platform
+import re
+import secrets
+import struct
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental.serialize_executable import deserialize_and_load, serialize
+
+from stepjax.cache_folder import MAX_GIB, CacheFolder
+
+log = logging.getLogger(__name__)
+
+SUFFIX = ".program"
+MAGIC = b"stepjax program 1\n"
+_HEAD = struct.Struct(">II")  # bytes of the outline and of the payload
+_DIGEST = hashlib.sha256
+# Settings that change how jax reports, or where it keeps things, and no program.
+_IRRELEVANT = re.compile(r"cache|log|dump|traceback|distributed|captured_constants|coordina|proxy|check_tracer_leaks")
+_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "TF_XLA_FLAGS", "NVIDIA_TF32_OVERRIDE", "CUDA_VISIBLE_DEVICES")
+
+
+class ProgramCache:
+    """Compiles programs, or takes them from the folder of an earlier run."""
+
+    def __init__(self, folder: CacheFolder, *, max_bytes: int = int(MAX_GIB * 2**30)):
+        self._folder, self._max_bytes = folder, max_bytes
+
+    @classmethod
+    def open(cls, *, max_gib: float = MAX_GIB) -> ProgramCache | None:
+        """The user's cache; None if there is no folder to trust, or several processes run.
+
+        Processes of one cluster compile together, so either all of them load a program or none may.
+        """
+        if jax.process_count() > 1:
+            log.info("several processes run: programs are compiled, and only XLA's own cache is used")
+            return None
+        folder = CacheFolder.open("programs")
+        return None if folder is None else cls(folder, max_bytes=int(max_gib * 2**30))
+
+    def compiled(
+        self,
+        function: Callable[..., Any],
+        arguments: Sequence[Any],
+        *,
+        identity: str,
+        types: Iterable[type] = (),
+        **options: Any,
+    ) -> jax.stages.Compiled:
+        """``function``, jitted with ``options``, for arguments of these shapes.
+
+        Args:
+          identity: what the function depends on beside our sources and its arguments: its name, closure, donation.
+          types: NamedTuples in its result that are no argument's.
+        """
+        name = digest(identity, arguments) + SUFFIX
+        known = {each.__name__: each for each in types}
+        if (found := self._load(name, arguments, known)) is not None:
+            return found
+        compiled = _compile_anew(function, arguments, options)
+        self._save(name, compiled, arguments, known)
+        return compiled
+
+    def _load(self, name: str, arguments: Sequence[Any], types: dict[str, type]) -> jax.stages.Compiled | None:
+        content = self._folder.read(name)
+        if content is None:
+            return None
+        try:
+            outline, payload = _unpack(name, content)
+            out = _filled(outline, arguments, types)
+            return deserialize_and_load(
+                zlib.decompress(payload),
+                jax.tree.structure((tuple(arguments), {})),
+                jax.tree.structure(out),
+                execution_devices=_devices(arguments),
+            )
+        except Exception as error:  # whatever it is, compiling helps
+            log.warning("program cache: %s cannot be used (%s: %s); compiling", name, type(error).__name__, error)
+            self._folder.remove(name)
+            return None
+
+    def _save(self, name: str, compiled: jax.stages.Compiled, arguments: Sequence[Any], types: dict[str, type]) -> None:
+        try:
+            payload, _, out_tree = serialize(compiled)
+            outline = _outline(jax.tree.unflatten(out_tree, [0] * out_tree.num_leaves), arguments, types)
+        except Exception as error:  # a plugin that cannot serialise: everything else works
+            log.warning("program cache: a program cannot be kept (%s: %s)", type(error).__name__, error)
+            return
+        if self._folder.write(name, _pack(name, outline, zlib.compress(payload, 1))):
+            self._folder.trim(self._max_bytes)
+
+
+def compile_program(
+    cache: ProgramCache | None,
+    function: Callable[..., Any],
+    arguments: Sequence[Any],
+    *,
+    identity: str,
+    types: Iterable[type] = (),
+    **options: Any,
+) -> jax.stages.Compiled:
+    """`ProgramCache.compiled`, or a plain compilation without a cache."""
+    if cache is None:
+        return jax.jit(function, **options).lower(*arguments).compile()
+    return cache.compiled(function, arguments, identity=identity, types=types, **options)
+
+
+def _compile_anew(
+    function: Callable[..., Any], arguments: Sequence[Any], options: dict[str, Any]
+) -> jax.stages.Compiled:
+    """A compilation whose result can be serialised.
+
+    On CPUs an executable that came out of XLA's own cache loses its code when it is serialised again: it loads, and
+    fails when it is called ("Function … not found", jaxlib 0.10.2). There the program gets a name of its own, which
+    that cache has not met, and what the cache makes of it is removed.
+    """
+    if jax.default_backend() != "cpu":
+        return jax.jit(function, **options).lower(*arguments).compile()
+    token = secrets.token_hex(8)
+
+    def run(*arguments: Any) -> Any:
+        return function(*arguments)
+
+    run.__name__ = run.__qualname__ = f"{function.__name__}_{token}"
+    compiled = jax.jit(run, **options).lower(*arguments).compile()
+    if folder := jax.config.values["jax_compilation_cache_dir"]:
+        for path in Path(folder).glob(f"*{token}*"):
+            path.unlink(missing_ok=True)
+    return compiled
+
+
+def digest(identity: str, arguments: Sequence[Any]) -> str:
+    """The name of a program for arguments of these shapes, dtypes and placements."""
+    leaves, tree = jax.tree.flatten(tuple(arguments))
+    parts = [_environment(), _settings(), identity, str(tree), *map(_described, leaves)]
+    parts.append(str([(device.id, device.process_index) for device in _devices(arguments)]))
+    return _DIGEST("\0".join(parts).encode()).hexdigest()
+
+
+def _described(leaf: Any) -> str:
+    """What of an argument a program depends on."""
+    where = getattr(leaf, "sharding", None)
+    committed = where if getattr(leaf, "committed", where is not None) else None
+    return f"{leaf.shape} {leaf.dtype} {getattr(leaf, 'weak_type', False)} {committed!r}"
+
+
+def _devices(arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """Where a program runs, in the order of its mesh."""
+    for leaf in jax.tree.leaves(arguments):
+        where = getattr(leaf, "sharding", None)
+        if isinstance(where, jax.sharding.NamedSharding) and isinstance(where.mesh, jax.sharding.Mesh):
+            return tuple(where.mesh.devices.flat)
+        if where is not None:
+            return tuple(sorted(where.device_set, key=lambda device: device.id))
+    return (jax.devices()[0],)
+
+
+@functools.cache
+def _environment() -> str:
+    """What stays the same as long as a process runs: sources, versions, devices, flags."""
+    device = jax.devices()[0]
+    versions = {name: _version(name) for name in ("jax", "jaxlib", "flax", "numpy", "libtpu")}
+    parts = {
+        "sources": sources_digest(),
+        "python": sys.version,
+        "versions": versions,
+        "platform": (device.platform, device.client.platform_version, device.device_kind),
+        "devices": [(each.id, each.process_index, each.device_kind) for each in jax.devices()],
+        "processes": (jax.process_count(), jax.process_index()),
+        "processor": _processor() if device.platform == "cpu" else platform.machine(),
+        "variables": {name: os.environ.get(name) for name in _VARIABLES},
+    }
+    return json.dumps(parts, sort_keys=True, default=str)
+
+
+def _settings() -> str:
+    """jax's settings that tracing and compiling may read."""
+    return str(sorted((name, str(value)) for name, value in jax.config.values.items() if not _IRRELEVANT.search(name)))
+
+
+@functools.cache
+def sources_digest() -> str:
+    """A digest of every source file of this package."""
+    total = _DIGEST()
+    root = Path(__file__).parent
+    for folder, folders, files in os.walk(root, followlinks=True):
+        folders.sort()
+        for name in sorted(files):
+            if name.endswith(".py"):
+                path = Path(folder, name)
+                total.update(f"{path.relative_to(root)}\0".encode() + _DIGEST(path.read_bytes()).digest())
+    return total.hexdigest()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    """The instructions that a program for this processor may use."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    fields = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags", "Features", "CPU part")
+    first = text.split("\n\n", 1)[0].splitlines()
+    kept = sorted(line for line in first if line.partition(":")[0].strip() in fields)
+    return "\n".join([platform.machine(), str(os.cpu_count()), *kept])
+
+
+def _pack(name: str, outline: Any, payload: bytes) -> bytes:
+    head = json.dumps([name, outline]).encode()
+    body = _HEAD.pack(len(head), len(payload)) + head + payload
+    return MAGIC + _DIGEST(body).digest() + body
+
+
+def _unpack(name: str, content: bytes) -> tuple[Any, bytes]:
+    """The outline and the payload.
+
+    Raises:
+      ValueError: the content is not what was written under this name.
+    """
+    start = len(MAGIC) + _DIGEST().digest_size
+    body = memoryview(content)[start:]
+    if content[: len(MAGIC)] != MAGIC or _DIGEST(body).digest() != content[len(MAGIC) : start]:
+        raise ValueError("the entry is damaged")
+    head_bytes, payload_bytes = _HEAD.unpack_from(body)
+    head = bytes(body[_HEAD.size : _HEAD.size + head_bytes])
+    written, outline = json.loads(head)
+    if written != name:
+        raise ValueError("the entry was written under another name")
+    return outline, bytes(body[_HEAD.size + head_bytes :][:payload_bytes])
+
+
+def _outline(tree: Any, arguments: Sequence[Any], types: dict[str, type]) -> Any:
+    """The structure of a result in JSON's terms: a leaf is 0, a part that is shaped as an argument is its number.
+
+    Raises:
+      TypeError: it holds a node of another type.
+    """
+    if tree is None or type(tree) is int:
+        return tree
+    structure = jax.tree.structure(tree)
+    for number, argument in enumerate(arguments):
+        if structure == jax.tree.structure(argument):
+            return {"argument": number}
+    if isinstance(tree, dict):
+        return {"dict": [[key, _outline(each, arguments, types)] for key, each in tree.items()]}
+    kind = type(tree).__name__
+    if type(tree) not in (tuple, list, types.get(kind)):
+        raise TypeError(f"{kind} is not known to the cache")
+    return {"type": kind, "items": [_outline(each, arguments, types) for each in list(tree)]}
+
+
+def _filled(outline: Any, arguments: Sequence[Any], types: dict[str, type]) -> Any:
+    """What `_outline` described."""
+    if outline is None or outline == 0:
+        return outline
+    if "argument" in outline:
+        return arguments[outline["argument"]]
+    if "dict" in outline:
+        return {key: _filled(each, arguments, types) for key, each in outline["dict"]}
+    items = [_filled(each, arguments, types) for each in outline["items"]]
+    if outline["type"] in ("tuple", "list"):
+        return tuple(items) if outline["type"] == "tuple" else items
+    return types[outline["type"]](*items)
