@@ -17,7 +17,7 @@ import numpy as np
 
 from stepjax.checkpoint.hf_config import to_hf
 from stepjax.infer.engine.engine import Engine
-from stepjax.infer.engine.stats import Ran
+from stepjax.infer.engine.stats import FinishedStep
 from stepjax.infer.sampling.params import SamplingParams
 from stepjax.weights.adapted import plain
 from stepjax.weights.inventory import kv_bytes_per_token, kv_window_bytes
@@ -113,7 +113,7 @@ def bench(engine: Engine, requests: Sequence[Request]) -> BenchReport:
     stats, prefix = engine.stats, engine.scheduler.admission.prefix.stats
     waiting = sorted(requests, key=lambda each: each.arrival_s)
     times: dict[str, _Times] = {}
-    ran = engine.on_step = _Ran(engine.executor.row_buckets)
+    step_log = engine.on_step = _StepLog(engine.executor.row_buckets)
     began = time.perf_counter()
     while waiting or engine.has_work:
         now = time.perf_counter() - began
@@ -154,7 +154,7 @@ def bench(engine: Engine, requests: Sequence[Request]) -> BenchReport:
         cache_bytes=engine.executor.cache_bytes,
         cache_over_formula=cache_over_formula(engine),
         peak_bytes=peak_bytes(),
-        step_times=ran.times(),
+        step_times=step_log.times(),
         errors=sum(each.failed for each in times.values()),
     )
 
@@ -165,7 +165,7 @@ def _note(times: _Times, tokens: int, failed: bool, now: float) -> None:
     times.last, times.failed = now, failed
 
 
-class _Ran:
+class _StepLog:
     """Sorts steps by the program that ran them."""
 
     def __init__(self, row_buckets: Sequence[int]):
@@ -174,14 +174,14 @@ class _Ran:
         self._positions: defaultdict[tuple[str, int, int, int], list[float]] = defaultdict(list)
         self._held_up: Counter[tuple[str, int, int, int]] = Counter()
 
-    def __call__(self, ran: Ran) -> None:
-        plan, rows = ran.order.plan, ran.order.num_slots
+    def __call__(self, step: FinishedStep) -> None:
+        plan, rows = step.order.plan, step.order.num_slots
         if plan.kind == "prefill":
             rows = next(each for each in self._row_buckets if each >= len(plan.rows))
         key = plan.kind, rows, plan.width, plan.drafts
-        self._held_up[key] += ran.held_up
-        if not ran.held_up:
-            self._seconds[key].append(ran.seconds)
+        self._held_up[key] += step.held_up
+        if not step.held_up:
+            self._seconds[key].append(step.seconds)
             self._positions[key].append(sum(row.start for row in plan.rows) / len(plan.rows))
 
     def times(self) -> list[StepTimes]:

@@ -21,9 +21,11 @@ class TokenScore(NamedTuple):
     top: tuple[tuple[int, float], ...]  # token id and log-probability, likeliest first
 
 
-class Routing:
-    """One sequence's. A token that is run again, after a preemption or in a later turn, keeps its first experts: the
-    token behind it was sampled with those.
+class ExpertRecord:
+    """The experts that each token of one sequence was sent to.
+
+    A token that runs again, after a preemption or in a later turn, keeps its first experts: the token after it was
+    sampled with those.
     """
 
     def __init__(self) -> None:
@@ -53,7 +55,7 @@ class Answer:
     guide: Guide | None = None  # while it has a say
     masks: Future[np.ndarray] | None = None  # for the next step
     fault: str = ""
-    experts: Routing = field(default_factory=Routing)
+    experts: ExpertRecord = field(default_factory=ExpertRecord)
     _prompt: list[TokenScore | None] | None = None
 
     def cut(self, tokens: list[int]) -> tuple[tuple[int, ...], bool]:

@@ -29,7 +29,7 @@ from stepjax.infer.engine.followers import Channel, Leader, connect, follow
 from stepjax.infer.engine.guidance import Guidance, fault_of
 from stepjax.infer.engine.scheduler import Scheduler
 from stepjax.infer.engine.sequence import Row, Sequence, StepOutput, StepPlan
-from stepjax.infer.engine.stats import Ran, Stats, StepTimer
+from stepjax.infer.engine.stats import FinishedStep, Stats, StepTimer
 from stepjax.infer.guided.guide import Constraint
 from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.steps.state import Emitted
@@ -99,7 +99,7 @@ class Engine:
         self._slot_buckets = config.slot_buckets
         self._guidance = Guidance()
         self._failed: list[Update] = []
-        self.on_step: Callable[[Ran], None] | None = None  # called with every step that has been read
+        self.on_step: Callable[[FinishedStep], None] | None = None  # called with every step that has been read
 
     def add(
         self,
@@ -251,7 +251,7 @@ class Engine:
         emitted = self._read(launched)
         with self._timer.host():
             if self.on_step:
-                self.on_step(Ran(launched.order, self._timer.last_step_s, device_idle))
+                self.on_step(FinishedStep(launched.order, self._timer.last_step_s, device_idle))
             return [*self._commit(launched.order, emitted, launched.answers), *self._take_failed()]
 
     def run(self) -> Iterator[Update]:

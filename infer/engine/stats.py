@@ -12,12 +12,12 @@ from stepjax.infer.engine.executor import Order
 from stepjax.infer.engine.sequence import StepPlan
 
 
-class Ran(NamedTuple):
-    """A step that the device has done."""
+class FinishedStep(NamedTuple):
+    """A step that the device has finished."""
 
     order: Order
     seconds: float  # from the end of the step before, or its own launch, until its result was read
-    held_up: bool  # it was done before the host came back to it: the seconds are the host's too
+    held_up: bool  # it finished before the host read it: the seconds include time of the host
 
 
 @dataclass

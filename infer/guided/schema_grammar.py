@@ -1,7 +1,7 @@
-"""What an answer may look like, as rules in the language of llguidance: JSON schemas, regular expressions, choices.
+"""Grammars of answers, in the language of llguidance: JSON schemas, regular expressions, choices.
 
-A form is the right-hand sides and helper rules of a Lark grammar; `grammar_of` joins forms to a whole one. Rules are
-named by their form, so that several go into one grammar.
+A `GrammarPart` is the right-hand side of a Lark rule, with helper rules; `grammar_of` joins parts into a grammar. Names
+of rules differ between parts, so that one grammar can hold several parts.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class GrammarError(RequestError):
 
 
 @dataclass(frozen=True)
-class Form:
-    """``expression`` is what the answer matches; ``rules`` are what it refers to."""
+class GrammarPart:
+    """Part of a Lark grammar: ``expression`` is what the answer matches, ``rules`` are the rules that it refers to."""
 
     expression: str
     rules: str = ""
 
 
-def grammar_of(content: Form | None, calls: Form | None = None, *, after_thinking: bool) -> str:
+def grammar_of(content: GrammarPart | None, calls: GrammarPart | None = None, *, after_thinking: bool) -> str:
     """The grammar of an answer that is content or calls.
 
     Args:
@@ -54,11 +54,11 @@ def grammar_of(content: Form | None, calls: Form | None = None, *, after_thinkin
     return f"start: {' | '.join(found)}\n{rules}\n"
 
 
-def json_object() -> Form:
+def json_object() -> GrammarPart:
     return _json_form({"type": "object"}, lenient=False)
 
 
-def json_schema(schema: Any, *, strict: bool, name: str = "schema") -> Form:
+def json_schema(schema: Any, *, strict: bool, name: str = "schema") -> GrammarPart:
     """JSON that fits a schema. An object takes no properties beside those it declares unless the schema allows them.
 
     Args:
@@ -73,7 +73,7 @@ def json_schema(schema: Any, *, strict: bool, name: str = "schema") -> Form:
     return _json_form(closed(schema), lenient=not strict)
 
 
-def regex(pattern: str, name: str = "regex") -> Form:
+def regex(pattern: str, name: str = "regex") -> GrammarPart:
     """Text that a regular expression matches as a whole.
 
     Raises:
@@ -81,10 +81,10 @@ def regex(pattern: str, name: str = "regex") -> Form:
     """
     if not pattern or len(pattern.encode()) > MAX_REGEX_BYTES:
         raise GrammarError(f"{name}: has {len(pattern.encode())} bytes, expected 1 to {MAX_REGEX_BYTES}")
-    return Form(f"/{regex_to_lark(pattern, 'dws')}/")
+    return GrammarPart(f"/{regex_to_lark(pattern, 'dws')}/")
 
 
-def choice(texts: Any, name: str = "choice") -> Form:
+def choice(texts: Any, name: str = "choice") -> GrammarPart:
     """One of these texts.
 
     Raises:
@@ -94,7 +94,7 @@ def choice(texts: Any, name: str = "choice") -> Form:
         raise GrammarError(f"{name}: expected a list of texts, none of them empty")
     if not 1 <= len(texts) <= MAX_CHOICES or sum(map(len, texts)) > MAX_SCHEMA_BYTES:
         raise GrammarError(f"{name}: has {len(texts)} texts, expected 1 to {MAX_CHOICES}, of {MAX_SCHEMA_BYTES} bytes")
-    return Form(" | ".join(map(literal, texts)))
+    return GrammarPart(" | ".join(map(literal, texts)))
 
 
 def literal(text: str) -> str:
@@ -179,8 +179,8 @@ def _closed(schema: Any) -> Any:
     return found
 
 
-def _json_form(schema: Any, *, lenient: bool) -> Form:
-    return Form("content_json", "content_json: " + inline_json(schema, lenient=lenient))
+def _json_form(schema: Any, *, lenient: bool) -> GrammarPart:
+    return GrammarPart("content_json", "content_json: " + inline_json(schema, lenient=lenient))
 
 
 def _parsed(text: str, name: str) -> Any:

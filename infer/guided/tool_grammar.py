@@ -13,7 +13,7 @@ from typing import Any
 
 from llguidance import regex_to_lark
 
-from stepjax.infer.guided.schema_grammar import Form, GrammarError, check_schema, closed, inline_json, literal
+from stepjax.infer.guided.schema_grammar import GrammarError, GrammarPart, check_schema, closed, inline_json, literal
 from stepjax.text.tokenizer import TOOL_CLOSE, TOOL_OPEN
 from stepjax.text.tool_calls import argument_types, json_type, read_value, resolved
 
@@ -31,7 +31,7 @@ _NUMERIC_LIMITS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum",
 _MAX_BRANCHES = 64
 
 
-def tool_calls(tools: Sequence[Mapping[str, Any]], *, name: str | None = None, several: bool = True) -> Form:
+def tool_calls(tools: Sequence[Mapping[str, Any]], *, name: str | None = None, several: bool = True) -> GrammarPart:
     """Calls of these tools.
 
     Args:
@@ -51,7 +51,7 @@ def tool_calls(tools: Sequence[Mapping[str, Any]], *, name: str | None = None, s
         rules += _Function(function, f"tools[{at}].function", f"f{at}").rules()
     options = " | ".join(f"f{at}" for at, _ in chosen)
     rules.append(f'call: {TOOL_OPEN} "\\n" ({options}) "\\n" {TOOL_CLOSE}')
-    return Form(f"call{{1,{MAX_CALLS}}}" if several else "call", "\n".join(rules))
+    return GrammarPart(f"call{{1,{MAX_CALLS}}}" if several else "call", "\n".join(rules))
 
 
 class _Function:
