@@ -17,7 +17,7 @@ import numpy as np
 
 from stepjax.checkpoint.hf_config import to_hf
 from stepjax.infer.engine.engine import Engine
-from stepjax.infer.engine.stats import Ran
+from stepjax.infer.engine.stats import FinishedStep
 from stepjax.infer.sampling.params import SamplingParams
 from stepjax.weights.adapted import plain
 from stepjax.weights.inventory import kv_bytes_per_token, kv_window_bytes
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Request(NamedTuple):
-    """What is asked, and when."""
+    """A prompt, its parameters and its time of arrival."""
 
     prompt: Sequence[int]
     params: SamplingParams
@@ -37,7 +37,7 @@ class Request(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """Of one quantity over all requests."""
+    """Statistics of one quantity over all requests."""
 
     mean: float
     median: float
@@ -51,7 +51,7 @@ class Spread(NamedTuple):
 
 
 class StepTimes(NamedTuple):
-    """Alike steps of the device. Those that the host held up count in ``held_up`` alone."""
+    """Times of the steps that ran the same program. Steps that waited for the host count in ``held_up`` only."""
 
     step: str  # decode or prefill
     rows: int  # sequences that the program runs, idle slots and padding included
@@ -66,7 +66,7 @@ class StepTimes(NamedTuple):
 
 @dataclass(frozen=True)
 class BenchReport:
-    """Times are without compiling, which happens before the start."""
+    """What `bench` measured. Compiling happens before the start and is in none of the times."""
 
     requests: int
     seconds: float
@@ -83,17 +83,17 @@ class BenchReport:
     cached_prompt_tokens: int  # that the prefix cache spared
     preemptions: int
     host_ms_per_step: float  # planning, launching, committing
-    idle_share: float  # of steps, launched when the device had nothing left to do
+    idle_share: float  # share of steps that were launched after the device had become idle
     cache_bytes: int  # keys and values, on one device
-    cache_over_formula: float  # 1: nothing allocated but what tokens and windows need
+    cache_over_formula: float  # 1: only what tokens and windows need is allocated
     peak_bytes: int  # of the device, or of the process on a CPU
     step_times: list[StepTimes]  # what `stepjax plan --calibrate` reads
     errors: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """For ``--json``."""
-        found = {name: value._asdict() if isinstance(value, Spread) else value for name, value in vars(self).items()}
-        return found | {"step_times": [each._asdict() for each in self.step_times]}
+        fields = {name: value._asdict() if isinstance(value, Spread) else value for name, value in vars(self).items()}
+        return fields | {"step_times": [times._asdict() for times in self.step_times]}
 
 
 @dataclass
@@ -108,12 +108,12 @@ class _Times:
 
 
 def bench(engine: Engine, requests: Sequence[Request]) -> BenchReport:
-    """Run the requests to their ends, each added when it arrives."""
+    """Run the requests until all have ended; each is added when it arrives."""
     engine.warm()
     stats, prefix = engine.stats, engine.scheduler.admission.prefix.stats
-    waiting = sorted(requests, key=lambda each: each.arrival_s)
+    waiting = sorted(requests, key=lambda request: request.arrival_s)
     times: dict[str, _Times] = {}
-    ran = engine.on_step = _Ran(engine.executor.row_buckets)
+    step_log = engine.on_step = _StepLog(engine.executor.row_buckets)
     began = time.perf_counter()
     while waiting or engine.has_work:
         now = time.perf_counter() - began
@@ -130,10 +130,10 @@ def bench(engine: Engine, requests: Sequence[Request]) -> BenchReport:
             _note(times[update.id], len(update.tokens), update.finish_reason == "error", now)
     seconds = time.perf_counter() - began
     engine.on_step = None
-    done = [each for each in times.values() if each.tokens]
-    output = sum(each.tokens for each in done)
-    prompt = sum(len(each.prompt) * each.params.n for each in requests)
-    later = [(each.last - each.first) / (each.tokens - 1) for each in done if each.tokens > 1]
+    done = [answer for answer in times.values() if answer.tokens]
+    output = sum(answer.tokens for answer in done)
+    prompt = sum(len(request.prompt) * request.params.n for request in requests)
+    later = [(answer.last - answer.first) / (answer.tokens - 1) for answer in done if answer.tokens > 1]
     return BenchReport(
         requests=len(times),
         seconds=seconds,
@@ -141,7 +141,7 @@ def bench(engine: Engine, requests: Sequence[Request]) -> BenchReport:
         output_tokens=output,
         output_tokens_per_s=output / seconds,
         total_tokens_per_s=(output + prompt) / seconds,
-        time_to_first_token_s=Spread.of([each.first - each.asked for each in done]),
+        time_to_first_token_s=Spread.of([answer.first - answer.asked for answer in done]),
         time_per_output_token_s=Spread.of(later),
         steps=stats.num_steps,
         prefill_steps=stats.num_prefill_steps,
@@ -154,8 +154,8 @@ def bench(engine: Engine, requests: Sequence[Request]) -> BenchReport:
         cache_bytes=engine.executor.cache_bytes,
         cache_over_formula=cache_over_formula(engine),
         peak_bytes=peak_bytes(),
-        step_times=ran.times(),
-        errors=sum(each.failed for each in times.values()),
+        step_times=step_log.times(),
+        errors=sum(answer.failed for answer in times.values()),
     )
 
 
@@ -165,8 +165,8 @@ def _note(times: _Times, tokens: int, failed: bool, now: float) -> None:
     times.last, times.failed = now, failed
 
 
-class _Ran:
-    """Sorts steps by the program that ran them."""
+class _StepLog:
+    """Collects the times of steps, by the program that ran them."""
 
     def __init__(self, row_buckets: Sequence[int]):
         self._row_buckets = row_buckets
@@ -174,25 +174,25 @@ class _Ran:
         self._positions: defaultdict[tuple[str, int, int, int], list[float]] = defaultdict(list)
         self._held_up: Counter[tuple[str, int, int, int]] = Counter()
 
-    def __call__(self, ran: Ran) -> None:
-        plan, rows = ran.order.plan, ran.order.num_slots
+    def __call__(self, step: FinishedStep) -> None:
+        plan, rows = step.order.plan, step.order.num_slots
         if plan.kind == "prefill":
-            rows = next(each for each in self._row_buckets if each >= len(plan.rows))
+            rows = next(bucket for bucket in self._row_buckets if bucket >= len(plan.rows))
         key = plan.kind, rows, plan.width, plan.drafts
-        self._held_up[key] += ran.held_up
-        if not ran.held_up:
-            self._seconds[key].append(ran.seconds)
+        self._held_up[key] += step.held_up
+        if not step.held_up:
+            self._seconds[key].append(step.seconds)
             self._positions[key].append(sum(row.start for row in plan.rows) / len(plan.rows))
 
     def times(self) -> list[StepTimes]:
-        """By program, the commonest first."""
-        found = []
+        """One entry a program, the most frequent first."""
+        all_times = []
         for key in sorted(self._held_up, key=lambda key: -len(self._seconds[key])):
             ms, positions = 1e3 * np.array(self._seconds[key] or [0.0]), self._positions[key] or [0.0]
             spread = float(np.median(ms)), float(np.percentile(ms, 90))
             count = len(self._seconds[key])
-            found.append(StepTimes(*key, float(np.mean(positions)), count, *spread, self._held_up[key]))
-        return found
+            all_times.append(StepTimes(*key, float(np.mean(positions)), count, *spread, self._held_up[key]))
+        return all_times
 
 
 def cache_over_formula(engine: Engine) -> float:
@@ -206,7 +206,7 @@ def cache_over_formula(engine: Engine) -> float:
 
 
 def held(session: Session, engine: Engine) -> dict[str, Any]:
-    """What the engine runs, in JSON's terms: enough to count what a step of it must read, compute and send."""
+    """What the engine runs, as JSON values: enough to count what its steps read, compute and exchange."""
     layout, size = session.model.layout, engine.executor.size
     config = session.config if session.model.mtp else dataclasses.replace(session.config, mtp_layers=())
     return {
@@ -220,7 +220,7 @@ def held(session: Session, engine: Engine) -> dict[str, Any]:
 
 
 def _precision(session: Session) -> str:
-    """How the routed experts are held, in the planner's words."""
+    """The planner's name for the format of the routed experts."""
     weight = next((plain(w) for path, w in session.params.items() if ".experts." in path), None)
     return PLAIN.name if weight is None else format_of(weight).name
 
@@ -246,17 +246,17 @@ def random_requests(
     """Prompts of random ids.
 
     Args:
-      prompt_tokens: least and most of each prompt, drawn alike.
-      shared_tokens: of them, how many all prompts begin with.
-      rate: arrivals per second, at exponential distances; None: all at once.
+      prompt_tokens: smallest and largest length of a prompt, drawn uniformly.
+      shared_tokens: number of tokens that all prompts begin with.
+      rate: arrivals per second (a Poisson process); None: all arrive at once.
     """
     rng = np.random.default_rng(seed)
     shared = rng.integers(3, vocab, shared_tokens).tolist()
     gaps = rng.exponential(1 / rate, count) if rate else np.zeros(count)
     requests = []
-    for at, arrival in enumerate(np.cumsum(gaps)):
+    for i, arrival in enumerate(np.cumsum(gaps)):
         length = int(rng.integers(prompt_tokens[0], prompt_tokens[1] + 1))
-        own = rng.integers(3, vocab, max(0, length - shared_tokens)).tolist()
-        prompt = [*shared, *own][:length]
-        requests.append(Request(prompt, params.replace(seed=(params.seed + at) % 2**32), float(arrival)))
+        rest = rng.integers(3, vocab, max(0, length - shared_tokens)).tolist()
+        prompt = [*shared, *rest][:length]
+        requests.append(Request(prompt, params.replace(seed=(params.seed + i) % 2**32), float(arrival)))
     return requests

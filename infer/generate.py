@@ -1,4 +1,4 @@
-"""Generation for a list of prompts: an engine of their size, and what its tokens say."""
+"""Answers to a list of prompts: an engine with room for them, and the text of its tokens."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Tools = Sequence[Mapping[str, Any]]  # function schemas in OpenAI form
 
 @dataclass(frozen=True)
 class Timing:
-    """Speed of the prompts that ran together, without the time that compiling took."""
+    """Speed of the prompts that ran together. Time spent compiling is not counted."""
 
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
@@ -50,7 +50,7 @@ class Completion:
 class Generation:
     """Answers to a list of prompts, as an iterator of ``(row, delta)`` while they grow.
 
-    Closing the iterator early, or `cancel`, ends an answer where it stands; `completions` then holds what there is.
+    If the iterator is closed early, `completions` returns the answers as far as they have grown.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Generation:
 def _config(
     session: Session, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], speculate: int | None
 ) -> EngineConfig:
-    """An engine with room for these prompts; sizes are powers of two, so that programs are met again."""
+    """An engine with room for these prompts; sizes are powers of two, so that compiled programs are used again."""
     longest = max(len(ids) + prompt_params.max_tokens for ids, prompt_params in zip(prompts, params, strict=True))
     num_answers = sum(prompt_params.n for prompt_params in params)
     return EngineConfig(
@@ -148,12 +148,12 @@ def generate(
     speculate: int | None = None,
     tools: Tools | None = None,
 ) -> list[Completion]:
-    """Answer a list of prompts, each a list of token ids; `MAX_BATCH` run together, and the next as one ends.
+    """Answer a list of prompts, each a list of token ids. At most `MAX_BATCH` answers run together.
 
     Args:
       session: from `stepjax.load`.
-      params: one for all, or one per prompt; None takes the checkpoint's defaults. Where ``n`` is more than 1, that
-        many answers follow each other.
+      params: one for all prompts, or one per prompt; None takes the checkpoint's defaults. With ``n`` above 1, the
+        ``n`` answers to a prompt follow each other in the result.
       speculate: MTP drafts per step, 0 … 3; None takes as many as the checkpoint has. It never changes the answer.
       tools: function schemas in OpenAI form; calls in the answer are then parsed.
 
@@ -184,5 +184,5 @@ def _fit(session: Session, ids: Sequence[int], params: SamplingParams) -> Sampli
 
 
 def _bucket(count: int, low: int) -> int:
-    """The least power of two that holds ``count``, from ``low`` on: few shapes, few compilations."""
+    """The smallest power of two that is at least ``count`` and ``low``: few shapes, few compilations."""
     return max(low, 1 << (count - 1).bit_length())

@@ -1,4 +1,4 @@
-"""What several processes that run the same command must have in common."""
+"""Values on which all processes of one command agree."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def agreed(tree: T) -> T:
-    """Process 0's numpy arrays on every process: a seed that each drew for itself, say."""
+    """The numpy arrays of process 0, on every process. A seed, for example, which each process draws by itself."""
     if jax.process_count() == 1:
         return tree
     from jax.experimental import multihost_utils
@@ -20,11 +20,11 @@ def agreed(tree: T) -> T:
 
 
 def least(number: int) -> int:
-    """The smallest of all processes' numbers: what fits everywhere."""
+    """The smallest of all processes' numbers."""
     if jax.process_count() == 1:
         return number
     from jax.experimental import multihost_utils
 
-    halves = np.asarray([number >> 31, number & (2**31 - 1)], np.int32)  # jax knows no 64 bits
-    found = multihost_utils.process_allgather(halves)
-    return min((int(high) << 31) + int(low) for high, low in found)
+    halves = np.asarray([number >> 31, number & (2**31 - 1)], np.int32)  # jax has no 64-bit integers by default
+    halves_of_all = multihost_utils.process_allgather(halves)
+    return min((int(high) << 31) + int(low) for high, low in halves_of_all)

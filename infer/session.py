@@ -59,7 +59,7 @@ class Session:
 
     @property
     def max_drafts(self) -> int:
-        """MTP depths at hand."""
+        """MTP depths of the checkpoint, at most 3."""
         return min(MAX_DRAFTS, len(self.model.mtp))
 
     def sampling(self, **given: Any) -> SamplingParams:
@@ -70,7 +70,7 @@ class Session:
         """The compiled steps for ``speculate`` drafts; None takes all the checkpoint has.
 
         Args:
-          routing: the steps tell the experts of every token, too.
+          routing: the steps also return the experts of every token.
         """
         drafts = self.max_drafts if speculate is None else speculate
         if not 0 <= drafts <= self.max_drafts:
@@ -87,7 +87,7 @@ class Session:
 
     @cached_property
     def _together(self) -> Step3p5:
-        """The model for sequences that share a cache."""
+        """The model with the layout for sequences that share a cache."""
         layout = self.model.layout.together()
         if layout == self.model.layout:
             return self.model
@@ -95,12 +95,12 @@ class Session:
 
     @cached_property
     def grammars(self) -> Grammars:
-        """What compiles grammars over the checkpoint's tokenizer."""
+        """The compiler of grammars over the checkpoint's tokenizer."""
         return Grammars(self._require_tokenizer(), self.config.eos_ids)
 
     @cached_property
     def masks(self) -> Masks:
-        """Sets of the tokenizer's entries."""
+        """Sets of tokens as bit masks, for the checkpoint's tokenizer."""
         return Masks(self._require_tokenizer(), self.config.vocab_size)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
@@ -119,7 +119,7 @@ class Session:
         return self._head(hidden, len(ids), None), depths
 
     def encode(self, text: str) -> list[int]:
-        """Ids of raw text, led by the beginning-of-sequence token."""
+        """Ids of raw text, after the beginning-of-sequence token."""
         return self._require_tokenizer().encode(text, bos=True)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
@@ -132,20 +132,20 @@ class Session:
         """Raise RequestError unless ``ids`` is a non-empty list of vocabulary ids that fits the context."""
         if not len(ids):
             raise RequestError("tokens: the list is empty, expected at least one id")
-        for at, token in enumerate(ids):
+        for i, token in enumerate(ids):
             if (
                 isinstance(token, bool)
                 or not isinstance(token, int | np.integer)
                 or not 0 <= token < self.config.vocab_size
             ):
                 raise RequestError(
-                    f"tokens: entry {at} is {token!r}, expected a whole number from 0 to {self.config.vocab_size - 1}"
+                    f"tokens: entry {i} is {token!r}, expected an integer from 0 to {self.config.vocab_size - 1}"
                 )
         if len(ids) > self.config.max_positions:
             raise ContextError(f"tokens: {len(ids)} ids, but the model's context is {self.config.max_positions}")
 
     def check_prompt(self, ids: Sequence[int]) -> int:
-        """Raise RequestError unless the context has room for an answer to ``ids``; returns how many tokens of room."""
+        """How many tokens the context leaves for an answer to ``ids``; raises RequestError if it leaves none."""
         self.check_ids(ids)
         room = self.config.max_positions - len(ids)
         if room < 1:
@@ -160,7 +160,7 @@ class Session:
         return self.tokenizer
 
     def _padded(self, ids: Sequence[int]) -> np.ndarray:
-        """[1, T'] with T' the next power of two: causal, so padding behind changes nothing before it."""
+        """[1, T'] with T' the next power of two. Attention is causal: padding at the end changes no earlier row."""
         self.check_ids(ids)
         width = max(16, 1 << (len(ids) - 1).bit_length())
         return np.asarray([[*ids, *[0] * (width - len(ids))]], np.int32)
@@ -176,9 +176,9 @@ class Session:
 
     @cached_property
     def _logits(self) -> Callable[[Params, jax.Array, np.int32, int | None], jax.Array]:
-        def run(params: Params, hidden_BTD: jax.Array, at: jax.Array, depth: int | None) -> jax.Array:
+        def run(params: Params, hidden_BTD: jax.Array, start: jax.Array, depth: int | None) -> jax.Array:
             model, rows = bind(self.model, params), min(HEAD_ROWS, hidden_BTD.shape[1])
-            block = jax.lax.dynamic_slice_in_dim(hidden_BTD, at, rows, axis=1)
+            block = jax.lax.dynamic_slice_in_dim(hidden_BTD, start, rows, axis=1)
             logits = model.logits(block) if depth is None else model.mtp[depth].logits(block)
             return logits[0]
 
@@ -187,12 +187,12 @@ class Session:
     def _head(self, hidden_BTD: jax.Array, rows: int, depth: int | None) -> np.ndarray:
         """Logits of the first ``rows`` rows, a block at a time."""
         out = np.empty((rows, self.config.vocab_size), np.float32)
-        for at in range(0, rows, HEAD_ROWS):
-            block = self._logits(self.params, hidden_BTD, np.int32(at), depth)
-            out[at : at + HEAD_ROWS] = np.asarray(block)[: rows - at]
+        for start in range(0, rows, HEAD_ROWS):
+            block = self._logits(self.params, hidden_BTD, np.int32(start), depth)
+            out[start : start + HEAD_ROWS] = np.asarray(block)[: rows - start]
         return out
 
 
 def num_tokens_of(session: Session) -> int:
-    """Entries of the vocabulary that have a probability."""
+    """Entries of the vocabulary that can be sampled."""
     return len(session.tokenizer) if session.tokenizer else session.config.vocab_size

@@ -1,4 +1,4 @@
-"""One answer as it grows: tokens in, text of each kind out, and the decision when it ends."""
+"""The text of one answer as it grows: tokens go in; reasoning, content and tool calls come out; it decides the end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Delta(NamedTuple):
     calls: tuple[CallStart | ArgumentsDelta, ...] = ()
 
     def join(self, other: Delta) -> Delta:
-        """This and what follows it."""
+        """This delta followed by another."""
         return Delta(self.reasoning + other.reasoning, self.content + other.content, self.calls + other.calls)
 
 
@@ -49,11 +49,14 @@ class Transcript:
         skip_special: bool = True,
         verbatim: bool = False,
     ):
-        """``include_stop`` leaves the stop string in the text, ``skip_special=False`` control tokens, ``verbatim`` what
-        looks like a marker behind the thinking.
+        """
+        Args:
+          include_stop: the stop string stays in the text.
+          skip_special: control tokens are left out of the text.
+          verbatim: text after the thinking that looks like a marker stays in the content.
         """
         self.ids: list[int] = []
-        self.text = ""  # all of it, markers included, without what was stopped at
+        self.text = ""  # markers included, and the stop string if ``include_stop``
         self.reasoning = ""
         self.content = ""
         self.calls: list[ToolCall] = []
@@ -64,7 +67,7 @@ class Transcript:
         self._stop_ids = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else frozenset(eos_ids))
         self._detokenizer = IncrementalDetokenizer(tokenizer, skip_special=skip_special) if tokenizer else None
         self._include_stop = include_stop
-        self._held = ""  # text that may be the beginning of a stop string
+        self._held = ""  # text that may be the start of a stop string
         self._parser = ReasoningParser(in_reasoning=in_reasoning, verbatim=verbatim)
         self._tools = ToolCallParser(tools) if tools else None
 
@@ -72,7 +75,7 @@ class Transcript:
         """Take the next tokens; those after the end are ignored."""
         if self.finish_reason:
             return Delta()
-        if self._params.stop:  # which of the tokens completes a stop string has to be found
+        if self._params.stop:  # token by token, to find the one that completes a stop string
             delta = Delta()
             for token in ids:
                 delta = delta.join(self._push([token]))
@@ -86,12 +89,12 @@ class Transcript:
         return Delta() if self.finish_reason else self._finish(reason)
 
     def _push(self, ids: Sequence[int]) -> Delta:
-        """All of them up to the end, at once: the parsers do not mind how text is cut."""
+        """All tokens up to the end at once: the parsers give the same result however the text is split."""
         ids = ids[: self._params.max_tokens - len(self.ids)]
-        end = next((at for at, token in enumerate(ids) if token in self._stop_ids), None)
-        said = ids if end is None else ids[:end]
+        end = next((i for i, token in enumerate(ids) if token in self._stop_ids), None)
+        content_ids = ids if end is None else ids[:end]
         self.ids += ids if end is None else ids[: end + 1]
-        delta = self._take(self._detokenizer.push(said) if self._detokenizer else "")
+        delta = self._take(self._detokenizer.push(content_ids) if self._detokenizer else "")
         if self.finish_reason:
             return delta
         if end is not None:
@@ -101,14 +104,14 @@ class Transcript:
         return delta
 
     def _take(self, text: str) -> Delta:
-        """Release what cannot become a stop string; end at the first one that is complete."""
+        """Emit the text that cannot become a stop string; end at the first complete stop string."""
         if not self._params.stop:
             return self._emit(text)
         held = self._held + text
-        # By its end, then its beginning: the result then does not depend on how the text was cut into tokens.
-        found = [(at + len(stop), at, stop) for stop in self._params.stop if (at := held.find(stop)) >= 0]
-        if found:
-            end, start, self.stopped_at = min(found)
+        # The first to end, then the first to begin: the result does not depend on how the text was split into tokens.
+        matches = [(begin + len(stop), begin, stop) for stop in self._params.stop if (begin := held.find(stop)) >= 0]
+        if matches:
+            end, start, self.stopped_at = min(matches)
             self._held = held[: end if self._include_stop else start]
             return self._finish("stop", text_complete=True)
         keep = held_length(held, self._params.stop)

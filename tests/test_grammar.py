@@ -17,7 +17,15 @@ import pytest
 
 from stepjax.config import ASSETS
 from stepjax.infer.guided.compiler import GrammarLimits, Grammars, Matcher
-from stepjax.infer.guided.schema_grammar import Form, GrammarError, choice, grammar_of, json_object, json_schema, regex
+from stepjax.infer.guided.schema_grammar import (
+    GrammarError,
+    GrammarPart,
+    choice,
+    grammar_of,
+    json_object,
+    json_schema,
+    regex,
+)
 from stepjax.infer.guided.tool_grammar import tool_calls
 from stepjax.text.tokenizer import Tokenizer
 from stepjax.text.tool_calls import parse
@@ -47,7 +55,7 @@ def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
     ]
 
 
-def taken(grammars: Grammars, tokenizer: Tokenizer, form: Form, text: str, **options: Any) -> bool:
+def taken(grammars: Grammars, tokenizer: Tokenizer, form: GrammarPart, text: str, **options: Any) -> bool:
     """Whether a text is an answer under a grammar of content."""
     return accepted(grammars.compile(grammar_of(form, after_thinking=False, **options)), ids_of(tokenizer, text))
 

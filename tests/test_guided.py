@@ -15,7 +15,7 @@ from slow_sampler import token as slow_token
 from stepjax.infer.engine.config import EngineConfig
 from stepjax.infer.engine.engine import Engine, Update
 from stepjax.infer.guided.guide import Constraint, Guide
-from stepjax.infer.guided.schema_grammar import Form, choice, grammar_of, json_object, json_schema, regex
+from stepjax.infer.guided.schema_grammar import GrammarPart, choice, grammar_of, json_object, json_schema, regex
 from stepjax.infer.load import load
 from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.session import Session
@@ -40,7 +40,9 @@ def session(tmp_path_factory) -> Iterator[Session]:
     found.grammars.close()
 
 
-def held(session: Session, form: Form | None, *, thinking: bool = False, budget: int | None = None) -> Constraint:
+def held(
+    session: Session, form: GrammarPart | None, *, thinking: bool = False, budget: int | None = None
+) -> Constraint:
     if form is None:
         return Constraint(session.masks, thinking=thinking, budget=budget)
     return Constraint(

@@ -12,7 +12,7 @@ from tiny import tiny_session
 from tuning import SHORT, answers, assert_same, changed, history
 
 from stepjax.errors import ConfigError
-from stepjax.infer.engine.answer import Routing
+from stepjax.infer.engine.answer import ExpertRecord
 from stepjax.infer.engine.config import EngineConfig
 from stepjax.infer.engine.engine import Engine
 from stepjax.infer.sampling.params import SamplingParams
@@ -31,7 +31,7 @@ LENGTH = 128
 
 
 def test_a_token_keeps_its_first_experts():
-    routing = Routing()
+    routing = ExpertRecord()
     assert routing.first(3) is None
     pieces = np.arange(4 * 100 * 2 * 3, dtype=np.uint16).reshape(4, 100, 2, 3)
     routing.take(0, pieces[0, :40])

@@ -1,8 +1,8 @@
-"""Adapters that an engine serves together: their factors stacked on the device, and who uses which.
+"""Adapters that an engine serves together: their factors, stacked on the device, and the names and slots in use.
 
 A stack has a fixed number of slots of a fixed rank, so that loading an adapter compiles nothing. A sequence uses the
 block of its own slot (`stepjax.weights.adapted`). Requests that began with an adapter finish with it, even if it is
-unloaded or replaced; its slot is free after them, and no answer is computed with two versions.
+unloaded or replaced; its slot is free when they have ended, and no answer is computed with two versions.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from stepjax.weights.adapted import Adapted, factor_axes
 if TYPE_CHECKING:
     from stepjax.infer.session import Session
 
-NONE = -1  # the slot of those who use no adapter
+NONE = -1  # the adapter slot of sequences without an adapter
 
 
 @dataclass(frozen=True)
 class StackSize:
-    """Room for adapters."""
+    """Number of adapter slots, and their largest ranks."""
 
     num_slots: int
     rank: int
@@ -50,23 +50,24 @@ class AdapterStack:
         for path, target in self._targets.items():
             *lead, rank, size_in = target.a_shape
             shapes = (*lead, size.num_slots * rank, size_in), (*target.b_shape[:-1], size.num_slots * rank)
-            of = factor_axes(axes[path], a_ndim=len(shapes[0]), b_ndim=len(shapes[1]))
+            axes_of_factors = factor_axes(axes[path], a_ndim=len(shapes[0]), b_ndim=len(shapes[1]))
             a, b = (
-                _zeros(shape, session.dtype, layout.parameter(*names)) for shape, names in zip(shapes, of, strict=True)
+                _zeros(shape, session.dtype, layout.parameter(*names))
+                for shape, names in zip(shapes, axes_of_factors, strict=True)
             )
             self.params[path] = Adapted(session.params[path], a, b, slots=size.num_slots)
 
     @property
     def num_bytes(self) -> int:
-        """Of all slots' factors, on all devices together."""
+        """Bytes of all slots' factors, on all devices together."""
         return sum(w.a.nbytes + w.b.nbytes for w in self.params.values() if isinstance(w, Adapted))
 
     def check(self, adapter: Mapping[str, Any]) -> None:
-        """Raise RequestError unless an adapter fits a slot, ConfigError if it is of another model."""
+        """Raise RequestError unless an adapter fits a slot, ConfigError if it belongs to another model."""
         for path in adapted_paths(adapter):
             target, a, b = self._targets.get(path), adapter[f"{path}.a"], adapter[f"{path}.b"]
             if target is None:
-                raise RequestError(f"adapter: {path} is no weight that an adapter may have here")
+                raise RequestError(f"adapter: {path} cannot be adapted here")
             check_fit(path, target.shape, a.shape, b.shape)
             if a.shape[-2] > target.rank:
                 raise RequestError(
@@ -104,12 +105,12 @@ class AdapterStack:
 
 
 class AdapterNames:
-    """Which adapter lies in which slot, under which name, and whether it is still needed. Plain Python."""
+    """The slot and the version of each adapter name, and which versions are still in use. Plain Python."""
 
     def __init__(self, num_slots: int):
         self._num_slots = num_slots
-        self._keys: dict[str, str] = {}  # name → the version that new requests get
-        self._slots: dict[str, int] = {}  # version → slot, also those that only finish what they began
+        self._keys: dict[str, str] = {}  # name → the version that new requests use
+        self._slots: dict[str, int] = {}  # version → slot, also of versions that only running answers use
         self._versions = itertools.count(1)
 
     @property
@@ -117,10 +118,10 @@ class AdapterNames:
         return tuple(self._keys)
 
     def key(self, name: str) -> str:
-        """The version of a name that a new request is answered by.
+        """The version of an adapter that a new request uses.
 
         Raises:
-          RequestError: there is no such adapter.
+          RequestError: no adapter has that name.
         """
         if not name:
             return ""
@@ -130,14 +131,14 @@ class AdapterNames:
         return self._keys[name]
 
     def slot(self, key: str) -> int:
-        """Where a version lies."""
+        """The slot of a version."""
         return self._slots[key] if key else NONE
 
     def reserve(self, name: str, in_use: Collection[str], *, replace: bool) -> int:
         """A free slot for an adapter.
 
         Raises:
-          RequestError: the name is taken, or all slots are.
+          RequestError: the name or all slots are in use.
         """
         if not name or len(name) > 256 or not name.isprintable():
             raise RequestError(f"adapter: the name {name[:80]!a} is empty, too long or not printable")
@@ -147,7 +148,7 @@ class AdapterNames:
         taken = {*self._slots.values()}
         free = next((slot for slot in range(self._num_slots) if slot not in taken), None)
         if free is None and name in self._keys and self._keys[name] not in in_use:
-            return self._slots[self._keys[name]]  # nobody needs the old version once the new one is there
+            return self._slots[self._keys[name]]  # no running answer uses the old version
         if free is None:
             raise RequestError(
                 f"adapter: all {self._num_slots} slots are taken (by {', '.join(self._keys)}, or by versions that "
@@ -156,17 +157,17 @@ class AdapterNames:
         return free
 
     def enter(self, name: str, slot: int) -> None:
-        """From now on, new requests for ``name`` are answered by what lies in ``slot``."""
+        """From now on, new requests for ``name`` use the adapter in ``slot``."""
         for key in [key for key, held in self._slots.items() if held == slot]:
             del self._slots[key]
         key = f"{name}@{next(self._versions)}"
         self._keys[name], self._slots[key] = key, slot
 
     def remove(self, name: str) -> None:
-        """No new request gets this adapter.
+        """Hide an adapter from new requests.
 
         Raises:
-          RequestError: there is none.
+          RequestError: no adapter has that name.
         """
         self.key(name or "\0")
         del self._keys[name]
@@ -177,7 +178,7 @@ class AdapterNames:
 
 
 def _targets(session: Session) -> tuple[str, ...]:
-    """All that can be adapted of a model."""
+    """The targets that a model has."""
     dense = any(not layer.moe for layer in session.config.layers)
     moe = any(layer.moe for layer in session.config.layers)
     return tuple(name for name in TARGETS if (name != "dense" or dense) and (name != "shared" or moe))
@@ -190,15 +191,15 @@ def _zeros(shape: tuple[int, ...], dtype: Any, where: Any) -> jax.Array:
 
 
 def _placed(value: np.ndarray, like: jax.Array) -> jax.Array:
-    """``value`` in the dtype of the stack and split as it is, the parts of this process made here."""
+    """``value`` with the dtype and the sharding of ``like``; each process makes its own shards."""
     value = value.astype(like.dtype)
     return jax.make_array_from_callback(value.shape, like.sharding, lambda index: value[index])
 
 
 @functools.cache
 def _putter(axis: int, where: Any) -> Callable[..., jax.Array]:
-    def put(stack: jax.Array, value: jax.Array, at: Any) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(stack, value, at, axis=stack.ndim + axis)
+    def put(stack: jax.Array, value: jax.Array, start: Any) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(stack, value, start, axis=stack.ndim + axis)
 
     return jax.jit(put, out_shardings=where)
 

@@ -1,7 +1,7 @@
-"""Who waits, who runs, and on which pages: the queue in front of the slots.
+"""Admission: the queue of waiting sequences, the slots of running ones, and their pages.
 
-Sequences are served by rank, lower priority first and first come first served within one. The first in rank is never
-preempted and everybody's pages are at its disposal, so it always finishes, and then the next is first.
+Sequences are served by rank: lower priority numbers first, and in order of arrival within a priority. The first in rank
+is never preempted and may take the pages of all others, so it always finishes; then the next is first.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class SchedulerConfig:
     num_pages: int  # of the full-attention cache, the trash page included
     context: int  # tokens of the longest sequence, answer included
     page_size: int = 64  # tokens
-    widths: tuple[int, ...] = (16, 64, 256, 512)  # of prefill chunks, ascending: one executable each
-    token_budget: int = 512  # positions of a prefill step, padding included: what decoding sequences wait for
+    widths: tuple[int, ...] = (16, 64, 256, 512)  # of prefill chunks, ascending; each needs a compiled program
+    token_budget: int = 512  # positions of a prefill step, padding included; decoding sequences wait for it
     num_snapshots: int = 0  # ring snapshots on the device; 0 turns the prefix cache off
     max_waiting: int = 1024  # sequences; more are refused
     prefill_rows: int = 1 << 30  # prompts that a prefill step may run pieces of
-    reserve: bool = False  # take the pages of the whole answer at once, so that nobody is ever preempted
+    reserve: bool = False  # allocate the pages of the whole answer at once, so that no sequence is preempted
 
     def __post_init__(self) -> None:
         for name in ("num_slots", "context", "page_size", "max_waiting", "prefill_rows"):
@@ -76,14 +76,14 @@ class RunningSequence:
 
     sequence: Sequence
     slot: int
-    tokens: tuple[int, ...]  # to prefill: the prompt, and what was answered before a preemption
+    tokens: tuple[int, ...]  # to prefill: the prompt, and the answer so far after a preemption
     keys: list[bytes]  # of the full pages of ``tokens``
-    marks: tuple[int, ...]  # boundaries where a chunk must end, since its rings are worth keeping; ascending
-    nodes: list[Node]  # of the leading pages: those filled and known to the prefix cache
+    marks: tuple[int, ...]  # boundaries where a chunk must end, to save its rings; ascending
+    nodes: list[Node]  # of the leading pages that are filled and in the prefix cache
     pages: list[int]
     position: int  # of the next token to plan for prefilling
     kept: int = 0  # tokens of the pages in ``nodes``
-    least: int = 0  # tokens that plans in flight add
+    least: int = 0  # fewest tokens that plans in flight add
     most: int = 0
     left: bool = False
 
@@ -93,12 +93,12 @@ class RunningSequence:
 
     @property
     def needs_step(self) -> bool:
-        """Whether it decodes, is not held, and is not sure to end with what is in flight."""
+        """Whether it decodes, is not held, and does not certainly end with the steps in flight."""
         sequence = self.sequence
         return self.prefilled and not sequence.held and len(sequence.output) + self.least < sequence.params.max_tokens
 
     def will_cache_part_of(self, other: Sequence) -> bool:
-        """Whether its prefill is still on the way to a boundary that another prompt can start from."""
+        """Whether its prefill has yet to reach a boundary from which another prompt can start."""
         if not self.marks or self.kept >= self.marks[-1] or self.sequence.owner != other.owner:
             return False
         mark = self.marks[-1]
@@ -107,7 +107,7 @@ class RunningSequence:
 
 @dataclass
 class Changes:
-    """What the device must be told with the next plan."""
+    """Changes that the device must receive with the next plan."""
 
     resets: list[int] = field(default_factory=list)
     page_updates: list[PageUpdate] = field(default_factory=list)
@@ -135,16 +135,16 @@ class Admission:
         self.changes = Changes()
         self.num_preemptions = 0
         self._alive: dict[str, Sequence] = {}
-        self._slots = list(range(config.num_slots))  # free ones: a heap, so that steps may run the lowest few
+        self._slots = list(range(config.num_slots))  # free slots, a heap: the lowest first, since steps run those
         self._num_added = 0
-        self._stuck: tuple[Sequence, int] | None = None  # who did not fit last time, into so many spare pages
+        self._stuck: tuple[Sequence, int] | None = None  # who did not fit last time, and the spare pages then
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence.
 
         Raises:
-          RequestError: it can never run, whatever else runs.
-          QueueFullError: too many wait.
+          RequestError: the sequence can never run, even alone.
+          QueueFullError: too many sequences wait.
         """
         if sequence.id in self._alive:
             raise RequestError(f"id: {sequence.id!r} is running already, expected a new one")
@@ -157,7 +157,7 @@ class Admission:
         insort(self.waiting, sequence, key=_RANK)
 
     def finish(self, id: str, reason: FinishReason = "stop") -> Sequence | None:
-        """Take a sequence out, in whatever state it is; None if it has ended already."""
+        """Remove a sequence in any state; None if it has ended already."""
         sequence = self._alive.pop(id, None)
         if sequence is None:
             return None
@@ -169,15 +169,15 @@ class Admission:
         return sequence
 
     def admit(self) -> None:
-        """Give slots and pages to those who wait, in their order: while the first does not fit, nobody passes it."""
+        """Give slots and pages to waiting sequences, in order of rank: none overtakes a sequence that does not fit."""
         while self.waiting:
             sequence = self.waiting[0]
             if sequence.num_in_flight:
-                return  # just preempted: tokens are still to come
+                return  # just preempted: its tokens in flight have yet to arrive
             if any(run.will_cache_part_of(sequence) for run in self.running):
                 return  # n answers to one prompt prefill it once
             if self._stuck and self._stuck[0] is sequence and self._spare_pages <= self._stuck[1]:
-                return  # without another look at a prompt that may be long
+                return  # nothing has changed: do not hash a long prompt again
             while not (self._slots and self._enter(sequence)):
                 victim = self.running[-1]
                 if victim.sequence.priority <= sequence.priority:
@@ -187,15 +187,15 @@ class Admission:
 
     @property
     def _spare_pages(self) -> int:
-        """Pages for who enters: all but one for each who runs and will want it soon, or his prefill would be wasted."""
+        """Pages for a new sequence. One page is kept for each running sequence, which will soon need it to grow."""
         return self.prefix.num_available - len(self.running)
 
     def _enter(self, sequence: Sequence) -> bool:
-        """Put the first who waits into a slot, with pages for its whole prompt; False if they are too few."""
+        """Put a waiting sequence into a slot, with pages for its whole prompt; False if too few are free."""
         tokens = (*sequence.prompt, *sequence.output)
         page_size, prefix = self.config.page_size, self.prefix
         keys = prefix.keys(tokens) if prefix.enabled and sequence.use_prefix else []
-        last = (len(tokens) - 1) // page_size  # the last token runs in any case: its logits are needed
+        last = (len(tokens) - 1) // page_size  # the last token always runs: its logits are needed
         match = prefix.match(sequence.owner, keys[:last])
         prefix.acquire(match.nodes)
         reserved = max(len(tokens), sequence.max_cached) if self.config.reserve else len(tokens)
@@ -207,7 +207,7 @@ class Admission:
 
         start = len(match.nodes) * page_size
         pages = [*(node.page for node in match.nodes), *new]
-        # Where a known chain ends without a snapshot, prompts part: others will want to start there.
+        # Prompts diverge where the cached chain ends: with a snapshot there, later prompts can start from it.
         marks = tuple(sorted({match.num_pages * page_size, last * page_size})) if keys else ()
         slot = heappop(self._slots)
         run = RunningSequence(sequence, slot, tokens, keys, marks, list(match.nodes), pages, start, start)
@@ -229,8 +229,8 @@ class Admission:
         return True
 
     def grow(self, run: RunningSequence, positions: int) -> bool:
-        """Give a sequence pages for so many positions; False if it had to go instead."""
-        positions = min(positions, run.sequence.max_cached)  # those past them write surplus, to the trash page
+        """Give a sequence pages for ``positions``; False if it was preempted itself."""
+        positions = min(positions, run.sequence.max_cached)  # surplus tokens past them go to the trash page
         missing = self.config.num_pages_for(positions) - len(run.pages)
         if missing <= 0:
             return True
@@ -244,28 +244,28 @@ class Admission:
         return True
 
     def keep_prefix(self, run: RunningSequence, end: int, snapshot: int | None) -> None:
-        """Make the pages filled up to ``end`` known to the prefix cache, with the rings there if they were saved."""
+        """Enter the pages filled up to ``end`` into the prefix cache, with the snapshot of the rings, if any."""
         if run.left or not run.keys:
             if snapshot is not None:
                 self.prefix.discard(snapshot)
             return
-        for at in range(len(run.nodes), end // self.config.page_size):
-            node = self.prefix.insert(run.nodes[-1] if run.nodes else run.sequence.owner, run.keys[at], run.pages[at])
-            if node.page != run.pages[at]:
-                run.pages[at] = node.page
-                self.changes.page_updates.append(PageUpdate(run.slot, at, (node.page,)))
+        for i in range(len(run.nodes), end // self.config.page_size):
+            node = self.prefix.insert(run.nodes[-1] if run.nodes else run.sequence.owner, run.keys[i], run.pages[i])
+            if node.page != run.pages[i]:
+                run.pages[i] = node.page
+                self.changes.page_updates.append(PageUpdate(run.slot, i, (node.page,)))
             run.nodes.append(node)
             run.kept += self.config.page_size
         if snapshot is not None:
             self.prefix.attach(run.nodes[-1], snapshot)
 
     def take_changes(self) -> Changes:
-        """What has changed for the device since the last call."""
+        """The changes for the device since the last call."""
         changes, self.changes = self.changes, Changes()
         return changes
 
     def _preempt(self, run: RunningSequence) -> None:
-        """Back to the queue: what was computed is lost, but not the tokens, nor those in flight."""
+        """Return a sequence to the queue. Its cache is lost, but not its tokens, nor those in flight."""
         self._leave(run)
         run.sequence.state = SequenceState.WAITING
         run.sequence.num_preemptions += 1
@@ -273,7 +273,7 @@ class Admission:
         insort(self.waiting, run.sequence, key=_RANK)
 
     def _leave(self, run: RunningSequence) -> None:
-        """Free a slot and its pages. Steps in flight still write there, and before anything planned later."""
+        """Free a slot and its pages. Steps in flight still write there, but before all steps that are planned later."""
         run.left = True
         self.running.remove(run)
         heappush(self._slots, run.slot)
@@ -283,7 +283,7 @@ class Admission:
         self.prefix.release(run.nodes)
 
     def check(self, *, num_reserved: int = 0) -> None:
-        """Assert the invariants: counts are uses, slots are given once, everybody alive is in one place."""
+        """Assert the invariants: counts equal users, each slot is used once, each sequence is in one place."""
         held = [page for run in self.running for page in run.pages]
         self.pool.check([*held, *self.prefix.pages()])
         self.prefix.check(num_reserved=num_reserved)

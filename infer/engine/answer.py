@@ -1,4 +1,4 @@
-"""One answer in the making, as the engine keeps it: what ends it, and what its steps told of its tokens."""
+"""The engine's record of an unfinished answer: what ends it, and the scores and experts of its tokens."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ from stepjax.infer.steps.state import NO_EXPERT
 
 
 class TokenScore(NamedTuple):
-    """Log-probabilities at one position: of the token there, and of the likeliest."""
+    """Log-probabilities at one position: of its token, and of the most likely tokens."""
 
     logprob: float
-    top: tuple[tuple[int, float], ...]  # token id and log-probability, likeliest first
+    top: tuple[tuple[int, float], ...]  # token id and log-probability, most likely first
 
 
-class Routing:
-    """One sequence's. A token that is run again, after a preemption or in a later turn, keeps its first experts: the
-    token behind it was sampled with those.
+class ExpertRecord:
+    """The experts that each token of one sequence was sent to.
+
+    A token that runs again, after a preemption or in a later turn, keeps its first experts: the token after it was
+    sampled with those.
     """
 
     def __init__(self) -> None:
         self._ids: np.ndarray | None = None  # uint16 [room, L, A]
 
     def take(self, start: int, ids_TLA: np.ndarray) -> None:
-        """Experts of the tokens from ``start`` on; `NO_EXPERT` says nothing."""
+        """Record the experts of the tokens from ``start`` on; `NO_EXPERT` marks a token that did not run."""
         end = start + len(ids_TLA)
         room = np.empty((0, *ids_TLA.shape[1:]), np.uint16) if self._ids is None else self._ids
         if end > len(room):
@@ -40,75 +42,75 @@ class Routing:
         np.copyto(held, ids_TLA, where=held == NO_EXPERT)
 
     def first(self, num_tokens: int) -> np.ndarray | None:
-        """Of the first so many tokens, uint16 [tokens, MoE layers, A]; None if none was run."""
+        """Experts of the first ``num_tokens`` tokens, uint16 [tokens, MoE layers, A]; None if no token ran."""
         return None if self._ids is None else self._ids[:num_tokens].copy()
 
 
 @dataclass(eq=False)
 class Answer:
-    """An answer in the making."""
+    """An unfinished answer."""
 
     sequence: Sequence
     ends: frozenset[int]  # ids that end it
-    guide: Guide | None = None  # while it has a say
+    guide: Guide | None = None  # while it restricts the answer
     masks: Future[np.ndarray] | None = None  # for the next step
     fault: str = ""
-    experts: Routing = field(default_factory=Routing)
+    experts: ExpertRecord = field(default_factory=ExpertRecord)
     _prompt: list[TokenScore | None] | None = None
 
     def cut(self, tokens: list[int]) -> tuple[tuple[int, ...], bool]:
         """The tokens up to the first that ends the answer, and whether there is one within ``max_tokens``.
 
         Raises:
-          GrammarError: a token may not stand where it is.
+          GrammarError: the grammar does not allow a token at its position.
         """
         room = self.sequence.params.max_tokens - len(self.sequence.output)
         tokens = tokens[:room]
         if self.guide is None and self.ends.isdisjoint(tokens):
             return tuple(tokens), False
-        for at, token in enumerate(tokens):
+        for i, token in enumerate(tokens):
             if self.guide is not None:
                 self.guide.push(token)
             if token in self.ends or (self.guide is not None and self.guide.done):
-                return tuple(tokens[: at + 1]), True
+                return tuple(tokens[: i + 1]), True
         return tuple(tokens), False
 
-    def scores(self, found: Any, place: int, count: int) -> tuple[TokenScore, ...]:
-        """Of the ``count`` tokens of a row, if asked for."""
+    def scores(self, logprobs: Any, place: int, count: int) -> tuple[TokenScore, ...]:
+        """Scores of the ``count`` tokens of a row, if the request asks for them."""
         top = self.sequence.params.logprobs
-        return () if top is None else tuple(_score(found, (place, at), top) for at in range(count))
+        return () if top is None else tuple(_score(logprobs, (place, column), top) for column in range(count))
 
-    def take_experts(self, row: Row, plan: StepPlan, found: np.ndarray, count: int) -> None:
-        """Of the tokens that a step ran and that stay: a piece of a prompt, or the newest token and the drafts that
-        were right, one for each of the ``count`` new tokens.
+    def take_experts(self, row: Row, plan: StepPlan, expert_ids: np.ndarray, count: int) -> None:
+        """Record the experts of the tokens that a step added to the cache: a piece of a prompt, or the newest token and
+        the accepted drafts, one for each of the ``count`` new tokens.
         """
         if plan.kind == "prefill":
-            self.experts.take(row.start, found[: row.count])
+            self.experts.take(row.start, expert_ids[: row.count])
         else:
-            self.experts.take(self.sequence.num_tokens - 1, found[:count])
+            self.experts.take(self.sequence.num_tokens - 1, expert_ids[:count])
 
-    def take_prompt(self, row: Row, found: Any) -> None:
-        """The scores of the prompt tokens that follow a piece's."""
+    def take_prompt(self, row: Row, logprobs: Any) -> None:
+        """Record the scores of the prompt tokens that follow the tokens of a piece."""
         prompt, top = self.sequence.prompt, self.sequence.params.prompt_logprobs
         if self._prompt is None:
             self._prompt = [None] * (len(prompt) - 1)
-        for at in range(row.start, min(row.start + row.count, len(prompt) - 1)):
-            self._prompt[at] = _score(found, at - row.start, top or 0)
+        for position in range(row.start, min(row.start + row.count, len(prompt) - 1)):
+            self._prompt[position] = _score(logprobs, position - row.start, top or 0)
 
     def give_prompt(self) -> tuple[TokenScore, ...]:
         """The scores of the whole prompt, once."""
         if self._prompt is None or None in self._prompt:
             return ()
-        found, self._prompt = self._prompt, []
+        scores, self._prompt = self._prompt, []
         self.sequence.params = self.sequence.params.replace(prompt_logprobs=None)
-        return tuple(each for each in found if each is not None)
+        return tuple(score for score in scores if score is not None)
 
 
 def split_request(id: str, params: SamplingParams) -> list[tuple[str, SamplingParams]]:
     """The id and the parameters of each of the ``params.n`` answers to a request.
 
-    A single answer has the request's own id; of several, answer i is ``id/i`` and is sampled with seed + i. The scores
-    of the prompt are told once, with the first.
+    A single answer has the request's own id; of several, answer i is ``id/i`` and is sampled with seed + i. Only
+    the first reports the scores of the prompt.
     """
     if params.n == 1:
         return [(id, params)]
@@ -117,6 +119,6 @@ def split_request(id: str, params: SamplingParams) -> list[tuple[str, SamplingPa
     return [(f"{id}/{i}", (others if i else first).replace(seed=(params.seed + i) % 2**32)) for i in range(params.n)]
 
 
-def _score(found: Any, at: Any, top: int) -> TokenScore:
-    ids, values = found.top_id_BTN[at][:top].tolist(), found.top_BTN[at][:top].tolist()
-    return TokenScore(float(found.token_BT[at]), tuple(zip(ids, values, strict=True)))
+def _score(logprobs: Any, index: Any, top: int) -> TokenScore:
+    ids, values = logprobs.top_id_BTN[index][:top].tolist(), logprobs.top_BTN[index][:top].tolist()
+    return TokenScore(float(logprobs.token_BT[index]), tuple(zip(ids, values, strict=True)))

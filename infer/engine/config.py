@@ -1,4 +1,4 @@
-"""What the engine keeps and how it schedules, and the sizes that follow for a model and a device."""
+"""Settings of the engine, and the sizes of its caches for a model and a device."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from stepjax.infer.session import Session
 
 CPU_CACHE_BYTES = 2**30
-DEVICE_SHARE = 0.85  # of an accelerator's free memory that caches may take; the rest is for what steps compute
+DEVICE_SHARE = 0.85  # share of an accelerator's free memory for caches; the rest is for temporaries of steps
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,16 @@ class EngineConfig:
     cache_bytes: int | None = None  # on each device, for the pages of full-attention layers
     num_pages: int | None = None  # instead of cache_bytes
     page_size: int = 64  # tokens
-    num_snapshots: int | None = None  # prompt beginnings kept for the prefix cache; 0: none; None: twice the slots
+    num_snapshots: int | None = None  # snapshots for the prefix cache; 0: no prefix cache; None: twice the slots
     speculate: int | None = None  # MTP drafts per step; None: chosen for each step by its number of sequences
     widths: tuple[int, ...] = (16, 64, 256, 512)  # of prefill pieces
-    token_budget: int = 512  # positions of a prefill step, which decoding sequences wait for
+    token_budget: int = 512  # positions of a prefill step; decoding sequences wait for it
     max_waiting: int = 1024  # answers that may wait for a slot
-    adapter_slots: int = 0  # adapters that are loaded at once; 0: none can be
-    adapter_rank: int = 32  # the largest that an adapter may have
+    adapter_slots: int = 0  # adapters that can be loaded at the same time
+    adapter_rank: int = 32  # largest rank of an adapter
     adapter_expert_rank: int | None = None  # at routed experts; None: adapter_rank // experts per token, at least 1
-    deterministic: bool = False  # bitwise the same log-probabilities whatever else runs
-    routing: bool = False  # tell the experts of every token when an answer ends (`Update.experts`)
+    deterministic: bool = False  # log-probabilities are bitwise the same, whatever else runs
+    routing: bool = False  # return the experts of every token when an answer ends (`Update.experts`)
 
     def __post_init__(self) -> None:
         if self.num_slots < 1:
@@ -76,14 +76,14 @@ class EngineConfig:
             )
 
     def stack_size(self, session: Session) -> StackSize | None:
-        """Room for adapters, if any may be loaded."""
+        """Size of the adapter stack; None if the engine has no adapter slots."""
         if not self.adapter_slots:
             return None
         of_experts = self.adapter_expert_rank or max(1, self.adapter_rank // session.config.top_k)
         return StackSize(self.adapter_slots, self.adapter_rank, of_experts)
 
     def executor(self, session: Session) -> Executor:
-        """The device's side of an engine. Every process of a cluster makes the same one."""
+        """The executor of an engine. Every process of a cluster makes an equal one."""
         runner = session.runner(self.speculate, routing=self.routing)
         stack_size = self.stack_size(session)
         stack = AdapterStack(session, stack_size) if stack_size else None  # before the cache, which takes what is left
@@ -99,7 +99,7 @@ class EngineConfig:
             num_pages=sizes.num_pages,
             context=sizes.context,
             page_size=sizes.page_size,
-            widths=tuple(width for width in self.widths if width <= enough),  # wider pieces would never be full
+            widths=tuple(width for width in self.widths if width <= enough),  # wider chunks would never be full
             token_budget=self.token_budget,
             num_snapshots=sizes.num_snapshots,
             max_waiting=self.max_waiting,
@@ -116,7 +116,7 @@ class EngineConfig:
         return (*powers, self.num_slots)
 
     def sizes(self, session: Session) -> CacheSize:
-        """What to keep on the device."""
+        """The sizes of the caches on the device."""
         model, size = session.config, self.page_size
         per_page = kv_bytes_per_token(model, element_bytes=jnp.dtype(session.dtype).itemsize) * size // _split(session)
         longest = self.context or model.max_positions

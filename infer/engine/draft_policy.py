@@ -1,8 +1,8 @@
-"""How many tokens a decode step drafts: what verifying them costs against what they bring.
+"""How many tokens a decode step drafts: the cost of verifying drafts against the tokens that they add.
 
 Decoding is bound by the bytes that a step reads. A mixture of experts reads more of its experts the more tokens a
-step has, so drafts are dear for few sequences and nearly free once every expert is touched. With E experts of which a
-token uses A, n tokens touch D(n) = E · (1 − (1 − A/E)ⁿ) of them if routing is uniform.
+step has, so drafts are expensive for few sequences and nearly free once every expert is read. With E experts of which a
+token uses A, n tokens read D(n) = E · (1 − (1 − A/E)ⁿ) of them if routing is uniform.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import jax
 
 from stepjax.config import ModelConfig
 
-DRAFTS = (0, 1, 3)  # choices of k: an executable each
-PRIOR = 0.73  # of a depth's drafts are accepted once the depths before were: 2.8 tokens a step, as published
-PRIOR_WEIGHT = 32.0  # drafts that the prior counts for
-MEMORY = 0.999  # of what was observed, kept from step to step
+DRAFTS = (0, 1, 3)  # choices of k; each needs a compiled program
+PRIOR = 0.73  # share of a depth's drafts accepted if the depths before were: 2.8 tokens a step, as published
+PRIOR_WEIGHT = 32.0  # number of drafts that the prior counts as
+MEMORY = 0.999  # weight of earlier observations after one more step
 
 
 @dataclass(frozen=True)
 class StepBytes:
-    """What a decode step reads, caches aside."""
+    """Bytes that a decode step reads, without caches."""
 
     always: float  # by any step
     per_expert: float  # one expert in all layers
@@ -33,7 +33,7 @@ class StepBytes:
 
     @classmethod
     def of(cls, config: ModelConfig, params: Mapping[str, Any]) -> StepBytes:
-        """From the weights as they lie, quantised or not."""
+        """From the weights as they are stored on the device, quantised or not."""
         experts, always, depths = 0, 0, [0] * len(config.mtp_layers)
         for path, weight in params.items():
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(weight))
@@ -53,7 +53,7 @@ class StepBytes:
 
 
 class DraftPolicy:
-    """Chooses k for a batch: the most tokens for the bytes, by the acceptance seen lately."""
+    """Chooses k for a batch: the most tokens per byte, given the recent acceptance."""
 
     def __init__(self, step_bytes: StepBytes, *, most: int):
         self._bytes = step_bytes
@@ -66,7 +66,7 @@ class DraftPolicy:
         return max(self._choices, key=lambda k: (self.tokens(k) / self._bytes.read(batch, k), -k))
 
     def tokens(self, drafts: int) -> float:
-        """Tokens that a sequence is expected to gain by a step."""
+        """Expected number of tokens that a step adds to a sequence."""
         gained, alive = 1.0, 1.0
         for tried, accepted in zip(self._tried[:drafts], self._accepted[:drafts], strict=True):
             alive *= accepted / tried
@@ -74,7 +74,7 @@ class DraftPolicy:
         return gained
 
     def observe(self, drafts: int, counts: Sequence[int]) -> None:
-        """Take in the tokens that each sequence gained by a step."""
+        """Record how many tokens a step added to each sequence."""
         for depth in range(len(self._tried)):
             reached = sum(count > depth for count in counts) if depth < drafts else 0
             passed = sum(count > depth + 1 for count in counts) if depth < drafts else 0

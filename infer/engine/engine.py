@@ -1,8 +1,8 @@
-"""The engine: many requests at once, each with the tokens that it would get alone.
+"""The engine: runs many requests together; each gets the tokens that it would get alone.
 
-`stepjax.infer.engine.scheduler` plans a step, `stepjax.infer.engine.executor` launches it, and then it is read. A step
-is launched before the previous one has been read, so that the device does not wait for the host. The end of an answer
-is therefore seen one step late, and the surplus tokens are dropped.
+`stepjax.infer.engine.scheduler` plans a step, `stepjax.infer.engine.executor` launches it, and the engine reads the
+result. A step is launched before the previous one is read, so that the device does not wait for the host. The end of an
+answer is therefore seen one step late, and the surplus tokens are dropped.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from stepjax.infer.engine.guidance import Guidance, fault_of
 from stepjax.infer.engine.ready_programs import ReadyPrograms
 from stepjax.infer.engine.scheduler import Scheduler
 from stepjax.infer.engine.sequence import Row, Sequence, StepOutput, StepPlan
-from stepjax.infer.engine.stats import Ran, Stats, StepTimer
+from stepjax.infer.engine.stats import FinishedStep, Stats, StepTimer
 from stepjax.infer.guided.guide import Constraint
 from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.steps.state import Emitted
@@ -41,7 +41,7 @@ from stepjax.sharding.watchdog import deadline
 if TYPE_CHECKING:
     from stepjax.infer.session import Session
 
-STEP_S = 300.0  # after which a compiled step on several hosts is taken to hang
+STEP_S = 300.0  # time limit of a compiled step on several hosts
 
 
 class Update(NamedTuple):
@@ -50,11 +50,11 @@ class Update(NamedTuple):
     id: str
     tokens: tuple[int, ...]
     finish_reason: FinishReason | None = None
-    scores: tuple[TokenScore, ...] = ()  # of the tokens, if asked for
-    prompt_scores: tuple[TokenScore, ...] = ()  # of the prompt from its second token on, with the first tokens
-    num_cached: int = 0  # prompt tokens that the prefix cache spared
-    fault: str = ""  # why it ended in an error, if that was not the model's numbers
-    experts: np.ndarray | None = None  # uint16 [prompt and answer, MoE layers, A], at the end, if the engine keeps them
+    scores: tuple[TokenScore, ...] = ()  # of the tokens, if the request asks for them
+    prompt_scores: tuple[TokenScore, ...] = ()  # of the prompt from its second token on; with the first update
+    num_cached: int = 0  # prompt tokens found in the prefix cache
+    fault: str = ""  # why the answer ended in an error, unless its logits were not finite
+    experts: np.ndarray | None = None  # uint16 [prompt and answer, MoE layers, A], in the last update, with `routing`
 
 
 class Engine:
@@ -104,7 +104,7 @@ class Engine:
         self._slot_buckets = config.slot_buckets
         self._guidance = Guidance()
         self._failed: list[Update] = []
-        self.on_step: Callable[[Ran], None] | None = None  # called with every step that has been read
+        self.on_step: Callable[[FinishedStep], None] | None = None  # called with every step that has been read
 
     def add(
         self,
@@ -121,12 +121,12 @@ class Engine:
 
         Args:
           params: ``max_tokens`` is cut to the room that the context leaves. None: the checkpoint's defaults.
-          id: of the request; that of answer i of several is ``id/i``.
-          priority: lower goes first.
-          adapter: name of one that `load_adapter` loaded; "" is the model alone. The answer keeps the version that is
-            loaded now.
+          id: of the request. If there are several answers, answer i has the id ``id/i``.
+          priority: requests with a lower number go first.
+          adapter: name of a loaded adapter (`load_adapter`); "" is the model alone. The answer keeps the version that
+            is loaded now.
           salt: requests share cached prompts only if salt and adapter are the same.
-          constraint: bounds the thinking, and holds what follows to a grammar.
+          constraint: a limit on the thinking, and a grammar for the text after it.
 
         Raises:
           RequestError: a bad prompt, bad parameters, or more than the cache can ever hold.
@@ -160,7 +160,7 @@ class Engine:
         return ids
 
     def fit(self, prompt: Tokens[int], params: SamplingParams | None = None) -> SamplingParams:
-        """The parameters as `add` takes them: checked, and cut to the room that the context leaves. Any thread may ask.
+        """The parameters as `add` uses them: checked, and cut to the room that the context leaves. Thread-safe.
 
         Raises:
           ContextError: the prompt leaves no room to answer.
@@ -180,13 +180,13 @@ class Engine:
         return params
 
     def finish(self, id: str, reason: FinishReason = "stop") -> None:
-        """End an answer, as where its text reached a stop string; nothing more comes of it."""
+        """End an answer, for example at a stop string in its text. It gets no more updates."""
         self.scheduler.finish(id, reason)
         self._answers.pop(id, None)
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Names of the adapters that new requests may use. Any thread may ask."""
+        """Names of the adapters that new requests may use. Thread-safe."""
         return self._adapters.names
 
     def load_adapter(
@@ -197,15 +197,15 @@ class Engine:
         *,
         replace: bool = False,
     ) -> None:
-        """Load an adapter under a name; who is being answered keeps what they began with.
+        """Load an adapter under a name. Running answers keep the version that they began with.
 
         Args:
-          adapter: a PEFT folder, or factors by name with their settings ``lora``. An engine of several processes takes
-            folders only, which each of them reads.
-          replace: take the place of an adapter of that name.
+          adapter: a PEFT folder, or factors by name with their settings ``lora``. An engine of several processes
+            accepts only folders, which every process reads.
+          replace: replace a loaded adapter of that name.
 
         Raises:
-          RequestError: no slot is free, the name is taken, or the rank too large.
+          RequestError: no slot is free, the name is in use, or the rank is too large.
           CheckpointError, ConfigError: the folder is damaged, or of another model.
         """
         stack = self.executor.adapters
@@ -228,10 +228,10 @@ class Engine:
         self._adapters.enter(name, slot)
 
     def unload_adapter(self, name: str) -> None:
-        """Take an adapter from new requests; its slot is free once those that use it have ended.
+        """Unload an adapter. Its slot becomes free when the answers that use it have ended.
 
         Raises:
-          RequestError: there is none of that name.
+          RequestError: no adapter has that name.
         """
         self._adapters.remove(name)
 
@@ -256,18 +256,18 @@ class Engine:
         emitted = self._read(launched)
         with self._timer.host():
             if self.on_step:
-                self.on_step(Ran(launched.order, self._timer.last_step_s, device_idle))
+                self.on_step(FinishedStep(launched.order, self._timer.last_step_s, device_idle))
             return [*self._commit(launched.order, emitted, launched.answers), *self._take_failed()]
 
     def run(self) -> Iterator[Update]:
-        """Steps until nothing is left to do."""
+        """Run steps until all requests have ended."""
         while self.has_work:
             yield from self.step()
 
     def restart(self, params: Params) -> None:
-        """Go on with other parameters of the same shapes, as a new engine would: nothing that was cached is met again.
+        """Continue with other parameters of the same shapes, like a new engine: all cached pages are forgotten.
 
-        The parameters are used where they lie. No request may be under way.
+        The parameters are not copied. No request may be running.
         """
         assert not self.has_work, "finish or cancel what runs first"
         assert self._leader is None, "the processes that follow have parameters of their own"
@@ -303,7 +303,7 @@ class Engine:
         self.programs.open(shapes)
 
     def close(self) -> None:
-        """Compile nothing more, and let the processes go that follow this one."""
+        """Compile nothing more, end the threads, and let the processes go that follow this one."""
         self.programs.close()
         self._guidance.close()
         if self._leader:
@@ -313,7 +313,7 @@ class Engine:
         return self.programs.drafts(self._policy.drafts(batch) if self._fixed_drafts is None else self._fixed_drafts)
 
     def _plan(self) -> StepPlan | None:
-        """The next step, if there is one; where all answers wait for their masks, once the first are ready."""
+        """The next step, if there is one. If all answers wait for their masks, it waits for the first mask."""
         self._guidance.release()
         self.scheduler.most_rows = self.programs.most_rows(self.scheduler.piece_limits)
         plan = self.scheduler.plan()
@@ -371,33 +371,34 @@ class Engine:
         )
 
     def _commit(self, order: Order, emitted: Any, launched: Tokens[Answer | None]) -> list[Update]:
-        """Take a step's tokens: end what they end, and tell the scheduler.
+        """Process a step's tokens: end the answers that they complete, and commit them to the scheduler.
 
         Args:
-          launched: whose the rows were. An answer that has ended since is not there any more, or another has its id.
+          launched: the answers of the rows. An answer may have ended since, and another may have its id.
         """
         plan = order.plan
         answers = [
-            each if self._answers.get(row.id) is each else None for row, each in zip(plan.rows, launched, strict=True)
+            answer if self._answers.get(row.id) is answer else None
+            for row, answer in zip(plan.rows, launched, strict=True)
         ]
-        at = [row.slot for row in plan.rows] if plan.kind == "decode" else list(range(len(plan.rows)))
+        places = [row.slot for row in plan.rows] if plan.kind == "decode" else list(range(len(plan.rows)))
         count_B, token_BT, finite_B = (x.tolist() for x in (emitted.count_B, emitted.token_BT, emitted.finite_B))
-        counts = [count_B[place] for place in at]
+        counts = [count_B[place] for place in places]
         self.stats.count(plan, counts)
         if plan.kind == "decode":
             self._policy.observe(plan.drafts, counts)
         taken: list[tuple[Row, int, tuple[int, ...], FinishReason | None]] = []
-        for row, answer, place in zip(plan.rows, answers, at, strict=True):
+        for row, answer, place in zip(plan.rows, answers, places, strict=True):
             tokens: tuple[int, ...] = ()
             reason: FinishReason | None = None
             if answer is not None:
                 if order.prompt_scores and answer.sequence.params.prompt_logprobs is not None:
                     answer.take_prompt(row, jax.tree.map(lambda x, p=place: x[p], emitted.prompt))
                 try:
-                    sound = finite_B[place]
-                    tokens, ended = answer.cut(token_BT[place][: count_B[place]]) if sound else ((), False)
-                    reason = ("stop" if ended else None) if sound else "error"
-                except Exception as error:  # its guide's: one request's, never the engine's
+                    finite = finite_B[place]
+                    tokens, ended = answer.cut(token_BT[place][: count_B[place]]) if finite else ((), False)
+                    reason = ("stop" if ended else None) if finite else "error"
+                except Exception as error:  # of its guide: it ends this request, never the engine
                     reason, answer.fault = "error", fault_of(error)
                 if emitted.expert_BTLA is not None:
                     answer.take_experts(row, plan, emitted.expert_BTLA[place], len(tokens))
@@ -406,7 +407,8 @@ class Engine:
                 elif tokens and reason is None and answer.guide is not None:
                     self._guidance.look_ahead(answer, emitted.draft_BK[place].tolist())
             taken.append((row, place, tokens, reason))
-        done = {each.id for each in self.scheduler.commit(plan, StepOutput(tuple(each[2] for each in taken)))}
+        output = StepOutput(tuple(tokens for _, _, tokens, _ in taken))
+        done = {sequence.id for sequence in self.scheduler.commit(plan, output)}
         updates = []
         for (row, place, tokens, reason), answer in zip(taken, answers, strict=True):
             if answer is None or not (tokens or reason):
@@ -426,12 +428,12 @@ class Engine:
     def _mask(self, row: Row, answer: Answer, plan: StepPlan) -> Mask | None:
         try:
             return self._guidance.mask(row, answer, plan)
-        except Exception as error:  # one request's, never the engine's
+        except Exception as error:  # it ends this request, never the engine
             self._fail(answer, fault_of(error))
             return None
 
     def _fail(self, answer: Answer, fault: str) -> None:
-        """End an answer that cannot go on; what is in flight of it is dropped."""
+        """End an answer that cannot continue; its tokens in flight are dropped."""
         id = answer.sequence.id
         self.finish(id, "error")
         self._failed.append(Update(id, (), "error", fault=fault))
@@ -442,14 +444,14 @@ class Engine:
 
 
 def open_engine(session: Session, config: EngineConfig, *, host: str) -> Engine | None:
-    """An engine on all processes of a cluster: on process 0 it is returned, the others carry out its orders until it
-    is closed and get None.
+    """Run an engine on all processes of a cluster. Process 0 returns it; the others carry out its orders until it is
+    closed, and return None.
 
     Args:
-      host: process 0's.
+      host: address of process 0.
 
     Raises:
-      ClusterError: the processes do not find each other, run with different settings, or lose each other.
+      ClusterError: a process does not connect, has different settings, or is lost.
     """
     channels = connect(host, f"{config} of {session.config} in {jnp.dtype(session.dtype)}")
     if jax.process_index() == 0:

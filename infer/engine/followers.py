@@ -1,8 +1,8 @@
 """One engine on several hosts: process 0 schedules, the others replay its orders on their own devices.
 
-Orders are numbered and go over TCP as JSON, each with a keyed digest. The key is drawn by process 0 and reaches the
-others through the cluster's own start-up; nothing that arrives is trusted before its digest is checked, and nothing is
-ever unpickled. A program that is not compiled yet is announced first: nobody launches it until all have it.
+Orders are numbered and sent over TCP as JSON, each with a keyed digest. Process 0 draws the key, and the others receive
+it when the cluster starts. No message is trusted before its digest is checked, and nothing is unpickled. A program that
+is not compiled yet is announced first: no process launches it until all have compiled it.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.steps.state import Emitted
 from stepjax.sharding.watchdog import listen
 
-JOIN_S = 300.0  # that all have to connect, and to compile what was announced
+JOIN_S = 300.0  # time limit for all processes to connect, and to compile an announced program
 MAX_BYTES = 64 * 2**20  # of a message
 _HEAD = struct.Struct(">IQ")  # bytes of the payload, number of the message
 _DIGEST = hashlib.sha256
 
 
 class Channel:
-    """Numbered, authenticated messages over one connection, each way counted by itself."""
+    """Numbered, authenticated messages over one connection. Each direction has its own count."""
 
     def __init__(self, connection: socket.socket, key: bytes, *, leads: bool):
         self._socket, self._sent, self._received = connection, 0, 0
@@ -58,7 +58,7 @@ class Channel:
         """The next message.
 
         Raises:
-          ClusterError: it is not the next, not the peer's, or the connection has ended.
+          ClusterError: the number or the digest is wrong, or the connection has ended.
         """
         head = self._exactly(_HEAD.size)
         size, number = _HEAD.unpack(head)
@@ -76,13 +76,13 @@ class Channel:
         self._socket.close()
 
     def _exactly(self, count: int) -> bytes:
-        found = bytearray()
-        while len(found) < count:
-            more = self._socket.recv(min(count - len(found), 2**20))
+        data = bytearray()
+        while len(data) < count:
+            more = self._socket.recv(min(count - len(data), 2**20))
             if not more:
                 raise ClusterError("replay: the other process closed the connection")
-            found += more
-        return bytes(found)
+            data += more
+        return bytes(data)
 
 
 class Leader:
@@ -92,7 +92,7 @@ class Leader:
         self.executor, self._channels = executor, list(channels)
 
     def run(self, order: Order) -> Emitted:
-        """`Executor.run` everywhere: the order is on its way before it is launched here."""
+        """`Executor.run` on all processes. The order is sent before it is launched here."""
         if not self.executor.prepared(order):
             self._tell("prepare", encode(order))
             self.executor.prepare(order)
@@ -101,19 +101,19 @@ class Leader:
         return self.executor.run(order)
 
     def warm(self, decode: Iterable[tuple[int, int]], prefill: Iterable[tuple[int, int]]) -> None:
-        """`Executor.warm` everywhere."""
+        """`Executor.warm` on all processes."""
         decode, prefill = list(decode), list(prefill)
         self._tell("warm", [decode, prefill])
         self.executor.warm(decode, prefill)
         self._await()
 
     def load_adapter(self, slot: int, folder: Path | None) -> None:
-        """Have the followers read an adapter's folder into a slot, and wait until they have."""
+        """Make the followers read an adapter's folder into a slot, and wait until they have done so."""
         self._tell("adapter", [slot, str(folder)])
         self._await()
 
     def close(self) -> None:
-        """Let the followers go."""
+        """Tell the followers that the engine has ended, and close the connections."""
         self._tell("end", None)
         for channel in self._channels:
             channel.close()
@@ -145,7 +145,7 @@ def follow(executor: Executor, channel: Channel, config: ModelConfig) -> None:
         elif kind == "prepare":
             executor.prepare(decode(content))
         else:
-            executor.warm(*([tuple(each) for each in part] for part in content))
+            executor.warm(*([tuple(shape) for shape in part] for part in content))
         channel.send("ready")
 
 
@@ -153,13 +153,13 @@ def connect(host: str, identity: str) -> list[Channel]:
     """Connect the processes of a cluster; all call this together.
 
     Args:
-      host: process 0's.
-      identity: what must be alike everywhere: the model's and the engine's settings.
+      host: address of process 0.
+      identity: settings of model and engine, which must be equal on all processes.
 
-    Returns: in process 0 a channel to each other, in the others the one to process 0.
+    Returns: on process 0 a channel to each other process, elsewhere the channel to process 0.
 
     Raises:
-      ClusterError: they do not find each other in time, or run with different settings.
+      ClusterError: a process does not connect in time, or has different settings.
     """
     if jax.process_index() == 0:
         with listen(0, jax.process_count()) as server:
@@ -177,12 +177,12 @@ def _accept(server: socket.socket, key: bytes, identity: str) -> list[Channel]:
         try:
             connection, _ = server.accept()
         except TimeoutError:
-            raise ClusterError(f"replay: {len(channels)} of {jax.process_count() - 1} processes came") from None
+            raise ClusterError(f"replay: {len(channels)} of {jax.process_count() - 1} processes connected") from None
         connection.settimeout(JOIN_S)
         channel = Channel(connection, key, leads=True)
         try:
             process, theirs = channel.receive()
-        except (ClusterError, OSError, ValueError):  # a stranger: the others may still come
+        except (ClusterError, OSError, ValueError):  # not a process of this job: wait for the others
             channel.close()
             continue
         if theirs != identity:
@@ -202,20 +202,20 @@ def _join(address: tuple[str, int], key: bytes, identity: str) -> Channel:
     channel.send([jax.process_index(), identity])
     if channel.receive() != "welcome":
         raise ClusterError("replay: process 0 did not welcome this one")
-    connection.settimeout(None)  # a leader may have nothing to do for long; the watchdog notices if it is gone
+    connection.settimeout(None)  # the leader may be idle for long; the watchdog notices if it ends
     return channel
 
 
 def encode(order: Order) -> dict[str, Any]:
-    """An order in JSON's terms."""
-    assignments = [[*each[:1], dataclasses.asdict(each.params), *each[2:]] for each in order.assignments]
+    """An order as JSON values."""
+    assignments = [[*item[:1], dataclasses.asdict(item.params), *item[2:]] for item in order.assignments]
     plan = {field.name: getattr(order.plan, field.name) for field in dataclasses.fields(order.plan)}
     masks = [[slot, base64.b64encode(zlib.compress(words, 1)).decode()] for slot, words in order.masks]
     return {**order._asdict(), "plan": plan, "assignments": assignments, "masks": masks}
 
 
 def decode(content: dict[str, Any]) -> Order:
-    """What `encode` made."""
+    """The order that `encode` encoded."""
     plan = content["plan"]
     return Order(
         **{
@@ -225,9 +225,9 @@ def decode(content: dict[str, Any]) -> Order:
                     **plan,
                     "rows": tuple(Row(*row[:4], tuple(row[4]), row[5]) for row in plan["rows"]),
                     "resets": tuple(plan["resets"]),
-                    "page_updates": tuple(PageUpdate(*each[:2], tuple(each[2])) for each in plan["page_updates"]),
-                    "restores": tuple(RingCopy(*each) for each in plan["restores"]),
-                    "saves": tuple(RingCopy(*each) for each in plan["saves"]),
+                    "page_updates": tuple(PageUpdate(*update[:2], tuple(update[2])) for update in plan["page_updates"]),
+                    "restores": tuple(RingCopy(*copy) for copy in plan["restores"]),
+                    "saves": tuple(RingCopy(*copy) for copy in plan["saves"]),
                 }
             ),
             "assignments": tuple(
@@ -240,7 +240,7 @@ def decode(content: dict[str, Any]) -> Order:
 
 
 def _tuples(value: Any) -> Any:
-    """JSON's lists as the tuples they were."""
+    """The value with every list as a tuple again."""
     if isinstance(value, dict):
-        return {name: _tuples(each) for name, each in value.items()}
+        return {name: _tuples(item) for name, item in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""Masks of constrained answers: found on threads of their own, one step ahead of the device."""
+"""Masks of constrained answers, computed on separate threads, one step ahead of the device."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ log = logging.getLogger(__name__)
 class Guidance:
     """Keeps the guides of an engine's answers one step ahead.
 
-    An answer is held, that is no decode step of it is planned, from the launch of a step until the masks of the next
-    one are ready. Answers without a guide do not wait. Used by the engine's thread.
+    From the launch of a step until the masks of the next one are ready, an answer is held: no decode step of it is
+    planned. Answers without a guide do not wait. Only the engine's thread calls the methods.
     """
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="masks")
-        self._pending: dict[Future[np.ndarray], Answer] = {}  # masks that a held answer waits for
-        self._masked_slots: set[int] = set()  # whose last mask on the device restricts them
+        self._pending: dict[Future[np.ndarray], Answer] = {}  # masks that held answers wait for
+        self._masked_slots: set[int] = set()  # slots whose last mask on the device restricts them
 
     @property
     def num_pending(self) -> int:
@@ -42,8 +42,8 @@ class Guidance:
             answer.masks = self._threads.submit(guide.ahead, ())
 
     def look_ahead(self, answer: Answer, drafts: Sequence[int]) -> None:
-        """Start to find the masks of the answer's next step, which verifies these drafts; release an answer whose
-        guide has no more say.
+        """Start computing the masks of the answer's next step, which verifies these drafts. An answer that its guide no
+        longer restricts is released.
         """
         guide = answer.guide
         assert guide is not None
@@ -55,7 +55,7 @@ class Guidance:
             answer.sequence.held = False
 
     def release(self) -> None:
-        """Let the answers go on whose masks are ready."""
+        """Release the answers whose masks are ready."""
         for future in [future for future in self._pending if future.done()]:
             answer = self._pending.pop(future)
             if answer.masks is future:
@@ -67,7 +67,7 @@ class Guidance:
         self.release()
 
     def mask(self, row: Row, answer: Answer, plan: StepPlan) -> Mask | None:
-        """The mask that the device must take over before a row's step, if there is one.
+        """The mask that the device must receive before a row's step, if there is one.
 
         Raises:
           Exception: the answer's guide failed; `fault_of` says how.
@@ -93,7 +93,7 @@ class Guidance:
 
 
 def fault_of(error: Exception) -> str:
-    """What a client is told of a guide's error."""
+    """The message about a guide's error that a client receives."""
     if isinstance(error, GrammarError):
         return str(error)
     log.error("a guide failed", exc_info=error)

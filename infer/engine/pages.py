@@ -1,6 +1,6 @@
-"""Pages of the full-attention cache: who holds which, by reference counts.
+"""Pages of the full-attention cache, with reference counts.
 
-A page that several hold is full and never written again, so nothing is ever copied on a write.
+A page with several users is full and never written again, so no write ever copies a page.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-TRASH_PAGE = 0  # takes the writes of padding and of surplus tokens; nobody's
+TRASH_PAGE = 0  # receives the writes of padding and of surplus tokens; it has no user
 
 
 class PagePool:
@@ -17,7 +17,7 @@ class PagePool:
     def __init__(self, num_pages: int):
         assert num_pages > 1, "page 0 is the trash page"
         self._users = [0] * num_pages
-        self._free = list(range(num_pages - 1, TRASH_PAGE, -1))  # a stack: pages just freed are used again first
+        self._free = list(range(num_pages - 1, TRASH_PAGE, -1))  # a stack: the page freed last is used first
 
     @property
     def num_pages(self) -> int:
@@ -32,7 +32,7 @@ class PagePool:
         return self._users[page]
 
     def allocate(self, count: int) -> tuple[int, ...] | None:
-        """``count`` pages with one user each, or None and nothing changed."""
+        """``count`` pages with one user each; None, and nothing changes, if fewer are free."""
         if count > len(self._free):
             return None
         pages = tuple(self._free.pop() for _ in range(count))
@@ -47,7 +47,7 @@ class PagePool:
             self._users[page] += 1
 
     def release(self, pages: Iterable[int]) -> None:
-        """One user less for each page; a page without users is free."""
+        """One user fewer for each page; a page without users is free."""
         for page in pages:
             assert self._users[page] > 0, f"page {page} is free"
             self._users[page] -= 1
@@ -55,7 +55,7 @@ class PagePool:
                 self._free.append(page)
 
     def check(self, held: Iterable[int]) -> None:
-        """Assert that the counts are those of ``held``, all pages of all users, and that every other page is free."""
+        """Assert that the counts equal those of ``held``, the pages of all users, and that every other page is free."""
         expected = Counter(held)
         assert TRASH_PAGE not in expected, "the trash page is held"
         counted = {page: users for page, users in enumerate(self._users) if users}

@@ -1,11 +1,11 @@
-"""Prefix cache: full pages of earlier prompts, found again token by token, and ring snapshots that make them usable.
+"""Prefix cache: full pages of earlier prompts, looked up by their tokens, and the ring snapshots that make them usable.
 
-Pages form chains: the key of a page is its predecessor and its own tokens, and that of a first page the adapter and
-salt. Keys are compared, not only hashed, so a hit is never another's page. Window layers remember nothing that a page
-could hold; their rings are copied aside at some page boundaries, and a prompt can start only from such a boundary.
+Pages form chains. The key of a page is its predecessor and its tokens; a first page has adapter and salt in place of a
+predecessor. Keys are compared, not only hashed, so a hit never returns a page of other tokens. Pages do not hold the
+window layers' keys and values: their rings are copied at some page boundaries, and a prompt can start only there.
 
 A snapshot belongs to the last page before its boundary. The MTP entry of that page's last token was computed with the
-token that followed then; where another follows, one draft may be worse, and no output changes.
+token that followed in the earlier prompt. If another token follows now, one draft may be worse; the output is the same.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Match(NamedTuple):
     """The cached beginning of a prompt."""
 
     nodes: tuple[Node, ...]  # pages to use; the last has a snapshot
-    num_pages: int  # pages that were found; beyond ``nodes`` the rings are missing
+    num_pages: int  # pages of the longest cached chain; those beyond ``nodes`` have no snapshot
 
 
 @dataclass
@@ -46,10 +46,10 @@ class PrefixStats:
 
 
 class PrefixCache:
-    """Holds one reference to each page it knows. A page that only the cache holds is idle and goes when room is needed.
+    """Holds one reference to each page it knows. A page that only the cache holds is idle; it is evicted to make room.
 
-    Who uses a page uses all before it, and gives back the last first. So the idle page that was used longest ago never
-    has a successor: evicting it leaves no page that cannot be reached.
+    A sequence that uses a page uses all pages before it, and releases the last page first. So the least recently used
+    idle page never has a successor, and evicting it leaves no page that cannot be reached.
     """
 
     def __init__(self, pool: PagePool, *, page_size: int, num_snapshots: int):
@@ -75,20 +75,20 @@ class PrefixCache:
     def keys(self, tokens: Sequence[int]) -> list[bytes]:
         """The tokens of each full page."""
         packed, size = array("i", tokens).tobytes(), self._page_bytes
-        return [packed[at : at + size] for at in range(0, len(packed) - size + 1, size)]
+        return [packed[start : start + size] for start in range(0, len(packed) - size + 1, size)]
 
     def match(self, owner: Owner, keys: Sequence[bytes]) -> Match:
-        """The longest cached chain, and its part that ends with a snapshot. Changes nothing."""
-        found: list[Node] = []
+        """The longest cached chain, and its longest part that ends with a snapshot. Changes nothing."""
+        chain: list[Node] = []
         usable = 0
         for key in keys:
-            node = self._nodes.get((found[-1] if found else owner, key))
+            node = self._nodes.get((chain[-1] if chain else owner, key))
             if node is None:
                 break
-            found.append(node)
+            chain.append(node)
             if node.snapshot is not None:
-                usable = len(found)
-        return Match(tuple(found[:usable]), len(found))
+                usable = len(chain)
+        return Match(tuple(chain[:usable]), len(chain))
 
     def acquire(self, nodes: Sequence[Node]) -> None:
         """One more user for a chain's pages."""
@@ -99,16 +99,16 @@ class PrefixCache:
             self._snapshots.move_to_end(nodes[-1])
 
     def release(self, nodes: Sequence[Node]) -> None:
-        """Give a chain's pages back, the last first."""
+        """Release a chain's pages, the last first."""
         for node in reversed(nodes):
             self._pool.release((node.page,))
             if self._pool.users(node.page) == 1:
                 self._idle[node] = None
 
     def insert(self, parent: Node | Owner, key: bytes, page: int) -> Node:
-        """The node of a page just filled, whose user becomes the node's.
+        """The node of a page just filled; its sequence becomes a user of the node.
 
-        If the cache has those tokens already, ``page`` is given back, and the user continues with the node's page.
+        If the cache has those tokens already, ``page`` is released, and the sequence continues with the node's page.
         """
         node = self._nodes.get((parent, key))
         if node is None:
@@ -121,7 +121,7 @@ class PrefixCache:
         return node
 
     def allocate(self, count: int) -> tuple[int, ...] | None:
-        """``count`` pages, at the cost of idle ones; None and nothing changed if there are not so many."""
+        """``count`` pages, evicting idle ones if needed; None, and nothing changes, if there are too few."""
         if count > self.num_available:
             return None
         while self._pool.num_free < count:
@@ -135,13 +135,13 @@ class PrefixCache:
         self._pool.release((node.page,))
 
     def reserve_snapshot(self, *, evict: bool) -> int | None:
-        """An id to save rings under, then to `attach` or `discard`; ``evict`` may take the one unused for longest."""
+        """An id for a new snapshot, to `attach` or `discard`; ``evict`` allows dropping the least recently used one."""
         if not self._free_snapshots and self._snapshots and evict:
             self._drop_snapshot(next(iter(self._snapshots)))
         return self._free_snapshots.pop() if self._free_snapshots else None
 
     def attach(self, node: Node, snapshot: int) -> None:
-        """Rings saved after ``node``'s page. An earlier snapshot of the same boundary is as good and stays."""
+        """Record the rings saved after ``node``'s page. An earlier snapshot of the same boundary is equal and stays."""
         if node.snapshot is None:
             node.snapshot = snapshot
         else:
@@ -163,11 +163,11 @@ class PrefixCache:
         return (node.page for node in self._nodes.values())
 
     def check(self, *, num_reserved: int = 0) -> None:
-        """Assert the invariants, with so many snapshots reserved."""
+        """Assert the invariants while ``num_reserved`` snapshots are reserved."""
         assert all(self._nodes[node.parent, node.tokens] is node for node in self._nodes.values())
         idle = {node for node in self._nodes.values() if self._pool.users(node.page) == 1}
         assert idle == set(self._idle), "idle pages are those that only the cache holds"
-        order = {node: at for at, node in enumerate(self._idle)}
+        order = {node: i for i, node in enumerate(self._idle)}
         for node in self._nodes.values():
             if isinstance(node.parent, Node):
                 assert self._nodes[node.parent.parent, node.parent.tokens] is node.parent, "a page cannot be reached"

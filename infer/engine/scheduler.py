@@ -1,7 +1,7 @@
-"""Continuous batching: what the next step of the device does. Plain Python; no array is ever seen.
+"""Continuous batching: plans the next step of the device. Plain Python without arrays.
 
-`Scheduler.plan` may be called once more before the plan before has been committed. Until then a decoding sequence is
-counted at the most it can have grown when pages are given out, and at the least when asked whether it needs a step.
+`Scheduler.plan` may be called once before the previous plan is committed. Until then the length of a decoding sequence
+is uncertain: pages are allocated for the largest possible length, and the smallest decides whether it needs a step.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 
 class _Part(NamedTuple):
-    """A row of a plan, and what must be known of it when its tokens arrive."""
+    """A row of a plan, and what `commit` needs when its tokens arrive."""
 
     row: Row
     run: RunningSequence
-    least: int  # tokens it adds
+    least: int  # fewest tokens that it adds
     most: int
     snapshot: int | None = None  # of the rings at its end
 
 
 class Scheduler:
-    """The engine's counterpart. Not thread-safe: one thread calls `add`, `plan`, `commit`, `finish` and `cancel`."""
+    """Plans the engine's steps. Not thread-safe: one thread calls `add`, `plan`, `commit`, `finish` and `cancel`."""
 
     def __init__(self, config: SchedulerConfig, *, drafts: Callable[[int], int] = lambda _: 0):
-        """``drafts`` gives k of a decode step for the number of sequences that take part."""
+        """``drafts`` maps the number of sequences in a decode step to its number of drafts."""
         self.config = config
         self.admission = Admission(config)
         self._drafts = drafts
@@ -46,10 +46,10 @@ class Scheduler:
         self.admission.add(sequence)
 
     def finish(self, id: str, reason: FinishReason = "stop") -> Sequence | None:
-        """End a sequence in whatever state it is; None if it has ended already.
+        """End a sequence in any state; None if it has ended already.
 
-        Steps in flight go on with it; their tokens are dropped. Called before `commit` of a step, it also keeps what
-        the step computed (not finite, say) out of the prefix cache.
+        Steps in flight still run it, but their tokens are dropped. If called before `commit` of a step, the results of
+        the step, which may not be finite, do not enter the prefix cache.
         """
         return self.admission.finish(id, reason)
 
@@ -59,7 +59,7 @@ class Scheduler:
     def plan(self) -> StepPlan | None:
         """The next step: prefill and decode take turns while there is work of both kinds.
 
-        None if there is nothing to do, or nothing before the plan in flight is committed.
+        None if there is nothing to do before the plan in flight is committed.
         """
         assert len(self._in_flight) <= 1, "commit the plan before the last one first"
         if self._prefilled_last and any(run.needs_step for run in self.admission.running):
@@ -88,7 +88,7 @@ class Scheduler:
         return finished
 
     def _plan_prefill(self) -> StepPlan | None:
-        """The next chunk of the first in rank, and of others whose chunks are no wider, within the budget."""
+        """The next chunk of the first in rank, and chunks of others that are not wider, within the token budget."""
         self.admission.admit()
         parts: list[_Part] = []
         width = 0
@@ -124,12 +124,12 @@ class Scheduler:
         return _Part(row, run, int(last), int(last), snapshot)
 
     def _plan_decode(self) -> StepPlan | None:
-        """One step of every sequence that decodes; the last in rank are preempted until the others have pages."""
+        """One step of every decoding sequence; the last in rank are preempted until the others have enough pages."""
         stepping = [run for run in self.admission.running if run.needs_step]
         width = 1 + self._drafts(len(stepping))
         parts = []
         for run in stepping:
-            if run.left:  # preempted for one before it
+            if run.left:  # preempted for an earlier one
                 continue
             length = run.sequence.num_tokens - 1
             if self.admission.grow(run, length + run.most + width):

@@ -1,6 +1,6 @@
-"""What scheduler and engine say to each other: sequences, plans of one step and their outcome, all plain integers.
+"""The data that scheduler and engine exchange: sequences, plans of one step and their results, as plain integers.
 
-A sequence of n known tokens has n − 1 of them in the device's cache while it decodes: the newest is the next input.
+While it decodes, a sequence of n known tokens has n − 1 of them in the device's cache: the newest is the next input.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class SequenceState(StrEnum):
 
 @dataclass(eq=False)
 class Sequence:
-    """One answer in the making. Set the first group; the scheduler keeps the second."""
+    """One unfinished answer. The caller sets the first group of fields; the scheduler maintains the second."""
 
     id: str
     prompt: tuple[int, ...]
@@ -31,17 +31,17 @@ class Sequence:
     priority: int = 0  # lower goes first
     adapter: str = ""  # sequences share cached prefixes only under the same adapter and salt
     salt: str = ""
-    use_prefix: bool = True  # whether its prompt may start from the prefix cache, and enter it
+    use_prefix: bool = True  # whether its prompt may use the prefix cache and be added to it
 
     output: list[int] = field(default_factory=list)  # committed tokens
     state: SequenceState = SequenceState.WAITING
     finish_reason: FinishReason | None = None
     arrival: int = -1  # order of `Scheduler.add`
     slot: int | None = None
-    num_cached: int = 0  # prompt tokens that the prefix cache spared at the first admission
+    num_cached: int = 0  # prompt tokens found in the prefix cache at the first admission
     num_preemptions: int = 0
-    num_in_flight: int = 0  # plans with a row of it that are not committed
-    held: bool = False  # the engine's: no decode step until it knows which tokens may follow
+    num_in_flight: int = 0  # plans with a row of this sequence that are not committed
+    held: bool = False  # set by the engine: no decode step until it knows which tokens may follow
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -50,7 +50,7 @@ class Sequence:
 
     @property
     def owner(self) -> tuple[str, str]:
-        """Who may share its cached prefix."""
+        """Sequences with the same owner may share cached prefixes."""
         return self.adapter, self.salt
 
     @property
@@ -59,7 +59,7 @@ class Sequence:
 
     @property
     def max_cached(self) -> int:
-        """Positions that are ever read again: all but the last token's. What lies past them may go to page 0."""
+        """Positions that are read later: all but the last token's. Later positions may be written to page 0."""
         return len(self.prompt) + self.params.max_tokens - 1
 
 
@@ -68,7 +68,7 @@ class Row(NamedTuple):
 
     slot: int
     id: str
-    start: int  # prefill: tokens in the cache; decode: the least that may be there, while a step is in flight
+    start: int  # prefill: tokens in the cache; decode: the fewest that may be there, if a step is in flight
     count: int  # positions written
     ids: tuple[int, ...] = ()  # prefill: the chunk
     next_id: int = -1  # prefill: the prompt token after the chunk; −1 where the prompt ends and a token is sampled

@@ -1,4 +1,4 @@
-"""What an engine counts: steps, tokens, drafts, and the seconds of host and device."""
+"""Counters of an engine: steps, tokens, drafts, and seconds of host and device."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from stepjax.infer.engine.executor import Order
 from stepjax.infer.engine.sequence import StepPlan
 
 
-class Ran(NamedTuple):
-    """A step that the device has done."""
+class FinishedStep(NamedTuple):
+    """A step that the device has finished."""
 
     order: Order
     seconds: float  # from the end of the step before, or its own launch, until its result was read
-    held_up: bool  # it was done before the host came back to it: the seconds are the host's too
+    held_up: bool  # it finished before the host read it: the seconds include time of the host
 
 
 @dataclass
 class Stats:
-    """Sums since the engine was made."""
+    """Sums since the engine was created."""
 
     num_steps: int = 0
     num_prefill_steps: int = 0
     prefill_tokens: int = 0
     decode_tokens: int = 0
     decode_rows: int = 0  # sequences, summed over decode steps
-    drafted: list[int] = field(default_factory=lambda: [0, 0, 0])  # by depth: drafts that were reached
+    drafted: list[int] = field(default_factory=lambda: [0, 0, 0])  # by depth: drafts whose predecessors were accepted
     accepted: list[int] = field(default_factory=lambda: [0, 0, 0])
     host_s: float = 0.0  # planning, launching and committing
     wait_s: float = 0.0  # for results
-    num_idle: int = 0  # steps that were launched when the device had nothing left to do
+    num_idle: int = 0  # steps that were launched after the device had become idle
     prefill_s: float = 0.0  # from the end of the step before, or its own launch, to the end of a prefill step
     decode_s: float = 0.0
 
     def count(self, plan: StepPlan, counts: Sequence[int]) -> None:
-        """Count a step that brought each row so many tokens."""
+        """Count a step; ``counts`` are the tokens that it added to each row."""
         self.num_steps += 1
         if plan.kind == "prefill":
             self.num_prefill_steps += 1
@@ -52,8 +52,8 @@ class Stats:
 
 
 class StepTimer:
-    """Times the steps of an engine. The device works on one step after the other, so a step's time begins where the
-    step before it was read, or at its own launch where the device had nothing to do.
+    """Measures the steps of an engine. The device runs one step after another, so the time of a step begins when the
+    step before it was read, or at its own launch if the device was idle.
     """
 
     def __init__(self, stats: Stats):
@@ -64,13 +64,13 @@ class StepTimer:
 
     @contextlib.contextmanager
     def host(self) -> Iterator[None]:
-        """Count the block as time of the host."""
+        """Count the block as host time."""
         self._host_began = time.perf_counter()
         yield
         self._stats.host_s += time.perf_counter() - self._host_began
 
     def launched(self, compile_s: float, *, alone: bool) -> None:
-        """Note a launch, within a `host` block. Compiling in it is neither the host's time nor the device's.
+        """Note a launch, within a `host` block. Time spent compiling counts as neither host time nor device time.
 
         Args:
           alone: no other step is in flight.

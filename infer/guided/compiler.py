@@ -1,8 +1,8 @@
-"""The one gateway through which grammars are compiled, and matchers that follow an answer through one.
+"""The only place where grammars are compiled, and the matchers that follow an answer through a grammar.
 
-A grammar comes from a stranger. It is compiled in a child process first, with its time and memory bounded, and refused
-if that fails. A matcher must live where answers are sampled; what the child has compiled within its limits is compiled
-here again, in the same time at most, and llguidance's own limits bound every step that a matcher takes afterwards.
+A grammar is untrusted input. A child process with limited time and memory compiles it first; if that fails, the grammar
+is refused. Matchers are needed in the process that samples, so a grammar that passed is compiled again here, in at most
+the same time. Afterwards llguidance's own limits bound every step of a matcher.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ class GrammarLimits:
     """What one grammar may use."""
 
     compile_s: float = 2.0  # of processor time; real ones take milliseconds
-    wall_s: float = 30.0  # until one is compiled, on a machine that does much else
-    start_s: float = 60.0  # of the child, with its vocabulary; about 2 s for 128,000 entries
+    wall_s: float = 30.0  # until a grammar is compiled, on a busy machine
+    start_s: float = 60.0  # start of the child, which reads the vocabulary: about 2 s for 128,000 entries
     memory_bytes: int = 2 << 30  # address space of the child
-    kept: int = 32  # compiled grammars, and refusals
+    kept: int = 32  # cached results, compiled grammars and refusals
     refused_s: float = 60.0  # before a refused grammar is tried again
-    lexer_states: int = 50_000  # 1 to 2 kB each, made as answers go on
+    lexer_states: int = 50_000  # 1 to 2 kB each, made as answers grow
     step_fuel: int = 200_000  # of the lexer at one token: about 15 ms
     step_items: int = 50_000  # of the parser at one token
 
     @property
     def parser(self) -> dict[str, int | bool]:
-        """In llguidance's terms."""
+        """The limits by llguidance's names."""
         return {
             "max_lexer_states": self.lexer_states,
             "step_lexer_fuel": self.step_fuel,
@@ -55,7 +55,7 @@ class GrammarLimits:
 
 
 class Matcher:
-    """Where an answer is in its grammar. One thread at a time."""
+    """The position of an answer in its grammar. Not thread-safe."""
 
     def __init__(self, inner: LLMatcher, eos: frozenset[int]):
         self._inner, self._eos = inner, eos
@@ -64,22 +64,22 @@ class Matcher:
         return Matcher(self._inner.deep_copy(), self._eos)
 
     def allowed(self, num_words: int) -> np.ndarray:
-        """The tokens that may follow, a bit each: uint32 [num_words].
+        """The tokens that may follow, one bit per token: uint32 [num_words].
 
         Raises:
           GrammarError: a limit was reached.
         """
-        found = np.frombuffer(self._inner.compute_bitmask(), np.uint32)
+        bits = np.frombuffer(self._inner.compute_bitmask(), np.uint32)
         self._check()
         words = np.zeros((num_words,), np.uint32)
-        words[: len(found)] = found[:num_words]
+        words[: len(bits)] = bits[:num_words]
         return words
 
     def push(self, token: int) -> None:
         """Take a token.
 
         Raises:
-          GrammarError: it does not follow.
+          GrammarError: the grammar does not allow it.
         """
         if not self._inner.consume_token(token):
             self._check()
@@ -107,20 +107,20 @@ class Matcher:
 
 class _Refusal(NamedTuple):
     reason: str
-    until_s: float  # by the monotonic clock; another time the memory may be there, or the time
+    until_s: float  # of the monotonic clock; a later attempt may have enough memory or time
 
 
 class Grammars:
     """Compiles grammars over one tokenizer. Safe to share between threads."""
 
     def __init__(self, tokenizer: Tokenizer, eos_ids: Sequence[int], *, limits: GrammarLimits | None = None):
-        """Starts nothing yet."""
+        """Starts no process; the first grammar does."""
         self.limits = limits or GrammarLimits()
         size = len(tokenizer)
-        # Ends that no token is stand for none; then the end of a turn says that an answer is complete.
-        self.eos_ids = [each for each in eos_ids if 0 <= each < size] or [tokenizer.special.im_end]
+        # Without an end-of-sequence id inside the vocabulary, the end of a turn marks a complete answer.
+        self.eos_ids = [token for token in eos_ids if 0 <= token < size] or [tokenizer.special.im_end]
         self._vocabulary = {
-            "tokens": [base64.b64encode(tokenizer.token_bytes([at])).decode() for at in range(size)],
+            "tokens": [base64.b64encode(tokenizer.token_bytes([token])).decode() for token in range(size)],
             "special": sorted(tokenizer.controls.values()),
             "eos": self.eos_ids,
         }
@@ -131,32 +131,32 @@ class Grammars:
         self._kept: OrderedDict[str, Matcher | _Refusal] = OrderedDict()
 
     def warm(self) -> None:
-        """Start the child and read the vocabulary."""
+        """Start the child process and give it the vocabulary."""
         self.compile('start: "a"')
 
     def compile(self, grammar: str, *, name: str = "grammar") -> Matcher:
-        """A matcher at the beginning of an answer. Takes its time: not for an event loop.
+        """A matcher at the beginning of an answer. May take seconds: do not call it in an event loop.
 
         Raises:
-          GrammarError: it is none, has no match, or is too large.
+          GrammarError: the grammar is not valid, matches no text, or is too large.
         """
         with self._lock:
-            found = self._kept.get(grammar)
-            if isinstance(found, _Refusal) and found.until_s < time.monotonic():
-                found = None
-        if found is None:
+            result = self._kept.get(grammar)
+            if isinstance(result, _Refusal) and result.until_s < time.monotonic():
+                result = None
+        if result is None:
             try:
-                found = self._compiled(grammar)
+                result = self._compiled(grammar)
             except GrammarError as error:
-                found = _Refusal(str(error), time.monotonic() + self.limits.refused_s)
+                result = _Refusal(str(error), time.monotonic() + self.limits.refused_s)
         with self._lock:
-            self._kept[grammar] = found
+            self._kept[grammar] = result
             self._kept.move_to_end(grammar)
             while len(self._kept) > self.limits.kept:
                 self._kept.popitem(last=False)
-            if isinstance(found, Matcher):
-                return found.copy()
-        raise GrammarError(f"{name}: {found.reason}")
+            if isinstance(result, Matcher):
+                return result.copy()
+        raise GrammarError(f"{name}: {result.reason}")
 
     def close(self) -> None:
         self._child.close()
@@ -178,7 +178,7 @@ class Grammars:
 
 
 def _spelling_as(tokenizer: Tokenizer) -> type[Vocabulary]:
-    """A vocabulary that spells forced text as the model was taught to, and not by the letter."""
+    """A vocabulary that encodes forced text with the tokenizer, as in training, and not byte by byte."""
 
     class Spelling(Vocabulary):
         def __call__(self, text: str) -> list[int]:
@@ -190,7 +190,7 @@ def _spelling_as(tokenizer: Tokenizer) -> type[Vocabulary]:
 
 
 class _Compiler(ChildProcess):
-    """The child."""
+    """The child process that compiles grammars."""
 
     _work = "the process that compiles grammars"
 
@@ -200,7 +200,7 @@ class _Compiler(ChildProcess):
         super().__init__(_WORKER, arguments, start_s=limits.start_s, cpu_s=limits.compile_s)
 
     def check(self, grammar: str) -> None:
-        """Raise GrammarError unless it compiles within the limits."""
+        """Raise GrammarError unless the grammar compiles within the limits."""
         with self._turn():
             self._ensure_started()
             reply = self._ask({"grammar": grammar}, seconds=self._limits.wall_s, max_chars=4096)
@@ -218,7 +218,7 @@ class _Compiler(ChildProcess):
 
 
 def _told(error: str) -> str:
-    """llguidance's message, without the grammar that it prints after it."""
+    """llguidance's message, without the grammar printed after it."""
     reason = re.search(r"(?m)^error: (.+)", error)
     first = reason[1] if reason else error.split("\n<", 1)[0].split("\n   ", 1)[0]
     return " ".join(first.split())[:300] or "cannot be compiled"

@@ -1,8 +1,8 @@
-"""Which tokens an answer may go on with: a bound on its thinking, and a grammar from the token behind the thinking on.
+"""Which tokens may continue an answer: a limit on its thinking, and a grammar for the text after the thinking.
 
-A guide follows one answer on the host. Before a step it says, for each position that the step verifies, which tokens
-may stand there if the drafts before it are right; a step's tokens are only taken as far as they agree with its drafts,
-so every token is drawn under the mask of the very prefix that it follows.
+A guide follows one answer on the host. Before a step it computes, for each position that the step verifies, the tokens
+allowed there if the drafts before it are accepted. A step's tokens are taken only as far as they agree with its drafts,
+so every token is sampled under the mask of exactly the prefix that it follows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MARKERS = (THINK_CLOSE.encode(), TOOL_OPEN.encode())
 
 
 class Masks:
-    """Sets of tokens as bits, for one tokenizer and a matrix of ``vocab_size`` rows."""
+    """Sets of tokens as bit masks, for one tokenizer and an output matrix of ``vocab_size`` rows."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int):
         self.tokenizer = tokenizer
@@ -30,7 +30,7 @@ class Masks:
         self.any = self.of(range(len(tokenizer)))
 
     def only(self, token: int) -> np.ndarray:
-        """One token."""
+        """The mask of one token."""
         if token not in self._single:
             self._single[token] = self.of([token])
         return self._single[token]
@@ -40,30 +40,30 @@ class Masks:
         return {}
 
     def of(self, ids: Sequence[int]) -> np.ndarray:
-        """uint32 [num_words]."""
+        """The mask of these tokens: uint32 [num_words]."""
         bits = np.zeros((32 * self.num_words,), np.uint8)
         bits[list(ids)] = 1
         return np.packbits(bits, bitorder="little").view(np.uint32)
 
     @cached_property
     def newline(self) -> np.ndarray | None:
-        """The newline alone, if it is one token."""
+        """The mask of the newline, if it is one token."""
         ids = self.tokenizer.encode("\n")
         return self.of(ids) if len(ids) == 1 else None
 
     @cached_property
     def _bytes(self) -> list[bytes]:
-        return [self.tokenizer.token_bytes([at]) for at in range(len(self.tokenizer))]
+        return [self.tokenizer.token_bytes([token]) for token in range(len(self.tokenizer))]
 
     @cached_property
     def _controls(self) -> frozenset[int]:
         return frozenset(self.tokenizer.controls.values())
 
     def completing(self, marker: bytes, seen: int) -> np.ndarray:
-        """Plain tokens that spell the rest of a marker of which ``seen`` bytes are there."""
+        """Ordinary tokens that begin with the rest of a marker after its first ``seen`` bytes."""
         if (marker, seen) not in self._completing:
             rest, controls = marker[seen:], self._controls
-            ids = [at for at, data in enumerate(self._bytes) if data.startswith(rest) and at not in controls]
+            ids = [token for token, data in enumerate(self._bytes) if data.startswith(rest) and token not in controls]
             self._completing[marker, seen] = self.of(ids)
         return self._completing[marker, seen]
 
@@ -74,14 +74,14 @@ class Masks:
 
 @dataclass(frozen=True)
 class Constraint:
-    """What holds for all answers to a request."""
+    """The restrictions on all answers to a request."""
 
     masks: Masks
     thinking: bool  # whether the prompt leaves the model thinking
     budget: int | None = None  # tokens of thinking, after which it is closed
-    matcher: Matcher | None = None  # at its beginning
+    matcher: Matcher | None = None  # at the beginning of the grammar
     calls: bool = False  # whether a tool call may end the thinking
-    ends: frozenset[int] = frozenset()  # ids that end an answer, which none may while it thinks, given a matcher
+    ends: frozenset[int] = frozenset()  # ids that end an answer; with a matcher, excluded while it thinks
 
     @cached_property
     def not_while_thinking(self) -> np.ndarray:
@@ -96,12 +96,12 @@ class Constraint:
 class _Place:
     phase: Literal["thinking", "matching", "free", "done"]
     num_thought: int = 0
-    tail: bytes = b""  # of the thinking, as much as may begin a marker
+    tail: bytes = b""  # last bytes of the thinking, which may begin a marker
     num_matched: int = 0
 
 
 class Guide:
-    """One answer's way through a `Constraint`. Used by one thread at a time."""
+    """The state of one answer under a `Constraint`. Not thread-safe."""
 
     def __init__(self, constraint: Constraint):
         self._constraint, self._masks = constraint, constraint.masks
@@ -117,7 +117,7 @@ class Guide:
 
     @property
     def active(self) -> bool:
-        """Whether it still has a say."""
+        """Whether it still restricts the answer."""
         return self._place.phase in ("thinking", "matching")
 
     @property
@@ -129,14 +129,15 @@ class Guide:
         """Take the answer's next token.
 
         Raises:
-          GrammarError: it may not stand there.
+          GrammarError: the token is not allowed.
         """
         self._place = self._after(self._place, token)
 
     def ahead(self, drafts: Sequence[int]) -> np.ndarray:
-        """The tokens that may stand at the next position, and at those behind each draft: uint32 [1 + drafts, words].
+        """Masks of the tokens allowed at the next position, and after each draft: uint32 [1 + drafts, words].
 
-        Where a draft may not stand, and behind the end of the answer, no token is excluded: no such token is taken.
+        After a draft that is not allowed, and after the end of the answer, the masks allow every token: no token is
+        taken from there.
 
         Raises:
           GrammarError: the grammar's limits were reached.
@@ -166,7 +167,7 @@ class Guide:
             if token == self._call:
                 return self._matched(place, token) if self._matcher else replace(place, phase="free")
             tail = (place.tail + self._masks.tokenizer.token_bytes([token]))[-32:]
-            spelled = any(marker in tail for marker in _MARKERS)  # the parsers go by the text
+            spelled = any(marker in tail for marker in _MARKERS)  # the parsers look at the text
             if spelled and self._matcher is None:
                 return replace(place, phase="free")
             return replace(place, num_thought=place.num_thought + 1, tail=tail)
@@ -183,10 +184,10 @@ class Guide:
     def _allowed(self, place: _Place) -> np.ndarray:
         if place.phase == "matching":
             assert self._matcher is not None
-            found = self._matcher.allowed(self._masks.num_words)
-            if not found.any():
+            words = self._matcher.allowed(self._masks.num_words)
+            if not words.any():
                 raise GrammarError("no token of the vocabulary follows")
-            return found
+            return words
         return self._thinking(place) if place.phase == "thinking" else self._masks.any
 
     def _thinking(self, place: _Place) -> np.ndarray:
@@ -195,7 +196,7 @@ class Guide:
         if budget is not None and place.num_thought >= budget:
             return masks.only(self._close)
         if budget is not None and place.num_thought == budget - 1 > 0 and masks.newline is not None:
-            return masks.newline  # the marker has a line of its own, as in training
+            return masks.newline  # the marker is on a separate line, as in training
         if self._matcher is None:
             return masks.any
         excluded = constraint.not_while_thinking

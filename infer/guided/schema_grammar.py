@@ -1,7 +1,7 @@
-"""What an answer may look like, as rules in the language of llguidance: JSON schemas, regular expressions, choices.
+"""Grammars of answers, in the language of llguidance: JSON schemas, regular expressions, choices.
 
-A form is the right-hand sides and helper rules of a Lark grammar; `grammar_of` joins forms to a whole one. Rules are
-named by their form, so that several go into one grammar.
+A `GrammarPart` is the right-hand side of a Lark rule, with helper rules; `grammar_of` joins parts into a grammar. Names
+of rules differ between parts, so that one grammar can hold several parts.
 """
 
 from __future__ import annotations
@@ -19,53 +19,53 @@ MAX_SCHEMA_BYTES = 64 * 2**10
 MAX_SCHEMA_DEPTH = 16  # subschemas in each other
 MAX_REGEX_BYTES = 2**10
 MAX_CHOICES = 256
-MAX_LENGTH = 2**16  # of strings, lists and objects that a schema demands: no answer is so long
+MAX_LENGTH = 2**16  # least length of strings, lists and objects that a schema may demand: no answer is longer
 
-# Between JSON's tokens: enough for any layout, and bounded, since models may go on with spaces for ever.
+# Between JSON's tokens: enough for any layout, and bounded, since a model may otherwise write spaces without end.
 _SPACE = r"( {1,2}|\n {0,32})?"
 _COUNTS = ("minLength", "minItems", "minProperties", "minContains")
 
 
 class GrammarError(RequestError):
-    """What the answer shall look like is not acceptable, or cannot be held to."""
+    """A grammar is not acceptable, or cannot be enforced."""
 
 
 @dataclass(frozen=True)
-class Form:
-    """``expression`` is what the answer matches; ``rules`` are what it refers to."""
+class GrammarPart:
+    """Part of a Lark grammar: ``expression`` is what the answer matches, ``rules`` are the rules that it refers to."""
 
     expression: str
     rules: str = ""
 
 
-def grammar_of(content: Form | None, calls: Form | None = None, *, after_thinking: bool) -> str:
+def grammar_of(content: GrammarPart | None, calls: GrammarPart | None = None, *, after_thinking: bool) -> str:
     """The grammar of an answer that is content or calls.
 
     Args:
-      after_thinking: it begins behind ``</think>``, where one newline belongs to the marker. Before a call it may be
-        missing, since a call may end the thinking by itself.
+      after_thinking: the answer begins after ``</think>``, where one newline belongs to the marker. Before a call the
+        newline is optional, since a call may end the thinking by itself.
     """
-    found = []
+    alternatives = []
     if content is not None:
-        found.append(f'"\\n" ({content.expression})' if after_thinking else f"({content.expression})")
+        alternatives.append(f'"\\n" ({content.expression})' if after_thinking else f"({content.expression})")
     if calls is not None:
-        found.append(f'"\\n"? ({calls.expression})' if after_thinking else f"({calls.expression})")
+        alternatives.append(f'"\\n"? ({calls.expression})' if after_thinking else f"({calls.expression})")
     rules = "\n".join(form.rules for form in (content, calls) if form is not None)
-    return f"start: {' | '.join(found)}\n{rules}\n"
+    return f"start: {' | '.join(alternatives)}\n{rules}\n"
 
 
-def json_object() -> Form:
+def json_object() -> GrammarPart:
     return _json_form({"type": "object"}, lenient=False)
 
 
-def json_schema(schema: Any, *, strict: bool, name: str = "schema") -> Form:
-    """JSON that fits a schema. An object takes no properties beside those it declares unless the schema allows them.
+def json_schema(schema: Any, *, strict: bool, name: str = "schema") -> GrammarPart:
+    """JSON that fits a schema. An object has only the properties that it declares, unless the schema allows others.
 
     Args:
-      strict: refuse keywords that cannot be held to, rather than leave them out.
+      strict: refuse keywords that cannot be enforced; otherwise they are ignored.
 
     Raises:
-      GrammarError: it is not a schema, or too large.
+      GrammarError: ``schema`` is not a JSON schema, or is too large.
     """
     if isinstance(schema, str):
         schema = _parsed(schema, name)
@@ -73,37 +73,37 @@ def json_schema(schema: Any, *, strict: bool, name: str = "schema") -> Form:
     return _json_form(closed(schema), lenient=not strict)
 
 
-def regex(pattern: str, name: str = "regex") -> Form:
+def regex(pattern: str, name: str = "regex") -> GrammarPart:
     """Text that a regular expression matches as a whole.
 
     Raises:
-      GrammarError: it is too long.
+      GrammarError: the expression is empty or too long.
     """
     if not pattern or len(pattern.encode()) > MAX_REGEX_BYTES:
         raise GrammarError(f"{name}: has {len(pattern.encode())} bytes, expected 1 to {MAX_REGEX_BYTES}")
-    return Form(f"/{regex_to_lark(pattern, 'dws')}/")
+    return GrammarPart(f"/{regex_to_lark(pattern, 'dws')}/")
 
 
-def choice(texts: Any, name: str = "choice") -> Form:
+def choice(texts: Any, name: str = "choice") -> GrammarPart:
     """One of these texts.
 
     Raises:
-      GrammarError: they are not non-empty texts, or too many.
+      GrammarError: ``texts`` is not a list of non-empty texts, or is too long.
     """
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text for text in texts):
         raise GrammarError(f"{name}: expected a list of texts, none of them empty")
     if not 1 <= len(texts) <= MAX_CHOICES or sum(map(len, texts)) > MAX_SCHEMA_BYTES:
         raise GrammarError(f"{name}: has {len(texts)} texts, expected 1 to {MAX_CHOICES}, of {MAX_SCHEMA_BYTES} bytes")
-    return Form(" | ".join(map(literal, texts)))
+    return GrammarPart(" | ".join(map(literal, texts)))
 
 
 def literal(text: str) -> str:
-    """A text in Lark."""
+    """A text as a literal of Lark."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def inline_json(schema: Any, *, lenient: bool) -> str:
-    """A schema in Lark."""
+    """A schema as an expression of Lark."""
     options = {"whitespace_pattern": _SPACE, "coerce_one_of": True, "lenient": lenient}
     if not isinstance(schema, Mapping):  # true: anything
         schema = {}
@@ -111,7 +111,7 @@ def inline_json(schema: Any, *, lenient: bool) -> str:
 
 
 def check_schema(schema: Any, name: str) -> None:
-    """Raise GrammarError for a schema that is none, or is larger than allowed."""
+    """Raise GrammarError unless ``schema`` is a JSON schema within the limits of size."""
     if not isinstance(schema, Mapping | bool) or schema is False:
         raise GrammarError(f"{name}: expected a JSON schema, found {json.dumps(schema)[:60]}")
     if len(json.dumps(schema)) > MAX_SCHEMA_BYTES:
@@ -133,7 +133,7 @@ _NAMED = ("properties", "patternProperties", "$defs", "definitions")
 
 
 def _subschemas(schema: Any, depth: int = 1) -> Iterator[tuple[Mapping[str, Any], int]]:
-    """The schema and all inside of it, down to one level too many."""
+    """The schema and all schemas inside it, with their depth, down to one level below `MAX_SCHEMA_DEPTH`."""
     if not isinstance(schema, Mapping):
         return
     yield schema, depth
@@ -146,14 +146,14 @@ def _subschemas(schema: Any, depth: int = 1) -> Iterator[tuple[Mapping[str, Any]
     for key in _NAMED:
         if isinstance(schema.get(key), Mapping):
             inner += schema[key].values()
-    for each in inner:
-        yield from _subschemas(each, depth + 1)
+    for subschema in inner:
+        yield from _subschemas(subschema, depth + 1)
 
 
 def closed(schema: Any) -> Any:
-    """The schema with every object limited to the properties that it declares, unless it says what else it takes.
+    """The schema with every object limited to the properties that it declares, unless it allows others.
 
-    A schema that combines others by ``allOf`` stays as it is: each would forbid what the others declare.
+    A schema that combines others with ``allOf`` is unchanged: each part would forbid what the others declare.
     """
     if any(isinstance(part.get("allOf"), list) for part, _ in _subschemas(schema)):
         return schema
@@ -163,24 +163,24 @@ def closed(schema: Any) -> Any:
 def _closed(schema: Any) -> Any:
     if not isinstance(schema, Mapping):
         return schema
-    found = dict(schema)
+    copy = dict(schema)
     for key in _ONE:
-        if key in found:
-            found[key] = _closed(found[key])
+        if key in copy:
+            copy[key] = _closed(copy[key])
     for key in _MANY:
-        if isinstance(found.get(key), list):
-            found[key] = [_closed(each) for each in found[key]]
+        if isinstance(copy.get(key), list):
+            copy[key] = [_closed(subschema) for subschema in copy[key]]
     for key in _NAMED:
-        if isinstance(found.get(key), Mapping):
-            found[key] = {name: _closed(each) for name, each in found[key].items()}
+        if isinstance(copy.get(key), Mapping):
+            copy[key] = {name: _closed(subschema) for name, subschema in copy[key].items()}
     says_more = {"additionalProperties", "patternProperties", "unevaluatedProperties", "anyOf", "oneOf", "$ref"}
-    if found.get("properties") and not says_more & found.keys():
-        found["additionalProperties"] = False
-    return found
+    if copy.get("properties") and not says_more & copy.keys():
+        copy["additionalProperties"] = False
+    return copy
 
 
-def _json_form(schema: Any, *, lenient: bool) -> Form:
-    return Form("content_json", "content_json: " + inline_json(schema, lenient=lenient))
+def _json_form(schema: Any, *, lenient: bool) -> GrammarPart:
+    return GrammarPart("content_json", "content_json: " + inline_json(schema, lenient=lenient))
 
 
 def _parsed(text: str, name: str) -> Any:

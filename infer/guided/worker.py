@@ -1,9 +1,9 @@
 """The child process that compiles grammars first: `stepjax.infer.guided.compiler` starts it as a script.
 
-Compiling a stranger's expression may take any time and memory. Here the system bounds the memory and the processor's
-time, and the parent the time until a reply comes: either kills. What passes is compiled again where it is used, and is
-then known to be cheap. Speaks JSON, one object a line: {} to see that it runs and {"tokens", "special", "eos"} first,
-answered by {"ok"}; then {"grammar"}, answered by {"ok"} or {"error"}.
+Compiling an untrusted expression may take any amount of time and memory. In this process the system limits memory and
+processor time, and the parent limits the time until a reply; each limit kills the process. A grammar that passes is
+compiled again where it is used, and is then known to be cheap. Messages are JSON, one object a line. First {} (a check
+that it runs) and {"tokens", "special", "eos"}, answered by {"ok"}; then {"grammar"}, answered by {"ok"} or {"error"}.
 """
 
 import base64
@@ -20,25 +20,25 @@ _MAX_FORCED = 16  # tokens
 
 
 class Vocabulary:
-    """A tokenizer as llguidance asks for it. Bytes by id; ids without an entry are empty."""
+    """A tokenizer with the interface that llguidance expects. Bytes by id; ids without an entry are empty."""
 
     def __init__(self, tokens: list[bytes], special: list[int], eos: int):
         self.tokens, self.special_token_ids, self.eos_token_id, self.bos_token_id = tokens, special, eos, None
-        self._id_of = {token: at for at, token in enumerate(tokens) if len(token) == 1}
+        self._id_of = {token: i for i, token in enumerate(tokens) if len(token) == 1}
 
     def __call__(self, text: str) -> list[int]:
-        """Ids of a text, of which only one spelling may follow. Here, where none is sampled, any ids will do."""
+        """Ids of a text that the grammar forces. No token is sampled in this process, so any ids will do."""
         if not isinstance(text, str):
             raise TypeError("expected a text")  # tells llguidance that it may not pass bytes
         data = text.encode()
-        return [self._id_of[data[at : at + 1]] for at in range(len(data)) if data[at : at + 1] in self._id_of]
+        return [self._id_of[data[i : i + 1]] for i in range(len(data)) if data[i : i + 1] in self._id_of]
 
 
 def confine(memory_bytes: int) -> None:
-    """Gives up what compiling does not need."""
+    """Give up the rights that compiling does not need."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches the group; the parent decides
     if hasattr(signal, "SIGPROF"):
-        signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process, which is what the limit of its time is for
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process when its time is used up
     with contextlib.suppress(ImportError):
         import resource
 
@@ -48,7 +48,7 @@ def confine(memory_bytes: int) -> None:
 
 
 def set_timers(cpu_s: float, wall_s: float) -> None:
-    """Seconds after which the system ends this process, 0 for none. Wall time counts in case the parent died."""
+    """Seconds after which the system ends this process, 0 for none. Wall time is limited in case the parent died."""
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_PROF, cpu_s)
         signal.setitimer(signal.ITIMER_REAL, wall_s)
@@ -61,23 +61,23 @@ def tokenizer_of(request: dict[str, Any], kind: type[Vocabulary] = Vocabulary) -
 
 
 def fault(tokenizer: LLTokenizer, grammar: str, limits: LLParserLimits) -> str:
-    """What is wrong with a grammar; "" if an answer can begin."""
+    """The error of a grammar; "" if an answer can begin."""
     matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
-    for _ in range(_MAX_FORCED):  # what must come first says nothing about the rest
+    for _ in range(_MAX_FORCED):  # forced tokens do not show whether the rest can be compiled
         if matcher.is_error():
             break
-        found = int.from_bytes(matcher.compute_bitmask(), "little")
-        if matcher.is_error() or found.bit_count() != 1:
+        mask = int.from_bytes(matcher.compute_bitmask(), "little")
+        if matcher.is_error() or mask.bit_count() != 1:
             break
-        matcher.consume_token(found.bit_length() - 1)
+        matcher.consume_token(mask.bit_length() - 1)
     error = matcher.get_error()
     return "no text matches it" if error.startswith("NoExtension") else error
 
 
 def main() -> None:
-    """Serves requests until the parent closes the pipe.
+    """Serve requests until the parent closes the pipe.
 
-    Arguments: processor seconds of a grammar, memory in bytes, wall seconds of a request, limits as JSON.
+    Arguments: processor seconds per grammar, bytes of memory, wall seconds per request, limits as JSON.
     """
     cpu_s, memory_bytes, wall_s = float(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
     confine(memory_bytes)
@@ -85,7 +85,7 @@ def main() -> None:
     tokenizer: LLTokenizer | None = None
     for line in sys.stdin.buffer:
         request = json.loads(line)
-        set_timers(cpu_s if "grammar" in request else 0, wall_s)  # a vocabulary takes longer, and is our own
+        set_timers(cpu_s if "grammar" in request else 0, wall_s)  # a vocabulary takes longer, and is trusted
         reply: dict[str, Any] = {"ok": True}
         if "tokens" in request:
             tokenizer = tokenizer_of(request)

@@ -35,35 +35,35 @@ class SamplingParams:
     top_p: float = 0.95  # 1 is off
     top_k: int = 40  # 0 is off
     min_p: float = 0.0  # relative to the most likely token; 0 is off
-    seed: int = field(default_factory=lambda: secrets.randbits(32))  # fresh for each request unless given
+    seed: int = field(default_factory=lambda: secrets.randbits(32))  # random for each request unless given
     stop: tuple[str, ...] = ()  # strings; the text ends before the first one
-    stop_ids: tuple[int, ...] = ()  # beside the model's own end-of-sequence ids
+    stop_ids: tuple[int, ...] = ()  # in addition to the model's end-of-sequence ids
     ignore_eos: bool = False
     repetition_penalty: float = 1.0  # tokens in prompt or answer: logits above 0 are divided by it, others multiplied
-    presence_penalty: float = 0.0  # taken from the logit of a token that was answered
-    frequency_penalty: float = 0.0  # taken for each time that it was
+    presence_penalty: float = 0.0  # subtracted from the logit of a token that the answer contains
+    frequency_penalty: float = 0.0  # subtracted once for each occurrence of the token in the answer
     logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()  # added to logits; kept as sorted pairs
     allowed_ids: tuple[int, ...] = ()  # the only tokens to sample; none: all
-    min_tokens: int = 0  # before which no id that ends the answer is sampled
-    logprobs: int | None = None  # report each token's log-probability, and those of so many likeliest
-    prompt_logprobs: int | None = None  # the same of the prompt's tokens
+    min_tokens: int = 0  # no id that ends the answer is sampled before them
+    logprobs: int | None = None  # report each token's log-probability, and those of so many most likely tokens
+    prompt_logprobs: int | None = None  # the same for the prompt's tokens
     n: int = 1  # answers; the i-th is sampled with seed + i
 
     def __post_init__(self) -> None:
-        _within("max_tokens", self.max_tokens, 1, 1 << 20, whole=True)
+        _within("max_tokens", self.max_tokens, 1, 1 << 20, integer=True)
         _within("temperature", self.temperature, 0, 100)
         _within("top_p", self.top_p, 1e-6, 1)
-        _within("top_k", self.top_k, 0, 1 << 30, whole=True)
+        _within("top_k", self.top_k, 0, 1 << 30, integer=True)
         _within("min_p", self.min_p, 0, 1)
-        _within("seed", self.seed, 0, (1 << 32) - 1, whole=True)
+        _within("seed", self.seed, 0, (1 << 32) - 1, integer=True)
         _within("repetition_penalty", self.repetition_penalty, 0.01, 100)
         _within("presence_penalty", self.presence_penalty, -2, 2)
         _within("frequency_penalty", self.frequency_penalty, -2, 2)
-        _within("min_tokens", self.min_tokens, 0, self.max_tokens, whole=True)
-        _within("n", self.n, 1, MAX_ANSWERS, whole=True)
+        _within("min_tokens", self.min_tokens, 0, self.max_tokens, integer=True)
+        _within("n", self.n, 1, MAX_ANSWERS, integer=True)
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
-                _within(name, getattr(self, name), 0, MAX_LOGPROBS, whole=True)
+                _within(name, getattr(self, name), 0, MAX_LOGPROBS, integer=True)
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
         for name in ("stop_ids", "allowed_ids"):
             ids = _listed(name, getattr(self, name), "token ids")
@@ -77,7 +77,7 @@ class SamplingParams:
 
     @classmethod
     def from_defaults(cls, generation_config: dict[str, Any], **given: Any) -> SamplingParams:
-        """The checkpoint's generation_config where it has a field, the model card elsewhere, ``given`` over both."""
+        """``given``; for other fields the checkpoint's generation_config, then the model card."""
         given = {name: value for name, value in given.items() if value is not None}
         names = {"temperature", "top_p", "top_k", "min_p"} - given.keys()
         fields = {name: generation_config[name] for name in names if generation_config.get(name) is not None}
@@ -95,7 +95,7 @@ class SamplingParams:
 
     @property
     def has_rules(self) -> bool:
-        """Whether more than the token's own logit and its rank decide."""
+        """Whether penalties, biases, allowed ids or a least length change the logits."""
         return bool(self.has_penalties or self.logit_bias or self.allowed_ids or self.min_tokens)
 
     def ends(self, eos_ids: Iterable[int]) -> tuple[int, ...]:
@@ -103,11 +103,11 @@ class SamplingParams:
         return tuple(dict.fromkeys([*self.stop_ids, *(() if self.ignore_eos else eos_ids)]))
 
     def check(self, num_tokens: int, *, eos_ids: Iterable[int] = ()) -> None:
-        """Hold the request against its model.
+        """Check the request against its model.
 
         Raises:
-          RequestError: a named id is not one of ``num_tokens``, there are more ids that end the answer than a slot has
-            room for, or before ``min_tokens`` no token may be sampled at all.
+          RequestError: an id is not below ``num_tokens``, more ids end the answer than a slot has room for, or no token
+            may be sampled before ``min_tokens``.
         """
         named = {"stop_ids": self.stop_ids, "allowed_ids": self.allowed_ids}
         for name, ids in (named | {"logit_bias": [token for token, _ in self.logit_bias]}).items():
@@ -125,10 +125,12 @@ class SamplingParams:
         return dataclasses.replace(self, **changes)
 
 
-def _within(name: str, value: Any, low: float, high: float, *, whole: bool = False) -> None:
-    number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+def _within(name: str, value: Any, low: float, high: float, *, integer: bool = False) -> None:
+    number = isinstance(value, int if integer else int | float) and not isinstance(value, bool)
     if not number or not low <= value <= high:
-        raise RequestError(f"{name}: is {value!r}, expected a {'whole ' if whole else ''}number from {low} to {high}")
+        raise RequestError(
+            f"{name}: is {value!r}, expected {'an integer' if integer else 'a number'} from {low} to {high}"
+        )
 
 
 def _at_most(name: str, count: int, most: int) -> None:
@@ -137,7 +139,7 @@ def _at_most(name: str, count: int, most: int) -> None:
 
 
 def _token(name: str, token: Any, num_tokens: int = 1 << 31) -> None:
-    _within(f"{name}: token {token!r}", token, 0, num_tokens - 1, whole=True)
+    _within(f"{name}: token {token!r}", token, 0, num_tokens - 1, integer=True)
 
 
 def _listed(name: str, values: Any, kind: str) -> tuple[Any, ...]:
@@ -147,17 +149,17 @@ def _listed(name: str, values: Any, kind: str) -> tuple[Any, ...]:
 
 
 def _biases(given: Any) -> tuple[tuple[int, float], ...]:
-    """Sorted pairs."""
+    """The biases as pairs of token id and bias, sorted by id."""
     pairs = given.items() if isinstance(given, Mapping) else given
     try:
-        found = dict(pairs)
-        repeats = len(pairs) - len(found)
+        biases = dict(pairs)
+        repeats = len(pairs) - len(biases)
     except (TypeError, ValueError):
         raise RequestError(f"logit_bias: is {given!r}, expected numbers by token id") from None
-    _at_most("logit_bias", len(found), MAX_BIASES)
+    _at_most("logit_bias", len(biases), MAX_BIASES)
     if repeats:
         raise RequestError(f"logit_bias: is {given!r}, expected each token id once")
-    for token, bias in found.items():
+    for token, bias in biases.items():
         _token("logit_bias", token)
         _within(f"logit_bias[{token}]", bias, -100, 100)
-    return tuple(sorted((token, float(bias)) for token, bias in found.items()))
+    return tuple(sorted((token, float(bias)) for token, bias in biases.items()))

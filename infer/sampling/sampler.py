@@ -1,8 +1,8 @@
 """From logits to tokens: rules, temperature, top-k, top-p, min-p, and noise that depends on seed and position alone.
 
 Because the noise of a token is a function of its request's seed and its position, a sampled token never depends on the
-batch, on how the prompt was chunked, or on whether drafts were verified along the way. What a request does not ask for
-is the exact identity on its logits, so that a neighbour's wishes change nothing either.
+batch, on how the prompt was chunked, or on whether drafts were verified along the way. An option
+that a request does not use leaves its logits exactly unchanged, so the options of other requests do not affect it.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import numpy as np
 
 from stepjax.infer.sampling.state import REMOVED, Rules, Sampling, unpacked
 
-FEW = 64  # the largest top_k that is found without sorting the vocabulary
+FEW = 64  # the largest top_k for which a partial sort is used
 
 
 class Logprobs(NamedTuple):
-    """Log-probabilities of the model's own distribution, before any option of sampling."""
+    """Log-probabilities of the model's distribution, before all sampling options."""
 
     token_BT: jax.Array  # float32: of the tokens themselves
-    top_id_BTN: jax.Array  # int32: the likeliest, in order
+    top_id_BTN: jax.Array  # int32: the most likely, in order
     top_BTN: jax.Array  # float32
 
 
@@ -155,7 +155,7 @@ def _penalised(logits: jax.Array, rules: Rules, draft_BK: jax.Array | None) -> j
 def process(logits_BTV: jax.Array, sampling: Sampling) -> jax.Array:
     """Logits of the distribution that is sampled: temperature, then top-k, then top-p, then min-p.
 
-    Greedy rows (temperature 0) are left as they are. Tokens tied with the last one kept are kept.
+    Greedy rows (temperature 0) are left as they are. Tokens with the same logit as the last one kept are kept, too.
     """
     random_B = sampling.temperature_B > 0
     logits = logits_BTV / jnp.where(random_B, sampling.temperature_B, 1.0)[:, None, None]
@@ -229,8 +229,8 @@ def _bisected(holds: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds
         middle = (low & high) + ((low ^ high) >> 1)  # their mean, rounded down, without overflow
-        found = holds(middle)
-        return jnp.where(found, low, middle + 1), jnp.where(found, middle, high)
+        holds_here = holds(middle)
+        return jnp.where(holds_here, low, middle + 1), jnp.where(holds_here, middle, high)
 
     return jax.lax.fori_loop(0, 32, halve, (low, high))[1]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepjax.errors import RequestError
 from stepjax.infer.guided.guide import Constraint
-from stepjax.infer.guided.schema_grammar import Form, choice, grammar_of, json_object, json_schema, regex
+from stepjax.infer.guided.schema_grammar import GrammarPart, choice, grammar_of, json_object, json_schema, regex
 from stepjax.infer.guided.tool_grammar import tool_calls
 from stepjax.infer.serve.schemas import ChatRequest, ResponseFormat, SampledRequest
 
@@ -65,7 +65,7 @@ def constraint_of(
     )
 
 
-def _content(body: SampledRequest) -> tuple[str, Form | None]:
+def _content(body: SampledRequest) -> tuple[str, GrammarPart | None]:
     """The field that constrains the content, and its form; empty if there is none."""
     forms = _forms(body)
     if len(forms) > 1:
@@ -93,7 +93,7 @@ def _forms(body: SampledRequest) -> dict[str, Any]:
     return forms
 
 
-def _form(name: str, value: Any) -> Form:
+def _form(name: str, value: Any) -> GrammarPart:
     if isinstance(value, ResponseFormat):
         return _of_format(value)
     if name.endswith("json_object"):
@@ -103,7 +103,7 @@ def _form(name: str, value: Any) -> Form:
     return regex(value, name) if name.endswith("regex") else choice(value, name)
 
 
-def _of_format(format: ResponseFormat) -> Form:
+def _of_format(format: ResponseFormat) -> GrammarPart:
     if format.type == "json_object":
         return json_object()
     if format.type == "regex":
@@ -118,7 +118,7 @@ def _of_format(format: ResponseFormat) -> Form:
     return json_schema(wanted.schema_, strict=wanted.strict is True, name="response_format.json_schema.schema")
 
 
-def _forced(body: ChatRequest, tools: Sequence[Mapping[str, Any]] | None) -> Form:
+def _forced(body: ChatRequest, tools: Sequence[Mapping[str, Any]] | None) -> GrammarPart:
     """The form of the calls that ``tool_choice`` forces."""
     if not tools:
         raise RequestError("tool_choice: forces a call, expected tools with it")

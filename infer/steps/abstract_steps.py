@@ -1,4 +1,4 @@
-"""The steps of serving on shapes alone: the runner's own functions, and what they would be called with."""
+"""The steps of serving with shapes in place of arrays: the runner's functions and their arguments."""
 
 from __future__ import annotations
 

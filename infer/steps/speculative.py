@@ -1,8 +1,8 @@
 """MTP speculative decoding: verify drafts, then draft the next ones.
 
 Verification is lossless by construction. The target model samples its own token at every position, with noise that is
-a function of seed and position; a draft is accepted while it equals that token. What is emitted is always the
-target's token, so the output is the very sequence that decoding without drafts gives. For the one-hot proposals that
+a function of seed and position; a draft is accepted while it equals that token. The emitted token is always
+the target's, so the output is exactly the sequence that decoding without drafts gives. For the one-hot proposals that
 greedy drafts are, this is rejection sampling: a draft d is accepted with probability P(d), a miss is distributed as P
 without d.
 """

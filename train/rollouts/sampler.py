@@ -15,7 +15,7 @@ import numpy as np
 
 from stepjax.errors import ConfigError, TrainingError
 from stepjax.infer.answer_stream import AnswerStream
-from stepjax.infer.engine.answer import Routing
+from stepjax.infer.engine.answer import ExpertRecord
 from stepjax.infer.engine.config import EngineConfig
 from stepjax.infer.engine.engine import Engine
 from stepjax.infer.engine.stats import Stats
@@ -60,7 +60,7 @@ class _Episode:
     environment: Environment
     messages: list[Message]
     stream: AnswerStream | None = None  # of the turn that is being written
-    routing: Routing = field(default_factory=Routing)
+    routing: ExpertRecord = field(default_factory=ExpertRecord)
 
 
 class Sampler:
