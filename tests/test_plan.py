@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import json
 import sys
 from functools import cache
@@ -409,9 +408,3 @@ def test_a_plan_from_python_is_that_of_the_command(capsys):
     )
     with pytest.raises(RequestError, match="batch: is 0"):
         stepjax.train.planning.plan.plan(FLASH, hardware="8xH100", batch=0)
-
-
-def test_the_example_of_plan_runs():
-    results = doctest.testmod(stepjax.train.planning.plan)
-    assert results.attempted == 2
-    assert results.failed == 0

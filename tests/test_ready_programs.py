@@ -8,7 +8,7 @@ import pytest
 
 from stepjax.infer.engine.config import EngineConfig
 from stepjax.infer.engine.engine import Engine
-from stepjax.infer.engine.ready_programs import WANTED, ReadyPrograms, StepShape
+from stepjax.infer.engine.ready_programs import WANTED, ProgramShape, ReadyPrograms
 from stepjax.infer.load import load
 from stepjax.infer.sampling.params import SamplingParams
 
@@ -44,7 +44,7 @@ def test_before_it_is_opened_everything_is_there(programs):
 
 def test_only_what_is_there_is_chosen(programs):
     programs.open(programs.first(3))
-    assert programs.first(3) == [StepShape("decode", 4, 3), StepShape("prefill", 1, 64)]
+    assert programs.first(3) == [ProgramShape("decode", 4, 3), ProgramShape("prefill", 1, 64)]
     assert programs.drafts(0) == 3
     assert programs.slots(1, 3) == 4
     assert programs.most_rows(LIMITS) == {64: 1}
@@ -62,8 +62,8 @@ def test_what_steps_want_is_compiled_and_used(programs, prepared):
         programs.want_prefill(3, 40, LIMITS)
         programs.drafts(1)
     wait_for(lambda: programs.most_rows(LIMITS) == {64: 4} and programs.drafts(1) == 1)
-    assert prepared[0] == StepShape("decode", 1, 3)
-    assert set(prepared[1:]) == {StepShape("prefill", 4, 64), StepShape("decode", 4, 1)}
+    assert prepared[0] == ProgramShape("decode", 1, 3)
+    assert set(prepared[1:]) == {ProgramShape("prefill", 4, 64), ProgramShape("decode", 4, 1)}
 
 
 def test_a_program_that_fails_is_left_out(caplog):

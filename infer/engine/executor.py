@@ -20,7 +20,7 @@ import numpy as np
 from stepjax.adapters.lora import LoraConfig
 from stepjax.infer.engine.adapters import NONE, AdapterStack
 from stepjax.infer.engine.pages import TRASH_PAGE
-from stepjax.infer.engine.ready_programs import StepShape
+from stepjax.infer.engine.ready_programs import ProgramShape
 from stepjax.infer.engine.sequence import RingCopy, StepPlan
 from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.sampling.state import Sampling, SlotSampling
@@ -167,7 +167,7 @@ class Executor:
         program.compiled(self.params, self.state, *rest)
         self.waited_s += time.perf_counter() - began
 
-    def prepare_shape(self, shape: StepShape) -> None:
+    def prepare_shape(self, shape: ProgramShape) -> None:
         """Compile a program while orders run, whose arrays are therefore not touched. Any thread may ask."""
         program, rest = self._idle_call(shape)
         params = {name: _shapes_of(value) for name, value in self.params.items()}  # in their order, which counts
@@ -180,7 +180,9 @@ class Executor:
           decode: slots and drafts of each decode step.
           prefill: rows and width of each prefill step.
         """
-        shapes = [StepShape("decode", *each) for each in decode] + [StepShape("prefill", *each) for each in prefill]
+        shapes = [ProgramShape("decode", *each) for each in decode] + [
+            ProgramShape("prefill", *each) for each in prefill
+        ]
         jobs = [self._idle_call(shape) for shape in shapes]
         with ThreadPoolExecutor(max_workers=4, thread_name_prefix="compile") as pool:
             for job in [pool.submit(program.compiled, self.params, self.state, *rest) for program, rest in jobs]:
@@ -195,7 +197,7 @@ class Executor:
             self._restore(RingCopy(0, 0))
         jax.block_until_ready(self.state)
 
-    def _idle_call(self, shape: StepShape) -> tuple[Program, tuple[Any, ...]]:
+    def _idle_call(self, shape: ProgramShape) -> tuple[Program, tuple[Any, ...]]:
         """A program and arguments of its shapes, none of whose slots or rows is in use."""
         if shape.kind == "prefill":
             return self.runner.prefill(), (self._no_pieces(shape.count, shape.width),)

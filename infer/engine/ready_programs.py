@@ -21,7 +21,7 @@ WANTED = 8  # steps that a program would have served before it is compiled
 NICE = 10  # priority of the thread that compiles
 
 
-class StepShape(NamedTuple):
+class ProgramShape(NamedTuple):
     """What a program is compiled for."""
 
     kind: Literal["prefill", "decode"]
@@ -35,7 +35,9 @@ class ReadyPrograms:
     The engine's thread calls everything but the constructor's ``prepare``, which runs on a thread of its own.
     """
 
-    def __init__(self, prepare: Callable[[StepShape], None], slots: Sequence[int], rows: Mapping[int, Sequence[int]]):
+    def __init__(
+        self, prepare: Callable[[ProgramShape], None], slots: Sequence[int], rows: Mapping[int, Sequence[int]]
+    ):
         """
         Args:
           prepare: compiles a program.
@@ -43,19 +45,19 @@ class ReadyPrograms:
           rows: by width of a piece the numbers of rows that a prefill step may run, ascending.
         """
         self._prepare, self._slots, self._rows = prepare, tuple(slots), {width: tuple(rows[width]) for width in rows}
-        self._there: frozenset[StepShape] | None = None  # None: all
-        self._wanted: Counter[StepShape] = Counter()
-        self._given_up: set[StepShape] = set()
+        self._there: frozenset[ProgramShape] | None = None  # None: all
+        self._wanted: Counter[ProgramShape] = Counter()
+        self._given_up: set[ProgramShape] = set()
         self._changed = threading.Condition()
         self._closed = False
         self._thread: threading.Thread | None = None
 
-    def first(self, drafts: int) -> list[StepShape]:
+    def first(self, drafts: int) -> list[ProgramShape]:
         """The programs that an engine needs to answer."""
         width = max((width for width in self._rows if width <= FIRST_WIDTH), default=min(self._rows))
-        return [StepShape("decode", self._slots[-1], drafts), StepShape("prefill", self._rows[width][0], width)]
+        return [ProgramShape("decode", self._slots[-1], drafts), ProgramShape("prefill", self._rows[width][0], width)]
 
-    def open(self, shapes: Sequence[StepShape]) -> None:
+    def open(self, shapes: Sequence[ProgramShape]) -> None:
         """Only ``shapes`` are there from now on, and what the thread adds."""
         self._there = frozenset(shapes)
         self._thread = threading.Thread(target=self._compile, name="compile", daemon=True)
@@ -81,7 +83,7 @@ class ReadyPrograms:
         """Drafts of the next decode step, ``wanted`` if there is a program for them."""
         if self._there is None or self._has("decode", self._slots[-1], wanted):
             return wanted
-        self._want(StepShape("decode", self._slots[-1], wanted))
+        self._want(ProgramShape("decode", self._slots[-1], wanted))
         choices = {shape.width for shape in self._there if shape.kind == "decode" and shape.count == self._slots[-1]}
         return min(choices, key=lambda drafts: (abs(drafts - wanted), drafts))
 
@@ -111,24 +113,24 @@ class ReadyPrograms:
         least = min(num_prompts, limits[width])
         count = next(count for count in self._rows[width] if count >= least)
         if not self._has("prefill", count, width):
-            self._want(StepShape("prefill", count, width))
+            self._want(ProgramShape("prefill", count, width))
 
     def _choose(self, kind: Literal["prefill", "decode"], counts: Sequence[int], width: int) -> int:
         if self._there is None or self._has(kind, counts[0], width):
             return counts[0]
-        self._want(StepShape(kind, counts[0], width))
+        self._want(ProgramShape(kind, counts[0], width))
         return next(count for count in counts if self._has(kind, count, width))
 
     def _has(self, kind: Literal["prefill", "decode"], count: int, width: int) -> bool:
-        return self._there is not None and StepShape(kind, count, width) in self._there
+        return self._there is not None and ProgramShape(kind, count, width) in self._there
 
-    def _want(self, shape: StepShape) -> None:
+    def _want(self, shape: ProgramShape) -> None:
         with self._changed:
             self._wanted[shape] += 1
             if self._wanted[shape] == WANTED:
                 self._changed.notify()
 
-    def _next(self) -> StepShape | None:
+    def _next(self) -> ProgramShape | None:
         """The most wanted that is not there; None for the moment."""
         assert self._there is not None
         missing = [
