@@ -1,6 +1,6 @@
-"""The device's side of the engine: carries out numbered orders of plain integers, whoever planned them.
+"""The device's side of the engine: carries out orders of plain integers on the arrays of the device.
 
-On several hosts every process has an executor and is given the same orders, so that all launch the same programs.
+On several hosts every process has an executor and receives the same orders, so that all launch the same programs.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ class CacheSize:
 
 
 class Assignment(NamedTuple):
-    """The sequence that a slot is about to take in, as far as sampling must know it."""
+    """A sequence that a slot receives, with what sampling needs of it."""
 
     slot: int
     params: SamplingParams
     prompt: tuple[int, ...]
-    output: tuple[int, ...] = ()  # answered before a preemption
+    output: tuple[int, ...] = ()  # the answer so far, after a preemption
     adapter: int = NONE  # slot of its adapter
 
 
@@ -64,24 +64,24 @@ class Mask(NamedTuple):
     """The tokens that a slot may sample at its next step."""
 
     slot: int
-    words: bytes  # uint32 by position; none: whatever it likes
+    words: bytes  # uint32 by position; empty: any token
 
 
 class Order(NamedTuple):
-    """One step of the device: the plan, and what goes with it."""
+    """One step of the device: the plan, and the changes of sampling that it needs."""
 
     plan: StepPlan
     assignments: tuple[Assignment, ...] = ()
-    num_slots: int = 0  # that a decode step runs: the first so many
+    num_slots: int = 0  # a decode step runs the first ``num_slots`` slots
     num_rows: int = 0  # that a prefill step runs; 0: as few as there is a program for
     scores: bool = False  # log-probabilities of the new tokens are read
     drafts: bool = False  # the next drafts are read
     prompt_scores: bool = False
-    masks: tuple[Mask, ...] = ()  # taken over before the step
+    masks: tuple[Mask, ...] = ()  # applied before the step
 
 
 class Executor:
-    """Holds the device's state and runs orders on it, in the order they come."""
+    """Holds the device's state, and runs orders on it as they arrive."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class Executor:
         """
         Args:
           row_buckets: numbers of prompt pieces that a prefill program is compiled for.
-          adapters: that sequences may choose among; its parameters are ``params`` with the adapters beside them.
+          adapters: the adapters of the engine; ``params`` are the stack's parameters, which include their factors.
         """
         self.runner, self.params, self.size = runner, params, size
         self.adapters = adapters
@@ -110,12 +110,12 @@ class Executor:
         self._state_shapes = _shapes_of(self.state)
         self.waited_s = 0.0  # for programs that orders needed and that were not there
         self._table = np.full((size.num_slots, size.pages_per_sequence), TRASH_PAGE, np.int32)
-        self._far = jax.default_backend() != "cpu"  # whether results must be fetched
+        self._far = jax.default_backend() != "cpu"  # whether results must be copied to the host
         self._launchers: dict[Any, Callable[..., Any]] = {}
         self._snapshots = self._no_snapshots() if size.num_snapshots else None
 
     def run(self, order: Order) -> Emitted:
-        """Launch an order. Its result is not there yet; nothing waits for it here."""
+        """Launch an order. Returns at once, before the result is ready."""
         plan = order.plan
         self._update_table(plan)
         for copy in plan.restores:
@@ -152,7 +152,7 @@ class Executor:
         self.params = self.adapters.params
 
     def forget(self) -> None:
-        """No slot has pages: for a scheduler that begins anew."""
+        """Remove the pages of all slots, for a new scheduler."""
         self._table[:] = TRASH_PAGE
 
     def prepared(self, order: Order) -> bool:
@@ -205,7 +205,7 @@ class Executor:
         return self.runner.step(shape.width), (active, pages, self._adapters_of(active))
 
     def row_buckets_for(self, most: int) -> list[int]:
-        """Those that ``most`` pieces or fewer are padded to."""
+        """The buckets that up to ``most`` pieces are padded to."""
         return [rows for rows, less in zip(self.row_buckets, [0, *self.row_buckets], strict=False) if less < most]
 
     @property
@@ -220,13 +220,13 @@ class Executor:
             self._table[slot, first : first + len(pages)] = pages
 
     def _call(self, order: Order) -> tuple[Program, tuple[Any, ...]]:
-        """The program of an order, and its arguments beside parameters and state."""
+        """The program of an order, and its arguments after parameters and state."""
         return self._prefill(order) if order.plan.kind == "prefill" else self._decode(order)
 
     def _decode(self, order: Order) -> tuple[Program, tuple[Any, ...]]:
         active = np.zeros((order.num_slots,), bool)
         active[[row.slot for row in order.plan.rows]] = True
-        # As numpy arrays: to send them first and keep what has not changed costs more than it spares.
+        # As numpy arrays: sending them first, and keeping what has not changed, costs more than it saves.
         rest = (active, self._table[: order.num_slots].copy(), self._adapters_of(active))
         return self.runner.step(order.plan.drafts), rest
 
@@ -324,7 +324,7 @@ class Executor:
         return self._copier(restore, self.state, self._snapshots)
 
     def _copier(self, function: Callable[..., Any], into: Any, source: Any) -> Callable[..., Any]:
-        """``function(into, source, slot, snapshot)``, compiled once for all; its result takes the place of ``into``."""
+        """``function(into, source, slot, snapshot)``, compiled once for all; its result replaces ``into``."""
         began, index = time.perf_counter(), np.int32(0)
         where = jax.tree.map(lambda x: x.sharding, into)
         compiled = compile_program(

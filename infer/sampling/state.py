@@ -26,20 +26,20 @@ def _temperature(params: SamplingParams) -> float:
 
 
 class Rules(NamedTuple):
-    """What reaches beyond a token's own logit: arrays over the vocabulary, which only an engine's slots have."""
+    """Options that change logits, with arrays over the vocabulary. Only an engine's slots have them."""
 
     repetition_B: Any  # float32; 1 is off
     presence_B: Any  # float32
     frequency_B: Any  # float32
     end_BI: Any  # int32: ids that end the answer, −1 for none
     first_end_B: Any  # int32: the first position at which they may be sampled
-    scored_B: Any  # bool: whether log-probabilities are asked for
-    biased_B: Any  # bool: whether the next is not all 0
+    scored_B: Any  # bool: whether the request asks for log-probabilities
+    biased_B: Any  # bool: whether ``bias_BV`` is not all 0
     bias_BV: Any  # float32; REMOVED where a token is not allowed
-    guided_B: Any  # bool: whether the next holds, which the host says anew for every step
-    mask_BTW: Any  # uint32: by position of a step, a bit for each token that may stand there
+    guided_B: Any  # bool: whether ``mask_BTW`` applies; the host sets it for every step
+    mask_BTW: Any  # uint32: by position of a step, one bit for each token that is allowed there
     in_prompt_BV: Any  # bool
-    count_BV: Any  # int32: times a token was answered
+    count_BV: Any  # int32: occurrences of each token in the answer
 
 
 @jax.tree_util.register_dataclass
@@ -74,7 +74,7 @@ class Sampling:
 
     @classmethod
     def empty(cls, batch: int, vocab: int) -> Sampling:
-        """Greedy slots without rules in force."""
+        """Greedy slots; no rule is in force."""
         zero, whole = np.zeros((batch,), np.float32), np.zeros((batch,), np.int32)
         table = (batch, vocab)
         rules = Rules(
@@ -124,8 +124,8 @@ class SlotSampling(NamedTuple):
     """One sequence's row of a `Sampling`, as numpy. Its shapes depend on the vocabulary alone, so that one compiled
     `assign` serves every request.
 
-    Sets of tokens are bits, 16 kB for 128,896 tokens; a row is 48 kB then. A row of the vocabulary in full would be
-    1.2 MB, which every request would pay for, also the plain ones.
+    Sets of tokens are bits, 16 kB for 128,896 tokens; a row is 48 kB then. A full row of the vocabulary would be
+    1.2 MB, and every request would have to send it.
     """
 
     temperature: np.ndarray
@@ -145,8 +145,8 @@ class SlotSampling(NamedTuple):
     bias_M: np.ndarray  # float32
     prompt_W: np.ndarray  # uint32: a bit for each token of the prompt; none unless a penalty asks for them
     continues: np.ndarray  # bool: the counts below are added to those that the slot has
-    counted_id_C: np.ndarray  # int32 [MAX_COUNTS], padded with `PAST`: tokens that were answered
-    count_C: np.ndarray  # int32: how often
+    counted_id_C: np.ndarray  # int32 [MAX_COUNTS], padded with `PAST`: tokens of the answer
+    count_C: np.ndarray  # int32: their numbers of occurrences
 
     @classmethod
     def rows(
@@ -158,11 +158,11 @@ class SlotSampling(NamedTuple):
         eos_ids: Iterable[int],
         vocab: int,
     ) -> list[SlotSampling]:
-        """The row of a sequence, and one more for each further `MAX_COUNTS` different tokens that were answered, to be
-        assigned after it in this order.
+        """The row of a sequence, and one more row for each further `MAX_COUNTS` different tokens of its answer. Assign
+        them in this order.
 
         Args:
-          output: what was answered before, if the sequence was preempted.
+          output: the answer so far, if the sequence was preempted.
         """
         ends = params.ends(eos_ids)
         assert len(ends) <= NUM_ENDS, "SamplingParams.check comes first"
@@ -201,7 +201,7 @@ class SlotSampling(NamedTuple):
 
     @classmethod
     def stack(cls, rows: Sequence[SlotSampling], *, count: int) -> SlotSampling:
-        """Several with a leading axis of ``count``; the last stands for what is missing."""
+        """Rows with a leading axis of ``count``; the last row fills the missing ones."""
         rows = [*rows, *rows[-1:] * (count - len(rows))]
         return cls(*map(np.stack, zip(*rows, strict=True)))
 
@@ -227,12 +227,12 @@ def unpacked(words: jax.Array, vocab: int) -> jax.Array:
 
 
 def num_words(vocab_size: int) -> int:
-    """32-bit words of a set of tokens."""
+    """Number of 32-bit words of a set of tokens."""
     return -(-vocab_size // 32)
 
 
 def guide(sampling: Sampling, slot_M: jax.Array, on_M: jax.Array, mask_MTW: jax.Array) -> Sampling:
-    """``sampling`` with these slots' masks; slots past the last are none."""
+    """``sampling`` with new masks of these slots; slots past the last are ignored."""
     rules = sampling.rules
     assert rules is not None
     guided = rules.guided_B.at[slot_M].set(on_M, mode="drop")
@@ -241,7 +241,7 @@ def guide(sampling: Sampling, slot_M: jax.Array, on_M: jax.Array, mask_MTW: jax.
 
 
 def assign(sampling: Sampling, slot_M: jax.Array, rows: SlotSampling) -> Sampling:
-    """``sampling`` with the sequences' rows in place of all that these slots had; slots past the last are none."""
+    """``sampling`` with the sequences' rows in these slots; slots past the last are ignored."""
     rules = sampling.rules
     assert rules is not None
     vocab, masks = rules.bias_BV.shape[1], rules.mask_BTW.shape[1:]

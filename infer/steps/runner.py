@@ -47,7 +47,7 @@ class Runner:
           model: abstract; the parameters come with each call.
           num_tokens: entries of the tokenizer.
           drafts: MTP drafts that the state has room for, 0 … 3.
-          routing: emit the experts of every token.
+          routing: return the experts of every token.
           cache: executables of earlier runs.
         """
         assert 0 <= drafts <= min(MAX_DRAFTS, len(model.mtp))
@@ -78,7 +78,7 @@ class Runner:
     def assign(self) -> Program:
         """``(params, state, slot_M, SlotSampling) -> (state, ())``: give slots the sampling of their sequences.
 
-        It reads no parameters: ``{}`` will do, and spares passing hundreds of arrays.
+        It reads no parameters: pass ``{}`` instead of hundreds of arrays.
         """
 
         def run(params: Params, state: State, slot_M: jax.Array, rows: SlotSampling) -> tuple[State, tuple[()]]:
@@ -111,7 +111,7 @@ class Runner:
         return self._placed(functools.partial(self._empty, slots, 0, dtype, pages), sampling)
 
     def shapes(self, batch: int, length: int, dtype: DTypeLike, sampling: Sampling) -> State:
-        """What `start` makes, as shapes where they would lie."""
+        """The state that `start` makes, as shapes with shardings."""
         state = jax.eval_shape(functools.partial(self._empty, batch, length, dtype, None), sampling)
         where = placement(state, self.model.layout)
         return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, where)
@@ -187,7 +187,7 @@ class Runner:
         return jnp.stack(out.expert_ids, axis=2).astype(jnp.uint16) if self._routing else None
 
     def _logits(self, model: Step3p5, hidden_BTD: jax.Array) -> jax.Array:
-        """Logits of a sequence whole on each of its devices, since sampling sorts them."""
+        """Logits with the whole vocabulary on each device of a sequence, since sampling sorts them."""
         return model.layout.constrain(model.logits(hidden_BTD), "batch", None, None)
 
     def _sample(
@@ -253,7 +253,7 @@ class Runner:
         *,
         drafts: int,
     ) -> tuple[Cache, Progress]:
-        """Commit ``count`` tokens of each row and draft the next; depths that are left out begin anew afterwards."""
+        """Commit ``count`` tokens of each row and draft the next; depths that are left out start again afterwards."""
         length = mine.length_S + count_B
         rings, tails, guess = out.cache.mtp[:drafts], mine.tails[:drafts], mine.draft_SK[:, :0]
         if drafts:
@@ -286,7 +286,7 @@ class Runner:
 
 
 def _finite(x_BTD: jax.Array, count_B: jax.Array) -> jax.Array:
-    """Whether the first ``count`` rows of each sequence are numbers: bool [B]."""
+    """Whether the first ``count`` rows of each sequence are finite: bool [B]."""
     live = jnp.arange(x_BTD.shape[1])[None, :] < count_B[:, None]
     return jnp.all(jnp.isfinite(x_BTD) | ~live[..., None], axis=(1, 2))
 

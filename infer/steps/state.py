@@ -1,4 +1,4 @@
-"""What the device remembers between steps, what a prefill call takes, and what a step returns."""
+"""The state on the device between steps, the arguments of a prefill call, and the result of a step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Progress(NamedTuple):
 
 
 class State(NamedTuple):
-    """All that the device remembers between steps."""
+    """Everything that the device keeps between steps."""
 
     cache: Cache
     progress: Progress
@@ -48,15 +48,15 @@ class Emitted(NamedTuple):
 
     token_BT: jax.Array
     count_B: jax.Array
-    finite_B: jax.Array  # bool: whether the logits were numbers
-    draft_BK: jax.Array | None  # int32: what the next step will verify; the host drops it where nobody asks
+    finite_B: jax.Array  # bool: whether the logits were finite
+    draft_BK: jax.Array | None  # int32: the drafts that the next step verifies; None if the host does not read them
     scores: Logprobs | None = None  # of the tokens, where a slot asks for them
     prompt: Logprobs | None = None  # of the prompt token after each token of a piece; 0 where no row asks for them
-    expert_BTLA: jax.Array | None = None  # uint16: where each token that went in was sent, if the runner tells
+    expert_BTLA: jax.Array | None = None  # uint16: the experts of each input token, if the runner returns them
 
 
 def placement(state: State, layout: Layout) -> State:
-    """Where each array of a state lies: the caches by their own axes, the rest by sequence."""
+    """The placement of each array of a state: caches by their own axes, the rest by sequence."""
 
     def view(cache: CacheView) -> CacheView:
         return jax.tree.map(lambda x: layout.sharding(x.shape, *cache.axes), cache)
@@ -69,9 +69,9 @@ def placement(state: State, layout: Layout) -> State:
 
 
 def slot_parts(state: State) -> Any:
-    """What of a slot dies with it unless it is copied aside: its rings and the drafter's tails."""
+    """The state of slots that a snapshot must copy: rings, and the drafter's tails."""
     rings = tuple(view for view in state.cache.layers if isinstance(view, Ring))
     return rings, state.cache.mtp, state.progress.tails
 
 
-NO_EXPERT = 0xFFFF  # of a token that was not run; no router has so many experts
+NO_EXPERT = 0xFFFF  # stands for a token that did not run; no router has so many experts
