@@ -19,7 +19,7 @@ class AnswerDelta(NamedTuple):
     ids: tuple[int, ...]
     scores: tuple[TokenScore, ...]  # of the ids, if the request asks for them
     finish_reason: FinishReason | None
-    ended_early: bool  # the text ended before the engine knew: `Engine.finish` must be told
+    ended_early: bool  # the text ended before the engine knew: call `Engine.finish`
 
 
 class AnswerStream:

@@ -98,9 +98,9 @@ class BenchReport:
 
 @dataclass
 class _Times:
-    """Of one request."""
+    """Seconds after the start, and tokens, of one answer."""
 
-    asked: float
+    arrival: float
     first: float = 0.0
     last: float = 0.0
     tokens: int = 0
@@ -141,7 +141,7 @@ def bench(engine: Engine, requests: Sequence[Request]) -> BenchReport:
         output_tokens=output,
         output_tokens_per_s=output / seconds,
         total_tokens_per_s=(output + prompt) / seconds,
-        time_to_first_token_s=Spread.of([answer.first - answer.asked for answer in done]),
+        time_to_first_token_s=Spread.of([answer.first - answer.arrival for answer in done]),
         time_per_output_token_s=Spread.of(later),
         steps=stats.num_steps,
         prefill_steps=stats.num_prefill_steps,

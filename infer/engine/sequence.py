@@ -115,7 +115,7 @@ class StepPlan:
 class StepOutput(NamedTuple):
     """The new tokens of each row, in the plan's order: none for a chunk inside a prompt.
 
-    A row may be cut after a token that ends its answer; the tokens behind it are surplus.
+    A row may be cut after a token that ends its answer; the tokens after it are surplus.
     """
 
     tokens: tuple[tuple[int, ...], ...]

@@ -50,7 +50,7 @@ def sample(
     def likeliest() -> jax.Array:
         return _argmax(mask_padding(logits_BTV, num_tokens))
 
-    def asked() -> jax.Array:
+    def with_options() -> jax.Array:
         logits = mask_padding(logits_BTV, num_tokens)
         if rules is not None:
             logits = jax.lax.cond(ruled, lambda: _ruled(logits, position_BT, rules, draft_BK), lambda: logits)
@@ -59,7 +59,7 @@ def sample(
         return jnp.where(random_B[:, None], drawn, greedy)
 
     # Masks are made inside the branches: an operand of a condition is written out, 4 bytes per logit.
-    return jax.lax.cond(ruled | jnp.any(random_B), asked, likeliest)
+    return jax.lax.cond(ruled | jnp.any(random_B), with_options, likeliest)
 
 
 def mask_padding(logits: jax.Array, num_tokens: int) -> jax.Array:
@@ -167,7 +167,7 @@ def _filter(logits: jax.Array, sampling: Sampling) -> jax.Array:
     """Remove what top-k, top-p and min-p leave out.
 
     Which of the two ways finds a row's threshold depends on its own top_k and top_p: they round differently, and where
-    nothing is asked for, a running sum of probabilities may reach 1 before its last term.
+    no filter is used, a running sum of probabilities may reach 1 before its last term.
     """
     random_B = sampling.temperature_B > 0
     few_B = random_B & (sampling.top_k_B > 0) & (sampling.top_k_B <= FEW)
