@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from stepjax.sharding.mesh import MeshSpec
     from stepjax.text.tokenizer import Tokenizer
     from stepjax.train.planning.plan import plan
+    from stepjax.train.tune.verbs import distill, rl, sft
 
 __all__ = [
     "CheckpointError",
@@ -54,9 +55,12 @@ __all__ = [
     "Tokenizer",
     "TokenizerError",
     "TrainingError",
+    "distill",
     "generate",
     "load",
     "plan",
+    "rl",
+    "sft",
 ]
 
 _HOME = {
@@ -79,9 +83,12 @@ _HOME = {
     "Tokenizer": "stepjax.text.tokenizer",
     "TokenizerError": "stepjax.errors",
     "TrainingError": "stepjax.errors",
+    "distill": "stepjax.train.tune.verbs",
     "generate": "stepjax.infer.generate",
     "load": "stepjax.infer.load",
     "plan": "stepjax.train.planning.plan",
+    "rl": "stepjax.train.tune.verbs",
+    "sft": "stepjax.train.tune.verbs",
 }
 
 

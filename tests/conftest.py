@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from devices import VIRTUAL_DEVICES
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from serving import Serving
@@ -48,8 +48,8 @@ os.environ["STEPJAX_CACHE_DIR"] = os.environ["JAX_COMPILATION_CACHE_DIR"]  # pro
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 gc.set_threshold(50_000, 20, 20)  # tracing makes so many objects that looking for cycles took a tenth of the time
 
-# Compiling counts as running time, hence no deadline; the same examples every time, so that a failure stays to be seen.
-settings.register_profile("stepjax", deadline=None, derandomize=True)
+# Nothing depends on the speed of the machine, and the same examples run every time.
+settings.register_profile("stepjax", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("stepjax")
 
 

@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
-
-from stepjax.train.config.reader import read_settings
-from stepjax.train.config.tune import TuneConfig
-
-RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,14 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read the settings, train, print where the result is."""
-    path = args.config
-    if not path.exists() and (RECIPES / f"{path}.toml").exists():
-        path = RECIPES / f"{path}.toml"
-    config = dataclasses.replace(read_settings(TuneConfig, path, [*args.set, f'verb="{args.verb}"']))
-    from stepjax.infer.load import use_caches
-    from stepjax.train.tune.run import leaves_file, tune
+    from stepjax.train.config.reader import read_settings
+    from stepjax.train.config.tune import TuneConfig
+    from stepjax.train.tune.verbs import recipe, run_tuning
 
-    use_caches()
-    tune(config, args.out)
-    print(f"{args.out}: {config.optim.steps} steps done; the result is in {leaves_file(args.out, config.optim.steps)}")
+    config = read_settings(TuneConfig, recipe(args.config), args.set, changes={"verb": args.verb})
+    result = run_tuning(config, args.out)
+    print(f"{result.folder}: {result.steps} steps done; the result is in {result.leaves}")
     return 0

@@ -15,8 +15,14 @@ from stepjax.errors import ConfigError
 T = TypeVar("T")
 
 
-def read_settings(kind: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
-    """The settings in a file, with ``name=value`` overrides whose values are TOML too. Sections are dataclasses.
+def read_settings(
+    kind: type[T], path: Path, overrides: Sequence[str] = (), *, changes: Mapping[str, Any] | None = None
+) -> T:
+    """The settings in a file. Sections are dataclasses.
+
+    Args:
+      overrides: ``name=value`` with a value in TOML, as the command line has them.
+      changes: values by dotted name, which come after ``overrides``.
 
     Raises:
       ConfigError: the file cannot be read, or a key or a value's type is unknown; the message names the key.
@@ -29,7 +35,17 @@ def read_settings(kind: type[T], path: Path, overrides: Sequence[str] = ()) -> T
         raise ConfigError(f"{path}: not valid TOML ({error})") from None
     for override in overrides:
         _override(found, override)
+    for name, value in (changes or {}).items():
+        _set(found, name, value)
     return build(kind, found, where=str(path))
+
+
+def change_settings(settings: T, changes: Mapping[str, Any]) -> T:
+    """The settings with other values, by dotted name; ConfigError as `build`."""
+    table = tomllib.loads("\n".join(_lines(settings, "")))
+    for name, value in changes.items():
+        _set(table, name, value)
+    return build(type(settings), table)
 
 
 def build(kind: type[T], found: Mapping[str, Any], *, where: str = "settings", prefix: str = "") -> T:
@@ -84,23 +100,28 @@ def _key(name: str) -> str:
     return name if name and all(c.isascii() and (c.isalnum() or c in "_-") for c in name) else json.dumps(name)
 
 
-def _override(found: dict[str, Any], text: str) -> None:
-    """Set one value, in a section if the name has dots."""
+def _override(table: dict[str, Any], text: str) -> None:
+    """Set the value that ``name=value`` gives."""
     name, equals, value = text.partition("=")
-    *sections, last = (part.strip() for part in name.split("."))
     try:
-        if not equals or not last:
+        if not equals or not name.rpartition(".")[2].strip():
             raise ValueError
         parsed = tomllib.loads(f"value = {value}")["value"]
     except ValueError:
         raise ConfigError(
             f'--set {text}: expected name=value, as peak_lr=1e-3, optim.steps=20 or model="step-tiny"'
         ) from None
+    _set(table, name, parsed)
+
+
+def _set(table: dict[str, Any], name: str, value: Any) -> None:
+    """Set one value, in a section if the name has dots."""
+    *sections, last = (part.strip() for part in name.split("."))
     for section in sections:
-        found = found.setdefault(section, {})
-        if not isinstance(found, dict):
-            raise ConfigError(f"--set {text}: {section} is a value, not a section")
-    found[last] = parsed
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"{name}: {section} is a value, not a section")
+    table[last] = value
 
 
 def _typed(name: str, value: Any, kind: Any, where: str) -> Any:
