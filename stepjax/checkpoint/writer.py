@@ -1,4 +1,6 @@
-"""Write a model as the hub serves it: every tensor under the release's name, in shards with an index (spec §4.5).
+"""Write a model as the hub serves it: every tensor under the release's name, in shards with an index.
+
+The names and files are in the documentation (docs/architecture.md, Checkpoint layout).
 
 A folder appears whole or not at all: it is written beside its place, flushed to the disk and then renamed. Tensors go
 out one by one, so memory holds one of them and not a shard.

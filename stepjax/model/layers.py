@@ -24,7 +24,7 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], *, std
 class RMSNorm(nnx.Module):
     """Root-mean-square norm over the last axis with a gain stored as (gain − 1).
 
-    The whole product is float32 and only the result is cast back (spec §2.2).
+    The whole product is float32 and only the result is cast back (docs/architecture.md, Embedding and layers).
     """
 
     def __init__(self, size: int, *, eps: float, axis: str = "embed", dtype: DTypeLike):
@@ -77,7 +77,7 @@ class Embed(nnx.Module):
 
 
 class SwiGLU(nnx.Module):
-    """Gated MLP ``(silu(h·Gᵀ) ⊙ h·Uᵀ)·Dᵀ`` with an optional clamp (spec §2.4)."""
+    """Gated MLP ``(silu(h·Gᵀ) ⊙ h·Uᵀ)·Dᵀ`` with an optional clamp (docs/architecture.md, Clamped SwiGLU)."""
 
     def __init__(
         self, size: int, hidden: int, *, limit: float | None, rngs: nnx.Rngs, dtype: DTypeLike, scale: float = 1.0
