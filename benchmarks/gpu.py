@@ -39,7 +39,7 @@ from stepjax.infer.sampling.state import Sampling
 from stepjax.infer.session import Session
 from stepjax.infer.steps.program import Program
 from stepjax.infer.steps.state import Pieces, State
-from stepjax.ops.expert_choice import Form, choose_form
+from stepjax.ops.expert_choice import Formulation, choose_form
 from stepjax.ops.expert_dense import ExpertWeights
 from stepjax.ops.experts import routed_experts
 from stepjax.ops.pallas_hopper import hopper_cores
@@ -48,7 +48,7 @@ from stepjax.weights.int_groups import IntGroups
 from stepjax.weights.plain import PLAIN
 
 CONTEXT, PAGE = 4096, 64
-FORMS: tuple[Form, ...] = ("gathered", "batched", "grouped", "capacity")
+FORMS: tuple[Formulation, ...] = ("gathered", "batched", "grouped", "capacity")
 PARTS = ("device", "parity", "forms", *SLICES)
 
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from stepjax.config import ModelConfig
 from stepjax.model.layout import Routed
-from stepjax.ops.expert_choice import Form, buffer_rows
+from stepjax.ops.expert_choice import Formulation, buffer_rows
 from stepjax.ops.expert_dense import ExpertWeights
 from stepjax.ops.experts import held_ids, routed_experts
 from stepjax.ops.manual_axes import vary_alike, vary_with, zeros_after
@@ -78,7 +78,7 @@ def replicated(
     recorded_BTA: jax.Array | None = None,
     *,
     group: Group,
-    form: Form | None,
+    form: Formulation | None,
 ) -> tuple[jax.Array, jax.Array]:
     """x[B_data, T_context, D] → the same, and the router's choice: one reduction."""
     ids, combine, own = moe.route(x_BTD, real_BT, recorded_BTA)
@@ -101,7 +101,7 @@ def gathered(
     recorded_BTA: jax.Array | None = None,
     *,
     group: Group,
-    form: Form | None,
+    form: Formulation | None,
 ) -> tuple[jax.Array, jax.Array]:
     """x[B_data, T_stream, D] → the same, and the router's choice: `replicated` between an all-gather and a
     reduce-scatter.
@@ -132,7 +132,7 @@ def exchanged(
     recorded_BTA: jax.Array | None = None,
     *,
     group: Group,
-    form: Form | None,
+    form: Formulation | None,
 ) -> tuple[jax.Array, jax.Array]:
     """x[B_data, T_stream, D] → the same, and the router's choice. ``moe`` holds the shared expert whole.
 
@@ -183,7 +183,7 @@ EXCHANGED = ExpertBody(exchanged, exchanged_exchanges, whole_axis="mlp")
 
 
 def _summand(
-    moe: Routed, x_BTD: jax.Array, ids_BTA: jax.Array, combine_BTA: jax.Array, group: Group, form: Form | None
+    moe: Routed, x_BTD: jax.Array, ids_BTA: jax.Array, combine_BTA: jax.Array, group: Group, form: Formulation | None
 ) -> jax.Array:
     """What this device adds to the output of the tokens that it sees."""
     routed, shared = moe.local(x_BTD, ids_BTA, combine_BTA, first_expert=group.first_expert(), form=form)
@@ -199,7 +199,7 @@ def exchanged_experts(
     *,
     group: Group,
     limit: float | None,
-    form: Form | None = None,
+    form: Formulation | None = None,
     slot_T: jax.Array | None = None,
 ) -> jax.Array:
     """`routed_experts` for tokens and experts that lie on different devices: x[T_group, D] → float32 [T_group, D].
@@ -242,7 +242,7 @@ class _Plan:
     group: Group
     rows: int  # to each rank in one pass
     limit: float | None
-    form: Form | None
+    form: Formulation | None
 
 
 class _Addresses(NamedTuple):

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from stepjax.model.cache import CacheView, Chunk
 from stepjax.model.layout import Routed
 from stepjax.ops.attention import Heads, KeyValues
-from stepjax.ops.expert_choice import Form
+from stepjax.ops.expert_choice import Formulation
 from stepjax.sharding.context_parallel import Split, attend_split
 from stepjax.sharding.expert_parallel import EXCHANGED, GATHERED, REPLICATED, ExpertBody, Group, exchange_pays
 from stepjax.sharding.rules import GROUP, Axes, ShardingRules
@@ -44,7 +44,7 @@ class MeshLayout:
 
     mesh: Mesh
     rules: ShardingRules
-    form: Form | None = None  # pins a formulation of the experts
+    form: Formulation | None = None  # pins a formulation of the experts
     stream_tokens: int = STREAM_TOKENS
     split_batch: bool = True  # sequences over `data`
     exchange: bool | None = None  # whether rows of a split stream travel to their experts; None: where it pays

@@ -18,7 +18,7 @@ from tiny import small_config
 
 from stepjax.adapters.lora import LoraConfig, attach, merge
 from stepjax.adapters.peft import CONFIG, WEIGHTS, export_adapter, import_adapter
-from stepjax.adapters.peft_names import Form, stacked, unstacked
+from stepjax.adapters.peft_names import FileForm, stacked, unstacked
 from stepjax.config import ModelConfig
 from stepjax.errors import CheckpointError
 from stepjax.model.cache import Chunk
@@ -100,7 +100,7 @@ def weight_shapes(adapter: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 def test_names_are_the_release_s_and_patterns_are_few(tmp_path):
     lora = LoraConfig(rank=4, alpha=8.0)
     adapter = trained(MODEL, lora)
-    cases: tuple[tuple[Form, str], ...] = (
+    cases: tuple[tuple[FileForm, str], ...] = (
         ("peft", "base_model.model.model.layers.1.moe.gate_proj.lora_A.weight"),
         ("experts", "base_model.model.model.layers.1.moe.experts.7.gate_proj.lora_A.weight"),
         ("transformers", "base_model.model.model.language_model.layers.1.mlp.experts.base_layer.lora_A.weight"),

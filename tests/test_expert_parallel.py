@@ -19,7 +19,7 @@ import stepjax.sharding.expert_parallel
 from stepjax.config import ModelConfig
 from stepjax.model.layout import Layout, SingleDevice
 from stepjax.model.moe import MoE
-from stepjax.ops.expert_choice import Form
+from stepjax.ops.expert_choice import Formulation
 from stepjax.sharding.compiled.hlo import collectives
 from stepjax.sharding.expert_parallel import (
     Group,
@@ -38,7 +38,7 @@ FLASH = ModelConfig.preset("step-3.5-flash")
 
 
 def layout(
-    mesh: str, strategy: str, *, exchange: bool | None, form: Form | None = None, stream: int = 16
+    mesh: str, strategy: str, *, exchange: bool | None, form: Formulation | None = None, stream: int = 16
 ) -> MeshLayout:
     spec = MeshSpec.parse(mesh)
     rules = ShardingRules(CONFIG, spec, strategy)

@@ -50,7 +50,9 @@ def draft(
     slot_B: jax.Array | None = None,
     first_BK: jax.Array | None = None,
 ) -> tuple[jax.Array, Drafter]:
-    """Bring every depth up to date with the tokens just fixed, and draft one token per depth (spec §3.3).
+    """Bring every depth up to date with the tokens just fixed, and draft one token per depth.
+
+    The step is in the documentation (docs/architecture.md, Multi-token prediction).
 
     Given, with m = start, the backbone's pre-norm states at indices m … m + count − 1 and tokens m + 1 … m + count
     that follow them, depth k first finishes its indices m − k + 1 … m + count − k with those same tokens, then goes on

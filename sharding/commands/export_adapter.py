@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from stepjax.adapters.peft_names import FORMS
+from stepjax.adapters.peft_names import FILE_FORMS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--form",
-        choices=FORMS,
+        choices=FILE_FORMS,
         default="peft",
         help="experts stacked under the release's names, one tensor each, or as in transformers (default: %(default)s)",
     )

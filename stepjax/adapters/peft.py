@@ -20,7 +20,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from stepjax.adapters.lora import ATTENTION, LoraConfig, adapted_paths, check_fit, describe, target_name
-from stepjax.adapters.peft_names import FORMS, PREFIX, Form, Pair, modules, read, split_key, written
+from stepjax.adapters.peft_names import FILE_FORMS, PREFIX, FileForm, Pair, modules, read, split_key, written
 from stepjax.checkpoint.safetensors_file import SafetensorsFile
 from stepjax.checkpoint.weight_files import inside, read_json
 from stepjax.config import ModelConfig
@@ -39,7 +39,7 @@ def export_adapter(
     adapter: Mapping[str, Any],
     lora: LoraConfig,
     *,
-    form: Form = "peft",
+    form: FileForm = "peft",
     base: str = "stepfun-ai/Step-3.5-Flash",
     overwrite: bool = False,
 ) -> Path:
@@ -55,8 +55,8 @@ def export_adapter(
       CheckpointError: the folder holds something else, or cannot be written.
       ConfigError: the adapter is of another model.
     """
-    if form not in FORMS:
-        raise ConfigError(f"form: is {form!r}, expected one of {', '.join(FORMS)}")
+    if form not in FILE_FORMS:
+        raise ConfigError(f"form: is {form!r}, expected one of {', '.join(FILE_FORMS)}")
     folder = Path(os.path.abspath(folder))
     if folder.exists() and not (
         folder.is_dir() and (not any(folder.iterdir()) or (overwrite and (folder / CONFIG).is_file()))
@@ -159,11 +159,11 @@ def _leads() -> bool:
     return jax.process_index() == 0
 
 
-def _is_stacked(stem: str, form: Form) -> bool:
+def _is_stacked(stem: str, form: FileForm) -> bool:
     return form != "experts" and (".moe." in stem or ".mlp.experts" in stem)
 
 
-def _peft_config(config: ModelConfig, ranks: Mapping[str, int], form: Form, base: str) -> dict[str, Any]:
+def _peft_config(config: ModelConfig, ranks: Mapping[str, int], form: FileForm, base: str) -> dict[str, Any]:
     experts = {_parameter(stem, form): rank for stem, rank in ranks.items() if _is_stacked(stem, form)}
     plain = {stem: rank for stem, rank in ranks.items() if not _is_stacked(stem, form)}
     rank = max(plain.values(), default=max(experts.values(), default=1))
@@ -201,14 +201,14 @@ def _patterns(ranks: Mapping[str, int]) -> dict[str, int]:
     return out
 
 
-def _parameter(stem: str, form: Form) -> str:
+def _parameter(stem: str, form: FileForm) -> str:
     """The stacked parameter that a module's factors belong to, as PEFT's target_parameters name it."""
     if form == "peft":
         return f"{stem}.weight"
     return stem.replace(".base_layer", ".gate_up_proj") if stem.endswith(".base_layer") else f"{stem}.down_proj"
 
 
-def _target_modules(plain: Mapping[str, int], form: Form) -> str | list[str]:
+def _target_modules(plain: Mapping[str, int], form: FileForm) -> str | list[str]:
     """Suffixes that name these modules and no others; whole names of transformers' class, which has a vision half."""
     if form == "transformers":
         return "|".join(map(re.escape, plain)) or r"(?!)"

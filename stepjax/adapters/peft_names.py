@@ -24,8 +24,8 @@ from stepjax.config import ModelConfig
 from stepjax.errors import CheckpointError
 from stepjax.weights.inventory import TensorSpec, inventory
 
-Form = Literal["peft", "experts", "transformers"]
-FORMS: tuple[str, ...] = get_args(Form)
+FileForm = Literal["peft", "experts", "transformers"]
+FILE_FORMS: tuple[str, ...] = get_args(FileForm)
 
 PREFIX = "base_model.model."
 _FACTOR = re.compile(r"\.lora_([AB])(?:\.\w+)?\.weight$")  # some writers keep the adapter's name in the key
@@ -57,7 +57,7 @@ def modules(config: ModelConfig) -> tuple[Module, ...]:
     return tuple(Module(spec, spec.hub_name.removesuffix(".weight")) for spec in inventory(config) if target_name(spec))
 
 
-def written(config: ModelConfig, factors: Mapping[str, Pair], form: Form) -> Iterator[tuple[str, Pair]]:
+def written(config: ModelConfig, factors: Mapping[str, Pair], form: FileForm) -> Iterator[tuple[str, Pair]]:
     """Module names with their factors in a form; experts' shared factors are written once for each."""
     fused: dict[str, dict[str, Pair]] = {}
     for module in modules(config):

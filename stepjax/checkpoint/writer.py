@@ -1,7 +1,13 @@
-"""Write a model as the hub serves it: every tensor under the release's name, in shards with an index (spec §4.5).
+"""Write a model as the hub serves it: every tensor under the release's name, in shards with an index.
 
-A folder appears whole or not at all: it is written beside its place, flushed to the disk and then renamed. Tensors go
-out one by one, so memory holds one of them and not a shard.
+The names and files are in the documentation (docs/architecture.md, Checkpoint layout).
+
+A folder appears whole or not at all: it is written beside its place, flushed to the disk and then renamed. Tensors are
+written one at a time, so memory holds one of them and not a shard.
+
+The parts, in order: a process's share of the files, a shard, a weight as its tensors, `save`, the plan of what is
+written and from where, the shards and their index, ``config.json``, the checks of source and target, and the folder
+that appears.
 """
 
 from __future__ import annotations
@@ -45,7 +51,7 @@ _COMPANIONS = (
     "LICENSE*",
 )
 
-Params = Mapping[str, Any]  # our path → numpy or jax array, or Quantised
+Weights = Mapping[str, Any]  # our path → numpy or jax array, or Quantised
 
 
 @dataclass(frozen=True)
@@ -57,50 +63,50 @@ class Share:
     wait: Callable[[str], None]  # until all processes have come to this point
 
 
-def save(
-    folder: Path | str,
-    config: ModelConfig,
-    params: Params,
-    *,
-    source: Path | str | None = None,
-    experts: ExpertFormat | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    overwrite: bool = False,
-    share: Share | None = None,
-    progress: Progress | None = None,
-) -> Path:
-    """Write ``params`` as a checkpoint folder and return its path.
+class ShardWriter:
+    """A file for ``tensors``; it is opened with the first of them, and flushed to the disk and closed with the last."""
 
-    Weights become BF16 and the router's bias F32, as in the release; quantised weights are written as they are.
+    def __init__(self, path: Path, tensors: Sequence[TensorSpec]):
+        self.path = path
+        # Wide dtypes first: then every tensor begins at a multiple of its element size, as readers that map it like.
+        ordered = sorted(tensors, key=lambda tensor: -DTYPES[tensor.dtype].itemsize)
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+        self._starts: dict[str, int] = {}
+        position = 0
+        for tensor in ordered:
+            end = position + tensor.num_bytes
+            header[tensor.hub_name] = {
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "data_offsets": [position, end],
+            }
+            self._starts[tensor.hub_name] = position
+            position = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        self._header = text + b" " * (-len(text) % 8)
+        self._file: BinaryIO | None = None
 
-    Args:
-      params: by our path. An entry may be computed on access; it is asked for twice, to be checked and to be written.
-      source: the checkpoint the model came from. Weights that ``params`` lacks are copied from it unchanged (MTP layers
-        that were not trained, say), as are its ``config.json``, tokenizer, template and remote code.
-      experts: how the routed experts are written. What ``source`` has in another format is widened first; `PLAIN`
-        widens every quantised weight. None leaves them as they are.
-      max_shard_bytes: of one file; a larger tensor gets a file of its own.
-      overwrite: replace a checkpoint at ``folder``; anything else there is never replaced.
-      share: what of it this process writes, when several call this alike; None: all. Process 0 puts the folder in its
-        place. Should one fail, the others wait until somebody ends them, as `stepjax.sharding.watchdog` does.
+    def write(self, tensor: TensorSpec, value: np.ndarray) -> None:
+        """Write one tensor; the order is free, and each is written exactly once."""
+        if value.shape != tensor.shape or value.dtype != DTYPES[tensor.dtype]:
+            raise CheckpointError(
+                f"export: {tensor.path} is now {value.dtype} {list(value.shape)}, expected {tensor.dtype} "
+                f"{list(tensor.shape)}; it changed while it was exported"
+            )
+        if self._file is None:
+            self._file = self.path.open("xb")
+            self._file.write(len(self._header).to_bytes(8, "little") + self._header)
+        self._file.seek(8 + len(self._header) + self._starts.pop(tensor.hub_name))
+        self._file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+        if not self._starts:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
 
-    Raises:
-      CheckpointError: a weight is missing, unknown or misshapen, or the folder cannot be written; nothing is left.
-      ConfigError: the format cannot hold the experts.
-    """
-    folder = Path(os.path.abspath(folder))  # not resolved: a link in its place is refused below
-    source = Path(source) if source is not None else None
-    check_target(folder, overwrite=overwrite)
-    if source is not None:
-        _check_same_model(config, source)
-    plan = _plan(config, params, source=source, experts=experts)
-    with _appearing_together(folder, num_bytes=sum(weight.num_bytes for weight in plan), share=share) as target:
-        if share is None or share.index == 0:
-            if source is not None:
-                _copy_companions(source, target)
-            _write(target / "config.json", _config_file(config, source=source, format=_format_of(plan)))
-        _write_shards(target, plan, max_shard_bytes=max_shard_bytes, share=share, progress=progress)
-    return folder
+    def close(self) -> None:
+        """Close a file that did not get all its tensors; a finished one is closed already."""
+        if self._file is not None:
+            self._file.close()
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,7 @@ class _Weight:
             yield self.tensors[0], np.asarray(value).astype(DTYPES[self.tensors[0].dtype], copy=False)
             return
         if not isinstance(value, Quantised):
-            by_matrix = hasattr(value, "__getitem__") and not hasattr(value, "dtype")  # each computed when asked for
+            by_matrix = hasattr(value, "__getitem__") and not hasattr(value, "dtype")  # computes each when read
             value = quantise(value if by_matrix else np.asarray(value), self.format)
         if not np.isfinite(np.asarray(value.scale).astype(np.float32)).all():
             raise CheckpointError(
@@ -132,7 +138,53 @@ class _Weight:
             yield tensor, np.asarray(leaf)
 
 
-def _plan(config: ModelConfig, params: Params, *, source: Path | None, experts: ExpertFormat | None) -> list[_Weight]:
+def save(
+    folder: Path | str,
+    config: ModelConfig,
+    params: Weights,
+    *,
+    source: Path | str | None = None,
+    experts: ExpertFormat | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+    share: Share | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Write ``params`` as a checkpoint folder and return its path.
+
+    Weights become BF16 and the router's bias F32, as in the release; quantised weights are written as they are.
+
+    Args:
+      params: by our path. An entry may be computed on access; it is read twice, to be checked and to be written.
+      source: the checkpoint the model came from. Weights that ``params`` lacks are copied from it unchanged (MTP layers
+        that were not trained, say), as are its ``config.json``, tokenizer, template and remote code.
+      experts: how the routed experts are written. What ``source`` has in another format is widened first; `PLAIN`
+        widens every quantised weight. None leaves them as they are.
+      max_shard_bytes: of one file; a larger tensor gets a file of its own.
+      overwrite: replace a checkpoint at ``folder``; anything else there is never replaced.
+      share: this process's part, when several processes make the same call; None: everything. Process 0 puts the
+        folder in its place. If one fails, the others wait until they are ended, as `stepjax.sharding.watchdog` does.
+
+    Raises:
+      CheckpointError: a weight is missing, unknown or misshapen, or the folder cannot be written; nothing is left.
+      ConfigError: the format cannot hold the experts.
+    """
+    folder = Path(os.path.abspath(folder))  # not resolved: a link in its place is refused below
+    source = Path(source) if source is not None else None
+    check_target(folder, overwrite=overwrite)
+    if source is not None:
+        _check_same_model(config, source)
+    plan = _plan(config, params, source=source, experts=experts)
+    with _appearing_together(folder, num_bytes=sum(weight.num_bytes for weight in plan), share=share) as target:
+        if share is None or share.index == 0:
+            if source is not None:
+                _copy_companions(source, target)
+            _write(target / "config.json", _config_file(config, source=source, format=_format_of(plan)))
+        _write_shards(target, plan, max_shard_bytes=max_shard_bytes, share=share, progress=progress)
+    return folder
+
+
+def _plan(config: ModelConfig, params: Weights, *, source: Path | None, experts: ExpertFormat | None) -> list[_Weight]:
     """Every weight of the inventory with the place it comes from; refuses whatever does not fit."""
     specs = inventory(config)
     unknown = sorted(set(params) - {spec.path for spec in specs})
@@ -143,7 +195,7 @@ def _plan(config: ModelConfig, params: Params, *, source: Path | None, experts: 
     absent = [spec for spec in specs if spec.path not in params]
     origin = _origin(absent, source)
     if origin is not None and not origin.has_mtp and not any(path.startswith("mtp.") for path in params):
-        specs = tuple(spec for spec in specs if not spec.path.startswith("mtp."))  # there are none, and never were
+        specs = tuple(spec for spec in specs if not spec.path.startswith("mtp."))  # the source has none either
     plan = []
     for spec in specs:
         wanted = experts if spec.part == "experts" or experts == PLAIN else None
@@ -172,7 +224,7 @@ def _origin(absent: list[TensorSpec], source: Path | None) -> Checkpoint | None:
     return Checkpoint(source)
 
 
-def _from_params(spec: TensorSpec, params: Params, wanted: ExpertFormat | None) -> _Weight:
+def _from_params(spec: TensorSpec, params: Weights, wanted: ExpertFormat | None) -> _Weight:
     value = params[spec.path]
     if tuple(value.shape) != spec.shape:
         raise CheckpointError(f"export: {spec.path} has shape {list(value.shape)}, expected {list(spec.shape)}")
@@ -205,16 +257,16 @@ def _write_shards(
     total = sum(weight.num_bytes for weight in plan)
     places = _places(target, [tensor for weight in plan for tensor in weight.tensors], max_shard_bytes)
     files = list(dict.fromkeys(places.values()))
-    own = {id(file) for i, file in enumerate(files) if share is None or i % share.count == share.index}
-    mine = {name for name, file in places.items() if id(file) in own}
-    plan = [weight for weight in plan if any(tensor.hub_name in mine for tensor in weight.tensors)]
+    shared = {id(file) for i, file in enumerate(files) if share is None or i % share.count == share.index}
+    names = {name for name, file in places.items() if id(file) in shared}
+    plan = [weight for weight in plan if any(tensor.hub_name in names for tensor in weight.tensors)]
     done, to_do = 0, sum(weight.num_bytes for weight in plan)
     with contextlib.ExitStack() as writers:
         for writer in files:
             writers.callback(writer.close)
         for weight in plan:
             for tensor, value in weight.arrays():
-                if tensor.hub_name in mine:
+                if tensor.hub_name in names:
                     places[tensor.hub_name].write(tensor, value)
             done += weight.num_bytes
             if progress:
@@ -265,7 +317,7 @@ def _check_same_model(config: ModelConfig, source: Path) -> None:
     The window may differ: 512 in the file is read as 512 keys or 513 by different stacks, and stays 512 in the file.
     """
     origin = read_config(source)
-    ours, theirs = (dataclasses.replace(each.with_window(1), fp8_block=None) for each in (config, origin))
+    ours, theirs = (dataclasses.replace(described.with_window(1), fp8_block=None) for described in (config, origin))
     for field in dataclasses.fields(ModelConfig):
         if getattr(ours, field.name) != getattr(theirs, field.name):
             raise CheckpointError(
@@ -275,6 +327,7 @@ def _check_same_model(config: ModelConfig, source: Path) -> None:
 
 
 def check_target(folder: Path, *, overwrite: bool) -> None:
+    """Raise `CheckpointError` unless a checkpoint may be written at ``folder``."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise CheckpointError(f"{folder}: exists and is not a folder; choose another name")
     if not folder.is_dir() or not any(folder.iterdir()):
@@ -289,7 +342,7 @@ def check_target(folder: Path, *, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def _appearing_together(folder: Path, *, num_bytes: int, share: Share | None) -> Iterator[Path]:
-    """`_appearing`, for all processes the same folder, which process 0 makes and puts in its place."""
+    """`_appearing`, with one folder for all processes, which process 0 makes and puts in its place."""
     if share is None:
         with _appearing(folder, num_bytes=num_bytes) as target:
             yield target
@@ -309,7 +362,7 @@ def _appearing_together(folder: Path, *, num_bytes: int, share: Share | None) ->
 
 @contextlib.contextmanager
 def _appearing(folder: Path, *, num_bytes: int, work: Path | None = None) -> Iterator[Path]:
-    """A folder to write into that takes ``folder``'s place when all went well, and vanishes otherwise."""
+    """A folder to write into; it takes the place of ``folder`` after success and is removed after an error."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder.parent).free
@@ -361,49 +414,3 @@ def _sync(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-class ShardWriter:
-    """A file for ``tensors``; it is opened with the first of them, and flushed to the disk and closed with the last."""
-
-    def __init__(self, path: Path, tensors: Sequence[TensorSpec]):
-        self.path = path
-        # Wide dtypes first: then every tensor begins at a multiple of its element size, as readers that map it like.
-        ordered = sorted(tensors, key=lambda tensor: -DTYPES[tensor.dtype].itemsize)
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
-        self._starts: dict[str, int] = {}
-        position = 0
-        for tensor in ordered:
-            end = position + tensor.num_bytes
-            header[tensor.hub_name] = {
-                "dtype": tensor.dtype,
-                "shape": list(tensor.shape),
-                "data_offsets": [position, end],
-            }
-            self._starts[tensor.hub_name] = position
-            position = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        self._header = text + b" " * (-len(text) % 8)
-        self._file: BinaryIO | None = None
-
-    def write(self, tensor: TensorSpec, value: np.ndarray) -> None:
-        """Write one tensor, in any order; each exactly once."""
-        if value.shape != tensor.shape or value.dtype != DTYPES[tensor.dtype]:
-            raise CheckpointError(
-                f"export: {tensor.path} is now {value.dtype} {list(value.shape)}, expected {tensor.dtype} "
-                f"{list(tensor.shape)}; it changed while it was exported"
-            )
-        if self._file is None:
-            self._file = self.path.open("xb")
-            self._file.write(len(self._header).to_bytes(8, "little") + self._header)
-        self._file.seek(8 + len(self._header) + self._starts.pop(tensor.hub_name))
-        self._file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
-        if not self._starts:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-
-    def close(self) -> None:
-        """Give up on a file that did not get all its tensors; a finished one is closed already."""
-        if self._file is not None:
-            self._file.close()

@@ -1,4 +1,4 @@
-"""Attention with QK-norm, partial rotary embedding and a head-wise output gate (spec §2.3)."""
+"""Attention with QK-norm, partial rotary embedding and a head-wise output gate (docs/architecture.md, Attention)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The small parts: norm, linear map, embedding, gated MLP. Weights keep the hub's (out, in) orientation."""
+"""The small parts: norm, linear map, embedding, rotary embedding, gated MLP.
+
+Weights keep the hub's (out, in) orientation.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], *, std
 class RMSNorm(nnx.Module):
     """Root-mean-square norm over the last axis with a gain stored as (gain − 1).
 
-    The whole product is float32 and only the result is cast back (spec §2.2).
+    The whole product is float32 and only the result is cast back (docs/architecture.md, Embedding and layers).
     """
 
     def __init__(self, size: int, *, eps: float, axis: str = "embed", dtype: DTypeLike):
@@ -76,28 +79,6 @@ class Embed(nnx.Module):
         return row.reshape(*ids.shape, -1)
 
 
-class SwiGLU(nnx.Module):
-    """Gated MLP ``(silu(h·Gᵀ) ⊙ h·Uᵀ)·Dᵀ`` with an optional clamp (spec §2.4)."""
-
-    def __init__(
-        self, size: int, hidden: int, *, limit: float | None, rngs: nnx.Rngs, dtype: DTypeLike, scale: float = 1.0
-    ):
-        self.limit = limit
-        self.gate_proj = Linear(size, hidden, axes=("mlp", "embed"), rngs=rngs, dtype=dtype)
-        self.up_proj = Linear(size, hidden, axes=("mlp", "embed"), rngs=rngs, dtype=dtype)
-        self.down_proj = Linear(hidden, size, axes=("embed", "mlp"), rngs=rngs, dtype=dtype, scale=scale)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(self._hidden(x))
-
-    def wide(self, x: jax.Array) -> jax.Array:
-        """The float32 accumulator of the last product, to be added to others before it is rounded."""
-        return self.down_proj.wide(self._hidden(x))
-
-    def _hidden(self, x: jax.Array) -> jax.Array:
-        return swiglu(self.gate_proj(x), self.up_proj(x), self.limit)
-
-
 def frequencies(spec: RopeSpec) -> np.ndarray:
     """Angular frequencies [width / 2] in float64, radians per position: theta^(−2j/width), then the scaling."""
     plain = spec.theta ** (-2.0 * np.arange(spec.width // 2) / spec.width)
@@ -122,3 +103,25 @@ def rotate(x_BTNH: jax.Array, position_BT: jax.Array, spec: RopeSpec) -> jax.Arr
     cos, sin = jnp.cos(angle).astype(x_BTNH.dtype), jnp.sin(angle).astype(x_BTNH.dtype)
     a, b, rest = jnp.split(x_BTNH, [spec.width // 2, spec.width], axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
+
+
+class SwiGLU(nnx.Module):
+    """Gated MLP ``(silu(h·Gᵀ) ⊙ h·Uᵀ)·Dᵀ`` with an optional clamp (docs/architecture.md, Clamped SwiGLU)."""
+
+    def __init__(
+        self, size: int, hidden: int, *, limit: float | None, rngs: nnx.Rngs, dtype: DTypeLike, scale: float = 1.0
+    ):
+        self.limit = limit
+        self.gate_proj = Linear(size, hidden, axes=("mlp", "embed"), rngs=rngs, dtype=dtype)
+        self.up_proj = Linear(size, hidden, axes=("mlp", "embed"), rngs=rngs, dtype=dtype)
+        self.down_proj = Linear(hidden, size, axes=("embed", "mlp"), rngs=rngs, dtype=dtype, scale=scale)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(self._hidden(x))
+
+    def wide(self, x: jax.Array) -> jax.Array:
+        """The float32 accumulator of the last product, to be added to others before it is rounded."""
+        return self.down_proj.wide(self._hidden(x))
+
+    def _hidden(self, x: jax.Array) -> jax.Array:
+        return swiglu(self.gate_proj(x), self.up_proj(x), self.limit)

@@ -12,7 +12,7 @@ import jax
 
 from stepjax.model.cache import CacheView, Chunk, attend
 from stepjax.ops.attention import Heads
-from stepjax.ops.expert_choice import Form
+from stepjax.ops.expert_choice import Formulation
 from stepjax.ops.expert_dense import ExpertWeights
 
 T = TypeVar("T")
@@ -63,7 +63,7 @@ class Routed(Protocol):
         combine_BTA: jax.Array,
         *,
         first_expert: int | jax.Array = 0,
-        form: Form | None = None,
+        form: Formulation | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Routed part and shared part, float32 [B, T, D].
 
@@ -136,8 +136,8 @@ class Layout(Protocol):
 class SingleDevice:
     """The trivial layout. ``form`` pins one formulation of the experts; None lets the token count choose."""
 
-    def __init__(self, form: Form | None = None):
-        self.form: Form | None = form
+    def __init__(self, form: Formulation | None = None):
+        self.form: Formulation | None = form
 
     def __hash__(self) -> int:
         return hash((SingleDevice, self.form))

@@ -1,4 +1,7 @@
-"""Mixture of experts: sigmoid router with a selection bias, routed experts, one shared expert (spec §2.5)."""
+"""Mixture of experts: sigmoid router with a selection bias, routed experts, one shared expert.
+
+The formulas are in the documentation (docs/architecture.md, Mixture of experts).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from jax.typing import DTypeLike
 from stepjax.config import LayerSpec, ModelConfig
 from stepjax.model.layers import SwiGLU, normal
 from stepjax.model.layout import Layout, Routes
-from stepjax.ops.expert_choice import Form
+from stepjax.ops.expert_choice import Formulation
 from stepjax.ops.expert_dense import ExpertWeights
 from stepjax.ops.experts import held_ids, routed_experts
 from stepjax.weights.adapted import by_token
@@ -130,7 +133,7 @@ class MoE(nnx.Module):
         combine_BTA: jax.Array,
         *,
         first_expert: int | jax.Array = 0,
-        form: Form | None = None,
+        form: Formulation | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """What the weights at hand contribute: see `stepjax.model.layout.Routed`."""
         x_TD, ids_TA, combine_TA = (each.reshape(-1, each.shape[-1]) for each in (x_BTD, ids_BTA, combine_BTA))

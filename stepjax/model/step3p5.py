@@ -1,4 +1,7 @@
-"""Step 3.5: the backbone and its prediction heads, and the flat parameter table that everything else works on."""
+"""Step 3.5 in the order data flows: a block, a prediction head (MTP layer), and the model that runs them.
+
+At the end of the file: making a model, and the flat table of its parameters that everything else works on.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,73 @@ class Hidden(NamedTuple):
     hidden_BTD: jax.Array  # residual stream after the last layer, before the final norm
     cache: Cache | None
     expert_ids: tuple[jax.Array, ...]  # per MoE layer: int32 [B, T, A], its router's choice
+
+
+class Block(nnx.Module):
+    """``x ← x + attention(norm(x)); x ← x + feed_forward(norm(x))``."""
+
+    def __init__(self, spec: LayerSpec, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, layout: Layout):
+        self.layout, self.is_moe = layout, spec.moe
+        size, eps = config.hidden_size, config.norm_eps
+        scale = (2 * len(config.layers)) ** -0.5  # maps onto the residual stream start small, as depth grows
+        self.input_norm = RMSNorm(size, eps=eps, dtype=dtype)
+        self.attn = Attention(spec, size, eps=eps, rngs=rngs, dtype=dtype, layout=layout, scale=scale)
+        self.post_norm = RMSNorm(size, eps=eps, dtype=dtype)
+        if spec.moe:
+            self.moe = MoE(spec, config, rngs=rngs, dtype=dtype, layout=layout, scale=scale)
+        else:
+            limit, hidden = spec.limit_shared, config.intermediate_size
+            self.mlp = SwiGLU(size, hidden, limit=limit, rngs=rngs, dtype=dtype, scale=scale)
+
+    def __call__(
+        self, x_BTD: jax.Array, chunk: Chunk, cache: CacheView | None, recorded_BTA: jax.Array | None = None
+    ) -> tuple[jax.Array, CacheView | None, jax.Array | None]:
+        """The residual stream after the layer, the layer's cache, and what the router of a MoE layer chose [B, T, A].
+
+        Args:
+          recorded_BTA: as for `MoE`; a dense layer has none.
+        """
+        out, cache = self.attn(self._whole(self.input_norm(x_BTD)), chunk, cache)
+        x_BTD = self.layout.constrain(x_BTD + out, "batch", "stream", "embed")
+        normed, ids = self.post_norm(x_BTD), None
+        if self.is_moe:
+            out, ids = self.moe(normed, chunk.position_BT >= 0, recorded_BTA)
+        else:
+            out = self._whole(self.mlp(self._whole(normed)))  # or the backward pass would gather weights, not tokens
+        return self.layout.constrain(x_BTD + out, "batch", "stream", "embed"), cache, ids
+
+    def _whole(self, x_BTD: jax.Array) -> jax.Array:
+        """From where the stream lies to where its tokens meet weights."""
+        return self.layout.constrain(x_BTD, "batch", "length", "embed")
+
+
+class MtpLayer(nnx.Module):
+    """One depth: merge the two inputs, run a dense sliding-window block, read the result with its own head."""
+
+    def __init__(self, spec: LayerSpec, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, layout: Layout):
+        self.layout = layout
+        size, eps = config.hidden_size, config.norm_eps
+        self.embed_norm = RMSNorm(size, eps=eps, dtype=dtype)
+        self.hidden_norm = RMSNorm(size, eps=eps, dtype=dtype)
+        self.merge = Linear(2 * size, size, axes=("embed", "embed_in"), rngs=rngs, dtype=dtype)
+        self.block = Block(spec, config, rngs=rngs, dtype=dtype, layout=layout)
+        self.norm = RMSNorm(size, eps=eps, dtype=dtype)
+        self.head = Linear(size, config.vocab_size, axes=("vocab", "embed"), rngs=rngs, dtype=dtype, scale=0.5)
+
+    def __call__(
+        self, embedding_BTD: jax.Array, hidden_BTD: jax.Array, chunk: Chunk, cache: CacheView | None
+    ) -> tuple[jax.Array, CacheView | None]:
+        """The depth's pre-norm hidden state [B, T, D]; the embedding half comes first."""
+        both = jnp.concatenate([self.embed_norm(embedding_BTD), self.hidden_norm(hidden_BTD)], axis=-1)
+        both = self.layout.constrain(both, "batch", "length", None)  # or norms and inputs would split like `merge`
+        # Then split like it after all: where tokens are split too, a partitioner may gather the matrix instead.
+        merged = self.merge(self.layout.constrain(both, "batch", "length", "embed_in"))
+        hidden, cache, _ = self.block(merged, chunk, cache)
+        return hidden, cache
+
+    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        """Logits of the token after the one fed, float32 [B, T, V]."""
+        return self.layout.constrain(self.head.wide(self.norm(hidden_BTD)), "batch", "length", "vocab")
 
 
 class Step3p5(nnx.Module):
@@ -154,70 +224,3 @@ def bind(model: Step3p5, params: Params) -> Step3p5:
 
 def _variables(model: Step3p5) -> list[tuple[tuple[Any, ...], nnx.Variable]]:
     return list(nnx.to_flat_state(nnx.state(model)))
-
-
-class Block(nnx.Module):
-    """``x ← x + attention(norm(x)); x ← x + feed_forward(norm(x))``."""
-
-    def __init__(self, spec: LayerSpec, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, layout: Layout):
-        self.layout, self.is_moe = layout, spec.moe
-        size, eps = config.hidden_size, config.norm_eps
-        scale = (2 * len(config.layers)) ** -0.5  # maps onto the residual stream start small, as depth grows
-        self.input_norm = RMSNorm(size, eps=eps, dtype=dtype)
-        self.attn = Attention(spec, size, eps=eps, rngs=rngs, dtype=dtype, layout=layout, scale=scale)
-        self.post_norm = RMSNorm(size, eps=eps, dtype=dtype)
-        if spec.moe:
-            self.moe = MoE(spec, config, rngs=rngs, dtype=dtype, layout=layout, scale=scale)
-        else:
-            limit, hidden = spec.limit_shared, config.intermediate_size
-            self.mlp = SwiGLU(size, hidden, limit=limit, rngs=rngs, dtype=dtype, scale=scale)
-
-    def __call__(
-        self, x_BTD: jax.Array, chunk: Chunk, cache: CacheView | None, recorded_BTA: jax.Array | None = None
-    ) -> tuple[jax.Array, CacheView | None, jax.Array | None]:
-        """The residual stream after the layer, the layer's cache, and what the router of a MoE layer chose [B, T, A].
-
-        Args:
-          recorded_BTA: as for `MoE`; a dense layer has none.
-        """
-        out, cache = self.attn(self._whole(self.input_norm(x_BTD)), chunk, cache)
-        x_BTD = self.layout.constrain(x_BTD + out, "batch", "stream", "embed")
-        normed, ids = self.post_norm(x_BTD), None
-        if self.is_moe:
-            out, ids = self.moe(normed, chunk.position_BT >= 0, recorded_BTA)
-        else:
-            out = self._whole(self.mlp(self._whole(normed)))  # or the backward pass would gather weights, not tokens
-        return self.layout.constrain(x_BTD + out, "batch", "stream", "embed"), cache, ids
-
-    def _whole(self, x_BTD: jax.Array) -> jax.Array:
-        """From where the stream lies to where its tokens meet weights."""
-        return self.layout.constrain(x_BTD, "batch", "length", "embed")
-
-
-class MtpLayer(nnx.Module):
-    """One depth: merge the two inputs, run a dense sliding-window block, read the result with its own head."""
-
-    def __init__(self, spec: LayerSpec, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, layout: Layout):
-        self.layout = layout
-        size, eps = config.hidden_size, config.norm_eps
-        self.embed_norm = RMSNorm(size, eps=eps, dtype=dtype)
-        self.hidden_norm = RMSNorm(size, eps=eps, dtype=dtype)
-        self.merge = Linear(2 * size, size, axes=("embed", "embed_in"), rngs=rngs, dtype=dtype)
-        self.block = Block(spec, config, rngs=rngs, dtype=dtype, layout=layout)
-        self.norm = RMSNorm(size, eps=eps, dtype=dtype)
-        self.head = Linear(size, config.vocab_size, axes=("vocab", "embed"), rngs=rngs, dtype=dtype, scale=0.5)
-
-    def __call__(
-        self, embedding_BTD: jax.Array, hidden_BTD: jax.Array, chunk: Chunk, cache: CacheView | None
-    ) -> tuple[jax.Array, CacheView | None]:
-        """The depth's pre-norm hidden state [B, T, D]; the embedding half comes first."""
-        both = jnp.concatenate([self.embed_norm(embedding_BTD), self.hidden_norm(hidden_BTD)], axis=-1)
-        both = self.layout.constrain(both, "batch", "length", None)  # or norms and inputs would split like `merge`
-        # Then split like it after all: where tokens are split too, a partitioner may gather the matrix instead.
-        merged = self.merge(self.layout.constrain(both, "batch", "length", "embed_in"))
-        hidden, cache, _ = self.block(merged, chunk, cache)
-        return hidden, cache
-
-    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Logits of the token after the one fed, float32 [B, T, V]."""
-        return self.layout.constrain(self.head.wide(self.norm(hidden_BTD)), "batch", "length", "vocab")

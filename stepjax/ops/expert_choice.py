@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-Form = Literal["gathered", "batched", "grouped", "capacity", "blocked", "in_turn", "reference"]
+Formulation = Literal["gathered", "batched", "grouped", "capacity", "blocked", "in_turn", "reference"]
 
 WIDENED_COST = 3  # of a quantised expert that products over all experts read, over that of one assignment's gather
 BATCHED_TOKENS = 256  # beyond, capacity wins even where its passes read all weights again for a few full experts (H100)
@@ -27,7 +27,9 @@ WIDENED_BYTES = 256 * 2**20  # of one quantised matrix at a time (H100, int4, 64
 HEADROOM = 1.5  # rows of capacity over the mean load: one pass usually suffices
 
 
-def choose_form(num_tokens: int, num_experts: int, top_k: int, *, widened: bool = False, kernel: bool = False) -> Form:
+def choose_form(
+    num_tokens: int, num_experts: int, top_k: int, *, widened: bool = False, kernel: bool = False
+) -> Formulation:
     """The form for a step of ``num_tokens`` (static) tokens on a GPU; ``kernel``: there is one for these weights.
 
     One layer of 288 experts on an H100 takes 0.0115 ms for each assignment that is gathered, in bf16 and in int4; for
@@ -43,7 +45,7 @@ def choose_form(num_tokens: int, num_experts: int, top_k: int, *, widened: bool 
     return "batched" if num_tokens <= BATCHED_TOKENS else "capacity"
 
 
-def choose_form_cpu(num_tokens: int, num_experts: int, top_k: int) -> Form:
+def choose_form_cpu(num_tokens: int, num_experts: int, top_k: int) -> Formulation:
     """The same on a CPU."""
     if num_tokens <= BLOCKED_TOKENS_CPU and num_tokens * top_k < num_experts:
         return "in_turn" if num_tokens == 1 else "blocked"

@@ -12,7 +12,18 @@ from jax.typing import DTypeLike
 from stepjax.ops.expert_choice import tile_size
 from stepjax.ops.manual_axes import vary_with, zeros_after
 from stepjax.ops.swiglu import swiglu
-from stepjax.weights.adapted import Adapted, AnyWeight, choose, merged, plain, product, rows_product, widen
+from stepjax.weights.adapted import (
+    Adapted,
+    AnyWeight,
+    choose,
+    hidden_product,
+    input_product,
+    merged,
+    pair_product,
+    plain,
+    rows_product,
+    widen,
+)
 from stepjax.weights.quantised import format_of
 
 Slot = jax.Array | None  # int32 [T], adapter of each token
@@ -121,8 +132,8 @@ def batched(
     """The weights stand left: a CPU multiplies few columns by them without rearranging them first."""
 
     def run(gate: Any, up: Any, down: Any) -> jax.Array:
-        gate_EFT, up_EFT = (product("efd,td->eft", w, x, slot=slot) for w in (gate, up))
-        return product("edf,eft->edt", down, swiglu(gate_EFT, up_EFT, limit).astype(x.dtype), slot=slot)
+        gate_EFT, up_EFT = (input_product(w, x, slot=slot) for w in (gate, up))
+        return hidden_product(down, swiglu(gate_EFT, up_EFT, limit).astype(x.dtype), slot=slot)
 
     out_EDT = tiled(run, weights, x, ids[0, 0])
     chosen = ids[..., None] == jnp.arange(weights.gate.shape[0])[None, None, :]
@@ -145,10 +156,10 @@ def in_turn(
         ids_P, share_P, token_P = work
         gate, up, down = (widen(choose(w, ids_P), x.dtype) for w in weights)
         x_PD, slot_P = x[token_P], None if slot is None else slot[token_P]
-        gate_PF, up_PF = (product("pfd,pd->pf", w, x_PD, slot=slot_P) for w in (gate, up))
+        gate_PF, up_PF = (pair_product(w, x_PD, slot=slot_P) for w in (gate, up))
         hidden = swiglu(gate_PF, up_PF, limit).astype(x.dtype)
-        found = product("pdf,pf->pd", down, hidden, slot=slot_P)
-        return out.at[token_P].add(share_P[:, None] * found), None
+        out_PD = pair_product(down, hidden, slot=slot_P)
+        return out.at[token_P].add(share_P[:, None] * out_PD), None
 
     zero = vary_with(jnp.zeros(x.shape, jnp.float32), x)
     return jax.lax.scan(some, zero, jax.tree.map(lambda each: each.reshape(-1, size), work))[0]

@@ -12,7 +12,7 @@ from stepjax.ops.expert_dense import ExpertWeights, Slot, tiled
 from stepjax.ops.grouped_matmul import DEPTH, Tiles, grouped_product, tiles_for
 from stepjax.ops.manual_axes import vary_with, zeros_after
 from stepjax.ops.swiglu import swiglu
-from stepjax.weights.adapted import choose, cotangent, moved, moving, product, widen
+from stepjax.weights.adapted import buffer_product, choose, cotangent, expert_product, moved, moving, widen
 
 
 def _by_expert(
@@ -21,9 +21,9 @@ def _by_expert(
     """Each expert on its own rows: [E, C, D] → float32 [E, C, D]. No weight is transposed or copied."""
 
     def run(gate: Any, up: Any, down: Any, x: jax.Array, slot: jax.Array | None) -> jax.Array:
-        gate_ECF, up_ECF = (product("ecd,efd->ecf", x, w, slot=slot) for w in (gate, up))
+        gate_ECF, up_ECF = (buffer_product(x, w, slot=slot) for w in (gate, up))
         hidden = swiglu(gate_ECF, up_ECF, limit)
-        return product("ecf,edf->ecd", hidden.astype(x.dtype), down, slot=slot)
+        return buffer_product(hidden.astype(x.dtype), down, slot=slot)
 
     return tiled(run, weights, x_ECD, count, x_ECD, slot_EC)
 
@@ -183,11 +183,11 @@ def _blocks_forward(
             start = by.start[e] + index * rows
             mine = jax.lax.dynamic_slice_in_dim(token, start, rows)
             x_CD, slot = x[mine], None if by.slot is None else by.slot[mine]
-            gate_CF, up_CF = (product("cd,fd->cf", x_CD, w, slot=slot) for w in (gate, up))
+            gate_CF, up_CF = (expert_product(x_CD, w, slot=slot) for w in (gate, up))
             hidden = swiglu(gate_CF, up_CF, limit)
-            found = product("cf,df->cd", hidden.astype(x.dtype), down, slot=slot)
+            out_CD = expert_product(hidden.astype(x.dtype), down, slot=slot)
             # What a block has beyond its expert's rows is written over by the next expert's, or never read.
-            return jax.lax.dynamic_update_slice_in_dim(out, found, start, 0)
+            return jax.lax.dynamic_update_slice_in_dim(out, out_CD, start, 0)
 
         return jax.lax.fori_loop(0, (by.count[e] + rows - 1) // rows, block, out)
 

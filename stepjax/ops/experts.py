@@ -8,7 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from stepjax.ops.expert_choice import Form, buffer_rows, choose_form, choose_form_cpu
+from stepjax.ops.expert_choice import Formulation, buffer_rows, choose_form, choose_form_cpu
 from stepjax.ops.expert_dense import ExpertWeights, batched, gathered, in_turn, reference
 from stepjax.ops.expert_sorted import blocked, capacity, grouped, grouped_fits
 from stepjax.ops.manual_axes import vary_alike
@@ -24,7 +24,7 @@ def routed_experts(
     weights: ExpertWeights,
     *,
     limit: float | None,
-    form: Form | None = None,
+    form: Formulation | None = None,
     load: int | None = None,
     slot_T: jax.Array | None = None,
 ) -> jax.Array:
@@ -42,7 +42,7 @@ def routed_experts(
     load = ids_TA.size if load is None else load
     rows = buffer_rows(load / weights.gate.shape[0], most=x_TD.shape[0])
 
-    def run(form: Form) -> Callable[..., jax.Array]:
+    def run(form: Formulation) -> Callable[..., jax.Array]:
         forms = {"gathered": gathered, "batched": batched, "in_turn": in_turn, "reference": reference}
         forms |= {"capacity": partial(capacity, rows=rows), "blocked": partial(blocked, rows=rows)}
         forms |= {"grouped": partial(grouped, rows=rows, load=load)}

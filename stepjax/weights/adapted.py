@@ -1,11 +1,14 @@
 """Weights with low-rank adapters beside them: ``W + scale · B·A``, of which only the factors learn.
 
-The base stays as it is held, plain or quantised, and the factors multiply on their own: ``(W·x) + B·(scale · A·x)``.
-What the base's product gives is therefore untouched, and a zero B changes no bit of it. `merged` is the slow twin.
+The base stays as it is held, plain or quantised, and the factors are multiplied apart: ``(W·x) + B·(scale · A·x)``.
+The product with the base is therefore unchanged, and a zero B changes no bit of it. `merged` is the slow twin.
 
 A stack holds the factors of several adapters as equal blocks along the rank, each with its scale in B; a row then uses
-the block that its ``slot`` names. The other blocks are multiplied and left out: they cost products as small as their
+the block that its ``slot`` names. The other blocks are multiplied too and masked: that costs products as small as their
 rank, where gathering a block for every row would copy factors.
+
+The routed experts multiply in five forms, each a function named for its rows. The weight stays on the side of the
+product where the form's caller needs it.
 """
 
 from __future__ import annotations
@@ -103,8 +106,8 @@ def factor_axes(
 ) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
     """Logical axes of A and B for a weight with these; the rank has none."""
     *lead, size_out, size_in = axes
-    of_a, of_b = (lead if ndim == len(axes) else [] for ndim in (a_ndim, b_ndim))
-    return (*of_a, None, size_in), (*of_b, size_out, None)
+    lead_a, lead_b = (lead if ndim == len(axes) else [] for ndim in (a_ndim, b_ndim))
+    return (*lead_a, None, size_in), (*lead_b, size_out, None)
 
 
 def linear(w: AnyWeight, x: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -123,39 +126,78 @@ def linear(w: AnyWeight, x: jax.Array, dtype: DTypeLike) -> jax.Array:
     return (y.astype(jnp.float32) + wide_einsum("...r,or->...o", low.astype(x.dtype), w.b)).astype(dtype)
 
 
-def product(form: str, left: jax.Array | Adapted, right: jax.Array | Adapted, *, slot: Any = None) -> jax.Array:
-    """``einsum(form, left, right)`` in float32, where the operand that ends in (out, in) may be adapted.
+def buffer_product(x_ECI: jax.Array, w_EOI: jax.Array | Adapted, *, slot: jax.Array | None = None) -> jax.Array:
+    """Every expert on its own rows: float32 [E, C, O].
 
     Args:
-      slot: int32, of each row of the other operand: its axes without the contracted one, and without the experts' if
-        they all have the same rows.
+      slot: int32 [E, C] of each row, or [C] if the rows of all experts have the same slots.
     """
-    if isinstance(left, Adapted):
-        w, x, (letters, rows) = left, right, form.partition("->")[0].split(",")
-    elif isinstance(right, Adapted):
-        w, x, (rows, letters) = right, left, form.partition("->")[0].split(",")
-    else:
-        return wide_einsum(form, left, right)
-    assert isinstance(x, jax.Array)
-    *lead, out_letter, in_letter = letters
-    result = form.partition("->")[2]
-    of_a, of_b = ("".join(lead) if f.ndim == len(letters) else "" for f in (w.a, w.b))
-    shared = {*lead} - {*of_a, *rows}  # axes that A·x does not have
-    middle = "".join(each for each in result.replace(out_letter, "r") if each not in shared)
-
-    def ordered(one: str, of_one: jax.Array, other: str, of_other: jax.Array, into: str) -> jax.Array:
-        """The weight stays on its side of the product, for the reasons that put it there."""
-        if w is left:
-            return wide_einsum(f"{one},{other}->{into}", of_one, of_other)
-        return wide_einsum(f"{other},{one}->{into}", of_other, of_one)
-
-    low = w.scale * ordered(of_a + "r" + in_letter, w.a, rows, x, middle)
+    y_ECO = wide_einsum("eci,eoi->eco", x_ECI, _array(w_EOI))
+    if not isinstance(w_EOI, Adapted):
+        return y_ECO
+    a, b = w_EOI.a, w_EOI.b
+    low_ECR = w_EOI.scale * wide_einsum("eci,eri->ecr" if a.ndim == 3 else "eci,ri->ecr", x_ECI, a)
     if slot is not None:
-        named = "".join(each for each in rows if each != in_letter)
-        named = named if len(named) == slot.ndim else "".join(each for each in named if each not in lead)
-        low *= _aligned(_share(w, slot), named + "r", middle)
-    base = ordered(letters, _array(w), rows, x, result)
-    return base + ordered(of_b + out_letter + "r", w.b, middle, low.astype(x.dtype), result)
+        share = _share(w_EOI, slot)
+        low_ECR *= share if slot.ndim == 2 else share[None]
+    return y_ECO + wide_einsum("ecr,eor->eco" if b.ndim == 3 else "ecr,or->eco", low_ECR.astype(x_ECI.dtype), b)
+
+
+def expert_product(x_CI: jax.Array, w_OI: jax.Array | Adapted, *, slot: jax.Array | None = None) -> jax.Array:
+    """One expert on its rows: float32 [C, O]. ``slot`` is int32 [C]."""
+    y_CO = wide_einsum("ci,oi->co", x_CI, _array(w_OI))
+    if not isinstance(w_OI, Adapted):
+        return y_CO
+    low_CR = w_OI.scale * wide_einsum("ci,ri->cr", x_CI, w_OI.a)
+    if slot is not None:
+        low_CR *= _share(w_OI, slot)
+    return y_CO + wide_einsum("cr,or->co", low_CR.astype(x_CI.dtype), w_OI.b)
+
+
+def input_product(w_EOI: jax.Array | Adapted, x_TI: jax.Array, *, slot: jax.Array | None = None) -> jax.Array:
+    """Every expert on all tokens, with the weights on the left: float32 [E, O, T]. ``slot`` is int32 [T].
+
+    A factor A without the experts' axis is multiplied once for all of them; then B must have that axis.
+    """
+    y_EOT = wide_einsum("eoi,ti->eot", _array(w_EOI), x_TI)
+    if not isinstance(w_EOI, Adapted):
+        return y_EOT
+    a, b = w_EOI.a, w_EOI.b
+    share_RT = None if slot is None else _share(w_EOI, slot).T
+    if a.ndim == 2:
+        low_RT = w_EOI.scale * wide_einsum("ri,ti->rt", a, x_TI)
+        low_RT = low_RT if share_RT is None else low_RT * share_RT
+        return y_EOT + wide_einsum("eor,rt->eot", b, low_RT.astype(x_TI.dtype))
+    low_ERT = w_EOI.scale * wide_einsum("eri,ti->ert", a, x_TI)
+    low_ERT = low_ERT if share_RT is None else low_ERT * share_RT[None]
+    return y_EOT + wide_einsum("eor,ert->eot" if b.ndim == 3 else "or,ert->eot", b, low_ERT.astype(x_TI.dtype))
+
+
+def hidden_product(w_EOI: jax.Array | Adapted, x_EIT: jax.Array, *, slot: jax.Array | None = None) -> jax.Array:
+    """Every expert on its hidden state of all tokens, with the weights on the left: float32 [E, O, T].
+
+    It reads what `input_product` returns. ``slot`` is int32 [T].
+    """
+    y_EOT = wide_einsum("eoi,eit->eot", _array(w_EOI), x_EIT)
+    if not isinstance(w_EOI, Adapted):
+        return y_EOT
+    a, b = w_EOI.a, w_EOI.b
+    low_ERT = w_EOI.scale * wide_einsum("eri,eit->ert" if a.ndim == 3 else "ri,eit->ert", a, x_EIT)
+    if slot is not None:
+        low_ERT *= _share(w_EOI, slot).T[None]
+    return y_EOT + wide_einsum("eor,ert->eot" if b.ndim == 3 else "or,ert->eot", b, low_ERT.astype(x_EIT.dtype))
+
+
+def pair_product(w_POI: jax.Array | Adapted, x_PI: jax.Array, *, slot: jax.Array | None = None) -> jax.Array:
+    """A matrix for each of P pairs of token and expert: float32 [P, O]. ``slot`` is int32 [P]."""
+    y_PO = wide_einsum("poi,pi->po", _array(w_POI), x_PI)
+    if not isinstance(w_POI, Adapted):
+        return y_PO
+    a, b = w_POI.a, w_POI.b
+    low_PR = w_POI.scale * wide_einsum("pri,pi->pr" if a.ndim == 3 else "ri,pi->pr", a, x_PI)
+    if slot is not None:
+        low_PR *= _share(w_POI, slot)
+    return y_PO + wide_einsum("por,pr->po" if b.ndim == 3 else "or,pr->po", b, low_PR.astype(x_PI.dtype))
 
 
 def rows_product(w: jax.Array | Adapted, x: jax.Array, *, slot: Any = None) -> jax.Array:
@@ -214,12 +256,5 @@ def _array(widened: jax.Array | Adapted) -> jax.Array:
 
 def _share(w: Adapted, slot: jax.Array) -> jax.Array:
     """1 for the ranks of each row's own block and 0 for the others: float32 [..., R]."""
-    own = slot[..., None] == jnp.arange(w.slots).reshape((1,) * slot.ndim + (-1,))
-    return jnp.repeat(own.astype(jnp.float32), w.rank // w.slots, axis=-1, total_repeat_length=w.rank)
-
-
-def _aligned(x: jax.Array, letters: str, into: str) -> jax.Array:
-    """``x`` with its axes in the order of ``into``, and axes of size 1 for those that it does not have."""
-    x = x.transpose([letters.index(each) for each in into if each in letters])
-    sizes = iter(x.shape)
-    return x.reshape([next(sizes) if each in letters else 1 for each in into])
+    chosen = slot[..., None] == jnp.arange(w.slots).reshape((1,) * slot.ndim + (-1,))
+    return jnp.repeat(chosen.astype(jnp.float32), w.rank // w.slots, axis=-1, total_repeat_length=w.rank)
