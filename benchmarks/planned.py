@@ -77,9 +77,9 @@ def compile_all(args: argparse.Namespace) -> None:
 
 def speed() -> dict[str, Any]:
     """How long it takes to weigh every engine of up to 512 devices."""
-    ask, cluster = PlanRequest("latency", drafts=(0, 1, 2, 3)), parse("512xH100")
+    request, cluster = PlanRequest("latency", drafts=(0, 1, 2, 3)), parse("512xH100")
     began, spent = time.perf_counter(), time.process_time()
-    found = [weigh(WHOLE, cluster, ask, each) for each in choices(WHOLE, cluster, ask)]
+    found = [weigh(WHOLE, cluster, request, each) for each in choices(WHOLE, cluster, request)]
     return {
         "layouts": len(found),
         "legal": sum(isinstance(each, Option) for each in found),

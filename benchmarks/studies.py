@@ -17,7 +17,7 @@ from stepjax.infer.steps.abstract_steps import sequence_bytes
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.planner.explain import rivals, would_change
 from stepjax.sharding.planner.hardware import parse
-from stepjax.sharding.planner.search import Choice, Goal, Option, Plan, PlanRequest, plan, weigh
+from stepjax.sharding.planner.search import Choice, Goal, Option, Plan, PlanRequest, rank_options, weigh
 from stepjax.weights.formats import FORMATS
 from stepjax.weights.plain import PLAIN
 
@@ -52,7 +52,7 @@ def section(title: str, hardware: str, experts: tuple[str, ...]) -> str:
     cluster = parse(hardware)
     rows, words = [], []
     for goal, name, batch, context, tpot in GOALS:
-        asked = PlanRequest(
+        request = PlanRequest(
             goal,
             batch=batch or 8 * cluster.num_devices,
             context=context,
@@ -61,7 +61,7 @@ def section(title: str, hardware: str, experts: tuple[str, ...]) -> str:
             acceptance=PRIOR,
             sequence_bytes=lambda drafts: sequence_bytes(WHOLE, drafts),
         )
-        found = plan(WHOLE, cluster, asked)
+        found = rank_options(WHOLE, cluster, request)
         if not found.options:
             rows.append(f"| {name} | – | | | | | {found.refusals[0].reason if found.refusals else ''} |")
             continue
@@ -93,15 +93,15 @@ def row(name: str, goal: Goal, found: Plan) -> str:
 
 def published() -> str:
     """vLLM on 4 H200 (vllm-project/recipes, StepFun/Step-3.5-Flash.md): nothing here is fitted to it."""
-    ask = PlanRequest("latency", batch=10, context=3072, filled=2560 / 3072, drafts=(0,), experts=(PLAIN,))
+    request = PlanRequest("latency", batch=10, context=3072, filled=2560 / 3072, drafts=(0,), experts=(PLAIN,))
     theirs, cluster = 11.91, parse("4xH200")
-    mesh = weigh(WHOLE, cluster, ask, Choice(MeshSpec(tensor=4), "tensor", PLAIN))
+    mesh = weigh(WHOLE, cluster, request, Choice(MeshSpec(tensor=4), "tensor", PLAIN))
     assert isinstance(mesh, Option)
     step = mesh.step
     parts = {**step.parts, "exchange": step.exchange_s, "launches": step.launch_s}
     spent = ", ".join(f"{name} {1e3 * seconds:.2f}" for name, seconds in parts.items() if seconds)
     ours = 1e3 * mesh.tpot_s
-    best = plan(WHOLE, cluster, ask).options[0]
+    best = rank_options(WHOLE, cluster, request).options[0]
     other = f"{best.choice.mesh} {best.choice.strategy}"
     return "\n".join(
         [

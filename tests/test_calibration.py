@@ -97,15 +97,15 @@ def benched(mesh: str, efficiency: Efficiency, **given: Any) -> dict[str, Any]:
     """A bench of the release on H100s that reach just this: each step takes what is planned for it."""
     steps = []
     for piece in (512, 2048, 4096):
-        ask = PlanRequest("latency", context=4096, chunk=piece, efficiency=efficiency)
-        found = weigh(FLASH, H100, ask, Choice(MeshSpec.parse(mesh), "expert_tensor", Fp8Blocks()))
+        request = PlanRequest("latency", context=4096, chunk=piece, efficiency=efficiency)
+        found = weigh(FLASH, H100, request, Choice(MeshSpec.parse(mesh), "expert_tensor", Fp8Blocks()))
         assert isinstance(found, Option), found
         shape = {"step": "prefill", "rows": 1, "tokens": piece, "drafts": 0, "positions": 2048.0}
         ms = 1e3 * found.prompt_s * piece / 4096
         steps.append(shape | {"count": 9, "median_ms": ms, "p90_ms": 0.0, "held_up": 0})
     for batch, drafts in ((1, 0), (1, 3), (8, 0), (8, 1), (64, 0), (64, 3), (256, 0)):
-        ask = PlanRequest("latency", batch=batch, context=4096, filled=0.5, efficiency=efficiency)
-        found = weigh(FLASH, H100, ask, Choice(MeshSpec.parse(mesh), "expert_tensor", Fp8Blocks(), drafts))
+        request = PlanRequest("latency", batch=batch, context=4096, filled=0.5, efficiency=efficiency)
+        found = weigh(FLASH, H100, request, Choice(MeshSpec.parse(mesh), "expert_tensor", Fp8Blocks(), drafts))
         assert isinstance(found, Option), found
         shape = {"step": "decode", "rows": batch, "tokens": 1 + drafts, "drafts": drafts, "positions": 2048.0}
         steps.append(shape | {"count": 9, "median_ms": 1e3 * found.step.seconds, "p90_ms": 0.0, "held_up": 0})

@@ -25,7 +25,7 @@ from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.planner.device_bytes import layout_of, parameters, placed
 from stepjax.sharding.planner.hardware import parse
-from stepjax.sharding.planner.search import PlanRequest, plan
+from stepjax.sharding.planner.search import PlanRequest, rank_options
 from stepjax.sharding.rules import ShardingRules
 from stepjax.weights.expert_format import ExpertFormat, Unit
 from stepjax.weights.formats import FORMATS, described
@@ -173,7 +173,7 @@ def test_the_planner_counts_the_bytes_that_a_device_holds(folder):
 
 def test_the_planner_names_its_flag(folder):
     config = Checkpoint(folder).config
-    found = plan(config, parse("1xH100"), PlanRequest("latency", context=64, experts=(HALF,)))
+    found = rank_options(config, parse("1xH100"), PlanRequest("latency", context=64, experts=(HALF,)))
     assert found.options[0].choice.flags().endswith("--quantize half")
 
 

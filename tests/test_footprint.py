@@ -210,7 +210,7 @@ def test_an_adapter_takes_what_a_real_one_takes(form, mesh, strategy):
     _, attached = split(attach(params, adapter, adapted))
     first = jax.devices()[0]
     shards = [shard for x in attached.values() for shard in x.addressable_shards if shard.device == first]
-    kinds = training.adapters(TINY, adapted)
+    kinds = training.adapter_factors(TINY, adapted)
     assert sum(kind.num_elements for kind in kinds) == sum(x.size for x in attached.values())
     assert sum(kind.count for kind in kinds) == len(attached)
     mine = placed(kinds, layout_of(TINY, spec, strategy, PLAIN))
@@ -232,7 +232,7 @@ def test_adapters_of_the_release():
     common = plain + 42 * 3 * (288 * pair(4, 1280) + pair(4, 4096))
 
     def size(**given) -> int:
-        return sum(kind.num_elements for kind in training.adapters(FLASH, LoraConfig(**given)))
+        return sum(kind.num_elements for kind in training.adapter_factors(FLASH, LoraConfig(**given)))
 
     assert (size(), size(experts="shared_outer"), size(experts=None)) == (each, common, plain)
 

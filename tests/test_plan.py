@@ -27,7 +27,7 @@ from stepjax.sharding.planner.search import (
     Refusal,
     by_batch,
     choices,
-    plan,
+    rank_options,
     weigh,
 )
 from stepjax.sharding.planner.step_time import RoutingDistribution
@@ -41,7 +41,7 @@ FLASH = ModelConfig.preset("step-3.5-flash")
 
 @cache
 def planned(hardware: str, goal: Goal, **given: Any) -> Plan:
-    return plan(FLASH, parse(hardware), PlanRequest(goal, **given))
+    return rank_options(FLASH, parse(hardware), PlanRequest(goal, **given))
 
 
 def refused(hardware: str, text: str, **given: Any) -> str:
@@ -244,8 +244,8 @@ def test_hot_experts_cost_time():
 
 def test_the_published_point_of_vllm():
     """4 H200, TP4, 16 bit, 2048 in and 1024 out, 10 at a time: 11.91 ms a token. Nothing was fitted to it."""
-    ask = PlanRequest("latency", batch=10, context=3072, filled=2560 / 3072)
-    found = weigh(FLASH, parse("4xH200"), ask, Choice(MeshSpec(tensor=4), "tensor", PLAIN))
+    request = PlanRequest("latency", batch=10, context=3072, filled=2560 / 3072)
+    found = weigh(FLASH, parse("4xH200"), request, Choice(MeshSpec(tensor=4), "tensor", PLAIN))
     assert isinstance(found, Option)
     assert found.tpot_s == pytest.approx(11.91e-3, rel=0.35)
 
@@ -255,7 +255,7 @@ def test_there_are_enough_choices_to_be_worth_the_name():
     meshes = {str(each.mesh) for each in choices(FLASH, parse("8xH100"), PlanRequest("latency"))}
     assert len(meshes) == 1 + 3 + 6 + 10
     small = small_config()
-    assert plan(small, parse("2xH100"), PlanRequest("latency", context=128, experts=(PLAIN,))).options
+    assert rank_options(small, parse("2xH100"), PlanRequest("latency", context=128, experts=(PLAIN,))).options
 
 
 # Hardware

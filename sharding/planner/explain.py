@@ -15,7 +15,7 @@ from rich.table import Table
 
 from stepjax.config import ModelConfig
 from stepjax.sharding.planner.calibration import Calibration
-from stepjax.sharding.planner.search import Choice, Option, Plan, PlanRequest, Refusal, rank, weigh
+from stepjax.sharding.planner.search import Choice, Option, Plan, PlanRequest, Refusal, sort_key, weigh
 
 RIVALS = 5
 NAME_WIDTH = 18  # of a column of meshes, as expert=32,tensor=2
@@ -26,9 +26,9 @@ def as_dict(plan: Plan, config: ModelConfig, calibration: Calibration | None) ->
     """For ``--json``."""
     return {
         "hardware": str(plan.cluster),
-        "goal": plan.ask.goal,
-        "batch": plan.ask.batch,
-        "context": plan.ask.context,
+        "goal": plan.request.goal,
+        "batch": plan.request.batch,
+        "context": plan.request.context,
         "times": provenance(calibration),
         "calibration": None if calibration is None else calibration.as_dict(),
         "options": [option_dict(each, calibration) for each in plan.options],
@@ -117,19 +117,19 @@ def would_change(plan: Plan, config: ModelConfig) -> list[str]:
     """Assumptions under which another of the contenders wins."""
     if not plan.options:
         return []
-    ask, contenders, found = plan.ask, [each.choice for each in plan.options[:CONTENDERS]], []
+    request, contenders, found = plan.request, [each.choice for each in plan.options[:CONTENDERS]], []
     winner = plan.options[0].choice
     changed: list[tuple[str, PlanRequest]] = []
     for factor in (8, 64):
-        changed.append((f"batch {ask.batch * factor}", dataclasses.replace(ask, batch=ask.batch * factor)))
-    for context in (ask.context * 8, config.max_positions):
-        if ask.context < context <= config.max_positions and ask.goal != "context":
-            changed.append((f"context {context:,}", dataclasses.replace(ask, context=context)))
-    changed.append(("drafts accepted half as often", dataclasses.replace(ask, acceptance=ask.acceptance / 2)))
-    changed.append(("exchanges hidden behind the work", dataclasses.replace(ask, overlap=not ask.overlap)))
+        changed.append((f"batch {request.batch * factor}", dataclasses.replace(request, batch=request.batch * factor)))
+    for context in (request.context * 8, config.max_positions):
+        if request.context < context <= config.max_positions and request.goal != "context":
+            changed.append((f"context {context:,}", dataclasses.replace(request, context=context)))
+    changed.append(("drafts accepted half as often", dataclasses.replace(request, acceptance=request.acceptance / 2)))
+    changed.append(("exchanges hidden behind the work", dataclasses.replace(request, overlap=not request.overlap)))
     slow = dataclasses.replace(plan.cluster.device, link=plan.cluster.device.link / 4)
     clusters = [(name, other, plan.cluster) for name, other in changed]
-    clusters.append(("links of a quarter of the speed", ask, dataclasses.replace(plan.cluster, device=slow)))
+    clusters.append(("links of a quarter of the speed", request, dataclasses.replace(plan.cluster, device=slow)))
     for name, other, cluster in clusters:
         weighed = [weigh(config, cluster, other, each) for each in contenders]
         options = [each for each in weighed if isinstance(each, Option)]
@@ -137,10 +137,10 @@ def would_change(plan: Plan, config: ModelConfig) -> list[str]:
             refused = next(each for each in weighed if isinstance(each, Refusal))
             found.append(f"{name}: none of these works any more ({refused.reason})")
             continue
-        best = min(options, key=lambda each: rank(ask.goal, each))
+        best = min(options, key=lambda each: sort_key(request.goal, each))
         if _key(best.choice) != _key(winner):
             found.append(f"{name}: then {_name(best)}")
-    for experts in ask.experts:
+    for experts in request.experts:
         best_of = next((each for each in plan.options if each.choice.experts.name == experts.name), None)
         if best_of is not None and experts.name != winner.experts.name:
             found.append(f"{experts.name} experts asked for: then {_name(best_of)}, {_figure(plan, best_of)}")
@@ -148,15 +148,15 @@ def would_change(plan: Plan, config: ModelConfig) -> list[str]:
 
 
 def _table(plan: Plan, calibration: Calibration | None, rows: int) -> Table:
-    training = plan.ask.goal == "lora"
+    training = plan.request.goal == "lora"
     memory = plan.options[0].memory
-    title = f"{plan.cluster}: {plan.ask.goal}, {1e-9 * memory.usable:.1f} GB to use"
+    title = f"{plan.cluster}: {plan.request.goal}, {1e-9 * memory.usable:.1f} GB to use"
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), title=title, show_edge=False)
     table.add_column("mesh and strategy", overflow="fold", min_width=NAME_WIDTH)  # on two lines where space is scarce
     table.add_column("held", no_wrap=True)
     several = any(each.choice.replicas > 1 for each in plan.options[:rows])
     names = ["rows"] if training else ["drafts", "engines\n× batch" if several else "batch"]
-    names += ["context"] if plan.ask.goal == "context" else []
+    names += ["context"] if plan.request.goal == "context" else []
     times = ["ms a\nstep" if training else "ms a\ntoken", *(["9 of 10\nwithin"] if calibration else [])]
     for name in (*names, "GB", *times, "tokens\n/s"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -169,7 +169,7 @@ def _table(plan: Plan, calibration: Calibration | None, rows: int) -> Table:
             choice.experts.name,
             *([] if training else [str(choice.drafts)]),
             f"{engines}{option.batch:,}",
-            *([f"{option.context:,}"] if plan.ask.goal == "context" else []),
+            *([f"{option.context:,}"] if plan.request.goal == "context" else []),
             f"{1e-9 * option.memory.total:.1f}",
             f"{1e3 * option.tpot_s:.2f}",
             *(["–".join(_rounded(each) for each in interval)] if interval else []),
@@ -205,7 +205,7 @@ def _held(winner: Option) -> Table:
 
 
 def _figure(plan: Plan, option: Option) -> str:
-    goal = plan.ask.goal
+    goal = plan.request.goal
     if goal in ("throughput", "lora"):
         return f"{option.tokens_per_s:,.0f} tokens/s" + (
             f" at {1e3 * option.tpot_s:.1f} ms a token" if goal == "throughput" else ""

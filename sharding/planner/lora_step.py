@@ -35,17 +35,17 @@ BUFFERS, STREAMS = 6, 13
 NO_CACHE = CacheBytes(0, 0, (0, 0, 0, 0), (0, 0, 0, 0), False, 0)
 
 
-def adapters(config: ModelConfig, adapted: LoraConfig) -> tuple[ArrayKind, ...]:
+def adapter_factors(config: ModelConfig, adapted: LoraConfig) -> tuple[ArrayKind, ...]:
     """The factors that `stepjax.adapters.lora.init` makes for the model, whole, alike ones counted.
 
     Raises:
       ConfigError: a target matches no weight of this model.
     """
-    return _adapters(ById(config), adapted)
+    return _adapter_factors(ById(config), adapted)
 
 
 @functools.lru_cache(maxsize=64)
-def _adapters(of: ById, adapted: LoraConfig) -> tuple[ArrayKind, ...]:
+def _adapter_factors(of: ById, adapted: LoraConfig) -> tuple[ArrayKind, ...]:
     small, counts = one_of_each(of, 0)
     layer_of = {spec.path: spec.layer for spec in inventory(small)}
     axes = lora.axes(small, adapted)

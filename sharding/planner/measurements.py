@@ -44,19 +44,21 @@ class MeasuredStep(NamedTuple):
     seconds: float
     parts: tuple[WorkPart, ...]
     kernels: float
-    sent: tuple[Exchange, ...] = ()
+    exchanges: tuple[Exchange, ...] = ()
     mesh: MeshSpec = MeshSpec()
 
     def predicted(self, cluster: Cluster, efficiency: Efficiency) -> float:
-        return step_time(self.parts, self.sent, self.mesh, cluster, kernels=self.kernels, efficiency=efficiency).seconds
+        return step_time(
+            self.parts, self.exchanges, self.mesh, cluster, kernels=self.kernels, efficiency=efficiency
+        ).seconds
 
     def latency(self, cluster: Cluster) -> float:
         """Of the exchanges: the seconds that no speed of a link takes away."""
-        return sum(exchange_time(each, self.mesh, cluster, math.inf) for each in self.sent)
+        return sum(exchange_time(each, self.mesh, cluster, math.inf) for each in self.exchanges)
 
     def exchange(self, cluster: Cluster) -> float:
-        """Seconds that what is sent takes at the full speed of the links, without latency."""
-        return sum(exchange_time(each, self.mesh, cluster) for each in self.sent) - self.latency(cluster)
+        """Seconds that the exchanges take at the full speed of the links, without latency."""
+        return sum(exchange_time(each, self.mesh, cluster) for each in self.exchanges) - self.latency(cluster)
 
 
 def read_points(path: Path) -> tuple[str, list[MeasuredStep]]:
@@ -118,7 +120,7 @@ def _of_bench(found: Mapping[str, Any]) -> Iterator[MeasuredStep]:
             seconds=1e-3 * row["median_ms"],
             parts=tuple(serving_parts(layout, work, held, weights, routing=RoutingDistribution(), filled=filled)),
             kernels=kernels_of(config, work),
-            sent=serving_exchanges(layout, work, rows_split=held.rows_split),
+            exchanges=serving_exchanges(layout, work, rows_split=held.rows_split),
             mesh=mesh,
         )
 

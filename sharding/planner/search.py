@@ -165,84 +165,86 @@ class Refusal(NamedTuple):
 class Plan(NamedTuple):
     """What was found, best first."""
 
-    ask: PlanRequest
+    request: PlanRequest
     cluster: Cluster
     options: list[Option]
     refusals: list[Refusal]
 
 
-def plan(config: ModelConfig, cluster: Cluster, ask: PlanRequest) -> Plan:
+def rank_options(config: ModelConfig, cluster: Cluster, request: PlanRequest) -> Plan:
     """Weigh every choice for a goal.
 
     Raises:
       RequestError: the question makes no sense for the model.
     """
-    ask.check(config)
+    request.check(config)
     options: list[Option] = []
     refusals: list[Refusal] = []
-    for choice in choices(config, cluster, ask):
-        found = weigh(config, cluster, ask, choice)
+    for choice in choices(config, cluster, request):
+        found = weigh(config, cluster, request, choice)
         if isinstance(found, Refusal):
             refusals.append(found)
         else:
             options.append(found)
-    return Plan(ask, cluster, _without_twins(sorted(options, key=functools.partial(rank, ask.goal))), refusals)
+    return Plan(
+        request, cluster, _without_twins(sorted(options, key=functools.partial(sort_key, request.goal))), refusals
+    )
 
 
-def choices(config: ModelConfig, cluster: Cluster, ask: PlanRequest) -> Iterator[Choice]:
+def choices(config: ModelConfig, cluster: Cluster, request: PlanRequest) -> Iterator[Choice]:
     """Engines of every size that fills the machine, or training runs on all of it, in every mesh."""
-    drafts = sorted({min(each, len(config.mtp_layers)) for each in ask.drafts})
-    if ask.goal == "lora":
+    drafts = sorted({min(each, len(config.mtp_layers)) for each in request.drafts})
+    if request.goal == "lora":
         for sizes in _factorings(cluster.num_devices, 4):
-            for strategy in (*ask.strategies, "fsdp"):
-                for experts in ask.experts:
+            for strategy in (*request.strategies, "fsdp"):
+                for experts in request.experts:
                     yield Choice(MeshSpec(*sizes), strategy, experts.for_model(config))
         return
     for count in range(1, cluster.num_devices + 1):
-        if ask.goal != "cheapest" and cluster.num_devices % count:
+        if request.goal != "cheapest" and cluster.num_devices % count:
             continue
-        replicas = 1 if ask.goal in ("cheapest", "latency", "context") else cluster.num_devices // count
+        replicas = 1 if request.goal in ("cheapest", "latency", "context") else cluster.num_devices // count
         for sizes in _factorings(count, 3):
             mesh = MeshSpec(1, *sizes)
-            for strategy in ask.strategies:
-                for experts in ask.experts:
+            for strategy in request.strategies:
+                for experts in request.experts:
                     held = experts.for_model(config)
                     yield from (Choice(mesh, strategy, held, each, replicas) for each in drafts)
 
 
-def weigh(config: ModelConfig, cluster: Cluster, ask: PlanRequest, choice: Choice) -> Option | Refusal:
+def weigh(config: ModelConfig, cluster: Cluster, request: PlanRequest, choice: Choice) -> Option | Refusal:
     """What a choice holds and how fast it is, or why it cannot be."""
     if choice.drafts > len(config.mtp_layers):
         return Refusal(choice, f"{choice.drafts} drafts: the model has {len(config.mtp_layers)} MTP layers")
     if choice.num_devices > cluster.num_devices:
         return Refusal(choice, f"mesh: {choice.mesh} takes {choice.num_devices} devices of {cluster.num_devices}")
-    placement = _placement(config, choice.mesh, choice.strategy, choice.experts, ask.goal == "lora")
+    placement = _placement(config, choice.mesh, choice.strategy, choice.experts, request.goal == "lora")
     if isinstance(placement, str):
         return Refusal(choice, placement)
-    if ask.goal == "lora":
-        return _train(config, cluster, ask, choice, *placement)
-    if ask.goal == "context":
-        return _longest(config, cluster, ask, choice, *placement)
-    if ask.goal == "throughput":
-        return _busiest(config, cluster, ask, choice, *placement)
-    return _serve(config, cluster, ask, choice, *placement, batch=ask.batch, context=ask.context)
+    if request.goal == "lora":
+        return _train(config, cluster, request, choice, *placement)
+    if request.goal == "context":
+        return _longest(config, cluster, request, choice, *placement)
+    if request.goal == "throughput":
+        return _busiest(config, cluster, request, choice, *placement)
+    return _serve(config, cluster, request, choice, *placement, batch=request.batch, context=request.context)
 
 
-def by_batch(config: ModelConfig, cluster: Cluster, ask: PlanRequest, choice: Choice) -> list[Option]:
+def by_batch(config: ModelConfig, cluster: Cluster, request: PlanRequest, choice: Choice) -> list[Option]:
     """A choice of engine with each number of sequences in `BATCHES`, up to the first that does not work."""
     placement = _placement(config, choice.mesh, choice.strategy, choice.experts, False)
     found: list[Option] = []
     for batch in BATCHES:
         if isinstance(placement, str):
             break
-        option = _serve(config, cluster, ask, choice, *placement, batch=batch, context=ask.context)
+        option = _serve(config, cluster, request, choice, *placement, batch=batch, context=request.context)
         if isinstance(option, Refusal):
             break
         found.append(option)
     return found
 
 
-def rank(goal: Goal, option: Option) -> tuple[float, ...]:
+def sort_key(goal: Goal, option: Option) -> tuple[float, ...]:
     """Less is better. Among equals the fewer devices, then the plainer precision and strategy."""
     devices = float(option.choice.num_devices)
     plain = float(option.choice.strategy != "expert_tensor")
@@ -278,7 +280,7 @@ def _placed(
 def _serve(
     config: ModelConfig,
     cluster: Cluster,
-    ask: PlanRequest,
+    request: PlanRequest,
     choice: Choice,
     layout: MeshLayout,
     weights: tuple[PlacedArrays, ...],
@@ -288,27 +290,27 @@ def _serve(
 ) -> Option | Refusal:
     held = paged(config, layout, batch=batch, context=context, depths=len(config.mtp_layers))
     decode = StepShape("decode", batch, 1 + choice.drafts, context, choice.drafts)
-    piece = StepShape("prefill", 1, min(ask.chunk, context), context, 0)
+    piece = StepShape("prefill", 1, min(request.chunk, context), context, 0)
     memory = Memory(
         weights=bytes_by_part(weights),
         pages=held.full_bytes,
-        rings=held.ring_bytes * (1 + ask.snapshots / batch),
-        sequences=batch * ask.sequence_bytes(choice.drafts),
+        rings=held.ring_bytes * (1 + request.snapshots / batch),
+        sequences=batch * request.sequence_bytes(choice.drafts),
         training=0,
         temporaries=max(serving_temporaries(layout, each, held) for each in (decode, piece)),
         usable=cluster.device.usable_bytes,
     )
     if memory.free < 0:
         return Refusal(choice, _does_not_fit(memory, cluster, f"{batch} sequences of {context:,} positions"))
-    step = _timed(cluster, ask, choice, layout, decode, held, weights, filled=ask.filled)
-    gained = tokens_per_step(choice.drafts, ask.acceptance)
+    step = _timed(cluster, request, choice, layout, decode, held, weights, filled=request.filled)
+    gained = tokens_per_step(choice.drafts, request.acceptance)
     tpot = step.seconds / gained
-    if ask.tpot_s is not None and tpot > ask.tpot_s:
+    if request.tpot_s is not None and tpot > request.tpot_s:
         return Refusal(
-            choice, f"too slow: {1e3 * tpot:.2f} ms a token at batch {batch}, expected {1e3 * ask.tpot_s:g} at most"
+            choice, f"too slow: {1e3 * tpot:.2f} ms a token at batch {batch}, expected {1e3 * request.tpot_s:g} at most"
         )
     alone = paged(config, layout, batch=1, context=context, depths=len(config.mtp_layers))
-    reading = _timed(cluster, ask, choice, layout, piece, alone, weights, filled=0.5)
+    reading = _timed(cluster, request, choice, layout, piece, alone, weights, filled=0.5)
     return Option(
         choice=choice,
         batch=batch,
@@ -318,7 +320,7 @@ def _serve(
         prompt_s=-(-context // piece.count) * reading.seconds,
         tokens_per_s=choice.replicas * batch / tpot,
         tpot_s=tpot,
-        load_s=_load_s(cluster, ask, choice, weights),
+        load_s=_load_s(cluster, request, choice, weights),
         notes=layout.notes,
     )
 
@@ -326,15 +328,15 @@ def _serve(
 def _busiest(
     config: ModelConfig,
     cluster: Cluster,
-    ask: PlanRequest,
+    request: PlanRequest,
     choice: Choice,
     layout: MeshLayout,
     weights: tuple[PlacedArrays, ...],
 ) -> Option | Refusal:
     """The batch that answers the most tokens a second within the bound."""
     best: Option | Refusal | None = None
-    for batch in [each for each in BATCHES if each <= max(1, ask.batch)]:
-        found = _serve(config, cluster, ask, choice, layout, weights, batch=batch, context=ask.context)
+    for batch in [each for each in BATCHES if each <= max(1, request.batch)]:
+        found = _serve(config, cluster, request, choice, layout, weights, batch=batch, context=request.context)
         if isinstance(found, Refusal):
             best = best or found
             break  # more sequences need more memory and more time
@@ -347,7 +349,7 @@ def _busiest(
 def _longest(
     config: ModelConfig,
     cluster: Cluster,
-    ask: PlanRequest,
+    request: PlanRequest,
     choice: Choice,
     layout: MeshLayout,
     weights: tuple[PlacedArrays, ...],
@@ -355,13 +357,13 @@ def _longest(
     """The most positions that ``batch`` sequences can have, in whole steps of `PAGE` times the context's devices."""
     unit = PAGE * choice.mesh.context
     low, high = 0, config.max_positions // unit
-    least = _serve(config, cluster, ask, choice, layout, weights, batch=ask.batch, context=unit)
+    least = _serve(config, cluster, request, choice, layout, weights, batch=request.batch, context=unit)
     if isinstance(least, Refusal):
         return least
     found = least
     while low < high:
         middle = (low + high + 1) // 2
-        tried = _serve(config, cluster, ask, choice, layout, weights, batch=ask.batch, context=middle * unit)
+        tried = _serve(config, cluster, request, choice, layout, weights, batch=request.batch, context=middle * unit)
         if isinstance(tried, Refusal):
             high = middle - 1
         else:
@@ -372,19 +374,21 @@ def _longest(
 def _train(
     config: ModelConfig,
     cluster: Cluster,
-    ask: PlanRequest,
+    request: PlanRequest,
     choice: Choice,
     layout: MeshLayout,
     weights: tuple[PlacedArrays, ...],
 ) -> Option | Refusal:
-    """``batch`` rows of ``context`` tokens in as many steps as memory asks for; the most rows a step that fit."""
-    factors = placed(lora_step.adapters(config, ask.lora), layout)
-    ways = choice.mesh.data
-    if ask.batch % ways:
-        return Refusal(choice, f"data={ways}: {ask.batch} rows cannot be split {ways} ways; give --batch a multiple")
-    rows = ask.batch
+    """``batch`` rows of ``context`` tokens in as many steps as memory requires; the most rows a step that fit."""
+    factors = placed(lora_step.adapter_factors(config, request.lora), layout)
+    rows, ways = request.batch, choice.mesh.data
+    if rows % ways:
+        return Refusal(
+            choice, f"data={ways}: {request.batch} rows cannot be split {ways} ways; give --batch a multiple"
+        )
+    rows = request.batch
     while True:
-        work = lora_step.training_shape(rows, ask.context)
+        work = lora_step.training_shape(rows, request.context)
         memory = Memory(
             weights=bytes_by_part(weights),
             pages=0,
@@ -397,34 +401,34 @@ def _train(
         if memory.free >= 0 and rows <= ROWS_A_DEVICE * ways:
             break
         if rows % (2 * ways):
-            return Refusal(choice, _does_not_fit(memory, cluster, f"{rows} rows of {ask.context:,} tokens"))
+            return Refusal(choice, _does_not_fit(memory, cluster, f"{rows} rows of {request.context:,} tokens"))
         rows //= 2
     step = step_time(
-        lora_step.training_parts(layout, work, weights, routing=ask.routing),
+        lora_step.training_parts(layout, work, weights, routing=request.routing),
         lora_step.training_exchanges(layout, work, weights, factors),
         choice.mesh,
         cluster,
         kernels=3 * kernels_of(config, work),
-        efficiency=ask.efficiency,
-        overlap=ask.overlap,
+        efficiency=request.efficiency,
+        overlap=request.overlap,
     )
     return Option(
         choice=choice,
         batch=rows,
-        context=ask.context,
+        context=request.context,
         memory=memory,
         step=step,
         prompt_s=0.0,
-        tokens_per_s=rows * ask.context / step.seconds,
+        tokens_per_s=rows * request.context / step.seconds,
         tpot_s=step.seconds,
-        load_s=_load_s(cluster, ask, choice, weights),
+        load_s=_load_s(cluster, request, choice, weights),
         notes=layout.notes,
     )
 
 
 def _timed(
     cluster: Cluster,
-    ask: PlanRequest,
+    request: PlanRequest,
     choice: Choice,
     layout: MeshLayout,
     work: StepShape,
@@ -433,19 +437,19 @@ def _timed(
     *,
     filled: float,
 ) -> StepTime:
-    sent: tuple[Exchange, ...] = serving_exchanges(layout, work, rows_split=held.rows_split)
+    exchanges: tuple[Exchange, ...] = serving_exchanges(layout, work, rows_split=held.rows_split)
     return step_time(
-        serving_parts(layout, work, held, weights, routing=ask.routing, filled=filled),
-        sent,
+        serving_parts(layout, work, held, weights, routing=request.routing, filled=filled),
+        exchanges,
         choice.mesh,
         cluster,
         kernels=kernels_of(layout.rules.config, work),
-        efficiency=ask.efficiency,
-        overlap=ask.overlap,
+        efficiency=request.efficiency,
+        overlap=request.overlap,
     )
 
 
-def _load_s(cluster: Cluster, ask: PlanRequest, choice: Choice, weights: Iterable[PlacedArrays]) -> float:
+def _load_s(cluster: Cluster, request: PlanRequest, choice: Choice, weights: Iterable[PlacedArrays]) -> float:
     """Some formats are made while the BF16 release is read; the others are read as they are held."""
     whole = read = held = 0.0
     for each in weights:
@@ -453,7 +457,7 @@ def _load_s(cluster: Cluster, ask: PlanRequest, choice: Choice, weights: Iterabl
         whole += factor * each.kind.num_elements * each.kind.itemsize
         read += factor * each.num_bytes
         held += each.num_bytes
-    return load_time(whole, read, held, cluster, storage=ask.storage)
+    return load_time(whole, read, held, cluster, storage=request.storage)
 
 
 def _does_not_fit(memory: Memory, cluster: Cluster, what: str) -> str:

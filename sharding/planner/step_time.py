@@ -238,7 +238,7 @@ def _caches(layout: MeshLayout, work: StepShape, shares: LocalTokens, held: Cach
 
 def step_time(
     parts: Iterable[WorkPart],
-    sent: Iterable[Exchange],
+    exchanges: Iterable[Exchange],
     mesh: MeshSpec,
     cluster: Cluster,
     *,
@@ -251,7 +251,7 @@ def step_time(
     rate, peak = device.bandwidth * efficiency.memory, device.bf16 * efficiency.compute
     return StepTime(
         parts={each.name: max(each.bytes / rate, each.operations / peak) for each in parts},
-        exchange_s=sum(exchange_time(each, mesh, cluster, efficiency.link) for each in sent),
+        exchange_s=sum(exchange_time(each, mesh, cluster, efficiency.link) for each in exchanges),
         launch_s=kernels * device.kernel * efficiency.launch,
         read_bytes=sum(each.bytes for each in parts),
         operations=sum(each.operations for each in parts),

@@ -91,12 +91,12 @@ def run(args: argparse.Namespace) -> int:
     config = read_config(args.model)
     cluster = parse(args.hardware, read_devices(args.devices_file) if args.devices_file else DEVICES)
     from stepjax.sharding.planner.explain import as_dict, provenance, shown
-    from stepjax.sharding.planner.search import plan
+    from stepjax.sharding.planner.search import rank_options
 
-    ask, calibration = _ask(args, config, cluster)
+    request, calibration = _request_of(args, config, cluster)
     console = Console(stderr=True)
     with console.status("planning") if console.is_terminal else contextlib.nullcontext():
-        plans = plan(config, cluster, ask)
+        plans = rank_options(config, cluster, request)
     if args.plot and plans.options:
         from stepjax.train.planning.plot import draw
 
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if plans.options else 1
 
 
-def _ask(args: argparse.Namespace, config: Any, cluster: Cluster) -> tuple[Any, Calibration | None]:
+def _request_of(args: argparse.Namespace, config: Any, cluster: Cluster) -> tuple[Any, Calibration | None]:
     """The question for the planner, and the calibration of its efficiencies."""
     from stepjax.infer.engine.draft_policy import PRIOR
     from stepjax.sharding.planner.calibration import fit
@@ -127,7 +127,7 @@ def _ask(args: argparse.Namespace, config: Any, cluster: Cluster) -> tuple[Any, 
     routing = RoutingDistribution()
     if args.routing is not None:
         routing = RoutingDistribution(_histogram(args.routing, config.num_experts))
-    ask = request_for(
+    request = request_for(
         config,
         cluster,
         goal,
@@ -141,7 +141,7 @@ def _ask(args: argparse.Namespace, config: Any, cluster: Cluster) -> tuple[Any, 
         routing=routing,
         efficiency=calibration.efficiency if calibration else Efficiency(),
     )
-    return ask, calibration
+    return request, calibration
 
 
 def _histogram(path: Path, num_experts: int) -> tuple[float, ...]:

@@ -20,7 +20,7 @@ from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.planner.device_bytes import cached, layout_of, local_shape, parameters, placed
 from stepjax.sharding.planner.exchanges import StepShape, payloads, serving_exchanges
-from stepjax.sharding.planner.lora_step import adapters, training_bytes, training_shape
+from stepjax.sharding.planner.lora_step import adapter_factors, training_bytes, training_shape
 from stepjax.sharding.planner.temporaries import serving_temporaries
 from stepjax.train.packing.rows import PackedRows
 from stepjax.train.planning.workload import Workload
@@ -184,7 +184,7 @@ def planned(config: ModelConfig, workload: Workload, mesh: MeshSpec, strategy: s
 
 def _lora(config: ModelConfig, workload: Workload, layout: MeshLayout, held: int) -> Planned:
     """Leaves and two moments of each go in and come out, for the state is not donated."""
-    factors = placed(adapters(config, LoraConfig()), layout)
+    factors = placed(adapter_factors(config, LoraConfig()), layout)
     found = training_bytes(layout, training_shape(workload.batch, workload.context), factors)
     rows, tokens = local_shape(layout, (workload.batch, workload.context), "batch", "length")
     state = found.adapter + found.moments

@@ -9,9 +9,8 @@ from stepjax.commands.info import read_config
 from stepjax.config import ModelConfig
 from stepjax.infer.engine.draft_policy import PRIOR
 from stepjax.infer.steps.abstract_steps import sequence_bytes
-from stepjax.sharding.planner import search
 from stepjax.sharding.planner.hardware import Cluster, parse
-from stepjax.sharding.planner.search import BATCHES, Goal, Plan, PlanRequest
+from stepjax.sharding.planner.search import BATCHES, Goal, Plan, PlanRequest, rank_options
 from stepjax.weights.formats import FORMATS, named
 
 
@@ -53,7 +52,7 @@ def plan(
     config = read_config(model) if isinstance(model, str) else model
     cluster = parse(hardware)
     request = request_for(config, cluster, goal, batch=batch, context=context, tpot_s=tpot_s, experts=named(experts))
-    return search.plan(config, cluster, request)
+    return rank_options(config, cluster, request)
 
 
 def request_for(

@@ -53,8 +53,8 @@ def draw(found: Plan, config: ModelConfig, path: Path, *, times: str) -> None:
     winner = found.options[0]
     best = _dot(found, winner)
     axes.plot(best.time, best.rate, "*", color="black", markersize=14, label="the plan", linestyle="none", zorder=3)
-    if found.ask.tpot_s is not None:
-        axes.axvline(1e3 * found.ask.tpot_s, color="grey", linestyle=":", label="bound")
+    if found.request.tpot_s is not None:
+        axes.axvline(1e3 * found.request.tpot_s, color="grey", linestyle=":", label="bound")
     x, y, title = _words(found)
     axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
     axes.set_title(f"{title}\n", fontsize=12)
@@ -84,9 +84,9 @@ def front(dots: Sequence[Dot]) -> list[Dot]:
 
 def _dots(found: Plan, config: ModelConfig) -> list[Dot]:
     """Every option; of an engine at every batch that works."""
-    if found.ask.goal in ("lora", "context"):
+    if found.request.goal in ("lora", "context"):
         return [_dot(found, each) for each in found.options]
-    free = dataclasses.replace(found.ask, tpot_s=None)
+    free = dataclasses.replace(found.request, tpot_s=None)
     chosen = list(dict.fromkeys(each.choice for each in found.options))
     swept: list[Option] = []
     for name in STYLES:
@@ -96,7 +96,7 @@ def _dots(found: Plan, config: ModelConfig) -> list[Dot]:
 
 
 def _dot(found: Plan, option: Option) -> Dot:
-    rate = option.context if found.ask.goal == "context" else option.per_device
+    rate = option.context if found.request.goal == "context" else option.per_device
     return Dot(1e3 * option.tpot_s, rate, option)
 
 
@@ -113,16 +113,20 @@ def _named(dots: Sequence[Dot]) -> list[Dot]:
 
 def _name(found: Plan, each: Dot) -> str:
     choice = each.option.choice
-    rows = "" if found.ask.goal == "context" else f" × {each.option.batch}"
+    rows = "" if found.request.goal == "context" else f" × {each.option.batch}"
     return f"{choice.mesh}\n{choice.experts.name}{rows}"
 
 
 def _words(found: Plan) -> tuple[str, str, str]:
     """Of both axes, and the title."""
-    ask = found.ask
-    if ask.goal == "lora":
-        return "ms a step", "tokens per second and device", f"LoRA on {found.cluster}: rows of {ask.context:,} tokens"
-    if ask.goal == "context":
-        return "ms a token", "positions of a sequence", f"Context on {found.cluster}: {ask.batch} at once"
-    title = f"Serving on {found.cluster}: {ask.context:,} positions a sequence"
+    request = found.request
+    if request.goal == "lora":
+        return (
+            "ms a step",
+            "tokens per second and device",
+            f"LoRA on {found.cluster}: rows of {request.context:,} tokens",
+        )
+    if request.goal == "context":
+        return "ms a token", "positions of a sequence", f"Context on {found.cluster}: {request.batch} at once"
+    title = f"Serving on {found.cluster}: {request.context:,} positions a sequence"
     return "ms between two tokens of a sequence", "tokens per second and device", title
