@@ -42,7 +42,8 @@ def distill(config: TuneConfig | str | Path, out: str | Path, settings: Mapping[
 
     Example:
       >>> import stepjax, tempfile
-      >>> few = {"optim.steps": 2, "optim.decay_from": 0, "optim.rows": 2, "rollout.prompts": 2, "rollout.max_tokens": 8, "eval.every": 0}
+      >>> few = {"optim.steps": 2, "optim.decay_from": 0, "optim.rows": 2, "eval.every": 0}
+      >>> few |= {"rollout.prompts": 2, "rollout.max_tokens": 8}
       >>> result = stepjax.distill("step-tiny-distill", tempfile.mkdtemp(), few)
       >>> result.steps, result.adapter.name, result.metrics[0]["loss"] > 0
       (2, 'adapter', True)
@@ -69,7 +70,8 @@ def rl(config: TuneConfig | str | Path, out: str | Path, settings: Mapping[str, 
 
     Example:
       >>> import stepjax, tempfile
-      >>> few = {"optim.steps": 2, "optim.decay_from": 0, "optim.rows": 2, "rollout.prompts": 2, "rollout.max_tokens": 8, "eval.every": 0}
+      >>> few = {"optim.steps": 2, "optim.decay_from": 0, "optim.rows": 2, "eval.every": 0}
+      >>> few |= {"rollout.prompts": 2, "rollout.max_tokens": 8}
       >>> rewards = {"loss.objective": "grpo", "rollout.samples": 2, "teachers": {}}
       >>> result = stepjax.rl("step-tiny-distill", tempfile.mkdtemp(), {**few, **rewards})
       >>> result.steps, "reward" in result.metrics[0]
