@@ -14,6 +14,8 @@ from checkpoints import (
 )
 from refusals import FP8_HUB, FP8_TENSORS, HUB, SCALE, TENSORS, UP, Q, refusal
 
+from stepjax.checkpoint.reader import Checkpoint
+from stepjax.weights.fp8 import Fp8Blocks
 from stepjax.weights.int_groups import IntGroups
 from stepjax.weights.quantised import quantise
 
@@ -194,3 +196,16 @@ def test_many_problems_are_counted_and_five_are_named(tmp_path):
 def test_the_configuration_of_another_size_is_suspected(tmp_path):
     hub = tiny_hub_config(moe_num_experts=16)
     assert "config.json (9 + 3 layers, 16 experts) is of another model" in refusal(write_folder(tmp_path, hub, TENSORS))
+
+
+def test_other_weights_may_be_quantised_in_another_way_than_experts(tmp_path):
+    """FP8 attention beside int4 experts: each weight is read in its own format."""
+    tensors = grouped(TENSORS, IntGroups(4, 16))
+    attention = quantise(np.asarray(TENSORS[Q], np.float32), Fp8Blocks((16, 32)))
+    tensors |= {Q: attention.q, f"{Q}_scale_inv": attention.scale}
+    mixed = Checkpoint(write_folder(tmp_path, FP8_HUB, tensors))
+    assert mixed.experts == IntGroups(4, 16)
+    (path,) = (path for path in mixed.paths if mixed.format(path) == Fp8Blocks((16, 32)))
+    np.testing.assert_array_equal(
+        mixed.read(path, dtype=np.float32).reshape(attention.shape), attention.dequantize_numpy(np.float32)
+    )

@@ -71,7 +71,8 @@ class Checkpoint:
     @property
     def experts(self) -> ExpertFormat:
         """How the routed experts are stored. Some of them may be plain all the same, and other maps quantised."""
-        return next(iter(self._formats.values()), PLAIN)
+        of_experts = (format for path, format in self._formats.items() if ".experts." in path)
+        return next(of_experts, next(iter(self._formats.values()), PLAIN))
 
     @property
     def resident_experts(self) -> ExpertFormat:
@@ -231,8 +232,9 @@ class Checkpoint:
             return format, f"{where_scale} is {scale.dtype}, expected {' or '.join(format.scale_dtypes)}"
         if part.rows and part.rows % unit_rows:
             return format, f"{where_scale} has blocks across gate and up: {part.rows} rows, {unit_rows} a block"
-        if self._formats and format != self.experts:
-            return format, f"{where} is not held as other weights are: {format}, expected {self.experts}"
+        same_kind = next((other for other in self._formats.values() if type(other) is type(format)), format)
+        if format != same_kind:
+            return format, f"{where} is not held as other weights are: {format}, expected {same_kind}"
         problem = format.scale_problem(self._files[scales].view(scales))
         return format, problem and f"{where_scale} {problem}"
 
