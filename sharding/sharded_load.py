@@ -154,7 +154,7 @@ class _Reader:
         return parts[0] if len(parts) == 1 else jax.tree.map(lambda *each: np.concatenate(each), *parts)
 
     def _part(self, path: str, index: Index) -> Read:
-        return read_as(self.checkpoint, path, self.dtype, self.experts, index=index, own=True)
+        return read_as(self.checkpoint, path, self.dtype, self.experts, index=index, copy=True)
 
     def _stored(self, piece: _Slice) -> list[Index]:
         """Where the slice lies in the file: more than one run of experts if they are relabelled."""

@@ -237,9 +237,9 @@ class _Reader:
         for name, (value, required) in _FIXED.items():
             if name not in self.hub and required:
                 raise ConfigError(f"{name}: is missing, expected {value!r}; it is never filled from a default")
-            found = self.hub.get(name, value)
-            if found != value or (isinstance(value, bool) and not isinstance(found, bool)):
-                raise ConfigError(f"{name}: is {found!r}, but this model is defined with {value!r} only")
+            setting = self.hub.get(name, value)
+            if setting != value or (isinstance(value, bool) and not isinstance(setting, bool)):
+                raise ConfigError(f"{name}: is {setting!r}, but this model is defined with {value!r} only")
         for name, value in self.hub.items():
             known = (
                 name in _READ or name in _FIXED or name in _INERT or name.startswith("_") or name.endswith("_token_id")
@@ -271,16 +271,16 @@ class _Reader:
         value = self._get("eos_token_id")
         if value == []:
             raise ConfigError("eos_token_id: is [], expected at least one id; no answer would ever end")
-        return tuple(self._token_id("eos_token_id", each) for each in (value if isinstance(value, list) else [value]))
+        return tuple(self._token_id("eos_token_id", token) for token in (value if isinstance(value, list) else [value]))
 
     def _per_layer(self, name: str) -> list[Any]:
         """A list with one entry per layer; of the backbone alone it is filled up for MTP from a sliding layer."""
         value = self._get(name)
         total = self.num_layers + self.num_mtp
         if not isinstance(value, list) or len(value) not in (self.num_layers, total):
-            found = f"{len(value)} entries" if isinstance(value, list) else repr(value)
+            shown = f"{len(value)} entries" if isinstance(value, list) else repr(value)
             raise ConfigError(
-                f"{name}: has {found}, expected a list of num_hidden_layers = {self.num_layers} or, with "
+                f"{name}: has {shown}, expected a list of num_hidden_layers = {self.num_layers} or, with "
                 f"num_nextn_predict_layers, {total}"
             )
         return value
@@ -306,7 +306,7 @@ class _Reader:
     def _moe_layers(self) -> frozenset[int]:
         value = self._get("moe_layers_enum")
         try:
-            indices = [int(each) for each in value.split(",")] if isinstance(value, str) else [*map(index, value)]
+            indices = [int(part) for part in value.split(",")] if isinstance(value, str) else [*map(index, value)]
         except (TypeError, ValueError):
             raise ConfigError(f"moe_layers_enum: is {value!r}, expected layer numbers as '3,4,5' or a list") from None
         for i in indices:
@@ -324,13 +324,14 @@ class _Reader:
         if self.hub.get(name) is None:
             return [None] * total
         value = self._per_layer(name)
-        return [None if each in (None, 0) else _positive(name, each) for each in value] + [None] * (total - len(value))
+        limits = [None if limit in (None, 0) else _positive(name, limit) for limit in value]
+        return limits + [None] * (total - len(value))
 
     def _heads(self) -> tuple[int, int, int]:
         groups = self._count("num_attention_groups")
         if self.hub.get("num_key_value_heads", groups) != groups:
-            found = self.hub["num_key_value_heads"]
-            raise ConfigError(f"num_key_value_heads: is {found!r}, contradicts num_attention_groups = {groups}")
+            kv_heads = self.hub["num_key_value_heads"]
+            raise ConfigError(f"num_key_value_heads: is {kv_heads!r}, contradicts num_attention_groups = {groups}")
         return _grouped("num_attention_heads", self._count("num_attention_heads"), groups, self._count("head_dim"))
 
     def _slide_heads(self) -> tuple[int, int, int]:
@@ -428,11 +429,11 @@ class _Reader:
         block = value.get("weight_block_size")
         if not isinstance(block, Sequence) or isinstance(block, str) or len(block) != 2:
             raise ConfigError(f"{where}.weight_block_size: is {block!r}, expected two numbers as [128, 128]")
-        rows, columns = (_integer(f"{where}.weight_block_size", each, 1) for each in block)
+        rows, columns = (_integer(f"{where}.weight_block_size", size, 1) for size in block)
         return rows, columns
 
 
-_LARGEST = float_info.max  # a whole number in JSON may exceed it
+_LARGEST = float_info.max  # an integer in JSON may exceed it
 
 
 def _integer(name: str, value: Any, low: int, high: int = 2**48) -> int:
@@ -440,7 +441,7 @@ def _integer(name: str, value: Any, low: int, high: int = 2**48) -> int:
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         limit = f" to {high}" if high < 2**48 else ""
-        raise ConfigError(f"{name}: is {value!r}, expected a whole number from {low}{limit}")
+        raise ConfigError(f"{name}: is {value!r}, expected an integer from {low}{limit}")
     return value
 
 

@@ -73,7 +73,7 @@ class ProgramCache:
           types: NamedTuples in its result that are no argument's.
         """
         name = digest(identity, arguments) + SUFFIX
-        known = {each.__name__: each for each in types}
+        known = {kind.__name__: kind for kind in types}
         if (found := self._load(name, arguments, known)) is not None:
             return found
         compiled = _compile_anew(function, arguments, options)
@@ -184,7 +184,7 @@ def _environment() -> str:
         "python": sys.version,
         "versions": versions,
         "platform": (device.platform, device.client.platform_version, device.device_kind),
-        "devices": [(each.id, each.process_index, each.device_kind) for each in jax.devices()],
+        "devices": [(device.id, device.process_index, device.device_kind) for device in jax.devices()],
         "processes": (jax.process_count(), jax.process_index()),
         "processor": _processor() if device.platform == "cpu" else platform.machine(),
         "variables": {name: os.environ.get(name) for name in _VARIABLES},
@@ -267,11 +267,11 @@ def _outline(tree: Any, arguments: Sequence[Any], types: dict[str, type]) -> Any
         if structure == jax.tree.structure(argument):
             return {"argument": number}
     if isinstance(tree, dict):
-        return {"dict": [[key, _outline(each, arguments, types)] for key, each in tree.items()]}
+        return {"dict": [[key, _outline(value, arguments, types)] for key, value in tree.items()]}
     kind = type(tree).__name__
     if type(tree) not in (tuple, list, types.get(kind)):
         raise TypeError(f"{kind} is not known to the cache")
-    return {"type": kind, "items": [_outline(each, arguments, types) for each in list(tree)]}
+    return {"type": kind, "items": [_outline(item, arguments, types) for item in list(tree)]}
 
 
 def _filled(outline: Any, arguments: Sequence[Any], types: dict[str, type]) -> Any:
@@ -281,8 +281,8 @@ def _filled(outline: Any, arguments: Sequence[Any], types: dict[str, type]) -> A
     if "argument" in outline:
         return arguments[outline["argument"]]
     if "dict" in outline:
-        return {key: _filled(each, arguments, types) for key, each in outline["dict"]}
-    items = [_filled(each, arguments, types) for each in outline["items"]]
+        return {key: _filled(value, arguments, types) for key, value in outline["dict"]}
+    items = [_filled(item, arguments, types) for item in outline["items"]]
     if outline["type"] in ("tuple", "list"):
         return tuple(items) if outline["type"] == "tuple" else items
     return types[outline["type"]](*items)

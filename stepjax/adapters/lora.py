@@ -95,16 +95,16 @@ def targets(config: ModelConfig, lora: LoraConfig) -> tuple[Target, ...]:
       ConfigError: a target matches no weight of this model.
     """
     wanted = {*lora.targets, *(("experts",) if lora.experts else ())}
-    found: dict[str, list[TensorSpec]] = {name: [] for name in wanted}
+    matches: dict[str, list[TensorSpec]] = {name: [] for name in wanted}
     for spec in inventory(config):
         name = target_name(spec)
         if name in wanted:
-            found[name].append(spec)
-    for name, specs in found.items():
+            matches[name].append(spec)
+    for name, specs in matches.items():
         if not specs:
             raise ConfigError(f"lora: target {name!r} matches no weight of this model; leave it out")
     rank = lora.expert_rank or max(1, lora.rank // config.top_k)
-    chosen = {spec.path for specs in found.values() for spec in specs}
+    chosen = {spec.path for specs in matches.values() for spec in specs}
     return tuple(
         _target(spec, lora, rank if spec.part == "experts" else lora.rank)
         for spec in inventory(config)
@@ -126,8 +126,8 @@ def init(config: ModelConfig, lora: LoraConfig, key: jax.Array) -> Adapter:
     adapter: Adapter = {}
     for number, target in enumerate(targets(config, lora)):
         bound = target.shape[-1] ** -0.5
-        own = jax.random.fold_in(key, number)
-        adapter[f"{target.path}.a"] = jax.random.uniform(own, target.a_shape, jnp.float32, -bound, bound)
+        target_key = jax.random.fold_in(key, number)
+        adapter[f"{target.path}.a"] = jax.random.uniform(target_key, target.a_shape, jnp.float32, -bound, bound)
         adapter[f"{target.path}.b"] = jnp.zeros(target.b_shape, jnp.float32)
     return adapter
 

@@ -1,7 +1,7 @@
 """Add an adapter to a checkpoint's weights and write the sum as a checkpoint, an expert at a time.
 
-A weight is widened to float32, its part of B·A added, and stored again as it was: bfloat16, FP8 blocks or whole
-numbers. What has no adapter is copied byte for byte, MTP layers among it. Memory holds the adapter and one weight.
+A weight is widened to float32, its part of B·A added, and stored again as it was: bfloat16, FP8 blocks or
+integers. What has no adapter is copied byte for byte, MTP layers included. Memory holds the adapter and one weight.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def merge_checkpoint(
     """Write the checkpoint at ``source`` with an adapter added to its weights.
 
     Args:
-      share: what of it this process writes; it reads no more than that.
+      share: the part that this process writes; it reads only that part.
 
     Raises:
       CheckpointError, ConfigError: the adapter is of another model, or the target cannot be written.
@@ -122,7 +122,7 @@ class Merged(Mapping[str, Any]):
     def _parts(self, path: str, lead: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         shape = self._checkpoint.shape(path)
         index = (*(slice(i, i + 1) for i in lead), *(slice(0, size) for size in shape[len(lead) :]))
-        base = self._checkpoint.read(path, dtype=np.float32, index=index, own=True).reshape(shape[len(lead) :])
+        base = self._checkpoint.read(path, dtype=np.float32, index=index, copy=True).reshape(shape[len(lead) :])
         a, b = (self._adapter[f"{path}.{factor}"] for factor in "ab")
         a, b = (np.asarray(x[lead] if x.ndim > 2 else x, np.float32) for x in (a, b))
         return base.astype(np.float32, copy=False), np.float32(self._lora.scale(a.shape[-2])) * (b @ a)
@@ -132,15 +132,15 @@ class Merged(Mapping[str, Any]):
 class _Sum:
     """A weight whose shape is known, and whose matrices are computed one at a time."""
 
-    of: Merged
+    merged: Merged
     path: str
     shape: tuple[int, ...]
 
     def __getitem__(self, lead: tuple[int, ...]) -> np.ndarray:
-        return self.of.matrix(self.path, lead)
+        return self.merged.matrix(self.path, lead)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         out = np.empty(self.shape, dtype or DTYPES["BF16"])
         for lead in np.ndindex(self.shape[:-2]):
-            out[lead] = self.of.rounded(self.path, lead, out.dtype)
+            out[lead] = self.merged.rounded(self.path, lead, out.dtype)
         return out

@@ -123,12 +123,12 @@ def import_adapter(folder: Path | str, config: ModelConfig) -> tuple[dict[str, n
         if not np.isfinite(value).all():
             raise CheckpointError(f"{file.path}: tensor {key} has values that are not finite")
         pairs.setdefault(name[0], {})[name[1]] = value
-    found: dict[str, Pair] = {}
+    scaled: dict[str, Pair] = {}
     for stem, pair in pairs.items():
         if pair.keys() != {"A", "B"}:
             raise CheckpointError(f"{file.path}: {stem} has {' and '.join(sorted(pair))} of the factors A and B only")
-        found[stem] = pair["A"], pair["B"] * _scale(folder / CONFIG, about, stem, pair["A"], config)
-    factors = read(config, found, where=str(file.path), known=ours is not None)
+        scaled[stem] = pair["A"], pair["B"] * _scale(folder / CONFIG, about, stem, pair["A"], config)
+    factors = read(config, scaled, where=str(file.path), known=ours is not None)
     shapes = {spec.path: spec.shape for spec in inventory(config)}
     for path, (a, b) in factors.items():
         try:
@@ -167,7 +167,7 @@ def _peft_config(config: ModelConfig, ranks: Mapping[str, int], form: FileForm, 
     experts = {_parameter(stem, form): rank for stem, rank in ranks.items() if _is_stacked(stem, form)}
     plain = {stem: rank for stem, rank in ranks.items() if not _is_stacked(stem, form)}
     rank = max(plain.values(), default=max(experts.values(), default=1))
-    patterns = {name: own for name, own in _patterns(plain | experts).items() if own != rank}
+    patterns = {name: value for name, value in _patterns(plain | experts).items() if value != rank}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

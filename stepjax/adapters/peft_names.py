@@ -128,8 +128,8 @@ def read(config: ModelConfig, found: Mapping[str, Pair], *, where: str, known: b
 
 def split_key(key: str) -> tuple[str, str] | None:
     """A tensor's name as module and factor, "A" or "B"; None if it is no factor."""
-    found = _FACTOR.search(key)
-    return (key[: found.start()].removeprefix(PREFIX), found[1]) if found else None
+    match = _FACTOR.search(key)
+    return (key[: match.start()].removeprefix(PREFIX), match[1]) if match else None
 
 
 def stacked(a: np.ndarray, b: np.ndarray) -> Pair:
@@ -191,6 +191,6 @@ def _half(a: np.ndarray, b: np.ndarray, part: str) -> Pair:
     """Gate's or up's part of an adapter of both; of half the rank where the halves keep to themselves."""
     rows, rank = b.shape[1] // 2, a.shape[1] // 2
     diagonal = a.shape[1] % 2 == 0 and not b[:, :rows, rank:].any() and not b[:, rows:, :rank].any()
-    own = slice(0, rows) if part == "gate" else slice(rows, None)
+    half = slice(0, rows) if part == "gate" else slice(rows, None)
     ranks = slice(None) if not diagonal else slice(0, rank) if part == "gate" else slice(rank, None)
-    return np.ascontiguousarray(a[:, ranks]), np.ascontiguousarray(b[:, own, ranks])
+    return np.ascontiguousarray(a[:, ranks]), np.ascontiguousarray(b[:, half, ranks])

@@ -15,7 +15,7 @@ from stepjax.errors import CheckpointError
 from stepjax.text.chat import ChatTemplate
 from stepjax.text.tokenizer import Tokenizer
 
-# What stands beside the weights and may be missing. What exists must not block, fill the memory or lie elsewhere.
+# Files beside the weights that may be missing. One that exists must not block, fill the memory or be outside.
 _COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 _MAX_BYTES = 2**26  # the release's tokenizer.json has 8 MB
 
@@ -66,13 +66,13 @@ def _generation_config(folder: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        settings = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: not readable as JSON ({error}); delete it or copy it again") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{file}: holds a JSON {type(found).__name__}, expected an object")
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{file}: holds a JSON {type(settings).__name__}, expected an object")
     for name in ("temperature", "top_p", "top_k", "min_p"):
-        value = found.get(name)
+        value = settings.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float | None) or value != value:
             raise CheckpointError(f"{file}: {name} is {value!r}, expected a number; correct it")
-    return found
+    return settings

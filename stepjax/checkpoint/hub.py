@@ -42,10 +42,10 @@ def resolve(name_or_path: str | Path, *, weights: bool = True) -> Path:
         raise CheckpointError(f"{path}: is a file, expected a checkpoint folder; name the folder that holds it")
     if name in EMBEDDED:
         return _embedded(name, weights=weights)
-    found = _HUB_ID.fullmatch(name) if isinstance(name_or_path, str) else None
-    if not found:
+    match = _HUB_ID.fullmatch(name) if isinstance(name_or_path, str) else None
+    if not match:
         raise CheckpointError(f"{name[:200]!r}: is neither a folder nor a name of a model; {_FORMS}")
-    return _download(found["repo"], found["revision"], weights=weights)
+    return _download(match["repo"], match["revision"], weights=weights)
 
 
 def _look_at(path: Path) -> tuple[bool, bool]:

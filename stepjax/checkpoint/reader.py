@@ -106,14 +106,14 @@ class Checkpoint:
 
     @overload
     def read(
-        self, path: str, *, dtype: Any, keep: Literal[False] = False, index: Index | None = None, own: bool = False
+        self, path: str, *, dtype: Any, keep: Literal[False] = False, index: Index | None = None, copy: bool = False
     ) -> np.ndarray: ...
     @overload
     def read(
-        self, path: str, *, dtype: Any, keep: bool, index: Index | None = None, own: bool = False
+        self, path: str, *, dtype: Any, keep: bool, index: Index | None = None, copy: bool = False
     ) -> np.ndarray | Quantised: ...
     def read(
-        self, path: str, *, dtype: Any, keep: bool = False, index: Index | None = None, own: bool = False
+        self, path: str, *, dtype: Any, keep: bool = False, index: Index | None = None, copy: bool = False
     ) -> np.ndarray | Quantised:
         """One weight, or the part of it at ``index``, in ``dtype``; the router's bias is float32 always.
 
@@ -123,12 +123,12 @@ class Checkpoint:
           keep: leave a quantised weight as `Quantised` with numpy leaves; ``index`` must then begin and end where its
             scales do.
           index: one slice per axis, without steps.
-          own: read into memory of its own rather than map the file.
+          copy: read into new memory rather than map the file.
         """
         recipe = self._recipe(path)
         where = _absolute(index, recipe.spec.shape)
         if not recipe.scales:
-            value = self._slab(recipe.parts, where, own=own)
+            value = self._slab(recipe.parts, where, copy=copy)
             return value.astype(np.float32 if recipe.spec.dtype == "F32" else dtype, copy=False)
         from stepjax.weights.quantised import Quantised
 
@@ -137,8 +137,8 @@ class Checkpoint:
         cover, inner = _cover(where, recipe.spec.shape, unit)
         *rows, columns = cover
         stored_columns = slice(*(edge // format.values_per_element for edge in (columns.start, columns.stop)))
-        values = self._slab(recipe.parts, (*rows, stored_columns), own=own)
-        scales = self._scales(recipe, cover, unit, own=own).astype(format.numpy_dtypes[1], copy=False)
+        values = self._slab(recipe.parts, (*rows, stored_columns), copy=copy)
+        scales = self._scales(recipe, cover, unit, copy=copy).astype(format.numpy_dtypes[1], copy=False)
         weight = Quantised(values, scales, format)
         if keep:
             assert cover == where, f"{path}: {index} does not begin and end at units of {unit}"
@@ -153,31 +153,34 @@ class Checkpoint:
     def _entry(self, name: str) -> Entry:
         return self._files[name].entries[name]
 
-    def _slab(self, parts: tuple[StoredPart, ...], where: Index, *, own: bool) -> np.ndarray:
+    def _slab(self, parts: tuple[StoredPart, ...], where: Index, *, copy: bool) -> np.ndarray:
         """The part of a weight at ``where``, as stored."""
         rank = len(parts[0].shape)
 
         def read(part: StoredPart) -> np.ndarray:
             file, index = self._files[part.name], _shifted(where[-rank:], part.start)
-            return file.read(part.name, index) if own else file.view(part.name)[index]
+            return file.read(part.name, index) if copy else file.view(part.name)[index]
 
         slabs = [read(part) for part in (parts[where[0]] if rank < len(where) else parts)]
         return np.stack(slabs) if rank < len(where) else slabs[0]
 
-    def _scales(self, recipe: Recipe, where: Index, unit: tuple[int, int], *, own: bool) -> np.ndarray:
+    def _scales(self, recipe: Recipe, where: Index, unit: tuple[int, int], *, copy: bool) -> np.ndarray:
         """The scales of a part that begins and ends where they do."""
         scales = tuple(
             StoredPart(name, self._entry(name).shape, part.start // unit[0])
             for name, part in zip(recipe.scales, recipe.parts, strict=True)
         )
-        return self._slab(scales, _scale_index(where, unit), own=own)
+        return self._slab(scales, _scale_index(where, unit), copy=copy)
 
     def _name_problems(self, names: Resolution) -> list[str]:
-        at = self._files
+        files = self._files
         return [
-            *(f"{at[b].path}: tensor {b} holds the same weight as {a}, expected one of them" for a, b in names.clashes),
+            *(
+                f"{files[b].path}: tensor {b} holds the same weight as {a}, expected one of them"
+                for a, b in names.clashes
+            ),
             *(f"{self.folder}: tensor {name} is missing" for name in names.missing),
-            *(f"{at[name].path}: tensor {name} is not a weight of this model" for name in names.surplus),
+            *(f"{files[name].path}: tensor {name} is not a weight of this model" for name in names.surplus),
         ]
 
     def _tensor_problems(self, config: ModelConfig) -> list[str]:
@@ -223,11 +226,11 @@ class Checkpoint:
         value_shape, scale_shape = format.shapes(part.shape)
         unit_rows, _ = format.unit_of(part.shape)
         if values.shape != value_shape:
-            found = f"{list(values.shape)}, expected {list(value_shape)} for {list(part.shape)} in {format.bits} bits"
-            return format, f"{where} has shape {found}"
+            shapes = f"{list(values.shape)}, expected {list(value_shape)} for {list(part.shape)} in {format.bits} bits"
+            return format, f"{where} has shape {shapes}"
         if scale.shape != scale_shape:
-            found = f"{list(scale.shape)}, expected {list(scale_shape)} {format.shape_note(config)}"
-            return format, f"{where_scale} has shape {found}"
+            shapes = f"{list(scale.shape)}, expected {list(scale_shape)} {format.shape_note(config)}"
+            return format, f"{where_scale} has shape {shapes}"
         if scale.dtype not in format.scale_dtypes:
             return format, f"{where_scale} is {scale.dtype}, expected {' or '.join(format.scale_dtypes)}"
         if part.rows and part.rows % unit_rows:
@@ -289,14 +292,14 @@ def read_as(
     experts: ExpertFormat,
     *,
     index: Index | None = None,
-    own: bool = False,
+    copy: bool = False,
 ) -> np.ndarray | Quantised:
     """`Checkpoint.read`, with the routed experts in a format: kept where they are stored so, else made from ``dtype``.
 
     Raises:
       ConfigError: the format cannot hold the weight.
     """
-    value = checkpoint.read(path, dtype=dtype, keep=checkpoint.format(path) == experts, index=index, own=own)
+    value = checkpoint.read(path, dtype=dtype, keep=checkpoint.format(path) == experts, index=index, copy=copy)
     if not experts.quantised or ".experts." not in path or not isinstance(value, np.ndarray):
         return value
     from stepjax.weights.quantised import quantise
@@ -322,14 +325,14 @@ def _absolute(index: Index | None, shape: tuple[int, ...]) -> Index:
     """``index`` with numbers in place of None and of negative ends."""
     index = index or (slice(None),) * len(shape)
     assert len(index) == len(shape), f"{len(index)} slices for shape {shape}"
-    ranges = [each.indices(size) for each, size in zip(index, shape, strict=True)]
+    ranges = [span.indices(size) for span, size in zip(index, shape, strict=True)]
     assert all(step == 1 for _, _, step in ranges), f"{index} has steps"
     return tuple(slice(start, stop) for start, stop, _ in ranges)
 
 
 def _size(where: Index) -> int:
     """Elements of a part."""
-    return math.prod(each.stop - each.start for each in where)
+    return math.prod(span.stop - span.start for span in where)
 
 
 def _shifted(where: Index, start: int) -> Index:

@@ -1,7 +1,7 @@
 """One .safetensors file: a header that is distrusted until checked, and tensors as views of the file.
 
 The format is 8 bytes of little-endian header length, a JSON header (name → dtype, shape, data_offsets), then the data.
-A view maps its tensor's bytes, so memory holds what is used of it and no second copy (spec: feasibility §7).
+A view maps its tensor's bytes, so memory holds what is used of it and no second copy.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class SafetensorsFile:
         offset = _offset_of_run(entry.shape, index)
         if offset is None:
             return np.array(self.view(name)[index])
-        out = _aligned(tuple(each.stop - each.start for each in index), DTYPES[entry.dtype])
+        out = _aligned(tuple(span.stop - span.start for span in index), DTYPES[entry.dtype])
         left = out.reshape(-1).view(np.uint8).data
         with self.path.open("rb", buffering=0) as file:
             file.seek(entry.start + offset * out.itemsize)
@@ -95,11 +95,11 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def _offset_of_run(shape: tuple[int, ...], index: tuple[slice, ...]) -> int | None:
     """Elements before a part that lies in one run; None if it does not: whole rows may only be cut on one axis."""
-    lengths = [each.stop - each.start for each in index]
+    lengths = [span.stop - span.start for span in index]
     first = next((axis for axis, length in enumerate(lengths) if length != 1), len(shape))
     if any(length != size for length, size in zip(lengths[first + 1 :], shape[first + 1 :], strict=True)):
         return None
-    return sum(each.start * math.prod(shape[axis + 1 :]) for axis, each in enumerate(index))
+    return sum(span.start * math.prod(shape[axis + 1 :]) for axis, span in enumerate(index))
 
 
 def regular_size(path: Path) -> int:

@@ -60,7 +60,9 @@ class Attention(nnx.Module):
 
 
 def _finite(x: jax.Array) -> jax.Array:
-    """Zeros for what is no number. A weight of 0 does not hide it, so a bad draft would spoil the tokens before it, and
-    a freed page the next request; the token itself still shows it in its own residual stream.
+    """Zeros for values that are not finite.
+
+    A weight of 0 does not hide such a value, so a bad draft would spoil the tokens before it, and a freed page the next
+    request. The token itself still shows it in its own residual stream.
     """
     return jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype))

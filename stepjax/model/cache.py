@@ -228,9 +228,9 @@ class Pages:
     def write(self, chunk: Chunk, k_BTKH: jax.Array, v_BTKH: jax.Array, *, stripe: Stripe = EVERYTHING) -> Pages:
         table, (num_pages, size) = _table(chunk), self.k_PRKH.shape[:2]
         row = stripe.row(chunk.position_BT)
-        at = row // size
-        known = (row >= 0) & (at < table.shape[1])
-        page = jnp.take_along_axis(table, jnp.clip(at, 0, table.shape[1] - 1), axis=1)
+        entry = row // size
+        known = (row >= 0) & (entry < table.shape[1])
+        page = jnp.take_along_axis(table, jnp.clip(entry, 0, table.shape[1] - 1), axis=1)
         page = jnp.where(known, page, num_pages)
 
         def put(cache: jax.Array, new: jax.Array) -> jax.Array:
@@ -326,8 +326,8 @@ def attend(
 ) -> tuple[jax.Array, CacheView | None]:
     """A chunk attends to the cache's prefix and to itself, and is stored: output [B, T, N, H] and the new view."""
     q, k, v = heads
-    own = KeyValues(k, v, chunk.position_BT, chunk.segment_BT, offset=0, in_order=chunk.segment_BT is None)
-    part = attention_to(q, chunk.position_BT, [own], window=window, segment_BT=chunk.segment_BT)
+    keys = KeyValues(k, v, chunk.position_BT, chunk.segment_BT, offset=0, in_order=chunk.segment_BT is None)
+    part = attention_to(q, chunk.position_BT, [keys], window=window, segment_BT=chunk.segment_BT)
     if cache is not None:
         seen = cache.look(q, chunk, window=window)
         part, cache = merge(part, seen), cache.write(after(seen, chunk), k, v)
@@ -357,7 +357,7 @@ def empty_cache(
     Bytes: 2 · K · H · itemsize per layer and row; ``length`` rows in full layers, window + 4 in sliding ones.
 
     Args:
-      pages: their number and positions each; full layers then share them, and ``length`` means nothing.
+      pages: their number and positions each; full layers then share them, and ``length`` is ignored.
     """
 
     def view(layer: LayerSpec) -> CacheView:

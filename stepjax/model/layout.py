@@ -128,7 +128,7 @@ class Layout(Protocol):
     ) -> tuple[jax.Array, jax.Array]:
         """The sum of both parts of ``moe.local`` over all slices, in x's dtype, and the router's choice [B, T, A].
 
-        ``x`` comes and goes as the residual stream lies.
+        ``x`` and the result are placed like the residual stream.
         """
         ...
 
@@ -183,6 +183,6 @@ class SingleDevice:
     def mixture(
         self, moe: Routed, x_BTD: jax.Array, real_BT: jax.Array, recorded_BTA: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        ids, combine, own = moe.route(x_BTD, real_BT, recorded_BTA)
+        ids, combine, chosen = moe.route(x_BTD, real_BT, recorded_BTA)
         routed, shared = moe.local(x_BTD, ids, combine, form=self.form)
-        return routed.astype(x_BTD.dtype) + shared.astype(x_BTD.dtype), own
+        return routed.astype(x_BTD.dtype) + shared.astype(x_BTD.dtype), chosen

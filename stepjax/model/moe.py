@@ -136,7 +136,7 @@ class MoE(nnx.Module):
         form: Formulation | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """What the weights at hand contribute: see `stepjax.model.layout.Routed`."""
-        x_TD, ids_TA, combine_TA = (each.reshape(-1, each.shape[-1]) for each in (x_BTD, ids_BTA, combine_BTA))
+        x_TD, ids_TA, combine_TA = (rows.reshape(-1, rows.shape[-1]) for rows in (x_BTD, ids_BTA, combine_BTA))
         bare, slot_T = by_token(self.weights(), (x_BTD.shape[0], x_BTD.shape[1]))
         weights = ExpertWeights(*bare)
         count = weights.gate.shape[0]

@@ -25,7 +25,7 @@ Params = Mapping[str, Any]  # dotted path → array (or block-scaled array)
 
 
 class Hidden(NamedTuple):
-    """What a pass over tokens leaves behind."""
+    """The result of a pass over tokens."""
 
     hidden_BTD: jax.Array  # residual stream after the last layer, before the final norm
     cache: Cache | None
@@ -38,7 +38,7 @@ class Block(nnx.Module):
     def __init__(self, spec: LayerSpec, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, layout: Layout):
         self.layout, self.is_moe = layout, spec.moe
         size, eps = config.hidden_size, config.norm_eps
-        scale = (2 * len(config.layers)) ** -0.5  # maps onto the residual stream start small, as depth grows
+        scale = (2 * len(config.layers)) ** -0.5  # maps onto the residual stream: a deeper model starts smaller
         self.input_norm = RMSNorm(size, eps=eps, dtype=dtype)
         self.attn = Attention(spec, size, eps=eps, rngs=rngs, dtype=dtype, layout=layout, scale=scale)
         self.post_norm = RMSNorm(size, eps=eps, dtype=dtype)
@@ -163,7 +163,7 @@ class Step3p5(nnx.Module):
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Next-token logits, float32 [B, T, V], from the pre-norm hidden state.
 
-        They are placed here: wanted whole by what comes after, a partitioner may gather the matrix instead of them.
+        They are placed here: a partitioner may otherwise gather the matrix instead of the logits.
         """
         return self.layout.constrain(self.lm_head.wide(self.norm(hidden_BTD)), "batch", "length", "vocab")
 

@@ -36,7 +36,7 @@ class Heads(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KeyValues:
-    """Keys and values with the positions they stand at."""
+    """Keys and values with their positions."""
 
     k_BSKH: jax.Array
     v_BSKH: jax.Array
@@ -79,7 +79,7 @@ class Partial(NamedTuple):
 
 def empty_partial(like: Partial) -> Partial:
     """Attention to no keys at all, in the shapes of ``like``."""
-    out, top, total = (each.shape for each in like)
+    out, top, total = (part.shape for part in like)
     return Partial(jnp.zeros(out, jnp.float32), jnp.full(top, _MASKED), jnp.zeros(total, jnp.float32))
 
 
@@ -146,9 +146,9 @@ def _fits(q: jax.Array, keys: KeyValues) -> bool:
 
 
 def _flash_forward(q: jax.Array, position: jax.Array, keys: KeyValues, window: int | None, interpret: Any) -> Partial:
-    own = keys.position_BS
-    first = jnp.min(jnp.where(own < 0, jnp.iinfo(jnp.int32).max, own), axis=1)
-    rows = RowPositions(_start(position), _start(own), first, jnp.max(own, axis=1) + 1)
+    key_BS = keys.position_BS
+    first = jnp.min(jnp.where(key_BS < 0, jnp.iinfo(jnp.int32).max, key_BS), axis=1)
+    rows = RowPositions(_start(position), _start(key_BS), first, jnp.max(key_BS, axis=1) + 1)
     (B, T, _, H), K = q.shape, keys.k_BSKH.shape[2]
     q, k, v = (_pad_rows(x, 0, -x.shape[1] % ROWS) for x in (q, keys.k_BSKH, keys.v_BSKH))
     out, top, total = (x[:, :T] for x in flash_attention(q, k, v, rows, window=window, interpret=interpret))
@@ -161,7 +161,7 @@ def _flash_forward(q: jax.Array, position: jax.Array, keys: KeyValues, window: i
 
 
 def _start(position: jax.Array) -> jax.Array:
-    """Where row 0 of each sequence stands, or would: int32 [B]."""
+    """The position of row 0 of each sequence, or the one it would have: int32 [B]."""
     row = jnp.arange(position.shape[1], dtype=jnp.int32)[None, :]
     return jnp.max(jnp.where(position < 0, -(2**30), position - row), axis=1)
 
@@ -225,8 +225,8 @@ def _by_blocks(
             part.sliced(part.offset + i * size, before + size) if band and part.offset is not None else part
             for part, band in zip(padded, bands, strict=True)
         ]
-        q_rows, at, segments = jax.tree.map(lambda x: _rows(x, i * size, size), queries)
-        return _block(q_rows, at, segments, rows, window)
+        q_rows, positions, segments = jax.tree.map(lambda x: _rows(x, i * size, size), queries)
+        return _block(q_rows, positions, segments, rows, window)
 
     def joined(x: jax.Array) -> jax.Array:  # [blocks, B, size, …]
         return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], blocks * size, *x.shape[3:])[:, :T]
@@ -250,7 +250,7 @@ def _block(
 
 
 def _part(q: jax.Array, position: jax.Array, segment: jax.Array | None, part: KeyValues, window: int | None) -> Partial:
-    """A matrix of scores for each head and all its queries, lying as the products leave and take it: in another order
+    """A matrix of scores for each head and all its queries, in the axis order of the products: in another order
     XLA rearranges it on a CPU, before and after the softmax (512 queries and 16 heads: 28 ms in place of 10), and the
     keys on a GPU.
     """

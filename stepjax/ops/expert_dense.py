@@ -40,13 +40,14 @@ class ExpertWeights(NamedTuple):
 def reference(
     x: jax.Array, ids: jax.Array, combine: jax.Array, weights: ExpertWeights, slot: Slot, *, limit: float | None
 ):
-    """Expert by expert over all tokens in float32, with adapters merged: one at a time, if tokens have different."""
+    """Expert by expert over all tokens in float32, with adapters merged. If tokens use
+    different adapters, each adapter runs on its own."""
     if slot is not None:
         blocks = max(w.slots for w in weights if isinstance(w, Adapted))
-        own = [reference(x, ids, combine, _with_block(weights, i), None, limit=limit) for i in range(blocks)]
+        merged_outs = [reference(x, ids, combine, _with_block(weights, i), None, limit=limit) for i in range(blocks)]
         out = reference(x, ids, combine, ExpertWeights(*map(plain, weights)), None, limit=limit)
-        for i, each in enumerate(own):
-            out = jnp.where((slot == i)[:, None], each, out)
+        for i, merged_out in enumerate(merged_outs):
+            out = jnp.where((slot == i)[:, None], merged_out, out)
         return out
     x = x.astype(jnp.float32)
 
@@ -100,22 +101,24 @@ def tiled(
     def tiles(arrays: Any) -> Any:
         return jax.tree.map(lambda a: a.reshape(num_experts // tile, tile, *a.shape[1:]), arrays)
 
-    def each(own: list[jax.Array], rows: Any) -> jax.Array:
-        mine = iter(own)
+    def one_tile(expert_leaves: list[jax.Array], rows: Any) -> jax.Array:
+        remaining = iter(expert_leaves)
         return widened(
-            tree.unflatten([next(mine) if is_own else leaf for leaf, is_own in zip(leaves, by_expert, strict=True)]),
+            tree.unflatten(
+                [next(remaining) if varies else leaf for leaf, varies in zip(leaves, by_expert, strict=True)]
+            ),
             *rows,
         )
 
     def write(out: jax.Array, tile: Any) -> tuple[jax.Array, None]:
         index, *held = tile
-        return jax.lax.dynamic_update_index_in_dim(out, each(*held), index, 0), None
+        return jax.lax.dynamic_update_index_in_dim(out, one_tile(*held), index, 0), None
 
-    own = tiles([leaf for leaf, is_own in zip(leaves, by_expert, strict=True) if is_own])
+    expert_leaves = tiles([leaf for leaf, varies in zip(leaves, by_expert, strict=True) if varies])
     rows = tiles(rows)
-    shape = jax.eval_shape(each, *jax.tree.map(lambda a: a[0], (own, rows))).shape
+    shape = jax.eval_shape(one_tile, *jax.tree.map(lambda a: a[0], (expert_leaves, rows))).shape
     start = zeros_after(count, (num_experts // tile, *shape), x)
-    out, _ = jax.lax.scan(write, start, (jnp.arange(num_experts // tile), own, rows))
+    out, _ = jax.lax.scan(write, start, (jnp.arange(num_experts // tile), expert_leaves, rows))
     return out.reshape(num_experts, *shape[1:])
 
 
@@ -129,7 +132,7 @@ def _tile(weight: AnyWeight, dtype: DTypeLike) -> int:
 def batched(
     x: jax.Array, ids: jax.Array, combine: jax.Array, weights: ExpertWeights, slot: Slot, *, limit: float | None
 ):
-    """The weights stand left: a CPU multiplies few columns by them without rearranging them first."""
+    """The weights are the left operand: a CPU multiplies few columns by them without rearranging them first."""
 
     def run(gate: Any, up: Any, down: Any) -> jax.Array:
         gate_EFT, up_EFT = (input_product(w, x, slot=slot) for w in (gate, up))
@@ -162,4 +165,4 @@ def in_turn(
         return out.at[token_P].add(share_P[:, None] * out_PD), None
 
     zero = vary_with(jnp.zeros(x.shape, jnp.float32), x)
-    return jax.lax.scan(some, zero, jax.tree.map(lambda each: each.reshape(-1, size), work))[0]
+    return jax.lax.scan(some, zero, jax.tree.map(lambda values: values.reshape(-1, size), work))[0]

@@ -160,8 +160,8 @@ def _passes_bwd(limit, rows, saved, cotangent_TD):
         return jax.tree.map(jnp.add, total, pull(cotangent_TD))
 
     zero = vary_with(jax.tree.map(jnp.zeros_like, (x, combine, arrays)), x)
-    dx, dcombine, found = jax.lax.fori_loop(0, _num_passes(rows, by), body, zero)
-    return dx, dcombine, ExpertWeights(*map(cotangent, weights, found)), None
+    dx, dcombine, darrays = jax.lax.fori_loop(0, _num_passes(rows, by), body, zero)
+    return dx, dcombine, ExpertWeights(*map(cotangent, weights, darrays)), None
 
 
 _passes.defvjp(_passes_fwd, _passes_bwd)
@@ -181,8 +181,8 @@ def _blocks_forward(
 
         def block(index: jax.Array, out: jax.Array) -> jax.Array:
             start = by.start[e] + index * rows
-            mine = jax.lax.dynamic_slice_in_dim(token, start, rows)
-            x_CD, slot = x[mine], None if by.slot is None else by.slot[mine]
+            token_C = jax.lax.dynamic_slice_in_dim(token, start, rows)
+            x_CD, slot = x[token_C], None if by.slot is None else by.slot[token_C]
             gate_CF, up_CF = (expert_product(x_CD, w, slot=slot) for w in (gate, up))
             hidden = swiglu(gate_CF, up_CF, limit)
             out_CD = expert_product(hidden.astype(x.dtype), down, slot=slot)
@@ -193,9 +193,9 @@ def _blocks_forward(
 
     zero = vary_with(jnp.zeros((token.size, x.shape[1]), jnp.float32), x)
     out = jax.lax.fori_loop(0, jnp.sum(by.count > 0, dtype=jnp.int32), expert, zero)
-    ours = by.expert < by.start.size
-    back = out[jnp.where(ours, jnp.append(by.start, 0)[by.expert] + by.rank, 0)]  # [T, A, D]
-    return jnp.sum(combine[..., None] * jnp.where(ours[..., None], back, 0.0), axis=1)
+    held = by.expert < by.start.size
+    back = out[jnp.where(held, jnp.append(by.start, 0)[by.expert] + by.rank, 0)]  # [T, A, D]
+    return jnp.sum(combine[..., None] * jnp.where(held[..., None], back, 0.0), axis=1)
 
 
 _blocks = jax.custom_vjp(_blocks_forward, nondiff_argnums=(0, 1))
@@ -222,16 +222,16 @@ class _Plan(NamedTuple):
 def _kernel_forward(plan: _Plan, x: jax.Array, combine: jax.Array, weights: ExpertWeights, by: _Sorted) -> jax.Array:
     """Each expert's rows as whole blocks, as many blocks at a time as the plan says: float32 [T, D]."""
     rows, num_experts = plan.inner.rows, by.start.size
-    own = -(-by.count // rows)
-    end = jnp.cumsum(own)
-    first, used = end - own, end[-1]
+    num_blocks = -(-by.count // rows)
+    end = jnp.cumsum(num_blocks)
+    first, used = end - num_blocks, end[-1]
     place_TA = jnp.append(first, 0)[by.expert] * rows + by.rank  # in a buffer for all blocks
 
     def some(index: jax.Array, out: jax.Array) -> jax.Array:
         block = index * plan.blocks + jnp.arange(plan.blocks, dtype=jnp.int32)
         expert = jnp.minimum(jnp.sum(block[:, None] >= end[None, :], axis=1, dtype=jnp.int32), num_experts - 1)
-        at = by.start[expert] + (block - first[expert]) * rows
-        token = by.token[jnp.minimum(at[:, None] + jnp.arange(rows)[None, :], by.token.size - 1).reshape(-1)]
+        first_row = by.start[expert] + (block - first[expert]) * rows
+        token = by.token[jnp.minimum(first_row[:, None] + jnp.arange(rows)[None, :], by.token.size - 1).reshape(-1)]
         count = jnp.minimum(used - index * plan.blocks, plan.blocks)[None]
 
         def product(x: jax.Array, w: Any, tiles: Tiles) -> jax.Array:
@@ -239,11 +239,11 @@ def _kernel_forward(plan: _Plan, x: jax.Array, combine: jax.Array, weights: Expe
 
         taken = x[token]
         gate, up = (product(taken, w, plan.inner) for w in (weights.gate, weights.up))
-        found = product(swiglu(gate, up, plan.limit).astype(x.dtype), weights.down, plan.outer)
+        out_RD = product(swiglu(gate, up, plan.limit).astype(x.dtype), weights.down, plan.outer)
         local = place_TA - index * plan.blocks * rows
-        mine = (local >= 0) & (local < found.shape[0]) & (by.expert < num_experts)
-        back = found[jnp.where(mine, local, 0)]
-        return out + jnp.sum(combine[..., None] * jnp.where(mine[..., None], back, 0.0), axis=1)
+        inside = (local >= 0) & (local < out_RD.shape[0]) & (by.expert < num_experts)
+        back = out_RD[jnp.where(inside, local, 0)]
+        return out + jnp.sum(combine[..., None] * jnp.where(inside[..., None], back, 0.0), axis=1)
 
     return jax.lax.fori_loop(0, (used + plan.blocks - 1) // plan.blocks, some, zeros_after(used, x.shape, x))
 

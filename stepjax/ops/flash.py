@@ -43,7 +43,7 @@ def flash_attention(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Attention before the division: (out [B, T, N, H], largest score [B, T, N], sum of exp(score − largest)).
 
-    All results are float32. A query that sees no key has a largest score of `NONE` and nothing sensible else.
+    All results are float32. A query that sees no key has a largest score of `NONE` and undefined other results.
 
     Args:
       q_BTNH, k_BSKH, v_BSKH: bfloat16; T and S are multiples of `ROWS`, H is one of 64.
@@ -103,8 +103,8 @@ def flash_attention(
 
         def add(sofar: jax.Array, weights: jax.Array, v_s: Any) -> jax.Array:
             if interpret is None:
-                found: Any = gpu.WGMMAAccumulatorRef.init(sofar)
-                return pl.run_state(lambda ref: gpu.wgmma(ref, weights, v_s))(found)
+                start_ref: Any = gpu.WGMMAAccumulatorRef.init(sofar)
+                return pl.run_state(lambda ref: gpu.wgmma(ref, weights, v_s))(start_ref)
             weights_s[0][...] = weights  # the interpreter multiplies what lies in memory
 
             def product(ref: Any) -> jax.Array:
@@ -113,7 +113,7 @@ def flash_attention(
 
             return sofar + pl.run_scoped(product, gpu.WGMMAAccumulatorRef((ROWS, H)))
 
-        spec = gpu.BlockSpec((ROWS, H), lambda at: (start + at, 0), transforms=halves)
+        spec = gpu.BlockSpec((ROWS, H), lambda index: (start + index, 0), transforms=halves)
         pipeline = gpu.emit_pipeline(
             step, grid=(steps,), in_specs=[spec, spec], max_concurrent_steps=STAGES, init_carry=nothing
         )

@@ -35,12 +35,12 @@ def tiles_for(mean_rows: float, columns: int) -> Tiles:
 def grouped_product(
     x_RK: jax.Array, w_ENK: jax.Array, matrix_B: jax.Array, count: jax.Array, *, tiles: Tiles, interpret: Any = None
 ) -> jax.Array:
-    """``x[block b] · w[matrix[b]]ᵀ`` as float32 [R, N], R = B · tiles.rows; blocks from ``count`` on are left as found.
+    """``x[block b] · w[matrix[b]]ᵀ`` as float32 [R, N], R = B · tiles.rows; blocks from ``count`` on are not written.
 
     Args:
       x_RK: bfloat16, K a multiple of `DEPTH`.
       w_ENK: bfloat16, N a multiple of ``tiles.columns``.
-      matrix_B: int32 in [0, E). Equal ones stand side by side, so that what one read another finds in the cache.
+      matrix_B: int32 in [0, E). Equal ones are adjacent, so that the second reads its matrix from the cache.
       count: int32 [1], blocks that are used.
       interpret: Pallas's settings for running the kernel on a CPU, in tests.
     """
@@ -59,7 +59,7 @@ def grouped_product(
 
             @pl.when(row < used)
             def _() -> None:
-                mine = matrix[row]
+                expert = matrix[row]
 
                 def accumulated(total: Any) -> jax.Array:
                     gpu.emit_pipeline(
@@ -70,18 +70,18 @@ def grouped_product(
                             gpu.BlockSpec((tiles.columns, DEPTH), lambda step: (column, step), delay_release=1),
                         ],
                         max_concurrent_steps=tiles.stages,
-                    )(x, w.at[mine])
+                    )(x, w.at[expert])
                     return total[...]
 
                 block = (tiles.rows, tiles.columns)
-                found = pl.run_scoped(accumulated, gpu.WGMMAAccumulatorRef(block))
+                product = pl.run_scoped(accumulated, gpu.WGMMAAccumulatorRef(block))
 
                 @functools.partial(pl.run_scoped, held=gpu.SMEM(block, dtype=jnp.float32))
                 def _(held: Any) -> None:
-                    held[...] = found
+                    held[...] = product
                     gpu.commit_smem()
-                    at = pl.ds(row * tiles.rows, tiles.rows), pl.ds(column * tiles.columns, tiles.columns)
-                    gpu.copy_smem_to_gmem(held, out.at[at])
+                    target = pl.ds(row * tiles.rows, tiles.rows), pl.ds(column * tiles.columns, tiles.columns)
+                    gpu.copy_smem_to_gmem(held, out.at[target])
                     gpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     semantics = gpu.CompilerParams(lowering_semantics=gpu.LoweringSemantics.Warpgroup)

@@ -230,14 +230,14 @@ def _read_calls(calls: Any, where: str) -> list[dict[str, Any]]:
         raise RequestError(f"{where}: expected a list, found {_short(calls)}")
     read = []
     for i, call in enumerate(calls):
-        at = f"{where}[{i}]"
-        _mapping(call, at)
-        function = _mapping(call.get("function"), f"{at}.function")
-        name = _text(function.get("name"), f"{at}.function.name")
-        arguments = _read_arguments(function.get("arguments"), f"{at}.function.arguments")
+        place = f"{where}[{i}]"
+        _mapping(call, place)
+        function = _mapping(call.get("function"), f"{place}.function")
+        name = _text(function.get("name"), f"{place}.function.name")
+        arguments = _read_arguments(function.get("arguments"), f"{place}.function.arguments")
         entry: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": arguments}}
         if call.get("id") is not None:
-            entry["id"] = _text(call["id"], f"{at}.id")
+            entry["id"] = _text(call["id"], f"{place}.id")
         read.append(entry)
     return read
 
@@ -280,8 +280,8 @@ def _text(value: Any, where: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        found = f"U+{ord(value[error.start]):04X} at character {error.start}"
-        raise RequestError(f"{where}: expected valid Unicode, found the lone surrogate {found}") from None
+        surrogate = f"U+{ord(value[error.start]):04X} at character {error.start}"
+        raise RequestError(f"{where}: expected valid Unicode, found the lone surrogate {surrogate}") from None
     return value
 
 

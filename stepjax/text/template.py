@@ -159,17 +159,17 @@ def _spellings(controls: tuple[str, ...], literals: frozenset[str]) -> _Spelling
     prefixes = {control[:k] for control in controls for k in range(1, len(control))}
     rests = frozenset(control[k:] for control in controls for k in range(1, len(control)))
     begins = f"[{''.join(sorted({re.escape(control[0]) for control in controls}))}]"
-    found = _Spellings(frozenset(controls), lengths, rests, re.compile(begins), re.compile(f"(?P<begin>{begins})"))
+    spellings = _Spellings(frozenset(controls), lengths, rests, re.compile(begins), re.compile(f"(?P<begin>{begins})"))
 
     def is_kept(literal: str) -> bool:
         """Whether a literal begins like a control token, and can yet be no part of one."""
-        return bool(found.begin.match(literal)) and not any(
-            literal[k:] in prefixes or found.control_at(literal, k) for k in range(len(literal))
+        return bool(spellings.begin.match(literal)) and not any(
+            literal[k:] in prefixes or spellings.control_at(literal, k) for k in range(len(literal))
         )
 
     kept = sorted(filter(is_kept, literals), key=len, reverse=True)
-    pattern = "|".join([*map(re.escape, kept), found.kept_or_begin.pattern])
-    return replace(found, kept_or_begin=re.compile(pattern))
+    pattern = "|".join([*map(re.escape, kept), spellings.kept_or_begin.pattern])
+    return replace(spellings, kept_or_begin=re.compile(pattern))
 
 
 def _unused_character(texts: str) -> str:

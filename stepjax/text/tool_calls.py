@@ -174,10 +174,10 @@ def parse(content: str, tools: Sequence[Mapping[str, Any]] | None = None) -> tup
     position = text_start = 0
     while opening := _OPENING.search(content, position):
         position, is_closed = _whole_extent(content, opening)
-        found = _calls_in(content[opening.start() : position], schemas) if is_closed else []
-        if found:
+        block = _calls_in(content[opening.start() : position], schemas) if is_closed else []
+        if block:
             pieces.append(content[text_start : opening.start()])
-            calls.extend(ToolCall(f"call_{secrets.token_hex(12)}", *call) for call in found)
+            calls.extend(ToolCall(f"call_{secrets.token_hex(12)}", *call) for call in block)
             text_start = position
     pieces.append(content[text_start:])
     return "".join(piece for piece in pieces if not calls or not piece.isspace()), calls
@@ -333,7 +333,7 @@ def argument_types(parameters: Any) -> dict[str, list[str]]:
     properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
     if not isinstance(properties, Mapping):
         return {}
-    return {name: _types(each, parameters) for name, each in properties.items() if isinstance(name, str)}
+    return {name: _types(schema, parameters) for name, schema in properties.items() if isinstance(name, str)}
 
 
 def resolved(schema: Any, root: Any) -> Any:
@@ -363,9 +363,9 @@ def _types(schema: Any, root: Any) -> list[str]:
             continue
         named = schema.get("type")
         names = [named] if isinstance(named, str) else named if isinstance(named, list) else []
-        options = [each for union in ("anyOf", "oneOf", "allOf") for each in _listed(schema.get(union))]
+        options = [option for union in ("anyOf", "oneOf", "allOf") for option in _listed(schema.get(union))]
         if not names and not options:
-            names = map(json_type, _listed(schema.get("enum")) or [schema[at] for at in ("const",) if at in schema])
+            names = map(json_type, _listed(schema.get("enum")) or [schema[key] for key in ("const",) if key in schema])
         found |= dict.fromkeys(name for name in names if isinstance(name, str))
         waiting += reversed(options[:_MAX_OPTIONS])
     return list(found)

@@ -136,7 +136,7 @@ class ExpertFormat(ABC):
         """Values and scales of ``w`` [..., R, C], one matrix at a time, to keep float32 copies small.
 
         Args:
-          w: an array, or anything with a shape whose matrices ``w[lead]`` are computed when they are asked for.
+          w: an array, or anything with a shape whose matrices ``w[lead]`` are computed when they are read.
 
         Raises:
           ConfigError: the format cannot hold the weight, or values are not finite where it needs that.

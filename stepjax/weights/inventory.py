@@ -1,7 +1,7 @@
 """The table of weights: hub name ↔ our path, shape and dtype of every tensor, and what they add up to.
 
 Pure arithmetic on a `ModelConfig`; no file is opened and no array is made. Weights keep the hub's (out, in)
-orientation, so a weight is loaded by renaming it. Sections refer to the specification.
+orientation, so a weight is loaded by renaming it.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _specs(config: ModelConfig) -> Iterator[TensorSpec]:
 
 def _layer(config: ModelConfig, layer: LayerSpec) -> Iterator[TensorSpec]:
     hub, depth, width = f"model.layers.{layer.index}", layer.index - len(config.layers), config.hidden_size
-    own = f"layers.{layer.index}" if depth < 0 else f"mtp.{depth}.block"
+    prefix = f"layers.{layer.index}" if depth < 0 else f"mtp.{depth}.block"
 
     def spec(name: str, path: str, shape: tuple[int, ...], part: Part, dtype: str = "BF16") -> TensorSpec:
         return TensorSpec(f"{hub}.{name}", path, shape, dtype, part, layer.index)
@@ -98,7 +98,7 @@ def _layer(config: ModelConfig, layer: LayerSpec) -> Iterator[TensorSpec]:
         yield spec("enorm.weight", f"{mtp}.embed_norm.weight", (width,), "norm")
         yield spec("hnorm.weight", f"{mtp}.hidden_norm.weight", (width,), "norm")
         yield spec("eh_proj.weight", f"{mtp}.merge.weight", (width, 2 * width), "merge")
-    yield spec("input_layernorm.weight", f"{own}.input_norm.weight", (width,), "norm")
+    yield spec("input_layernorm.weight", f"{prefix}.input_norm.weight", (width,), "norm")
     heads, kv_heads = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
     for name, shape in {
         "q_proj": (heads, width),
@@ -109,18 +109,18 @@ def _layer(config: ModelConfig, layer: LayerSpec) -> Iterator[TensorSpec]:
         "q_norm": (layer.head_dim,),
         "k_norm": (layer.head_dim,),
     }.items():
-        yield spec(f"self_attn.{name}.weight", f"{own}.attn.{name}.weight", shape, "attention")
-    yield spec("post_attention_layernorm.weight", f"{own}.post_norm.weight", (width,), "norm")
+        yield spec(f"self_attn.{name}.weight", f"{prefix}.attn.{name}.weight", shape, "attention")
+    yield spec("post_attention_layernorm.weight", f"{prefix}.post_norm.weight", (width,), "norm")
     if layer.moe:
         num_experts, hidden = config.num_experts, config.expert_size
-        yield spec("moe.gate.weight", f"{own}.moe.router.weight", (num_experts, width), "router")
-        yield spec("moe.router_bias", f"{own}.moe.router.bias", (num_experts,), "router", "F32")
-        yield spec("moe.gate_proj.weight", f"{own}.moe.experts.gate", (num_experts, hidden, width), "experts")
-        yield spec("moe.up_proj.weight", f"{own}.moe.experts.up", (num_experts, hidden, width), "experts")
-        yield spec("moe.down_proj.weight", f"{own}.moe.experts.down", (num_experts, width, hidden), "experts")
-        yield from mlp("share_expert", f"{own}.moe.shared", config.shared_size, "shared")
+        yield spec("moe.gate.weight", f"{prefix}.moe.router.weight", (num_experts, width), "router")
+        yield spec("moe.router_bias", f"{prefix}.moe.router.bias", (num_experts,), "router", "F32")
+        yield spec("moe.gate_proj.weight", f"{prefix}.moe.experts.gate", (num_experts, hidden, width), "experts")
+        yield spec("moe.up_proj.weight", f"{prefix}.moe.experts.up", (num_experts, hidden, width), "experts")
+        yield spec("moe.down_proj.weight", f"{prefix}.moe.experts.down", (num_experts, width, hidden), "experts")
+        yield from mlp("share_expert", f"{prefix}.moe.shared", config.shared_size, "shared")
     else:
-        yield from mlp("mlp", f"{own}.mlp", config.intermediate_size, "dense")
+        yield from mlp("mlp", f"{prefix}.mlp", config.intermediate_size, "dense")
     if depth >= 0:
         head = "transformer.shared_head"
         yield spec(f"{head}.norm.weight", f"mtp.{depth}.norm.weight", (width,), "norm")
@@ -129,7 +129,7 @@ def _layer(config: ModelConfig, layer: LayerSpec) -> Iterator[TensorSpec]:
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Parameters by part (§4.3). The parts are disjoint; the properties are sums of them."""
+    """Parameters by part. The parts are disjoint; the properties are sums of them."""
 
     embedding: int
     head: int
@@ -157,8 +157,8 @@ class ParameterCounts:
     @property
     def active(self) -> int:
         """Backbone parameters that a token meets, without embedding and head: the model's "11B"."""
-        used, of = self.experts_per_token
-        idle = self.experts - self.experts // of * used
+        num_active, num_experts = self.experts_per_token
+        idle = self.experts - self.experts // num_experts * num_active
         return self.backbone - self.embedding - self.head - idle
 
 
