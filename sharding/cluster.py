@@ -75,10 +75,10 @@ def find(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> C
     Raises:
       ClusterError: half of what is needed is there, or it contradicts itself.
     """
-    given = {name: value for name in FLAGS if (value := getattr(args, name, None)) is not None}
-    if not given:
+    flags = {name: value for name in FLAGS if (value := getattr(args, name, None)) is not None}
+    if not flags:
         return detect(environ)
-    if missing := [f"--{name.replace('_', '-')}" for name in FLAGS if name not in given]:
+    if missing := [f"--{name.replace('_', '-')}" for name in FLAGS if name not in flags]:
         raise ClusterError(f"{' and '.join(missing)} missing: --coordinator, --processes and --process-id go together")
     return _unless_alone(ClusterSpec(args.coordinator, args.processes, args.process_id))
 
@@ -90,8 +90,8 @@ def detect(environ: Mapping[str, str]) -> ClusterSpec | None:
     inherit srun's variables, which count daemons.
     """
     for look in (_own, _open_mpi, _slurm):
-        if found := look(environ):
-            return _unless_alone(found)
+        if spec := look(environ):
+            return _unless_alone(spec)
     if "STEPJAX_COORDINATOR" in environ:
         raise ClusterError(
             f"STEPJAX_COORDINATOR: is {environ['STEPJAX_COORDINATOR']!r}, but nothing says how many processes there "
@@ -142,8 +142,8 @@ def _start(spec: ClusterSpec, *, mesh: str | None) -> None:
     from stepjax.sharding.devices import want_virtual_devices
     from stepjax.sharding.mesh import MeshSpec
 
-    if mesh is not None and -1 not in (asked := MeshSpec.parse(mesh)).sizes.values():
-        want_virtual_devices(max(1, asked.num_devices // spec.num_processes))
+    if mesh is not None and -1 not in (requested := MeshSpec.parse(mesh)).sizes.values():
+        want_virtual_devices(max(1, requested.num_devices // spec.num_processes))
     if spec.process_id == 0:  # jaxlib 0.10 may crash on a port that is taken
         listen(int(spec.coordinator.rpartition(":")[2]), 1).close()
     try:
@@ -177,8 +177,8 @@ def _take_stdout(*, quiet: bool) -> None:
     with contextlib.suppress(OSError, ValueError):
         kept = os.dup(sys.stdout.fileno())
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-        target = os.devnull if quiet else kept
-        sys.stdout = open(target, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115
+        output = os.devnull if quiet else kept
+        sys.stdout = open(output, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115
 
 
 def _unless_alone(spec: ClusterSpec) -> ClusterSpec | None:
@@ -191,12 +191,12 @@ def _own(environ: Mapping[str, str]) -> ClusterSpec | None:
         "STEPJAX_PROCESS_ID" in environ or {"STEPJAX_COORDINATOR", "JOB_COMPLETION_INDEX"} <= environ.keys()
     ):
         return None
-    at = "STEPJAX_PROCESS_ID" if "STEPJAX_PROCESS_ID" in environ else "JOB_COMPLETION_INDEX"
+    index_name = "STEPJAX_PROCESS_ID" if "STEPJAX_PROCESS_ID" in environ else "JOB_COMPLETION_INDEX"
     return ClusterSpec(
         _text(environ, "STEPJAX_COORDINATOR", "HOST:PORT of process 0, as the pod's name behind a headless service"),
         _number(environ, "STEPJAX_PROCESSES"),
-        _number(environ, at),
-        source=f"STEPJAX_COORDINATOR, STEPJAX_PROCESSES, {at}",
+        _number(environ, index_name),
+        source=f"STEPJAX_COORDINATOR, STEPJAX_PROCESSES, {index_name}",
     )
 
 
@@ -240,23 +240,23 @@ def _device(environ: Mapping[str, str], name: str) -> tuple[int] | None:
 def _launcher(environ: Mapping[str, str]) -> str:
     """Where mpirun runs, and process 0 with it: ``1531576320.0;tcp://10.96.0.1,10.148.0.1:34911``."""
     uri = environ.get("OMPI_MCA_orte_hnp_uri", "")
-    found = re.search(r"tcp://([^,:]+)", uri) or re.search(r"tcp6://\[([^\],]+)", uri)
+    address = re.search(r"tcp://([^,:]+)", uri) or re.search(r"tcp6://\[([^\],]+)", uri)
     number = re.match(r"\d+", uri)
-    if not found or not number:
+    if not address or not number:
         raise ClusterError(
             "Open MPI: its variables do not tell where process 0 runs; set STEPJAX_COORDINATOR=HOST:PORT or pass "
             "--coordinator, --processes and --process-id"
         )
-    host = f"[{found[1]}]" if ":" in found[1] else found[1]
+    host = f"[{address[1]}]" if ":" in address[1] else address[1]
     return f"{host}:{_PORTS[int(number[0]) % len(_PORTS)]}"
 
 
 def first_host(nodelist: str) -> str:
     """The first host of a SLURM node list: ``gpu[003-006,010],login1`` begins with gpu003."""
-    found = re.match(r"([^,\[]+)(?:\[([^\]]+)\])?([^,\[]*)", nodelist.strip())
-    if not found:
+    match = re.match(r"([^,\[]+)(?:\[([^\]]+)\])?([^,\[]*)", nodelist.strip())
+    if not match:
         raise ClusterError(f"SLURM_STEP_NODELIST: is {nodelist!r}, expected host names, as gpu[003-006]")
-    prefix, numbers, suffix = found[1], found[2], found[3]
+    prefix, numbers, suffix = match[1], match[2], match[3]
     return prefix if numbers is None else prefix + re.split("[-,]", numbers)[0] + suffix
 
 
@@ -267,7 +267,7 @@ def _text(environ: Mapping[str, str], name: str, expected: str) -> str:
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:
-    value = _text(environ, name, "a whole number")
+    value = _text(environ, name, "an integer")
     if not re.fullmatch(r"[0-9]{1,10}", value):
-        raise ClusterError(f"{name}: is {value!r}, expected a whole number")
+        raise ClusterError(f"{name}: is {value!r}, expected an integer")
     return int(value)

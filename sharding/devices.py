@@ -49,13 +49,13 @@ def want_virtual_devices(count: int) -> None:
 
 def _cpu_devices(count: int) -> list[Any]:
     want_virtual_devices(count)
-    found = jax.devices("cpu")
-    if len(found) < count:
+    available = jax.devices("cpu")
+    if len(available) < count:
         raise MeshError(
-            f"target cpu: {count} devices wanted, found {len(found)}; their number is fixed once jax has been used: "
-            f"ask for them first, or set XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+            f"target cpu: {count} devices wanted, found {len(available)}; their number is fixed once jax has been "
+            f"used: ask for them first, or set XLA_FLAGS=--xla_force_host_platform_device_count={count}"
         )
-    return found[:count]
+    return available[:count]
 
 
 def _gpu_devices(target: str, count: int) -> list[Any]:

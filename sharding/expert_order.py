@@ -46,11 +46,11 @@ def balanced_order(load_E: np.ndarray, num_ranks: int) -> np.ndarray:
       A permutation of the same shape, int64. It is never worse than the stored order, which it is if no gain is found.
     """
     if load_E.ndim > 1:
-        return np.stack([balanced_order(each, num_ranks) for each in load_E])
+        return np.stack([balanced_order(layer_E, num_ranks) for layer_E in load_E])
     stored = np.arange(load_E.size)
-    found = _greedy(load_E, num_ranks)
-    before, after = (rank_load(load_E[order], num_ranks).max() for order in (stored, found))
-    return found if after < before else stored
+    greedy = _greedy(load_E, num_ranks)
+    before, after = (rank_load(load_E[order], num_ranks).max() for order in (stored, greedy))
+    return greedy if after < before else stored
 
 
 def _greedy(load_E: np.ndarray, num_ranks: int) -> np.ndarray:

@@ -81,12 +81,12 @@ def replicated(
     form: Formulation | None,
 ) -> tuple[jax.Array, jax.Array]:
     """x[B_data, T_context, D] → the same, and the router's choice: one reduction."""
-    ids, combine, own = moe.route(x_BTD, real_BT, recorded_BTA)
+    ids, combine, router_ids = moe.route(x_BTD, real_BT, recorded_BTA)
     if not group.axes:
-        return _summand(moe, x_BTD, ids, combine, group, form), own
+        return _summand(moe, x_BTD, ids, combine, group, form), router_ids
     # Cast once: each product of a replicated value would reduce its gradient for itself.
     x_BTD = jax.lax.pcast(x_BTD, group.axes, to="varying")
-    return jax.lax.psum(_summand(moe, x_BTD, ids, combine, group, form), group.axes), own
+    return jax.lax.psum(_summand(moe, x_BTD, ids, combine, group, form), group.axes), router_ids
 
 
 def replicated_exchanges(config: ModelConfig, group: Group, num_tokens: int, *, itemsize: int) -> list[Exchange]:
@@ -108,10 +108,10 @@ def gathered(
 
     Each is the other's transpose, so the backward pass sends what the forward pass does.
     """
-    ids, combine, own = moe.route(x_BTD, real_BT, recorded_BTA)
-    x, all_ids, weight = (jax.lax.all_gather(each, group.axes, axis=1, tiled=True) for each in (x_BTD, ids, combine))
+    ids, combine, router_ids = moe.route(x_BTD, real_BT, recorded_BTA)
+    x, all_ids, weight = (jax.lax.all_gather(array, group.axes, axis=1, tiled=True) for array in (x_BTD, ids, combine))
     out = _summand(moe, x, all_ids, weight, group, form)
-    return jax.lax.psum_scatter(out, group.axes, scatter_dimension=1, tiled=True), own
+    return jax.lax.psum_scatter(out, group.axes, scatter_dimension=1, tiled=True), router_ids
 
 
 def gathered_exchanges(config: ModelConfig, group: Group, num_tokens: int, *, itemsize: int) -> list[Exchange]:
@@ -141,13 +141,13 @@ def exchanged(
     back costs (n−1)/n · 2·4096·2·T bytes: as much at T = 1920 tokens a group, twice at 3840. Prefill and training,
     the only users, bring more.
     """
-    ids, combine, own = moe.route(x_BTD, real_BT, recorded_BTA)
-    x, flat_ids, weight = (each.reshape(-1, each.shape[-1]) for each in (x_BTD, ids, combine))
+    ids, combine, router_ids = moe.route(x_BTD, real_BT, recorded_BTA)
+    x, flat_ids, weight = (array.reshape(-1, array.shape[-1]) for array in (x_BTD, ids, combine))
     bare, slot = by_token(moe.weights(), (x_BTD.shape[0], x_BTD.shape[1]))
     weights = ExpertWeights(*bare)
     routed = exchanged_experts(x, flat_ids, weight, weights, group=group, limit=moe.limit, form=form, slot_T=slot)
     out = routed.reshape(x_BTD.shape) + moe.common(x_BTD)
-    return out.astype(x_BTD.dtype), own
+    return out.astype(x_BTD.dtype), router_ids
 
 
 def exchanged_exchanges(config: ModelConfig, group: Group, num_tokens: int, *, itemsize: int) -> list[Exchange]:
@@ -289,12 +289,12 @@ def _one_pass(
     token = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32)[:, None], slot_TA.shape)
     token_S = jnp.full((num_slots,), num_tokens, jnp.int32).at[slot_TA].set(token, mode="drop")
 
-    # Ids are whole numbers below 2²⁴, exact in float32, so that the small tables are one message.
+    # Ids are integers below 2²⁴, exact in float32, so that the small tables are one message.
     small = [_rows(ids, token_S, fill=group.num_experts).astype(jnp.float32), _rows(combine, token_S)]
     if to.slot is not None:
         small.append(_rows(to.slot[:, None], token_S, fill=-1).astype(jnp.float32))
     table = jnp.concatenate(small, axis=-1)
-    x_RD, table = (_gather(_all_to_all(each, group), group) for each in (_rows(x, token_S), table))
+    x_RD, table = (_gather(_all_to_all(array, group), group) for array in (_rows(x, token_S), table))
 
     ours = held_ids(table[:, :top_k].astype(jnp.int32), group.first_expert(), group.experts_each)
     chosen = table[:, top_k : 2 * top_k]
@@ -360,8 +360,8 @@ def _passes_bwd(plan, saved, cotangent_TD):
         return jax.tree.map(jnp.add, total, pull(cotangent_TD))
 
     zero = vary_with(jax.tree.map(jnp.zeros_like, (x, combine, arrays)), x)
-    dx, dcombine, found = jax.lax.fori_loop(0, num_passes, body, zero)
-    return dx, dcombine, ExpertWeights(*map(cotangent, weights, found)), None, None, None
+    dx, dcombine, dweights = jax.lax.fori_loop(0, num_passes, body, zero)
+    return dx, dcombine, ExpertWeights(*map(cotangent, weights, dweights)), None, None, None
 
 
 _passes.defvjp(_passes_fwd, _passes_bwd)

@@ -54,9 +54,9 @@ class MeshSpec:
                     f"mesh: {axis!r} is not an axis, expected one of {', '.join(AXES)}, as expert=4,tensor=2"
                 )
             if axis in sizes:
-                raise MeshError(f"mesh: {axis} stands there twice, expected one size for it")
+                raise MeshError(f"mesh: {axis} is given twice, expected one size for it")
             if not size.removeprefix("-").isdecimal() or len(size) > 6:
-                raise MeshError(f"mesh: {axis} = {size!r}, expected a whole number")
+                raise MeshError(f"mesh: {axis} = {size!r}, expected an integer")
             sizes[axis] = int(size)
         return cls(**sizes)
 
@@ -82,33 +82,33 @@ class MeshSpec:
           MeshError: the sizes do not fit the number of devices.
         """
         open_axes = [axis for axis, size in self.sizes.items() if size == -1]
-        given = {axis: size for axis, size in self.sizes.items() if size != -1}
-        product = MeshSpec(**given).num_devices
+        fixed = {axis: size for axis, size in self.sizes.items() if size != -1}
+        product = MeshSpec(**fixed).num_devices
         if not open_axes:
             if product > num_devices:
                 raise MeshError(
-                    f"mesh: {self} takes {product} devices, found {num_devices}{_advice(given, num_devices)}"
+                    f"mesh: {self} takes {product} devices, found {num_devices}{_advice(fixed, num_devices)}"
                 )
             return self
         if num_devices % product:
             raise MeshError(
-                f"mesh: {self} leaves {num_devices} / {product} devices for {open_axes[0]}, expected a whole number"
-                f"{_advice(given, num_devices)}"
+                f"mesh: {self} leaves {num_devices} / {product} devices for {open_axes[0]}, expected an integer"
+                f"{_advice(fixed, num_devices)}"
             )
-        return MeshSpec(**given, **{open_axes[0]: num_devices // product})
+        return MeshSpec(**fixed, **{open_axes[0]: num_devices // product})
 
     def build(self, devices: Sequence[Any] | None = None) -> Mesh:
         """The jax mesh over the first devices that there are, all axes Auto; every process must own some of them."""
         import jax
         from jax.sharding import AxisType
 
-        found = list(jax.devices() if devices is None else devices)
-        spec = self.resolve(len(found))
-        chosen = found[: spec.num_devices]
-        idle = {device.process_index for device in found} - {device.process_index for device in chosen}
+        available = list(jax.devices() if devices is None else devices)
+        spec = self.resolve(len(available))
+        chosen = available[: spec.num_devices]
+        idle = {device.process_index for device in available} - {device.process_index for device in chosen}
         if idle:
             raise MeshError(
-                f"mesh: {self} takes {len(chosen)} of {len(found)} devices, which leaves process {min(idle)} "
+                f"mesh: {self} takes {len(chosen)} of {len(available)} devices, which leaves process {min(idle)} "
                 "without any; use all devices when several processes run"
             )
         kinds = (AxisType.Auto,) * len(AXES)
@@ -119,8 +119,9 @@ def _advice(sizes: Mapping[str, int], num_devices: int) -> str:
     """A spec that fits: it splits no axis further, uses the most devices and changes the fewest axes."""
     axes = [axis for axis, size in sizes.items() if size > 1]
     options = [[n for n in range(1, min(sizes[axis], num_devices) + 1) if num_devices % n == 0] for axis in axes]
-    fitting = [each for each in itertools.product(*options) if num_devices % math.prod(each) == 0]
+    fitting = [counts for counts in itertools.product(*options) if num_devices % math.prod(counts) == 0]
     kept = max(
-        fitting, key=lambda each: (math.prod(each), sum(n == sizes[axis] for axis, n in zip(axes, each, strict=True)))
+        fitting,
+        key=lambda counts: (math.prod(counts), sum(n == sizes[axis] for axis, n in zip(axes, counts, strict=True))),
     )
     return f"; {MeshSpec(**dict(zip(axes, kept, strict=True)))} would fit"

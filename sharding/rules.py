@@ -89,7 +89,7 @@ class ShardingRules:
         table = self.table | {name: self.live(mesh_axes) for name, mesh_axes in _ACTIVATIONS.items()} | {"embed": ()}
         chosen = [table.get(axis or "", ()) for axis in axes]
         return self._spec(
-            [each if size % self.size(each) == 0 else () for each, size in zip(chosen, shape, strict=True)]
+            [entry if size % self.size(entry) == 0 else () for entry, size in zip(chosen, shape, strict=True)]
         )
 
     def size(self, axes: Axes) -> int:
@@ -107,8 +107,8 @@ class ShardingRules:
 
     @cached_property
     def _resolved(self) -> list[tuple[str, Axes, str]]:
-        asked = STRATEGIES[self.strategy]
-        return [(name, *self._resolve(name, self.live(asked.get(name, ())))) for name in LOGICAL if name in asked]
+        table = STRATEGIES[self.strategy]
+        return [(name, *self._resolve(name, self.live(table.get(name, ())))) for name in LOGICAL if name in table]
 
     def _resolve(self, name: str, axes: Axes) -> tuple[Axes, str]:
         """The axes that ``name`` can be split over, and a note if they are fewer than asked for."""
@@ -121,7 +121,9 @@ class ShardingRules:
                 raise MeshError(self._refusal(what, axes, sizes))
             kept = axes
         else:
-            kept = next((each for each in (axes, self.live(("tensor",))) if self._divides(sizes, each)), None)
+            kept = next(
+                (candidate for candidate in (axes, self.live(("tensor",))) if self._divides(sizes, candidate)), None
+            )
             if kept is None and name in ("vocab", "embed_in"):
                 kept = ()
             elif kept is None:
@@ -158,10 +160,10 @@ class ShardingRules:
     def _refusal(self, what: str, axes: Axes, sizes: frozenset[int]) -> str:
         common = math.gcd(*sizes)
         legal = [n for n in range(1, common + 1) if common % n == 0]
-        asked = self.size(axes)
-        near = min(legal, key=lambda n: (abs(n - asked), n))
+        ways = self.size(axes)
+        near = min(legal, key=lambda n: (abs(n - ways), n))
         return (
-            f"{_text(self.mesh, axes)}: {what} cannot be split {asked} ways; the nearest that can is {near} "
+            f"{_text(self.mesh, axes)}: {what} cannot be split {ways} ways; the nearest that can is {near} "
             f"(all that can: {', '.join(map(str, legal))})"
         )
 

@@ -73,8 +73,8 @@ def restore_tree(path: Path | str, like: T) -> T:
         listed = "; ".join(sorted(problems)[:_LISTED])
         more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         raise CheckpointError(f"{path}: {listed}{more}")
-    found = ocp.load(str(path), wanted)
-    leaves = [found[_key(key)] for key, _ in jax.tree_util.tree_leaves_with_path(like)]
+    restored = ocp.load(str(path), wanted)
+    leaves = [restored[_key(key)] for key, _ in jax.tree_util.tree_leaves_with_path(like)]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
@@ -139,11 +139,11 @@ def _metadata(path: Path) -> Any:
     if not path.is_dir():
         raise CheckpointError(f"{path}: is not there, expected a checkpoint folder")
     try:
-        found = ocp.metadata(str(path))
+        metadata = ocp.metadata(str(path))
     except (OSError, ValueError, KeyError) as error:
         reason = re.sub(r"\s+", " ", str(error))[:200]
         raise CheckpointError(f"{path}: is not a whole checkpoint ({reason})") from error
-    return found
+    return metadata
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -197,8 +197,8 @@ def restore_adapter(
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where[name])
         for name, leaf in shapes(config, lora).items()
     }
-    found: Any = restore_tree(path, like)
-    return found, lora, config
+    adapter: Any = restore_tree(path, like)
+    return adapter, lora, config
 
 
 def is_adapter(path: Path | str) -> bool:

@@ -151,15 +151,15 @@ class _Reader:
 
     def __call__(self, piece: _Slice) -> Read:
         parts = [self._part(piece.path, index) for index in self._stored(piece)]
-        return parts[0] if len(parts) == 1 else jax.tree.map(lambda *each: np.concatenate(each), *parts)
+        return parts[0] if len(parts) == 1 else jax.tree.map(lambda *pieces: np.concatenate(pieces), *parts)
 
     def _part(self, path: str, index: Index) -> Read:
         return read_as(self.checkpoint, path, self.dtype, self.experts, index=index, copy=True)
 
     def _stored(self, piece: _Slice) -> list[Index]:
         """Where the slice lies in the file: more than one run of experts if they are relabelled."""
-        found = _BY_EXPERT.fullmatch(piece.path)
-        order = self.order.get(int(found[1])) if found else None
+        match = _BY_EXPERT.fullmatch(piece.path)
+        order = self.order.get(int(match[1])) if match else None
         if order is None:
             return [piece.index]
         chosen = list(order[piece.index[0]])

@@ -92,14 +92,14 @@ class Watchdog:
         peers: list[_Peer] = []
         deadline = time.monotonic() + self._join_s
         with listen(self._address[1], self._num_processes) as server:
-            while missing := {*range(1, self._num_processes)} - {each.process for each in peers}:
+            while missing := {*range(1, self._num_processes)} - {peer.process for peer in peers}:
                 server.settimeout(max(0.01, deadline - time.monotonic()))
                 try:
                     connection, _ = server.accept()
                 except TimeoutError:
                     raise TimeoutError(f"missing: process {', '.join(map(str, sorted(missing)))}") from None
                 if peer := _introduced(connection, {*range(1, self._num_processes)}):
-                    for old in [each for each in peers if each.process == peer.process]:  # that was started again
+                    for old in [other for other in peers if other.process == peer.process]:  # that was started again
                         old.socket.close()
                         peers.remove(old)
                     peers.append(peer)
@@ -149,13 +149,13 @@ class Watchdog:
 
     def _hear(self, selector: selectors.BaseSelector, peer: _Peer) -> None:
         try:
-            got = peer.socket.recv(4096)
+            data = peer.socket.recv(4096)
         except OSError:
-            got = b""
-        if not got:
+            data = b""
+        if not data:
             self._fall(f"process {peer.process} is gone: its connection closed without a goodbye")
         peer.heard = time.monotonic()
-        *lines, peer.unread = (peer.unread + got).split(b"\n")
+        *lines, peer.unread = (peer.unread + data).split(b"\n")
         for line in lines:
             if line == _BYE:
                 selector.unregister(peer.socket)

@@ -83,11 +83,11 @@ FOUND: list[tuple[dict[str, str], tuple[str, int, int, Any] | None]] = [
 
 REFUSED: list[tuple[dict[str, str], str]] = [
     (without(POD, "STEPJAX_COORDINATOR"), "STEPJAX_COORDINATOR: is not set, expected HOST:PORT"),
-    (without(POD, "STEPJAX_PROCESSES"), "STEPJAX_PROCESSES: is not set, expected a whole number"),
+    (without(POD, "STEPJAX_PROCESSES"), "STEPJAX_PROCESSES: is not set, expected an integer"),
     ({"STEPJAX_PROCESS_ID": "1"}, "STEPJAX_COORDINATOR: is not set"),
     ({"STEPJAX_COORDINATOR": "h:1"}, "nothing says how many processes"),
-    (without(POD, "JOB_COMPLETION_INDEX"), "JOB_COMPLETION_INDEX: is not set, expected a whole number"),
-    (POD | {"STEPJAX_PROCESSES": "four"}, "STEPJAX_PROCESSES: is 'four', expected a whole number"),
+    (without(POD, "JOB_COMPLETION_INDEX"), "JOB_COMPLETION_INDEX: is not set, expected an integer"),
+    (POD | {"STEPJAX_PROCESSES": "four"}, "STEPJAX_PROCESSES: is 'four', expected an integer"),
     (POD | {"STEPJAX_PROCESSES": ""}, "STEPJAX_PROCESSES: is not set"),
     (POD | {"STEPJAX_PROCESSES": "-4"}, "STEPJAX_PROCESSES: is '-4'"),
     (POD | {"STEPJAX_PROCESSES": "0"}, "0 processes, expected at least 1"),

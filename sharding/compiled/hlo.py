@@ -96,18 +96,18 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
     return program.launches(program.entry)
 
 
-def totals(found: Iterable[Collective]) -> list[Total]:
+def totals(launched: Iterable[Collective]) -> list[Total]:
     """Sums by kind, axes and group size, the ones that send most first."""
     sums: dict[tuple[CollectiveKind, tuple[str, ...], int], Total] = {}
-    for one in found:
-        key = one.kind, one.axes, one.group_size
-        old = sums.get(key) or Total(one.kind, one.axes, one.group_size, 0, 0, 0.0, "exact")
+    for collective in launched:
+        key = collective.kind, collective.axes, collective.group_size
+        old = sums.get(key) or Total(collective.kind, collective.axes, collective.group_size, 0, 0, 0.0, "exact")
         sums[key] = replace(
             old,
-            num_launches=old.num_launches + one.num_launches,
-            payload_bytes=old.payload_bytes + one.num_launches * one.payload_bytes,
-            wire_bytes=old.wire_bytes + one.num_launches * one.wire_bytes,
-            certainty=_worst(old.certainty, one.certainty),
+            num_launches=old.num_launches + collective.num_launches,
+            payload_bytes=old.payload_bytes + collective.num_launches * collective.payload_bytes,
+            wire_bytes=old.wire_bytes + collective.num_launches * collective.wire_bytes,
+            certainty=_worst(old.certainty, collective.certainty),
         )
     return sorted(sums.values(), key=lambda total: -total.wire_bytes)
 
@@ -131,8 +131,8 @@ class _Program:
     def launches(self, computation: str) -> list[Collective]:
         """What one run of a computation launches."""
         if computation not in self._launches:
-            found = [one for line in self._lines[computation] for one in self._of_line(line)]
-            self._launches[computation] = _merged(found)
+            launched = [collective for line in self._lines[computation] for collective in self._of_line(line)]
+            self._launches[computation] = _merged(launched)
         return self._launches[computation]
 
     def _of_line(self, line: str) -> list[Collective]:
@@ -150,7 +150,7 @@ class _Program:
         computations = [name for names in called.values() for name in names]
         if opcode == "conditional":
             return self._of_branches(computations)
-        return [one for name in computations for one in self.launches(name)]
+        return [collective for name in computations for collective in self.launches(name)]
 
     def _of_loop(self, condition: str, body: str, count: re.Match[str] | None) -> list[Collective]:
         """The condition is evaluated once more than the body."""
@@ -210,23 +210,26 @@ def _num_bytes(dtype: str, shape: str) -> int:
     return -(-bits * math.prod(int(size) for size in shape.split(",") if size) // 8)
 
 
-def _sent_bytes(found: Iterable[Collective]) -> float:
-    return sum(one.num_launches * one.wire_bytes for one in found)
+def _sent_bytes(launched: Iterable[Collective]) -> float:
+    return sum(collective.num_launches * collective.wire_bytes for collective in launched)
 
 
-def _repeated(found: Iterable[Collective], times: int, certainty: Certainty = "exact") -> list[Collective]:
+def _repeated(launched: Iterable[Collective], times: int, certainty: Certainty = "exact") -> list[Collective]:
     return [
-        replace(one, num_launches=times * one.num_launches, certainty=_worst(one.certainty, certainty)) for one in found
+        replace(
+            collective, num_launches=times * collective.num_launches, certainty=_worst(collective.certainty, certainty)
+        )
+        for collective in launched
     ]
 
 
-def _merged(found: Iterable[Collective]) -> list[Collective]:
+def _merged(launched: Iterable[Collective]) -> list[Collective]:
     """Equal collectives as one; what runs no times is left out."""
     counts: dict[Collective, int] = {}
-    for one in found:
-        key = replace(one, num_launches=0)
-        counts[key] = counts.get(key, 0) + one.num_launches
-    return [replace(one, num_launches=count) for one, count in counts.items() if count]
+    for collective in launched:
+        key = replace(collective, num_launches=0)
+        counts[key] = counts.get(key, 0) + collective.num_launches
+    return [replace(collective, num_launches=count) for collective, count in counts.items() if count]
 
 
 def _worst(a: Certainty, b: Certainty) -> Certainty:
@@ -283,12 +286,12 @@ def read_groups(instruction: str) -> Groups:
     Raises:
       ValueError: it is none of them.
     """
-    if found := _LISTED.search(instruction):
-        return frozenset(frozenset(_numbers(group)) for group in re.findall(r"\{([\d,]+)\}", found[1]))
-    if found := _IOTA.search(instruction):
-        return frozenset(map(frozenset, _iota(found[2], found[3]).reshape(_numbers(found[1])).tolist()))
-    if found := _MESH.search(instruction):
-        axes, shape, order, listed, grouped = found.groups()
+    if match := _LISTED.search(instruction):
+        return frozenset(frozenset(_numbers(group)) for group in re.findall(r"\{([\d,]+)\}", match[1]))
+    if match := _IOTA.search(instruction):
+        return frozenset(map(frozenset, _iota(match[2], match[3]).reshape(_numbers(match[1])).tolist()))
+    if match := _MESH.search(instruction):
+        axes, shape, order, listed, grouped = match.groups()
         sizes = {name: int(size) for name, _, size in (axis.partition("=") for axis in axes.split(","))}
         shape = shape or ",".join(map(str, sizes.values()))
         devices = _numbers(listed) if listed else _iota(shape, order).flatten().tolist()
@@ -298,9 +301,9 @@ def read_groups(instruction: str) -> Groups:
 
 def read_pairs(instruction: str) -> list[tuple[int, int]]:
     """The ``source_target_pairs`` of an instruction."""
-    found = _PAIRS.search(instruction)
-    assert found, instruction[:300]
-    return [(int(source), int(target)) for source, target in re.findall(r"\{(\d+),(\d+)\}", found[1])]
+    match = _PAIRS.search(instruction)
+    assert match, instruction[:300]
+    return [(int(sender), int(receiver)) for sender, receiver in re.findall(r"\{(\d+),(\d+)\}", match[1])]
 
 
 def _mesh_groups(sizes: dict[str, int], devices: Sequence[int], grouped: Sequence[str]) -> Groups:

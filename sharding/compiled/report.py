@@ -60,11 +60,11 @@ class CompileReport:
 
     def as_dict(self) -> dict[str, Any]:
         """For ``--json``; collectives summed by kind and axes, the ones that send most first."""
-        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        found["peak_bytes"] = self.peak_bytes
-        found["temp_is_of_target"] = self.temp_is_of_target
-        found["collectives"] = [dataclasses.asdict(total) for total in totals(self.collectives)]
-        return found
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields["peak_bytes"] = self.peak_bytes
+        fields["temp_is_of_target"] = self.temp_is_of_target
+        fields["collectives"] = [dataclasses.asdict(total) for total in totals(self.collectives)]
+        return fields
 
 
 def compile_report(jitted: jax.stages.Wrapped, arguments: Sequence[Any], *, mesh: Mesh) -> CompileReport:

@@ -77,8 +77,8 @@ class StepStudy:
             "cache_bytes": self.cache_bytes,
             "optimizer_bytes": self.optimizer_bytes,
             "places": [
-                {"names": each.names, "launches": [launches._asdict() for launches in each.launches]}
-                for each in self.places
+                {"names": place.names, "launches": [launches._asdict() for launches in place.launches]}
+                for place in self.places
             ],
             "notes": self.notes,
             "compiled": self.report.as_dict(),
@@ -94,7 +94,7 @@ class StepStudy:
         for what, size in (("cache", self.cache_bytes), ("optimizer state", self.optimizer_bytes)):
             if size:
                 held.add_row(what, "", size_text(size))
-        lines = [_line(each) for each in self.places if each.launches]
+        lines = [_line(place) for place in self.places if place.launches]
         return Group(held, table(self.report), *lines, *(f"Note: {note}." for note in self.notes))
 
 
@@ -143,12 +143,14 @@ def device_parameters(params: Mapping[str, Any], config: ModelConfig) -> dict[st
     return dict(counts)
 
 
-def by_place(found: Iterable[Collective], names: Iterable[str]) -> tuple[Places, ...]:
+def by_place(collectives: Iterable[Collective], names: Iterable[str]) -> tuple[Places, ...]:
     """Collectives by the layer, one of ``names``, whose scope they carry; layers that launch alike are one entry."""
     counts: dict[str, Counter[tuple[CollectiveKind, tuple[str, ...]]]] = {name: Counter() for name in (*names, "")}
-    for one in found:
-        layer = _LAYER.search(one.scope)
-        counts[layer[1] if layer and layer[1] in counts else ""][one.kind, one.axes] += one.num_launches
+    for collective in collectives:
+        layer = _LAYER.search(collective.scope)
+        counts[layer[1] if layer and layer[1] in counts else ""][collective.kind, collective.axes] += (
+            collective.num_launches
+        )
     alike: dict[Any, list[str]] = defaultdict(list)
     for name, count in counts.items():
         launches = tuple(Launches(kind, axes, number) for (kind, axes), number in sorted(count.items()))
@@ -178,18 +180,20 @@ def _elements(leaf: Any) -> int:
 
 def _layers(params: Mapping[str, Any]) -> dict[str, None]:
     """The scopes of the layers that hold parameters, in order: the backbone's count from 0, MTP depths from 1."""
-    found: dict[str, None] = {}
+    names: dict[str, None] = {}
     for path in params:
         part, _, rest = path.partition(".")
         number = rest.partition(".")[0]
         if part in ("layers", "mtp"):
-            found[f"layer_{number}" if part == "layers" else f"mtp_{int(number) + 1}"] = None
-    return found
+            names[f"layer_{number}" if part == "layers" else f"mtp_{int(number) + 1}"] = None
+    return names
 
 
 def _line(places: Places) -> str:
     where = f"In each of {len(places.names)} layers" if places.names else "Elsewhere"
     if len(places.names) == 1:
         where = f"In {places.names[0].replace('_', ' ')}"
-    what = (f"{each.num_launches} × {each.kind} over {','.join(each.axes) or 'no axis'}" for each in places.launches)
+    what = (
+        f"{launch.num_launches} × {launch.kind} over {','.join(launch.axes) or 'no axis'}" for launch in places.launches
+    )
     return f"{where}: {', '.join(what)}."

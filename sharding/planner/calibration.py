@@ -49,7 +49,7 @@ class Calibration:
             "device": self.device,
             **{name: getattr(self.efficiency, name) for name in NAMES},
             "fitted": list(self.fitted),
-            "points": [each.name for each in self.points],
+            "points": [point.name for point in self.points],
             "spread": self.spread,
             "interval_factor": self.factor,
             "held_out": dict(self.held_out),
@@ -71,11 +71,11 @@ def fit(points: Sequence[MeasuredStep], cluster: Cluster, *, device: str = "") -
     chosen = _spread(points)
     free = _decided(chosen, cluster)
     efficiency = _least(chosen, cluster, free)
-    errors = [math.log(each.seconds / each.predicted(cluster, efficiency)) for each in chosen]
+    errors = [math.log(point.seconds / point.predicted(cluster, efficiency)) for point in chosen]
     left = max(1, len(chosen) - len(free))
     spread = max(FLOOR, math.sqrt(sum(error**2 for error in errors) / left))
     quantile = STUDENT[min(left, len(STUDENT)) - 1]
-    others = [each for each in points if each not in chosen]
+    others = [point for point in points if point not in chosen]
     return Calibration(
         device=device,
         efficiency=efficiency,
@@ -83,7 +83,7 @@ def fit(points: Sequence[MeasuredStep], cluster: Cluster, *, device: str = "") -
         points=tuple(chosen),
         spread=spread,
         factor=math.exp(quantile * spread * math.sqrt(1 + len(free) / len(chosen))),
-        held_out=tuple((each.name, each.seconds / each.predicted(cluster, efficiency)) for each in others),
+        held_out=tuple((point.name, point.seconds / point.predicted(cluster, efficiency)) for point in others),
     )
 
 
@@ -91,24 +91,24 @@ def _spread(points: Sequence[MeasuredStep]) -> list[MeasuredStep]:
     """The fewest and the most bytes, the most operations, and what lies between."""
     if len(points) <= MOST_POINTS:
         return list(points)
-    by_time = sorted(points, key=lambda each: each.seconds)
-    at = np.linspace(0, len(by_time) - 1, MOST_POINTS).round().astype(int)
-    return [by_time[each] for each in at]
+    by_time = sorted(points, key=lambda point: point.seconds)
+    places = np.linspace(0, len(by_time) - 1, MOST_POINTS).round().astype(int)
+    return [by_time[place] for place in places]
 
 
 def _decided(points: Sequence[MeasuredStep], cluster: Cluster) -> list[str]:
     """The efficiencies that these points can decide, no more than there are points."""
     device, names = cluster.device, ["memory"]
     parts = [part for point in points for part in point.parts]
-    if any(each.operations / device.bf16 > 0.5 * each.bytes / device.bandwidth for each in parts):
+    if any(part.operations / device.bf16 > 0.5 * part.bytes / device.bandwidth for part in parts):
         names.append("compute")
 
     def read(point: MeasuredStep) -> float:
-        return sum(each.bytes for each in point.parts) / device.bandwidth
+        return sum(part.bytes for part in point.parts) / device.bandwidth
 
-    if any(each.kernels * device.kernel > 0.1 * read(each) for each in points):
+    if any(point.kernels * device.kernel > 0.1 * read(point) for point in points):
         names.append("launch")
-    if any(each.exchange(cluster) > 0.2 * read(each) for each in points):
+    if any(point.exchange(cluster) > 0.2 * read(point) for point in points):
         names.append("link")
     return names[: len(points)]
 
@@ -120,25 +120,25 @@ def _least(points: Sequence[MeasuredStep], cluster: Cluster, free: Sequence[str]
         tried.append(_solved(points, cluster, free, tried[-1]))
         if tried[-1] in tried[:-1]:
             break
-    return min(tried, key=lambda each: _squares(points, cluster, each))
+    return min(tried, key=lambda efficiency: _squares(points, cluster, efficiency))
 
 
 def _solved(points: Sequence[MeasuredStep], cluster: Cluster, free: Sequence[str], last: Efficiency) -> Efficiency:
     """The efficiencies if each part is bound by what ``last`` says. What would be negative is left at `LEAST`."""
-    rows = [_seconds(each, cluster, last) for each in points]
-    columns = {name: np.array([row[at] for row in rows]) for at, name in enumerate(NAMES)}
-    latency = np.array([each.latency(cluster) for each in points])
-    seconds = np.array([each.seconds for each in points])
+    rows = [_seconds(point, cluster, last) for point in points]
+    columns = {name: np.array([row[i] for row in rows]) for i, name in enumerate(NAMES)}
+    latency = np.array([point.latency(cluster) for point in points])
+    seconds = np.array([point.seconds for point in points])
     names = [name for name in free if columns[name].any()]
     value: dict[str, float] = dict.fromkeys(NAMES, 1.0)
     while names:
         fixed = latency + sum(value[name] * columns[name] for name in NAMES if name not in names)
         matrix = np.stack([columns[name] / seconds for name in names], axis=1)
-        found = np.linalg.lstsq(matrix, (seconds - fixed) / seconds, rcond=None)[0]
-        if found.min() > LEAST:
-            value |= dict(zip(names, map(float, found), strict=True))
+        solution = np.linalg.lstsq(matrix, (seconds - fixed) / seconds, rcond=None)[0]
+        if solution.min() > LEAST:
+            value |= dict(zip(names, map(float, solution), strict=True))
             break
-        value[names.pop(int(found.argmin()))] = LEAST
+        value[names.pop(int(solution.argmin()))] = LEAST
     return Efficiency(
         memory=1 / value["memory"], compute=1 / value["compute"], link=1 / value["link"], launch=value["launch"]
     )
@@ -157,4 +157,4 @@ def _seconds(point: MeasuredStep, cluster: Cluster, last: Efficiency) -> tuple[f
 
 
 def _squares(points: Sequence[MeasuredStep], cluster: Cluster, efficiency: Efficiency) -> float:
-    return sum(math.log(each.seconds / each.predicted(cluster, efficiency)) ** 2 for each in points)
+    return sum(math.log(point.seconds / point.predicted(cluster, efficiency)) ** 2 for point in points)

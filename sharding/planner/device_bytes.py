@@ -132,11 +132,11 @@ def parameters(
 
 
 @functools.lru_cache(maxsize=64)
-def _parameters(of: ById, experts: ExpertFormat, depths: int, dtype: str) -> tuple[ArrayKind, ...]:
-    small, counts = one_of_each(of, depths)
+def _parameters(key: ById, experts: ExpertFormat, depths: int, dtype: str) -> tuple[ArrayKind, ...]:
+    small, counts = one_of_each(key, depths)
     part_of = {spec.path: spec for spec in inventory(small)}
     model = abstract(small, dtype=jnp.dtype(dtype), mtp=bool(small.mtp_layers))
-    axes, found = axes_of(model), Counter()
+    axes, kinds = axes_of(model), Counter()
     for path, value in params_of(model).items():
         spec = part_of[path]
         part = counted_as(spec, num_layers=len(small.layers))
@@ -148,8 +148,8 @@ def _parameters(of: ById, experts: ExpertFormat, depths: int, dtype: str) -> tup
                 raise MeshError(str(error)) from None
             shapes = [(tensor.shape, DTYPES[tensor.dtype].itemsize) for tensor in quantized(spec, experts)]
         for shape, itemsize in shapes:
-            found[ArrayKind(part, kind_path(path), shape, itemsize, axes[path], 1)] += counts[spec.layer]
-    return tuple(kind._replace(count=count) for kind, count in found.items() if count)
+            kinds[ArrayKind(part, kind_path(path), shape, itemsize, axes[path], 1)] += counts[spec.layer]
+    return tuple(kind._replace(count=count) for kind, count in kinds.items() if count)
 
 
 def placed(kinds: Iterable[ArrayKind], layout: MeshLayout) -> tuple[PlacedArrays, ...]:
@@ -160,8 +160,8 @@ def placed(kinds: Iterable[ArrayKind], layout: MeshLayout) -> tuple[PlacedArrays
 def bytes_by_part(arrays: Iterable[PlacedArrays]) -> dict[str, int]:
     """Bytes of one device by field of `stepjax.weights.inventory.ParameterCounts`."""
     sums: Counter[str] = Counter()
-    for each in arrays:
-        sums[each.kind.part] += each.num_bytes
+    for array in arrays:
+        sums[array.kind.part] += array.num_bytes
     return dict(sums)
 
 
@@ -211,24 +211,24 @@ def paged(
 
 @functools.lru_cache(maxsize=4096)
 def _caches(
-    of: ById, batch: int, length: int, depths: int, dtype: str, pages: tuple[int, int] | None
+    key: ById, batch: int, length: int, depths: int, dtype: str, pages: tuple[int, int] | None
 ) -> tuple[tuple[tuple[int, ...], tuple[str | None, ...], int, int, bool], ...]:
     """Shape, axes and element size of each kind of layer's keys, how many layers, and whether it is a ring."""
-    small, counts = one_of_each(of, depths)
+    small, counts = one_of_each(key, depths)
     cache = jax.eval_shape(
         lambda: empty_cache(small, batch=batch, length=length, dtype=jnp.dtype(dtype), mtp=bool(depths), pages=pages)
     )
-    found: Counter[Any] = Counter()
+    kinds: Counter[Any] = Counter()
     for layer, view in zip(small.all_layers, (*cache.layers, *cache.mtp), strict=True):
         keys = jax.tree.leaves(view)[0]
-        found[keys.shape, view.axes, keys.dtype.itemsize, layer.window is not None] += counts[layer.index]
-    return tuple((shape, axes, size, count, ring) for (shape, axes, size, ring), count in found.items())
+        kinds[keys.shape, view.axes, keys.dtype.itemsize, layer.window is not None] += counts[layer.index]
+    return tuple((shape, axes, size, count, ring) for (shape, axes, size, ring), count in kinds.items())
 
 
 @functools.lru_cache(maxsize=64)
-def one_of_each(of: ById, depths: int) -> tuple[ModelConfig, Mapping[int | None, int]]:
+def one_of_each(key: ById, depths: int) -> tuple[ModelConfig, Mapping[int | None, int]]:
     """The model with one layer of each kind, and how many there are of each by its index; 1 for what is in no layer."""
-    config: ModelConfig = of.value
+    config: ModelConfig = key.value
 
     def kinds(layers: Sequence[LayerSpec]) -> Counter[LayerSpec]:
         # Clamps and rotary embeddings have no shape.
@@ -239,8 +239,8 @@ def one_of_each(of: ById, depths: int) -> tuple[ModelConfig, Mapping[int | None,
         )
 
     main, mtp = kinds(config.layers), kinds(config.mtp_layers[:depths])
-    layers = tuple(dataclasses.replace(layer, index=at) for at, layer in enumerate(main))
-    depth = tuple(dataclasses.replace(layer, index=len(layers) + at) for at, layer in enumerate(mtp))
+    layers = tuple(dataclasses.replace(layer, index=i) for i, layer in enumerate(main))
+    depth = tuple(dataclasses.replace(layer, index=len(layers) + i) for i, layer in enumerate(mtp))
     counts = dict(enumerate([*main.values(), *mtp.values()]))
     return dataclasses.replace(config, layers=layers, mtp_layers=depth), {None: 1, **counts}
 

@@ -61,8 +61,8 @@ class LocalTokens:
 
 
 @functools.lru_cache(maxsize=4096)
-def _shares(of: ById, work: StepShape) -> LocalTokens:
-    layout: MeshLayout = of.value
+def _shares(key: ById, work: StepShape) -> LocalTokens:
+    layout: MeshLayout = key.value
     shape = (work.batch, work.count, layout.rules.config.hidden_size)
     batch, stream, _ = local_shape(layout, shape, "batch", "stream", "embed")
     length = local_shape(layout, shape, "batch", "length", "embed")[1]

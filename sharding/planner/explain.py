@@ -31,8 +31,8 @@ def as_dict(plan: Plan, config: ModelConfig, calibration: Calibration | None) ->
         "context": plan.request.context,
         "times": provenance(calibration),
         "calibration": None if calibration is None else calibration.as_dict(),
-        "options": [option_dict(each, calibration) for each in plan.options],
-        "refusals": [{**_choice_dict(each.choice), "reason": each.reason} for each in plan.refusals],
+        "options": [option_dict(option, calibration) for option in plan.options],
+        "refusals": [{**_choice_dict(refusal.choice), "reason": refusal.reason} for refusal in plan.refusals],
         "why": rivals(plan),
         "would_change": would_change(plan, config),
     }
@@ -40,7 +40,7 @@ def as_dict(plan: Plan, config: ModelConfig, calibration: Calibration | None) ->
 
 def option_dict(option: Option, calibration: Calibration | None = None) -> dict[str, Any]:
     memory, step = option.memory, option.step
-    found = {
+    fields = {
         **_choice_dict(option.choice),
         "batch": option.batch,
         "context": option.context,
@@ -56,8 +56,8 @@ def option_dict(option: Option, calibration: Calibration | None = None) -> dict[
         "notes": list(option.notes),
     }
     if calibration:
-        found["step_ms_interval"] = [1e3 * each for each in calibration.interval(step.seconds)]
-    return found
+        fields["step_ms_interval"] = [1e3 * bound for bound in calibration.interval(step.seconds)]
+    return fields
 
 
 def provenance(calibration: Calibration | None) -> str:
@@ -79,7 +79,7 @@ def provenance(calibration: Calibration | None) -> str:
 def shown(plan: Plan, config: ModelConfig, calibration: Calibration | None = None, *, rows: int = 8) -> RenderableType:
     """For people."""
     if not plan.options:
-        return Group(f"Nothing of {plan.cluster} works:", *(f"- {each}" for each in _reasons(plan.refusals)))
+        return Group(f"Nothing of {plan.cluster} works:", *(f"- {reason}" for reason in _reasons(plan.refusals)))
     winner = plan.options[0]
     first = f"A prompt of {winner.context:,} tokens takes {winner.prompt_s:.2f} s alone, " if winner.prompt_s else ""
     lines = [
@@ -88,8 +88,8 @@ def shown(plan: Plan, config: ModelConfig, calibration: Calibration | None = Non
         if not first
         else f"{first}loading {winner.load_s:.0f} s.",
         *rivals(plan),
-        *(f"Would change: {each}" for each in would_change(plan, config)),
-        *(f"Note: {each}." for each in winner.notes),
+        *(f"Would change: {change}" for change in would_change(plan, config)),
+        *(f"Note: {note}." for note in winner.notes),
         f"Refused, {len(plan.refusals)}: " + "; ".join(_reasons(plan.refusals, most=3)) if plan.refusals else "",
         f"Times: {provenance(calibration)}.",
     ]
@@ -101,23 +101,23 @@ def rivals(plan: Plan) -> list[str]:
     if not plan.options:
         return []
     winner = plan.options[0]
-    found = [f"{_name(winner)} wins with {_figure(plan, winner)}; most of a step is {winner.step.bound_by}."]
+    sentences = [f"{_name(winner)} wins with {_figure(plan, winner)}; most of a step is {winner.step.bound_by}."]
     seen = {_family(winner.choice)}
     for option in plan.options[1:]:
         if _family(option.choice) in seen:
             continue
         seen.add(_family(option.choice))
-        found.append(f"{_name(option)}: {_figure(plan, option)}; {_difference(winner, option)}.")
-        if len(found) > RIVALS:
+        sentences.append(f"{_name(option)}: {_figure(plan, option)}; {_difference(winner, option)}.")
+        if len(sentences) > RIVALS:
             break
-    return found
+    return sentences
 
 
 def would_change(plan: Plan, config: ModelConfig) -> list[str]:
     """Assumptions under which another of the contenders wins."""
     if not plan.options:
         return []
-    request, contenders, found = plan.request, [each.choice for each in plan.options[:CONTENDERS]], []
+    request, contenders, changes = plan.request, [option.choice for option in plan.options[:CONTENDERS]], []
     winner = plan.options[0].choice
     changed: list[tuple[str, PlanRequest]] = []
     for factor in (8, 64):
@@ -131,20 +131,20 @@ def would_change(plan: Plan, config: ModelConfig) -> list[str]:
     clusters = [(name, other, plan.cluster) for name, other in changed]
     clusters.append(("links of a quarter of the speed", request, dataclasses.replace(plan.cluster, device=slow)))
     for name, other, cluster in clusters:
-        weighed = [weigh(config, cluster, other, each) for each in contenders]
-        options = [each for each in weighed if isinstance(each, Option)]
+        weighed = [weigh(config, cluster, other, choice) for choice in contenders]
+        options = [option for option in weighed if isinstance(option, Option)]
         if not options:
-            refused = next(each for each in weighed if isinstance(each, Refusal))
-            found.append(f"{name}: none of these works any more ({refused.reason})")
+            refused = next(option for option in weighed if isinstance(option, Refusal))
+            changes.append(f"{name}: none of these works any more ({refused.reason})")
             continue
-        best = min(options, key=lambda each: sort_key(request.goal, each))
+        best = min(options, key=lambda option: sort_key(request.goal, option))
         if _key(best.choice) != _key(winner):
-            found.append(f"{name}: then {_name(best)}")
+            changes.append(f"{name}: then {_name(best)}")
     for experts in request.experts:
-        best_of = next((each for each in plan.options if each.choice.experts.name == experts.name), None)
+        best_of = next((option for option in plan.options if option.choice.experts.name == experts.name), None)
         if best_of is not None and experts.name != winner.experts.name:
-            found.append(f"{experts.name} experts asked for: then {_name(best_of)}, {_figure(plan, best_of)}")
-    return found
+            changes.append(f"{experts.name} experts asked for: then {_name(best_of)}, {_figure(plan, best_of)}")
+    return changes
 
 
 def _table(plan: Plan, calibration: Calibration | None, rows: int) -> Table:
@@ -154,7 +154,7 @@ def _table(plan: Plan, calibration: Calibration | None, rows: int) -> Table:
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), title=title, show_edge=False)
     table.add_column("mesh and strategy", overflow="fold", min_width=NAME_WIDTH)  # on two lines where space is scarce
     table.add_column("held", no_wrap=True)
-    several = any(each.choice.replicas > 1 for each in plan.options[:rows])
+    several = any(option.choice.replicas > 1 for option in plan.options[:rows])
     names = ["rows"] if training else ["drafts", "engines\n× batch" if several else "batch"]
     names += ["context"] if plan.request.goal == "context" else []
     times = ["ms a\nstep" if training else "ms a\ntoken", *(["9 of 10\nwithin"] if calibration else [])]
@@ -172,7 +172,7 @@ def _table(plan: Plan, calibration: Calibration | None, rows: int) -> Table:
             *([f"{option.context:,}"] if plan.request.goal == "context" else []),
             f"{1e-9 * option.memory.total:.1f}",
             f"{1e3 * option.tpot_s:.2f}",
-            *(["–".join(_rounded(each) for each in interval)] if interval else []),
+            *(["–".join(_rounded(bound) for bound in interval)] if interval else []),
             f"{option.tokens_per_s:,.0f}",
         )
     return table
@@ -199,8 +199,8 @@ def _held(winner: Option) -> Table:
     step = winner.step
     times = {**step.parts, "exchange": step.exchange_s, "launches": step.launch_s}
     spent = [(name, f"{1e3 * seconds:.2f}") for name, seconds in times.items() if seconds]
-    for at in range(max(len(held), len(spent))):
-        table.add_row(*(held[at] if at < len(held) else ("", "")), *(spent[at] if at < len(spent) else ("", "")))
+    for i in range(max(len(held), len(spent))):
+        table.add_row(*(held[i] if i < len(held) else ("", "")), *(spent[i] if i < len(spent) else ("", "")))
     return table
 
 
@@ -223,13 +223,13 @@ def _difference(winner: Option, option: Option) -> str:
     if option.batch != winner.batch:
         return f"a batch of {option.batch} rather than {winner.batch}"
     if option.choice.drafts != winner.choice.drafts:
-        gained = (each.step.seconds / each.tpot_s for each in (option, winner))
+        gained = (candidate.step.seconds / candidate.tpot_s for candidate in (option, winner))
         mine, other = gained
         return f"a step takes {1e3 * option.step.seconds:.2f} ms for {mine:.2f} tokens, not {other:.2f}"
     causes = {
         name: option.step.parts.get(name, 0.0) - winner.step.parts.get(name, 0.0) for name in winner.step.parts
     } | {"exchange": option.step.exchange_s - winner.step.exchange_s}
-    name = max(causes, key=lambda each: abs(causes[each]))
+    name = max(causes, key=lambda part: abs(causes[part]))
     if abs(causes[name]) < 1e-6:
         return "as fast; it uses more devices or a less plain strategy"
     return f"{1e3 * causes[name]:+.2f} ms a step in {name}"
@@ -239,9 +239,11 @@ def _reasons(refusals: Iterable[Refusal], *, most: int = 8) -> list[str]:
     """The commonest, each with the first choice that it met."""
     first: dict[str, str] = {}
     counts: Counter[str] = Counter()
-    for each in refusals:
-        kind = each.reason.split(":")[0] + each.reason.partition(": ")[2][:24]
-        first.setdefault(kind, f"{each.choice.mesh} {each.choice.strategy} {each.choice.experts.name}: {each.reason}")
+    for refusal in refusals:
+        kind = refusal.reason.split(":")[0] + refusal.reason.partition(": ")[2][:24]
+        first.setdefault(
+            kind, f"{refusal.choice.mesh} {refusal.choice.strategy} {refusal.choice.experts.name}: {refusal.reason}"
+        )
         counts[kind] += 1
     return [first[kind] for kind, _ in counts.most_common(most)]
 

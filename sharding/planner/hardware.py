@@ -58,13 +58,13 @@ class Device:
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        for each in dataclasses.fields(self):
-            value, zero = getattr(self, each.name), each.name in ("fp8", "int8")
-            number = each.name not in ("name", "target", "sources")
+        for figure in dataclasses.fields(self):
+            value, zero = getattr(self, figure.name), figure.name in ("fp8", "int8")
+            number = figure.name not in ("name", "target", "sources")
             if number and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
-                raise ConfigError(f"hardware {self.name}: {each.name} = {value!r}, expected a positive number")
+                raise ConfigError(f"hardware {self.name}: {figure.name} = {value!r}, expected a positive number")
             if number and not value and not zero:
-                raise ConfigError(f"hardware {self.name}: {each.name} = {value!r}, expected more than 0")
+                raise ConfigError(f"hardware {self.name}: {figure.name} = {value!r}, expected more than 0")
         if self.usable > 1 or self.domain != int(self.domain):
             raise ConfigError(f"hardware {self.name}: usable is a share of the memory, domain a number of devices")
 
@@ -222,18 +222,18 @@ def parse(text: str, devices: Mapping[str, Device] = DEVICES) -> Cluster:
     Raises:
       ConfigError: it is not of that form, or names a device that is not known.
     """
-    found = _TEXT.fullmatch(text.strip())
-    if not found:
+    match = _TEXT.fullmatch(text.strip())
+    if not match:
         raise ConfigError(f"hardware: {text!r}, expected a form such as 8xH100 or '4 nodes of 8xH200'")
-    nodes, count, name = found.groups()
-    device = {_plain(known): each for known, each in devices.items()}.get(_plain(name))
+    nodes, count, name = match.groups()
+    device = {_plain(known): device for known, device in devices.items()}.get(_plain(name))
     if device is None:
         raise ConfigError(f"hardware: {name!r} is not known, expected one of {', '.join(devices)}; a file can add it")
-    each = int(count or 1)
-    total = each * int(nodes or 1)
+    per_node = int(count or 1)
+    total = per_node * int(nodes or 1)
     if not 1 <= total <= 4096:
         raise ConfigError(f"hardware: {text!r} has {total} devices, expected 1 to 4096")
-    return Cluster(device, total, each if nodes else min(each, int(device.domain)))
+    return Cluster(device, total, per_node if nodes else min(per_node, int(device.domain)))
 
 
 def read_devices(path: Path) -> dict[str, Device]:
@@ -255,7 +255,7 @@ def read_devices(path: Path) -> dict[str, Device]:
 
 
 def _changed(path: Path, name: str, given: dict[str, Any], devices: Mapping[str, Device]) -> Device:
-    known = {each.name for each in dataclasses.fields(Device)} - {"name", "sources"}
+    known = {field.name for field in dataclasses.fields(Device)} - {"name", "sources"}
     base = given.pop("base", name)
     if unknown := sorted(given.keys() - known):
         raise ConfigError(f"{path}: [{name}] has {unknown[0]!r}, expected of {', '.join(sorted(known))}, base")
@@ -267,8 +267,8 @@ def _changed(path: Path, name: str, given: dict[str, Any], devices: Mapping[str,
     try:
         return Device(name, sources=sources, **given)
     except TypeError:
-        needed = [each.name for each in dataclasses.fields(Device) if each.default is dataclasses.MISSING]
-        lacking = [each for each in needed if each not in ("name", "sources", *given)]
+        needed = [field.name for field in dataclasses.fields(Device) if field.default is dataclasses.MISSING]
+        lacking = [name for name in needed if name not in ("name", "sources", *given)]
         raise ConfigError(f"{path}: [{name}] lacks {', '.join(lacking)}; or give base = one of the devices") from None
 
 

@@ -45,15 +45,15 @@ def adapter_factors(config: ModelConfig, adapted: LoraConfig) -> tuple[ArrayKind
 
 
 @functools.lru_cache(maxsize=64)
-def _adapter_factors(of: ById, adapted: LoraConfig) -> tuple[ArrayKind, ...]:
-    small, counts = one_of_each(of, 0)
+def _adapter_factors(key: ById, adapted: LoraConfig) -> tuple[ArrayKind, ...]:
+    small, counts = one_of_each(key, 0)
     layer_of = {spec.path: spec.layer for spec in inventory(small)}
     axes = lora.axes(small, adapted)
-    found: Counter[ArrayKind] = Counter()
+    kinds: Counter[ArrayKind] = Counter()
     for name, factor in lora.shapes(small, adapted).items():
         kind = ArrayKind("adapter", kind_path(name), tuple(factor.shape), factor.dtype.itemsize, axes[name], 1)
-        found[kind] += counts[layer_of[name.rpartition(".")[0]]]
-    return tuple(kind._replace(count=count) for kind, count in found.items())
+        kinds[kind] += counts[layer_of[name.rpartition(".")[0]]]
+    return tuple(kind._replace(count=count) for kind, count in kinds.items())
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def training_shape(batch: int, length: int) -> StepShape:
 def training_bytes(layout: MeshLayout, work: StepShape, factors: Sequence[PlacedArrays]) -> TrainingBytes:
     """Beside the frozen weights. Activations are an estimate."""
     config, shares = layout.rules.config, LocalTokens.of(layout, work)
-    adapter = sum(each.num_bytes for each in factors)
+    adapter = sum(factor.num_bytes for factor in factors)
     stream = shares.batch * shares.stream * config.hidden_size * work.itemsize
     kept = len(config.layers) * stream
     if len(config.layers) <= KEPT_LAYERS:
@@ -133,9 +133,9 @@ def training_parts(
     causal = {"caches": 0.5}  # a row sees itself only: half of all pairs, where a cached prompt is seen whole
     return [
         WorkPart(
-            each.name, PASSES * each.bytes, PASSES * each.operations * wider.get(each.name, causal.get(each.name, 1))
+            part.name, PASSES * part.bytes, PASSES * part.operations * wider.get(part.name, causal.get(part.name, 1))
         )
-        for each in parts
+        for part in parts
     ]
 
 
@@ -144,18 +144,18 @@ def training_exchanges(
 ) -> tuple[Exchange, ...]:
     """A layer's exchanges once a pass; gradients of factors over replicas; matrices that are stored over replicas."""
     serving = serving_exchanges(layout, work, rows_split=False)
-    found = [each._replace(launches=PASSES * each.launches) for each in serving]
+    exchanges = [exchange._replace(launches=PASSES * exchange.launches) for exchange in serving]
     data = layout.rules.live(("data",))
     if not data:
-        return tuple(found)
-    gradients = sum(each.num_bytes for each in factors)
-    found.append(Exchange("all-reduce", data, float(gradients), 1))
+        return tuple(exchanges)
+    gradients = sum(factor.num_bytes for factor in factors)
+    exchanges.append(Exchange("all-reduce", data, float(gradients), 1))
     if stored := layout.rules.table.get("embed", ()):
         size = layout.rules.size(stored)
-        whole = sum(each.num_bytes for each in weights if _over_replicas(each))
-        found.append(Exchange("all-gather", data, float(whole * size), PASSES))
-    return tuple(found)
+        whole = sum(array.num_bytes for array in weights if _over_replicas(array))
+        exchanges.append(Exchange("all-gather", data, float(whole * size), PASSES))
+    return tuple(exchanges)
 
 
-def _over_replicas(each: PlacedArrays) -> bool:
-    return "embed" in each.kind.axes and len(each.shape) > 1
+def _over_replicas(array: PlacedArrays) -> bool:
+    return "embed" in array.kind.axes and len(array.shape) > 1

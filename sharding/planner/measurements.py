@@ -54,11 +54,11 @@ class MeasuredStep(NamedTuple):
 
     def latency(self, cluster: Cluster) -> float:
         """Of the exchanges: the seconds that no speed of a link takes away."""
-        return sum(exchange_time(each, self.mesh, cluster, math.inf) for each in self.exchanges)
+        return sum(exchange_time(exchange, self.mesh, cluster, math.inf) for exchange in self.exchanges)
 
     def exchange(self, cluster: Cluster) -> float:
         """Seconds that the exchanges take at the full speed of the links, without latency."""
-        return sum(exchange_time(each, self.mesh, cluster) for each in self.exchanges) - self.latency(cluster)
+        return sum(exchange_time(exchange, self.mesh, cluster) for exchange in self.exchanges) - self.latency(cluster)
 
 
 def read_points(path: Path) -> tuple[str, list[MeasuredStep]]:
@@ -68,14 +68,14 @@ def read_points(path: Path) -> tuple[str, list[MeasuredStep]]:
       RequestError: the file is another, or has no steps.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise RequestError(f"{path}: cannot be read as JSON ({error})") from None
     try:
-        if isinstance(found, dict) and "step_times" in found:
-            name, points = str(found["device_kind"]), list(_of_bench(found))
-        elif isinstance(found, dict) and "hardware" in found:
-            name, points = str(found["hardware"]), list(_of_slices(found))
+        if isinstance(document, dict) and "step_times" in document:
+            name, points = str(document["device_kind"]), list(_of_bench(document))
+        elif isinstance(document, dict) and "hardware" in document:
+            name, points = str(document["hardware"]), list(_of_slices(document))
         else:
             raise RequestError(f"{path}: expected what stepjax bench --json or benchmarks/gpu.py --json wrote")
     except (KeyError, TypeError, ValueError) as error:
@@ -90,9 +90,9 @@ def read_points(path: Path) -> tuple[str, list[MeasuredStep]]:
     return name, points
 
 
-def _of_bench(found: Mapping[str, Any]) -> Iterator[MeasuredStep]:
+def _of_bench(document: Mapping[str, Any]) -> Iterator[MeasuredStep]:
     """An engine's steps; rows, tokens and positions are those of its programs, padding included."""
-    engine = found["engine"]
+    engine = document["engine"]
     config = ModelConfig.from_hf(engine["config"])
     mesh, dtype = MeshSpec.parse(engine["mesh"]), engine["dtype"]
     if engine["experts"] not in FORMATS:
@@ -102,7 +102,7 @@ def _of_bench(found: Mapping[str, Any]) -> Iterator[MeasuredStep]:
     layout, depths = layout_of(config, mesh, engine["strategy"], experts), len(config.mtp_layers)
     weights = placed(parameters(config, experts=experts, depths=depths, dtype=dtype), layout)
     size = {"context": engine["context"], "page_size": engine["page_size"], "depths": depths, "dtype": dtype}
-    for row in found["step_times"]:
+    for row in document["step_times"]:
         if row["count"] < LEAST_STEPS:
             continue
         work = StepShape(
@@ -125,9 +125,9 @@ def _of_bench(found: Mapping[str, Any]) -> Iterator[MeasuredStep]:
         )
 
 
-def _of_slices(found: Mapping[str, Any]) -> Iterator[MeasuredStep]:
+def _of_slices(document: Mapping[str, Any]) -> Iterator[MeasuredStep]:
     """Parts of the model at its real widths on one device: each step has its own count of bytes and operations."""
-    for name, part in found.items():
+    for name, part in document.items():
         if not isinstance(part, dict) or not {"decode", "prefill"} <= part.keys():
             continue
         layers = int(number[0]) if (number := re.search(r"\d+", name)) else 0

@@ -181,11 +181,11 @@ def rank_options(config: ModelConfig, cluster: Cluster, request: PlanRequest) ->
     options: list[Option] = []
     refusals: list[Refusal] = []
     for choice in choices(config, cluster, request):
-        found = weigh(config, cluster, request, choice)
-        if isinstance(found, Refusal):
-            refusals.append(found)
+        outcome = weigh(config, cluster, request, choice)
+        if isinstance(outcome, Refusal):
+            refusals.append(outcome)
         else:
-            options.append(found)
+            options.append(outcome)
     return Plan(
         request, cluster, _without_twins(sorted(options, key=functools.partial(sort_key, request.goal))), refusals
     )
@@ -193,7 +193,7 @@ def rank_options(config: ModelConfig, cluster: Cluster, request: PlanRequest) ->
 
 def choices(config: ModelConfig, cluster: Cluster, request: PlanRequest) -> Iterator[Choice]:
     """Engines of every size that fills the machine, or training runs on all of it, in every mesh."""
-    drafts = sorted({min(each, len(config.mtp_layers)) for each in request.drafts})
+    drafts = sorted({min(most, len(config.mtp_layers)) for most in request.drafts})
     if request.goal == "lora":
         for sizes in _factorings(cluster.num_devices, 4):
             for strategy in (*request.strategies, "fsdp"):
@@ -209,7 +209,7 @@ def choices(config: ModelConfig, cluster: Cluster, request: PlanRequest) -> Iter
             for strategy in request.strategies:
                 for experts in request.experts:
                     held = experts.for_model(config)
-                    yield from (Choice(mesh, strategy, held, each, replicas) for each in drafts)
+                    yield from (Choice(mesh, strategy, held, number, replicas) for number in drafts)
 
 
 def weigh(config: ModelConfig, cluster: Cluster, request: PlanRequest, choice: Choice) -> Option | Refusal:
@@ -233,15 +233,15 @@ def weigh(config: ModelConfig, cluster: Cluster, request: PlanRequest, choice: C
 def by_batch(config: ModelConfig, cluster: Cluster, request: PlanRequest, choice: Choice) -> list[Option]:
     """A choice of engine with each number of sequences in `BATCHES`, up to the first that does not work."""
     placement = _placement(config, choice.mesh, choice.strategy, choice.experts, False)
-    found: list[Option] = []
+    options: list[Option] = []
     for batch in BATCHES:
         if isinstance(placement, str):
             break
         option = _serve(config, cluster, request, choice, *placement, batch=batch, context=request.context)
         if isinstance(option, Refusal):
             break
-        found.append(option)
-    return found
+        options.append(option)
+    return options
 
 
 def sort_key(goal: Goal, option: Option) -> tuple[float, ...]:
@@ -266,9 +266,9 @@ def _placement(
 
 @functools.lru_cache(maxsize=50_000)
 def _placed(
-    of: ById, mesh: MeshSpec, strategy: str, experts: ExpertFormat, train: bool
+    key: ById, mesh: MeshSpec, strategy: str, experts: ExpertFormat, train: bool
 ) -> tuple[MeshLayout, tuple[PlacedArrays, ...]] | str:
-    config: ModelConfig = of.value
+    config: ModelConfig = key.value
     try:
         layout = layout_of(config, mesh, strategy, experts)
         depths = 0 if train else len(config.mtp_layers)  # a checkpoint's drafters are loaded whether they run or not
@@ -297,7 +297,7 @@ def _serve(
         rings=held.ring_bytes * (1 + request.snapshots / batch),
         sequences=batch * request.sequence_bytes(choice.drafts),
         training=0,
-        temporaries=max(serving_temporaries(layout, each, held) for each in (decode, piece)),
+        temporaries=max(serving_temporaries(layout, work, held) for work in (decode, piece)),
         usable=cluster.device.usable_bytes,
     )
     if memory.free < 0:
@@ -335,13 +335,13 @@ def _busiest(
 ) -> Option | Refusal:
     """The batch that answers the most tokens a second within the bound."""
     best: Option | Refusal | None = None
-    for batch in [each for each in BATCHES if each <= max(1, request.batch)]:
-        found = _serve(config, cluster, request, choice, layout, weights, batch=batch, context=request.context)
-        if isinstance(found, Refusal):
-            best = best or found
+    for batch in [size for size in BATCHES if size <= max(1, request.batch)]:
+        outcome = _serve(config, cluster, request, choice, layout, weights, batch=batch, context=request.context)
+        if isinstance(outcome, Refusal):
+            best = best or outcome
             break  # more sequences need more memory and more time
-        if best is None or isinstance(best, Refusal) or found.tokens_per_s > best.tokens_per_s:
-            best = found
+        if best is None or isinstance(best, Refusal) or outcome.tokens_per_s > best.tokens_per_s:
+            best = outcome
     assert best is not None
     return best
 
@@ -360,15 +360,15 @@ def _longest(
     least = _serve(config, cluster, request, choice, layout, weights, batch=request.batch, context=unit)
     if isinstance(least, Refusal):
         return least
-    found = least
+    longest = least
     while low < high:
         middle = (low + high + 1) // 2
-        tried = _serve(config, cluster, request, choice, layout, weights, batch=request.batch, context=middle * unit)
-        if isinstance(tried, Refusal):
+        outcome = _serve(config, cluster, request, choice, layout, weights, batch=request.batch, context=middle * unit)
+        if isinstance(outcome, Refusal):
             high = middle - 1
         else:
-            low, found = middle, tried
-    return found
+            low, longest = middle, outcome
+    return longest
 
 
 def _train(
@@ -452,11 +452,11 @@ def _timed(
 def _load_s(cluster: Cluster, request: PlanRequest, choice: Choice, weights: Iterable[PlacedArrays]) -> float:
     """Some formats are made while the BF16 release is read; the others are read as they are held."""
     whole = read = held = 0.0
-    for each in weights:
-        factor = choice.experts.bytes_read if each.kind.part == "experts" else 1
-        whole += factor * each.kind.num_elements * each.kind.itemsize
-        read += factor * each.num_bytes
-        held += each.num_bytes
+    for array in weights:
+        factor = choice.experts.bytes_read if array.kind.part == "experts" else 1
+        whole += factor * array.kind.num_elements * array.kind.itemsize
+        read += factor * array.num_bytes
+        held += array.num_bytes
     return load_time(whole, read, held, cluster, storage=request.storage)
 
 
@@ -476,13 +476,13 @@ def _does_not_fit(memory: Memory, cluster: Cluster, what: str) -> str:
 
 def _without_twins(options: Iterable[Option]) -> list[Option]:
     """One of those that differ by name alone, such as all widths over ``expert`` or over ``tensor``."""
-    found: dict[object, Option] = {}
+    kept: dict[object, Option] = {}
     for option in options:
         choice = option.choice
         same = choice.mesh.data, choice.mesh.context, choice.num_devices, choice.experts, choice.drafts
         key = same, option.memory.total, round(1e9 * option.step.seconds), option.batch, option.context
-        found.setdefault(key, option)
-    return list(found.values())
+        kept.setdefault(key, option)
+    return list(kept.values())
 
 
 def _factorings(count: int, axes: int) -> Iterator[tuple[int, ...]]:
@@ -490,5 +490,5 @@ def _factorings(count: int, axes: int) -> Iterator[tuple[int, ...]]:
     if axes == 1:
         yield (count,)
         return
-    for first in (each for each in range(1, count + 1) if count % each == 0):
+    for first in (divisor for divisor in range(1, count + 1) if count % divisor == 0):
         yield from ((first, *rest) for rest in _factorings(count // first, axes - 1))

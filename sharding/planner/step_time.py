@@ -132,7 +132,7 @@ def _fullest(
         keys = np.log(weights) + rng.gumbel(size=(rounds, drawn, num_experts))  # top A of these: A without replacement
     ids = np.argpartition(-keys, top_k - 1, axis=-1)[..., :top_k]
     rank = ids // (num_experts // num_ranks)
-    counts = np.stack([np.bincount(each.ravel(), minlength=num_ranks) for each in rank])
+    counts = np.stack([np.bincount(ranks.ravel(), minlength=num_ranks) for ranks in rank])
     touched = np.zeros((rounds, num_experts))
     touched[np.arange(rounds)[:, None], ids.reshape(rounds, -1)] = 1
     distinct = touched.reshape(rounds, num_ranks, -1).sum(-1).max(-1).mean()
@@ -166,10 +166,10 @@ def serving_parts(
     read: defaultdict[str, float] = defaultdict(float)
     done: defaultdict[str, float] = defaultdict(float)
     expert_bytes = 0.0
-    for each in weights:
-        name, share = _part_of(each), 1.0
+    for array in weights:
+        name, share = _part_of(array), 1.0
         if name == "experts":
-            expert_bytes += each.num_bytes
+            expert_bytes += array.num_bytes
             continue
         if name == "embedding":  # rows of it are read
             continue
@@ -179,19 +179,19 @@ def serving_parts(
             tokens = shares.batch * (
                 work.count + (work.drafts - 1) / 2
             )  # a depth runs over one token more than the last
-        if each.kind.part in ("head", "mtp_heads"):
+        if array.kind.part in ("head", "mtp_heads"):
             tokens = shares.batch * (work.count if work.step == "decode" and name == "output" else 1)
-        read[name] += share * each.num_bytes
-        done[name] += share * tokens * 2 * each.num_elements if len(each.shape) > 1 else 0
+        read[name] += share * array.num_bytes
+        done[name] += share * tokens * 2 * array.num_elements if len(array.shape) > 1 else 0
     read["experts"], done["experts"] = _experts(layout, shares, expert_bytes, config, routing)
-    found = [WorkPart(name, read[name], done[name]) for name in ("maps", "experts", "output", "drafts") if read[name]]
-    return [*found, _caches(layout, work, shares, held, filled)]
+    parts = [WorkPart(name, read[name], done[name]) for name in ("maps", "experts", "output", "drafts") if read[name]]
+    return [*parts, _caches(layout, work, shares, held, filled)]
 
 
-def _part_of(each: PlacedArrays) -> str:
+def _part_of(array: PlacedArrays) -> str:
     """The part of a step that reads a parameter."""
-    of = {"embedding": "embedding", "experts": "experts", "head": "output", "final_norm": "output"}
-    return of.get(each.kind.part, "drafts" if each.kind.part.startswith("mtp") else "maps")
+    parts = {"embedding": "embedding", "experts": "experts", "head": "output", "final_norm": "output"}
+    return parts.get(array.kind.part, "drafts" if array.kind.part.startswith("mtp") else "maps")
 
 
 def _experts(
@@ -250,16 +250,16 @@ def step_time(
     device, parts = cluster.device, list(parts)
     rate, peak = device.bandwidth * efficiency.memory, device.bf16 * efficiency.compute
     return StepTime(
-        parts={each.name: max(each.bytes / rate, each.operations / peak) for each in parts},
-        exchange_s=sum(exchange_time(each, mesh, cluster, efficiency.link) for each in exchanges),
+        parts={part.name: max(part.bytes / rate, part.operations / peak) for part in parts},
+        exchange_s=sum(exchange_time(exchange, mesh, cluster, efficiency.link) for exchange in exchanges),
         launch_s=kernels * device.kernel * efficiency.launch,
-        read_bytes=sum(each.bytes for each in parts),
-        operations=sum(each.operations for each in parts),
+        read_bytes=sum(part.bytes for part in parts),
+        operations=sum(part.operations for part in parts),
         overlapped=overlap,
     )
 
 
-def exchange_time(one: Exchange, mesh: MeshSpec, cluster: Cluster, efficiency: float = 1.0) -> float:
+def exchange_time(exchange: Exchange, mesh: MeshSpec, cluster: Cluster, efficiency: float = 1.0) -> float:
     """Seconds of alike collectives, on the slower of the two kinds of link.
 
     Rings inside a node carry 2·(n−1)/n of the payload for an all-reduce and (n−1)/n for a gather or a scatter
@@ -267,18 +267,18 @@ def exchange_time(one: Exchange, mesh: MeshSpec, cluster: Cluster, efficiency: f
     carries 1/d of a ring with its own adapter, and of an all-to-all all that leaves the node
     (`stepjax.sharding.expert_parallel`). Latency is that of a small all-reduce, once a launch.
     """
-    size = math.prod(mesh.sizes[axis] for axis in one.axes)
+    size = math.prod(mesh.sizes[axis] for axis in exchange.axes)
     if size == 1:
         return 0.0
-    device, inside = cluster.device, devices_of_domain(one.axes, mesh, cluster.domain)
-    share = (size - 1) / size * (2 if one.kind == "all-reduce" else 1)
-    near, far = one.payload_bytes * share, 0.0
+    device, inside = cluster.device, devices_of_domain(exchange.axes, mesh, cluster.domain)
+    share = (size - 1) / size * (2 if exchange.kind == "all-reduce" else 1)
+    near, far = exchange.payload_bytes * share, 0.0
     if inside < size:
-        leaving = (size - inside) / size * one.payload_bytes
-        far = leaving if one.kind == "all-to-all" else one.payload_bytes * share / inside
+        leaving = (size - inside) / size * exchange.payload_bytes
+        far = leaving if exchange.kind == "all-to-all" else exchange.payload_bytes * share / inside
         near = near if inside > 1 else 0.0
     latency = device.network_latency if far else device.link_latency
-    return one.launches * (max(near / device.link, far / device.network) / efficiency + latency)
+    return exchange.launches * (max(near / device.link, far / device.network) / efficiency + latency)
 
 
 @functools.lru_cache(maxsize=65536)
@@ -289,7 +289,7 @@ def devices_of_domain(axes: Axes, mesh: MeshSpec, domain: int) -> int:
     for axis, size in mesh.sizes.items():
         stride //= size
         if axis in axes:
-            places = [place + at * stride for place in places for at in range(size)]
+            places = [place + i * stride for place in places for i in range(size)]
     return sum(place < domain for place in places)
 
 

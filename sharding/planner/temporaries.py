@@ -63,16 +63,16 @@ class _Step:
 
     def looks(self, layer: LayerSpec) -> list[tuple[int, int]]:
         """Queries of a sequence and the keys that they meet: the step's own, then the cache's."""
-        count, own = self.work.count, self.shares.length
+        count, length = self.work.count, self.shares.length
         if layer.window is not None:
-            block = min(own, WINDOWED_BLOCK) + layer.window - 1
+            block = min(length, WINDOWED_BLOCK) + layer.window - 1
             rows = self.held.ring_shape[1]
-            return [(own, min(count, block)), *([(own, rows)] if rows else [])]
+            return [(length, min(count, block)), *([(length, rows)] if rows else [])]
         rows = self.held.full_shape[1]
         if self.held.paged:
             rows = self.page_rows
-        queries = count if self.held.rows_split else own
-        return [(own, count), *([(queries, rows)] if rows else [])]
+        queries = count if self.held.rows_split else length
+        return [(length, count), *([(queries, rows)] if rows else [])]
 
     @property
     def page_rows(self) -> int:
@@ -136,21 +136,21 @@ def _experts(step: _Step) -> float:
     tokens, experts, width = step.shares.tokens, group.experts_each, config.hidden_size
     hidden = config.expert_size // group.num_shares
     after = config.layers[config.moe_layers[0].index + 1 :]  # whose zeros are there already
-    own = step.streams + step.loop_zeros(after)
+    base = step.streams + step.loop_zeros(after)
     form = choose_form(tokens, experts, config.top_k, widened=step.experts.quantised)
     if form == "gathered":
         scales = step.experts.gathered_scale_bytes * 3 * width * hidden
-        return own + tokens * config.top_k * (F32 * (3.0 * hidden + width) + scales)
+        return base + tokens * config.top_k * (F32 * (3.0 * hidden + width) + scales)
     rows = tokens
     if form == "capacity":
         rows = buffer_rows(tokens * config.top_k / config.num_experts, most=tokens)
-        own += F32 * tokens * width  # the sum over passes
+        base += F32 * tokens * width  # the sum over passes
     tile = tile_size(experts, width * hidden, size) if step.experts.quantised else experts
     gathered = experts * rows * width * size if form == "capacity" else 0.0
     first = 2.0 * F32 * tile * rows * hidden  # gate and up
     second = tile * rows * (size * hidden + F32 * width)
     if not step.experts.quantised:
-        return own + max(gathered + first, second)
+        return base + max(gathered + first, second)
     widened = tile * width * hidden * size  # one matrix after the other
     results = F32 * experts * rows * width  # of all tiles
-    return own + gathered + results + widened + max(first, second)
+    return base + gathered + results + widened + max(first, second)
