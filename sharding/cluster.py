@@ -18,7 +18,7 @@ from stepjax.errors import ClusterError
 from stepjax.sharding.watchdog import Watchdog, listen
 
 SILENCE_S = 15  # after which the watchdog takes a process for lost
-HEARTBEAT_S = 20  # after which jax would, which ends without a word
+HEARTBEAT_S = 20  # after which jax would; it ends the process without a message
 JOIN_S = 300  # how long processes wait for each other at the start
 FLAGS = ("coordinator", "processes", "process_id")
 
@@ -73,7 +73,7 @@ def find(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> C
     """The cluster that the flags name, else the one that the environment does; None if this process runs alone.
 
     Raises:
-      ClusterError: half of what is needed is there, or it contradicts itself.
+      ClusterError: a setting is missing, or two contradict each other.
     """
     flags = {name: value for name in FLAGS if (value := getattr(args, name, None)) is not None}
     if not flags:
@@ -101,7 +101,7 @@ def detect(environ: Mapping[str, str]) -> ClusterSpec | None:
 
 
 def refuse(verb: str, environ: Mapping[str, str] = os.environ) -> None:
-    """For a command that talks with a person: several of it would each wait for the terminal."""
+    """Refuse to start an interactive command in several processes: each would wait for the terminal."""
     if spec := detect(environ):
         raise ClusterError(
             f"{verb}: runs in one process, found {spec.num_processes} ({spec.source}); start it without srun or "

@@ -30,7 +30,7 @@ from stepjax.sharding.expert_traffic import exchanged_traffic, gathered_traffic,
 from stepjax.sharding.rules import GROUP, Axes, ShardingRules
 from stepjax.weights.adapted import by_token, cotangent, moved, moving
 
-WORTHWHILE = 1.5  # so much cheaper must the exchange be on the links, for it also sorts rows into buffers and back
+WORTHWHILE = 1.5  # times cheaper on the links the exchange must be: it also sorts rows into buffers and back
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ class MeshSpec:
         return MeshSpec(**fixed, **{open_axes[0]: num_devices // product})
 
     def build(self, devices: Sequence[Any] | None = None) -> Mesh:
-        """The jax mesh over the first devices that there are, all axes Auto; every process must own some of them."""
+        """The jax mesh over the first available devices, all axes Auto; every process must own some of them."""
         import jax
         from jax.sharding import AxisType
 

@@ -82,7 +82,7 @@ class MeshLayout:
     def attend(
         self, heads: Heads, chunk: Chunk, cache: CacheView | None, *, window: int | None
     ) -> tuple[jax.Array, CacheView | None]:
-        """q[B_data, T_context, N_heads, H] → the same; keys and values are split as far as their heads go round."""
+        """q[B_data, T_context, N_heads, H] → the same; keys and values are split where the number of heads divides."""
         q_spec = self._fit(heads.q_BTNH.shape, "batch", "length", "heads", "head")
         kv_spec = self._fit(heads.k_BTKH.shape, "batch", "length", "kv_heads", "head")
         head_specs: list[Any] = [q_spec, kv_spec, kv_spec]
@@ -154,7 +154,7 @@ class MeshLayout:
         def place(*axes: str | None) -> PartitionSpec:
             return rule(*(axis if axis != whole else None for axis in axes))
 
-        specs = {path: placed(leaves[path], each, place, batch=batch) for path, each in axes.items()}
+        specs = {path: placed(leaves[path], names, place, batch=batch) for path, names in axes.items()}
 
         def merge(leaves: Leaves) -> Any:
             placed = [(path, variables[path].replace(_gather(value, specs[path]))) for path, value in leaves.items()]
@@ -210,7 +210,7 @@ def placed(value: Any, axes: tuple[str, ...], place: Callable[..., Any], *, batc
 def _gather(value: Any, spec: Any) -> Any:
     """A parameter without the splits that only save memory."""
     if isinstance(value, Adapted):
-        base, a, b = (_gather(x, at) for x, at in ((value.base, spec.base), (value.a, spec.a), (value.b, spec.b)))
+        base, a, b = (_gather(x, place) for x, place in ((value.base, spec.base), (value.a, spec.a), (value.b, spec.b)))
         return replace(value, base=base, a=a, b=b)
     for dimension, entry in enumerate(spec):
         if storage := tuple(axis for axis in _axes(entry) if axis not in GROUP):

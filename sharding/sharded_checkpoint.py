@@ -1,6 +1,6 @@
 """Trees of arrays on disk, from one mesh to any other: converted weights, adapters, optimiser state (by orbax).
 
-Leaves go by key, never by order. A checkpoint appears whole or not at all.
+Leaves go by key, never by order. Writing is atomic: a checkpoint is complete or absent.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def restore_tree(path: Path | str, like: T) -> T:
       like: the tree with ``jax.ShapeDtypeStruct`` leaves, each with a sharding; the mesh may be any.
 
     Raises:
-      CheckpointError: there is no whole checkpoint, or its keys, shapes or dtypes are others.
+      CheckpointError: there is no complete checkpoint, or its keys, shapes or dtypes differ.
     """
     path = Path(path).absolute()
     wanted = _by_key(like)
@@ -82,7 +82,7 @@ def stored_about(path: Path | str) -> Any:
     """What `save_tree` was given to keep beside the arrays.
 
     Raises:
-      CheckpointError: there is no whole checkpoint.
+      CheckpointError: there is no complete checkpoint.
     """
     return _metadata(Path(path).absolute()).custom_metadata
 
@@ -159,7 +159,7 @@ _KIND = "stepjax adapter"
 
 def shardings(config: ModelConfig, lora: LoraConfig, layout: MeshLayout) -> dict[str, jax.sharding.NamedSharding]:
     """Where every factor lies: as the axes that it has in common with its weight."""
-    return {name: layout.parameter(*of) for name, of in axes(config, lora).items()}
+    return {name: layout.parameter(*names) for name, names in axes(config, lora).items()}
 
 
 def save_adapter(
@@ -178,7 +178,7 @@ def restore_adapter(
     """An adapter that `save_adapter` wrote, on one device or a mesh, with its settings and its model's.
 
     Raises:
-      CheckpointError: there is no whole adapter.
+      CheckpointError: there is no complete adapter.
     """
     about = stored_about(path)
     if not isinstance(about, dict) or about.get("kind") != _KIND:

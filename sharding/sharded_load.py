@@ -142,7 +142,7 @@ def _read_ahead(
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads slices into memory of their own: pages of a view would count as ours, and could change under us."""
+    """Reads slices into memory of their own: pages of a view would count as resident and could change with the file."""
 
     checkpoint: Checkpoint
     dtype: Any

@@ -20,10 +20,10 @@ from typing import Self
 
 from stepjax.errors import ClusterError
 
-EXIT_CODE = 75  # of a process that ends for another's sake (EX_TEMPFAIL: starting all of them again may help)
+EXIT_CODE = 75  # of a process that ends because another was lost (EX_TEMPFAIL: starting all of them again may help)
 BEAT_S = 1.0
 GRACE_S = 3.0  # that a process has to end by itself after another said why it gives up
-LAST_WORDS_S = 3.0  # that saying why may take: stderr may be a pipe that nobody reads
+LAST_WORDS_S = 3.0  # at most, to print the reason: stderr may be a pipe that nobody reads
 STARVED_S = 5.0  # beyond the timeout, after which a process whose lock this thread never gets ends, too
 
 _HELLO = 16  # bytes in which a process says its number
@@ -85,7 +85,7 @@ class Watchdog:
         self._stop(_FAILED + reason.replace("\n", " ").encode()[:500])
 
     def expect(self, what: str | None, within_s: float = 0.0) -> None:
-        """``what`` must end, by a call with None, within so many seconds; else this process does."""
+        """End this process unless a call with None follows within ``within_s`` seconds; ``what`` names the work."""
         self._deadline = (time.monotonic() + within_s, f"{what} took longer than {within_s:.0f} s") if what else None
 
     def _accept(self) -> list[_Peer]:
@@ -217,7 +217,7 @@ _running: list[Watchdog] = []  # this process's, if it is one of several
 
 @contextlib.contextmanager
 def deadline(what: str, within_s: float) -> Iterator[None]:
-    """A part of the work that must end in time if several processes do it together, for a hang to have an end."""
+    """End this process, if it is one of several, when the ``with`` block takes longer than ``within_s`` seconds."""
     for watchdog in _running:
         watchdog.expect(what, within_s)
     try:

@@ -76,7 +76,7 @@ def compile_report(jitted: jax.stages.Wrapped, arguments: Sequence[Any], *, mesh
       mesh: of devices that need not exist (`stepjax.sharding.devices.devices`).
 
     Raises:
-      MeshError: the compiler cannot, for want of memory or for a reason of its own.
+      MeshError: the program cannot be compiled; the message has XLA's reason.
     """
     device = mesh.devices.flat[0]
     before = _peak_host_bytes()

@@ -102,7 +102,7 @@ def study(step: Step, layout: MeshLayout, *, notes: Iterable[str] = ()) -> StepS
     """Compile a step for the devices of a layout's mesh.
 
     Raises:
-      MeshError: the compiler cannot.
+      MeshError: the program cannot be compiled.
     """
     report = compile_report(step.function, step.arguments, mesh=layout.mesh)
     return StepStudy(
@@ -159,7 +159,7 @@ def by_place(collectives: Iterable[Collective], names: Iterable[str]) -> tuple[P
 
 
 def copies(mesh: MeshSpec, *, batch: int, context: int) -> list[str]:
-    """Notes on what a step of this size leaves unsplit, where sizes do not go round (`ShardingRules.fit`)."""
+    """Notes on what a step of this size leaves unsplit, where sizes do not divide (`ShardingRules.fit`)."""
     return [
         f"{size} {what} are not split over {axis}={ways}: {ways} devices each hold a copy"
         for what, size, axis in (("sequences", batch, "data"), ("positions", context, "context"))

@@ -30,7 +30,7 @@ STUDENT = (6.31, 2.92, 2.35, 2.13, 2.02, 1.94, 1.89, 1.86, 1.83, 1.81)
 
 @dataclass(frozen=True)
 class Calibration:
-    """Efficiencies, and what they are worth."""
+    """Efficiencies, and how well they predict."""
 
     device: str  # that the steps were measured on
     efficiency: Efficiency
@@ -57,14 +57,14 @@ class Calibration:
 
 
 def fit(points: Sequence[MeasuredStep], cluster: Cluster, *, device: str = "") -> Calibration:
-    """Fit at most `MOST_POINTS` of them, from the shortest to the longest; one alone decides the memory's share only.
+    """Fit at most `MOST_POINTS` of them, from the shortest to the longest; one alone decides only the memory's share.
 
     Args:
       cluster: what datasheet the shares are of, and which devices its nodes join.
       device: that the steps were measured on.
 
     Raises:
-      RequestError: there is none.
+      RequestError: there is no step.
     """
     if not points:
         raise RequestError("calibrate: no measured step, expected 1 to 5")

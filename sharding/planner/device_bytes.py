@@ -1,7 +1,7 @@
 """What one device holds, to the byte, without a device: the runtime's own tables of shapes and rules, added up.
 
 Many layers are alike: one of each kind is shaped (`stepjax.model.step3p5.abstract`) and counted as often as it occurs.
- Where an array lies is asked of the `MeshLayout` that serves and trains, over a mesh of no devices.
+The `MeshLayout` that serves and trains says where an array lies, over a mesh without devices.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 What the shard_map bodies exchange is written beside them (`stepjax.sharding.expert_parallel`,
 `stepjax.sharding.context_parallel`). What the compiler adds where placement alone splits a product is written here.
 Each entry is one that XLA's GPU compiler launches, as `stepjax.sharding.compiled.hlo` reads it; benchmarks/planned.py
-holds the two against each other. In decode and in short pieces of prompts the stream is whole on every device of a
+compares the two. In decode and in short pieces of prompts the stream is whole on every device of a
 group (`expert` × `tensor`) and each part of a layer ends in an all-reduce; a long piece lies split by tokens and is
 gathered before each part and scattered by its sum.
 """

@@ -1,7 +1,7 @@
 """Steps that were measured, as work that a device had to do: what `stepjax bench` and benchmarks/gpu.py wrote.
 
-The bench writes which engine ran and how long its steps took, no costs: what each step held, read and sent is counted
-here, by the functions that plan it.
+The bench writes which engine ran and how long its steps took, but no costs: what each step held, read and exchanged is
+counted here, by the functions that plan it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from stepjax.sharding.planner.step_time import (
 from stepjax.weights.formats import FORMATS
 
 ITEMSIZE = {"bfloat16": 2, "float32": 4}
-LEAST_STEPS = 3  # alike steps, of which a median says anything
+LEAST_STEPS = 3  # equal steps that a median needs
 
 
 class MeasuredStep(NamedTuple):

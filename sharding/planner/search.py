@@ -1,7 +1,7 @@
 """Which mesh, strategy, precision and number of drafts for a machine and a goal: all of them, each with a reason.
 
-Every candidate goes through the runtime's own rules, is added up to the byte (`footprint`), and timed as a roofline
-(`cost`). What cannot be is refused with the reason that the runtime would give; the rest is ranked.
+Every candidate goes through the runtime's own rules, is added up to the byte (`device_bytes`), and timed as a
+roofline (`step_time`). A choice that cannot run is refused with the runtime's own reason; the rest is ranked.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ ROWS_A_DEVICE = 64  # most rows of a device's training step
 
 
 class Choice(NamedTuple):
-    """What is chosen."""
+    """One configuration to run."""
 
     mesh: MeshSpec  # of one engine, or of the training run
     strategy: str
@@ -74,7 +74,7 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What is wanted, and what is assumed."""
+    """The goal, its limits, and the assumptions."""
 
     goal: Goal
     batch: int = 1  # sequences of one engine, or rows of a training step over all devices; throughput: the most
@@ -172,10 +172,10 @@ class Plan(NamedTuple):
 
 
 def rank_options(config: ModelConfig, cluster: Cluster, request: PlanRequest) -> Plan:
-    """Weigh every choice for a goal.
+    """Weigh every choice for a goal and rank those that work.
 
     Raises:
-      RequestError: the question makes no sense for the model.
+      RequestError: the request makes no sense for the model.
     """
     request.check(config)
     options: list[Option] = []
@@ -213,7 +213,7 @@ def choices(config: ModelConfig, cluster: Cluster, request: PlanRequest) -> Iter
 
 
 def weigh(config: ModelConfig, cluster: Cluster, request: PlanRequest, choice: Choice) -> Option | Refusal:
-    """What a choice holds and how fast it is, or why it cannot be."""
+    """What a choice holds and how fast it is, or why it cannot run."""
     if choice.drafts > len(config.mtp_layers):
         return Refusal(choice, f"{choice.drafts} drafts: the model has {len(config.mtp_layers)} MTP layers")
     if choice.num_devices > cluster.num_devices:

@@ -5,7 +5,7 @@ A step is a sum over its parts (attention and dense maps, experts, caches, outpu
     t = Σ_parts max(bytes / bandwidth, operations / peak) + Σ_collectives (bytes / link + latency) + kernels · launch
 
 Weights are read once a step and stay in no cache; parts follow one another; exchanges wait for them unless ``overlap``
-is asked for. Every figure of a device is its datasheet's, so a time is a bound and no forecast, until
+is set. Every figure of a device is its datasheet's, so a time is a bound, not a forecast, until
 `stepjax.sharding.planner.calibration` has fitted the efficiencies to measured steps.
 
 With E experts of which a token uses A, n tokens touch D(n) = E · (1 − (1 − A/E)ⁿ) of them if routing is uniform, and

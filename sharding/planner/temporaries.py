@@ -1,6 +1,6 @@
 """What a step of serving needs beside what it holds: XLA's temporaries on a GPU, from the shapes that its parts make.
 
-A compiler shares buffers between parts of a step that are not live together, so a step needs as much as its hungriest
+A compiler shares buffers between parts of a step that are not live together, so a step needs as much as its largest
 part: logits, attention, a mixture of experts or a dense layer. What a part keeps at once was read from the buffer
 assignments of programs compiled for H100s, array by array; each is named here with its shape, and no factor is fitted
 (`benchmarks/planned.py` holds the sums against other programs). One thing grows with depth: the float32 zeros that a
