@@ -207,10 +207,8 @@ def status(server: Serving, text: str) -> int:
         return int(connection.recv(1000).split()[1])
 
 
-def test_hundreds_of_bad_requests_are_refused(server):
-    """Each with a 4xx and the error object; afterwards little memory is missing."""
-    gc.collect()
-    before = psutil.Process().memory_info().rss
+def refused(server) -> int:
+    """Sends every bad request there is; each gets a 4xx and the error object. Returns how many."""
     count = 0
     for path, body in hostile.bodies():
         response = server.post(path, body)
@@ -225,9 +223,21 @@ def test_hundreds_of_bad_requests_are_refused(server):
         assert status(server, f"POST {CHAT} HTTP/1.1\r\nhost: x\r\n{header}\r\n\r\n{{}}") in (400, 413), header[:60]
         count += 1
     assert server.client.post(CHAT, content=b" " * 10_000_000).status_code == 413
-    assert count >= 400
-    gc.collect()
-    assert psutil.Process().memory_info().rss - before < 50 << 20
+    return count
+
+
+def test_hundreds_of_bad_requests_are_refused(server):
+    """They keep little memory. What they kept would be kept each time; a program that the server compiles behind is
+    there once, so that one round of three has to be small.
+    """
+    grown = []
+    while len(grown) < 3 and min(grown, default=50 << 20) >= 50 << 20:
+        gc.collect()
+        before = psutil.Process().memory_info().rss
+        assert refused(server) >= 400
+        gc.collect()
+        grown.append(psutil.Process().memory_info().rss - before)
+    assert min(grown) < 50 << 20, grown
 
 
 def test_slow_and_broken_connections_hinder_nobody(server):

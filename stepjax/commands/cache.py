@@ -12,8 +12,8 @@ KINDS = {"programs": "executables, loaded as they are", "compiled": "XLA's own c
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--list", action="store_true", help="also show every entry")
-    parser.add_argument("--empty", action="store_true", help="remove all entries")
+    parser.add_argument("--list", action="store_true", help="also show every entry (default: sums only)")
+    parser.add_argument("--empty", action="store_true", help="remove all entries (default: keep them)")
 
 
 def run(args: argparse.Namespace) -> int:
