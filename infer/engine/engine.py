@@ -89,11 +89,10 @@ class Engine:
         self._policy = DraftPolicy(StepBytes.of(session.config, session.params), most=drafts)
         fixed = config.speculate if config.speculate is not None else drafts if config.deterministic else None
         self._fixed_drafts = fixed
-        scheduler = config.scheduler(sizes)
-        limits = {width: min(scheduler.prefill_rows, scheduler.token_budget // width) for width in scheduler.widths}
+        self.scheduler = Scheduler(config.scheduler(sizes), drafts=self._drafts)
+        limits = self.scheduler.piece_limits
         rows = {width: self.executor.row_buckets_for(limit) for width, limit in limits.items()}
         self.programs = ReadyPrograms(self.executor.prepare_shape, config.slot_buckets, rows)
-        self.scheduler = Scheduler(scheduler, drafts=self._drafts)
         self._session = session
         self._adapters = AdapterNames(config.adapter_slots)
         self._in_flight: deque[_Launched] = deque()
@@ -281,12 +280,8 @@ class Engine:
         """Compile every step that these settings can ask for, so that none is compiled while requests wait."""
         drafts = DRAFTS if self._fixed_drafts is None else (self._fixed_drafts,)
         decode = [(slots, k) for slots in self._slot_buckets for k in drafts if k <= self._runner.drafts]
-        config = self.scheduler.config
-        prefill = [
-            (rows, width)
-            for width in config.widths
-            for rows in self.executor.row_buckets_for(min(config.prefill_rows, config.token_budget // width))
-        ]
+        limits = self.scheduler.piece_limits
+        prefill = [(rows, width) for width in limits for rows in self.executor.row_buckets_for(limits[width])]
         (self._leader or self.executor).warm(decode, prefill)
 
     def start(self) -> None:
