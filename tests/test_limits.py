@@ -28,11 +28,11 @@ REREAD = (
     "schemas",
     "service",
     "requests",
-    "completions",
-    "messages",
-    "responses",
+    "endpoints.completions",
+    "endpoints.messages",
+    "endpoints.responses",
     "server",
-    "tokens",
+    "endpoints.tokens",
 )
 # Of grammars, which have tests of their own.
 ELSEWHERE = {"schema_depth", "schema_bytes", "regex_bytes", "choices", "calls"}
@@ -41,20 +41,22 @@ ELSEWHERE = {"schema_depth", "schema_bytes", "regex_bytes", "choices", "calls"}
 def modules(*, without: str | None = None) -> SimpleNamespace:
     """The modules of the server read anew, in the order of their imports; ``without`` has no upper end any more."""
     kept = {name: sys.modules.pop(f"{SERVE}.{name}", None) for name in REREAD}
-    parent = importlib.import_module(SERVE)
     try:
         limits = importlib.import_module(f"{SERVE}.limits")
         if without is not None:
             limits.LIMITS[without] = dataclasses.replace(
                 limits.LIMITS[without], high=max(2**62, int(4 * limits.LIMITS[without].high))
             )
-        return SimpleNamespace(**{name: importlib.import_module(f"{SERVE}.{name}") for name in REREAD})
+        return SimpleNamespace(
+            **{name.rpartition(".")[2]: importlib.import_module(f"{SERVE}.{name}") for name in REREAD}
+        )
     finally:
         for name, module in kept.items():
             sys.modules.pop(f"{SERVE}.{name}", None)
             if module is not None:
                 sys.modules[f"{SERVE}.{name}"] = module
-                setattr(parent, name, module)
+                parent, _, leaf = f"{SERVE}.{name}".rpartition(".")
+                setattr(importlib.import_module(parent), leaf, module)
 
 
 HOMES = {

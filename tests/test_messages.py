@@ -9,7 +9,7 @@ import pytest
 from serving import NAME, PARAMETERS, SUM, WEATHER
 
 from stepjax.errors import RequestError
-from stepjax.infer.serve.messages import MessagesRequest, as_chat
+from stepjax.infer.serve.endpoints.messages import MessagesRequest, as_chat
 
 ASKED: dict[str, Any] = {"model": NAME, "messages": SUM, "temperature": 0, "max_tokens": 80}
 TOOLS = [{"name": "get_weather", "description": "Weather of a city", "input_schema": PARAMETERS}]

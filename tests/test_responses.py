@@ -9,7 +9,7 @@ import pytest
 from serving import NAME, PARAMETERS
 
 from stepjax.errors import RequestError
-from stepjax.infer.serve.responses import ResponsesRequest, as_chat
+from stepjax.infer.serve.endpoints.responses import ResponsesRequest, as_chat
 
 ASKED: dict[str, Any] = {
     "model": NAME,

@@ -16,8 +16,8 @@ from pydantic import BaseModel, ValidationError
 
 from stepjax._version import __version__
 from stepjax.errors import StepjaxError
-from stepjax.infer.serve import chat, completions, messages, models, page, responses, tokens
 from stepjax.infer.serve.api import Api, ServeOptions, json_response
+from stepjax.infer.serve.endpoints import chat, completions, messages, models, page, responses, tokens
 from stepjax.infer.serve.errors import ApiError, dialect_of
 from stepjax.infer.serve.middleware import Access, App, Receive, Scope, Send, StrictBodies
 from stepjax.infer.serve.service import Service

@@ -14,7 +14,7 @@ from stepjax.infer.engine.answer import TokenScore
 from stepjax.infer.engine.engine import Engine
 from stepjax.infer.serve.answers import Answers, TextAnswer
 from stepjax.infer.serve.api import Api, check_stream
-from stepjax.infer.serve.chat import FINGERPRINT, prompt_logprobs
+from stepjax.infer.serve.endpoints.chat import FINGERPRINT, prompt_logprobs
 from stepjax.infer.serve.formats import constraint_of
 from stepjax.infer.serve.limits import LIMITS, number
 from stepjax.infer.serve.requests import (

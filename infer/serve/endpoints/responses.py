@@ -14,7 +14,7 @@ from stepjax.errors import RequestError
 from stepjax.infer.engine.answer import TokenScore
 from stepjax.infer.serve.answers import Answers
 from stepjax.infer.serve.api import Api
-from stepjax.infer.serve.chat import token_logprob
+from stepjax.infer.serve.endpoints.chat import token_logprob
 from stepjax.infer.serve.limits import LIMITS, number, sized
 from stepjax.infer.serve.schemas import Body, ChatRequest, record
 from stepjax.infer.serve.sse import PING_S, event
