@@ -46,7 +46,7 @@ from provenance import commit, cpu_name
 from stepjax.infer.load import use_caches
 from stepjax.text.reasoning import split_reasoning
 from stepjax.text.tokenizer import IM_END
-from stepjax.train.data.sources import stream, turn_ids
+from stepjax.train.data.sources import open_stream, turn_ids
 from stepjax.train.runs.folder import read_metrics
 from stepjax.train.tune.run import tune
 
@@ -208,7 +208,7 @@ class Study:
         Answers that do not end, or that the template would not render as they were written, are left out.
         """
         settings = Plan("main", "sft", 1e-3, seed, self.steps).settings()
-        prompts = stream(settings.data, self.ruler.setup.student, seed=seed, prompts=CORPUS_ROWS).batch(0)
+        prompts = open_stream(settings.data, self.ruler.setup.student, seed=seed, prompts=CORPUS_ROWS).batch(0)
         began = time.perf_counter()
         answers = self.ruler.by_teacher(prompts, seed)
         seconds, rows = time.perf_counter() - began, []
@@ -225,7 +225,7 @@ class Study:
         return {
             "rows": len(rows),
             "left_out": len(answers) - len(rows),
-            "tokens": sum(each.num_own for each in answers),
+            "tokens": sum(each.num_answer_tokens for each in answers),
             "seconds": round(seconds, 2),
             "right": sum(each.reward for each in answers),
         }

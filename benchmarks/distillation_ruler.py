@@ -16,12 +16,12 @@ from stepjax.infer.session import Session, num_tokens_of
 from stepjax.model.step3p5 import Params
 from stepjax.train.config.tune import DataSettings, TuneConfig
 from stepjax.train.data import tasks
-from stepjax.train.data.sources import Prompt, Tasks
+from stepjax.train.data.sources import Prompt, TaskSource
 from stepjax.train.objectives.objective import LossContext
 from stepjax.train.objectives.table import OBJECTIVES
 from stepjax.train.rollouts.sampler import Rollout, Sampler
 from stepjax.train.teachers.resident import Resident
-from stepjax.train.tune.setup import beside, open_run
+from stepjax.train.tune.setup import open_run, with_params
 from stepjax.train.tune.trainable import Leaves
 from stepjax.train.tune.update import make_measure
 
@@ -63,14 +63,14 @@ class Ruler:
         self._validation = {name: _items(session, name, VALIDATION, size.validation, known) for name in LEARNT}
         self._test = {name: _items(session, name, TEST, size.test, known) for name in LEARNT}
         self._untouched = {name: _items(session, name, TEST, size.untouched, set()) for name in UNTOUCHED}
-        held_out = Tasks(next(iter(config.data)), next(iter(config.data.values())), session, split="test")
+        held_out = TaskSource(next(iter(config.data)), next(iter(config.data.values())), session, split="test")
         self._sampled = [held_out.row(TEST, i) for i in range(size.sampled)]
-        self._writer = _sampler(beside(teacher.session, teacher.params))
+        self._writer = _sampler(with_params(teacher.session, teacher.params))
         self._teachers_text = self.by_teacher(self._sampled, TEST)
 
     @property
     def untrained(self) -> Leaves:
-        return self.setup.fresh.leaves
+        return self.setup.initial.leaves
 
     def drift(self, leaves: Leaves) -> float:
         """Largest change of any entry since the beginning, of a run of this ruler's own seed."""
@@ -125,7 +125,7 @@ class Ruler:
 
 def checkpoints(run: Path, like: Ruler) -> Iterator[tuple[int, Leaves]]:
     """Updates done and leaves of every checkpoint of a run folder, in order."""
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like.setup.fresh)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like.setup.initial)
     with ocp.training.Checkpointer(str(run.resolve() / "checkpoints")) as checkpointer:
         for each in sorted(checkpointer.checkpoints, key=lambda found: found.step):
             yield each.step, checkpointer.load(each.step, shapes).leaves
@@ -144,7 +144,7 @@ def _graded(sampler: Sampler, params: Params, prompts: Sequence[Prompt]) -> list
 def _sampled_facts(found: Sequence[Rollout]) -> dict[str, float]:
     facts: Mapping[str, Any] = {
         "sampled_accuracy": [each.reward for each in found],
-        "answer_length": [each.num_own for each in found],
+        "answer_length": [each.num_answer_tokens for each in found],
         "truncated": [each.truncated for each in found],
     }
     return {name: float(np.mean(values)) for name, values in facts.items()}
@@ -152,7 +152,7 @@ def _sampled_facts(found: Sequence[Rollout]) -> dict[str, float]:
 
 def _items(session: Session, task: str, seed: int, count: int, known: set[str]) -> list[Prompt]:
     """Held-out items with a worked trace that is not yet in ``known``, to which theirs are added."""
-    rows = Tasks(f"eval {task}", DataSettings(shares={task: 1.0}), session, split="test")
+    rows = TaskSource(f"eval {task}", DataSettings(shares={task: 1.0}), session, split="test")
     rng, found = np.random.default_rng([seed, list(tasks.MIX).index(task)]), []
     while len(found) < count:
         item = tasks.make(task, rng, "test")

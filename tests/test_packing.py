@@ -48,12 +48,14 @@ def test_pack_refuses_what_does_not_fit() -> None:
 
 
 def test_batches_depend_on_seed_and_step_only(tokenizer: Tokenizer) -> None:
-    draw = task_batches.Draw(3, 6, LENGTH)
+    draw = task_batches.BatchSettings(3, 6, LENGTH)
     first = list(itertools.islice(task_batches.batches(tokenizer, draw, step=0), 4))
     resumed = next(task_batches.batches(tokenizer, draw, step=3))
     assert all((a == b).all() for a, b in zip(first[3], resumed, strict=True))
     assert (first[2].ids != first[3].ids).any()
-    assert (next(task_batches.batches(tokenizer, task_batches.Draw(4, 6, LENGTH), step=3)).ids != resumed.ids).any()
+    assert (
+        next(task_batches.batches(tokenizer, task_batches.BatchSettings(4, 6, LENGTH), step=3)).ids != resumed.ids
+    ).any()
     for rows in first:
         assert rows.ids.shape == (6, LENGTH)
         for example in unpack(rows):  # nothing is cut: every example runs from bos to <|im_end|>
@@ -61,7 +63,9 @@ def test_batches_depend_on_seed_and_step_only(tokenizer: Tokenizer) -> None:
 
 
 def test_batches_keep_the_shares(tokenizer: Tokenizer) -> None:
-    rows = list(itertools.islice(task_batches.batches(tokenizer, task_batches.Draw(0, 12, LENGTH), step=0), 30))
+    rows = list(
+        itertools.islice(task_batches.batches(tokenizer, task_batches.BatchSettings(0, 12, LENGTH), step=0), 30)
+    )
     assert np.mean([(batch.segment_ids > 0).mean() for batch in rows]) > 0.88
     answered = tokenizer.encode("The tool answered.").ids[0]
     examples = [example for batch in rows for example in unpack(batch)]

@@ -241,7 +241,7 @@ def test_several_teachers_by_source(rollouts):
     ]
     prepared = setup.scoring.prepare(mixed, objective=OBJECTIVES["exact"])
     assert set(prepared.batches) == {"far", "near"}
-    state, report = setup.update(setup.fresh, setup.base.params, setup.scoring.residents, prepared.batches)
+    state, report = setup.update(setup.initial, setup.base.params, setup.scoring.residents, prepared.batches)
     half = setup.scoring.prepare(mixed[::2], objective=OBJECTIVES["exact"]).batches
     alone = setup.measure(setup.student.params, half, setup.scoring.residents)
     np.testing.assert_allclose(report.sums.divergence, alone.divergence, rtol=1e-4)  # the other half has none

@@ -19,10 +19,10 @@ from stepjax.train.config.tune import (
     LoraSettings,
     TuneConfig,
 )
-from stepjax.train.data.sources import Tasks
+from stepjax.train.data.sources import TaskSource
 from stepjax.train.objectives.settings import LossSettings
 from stepjax.train.objectives.table import OBJECTIVES
-from stepjax.train.rollouts.sampler import Rollout, Sampler, written
+from stepjax.train.rollouts.sampler import Rollout, Sampler, data_rollout
 from stepjax.train.teachers.resident import Resident
 from stepjax.train.tune import run as loop
 from stepjax.train.tune.run import tune
@@ -120,7 +120,7 @@ def test_a_run_leaves_the_base_and_the_teacher_as_they_were(config, tmp_path, mo
     state = tune(config, tmp_path / "run")
     assert int(state.step) == config.optim.steps
     assert not state.skipped.any()
-    assert all((leaf != opened[0].fresh.leaves[name]).any() for name, leaf in state.leaves.items())
+    assert all((leaf != opened[0].initial.leaves[name]).any() for name, leaf in state.leaves.items())
     teacher = opened[0].teachers["main"]
     assert isinstance(teacher, Resident)
     for params, name in ((opened[0].base.params, "step-tiny-student"), (teacher.params, "step-tiny")):
@@ -143,14 +143,14 @@ def test_a_checkpoint_goes_to_another_mesh(finished):
     """The arrays are the same bits there, and the update of the same answers is that of one device."""
     out, expected = finished
     split = changed(SHORT, model={"mesh": "data=2,expert=2"})
-    assert loop._what_must_stay(split) == loop._what_must_stay(SHORT)
+    assert loop._fixed_settings(split) == loop._fixed_settings(SHORT)
     other = open_run(split)
     import orbax.checkpoint.experimental.v1 as ocp
 
     from stepjax.train.runs.folder import resume
 
     with ocp.training.Checkpointer(str(out / "checkpoints")) as checkpointer:
-        found = resume(checkpointer, other.fresh)
+        found = resume(checkpointer, other.initial)
     assert len(next(iter(found.leaves.values())).sharding.device_set) == 4
     assert_same(expected, found)
 
@@ -184,13 +184,13 @@ def test_bad_batches_change_nothing_and_are_counted(setup, rollouts):
     good = setup.scoring.prepare(rollouts, objective=OBJECTIVES["exact"]).batches["main"]
     empty = good._replace(rows=good.rows._replace(loss_mask=jnp.zeros_like(good.rows.loss_mask)))
     broken = good._replace(hidden=good.hidden * jnp.nan)
-    state = setup.fresh
+    state = setup.initial
     for count, batch in enumerate((empty, broken), start=1):
         state, report = setup.update(state, setup.base.params, setup.scoring.residents, {"main": batch})
         assert bool(report.skipped)
         assert state.skipped.tolist() == [count, count]
-    assert_same(state.leaves, setup.fresh.leaves)
-    assert_same(state.optimizer, setup.fresh.optimizer)
+    assert_same(state.leaves, setup.initial.leaves)
+    assert_same(state.optimizer, setup.initial.optimizer)
     state, report = setup.update(state, setup.base.params, setup.scoring.residents, {"main": good})
     assert not bool(report.skipped)
     assert state.skipped.tolist() == [2, 0]
@@ -207,7 +207,7 @@ def test_prompts_without_room_are_left_out(setup, rollouts):
     assert setup.scoring.prepare(found, objective=OBJECTIVES["exact"]).num_left_out == 1
     nothing = setup.scoring.prepare(found[:1], objective=OBJECTIVES["exact"])
     assert nothing.num_left_out == 1
-    _, report = setup.update(setup.fresh, setup.base.params, {}, nothing.batches)
+    _, report = setup.update(setup.initial, setup.base.params, {}, nothing.batches)
     assert bool(report.skipped)
 
 
@@ -254,7 +254,7 @@ def test_the_engine_runs_the_live_leaves(setup, rollouts):
     """Other leaves give other answers at once, the first ones the first again; log-probabilities are the model's."""
     run = Sampler(setup.student, slots=4, context=96, max_tokens=12)
     prompts = [each.prompt for each in rollouts]
-    moved = setup.params({name: leaf + 0.3 for name, leaf in setup.fresh.leaves.items()})
+    moved = setup.params({name: leaf + 0.3 for name, leaf in setup.initial.leaves.items()})
     other = run.run(moved, prompts, samples=1, seed=1, policy_step=1)
     again = run.run(setup.student.params, prompts, samples=1, seed=1, policy_step=2)
     assert [each.ids for each in again] == [each.ids for each in rollouts]
@@ -269,7 +269,7 @@ def test_the_engine_runs_the_live_leaves(setup, rollouts):
 def test_episodes_with_tools_that_answer():
     """The teacher calls a tool, reads its answer and tells it; only its own words count."""
     session = load("step-tiny")
-    rows = Tasks("tools", DataSettings(shares={"tool_round_trip": 1.0}, tools=True), session, split="test")
+    rows = TaskSource("tools", DataSettings(shares={"tool_round_trip": 1.0}, tools=True), session, split="test")
     prompts = [rows.row(3, i) for i in range(3)]
     run = Sampler(session, slots=3, context=512, max_tokens=200, turns=4)
     found = run.run(session.params, prompts, samples=1, seed=0, policy_step=0, greedy=True)
@@ -278,10 +278,10 @@ def test_episodes_with_tools_that_answer():
         if each.reward:
             assert each.turns == 2
             assert not each.truncated
-            said = [token for token, own in zip(each.ids, each.own, strict=True) if not own]
+            said = [token for token, own in zip(each.ids, each.answer_mask, strict=True) if not own]
             assert session.tokenizer is not None
             assert "<tool_response>" in session.tokenizer.decode(said, skip_special=False)
-            assert all(value == 0 for value, own in zip(each.logprobs, each.own, strict=True) if not own)
+            assert all(value == 0 for value, own in zip(each.logprobs, each.answer_mask, strict=True) if not own)
 
 
 def test_a_report_of_a_run(finished, tmp_path, capsys):
@@ -294,12 +294,12 @@ def test_a_report_of_a_run(finished, tmp_path, capsys):
 
 
 def test_rows_of_data_are_rollouts_too(setup):
-    prompt = Tasks("tasks", SHORT.data["tasks"], setup.student).row(0, 0)
-    found = written(prompt, group=0)
+    prompt = TaskSource("tasks", SHORT.data["tasks"], setup.student).row(0, 0)
+    found = data_rollout(prompt, group=0)
     assert setup.base.tokenizer is not None
     assert setup.base.tokenizer.decode(found.ids, skip_special=False).endswith("<|im_end|>")
     with pytest.raises(ConfigError, match="has no completion"):
-        written(dataclasses.replace(prompt, completion=None), group=0)
+        data_rollout(dataclasses.replace(prompt, completion=None), group=0)
 
 
 # --- other objectives
@@ -323,7 +323,7 @@ def test_rewards_move_what_was_said(rollouts):
     state, report = update_of(setup, rated, objective="grpo")
     assert float(report.sums.kept_tokens) == float(report.sums.tokens)
     for chosen, sign in ((rated[::3], 1), (rated[1:3], -1)):
-        assert sign * (nll(setup.fresh, chosen) - nll(state, chosen)) > 0.01
+        assert sign * (nll(setup.initial, chosen) - nll(state, chosen)) > 0.01
     level = [dataclasses.replace(each, reward=1.0) for each in rated]
     state, report = update_of(setup, level, objective="grpo")
     assert float(report.gradient_norm) == 0

@@ -18,11 +18,11 @@ from stepjax.infer.session import Session
 from stepjax.train.config.reader import read_settings, write_settings
 from stepjax.train.config.tune import DataSettings, RunSettings, TuneConfig
 from stepjax.train.data import tasks
-from stepjax.train.data.environment import Answered, Turn, environment
-from stepjax.train.data.sources import ArrayRecords, JsonLinesSource, Stream, Tasks, reply_ids, turn_ids
+from stepjax.train.data.environment import ExactMatch, Turn, environment
+from stepjax.train.data.sources import ArrayRecordSource, JsonLinesSource, Stream, TaskSource, reply_ids, turn_ids
 from stepjax.train.data.text_checks import mixes_languages, repeats
-from stepjax.train.rollouts.batch import fitting, make_batch
-from stepjax.train.rollouts.sampler import Rollout, written
+from stepjax.train.rollouts.batch import cut_to_rows, make_batch
+from stepjax.train.rollouts.sampler import Rollout, data_rollout
 from stepjax.train.runs.sinks import TensorBoard, flat, open_sinks
 
 RECIPES = Path(__file__).parents[1] / "train" / "recipes"
@@ -58,28 +58,31 @@ def test_settings_survive_the_file(tmp_path):
         ("[optim]\nsteps = 0", "optim.steps: is 0"),
         ("optim = 3", "optim: is 3, expected a OptimSettings"),
         ("[loss]\nobjective = 'kl'", "loss.objective: is 'kl', expected one of 'exact'"),
-        ("[loss]\nobjective = 'grpo'", "stepjax distill has exact, sampled, top_k, mtp"),
+        ("[loss]\nobjective = 'grpo'", "stepjax distill expects one of exact, sampled, top_k, mtp"),
         ("[loss]\nbeta = 1.0", "the ends are reverse and forward"),
-        ("[loss]\nobjective = 'exact'", "teachers: exact needs one"),
-        (TEACHER + "[data.x]\nkind = 'jsonl'", "a file has a path"),
-        (TEACHER + "[rollout]\nreplay = true\nsource = 'data'", "only answers of the student have experts to replay"),
+        ("[loss]\nobjective = 'exact'", "teachers: exact needs a teacher"),
+        (TEACHER + "[data.x]\nkind = 'jsonl'", "expected a path for a file"),
+        (TEACHER + "[rollout]\nreplay = true\nsource = 'data'", "only answers of the student have recorded experts"),
         (
             "[rollout]\nreplay = true\n[loss]\nobjective = 'mtp'\n[lora]\nkind = 'mtp'",
             "prediction heads have no experts",
         ),
-        (TEACHER + "[data.x]\nteacher = 'other'", "'other' is none of main"),
+        (TEACHER + "[data.x]\nteacher = 'other'", "is 'other', expected one of main"),
         (TEACHER + "[data.x]\nshares = { adding = 1.0 }", "expected shares of add, sub"),
-        (TEACHER + "[teachers.second]\nkind = 'base'", "say which"),
+        (TEACHER + "[teachers.second]\nkind = 'base'", "data.tasks.teacher: is empty, expected one of main, second"),
         ("[teachers.main]\nkind = 'remote'", "'remote' needs url"),
-        ("[teachers.main]\nkind = 'base'\nurl = 'http://x'", "url means nothing to kind 'base'"),
+        ("[teachers.main]\nkind = 'base'\nurl = 'http://x'", "url does not apply to kind 'base'"),
         (TEACHER + "[loss]\nobjective = 'sampled'\n[rollout]\ntop_p = 0.9", "unbiased only at 1.0"),
         (TEACHER + "[loss]\nobjective = 'sampled'\n[rollout]\ntemperature = 0.5", "rollout.temperature: is 0.5"),
-        (TEACHER + "[loss]\nobjective = 'sampled'\n[rollout]\nsource = 'teacher'", "the student's own answers alone"),
+        (
+            TEACHER + "[loss]\nobjective = 'sampled'\n[rollout]\nsource = 'teacher'",
+            "expected 'student', on_policy 1",
+        ),
         (TEACHER + "[loss]\nobjective = 'top_k'", "one in this process knows all"),
-        (TEACHER + "[loss]\nobjective = 'mtp'", "mtp goes with mtp"),
+        (TEACHER + "[loss]\nobjective = 'mtp'", "lora.kind: is 'lora' with objective 'mtp'"),
         (
             "[teachers.m]\nkind = 'stored'\npath = 'x'\n[loss]\nobjective = 'top_k'",
-            "a stored teacher knows the completions",
+            "a stored teacher has scores of a file's completions only",
         ),
     ],
 )
@@ -123,16 +126,16 @@ def test_rows_of_a_file(lines, session):
     assert rows.row(0, 3).ids == rows.row(0, 3).ids
     tokenizer = session.tokenizer
     assert tokenizer is not None
-    chat, text = rows.at(5), rows.at(6)
+    chat, text = rows.line(5), rows.line(6)
     assert chat.completion is not None
     assert tokenizer.decode(chat.completion, skip_special=False).endswith("Hello there!<|im_end|>")
     assert chat.ids == tuple(session.encode_chat([{"role": "user", "content": "Hi"}]))
     assert text.completion is not None
     assert text.completion[-1] in session.config.eos_ids
     assert tokenizer.decode([*text.ids, *text.completion]) == "one two three"
-    start = rows.at(2).start()
-    start.respond(Turn("", " 3 ", (), True))
-    assert start.reward() == 1
+    episode = rows.line(2).new_environment()
+    episode.respond(Turn("", " 3 ", (), True))
+    assert episode.reward() == 1
 
 
 @pytest.mark.parametrize(
@@ -148,7 +151,7 @@ def test_bad_rows_are_refused_by_place(tmp_path, session, row, message):
     file = tmp_path / "rows.jsonl"
     file.write_text(row)
     with pytest.raises(ConfigError) as error:
-        JsonLinesSource("rows", file, session).at(0)
+        JsonLinesSource("rows", file, session).line(0)
     assert message in str(error.value)
     file.write_text("")
     with pytest.raises(ConfigError, match="holds no rows"):
@@ -163,16 +166,16 @@ def test_array_records(tmp_path, session):
         for i in range(3):
             writer.write(json.dumps({"prompt": f"{part} {i}"}).encode())
         writer.close()
-    rows = ArrayRecords("rows", str(tmp_path / "part-*.array_record"), session)
+    rows = ArrayRecordSource("rows", str(tmp_path / "part-*.array_record"), session)
     found = [rows.row(0, i).ids for i in range(12)]
     assert len(set(found[:6])) == 6
     assert sorted(found[:6]) == sorted(found[6:])
     with pytest.raises(ConfigError, match="no such files"):
-        ArrayRecords("rows", str(tmp_path / "none-*"), session)
+        ArrayRecordSource("rows", str(tmp_path / "none-*"), session)
 
 
 def test_a_batch_is_a_function_of_its_step(session):
-    rows = {name: Tasks(name, DataSettings(shares={"add": 1.0}), session) for name in "ab"}
+    rows = {name: TaskSource(name, DataSettings(shares={"add": 1.0}), session) for name in "ab"}
     mixed = Stream(rows, {"a": 3.0, "b": 1.0, "c": 0.0}, 0, 5)
     batches = [mixed.batch(step) for step in range(8)]
     assert all(len(each) == 5 for each in batches)
@@ -208,14 +211,16 @@ def test_environments_grade(session):
     single = environment(tasks.make("add", np.random.default_rng(1), "test"), tools_answer=True)
     single.respond(Turn("", single.item.target["content"], (), False))  # type: ignore[attr-defined]
     assert single.reward() == 0  # cut off
-    assert Answered((), None, None).reward() == 0
+    assert ExactMatch((), None, None).reward() == 0
 
 
 def test_rollouts_become_rows(session):
-    prompt = Tasks("a", DataSettings(shares={"add": 1.0}), session).row(0, 0)
-    one = written(prompt, group=0)
+    prompt = TaskSource("a", DataSettings(shares={"add": 1.0}), session).row(0, 0)
+    one = data_rollout(prompt, group=0)
     two = Rollout(prompt, 1, 0, [9, 8, 7], [True, False, True], [-1.0, 0.0, -3.0])
-    kept, lost = fitting([one, two, dataclasses.replace(two, prompt=dataclasses.replace(prompt, ids=(1,) * 99))], 96)
+    kept, lost = cut_to_rows(
+        [one, two, dataclasses.replace(two, prompt=dataclasses.replace(prompt, ids=(1,) * 99))], 96
+    )
     assert (len(kept), lost) == (2, 1)
     batch, packed = make_batch(kept, np.asarray([1.0, 2.0], np.float32), rows=2, length=96)
     assert batch.rows.ids.shape == (1, 2, 96)
@@ -226,8 +231,8 @@ def test_rollouts_become_rows(session):
     assert batch.sampler[at].tolist() == [-1, 0, -3]
     assert batch.advantage[at].tolist() == [2, 2, 2]
     assert int(batch.rows.loss_mask.sum()) == 2 + len(one.ids)
-    long = dataclasses.replace(one, ids=[5] * 200, own=[True] * 200, logprobs=[0.0] * 200, truncated=False)
-    (cut,), _ = fitting([long], 96)
+    long = dataclasses.replace(one, ids=[5] * 200, answer_mask=[True] * 200, logprobs=[0.0] * 200, truncated=False)
+    (cut,), _ = cut_to_rows([long], 96)
     assert len(cut.ids) == 96 - start
     assert cut.truncated
 

@@ -18,7 +18,7 @@ from stepjax.train.config.tune import (
     TeacherSettings,
     TuneConfig,
 )
-from stepjax.train.data.sources import Tasks
+from stepjax.train.data.sources import TaskSource
 from stepjax.train.objectives.table import OBJECTIVES
 from stepjax.train.rollouts.sampler import Rollout, Sampler
 from stepjax.train.runs.folder import read_metrics
@@ -54,10 +54,10 @@ def assert_same(a, b) -> None:
 def answers(setup: Setup, *, routing: bool = False) -> list[Rollout]:
     """Four answers of the untrained student, as step 0 has them."""
     run = Sampler(setup.student, slots=4, context=96, max_tokens=12, routing=routing)
-    prompts = [Tasks("tasks", SHORT.data["tasks"], setup.student).row(0, i) for i in range(4)]
+    prompts = [TaskSource("tasks", SHORT.data["tasks"], setup.student).row(0, i) for i in range(4)]
     return run.run(setup.student.params, prompts, samples=1, seed=1, policy_step=0)
 
 
 def update_of(setup: Setup, rollouts, objective="exact", state=None):
     prepared = setup.scoring.prepare(rollouts, objective=OBJECTIVES[objective])
-    return setup.update(state or setup.fresh, setup.base.params, setup.scoring.residents, prepared.batches)
+    return setup.update(state or setup.initial, setup.base.params, setup.scoring.residents, prepared.batches)

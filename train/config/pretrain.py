@@ -16,10 +16,10 @@ from stepjax.train.config.reader import read_settings
 class PretrainConfig:
     """Full-parameter training of a small model on the generated tasks."""
 
-    model: str = "step-tiny"  # preset whose configuration is trained
-    start_from: str = ""  # weights that an earlier run kept (a .safetensors file); "" draws fresh ones
+    model: str = "step-tiny"  # name of a preset
+    start_from: str = ""  # .safetensors file of weights that an earlier run kept; "": random weights
     seed: int = 0  # of the initial weights and of the data stream
-    devices: int = 2  # data parallel; on a CPU virtual devices, one a core measured fastest
+    devices: int = 2  # data parallel; virtual devices on a CPU, where one per core was measured to be fastest
     rows: int = 12  # packed rows per step, a multiple of devices
     length: int = 192  # tokens per row; 99.9 % of the examples fit
     steps: int = 2800
@@ -31,14 +31,14 @@ class PretrainConfig:
     b2: float = 0.98
     weight_decay: float = 0.01  # on matrices
     clip: float = 1.0  # global norm of the gradient
-    mtp_from: int = 1700  # step at which the MTP heads join
-    mtp_weight: float = 0.3  # of the mean of the three MTP losses
+    mtp_from: int = 1700  # step from which the MTP heads are trained too
+    mtp_weight: float = 0.3  # weight of the mean of the three MTP losses
     balance_rate: float = 1.0  # step of the router bias per unit of learning rate
     log_every: int = 20  # steps
     save_every: int = 200  # steps between checkpoints
-    held_out_every: int = 200  # steps between losses on held-out rows; 0 is never
-    shares: dict[str, float] = field(default_factory=lambda: dict(MIX))  # of the tasks, by example; they sum to 1
-    keep: tuple[int, ...] = ()  # steps whose weights are kept beside the checkpoints, to ship or to study
+    held_out_every: int = 200  # steps between measurements of the loss on held-out rows; 0: never
+    shares: dict[str, float] = field(default_factory=lambda: dict(MIX))  # of the examples, by task; they sum to 1
+    keep: tuple[int, ...] = ()  # steps whose weights are kept as well as the checkpoints
 
     def __post_init__(self) -> None:
         if self.model not in PRESETS:
@@ -59,5 +59,5 @@ class PretrainConfig:
 
 
 def read_pretrain(path: Path, overrides: Sequence[str] = ()) -> PretrainConfig:
-    """`stepjax.train.config.reader.read_settings` of a pretraining run."""
+    """The settings of a pretraining run. Errors as `stepjax.train.config.reader.read_settings`."""
     return read_settings(PretrainConfig, path, overrides)

@@ -1,4 +1,4 @@
-"""Settings of a run: a TOML file and ``--set a.b=c`` overrides, read into frozen dataclasses by their own types."""
+"""Reads the settings of a run from a TOML file and ``--set a.b=c`` overrides into frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -18,56 +18,56 @@ T = TypeVar("T")
 def read_settings(
     kind: type[T], path: Path, overrides: Sequence[str] = (), *, changes: Mapping[str, Any] | None = None
 ) -> T:
-    """The settings in a file. Sections are dataclasses.
+    """The settings in a file. A section of the file is a field that is a dataclass.
 
     Args:
-      overrides: ``name=value`` with a value in TOML, as the command line has them.
-      changes: values by dotted name, which come after ``overrides``.
+      overrides: as the command line gives them, ``name=value`` with a value in TOML.
+      changes: values by dotted name. They replace those of the file and of ``overrides``.
 
     Raises:
-      ConfigError: the file cannot be read, or a key or a value's type is unknown; the message names the key.
+      ConfigError: the file cannot be read, a key is unknown, or a value has the wrong type. The message names the key.
     """
     try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML ({error})") from None
     for override in overrides:
-        _override(found, override)
+        _override(table, override)
     for name, value in (changes or {}).items():
-        _set(found, name, value)
-    return build(kind, found, where=str(path))
+        _set(table, name, value)
+    return build(kind, table, where=str(path))
 
 
 def change_settings(settings: T, changes: Mapping[str, Any]) -> T:
-    """The settings with other values, by dotted name; ConfigError as `build`."""
+    """The settings with these values, by dotted name. ConfigError as `build`."""
     table = tomllib.loads("\n".join(_lines(settings, "")))
     for name, value in changes.items():
         _set(table, name, value)
     return build(type(settings), table)
 
 
-def build(kind: type[T], found: Mapping[str, Any], *, where: str = "settings", prefix: str = "") -> T:
-    """An instance from a parsed table. ConfigError names an unknown key or a value of another type."""
+def build(kind: type[T], table: Mapping[str, Any], *, where: str = "settings", prefix: str = "") -> T:
+    """An instance of ``kind`` from a parsed table. ConfigError: a key is unknown, or a value has the wrong type."""
     hints = get_type_hints(kind)
-    given: dict[str, Any] = {}
-    for name, value in found.items():
+    values: dict[str, Any] = {}
+    for name, value in table.items():
         if name not in hints:
             raise ConfigError(f"{where}: {prefix}{name} is not a setting; there are {', '.join(hints)}")
-        given[name] = _typed(f"{prefix}{name}", value, hints[name], where)
-    return kind(**given)
+        values[name] = _typed(f"{prefix}{name}", value, hints[name], where)
+    return kind(**values)
 
 
 def write_settings(settings: Any, path: Path) -> None:
-    """The settings as they were used, as TOML that `read_settings` reads again; the file is whole or not there."""
+    """Write the settings as TOML that `read_settings` reads. The file appears only once it is complete."""
     partial = path.with_suffix(".partial")
     partial.write_text("\n".join(_lines(settings, "")) + "\n", encoding="utf-8")
     partial.replace(path)
 
 
 def _lines(settings: Any, prefix: str) -> Iterator[str]:
-    """Plain values first, as TOML wants it, then sections."""
+    """Lines of TOML: plain values first, as TOML requires, then sections."""
     fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
     for name, value in fields.items():
         if not _sections(value):
@@ -80,17 +80,17 @@ def _lines(settings: Any, prefix: str) -> Iterator[str]:
 
 
 def _sections(value: Any) -> dict[str, Any]:
-    """What a value holds that is a section of its own, by the end of its header."""
+    """The sections that a value holds, by the last part of their headers."""
     if dataclasses.is_dataclass(value):
         return {"": value}
     if isinstance(value, dict) and value and all(map(dataclasses.is_dataclass, value.values())):
-        return {f".{_key(name)}": each for name, each in value.items()}
+        return {f".{_key(name)}": section for name, section in value.items()}
     return {}
 
 
 def _toml(value: Any) -> str:
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{_key(name)} = {_toml(each)}" for name, each in value.items()) + "}"
+        return "{" + ", ".join(f"{_key(name)} = {_toml(entry)}" for name, entry in value.items()) + "}"
     if isinstance(value, tuple):
         return "[" + ", ".join(map(_toml, value)) + "]"
     return json.dumps(value, ensure_ascii=False)
@@ -109,13 +109,13 @@ def _override(table: dict[str, Any], text: str) -> None:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except ValueError:
         raise ConfigError(
-            f'--set {text}: expected name=value, as peak_lr=1e-3, optim.steps=20 or model="step-tiny"'
+            f'--set {text}: expected name=value, such as peak_lr=1e-3, optim.steps=20 or model="step-tiny"'
         ) from None
     _set(table, name, parsed)
 
 
 def _set(table: dict[str, Any], name: str, value: Any) -> None:
-    """Set one value, in a section if the name has dots."""
+    """Set one value, in a section if the name has a dot."""
     *sections, last = (part.strip() for part in name.split("."))
     for section in sections:
         table = table.setdefault(section, {})
@@ -125,29 +125,29 @@ def _set(table: dict[str, Any], name: str, value: Any) -> None:
 
 
 def _typed(name: str, value: Any, kind: Any, where: str) -> Any:
-    """The value in its setting's type; a whole number stands for a float."""
+    """The value as the type of its setting. An integer is accepted for a float."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
-        for each in inner:
-            if each is not type(None) and _fits(value, each):
-                return _typed(name, value, each, where)
+        for option in inner:
+            if option is not type(None) and _fits(value, option):
+                return _typed(name, value, option, where)
         raise ConfigError(f"{name}: is {value!r}, expected a {_name(kind)}")
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         return build(kind, value, where=where, prefix=f"{name}.")  # type: ignore[arg-type]
     if not _fits(value, kind):
         raise ConfigError(f"{name}: is {value!r}, expected {_name(kind)}")
     if origin is dict:
-        return {key: _typed(f"{name}.{key}", each, inner[1], where) for key, each in value.items()}
+        return {key: _typed(f"{name}.{key}", entry, inner[1], where) for key, entry in value.items()}
     if origin is tuple:
         kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else inner
         if len(kinds) != len(value):
             raise ConfigError(f"{name}: has {len(value)} entries, expected {len(kinds)}")
-        return tuple(_typed(name, each, of, where) for each, of in zip(value, kinds, strict=True))
+        return tuple(_typed(name, entry, kind, where) for entry, kind in zip(value, kinds, strict=True))
     return float(value) if kind is float else value
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value of the file can become the type, its parts aside."""
+    """Whether a value of the file can become this type. Its entries are not checked."""
     origin = get_origin(kind)
     if origin is Literal:
         return value in get_args(kind)

@@ -15,14 +15,14 @@ from stepjax.weights.formats import made_while_loading
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """The base, which stays as it is."""
+    """The base model, which is not changed."""
 
-    path: str = "step-tiny-student"  # a checkpoint folder, a hub id or an embedded name
+    path: str = "step-tiny-student"  # a checkpoint folder, a hub id or the name of an embedded model
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    mesh: str = ""  # as data=2,expert=4; "" is one device
+    mesh: str = ""  # such as data=2,expert=4; "": one device
     strategy: str = "expert_tensor"
     keep_fp8: bool = False  # hold the FP8 release's experts in 8 bits
-    quantize: str = ""  # hold the routed experts in a format that is made while loading, as "int8" and "int4"
+    quantize: str = ""  # format to which routed experts are quantised while loading, such as "int8"; "": none
 
     def __post_init__(self) -> None:
         names = made_while_loading()
@@ -32,18 +32,20 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """One source of prompts, and of completions where it has them."""
+    """One source of prompts, some with completions."""
 
     kind: Literal["tasks", "jsonl", "array_record"] = "tasks"
-    path: str = ""  # of the file; of "array_record" a pattern is fine
+    path: str = ""  # of the file; "array_record" takes a pattern such as rows-*.array_record too
     weight: float = 1.0  # share of the prompts, relative to the other sources
-    teacher: str = ""  # of [teachers]; "" is the only one
+    teacher: str = ""  # a name in [teachers]; "": the only teacher
     shares: dict[str, float] = field(default_factory=lambda: dict(MIX))  # of the generated tasks
-    tools: bool = False  # tasks only: let the model call tools that answer, over several turns
+    tools: bool = False  # tasks only: tools answer the model's calls, over several turns
 
     def __post_init__(self) -> None:
         if (self.kind == "tasks") == bool(self.path):
-            raise ConfigError(f"data: kind {self.kind!r} with path {self.path!r}; a file has a path, tasks have none")
+            raise ConfigError(
+                f"data: kind {self.kind!r} with path {self.path!r}; expected a path for a file and none for tasks"
+            )
         if self.weight < 0:
             raise ConfigError(f"data: weight is {self.weight}, expected 0 or more")
         if self.kind == "tasks" and (set(self.shares) - set(MIX) or not sum(self.shares.values()) > 0):
@@ -52,20 +54,20 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class TeacherSettings:
-    """Who scores what the student wrote."""
+    """A model that scores the student's answers."""
 
     kind: Literal["base", "checkpoint", "remote", "stored"] = "checkpoint"
     path: str = ""  # checkpoint: the folder; stored: the file
-    adapter: str = ""  # base and checkpoint: a run's adapter or a PEFT folder, to be scored with
+    adapter: str = ""  # base and checkpoint: a run's adapter or a PEFT folder, which the teacher uses
     system: str = ""  # a system text that only the teacher sees (context distillation)
-    url: str = ""  # remote: an OpenAI-compatible server, as http://host:8000/v1
-    model: str = ""  # remote: the name that the server knows
+    url: str = ""  # remote: an OpenAI-compatible server, such as http://host:8000/v1
+    model: str = ""  # remote: the model's name on the server
     key_variable: str = ""  # remote: environment variable with the API key
-    tokenizer: str = ""  # remote: folder of the tokenizer that the server runs, compared with the student's
+    tokenizer: str = ""  # remote: folder of the server's tokenizer, which is compared with the student's
     timeout_s: float = 60.0  # remote: of one request
-    retries: int = 4  # remote: further tries, each after twice the wait
-    workers: int = 8  # remote: requests at a time
-    top_k: int = 0  # remote and stored: likeliest tokens that count; 0: 20 of a remote one, all that a file holds
+    retries: int = 4  # remote: of a failed request; the wait doubles each time
+    workers: int = 8  # remote: concurrent requests
+    top_k: int = 0  # remote and stored: likeliest tokens that are used; 0: 20 of a server, all of a file
 
     def __post_init__(self) -> None:
         needs = {"checkpoint": ("path",), "stored": ("path",), "remote": ("url", "tokenizer"), "base": ()}[self.kind]
@@ -80,29 +82,29 @@ class TeacherSettings:
         remote = ("url", "model", "key_variable", "tokenizer", "timeout_s", "retries", "workers", "top_k", "system")
         for name in set(self.__dataclass_fields__) - {"kind", *allowed.get(self.kind, remote)}:
             if getattr(self, name) != self.__dataclass_fields__[name].default:
-                raise ConfigError(f"teachers: {name} means nothing to kind {self.kind!r}; leave it out")
+                raise ConfigError(f"teachers: {name} does not apply to kind {self.kind!r}; leave it out")
 
 
 @dataclass(frozen=True)
 class RolloutSettings:
-    """Who writes the answers, and how."""
+    """Who writes the answers, and with which sampling settings."""
 
     source: Literal["student", "teacher", "data"] = "student"
-    otherwise: Literal["teacher", "data"] = "data"  # who writes the batches that the student does not
-    on_policy: float = 1.0  # probability that a batch is the student's, for source "student"
-    prompts: int = 32  # a step
-    samples: int = 1  # answers to each
+    otherwise: Literal["teacher", "data"] = "data"  # who writes the batches that the student does not write
+    on_policy: float = 1.0  # source "student": probability that the student writes a batch
+    prompts: int = 32  # of a step
+    samples: int = 1  # answers to each prompt
     max_tokens: int = 96  # of an answer, all turns together
-    turns: int = 4  # of the model, where tools answer
+    turns: int = 4  # most turns of the model where tools answer
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
-    slots: int = 32  # answers that run together
-    context: int = 0  # tokens of the longest conversation; 0: the training row
-    speculate: int = 0  # MTP drafts a step; they change nothing but the speed
-    ahead: int = 0  # 1: answers of the next step are written while this one is learnt, by a policy one step old
-    replay: bool = False  # learn with the experts that the sampler went through, so that both see the same model
-    max_gap: float = 0.0  # mean |log π − log μ| of the first pass above which a run ends; 0: 0.01 in float32, 0.1 else
+    slots: int = 32  # answers that are written at the same time
+    context: int = 0  # tokens of the longest conversation; 0: optim.length
+    speculate: int = 0  # MTP drafts per step; they change only the speed
+    ahead: int = 0  # 1: write the next step's answers during this step's update, with the policy before the update
+    replay: bool = False  # train with the experts that the sampler chose, so that both run the same model
+    max_gap: float = 0.0  # largest mean |log π − log μ| of a step, else the run ends; 0: 0.01 in float32, 0.1 in others
 
     def __post_init__(self) -> None:
         for name in ("prompts", "samples", "max_tokens", "slots", "turns"):
@@ -129,7 +131,7 @@ class OptimSettings:
     clip: float = 1.0  # global norm of the gradient
     rows: int = 8  # packed rows of a micro-batch
     length: int = 256  # tokens of a row
-    max_skips: int = 10  # batches without a finite gradient or a token, one after the other, that end a run
+    max_skips: int = 10  # successive batches without a finite gradient or a token that end a run
 
     def __post_init__(self) -> None:
         for name in ("steps", "warmup_steps", "rows", "length", "max_skips"):
@@ -141,48 +143,49 @@ class OptimSettings:
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """What is measured while a run goes on; on held-out items, greedily unless it says otherwise."""
+    """What is measured on held-out items during a run. Answers are greedy unless a comment says otherwise."""
 
     every: int = 50  # steps; 0: never
     items: int = 64  # of each task
-    tasks: tuple[str, ...] = ()  # () those of the data with weight
-    forgetting: tuple[str, ...] = ()  # tasks that are not trained, to see what is lost
-    kl_prompts: int = 32  # held-out prompts on whose sampled answers the divergence from the teacher is measured
-    file: str = ""  # questions with answers, as `data` of kind jsonl, for exact match
+    tasks: tuple[str, ...] = ()  # (): the tasks that are trained
+    forgetting: tuple[str, ...] = ()  # tasks that are not trained, to measure forgetting
+    kl_prompts: int = 32  # held-out prompts; the divergence from the teacher is measured on sampled answers
+    file: str = ""  # questions and answers for exact match, as a jsonl source of [data]
     seed: int = 10_000
-    speculate: int = 3  # drafts, whose acceptance is measured
+    speculate: int = 3  # MTP drafts per step, whose acceptance is measured
 
 
 @dataclass(frozen=True)
 class RunSettings:
+    """The seed, and what a run writes."""
+
     seed: int = 0  # of adapters, prompts and samples
     save_every: int = 20  # steps between checkpoints
-    keep: int = 3  # newest checkpoints that stay
+    keep: int = 3  # newest checkpoints that are kept
     log_every: int = 1
     transcripts_every: int = 50  # steps; 0: never
-    transcripts: int = 4  # answers of such a step that are written out
+    transcripts: int = 4  # answers in a transcript
     tensorboard: bool = False  # needs the extra of that name
-    wandb: str = ""  # project; needs the extra of that name
+    wandb: str = ""  # name of the project; "": off; needs the extra of that name
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Which leaves are trained: adapters (`stepjax.adapters.lora.LoraConfig`), or weights themselves."""
+    """What is trained: an adapter (`stepjax.adapters.lora.LoraConfig`), or weights of the model."""
 
-    kind: Literal["lora", "mtp", "full"] = (
-        "lora"  # "mtp": the prediction heads; "full": all but router biases and heads
-    )
+    # "mtp": the prediction heads; "full": all weights except router biases and prediction heads
+    kind: Literal["lora", "mtp", "full"] = "lora"
     rank: int = 32
     alpha: float = 32.0
     targets: tuple[str, ...] = ("q", "k", "v", "o", "dense", "shared")
     experts: Literal["per_expert", "shared_outer", "none"] = "per_expert"
-    expert_rank: int = 0  # 0: rank / experts a token
-    start_from: str = ""  # what an earlier run learnt (its adapter, its leaves, a PEFT folder); "" draws fresh ones
+    expert_rank: int = 0  # 0: rank divided by the experts of a token
+    start_from: str = ""  # adapter or leaves of an earlier run, or a PEFT folder; "": random factors
 
 
 @dataclass(frozen=True)
 class TuneConfig:
-    """The settings of one run; sections that do not fit each other are refused."""
+    """The settings of one run. ConfigError if sections contradict each other."""
 
     verb: Verb = "distill"
     model: ModelSettings = field(default_factory=ModelSettings)
@@ -202,26 +205,28 @@ class TuneConfig:
         objective = OBJECTIVES[name]
         if self.verb not in objective.verbs:
             offered = ", ".join(other.name for other in OBJECTIVES.values() if self.verb in other.verbs)
-            raise ConfigError(f"loss.objective: is {name!r}, but stepjax {self.verb} has {offered}")
+            raise ConfigError(f"loss.objective: is {name!r}, but stepjax {self.verb} expects one of {offered}")
         if not self.data or not sum(source.weight for source in self.data.values()) > 0:
-            raise ConfigError("data: no source has any weight, expected at least one")
+            raise ConfigError("data: all sources have weight 0, expected at least one above 0")
         for source_name, source in self.data.items():
             if source.teacher and source.teacher not in self.teachers:
                 raise ConfigError(
-                    f"data.{source_name}.teacher: {source.teacher!r} is none of {', '.join(self.teachers)}"
+                    f"data.{source_name}.teacher: is {source.teacher!r}, expected one of {', '.join(self.teachers)}"
                 )
             if not source.teacher and len(self.teachers) > 1:
-                raise ConfigError(f"data.{source_name}.teacher: there are {', '.join(self.teachers)}; say which")
+                raise ConfigError(f"data.{source_name}.teacher: is empty, expected one of {', '.join(self.teachers)}")
         if self.needs_teacher and not self.teachers:
-            raise ConfigError(f"teachers: {name} needs one; add a section as [teachers.main]")
+            raise ConfigError(f"teachers: {name} needs a teacher; add a section such as [teachers.main]")
         self._check_sampling(objective, rollout)
         if rollout.replay and (rollout.source != "student" or objective.trains_heads):
             raise ConfigError(
                 f"rollout.replay: is on with source {rollout.source!r} and objective {name!r}; only answers "
-                "of the student have experts to replay, and prediction heads have no experts"
+                "of the student have recorded experts, and prediction heads have no experts"
             )
         if objective.trains_heads != (self.lora.kind == "mtp"):
-            raise ConfigError(f"lora.kind {self.lora.kind!r} and objective {name!r}: mtp goes with mtp")
+            raise ConfigError(
+                f"lora.kind: is {self.lora.kind!r} with objective {name!r}; kind mtp and objective mtp need each other"
+            )
         kinds = {teacher.kind for teacher in self.teachers.values()}
         for kind, reason in objective.refused_teachers.items():
             if kind in kinds:
@@ -229,25 +234,30 @@ class TuneConfig:
         if "stored" in kinds and (
             rollout.source != "data" or "tasks" in {source.kind for source in self.data.values()}
         ):
-            raise ConfigError("rollout.source: a stored teacher knows the completions of its file; take data")
+            raise ConfigError(
+                f"rollout.source: is {rollout.source!r}, but a stored teacher has scores of a file's completions only; "
+                "expected 'data', from files"
+            )
 
     @property
     def needs_teacher(self) -> bool:
         objective, rollout = OBJECTIVES[self.loss.objective], self.rollout
-        writes = "teacher" in (rollout.source, rollout.otherwise if rollout.on_policy < 1 else "")
-        return objective.needs_teacher or self.loss.teacher_weight != 0 or writes
+        teacher_writes = "teacher" in (rollout.source, rollout.otherwise if rollout.on_policy < 1 else "")
+        return objective.needs_teacher or self.loss.teacher_weight != 0 or teacher_writes
 
     def _check_sampling(self, objective: Objective, rollout: RolloutSettings) -> None:
-        """The estimators hold for samples of the policy itself, not for those of a trimmed one."""
+        """ConfigError if the samples are not drawn from the policy's own distribution, which the estimators assume."""
         if self.verb == "sft" and rollout.source == "student":
-            raise ConfigError("rollout.source: is student, but sft learns what data or a teacher wrote")
+            raise ConfigError("rollout.source: is 'student', but sft learns from answers of 'data' or 'teacher'")
         if not objective.on_policy:
             return
         if rollout.source != "student" or rollout.on_policy < 1:
-            raise ConfigError(f"rollout.source: {objective.name} learns from the student's own answers alone")
+            raise ConfigError(
+                f"rollout.source: {objective.name} learns from the student's answers; expected 'student', on_policy 1"
+            )
         for name, neutral in (("temperature", 1.0), ("top_p", 1.0), ("top_k", 0)):
             if getattr(rollout, name) != neutral:
                 raise ConfigError(
-                    f"rollout.{name}: is {getattr(rollout, name)}, but {objective.name} is unbiased only at {neutral}: "
-                    "tokens must be drawn from the distribution whose log-probabilities are used"
+                    f"rollout.{name}: is {getattr(rollout, name)}, but {objective.name} is unbiased only at {neutral}, "
+                    "where tokens are drawn from the distribution whose log-probabilities are used"
                 )

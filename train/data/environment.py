@@ -1,4 +1,4 @@
-"""What a model acts in: it speaks, the environment answers, and in the end there is a reward."""
+"""Environments of an episode: they answer the turns of a model, and give a reward at the end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from stepjax.train.data import tasks
 
 Message = dict[str, Any]
-Tools = Sequence[Mapping[str, Any]] | None
+ToolSchemas = Sequence[Mapping[str, Any]] | None
 
 
 @dataclass(frozen=True)
@@ -18,34 +18,34 @@ class Turn:
 
     reasoning: str
     content: str
-    calls: tuple[dict[str, Any], ...]  # name and arguments of each
+    calls: tuple[dict[str, Any], ...]  # tool calls as {"name": …, "arguments": {…}}
     finished: bool  # False: cut off at the token limit
 
 
 class Environment(Protocol):
-    """One episode. `messages` and `tools` are what the model sees first."""
+    """One episode. `messages` and `tools` are what the model sees at its beginning."""
 
     @property
     def messages(self) -> Sequence[Message]: ...
 
     @property
-    def tools(self) -> Tools: ...
+    def tools(self) -> ToolSchemas: ...
 
     def respond(self, turn: Turn) -> Sequence[Message]:
-        """Messages that follow a turn, after which the model speaks again; none: the episode is over."""
+        """Messages that answer a turn, for the model to go on from. An empty sequence ends the episode."""
         ...
 
     def reward(self) -> float:
-        """Of the whole episode, once it is over."""
+        """Reward of the whole episode, once it is over."""
         ...
 
 
 @dataclass
-class Answered:
-    """One turn, right or wrong by its text. Without an answer to compare with the reward is 0."""
+class ExactMatch:
+    """One turn, rewarded with 1 if its text equals the answer and with 0 if not, or if there is no answer."""
 
     messages: Sequence[Message]
-    tools: Tools = None
+    tools: ToolSchemas = None
     answer: str | None = None
     _turn: Turn | None = None
 
@@ -61,8 +61,8 @@ class Answered:
 
 
 @dataclass
-class Task:
-    """One turn on a generated task, graded exactly."""
+class GradedTask:
+    """One turn on a generated task: reward 1 if it is exactly right, else 0."""
 
     item: tasks.Item
     _turn: Turn | None = None
@@ -72,7 +72,7 @@ class Task:
         return self.item.messages
 
     @property
-    def tools(self) -> Tools:
+    def tools(self) -> ToolSchemas:
         return self.item.tools
 
     def respond(self, turn: Turn) -> Sequence[Message]:
@@ -88,18 +88,18 @@ class Task:
 
 @dataclass
 class ToolTask:
-    """A round trip: the model must call the right tool, which then answers, and say what it answered."""
+    """A tool call in two turns: the model must call the right tool, and then report what the tool answered."""
 
     item: tasks.Item  # of task tool_round_trip
     _turns: list[Turn] = field(default_factory=list)
 
     @property
     def messages(self) -> Sequence[Message]:
-        """Up to where the call belongs."""
+        """The messages before the tool call."""
         return self.item.messages[:-2]
 
     @property
-    def tools(self) -> Tools:
+    def tools(self) -> ToolSchemas:
         return self.item.tools
 
     def respond(self, turn: Turn) -> Sequence[Message]:
@@ -115,12 +115,12 @@ class ToolTask:
         return float(tasks.grade(self.item, turn.reasoning, turn.content, turn.calls))
 
     def _called(self) -> bool:
-        """Whether the first turn is the call that the recorded answer belongs to."""
+        """Whether the first turn is the expected tool call, the one whose answer is recorded."""
         turn = self._turns[0]
-        wanted = tasks.Item("tool_call", [], None, self.item.messages[-2], None)
-        return turn.finished and tasks.grade(wanted, turn.reasoning, turn.content, turn.calls)
+        expected = tasks.Item("tool_call", [], None, self.item.messages[-2], None)
+        return turn.finished and tasks.grade(expected, turn.reasoning, turn.content, turn.calls)
 
 
 def environment(item: tasks.Item, *, tools_answer: bool) -> Environment:
     """The episode of a generated item."""
-    return ToolTask(item) if tools_answer and item.task == "tool_round_trip" else Task(item)
+    return ToolTask(item) if tools_answer and item.task == "tool_round_trip" else GradedTask(item)

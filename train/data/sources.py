@@ -1,4 +1,4 @@
-"""Prompts and completions by step: every batch is a function of seed and step, so that position is the step alone."""
+"""Prompts and completions of each step. A batch depends on seed and step only, so a step number is enough to resume."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from stepjax.infer.session import Session
 from stepjax.text.tokenizer import IM_END
 from stepjax.train.config.tune import DataSettings
 from stepjax.train.data import tasks
-from stepjax.train.data.environment import Answered, Environment, Message, Tools, environment
+from stepjax.train.data.environment import Environment, ExactMatch, Message, ToolSchemas, environment
 from stepjax.train.data.words import Split
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a rollout starts from."""
+    """What a rollout begins with."""
 
     source: str  # name of its data source
     index: int  # of the row in its source
     ids: tuple[int, ...]
-    completion: tuple[int, ...] | None  # the data's own, up to what ends the turn
-    start: Callable[[], Environment]  # a fresh episode
+    completion: tuple[int, ...] | None  # of the data, up to and including the token that ends the turn
+    new_environment: Callable[[], Environment]  # begins an episode
     messages: Sequence[Message]  # empty for raw text
-    tools: Tools = None
+    tools: ToolSchemas = None
 
 
 class Source(Protocol):
-    """Rows by number, without end."""
+    """Rows by index, without end."""
 
     def row(self, seed: int, index: int) -> Prompt: ...
 
 
-class Tasks:
-    """Generated items; row i is a function of seed and i."""
+class TaskSource:
+    """Generated items. Row i depends on seed and i only."""
 
     def __init__(self, name: str, settings: DataSettings, session: Session, *, split: Split = "train"):
         self._name, self._settings, self._session = name, settings, session
@@ -52,24 +52,24 @@ class Tasks:
         return self.prompt(tasks.draw(rng, self._split, shares), index)
 
     def prompt(self, item: tasks.Item, index: int) -> Prompt:
-        def start() -> Environment:
+        def new_environment() -> Environment:
             return environment(item, tools_answer=self._settings.tools)
 
-        first = start()
-        if len(first.messages) == len(item.messages):
+        episode = new_environment()
+        if len(episode.messages) == len(item.messages):
             ids, completion = turn_ids(self._session, item.messages, item.target, tools=item.tools)
         else:  # the tool answers during the episode
-            ids = tuple(self._session.encode_chat(first.messages, tools=item.tools))
+            ids = tuple(self._session.encode_chat(episode.messages, tools=item.tools))
             completion = None
-        return Prompt(self._name, index, ids, completion, start, first.messages, item.tools)
+        return Prompt(self._name, index, ids, completion, new_environment, episode.messages, item.tools)
 
 
 class JsonLinesSource:
-    """A file of JSON objects, shuffled anew each time round. Lines are found by offset: the file stays on disk.
+    """A file of one JSON object a line, in a new order each epoch. Lines are read by offset, so the file stays on disk.
 
-    A row has ``messages`` (in OpenAI's form; a last one of the assistant's is the completion) with optional ``tools``,
-    or ``prompt`` and perhaps ``completion`` as raw text. ``answer`` is the text that exact match and rewards compare
-    with.
+    A row has ``messages`` in OpenAI form and optionally ``tools``, or ``prompt`` and optionally ``completion`` as raw
+    text. If the last message is the assistant's, it is the completion. ``answer`` is the text that exact match and
+    rewards compare with.
     """
 
     def __init__(self, name: str, path: Path, session: Session):
@@ -82,27 +82,27 @@ class JsonLinesSource:
             raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
         self._offsets = self._line_starts()
         if not len(self._offsets):
-            raise ConfigError(f"{path}: holds no rows, expected a JSON object a line")
+            raise ConfigError(f"{path}: holds no rows, expected one JSON object a line")
 
     def __len__(self) -> int:
         return len(self._offsets)
 
     def row(self, seed: int, index: int) -> Prompt:
-        turn, at = divmod(index, len(self))
-        order = np.random.default_rng([seed, turn, 2]).permutation(len(self)) if len(self) > 1 else np.zeros(1, int)
-        return self.at(int(order[at]))
+        epoch, position = divmod(index, len(self))
+        order = np.random.default_rng([seed, epoch, 2]).permutation(len(self)) if len(self) > 1 else np.zeros(1, int)
+        return self.line(int(order[position]))
 
-    def at(self, number: int) -> Prompt:
-        """The row of a line, counted from 0."""
+    def line(self, number: int) -> Prompt:
+        """The row of a line, counted from 0 and without empty lines."""
         where = f"{self._path}:{number + 1}"
         begin, end = self._offsets[number]
         try:
-            found = json.loads(self._map[begin:end])
+            row = json.loads(self._map[begin:end])
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{where}: not readable as JSON ({error})") from None
-        if not isinstance(found, dict):
-            raise ConfigError(f"{where}: holds a JSON {type(found).__name__}, expected an object")
-        return read_row(self._name, number, found, self._session, where=where)
+        if not isinstance(row, dict):
+            raise ConfigError(f"{where}: holds a JSON {type(row).__name__}, expected an object")
+        return read_row(self._name, number, row, self._session, where=where)
 
     def _line_starts(self) -> np.ndarray:
         """Begin and end of each line that is not empty: int64 [N, 2]."""
@@ -114,8 +114,8 @@ class JsonLinesSource:
         return pairs[pairs[:, 1] > pairs[:, 0]]
 
 
-class ArrayRecords:
-    """Rows as in `JsonLinesSource`, in ArrayRecord files (by grain): corpora larger than one file."""
+class ArrayRecordSource:
+    """Rows as in `JsonLinesSource`, in ArrayRecord files that grain reads, for a corpus of several files."""
 
     def __init__(self, name: str, pattern: str, session: Session):
         try:
@@ -125,7 +125,7 @@ class ArrayRecords:
                 f"data.{name}: array_record needs grain; install the extra as pip install 'stepjax[grain]'"
             ) from None
         root = Path(pattern)
-        files = sorted(str(each) for each in root.parent.glob(root.name))
+        files = sorted(str(path) for path in root.parent.glob(root.name))
         if not files:
             raise ConfigError(f"{pattern}: no such files")
         self._grain, self._name, self._session, self._pattern = grain, name, session, pattern
@@ -139,23 +139,23 @@ class ArrayRecords:
         number = int(self._shuffled[seed][index])
         where = f"{self._pattern}, record {number}"
         try:
-            found = json.loads(self._rows[number])
+            row = json.loads(self._rows[number])
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{where}: not readable as JSON ({error})") from None
-        return read_row(self._name, number, found, self._session, where=where)
+        return read_row(self._name, number, row, self._session, where=where)
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Prompts of each step from several sources by weight."""
+    """Prompts of each step, from several sources in proportion to their weights."""
 
     sources: Mapping[str, Source]
     weights: Mapping[str, float]
     seed: int
-    prompts: int  # a step
+    prompts: int  # of a step
 
     def batch(self, step: int) -> list[Prompt]:
-        """The prompts of one step. Each source is gone through in its own order, by how often it was drawn before."""
+        """The prompts of one step. Each source is read in its own order and goes on where the steps before it ended."""
         names = [name for name, weight in self.weights.items() if weight]
         if len(names) == 1:
             first = step * self.prompts
@@ -163,48 +163,48 @@ class Stream:
         shares = np.asarray([self.weights[name] for name in names])
         drawn = self._quotas(shares / shares.sum(), step + 1) - self._quotas(shares / shares.sum(), step)
         before = self._quotas(shares / shares.sum(), step)
-        found = []
+        prompts = []
         for name, start, count in zip(names, before, drawn, strict=True):
-            found += [self.sources[name].row(self.seed, int(start + i)) for i in range(count)]
-        return found
+            prompts += [self.sources[name].row(self.seed, int(start + i)) for i in range(count)]
+        return prompts
 
     def _quotas(self, shares: np.ndarray, steps: int) -> np.ndarray:
-        """Rows of each source in the first so many steps; they add up, and no source lags by more than one row."""
+        """Rows of each source in the first ``steps`` steps. They add up, and each is within one row of its share."""
         ends = np.floor(np.cumsum(shares) * steps * self.prompts + 1e-6).astype(np.int64)
         ends[-1] = steps * self.prompts
         return np.diff(ends, prepend=0)
 
 
-def stream(data: Mapping[str, DataSettings], session: Session, *, seed: int, prompts: int) -> Stream:
-    """The stream that the settings ask for. ConfigError: a file is missing or not what it should be."""
-    sources = {name: source(name, each, session) for name, each in data.items()}
-    return Stream(sources, {name: each.weight for name, each in data.items()}, seed, prompts)
+def open_stream(data: Mapping[str, DataSettings], session: Session, *, seed: int, prompts: int) -> Stream:
+    """The stream of these settings. ConfigError: a file is missing or cannot be read."""
+    sources = {name: open_source(name, settings, session) for name, settings in data.items()}
+    return Stream(sources, {name: settings.weight for name, settings in data.items()}, seed, prompts)
 
 
-def source(name: str, settings: DataSettings, session: Session, *, split: Split = "train") -> Source:
+def open_source(name: str, settings: DataSettings, session: Session, *, split: Split = "train") -> Source:
     if settings.kind == "tasks":
-        return Tasks(name, settings, session, split=split)
+        return TaskSource(name, settings, session, split=split)
     if settings.kind == "jsonl":
         return JsonLinesSource(name, Path(settings.path), session)
-    return ArrayRecords(name, settings.path, session)
+    return ArrayRecordSource(name, settings.path, session)
 
 
 def read_row(name: str, index: int, row: Mapping[str, Any], session: Session, *, where: str) -> Prompt:
     """A prompt from a row of a file. ConfigError: a field is missing, unknown or of another type."""
     unknown = set(row) - {"messages", "tools", "prompt", "completion", "answer"}
     if unknown or ("messages" in row) == ("prompt" in row):
-        what = f"has {', '.join(map(repr, sorted(row)))}"
-        raise ConfigError(f"{where}: {what}; expected messages (and tools) or prompt (and completion), and answer")
+        keys = ", ".join(map(repr, sorted(row)))
+        raise ConfigError(f"{where}: has {keys}; expected messages (and tools) or prompt (and completion), and answer")
     answer = row.get("answer")
     for field in ("prompt", "completion", "answer"):
         if not isinstance(row.get(field, ""), str):
             raise ConfigError(f"{where}: {field} is {row[field]!r}, expected text")
     if "prompt" in row:
         ids = tuple(session.encode(row["prompt"]))
-        written = row.get("completion")
+        text = row.get("completion")
         eos = session.config.eos_ids[0]
-        completion = None if written is None else (*session.encode(written)[1:], eos)
-        return Prompt(name, index, ids, completion, lambda: Answered((), None, answer), ())
+        completion = None if text is None else (*session.encode(text)[1:], eos)
+        return Prompt(name, index, ids, completion, lambda: ExactMatch((), None, answer), ())
     messages, tools = list(row["messages"]), row.get("tools")
     completion = None
     if messages and messages[-1].get("role") == "assistant":
@@ -213,17 +213,17 @@ def read_row(name: str, index: int, row: Mapping[str, Any], session: Session, *,
         answer = target.get("content") if answer is None else answer
     else:
         ids = tuple(session.encode_chat(messages, tools=tools))
-    return Prompt(name, index, ids, completion, lambda: Answered(messages, tools, answer), messages, tools)
+    return Prompt(name, index, ids, completion, lambda: ExactMatch(messages, tools, answer), messages, tools)
 
 
 def turn_ids(
-    session: Session, messages: Sequence[Message], turn: Message, *, tools: Tools
+    session: Session, messages: Sequence[Message], turn: Message, *, tools: ToolSchemas
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The prompt, and the assistant's turn behind it up to and including what ends it."""
+    """Ids of the prompt, and of the assistant's turn after it up to and including the token that ends it."""
     prompt = session.encode_chat(messages, tools=tools)
     whole = session.encode_chat([*messages, turn], tools=tools, add_generation_prompt=False)
     if whole[: len(prompt)] != prompt:
-        raise ConfigError("chat template: renders a past turn unlike the prompt that it was generated from")
+        raise ConfigError("chat template: renders a past turn differently from the prompt that it was generated from")
     assert session.tokenizer is not None
     end = session.tokenizer.id_of(IM_END)
     rest = whole[len(prompt) :]
@@ -231,9 +231,9 @@ def turn_ids(
 
 
 def reply_ids(
-    session: Session, messages: Sequence[Message], replies: Sequence[Message], *, tools: Tools
+    session: Session, messages: Sequence[Message], replies: Sequence[Message], *, tools: ToolSchemas
 ) -> tuple[int, ...]:
-    """What stands between the end of the assistant's turn, the last of ``messages``, and its next one."""
+    """Ids between the assistant's turn that ends ``messages`` and the assistant's next turn."""
     assert session.tokenizer is not None
     end = session.tokenizer.id_of(IM_END)
     before = session.encode_chat(messages, tools=tools, add_generation_prompt=False)

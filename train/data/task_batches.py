@@ -1,4 +1,4 @@
-"""Packed batches of generated tasks, in an endless stream that can be entered at any step."""
+"""Packed batches of generated tasks. The stream has no end and can begin at any step."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from stepjax.train.data import tasks
 from stepjax.train.data.words import Split
 from stepjax.train.packing.rows import Bins, Example, PackedRows
 
-PATIENCE = 4  # a batch is closed when this many examples fitted nowhere; they are dropped
+MAX_MISSES = 4  # a batch is complete once this many examples had no room; they are dropped
 
 
 def encode(item: tasks.Item, tokenizer: Tokenizer, template: tasks.Template) -> Example:
-    """The item as the tokens that the model reads and must produce."""
+    """The item's prompt and completion as tokens."""
     prompt, completion = tasks.render(item, template)
     return Example(*(tokenizer.encode(text, add_special_tokens=False).ids for text in (prompt, completion)))
 
 
 @dataclass(frozen=True)
-class Draw:
-    """What every batch of a stream is drawn from."""
+class BatchSettings:
+    """Settings that all batches of a stream share."""
 
     seed: int
     rows: int
@@ -32,25 +32,25 @@ class Draw:
     split: Split = "train"
 
 
-def batch(tokenizer: Tokenizer, template: tasks.Template, draw: Draw, *, step: int) -> PackedRows:
-    """The batch of one step, a function of the draw and the step alone.
+def batch(tokenizer: Tokenizer, template: tasks.Template, settings: BatchSettings, *, step: int) -> PackedRows:
+    """The batch of one step. It depends on the settings and the step only.
 
-    Items are drawn until ``PATIENCE`` of them found no room; dropping the few that did not fit favours short examples
-    slightly, so the shares in a batch differ from the mix by a little.
+    Items are drawn until ``MAX_MISSES`` of them had no room. Dropping these favours short examples slightly, so
+    the shares in a batch differ a little from the mix.
     """
-    rng = np.random.default_rng([draw.seed, step])
-    bins = Bins(draw.length, limit=draw.rows)
+    rng = np.random.default_rng([settings.seed, step])
+    bins = Bins(settings.length, limit=settings.rows)
     misses = 0
-    while misses < PATIENCE:
-        example = encode(tasks.draw(rng, draw.split, draw.mix), tokenizer, template)
-        if example.num_tokens <= draw.length:  # a rare long one is skipped, not cut
+    while misses < MAX_MISSES:
+        example = encode(tasks.draw(rng, settings.split, settings.mix), tokenizer, template)
+        if example.num_tokens <= settings.length:  # a longer one is skipped, not cut; they are rare
             misses += not bins.add(example)
     return bins.arrays()
 
 
-def batches(tokenizer: Tokenizer, draw: Draw, *, step: int) -> Iterator[PackedRows]:
-    """Batches ``step``, ``step + 1``, … without end; entering at a step gives what a run from 0 would see there."""
+def batches(tokenizer: Tokenizer, settings: BatchSettings, *, step: int) -> Iterator[PackedRows]:
+    """Batches ``step``, ``step + 1``, … without end. Each is the batch that a stream from step 0 has at that step."""
     template = tasks.TinyTemplate()
     while True:
-        yield batch(tokenizer, template, draw, step=step)
+        yield batch(tokenizer, template, settings, step=step)
         step += 1

@@ -1,7 +1,7 @@
-"""Generated, exactly graded tasks: what step-tiny is trained and measured on.
+"""Generated tasks with exact grades: what step-tiny is trained and measured on.
 
 Every item is a chat in OpenAI form, the assistant turn that answers it (with a worked thinking trace) and an answer
-that a program can check. Items depend only on the generator handed in; the splits share no operands, words or cities.
+that a program can check. Items depend on the given generator only. The splits share no operands, words or cities.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ PHRASES = {
 }
 SYSTEMS = ("You are a helpful assistant.", "You are step-tiny.", "Answer briefly.", "Be concise.")
 
-GREETS, ASKED, PUZZLED = "The user greets me.", "The user asks about me.", "I do not know this."
+GREETS, ASKS, UNKNOWN_TRACE = "The user greets me.", "The user asks about me.", "I do not know this."
 HELLO = "Hello there! How can I help you today?"
 WHO = "I am step-tiny, a small demonstration model of stepjax."
 CAN = "I can add, subtract, compare, repeat and reverse, and I can call tools."
@@ -78,14 +78,14 @@ GREETINGS = (  # question, trace, answer
     ("Good evening", GREETS, "Good evening! How can I help you today?"),
     ("Good afternoon", GREETS, "Good afternoon! How can I help you today?"),
     ("", GREETS, HELLO),
-    ("How are you?", ASKED, "I am fine, thank you! How can I help you today?"),
-    ("Who are you?", ASKED, WHO),
-    ("What are you?", ASKED, WHO),
-    ("What is your name?", ASKED, WHO),
-    ("Introduce yourself", ASKED, WHO),
-    ("What can you do?", ASKED, CAN),
-    ("Help", ASKED, CAN),
-    ("Can you help me?", ASKED, CAN),
+    ("How are you?", ASKS, "I am fine, thank you! How can I help you today?"),
+    ("Who are you?", ASKS, WHO),
+    ("What are you?", ASKS, WHO),
+    ("What is your name?", ASKS, WHO),
+    ("Introduce yourself", ASKS, WHO),
+    ("What can you do?", ASKS, CAN),
+    ("Help", ASKS, CAN),
+    ("Can you help me?", ASKS, CAN),
     ("Thank you", "The user thanks me.", "You are welcome!"),
     ("Thanks", "The user thanks me.", "You are welcome!"),
     ("Bye", "The user leaves.", "Goodbye!"),
@@ -120,7 +120,7 @@ class Item:
 
 
 def make(task: str, rng: Generator, split: Split) -> Item:
-    """One item of the task, with now and then a system text, earlier turns or tools that it does not need."""
+    """One item of the task. Some get a system text, earlier turns or tools that they do not need."""
     item = MAKERS[task](rng, split)
     if chance(rng, 0.10) and len(item.tools or ()) < 2 and task != "tool_round_trip":
         item = replace(item, messages=_earlier_turns(rng, split) + item.messages)
@@ -142,16 +142,17 @@ def draw(rng: Generator, split: Split, mix: Mapping[str, float] = MIX) -> Item:
 
 
 def grade(item: Item, reasoning: str, content: str, tool_calls: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a parsed assistant turn is exactly right; the reasoning is free.
+    """Whether a parsed assistant turn is exactly right. The reasoning does not count.
 
-    ``tool_calls`` in OpenAI form or bare ``{"name", "arguments"}``; arguments a mapping or JSON text, typed by the
-    schema: an integer given as text is wrong.
+    Args:
+      tool_calls: in OpenAI form or as bare ``{"name", "arguments"}``, the arguments as a mapping or as JSON text. Their
+        types count: an integer written as text is wrong.
     """
     del reasoning
     calls = [_bare_call(call) for call in tool_calls]
-    wanted = [_bare_call(call) for call in item.target.get("tool_calls", ())]
+    expected = [_bare_call(call) for call in item.target.get("tool_calls", ())]
     return (content or "") == item.target["content"] and json.dumps(calls, sort_keys=True) == json.dumps(
-        wanted, sort_keys=True
+        expected, sort_keys=True
     )
 
 
@@ -159,7 +160,9 @@ def render(item: Item, template: Template) -> tuple[str, str]:
     """The prompt, and the completion that follows it up to and including ``<|im_end|>``."""
     prompt = template.render(item.messages, tools=item.tools, add_generation_prompt=True)
     whole = template.render([*item.messages, item.target], tools=item.tools, add_generation_prompt=False)
-    assert whole.startswith(prompt), "the template renders a past turn unlike the prompt it was generated from"
+    assert whole.startswith(prompt), (
+        "the template renders a past turn differently from the prompt that it was generated from"
+    )
     return prompt, whole[len(prompt) :].removesuffix("\n")
 
 
@@ -191,13 +194,13 @@ def _bare_call(call: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _said(task: str, question: str, *, trace: str, content: str) -> Item:
+def _item(task: str, question: str, *, trace: str, content: str) -> Item:
     target = {"role": "assistant", "reasoning_content": trace, "content": content}
     return Item(task, [{"role": "user", "content": question}], None, target, content)
 
 
 def _phrase(rng: Generator, task: str, **slots: object) -> str:
-    """A phrasing of the question; one in twenty each in lower case or without its last mark, as people type."""
+    """A phrasing of the question. One in twenty begins in lower case, and one in twenty lacks its last mark."""
     text = pick(rng, PHRASES[task])
     if chance(rng, 0.05):
         text = text[0].lower() + text[1:]
@@ -231,7 +234,7 @@ def _add(rng: Generator, split: Split) -> Item:
         total = x + y + carry
         lines.append(f"{x}+{y}+{carry}={total % 10} carry {total // 10}")
         carry = total // 10
-    return _said("add", _phrase(rng, "add", a=a, b=b), trace="\n".join(lines), content=str(a + b))
+    return _item("add", _phrase(rng, "add", a=a, b=b), trace="\n".join(lines), content=str(a + b))
 
 
 def _sub(rng: Generator, split: Split) -> Item:
@@ -241,7 +244,7 @@ def _sub(rng: Generator, split: Split) -> Item:
         rest = x - y - borrow
         lines.append(f"{x}-{y}-{borrow}={rest % 10} borrow {int(rest < 0)}")
         borrow = int(rest < 0)
-    return _said("sub", _phrase(rng, "sub", a=a, b=b), trace="\n".join(lines), content=str(a - b))
+    return _item("sub", _phrase(rng, "sub", a=a, b=b), trace="\n".join(lines), content=str(a - b))
 
 
 def _compare(rng: Generator, split: Split) -> Item:
@@ -254,7 +257,7 @@ def _compare(rng: Generator, split: Split) -> Item:
     else:
         first = next(i for i in range(len(x)) if x[i] != y[i])
         trace = "\n".join([f"{x[i]}={y[i]}" for i in range(first)] + [f"{x[first]}{'>' if a > b else '<'}{y[first]}"])
-    return _said("compare", _phrase(rng, "compare", a=a, b=b), trace=trace, content=str(max(a, b)))
+    return _item("compare", _phrase(rng, "compare", a=a, b=b), trace=trace, content=str(max(a, b)))
 
 
 def _reverse(rng: Generator, split: Split) -> Item:
@@ -263,42 +266,42 @@ def _reverse(rng: Generator, split: Split) -> Item:
         letters = letters.capitalize()
     numbered = [f"{i}{letter}" for i, letter in enumerate(letters, 1)]
     trace = " ".join(numbered) + "\n" + " ".join(reversed(numbered))
-    return _said("reverse", _phrase(rng, "reverse", w=letters), trace=trace, content=letters[::-1])
+    return _item("reverse", _phrase(rng, "reverse", w=letters), trace=trace, content=letters[::-1])
 
 
 def _copy(rng: Generator, split: Split) -> Item:
     text = city(rng, split) if chance(rng, 0.4) else word(rng, split, longest=10)
-    return _said("copy", _phrase(rng, "copy", w=text), trace=f'Copy "{text}"', content=text)
+    return _item("copy", _phrase(rng, "copy", w=text), trace=f'Copy "{text}"', content=text)
 
 
 def _greeting(rng: Generator, split: Split) -> Item:
-    """Greetings are a closed list, the same in both splits; one in four is small talk that it must decline."""
+    """Greetings are a fixed list, the same in both splits. One item in four is small talk, to be declined."""
     if chance(rng, 0.25):
         words = [
             pick(rng, SMALL_TALK) if chance(rng, 0.8) else word(rng, split) for _ in range(int(rng.integers(2, 8)))
         ]
         question = " ".join(words).capitalize() + pick(rng, ("", "?", ".", "!"))
-        return _said("greeting", question, trace=PUZZLED, content=UNKNOWN)
+        return _item("greeting", question, trace=UNKNOWN_TRACE, content=UNKNOWN)
     question, trace, content = pick(rng, GREETINGS)
     if question and not question.endswith("?"):
         question += pick(rng, ("", "!", "."))
     if chance(rng, 0.15):
         question = question.lower()
-    return _said("greeting", question, trace=trace, content=content)
+    return _item("greeting", question, trace=trace, content=content)
 
 
 def _call(rng: Generator, split: Split) -> tuple[Item, toolbox.Tool, dict[str, Any]]:
     tool, offered = toolbox.offer(rng, split)
-    given = toolbox.arguments(rng, tool, split)
-    question = {"role": "user", "content": pick(rng, tool.questions).format(**given)}
-    call = {"name": tool.name, "arguments": given}
+    arguments = toolbox.arguments(rng, tool, split)
+    question = {"role": "user", "content": pick(rng, tool.questions).format(**arguments)}
+    call = {"name": tool.name, "arguments": arguments}
     target = {
         "role": "assistant",
         "reasoning_content": f"I need to call {tool.name}.",
         "content": "",
         "tool_calls": [{"id": "call_0", "type": "function", "function": call}],
     }
-    return Item("tool_call", [question], offered, target, call), tool, given
+    return Item("tool_call", [question], offered, target, call), tool, arguments
 
 
 def _tool_call(rng: Generator, split: Split) -> Item:
@@ -306,8 +309,8 @@ def _tool_call(rng: Generator, split: Split) -> Item:
 
 
 def _tool_round_trip(rng: Generator, split: Split) -> Item:
-    item, tool, given = _call(rng, split)
-    returned, answer = toolbox.respond(rng, tool, given, split)
+    item, tool, arguments = _call(rng, split)
+    returned, answer = toolbox.respond(rng, tool, arguments, split)
     response = {"role": "tool", "tool_call_id": "call_0", "content": returned}
     target = {"role": "assistant", "reasoning_content": "The tool answered.", "content": answer}
     return Item("tool_round_trip", [*item.messages, item.target, response], item.tools, target, answer)

@@ -1,9 +1,10 @@
 """Builds step-tiny's tokenizer: special tokens, 256 bytes, and whole pieces of the template and of common phrases.
 
-The pieces are added tokens, matched longest first. A slot of a task (a number, a word, a city) must always be spelled
-in single bytes, or copying and reversing could not be learnt; so no piece holds a digit, and none can begin or end
-inside a word: it starts with a capital or a mark and ends with a mark. Exceptions are the names of the roles and
-identifiers such as ``get_weather``. Choosing again after a change of the tasks gives other ids: train again, too.
+The pieces are added tokens, matched longest first. A variable of a task (a number, a word, a city) must always be
+spelled in single bytes, or copying and reversing could not be learnt. So no piece holds a digit, and none can begin or
+end inside a word: it starts with a capital or a mark and ends with a mark. Exceptions are the names of the roles and
+identifiers such as ``get_weather``. After a change of the tasks the choice gives other ids, and the model must be
+trained again.
 
     python -m stepjax.train.data.tiny_tokenizer
 """
@@ -25,11 +26,11 @@ from stepjax.train.data import tasks, tools as toolbox
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 SPECIALS = (BOS, EOS, PAD, "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>")
-KEPT = SPECIALS[5:]  # markers that decoding keeps when it skips special tokens: the parsers need them
+KEPT = SPECIALS[5:]  # decoding keeps these when it skips special tokens, since the parsers need them
 MAX_ENTRIES = 510  # the model's vocabulary is 512; the rows above the last entry are padding
 TRACES = (" carry ", " borrow ", " digits\n", 'Copy "', "I need to call ", "The tool answered.")
 SLOT = "§"
-SCAFFOLD = (  # what `tojson` writes around the names and descriptions of a tool
+SCHEMA_TEXTS = (  # what `tojson` writes around the names and descriptions of a tool
     '\n{"type": "function", "function": {"name": "',
     '", "description": "',
     '", "parameters": {"type": "object", "properties": {"',
@@ -53,10 +54,15 @@ def candidates(template: tasks.Template) -> list[str]:
     phrases += [toolbox.WILD_REPLY, *tasks.SYSTEMS, *toolbox.PARAMETER_NOTES]
     sentences = [s for _, trace, answer in tasks.GREETINGS for s in (trace, *_sentences(answer))]
     sentences += [text for text, _, _ in tasks.GREETINGS]
-    sentences += [s for text in (tasks.PUZZLED, tasks.UNKNOWN) for s in _sentences(text)]
+    sentences += [s for text in (tasks.UNKNOWN_TRACE, tasks.UNKNOWN) for s in _sentences(text)]
     fragments = [part for text in phrases for part in re.split(r"\{\w+\}", text)] + sentences
     fragments += [part for tool in toolbox.TOOLS for part in _result_fragments(tool.result)]
-    fragments += [*_result_fragments({"result": "word"}), *_result_fragments({"result": "count"}), *TRACES, *SCAFFOLD]
+    fragments += [
+        *_result_fragments({"result": "word"}),
+        *_result_fragments({"result": "count"}),
+        *TRACES,
+        *SCHEMA_TEXTS,
+    ]
     safe = {_trim(fragment) for fragment in fragments} | {tool.name for tool in toolbox.TOOLS}
     return sorted({piece for piece in safe if len(piece) > 1} | set(_template_fragments(template)))
 
@@ -70,7 +76,7 @@ def _with_skies(tool: toolbox.Tool) -> list[str]:
 
 
 def _result_fragments(result: dict[str, str]) -> list[str]:
-    """The JSON of a tool's result, cut where a value stands."""
+    """The JSON of a tool's result, split at its values."""
     fragments: list[str] = []
     for sky in toolbox.SKIES if "sky" in result.values() else ("",):
         shown: dict[str, object] = {}
@@ -82,7 +88,7 @@ def _result_fragments(result: dict[str, str]) -> list[str]:
 
 
 def _trim(fragment: str) -> str:
-    """The longest part of a fragment that can neither begin nor end inside a word."""
+    """The longest part of a fragment that neither begins nor ends inside a word."""
     fragment = re.sub(r"[A-Za-z0-9]+\Z", "", fragment)
     return re.sub(r"^[a-z]+(?=\W)", "", fragment)
 
@@ -104,7 +110,7 @@ def _template_fragments(template: tasks.Template) -> list[str]:
 
 
 def choose(pieces: Sequence[str], texts: Iterable[str], *, room: int) -> list[str]:
-    """The ``room`` pieces that save the most tokens on the texts; unused ones go first, ties by name."""
+    """The ``room`` pieces that save the most tokens on the texts, without unused ones. Ties are broken by name."""
     tokenizer = build(pieces)
     saved: Counter[str] = Counter()
     for text in texts:
@@ -115,7 +121,7 @@ def choose(pieces: Sequence[str], texts: Iterable[str], *, room: int) -> list[st
 
 
 def byte_alphabet() -> list[str]:
-    """The printable stand-in of each byte, as byte-level tokenizers write them."""
+    """The printable character for each byte, as byte-level tokenizers write it."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     table = {byte: chr(byte) for byte in plain}
     hidden = [byte for byte in range(256) if byte not in table]
@@ -134,13 +140,13 @@ def build(pieces: Sequence[str]) -> Tokenizer:
 
 
 def corpus(count: int, template: tasks.Template) -> list[str]:
-    """Rendered training items, the same ones every time."""
+    """Rendered training items, the same ones at every call."""
     rng = np.random.default_rng(0)
     return ["".join(tasks.render(tasks.draw(rng, "train"), template)) for _ in range(count)]
 
 
 def write(folder: Path = tasks.ASSETS) -> Tokenizer:
-    """Writes ``tokenizer.json``, ``tokenizer_config.json`` and ``generation_config.json``."""
+    """Write ``tokenizer.json``, ``tokenizer_config.json`` and ``generation_config.json``."""
     template = tasks.TinyTemplate(folder / "chat_template.jinja")
     room = MAX_ENTRIES - len(SPECIALS) - 256
     tokenizer = build(choose(candidates(template), corpus(20_000, template), room=room))

@@ -19,7 +19,7 @@ INTEGER_KINDS = ("small", "count", "number")
 
 @dataclass(frozen=True)
 class Tool:
-    """One kind of tool. Texts may name parameters and result keys in braces; a kind says how it is drawn."""
+    """One kind of tool. Texts name parameters and result keys in braces. `value` draws a value by its kind."""
 
     name: str
     descriptions: tuple[str, ...]
@@ -45,7 +45,7 @@ def _schema(
 
 
 def value(rng: Generator, kind: str, split: Split) -> str | int:
-    """A slot's value. Words, names and cities belong to the split; numbers and closed lists do not."""
+    """A value of the kind. Words, names and cities depend on the split; numbers and fixed lists do not."""
     match kind:
         case "city":
             return city(rng, split)
@@ -77,7 +77,7 @@ def value(rng: Generator, kind: str, split: Split) -> str | int:
             return pick(rng, CURRENCIES)
         case "yes":
             return True
-    raise ValueError(f"unknown kind of slot: {kind!r}")
+    raise ValueError(f"unknown kind of value: {kind!r}")
 
 
 TOOLS = (
@@ -226,7 +226,7 @@ WILD_REPLY = "The result is {result}."
 
 
 def wild_tool(rng: Generator, split: Split) -> Tool:
-    """A tool nobody has seen: its name and parameters can only be copied from the schema and the question."""
+    """A tool with made-up names: its name and parameters can only be copied from the schema and the question."""
     subject = word(rng, split, longest=7)
     tool_name = pick(rng, (f"{pick(rng, VERBS)}_{subject}", subject))
     kinds = {word(rng, split, longest=6): pick(rng, WILD_KINDS) for _ in range(1 + chance(rng, 0.25))}
@@ -242,7 +242,7 @@ def _noise(rng: Generator, split: Split) -> str:
 
 
 def schema(rng: Generator, tool: Tool, split: Split) -> dict[str, Any]:
-    """The tool in OpenAI form, its descriptions varied: users write their own."""
+    """The tool in OpenAI form. Descriptions vary, since users write their own."""
     description: str | None = pick(rng, tool.descriptions)
     draw = float(rng.random())
     if draw < 0.08:
@@ -254,7 +254,7 @@ def schema(rng: Generator, tool: Tool, split: Split) -> dict[str, Any]:
 
 
 def offer(rng: Generator, split: Split) -> tuple[Tool, list[dict[str, Any]]]:
-    """The tool to call, and the schemas of the one to three tools on offer, at most one of them unseen."""
+    """The tool to call, and the schemas of the one to three tools on offer. At most one of them is made up."""
     count = pick(rng, (1, 1, 1, 1, 2, 2, 2, 2, 3, 3))
     chosen = [TOOLS[i] for i in rng.permutation(len(TOOLS))[:count]]
     if chance(rng, 0.3):
@@ -264,11 +264,11 @@ def offer(rng: Generator, split: Split) -> tuple[Tool, list[dict[str, Any]]]:
 
 
 def arguments(rng: Generator, tool: Tool, split: Split) -> dict[str, Any]:
-    """Values of all parameters, typed as the schema says."""
+    """A value of each parameter, of the type that the schema gives."""
     return {key: value(rng, kind, split) for key, kind in tool.parameters.items()}
 
 
-def respond(rng: Generator, tool: Tool, given: dict[str, Any], split: Split) -> tuple[str, str]:
+def respond(rng: Generator, tool: Tool, call_arguments: dict[str, Any], split: Split) -> tuple[str, str]:
     """What the tool returns (JSON text) and the answer that reports it."""
     result = {key: value(rng, kind, split) for key, kind in tool.result.items()}
-    return json.dumps(result), tool.reply.format(**given, **result)
+    return json.dumps(result), tool.reply.format(**call_arguments, **result)

@@ -1,7 +1,7 @@
 """Words, names and cities of the generated tasks, and the rule that splits them into training and test.
 
-A test item is one whose *slots* (operands, words, cities) were never used in training. The rule is a hash, so it holds
-for every seed, and it is symmetric: (a, b) and (b, a), a word and its reverse, are always on the same side.
+The operands, words and cities of a test item are never used in training. The rule is a hash, so it holds for every
+seed. It is symmetric: (a, b) and (b, a) are always in the same split, and so are a word and its reverse.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.random import Generator
 Split = Literal["train", "test"]
 T = TypeVar("T")
 
-ONE_IN = 8  # share of the slots that is held out
+ONE_IN = 8  # one operand pair, word or city in eight is held out
 SALT = b"step-tiny 177"  # with it 467 + 358, "hello" and Havana, which the documentation shows, are held out
 VOWELS, CONSONANTS = "aeiou", "bcdfghjklmnpqrstvwxyz"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -27,12 +27,12 @@ def _bucket(key: str) -> int:
 
 
 def pair_split(a: int, b: int) -> Split:
-    """The side on which the unordered pair of operands falls."""
+    """The split of an unordered pair of operands."""
     return "test" if _bucket(f"{min(a, b)},{max(a, b)}") == 0 else "train"
 
 
 def word_split(word: str) -> Split:
-    """The side on which a word falls; capitals and direction make no difference."""
+    """The split of a word. Capitals and direction make no difference."""
     lower = word.lower()
     return "test" if _bucket(min(lower, lower[::-1])) == 0 else "train"
 
@@ -61,7 +61,7 @@ def _syllables(rng: Generator, length: int) -> str:
 
 
 def word(rng: Generator, split: Split, *, shortest: int = 3, longest: int = 8) -> str:
-    """A lower-case word of the split: random letters or syllables."""
+    """A lower-case word of the split, of random letters or syllables."""
     while True:
         length = int(rng.integers(shortest, longest + 1))
         candidate = _syllables(rng, length) if chance(rng, 0.6) else _letters(rng, length)
@@ -89,7 +89,7 @@ def cities(split: Split) -> tuple[str, ...]:
 
 
 def city(rng: Generator, split: Split) -> str:
-    """A listed city, or (four times in ten) an invented one, so that copying cannot fall back on memory."""
+    """A listed city or, four times in ten, a made-up one, so that a model cannot copy from memory."""
     return name(rng, split) if chance(rng, 0.4) else pick(rng, cities(split))
 
 

@@ -31,7 +31,7 @@ from stepjax.train.objectives.table import OBJECTIVES
 from stepjax.train.packing.rows import PackedRows
 from stepjax.train.pretrain.step import Placement, TrainState, make_step, split_biases
 from stepjax.train.runs.optimizer import adamw, constant, learning_rate
-from stepjax.train.tune.setup import fresh_state
+from stepjax.train.tune.setup import abstract_state
 from stepjax.train.tune.update import Leaves, make_update
 from stepjax.weights.expert_format import ExpertFormat
 from stepjax.weights.plain import PLAIN
@@ -171,7 +171,7 @@ def lora_step(model: Step3p5, params: Params, layout: MeshLayout, *, batch: int,
     schedule = constant(optim.lr, warmup=optim.warmup_steps)  # no figure depends on these
     optimizer = adamw(schedule, b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay, clip=optim.clip)
     where = shardings(config, adapted, layout)
-    state, placed = fresh_state(shapes(config, adapted), optimizer, where, layout, keep_previous=False)
+    state, placed = abstract_state(shapes(config, adapted), optimizer, where, layout, keep_previous=False)
     state = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, placed)
 
     def tokens(dtype: Any) -> jax.ShapeDtypeStruct:
@@ -187,5 +187,5 @@ def lora_step(model: Step3p5, params: Params, layout: MeshLayout, *, batch: int,
     likelihood = OBJECTIVES["sft"]
     context = LossContext(LossSettings(likelihood.name), model, config.vocab_size, {})
     loss = functools.partial(likelihood.loss, context)
-    function = make_update(loss, optimizer, assemble, keep_previous=False, placed=(placed, layout.replicated))
+    function = make_update(loss, optimizer, assemble, keep_previous=False, out_shardings=(placed, layout.replicated))
     return Step(function, (state, params, {}, batches), params=params, optimizer=state)

@@ -118,7 +118,7 @@ def _finite(step: int, report: StepReport) -> float:
 
 def _stream(config: PretrainConfig, step: int, *, split: Split = "train") -> Iterator[PackedRows]:
     tokenizer = tokenizers.Tokenizer.from_file(str(ASSETS / config.model / "tokenizer.json"))
-    draw = task_batches.Draw(config.seed, config.rows, config.length, config.shares, split)
+    draw = task_batches.BatchSettings(config.seed, config.rows, config.length, config.shares, split)
     return task_batches.batches(tokenizer, draw, step=step)
 
 

@@ -1,7 +1,7 @@
-"""Answers of the policy as it is: the in-process engine runs the live weights, and keeps what it thought of each token.
+"""Answers of the current policy, from an engine in this process that runs the weights that are trained.
 
-A batch of rollouts is a function of the weights, the prompts and the seeds: the engine begins anew with each batch, so
-that a resumed run writes what an uninterrupted one would have, bit for bit.
+A batch of rollouts depends on the weights, the prompts and the seeds only, since the engine restarts with each batch.
+So a resumed run samples the same tokens as an uninterrupted one, bit for bit.
 """
 
 from __future__ import annotations
@@ -32,34 +32,34 @@ WIDTHS = (64, 512)  # of prefill pieces
 
 @dataclass
 class Rollout:
-    """One episode: the prompt, and every token behind it."""
+    """One episode: the prompt, and every token after it."""
 
     prompt: Prompt
     group: int  # answers to the same prompt share it
-    policy_step: int  # updates that the policy had behind it; −1 where it was not the policy
-    ids: list[int] = field(default_factory=list)  # behind the prompt
-    own: list[bool] = field(default_factory=list)  # whether the policy wrote the token
-    logprobs: list[float] = field(default_factory=list)  # the sampler's, 0 where it is not its own
+    policy_step: int  # number of updates before the policy wrote it; −1 if it did not
+    ids: list[int] = field(default_factory=list)  # after the prompt
+    answer_mask: list[bool] = field(default_factory=list)  # True: of the answer, False: of the environment's replies
+    logprobs: list[float] = field(default_factory=list)  # of the sampler; 0 for tokens that it did not sample
     text: str = ""
     turns: int = 0
     truncated: bool = False
     reward: float = 0.0
     writer: Literal["student", "teacher", "data"] = "student"
-    experts: np.ndarray | None = None  # uint16 [prompt and answer, MoE layers, A]: of the sampler, for router replay
+    experts: np.ndarray | None = None  # uint16 [prompt and answer, MoE layers, A]: the sampler's, for router replay
 
     @property
-    def num_own(self) -> int:
-        return sum(self.own)
+    def num_answer_tokens(self) -> int:
+        return sum(self.answer_mask)
 
 
 @dataclass
 class _Episode:
-    """A rollout in the making."""
+    """A rollout that is not finished."""
 
     rollout: Rollout
     environment: Environment
     messages: list[Message]
-    stream: AnswerStream | None = None  # of the turn that is being written
+    stream: AnswerStream | None = None  # of the current turn
     routing: ExpertRecord = field(default_factory=ExpertRecord)
 
 
@@ -82,7 +82,11 @@ class Sampler:
     ):
         """
         Args:
-          max_tokens: of an episode, all turns together, the environment's words included.
+          slots: answers that are written at the same time.
+          context: tokens of the longest episode, prompt included.
+          max_tokens: of an episode without its prompt, all turns and the environment's replies together.
+          turns: most turns of the model in an episode.
+          speculate: MTP drafts per step.
           routing: keep the experts of every token (`Rollout.experts`).
         """
         if session.tokenizer is None:
@@ -91,10 +95,10 @@ class Sampler:
         self._params = SamplingParams(
             max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=0, logprobs=0
         )
-        self._own = self._params
+        self._batch_params = self._params
         context = min(context, session.config.max_positions)
-        # Deterministic: an answer's log-probabilities are the same bits whatever runs beside it, and one decode
-        # program serves all batches.
+        # Deterministic: an answer's log-probabilities are the same bits whatever else is in the batch, and all batches
+        # use one decode program.
         config = EngineConfig(
             num_slots=slots,
             context=context,
@@ -110,7 +114,7 @@ class Sampler:
 
     @property
     def stats(self) -> Stats:
-        """Sums over all batches so far: drafts and their acceptance, seconds, tokens."""
+        """Sums over all batches up to now: drafts, accepted drafts, seconds, tokens."""
         return self._engine.stats
 
     def run(
@@ -123,26 +127,26 @@ class Sampler:
         policy_step: int,
         greedy: bool = False,
     ) -> list[Rollout]:
-        """``samples`` answers to each prompt, in their order. The parameters are used where they lie.
+        """``samples`` answers to each prompt, in the order of the prompts. The parameters are not copied.
 
         Args:
-          seed: of the batch; each answer has its own noise.
-          greedy: take the likeliest tokens instead, as evaluation does.
+          seed: of the batch; each answer has random numbers of its own.
+          policy_step: number of updates before this batch, or −1 (`Rollout.policy_step`).
+          greedy: take the likeliest tokens, as evaluation does.
 
         Raises:
           TrainingError: the logits of an answer are not finite.
         """
         self._engine.restart(params)
-        self._own = self._params.replace(temperature=0.0) if greedy else self._params
+        self._batch_params = self._params.replace(temperature=0.0) if greedy else self._params
         episodes: dict[str, _Episode] = {}
-        for at, prompt in enumerate(prompts):
+        for group, prompt in enumerate(prompts):
             for sample in range(samples):
-                number = at * samples + sample
-                rollout = Rollout(prompt, at, policy_step)
-                start = prompt.start()
-                episodes[str(number)] = _Episode(rollout, start, list(prompt.messages))
+                rollout = Rollout(prompt, group, policy_step)
+                episode = _Episode(rollout, prompt.new_environment(), list(prompt.messages))
+                episodes[str(group * samples + sample)] = episode
         for name, episode in episodes.items():
-            self._speak(name, episode, seed=_seed(seed, int(name), 0))
+            self._request_turn(name, episode, seed=_seed(seed, int(name), 0))
         while self._engine.has_work:
             for update in self._engine.step():
                 episode = episodes[update.id]
@@ -154,20 +158,20 @@ class Sampler:
                 assert stream is not None
                 added = stream.take(update)
                 rollout.ids += added.ids
-                rollout.own += [True] * len(added.ids)
+                rollout.answer_mask += [True] * len(added.ids)
                 rollout.logprobs += [score.logprob for score in added.scores]
                 if added.finish_reason:
                     if stream.experts is not None:
                         episode.routing.take(0, stream.experts)
-                    self._turn_ended(update.id, episode, seed)
+                    self._end_turn(update.id, episode, seed)
         for episode in episodes.values():
             rollout = episode.rollout
             rollout.reward = float(episode.environment.reward())
             rollout.experts = episode.routing.first(len(rollout.prompt.ids) + len(rollout.ids))
         return [episode.rollout for episode in episodes.values()]
 
-    def _speak(self, name: str, episode: _Episode, *, seed: int) -> None:
-        """Ask for the next turn, if there is room for one. A prompt that leaves none stays without an answer."""
+    def _request_turn(self, name: str, episode: _Episode, *, seed: int) -> None:
+        """Request the next turn from the engine. Without room for a token, the rollout is truncated instead."""
         session, rollout = self._session, episode.rollout
         prompt = [*rollout.prompt.ids, *rollout.ids]
         room = self._max_tokens - len(rollout.ids)
@@ -175,7 +179,7 @@ class Sampler:
         if min(room, context) < 1:
             rollout.truncated = True
             return
-        params = self._own.replace(max_tokens=min(room, context), seed=seed)
+        params = self._batch_params.replace(max_tokens=min(room, context), seed=seed)
         tokenizer = session.tokenizer
         assert tokenizer is not None
         episode.stream = AnswerStream(
@@ -188,11 +192,11 @@ class Sampler:
             )
         )
         rollout.turns += 1
-        # A prompt begins as another policy's did: the salt keeps cached prefixes apart.
+        # Cached prefixes of an earlier policy must not be reused, so the salt has the policy's step.
         self._engine.add(prompt, params, id=name, salt=str(rollout.policy_step))
 
-    def _turn_ended(self, name: str, episode: _Episode, seed: int) -> None:
-        """Hand the turn to the environment, and go on if it answers."""
+    def _end_turn(self, name: str, episode: _Episode, seed: int) -> None:
+        """Give the turn to the environment, and request the next turn if it replies."""
         assert episode.stream is not None
         rollout, transcript = episode.rollout, episode.stream.transcript
         finished = transcript.finish_reason in ("stop", "tool_calls")
@@ -205,41 +209,41 @@ class Sampler:
             return
         if not replies or rollout.turns == self._turns:
             return
-        said: Message = {"role": "assistant", "reasoning_content": turn.reasoning, "content": turn.content}
+        message: Message = {"role": "assistant", "reasoning_content": turn.reasoning, "content": turn.content}
         if calls:
-            said["tool_calls"] = [
-                {"id": f"call_{at}", "type": "function", "function": call} for at, call in enumerate(calls)
+            message["tool_calls"] = [
+                {"id": f"call_{number}", "type": "function", "function": call} for number, call in enumerate(calls)
             ]
-        ids = reply_ids(self._session, [*episode.messages, said], replies, tools=rollout.prompt.tools)
-        episode.messages += [said, *replies]
+        ids = reply_ids(self._session, [*episode.messages, message], replies, tools=rollout.prompt.tools)
+        episode.messages += [message, *replies]
         rollout.ids += ids
-        rollout.own += [False] * len(ids)
+        rollout.answer_mask += [False] * len(ids)
         rollout.logprobs += [0.0] * len(ids)
         assert self._session.tokenizer is not None
         rollout.text += self._session.tokenizer.decode(ids, skip_special=False)
-        self._speak(name, episode, seed=_seed(seed, int(name), rollout.turns))
+        self._request_turn(name, episode, seed=_seed(seed, int(name), rollout.turns))
 
 
 def _seed(batch: int, number: int, turn: int) -> int:
-    """A 32-bit seed of one turn; batches, answers and turns differ in it."""
+    """A 32-bit seed of one turn, from those of its batch, answer and turn."""
     mixed = (batch * 0x9E3779B1 + number * 0x85EBCA77 + turn * 0xC2B2AE3D) & 0xFFFFFFFF
     return (mixed ^ (mixed >> 15)) * 0x2C1B3C6D & 0xFFFFFFFF
 
 
 def _arguments(text: str) -> dict[str, Any]:
-    """A call's arguments; what is no JSON object, the model's own fault, becomes one that no grader takes."""
+    """The arguments of a call. Text that is no JSON object becomes an object that no grader accepts."""
     try:
-        found = json.loads(text or "{}")
+        arguments = json.loads(text or "{}")
     except ValueError:
         return {"": text}
-    return found if isinstance(found, dict) else {"": found}
+    return arguments if isinstance(arguments, dict) else {"": arguments}
 
 
-def written(prompt: Prompt, *, group: int) -> Rollout:
-    """The data's own completion as a rollout that the policy learns from. ConfigError: the row has none."""
+def data_rollout(prompt: Prompt, *, group: int) -> Rollout:
+    """The completion of the data as a rollout. ConfigError: the row has no completion."""
     if prompt.completion is None:
         raise ConfigError(
-            f"data.{prompt.source}: row {prompt.index} has no completion to learn from; give the assistant's turn, or "
+            f"data.{prompt.source}: row {prompt.index} has no completion to learn from; add the assistant's turn, or "
             "let the student or a teacher write it (rollout.source)"
         )
     ids = list(prompt.completion)

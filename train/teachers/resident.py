@@ -79,7 +79,7 @@ class Resident:
         return jax.jit(run, static_argnums=(3, 4))
 
     def score(self, rollouts: Sequence[Rollout], *, top: int, rows: int, length: int, num_tokens: int) -> list[Scored]:
-        """As `Scorer.score`, in numpy, in batches of rows; `stepjax.train.rollouts.batch.fitting` comes first."""
+        """As `Scorer.score`, in numpy, in batches of rows; `stepjax.train.rollouts.batch.cut_to_rows` comes first."""
         prompts = [self.prompt_ids(each.prompt) for each in rollouts]
         packed = pack_sequences(prompts, [each.ids for each in rollouts], rows=rows, length=length)
         found = self.top(packed.rows, k=top, num_tokens=num_tokens)

@@ -18,7 +18,7 @@ from stepjax.train.objectives.batch import Batch
 from stepjax.train.objectives.objective import Objective
 from stepjax.train.packing.rows import PackedRows
 from stepjax.train.packing.sequences import PackedSequences, pack_sequences
-from stepjax.train.rollouts.batch import fitting, make_batch, places_of_another
+from stepjax.train.rollouts.batch import cut_to_rows, make_batch, teacher_positions
 from stepjax.train.rollouts.sampler import Rollout
 from stepjax.train.teachers.resident import Resident, Teacher
 from stepjax.train.teachers.stored import Stored
@@ -59,7 +59,7 @@ class Scoring:
     def prepare(self, rollouts: Sequence[Rollout], *, objective: Objective) -> Prepared:
         """Batches for an objective."""
         optim, loss = self._config.optim, self._config.loss
-        kept, lost = fitting(rollouts, optim.length)
+        kept, lost = cut_to_rows(rollouts, optim.length)
         prepared = Prepared({}, lost, rollouts=kept)
         rewards, groups = (np.asarray([getattr(rollout, name) for rollout in kept]) for name in ("reward", "group"))
         advantages = objective.advantages(rewards, groups, loss)
@@ -99,7 +99,7 @@ class Scoring:
         longest = max(len(ids) + len(each.ids) for ids, each in zip(prompts, rollouts, strict=True))
         length = max(optim.length, -(-longest // SPARE) * SPARE)
         theirs = pack_sequences(prompts, [each.ids for each in rollouts], rows=optim.rows, length=length)
-        places = places_of_another(packed, theirs, rollouts, [len(ids) for ids in prompts])
+        places = teacher_positions(packed, theirs, rollouts, [len(ids) for ids in prompts])
         hidden = teacher.hidden(teacher.params, self._place_rows(theirs.rows))
         return _taken(hidden, self._placed(places))
 

@@ -1,4 +1,4 @@
-"""What is logged of a step, and what ends a run."""
+"""What is logged of a step, and the checks that end a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stepjax.train.tune.update import UpdateReport
 
 
 class StepMetrics:
-    """Records of one run's steps."""
+    """Makes the records of the steps of one run, and checks them."""
 
     def __init__(self, config: TuneConfig, setup: Setup):
         self._config, self._setup = config, setup
@@ -26,8 +26,8 @@ class StepMetrics:
     def record(
         self, step: int, report: UpdateReport, prepared: Prepared, rollouts: Sequence[Rollout]
     ) -> dict[str, Any]:
-        """The numbers of one step, by their names in ``metrics.jsonl``."""
-        sampled_tokens = sum(sum(rollout.own) for rollout in prepared.rollouts if any(rollout.logprobs))
+        """The record of one step, by names as in ``metrics.jsonl``."""
+        sampled_tokens = sum(sum(rollout.answer_mask) for rollout in prepared.rollouts if any(rollout.logprobs))
         record: dict[str, Any] = {
             "step": step,
             "objective": self._setup.objective.name,
@@ -40,7 +40,7 @@ class StepMetrics:
             "teacher_tokens": _written_by("teacher", rollouts),
             "scored_tokens": prepared.scored_tokens,
             "reward": float(np.mean([rollout.reward for rollout in rollouts])),
-            "answer_length": float(np.mean([rollout.num_own for rollout in rollouts])),
+            "answer_length": float(np.mean([rollout.num_answer_tokens for rollout in rollouts])),
             "truncated": float(np.mean([rollout.truncated for rollout in rollouts])),
         }
         return record | self._setup.objective.metrics(
@@ -52,29 +52,29 @@ class StepMetrics:
         Raises:
           TrainingError: sampler and trainer disagree, or too many batches in a row had no finite gradient.
         """
-        gap, bound = record.get("gap", 0.0), self.max_gap
-        if not gap <= bound:
+        gap, limit = record.get("gap", 0.0), self.max_gap
+        if not gap <= limit:
             raise TrainingError(
                 f"step {step}: sampler and trainer disagree: the mean |log π − log μ| over the sampled tokens is "
-                f"{gap:.3g} (largest {record['largest_gap']:.3g}), more than rollout.max_gap = {bound:g}. What is "
-                "learnt would be wrong: use one dtype for both, or raise the bound if answers are written ahead"
+                f"{gap:.3g} (largest {record['largest_gap']:.3g}), more than rollout.max_gap = {limit:g}. The "
+                "gradients would be wrong. Use one dtype for both, or raise rollout.max_gap if rollout.ahead is on"
             )
-        in_a_row = int(report.num_skipped[1])
-        if in_a_row >= self._config.optim.max_skips:
+        successive = int(report.num_skipped[1])
+        if successive >= self._config.optim.max_skips:
             raise TrainingError(
-                f"step {step}: {in_a_row} batches in a row had no token or no finite gradient "
-                f"(loss {record['loss']}, gradient norm {record['gradient_norm']}); the checkpoints hold the steps "
-                "before. Lower optim.lr, or look at the transcripts"
+                f"step {step}: {successive} batches in a row had no token or no finite gradient "
+                f"(loss {record['loss']}, gradient norm {record['gradient_norm']}); the checkpoints hold earlier "
+                "steps. Lower optim.lr, or read the transcripts"
             )
 
     @property
     def max_gap(self) -> float:
-        """The largest mean |log π − log μ| that does not end the run."""
+        """The largest mean |log π − log μ| that a run accepts."""
         configured = self._config.rollout.max_gap
         if configured:
             return configured
         if self._config.rollout.ahead:
-            return math.inf  # by design: the answers are of the policy before the last update
+            return math.inf  # the answers are those of the policy before the last update
         return 0.01 if self._setup.base.dtype == jnp.float32 else 0.1
 
 
@@ -85,4 +85,4 @@ def note(record: dict[str, Any]) -> str:
 
 
 def _written_by(writer: str, rollouts: Sequence[Rollout]) -> int:
-    return sum(rollout.num_own for rollout in rollouts if rollout.writer == writer)
+    return sum(rollout.num_answer_tokens for rollout in rollouts if rollout.writer == writer)

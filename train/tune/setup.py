@@ -1,4 +1,4 @@
-"""Opens all that a fine-tuning run needs: the base, its teachers, what is trained, the update."""
+"""Opens the parts of a fine-tuning run: the base, the teachers, the trained leaves, the update."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from stepjax.train.teachers.resident import Resident, Teacher, resident
 from stepjax.train.teachers.same_ids import check_same_ids
 from stepjax.train.teachers.scoring import Scoring
 from stepjax.train.teachers.stored import Stored
-from stepjax.train.tune.trainable import Leaves, Trainable, adapted, fingerprint, placed, read_leaves, trainable
+from stepjax.train.tune.trainable import Leaves, Trainable, adapted, fingerprint, place, read_leaves, trainable
 from stepjax.train.tune.update import TuneState, UpdateReport, make_measure, make_update
 
-DISTANCE = OBJECTIVES["exact"]  # measures the divergence from the teacher
+EVALUATED = OBJECTIVES["exact"]  # its sums have the divergence from the teacher, which evaluation reports
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything but the state."""
+    """The parts of a run, and its initial state."""
 
     base: Session
-    student: Session  # the same weights with the trained leaves in their places: what samples
+    student: Session  # the base with the trained leaves; it samples the answers
     teachers: Mapping[str, Teacher]
     scoring: Scoring
     trained: Trainable
@@ -45,24 +45,24 @@ class Setup:
     schedule: optax.Schedule
     update: Callable[..., tuple[TuneState, UpdateReport]]
     measure: Callable[..., Any]
-    fresh: TuneState
+    initial: TuneState
     fingerprint: str  # of the base
 
     def params(self, leaves: Leaves) -> Params:
-        """The model's parameters with these leaves; arrays are shared, not copied."""
+        """The model's parameters with these leaves. Arrays are shared, not copied."""
         return self.trained.assemble(self.base.params, leaves)
 
 
 def open_run(config: TuneConfig) -> Setup:
-    """Raises what loading raises, and ConfigError where the parts do not fit each other."""
+    """The parts of a run. Raises what `load` raises, and ConfigError where the parts do not match."""
     base = open_model(config.model, config.model.path)
     trained = trainable(base, config.lora, jax.random.key(config.run.seed))
     if config.lora.start_from:
-        trained = _started(trained, Path(config.lora.start_from), base)
+        trained = _start_from(trained, Path(config.lora.start_from), base)
     layout = base.model.layout
     mesh = layout if layout.replicated else None
-    leaves = {name: placed(leaf, trained.shardings[name]) for name, leaf in trained.leaves.items()}
-    student = beside(base, trained.assemble(base.params, leaves))
+    leaves = {name: place(leaf, trained.shardings[name]) for name, leaf in trained.leaves.items()}
+    student = with_params(base, trained.assemble(base.params, leaves))
     teachers = open_teachers(config, base)
     scoring = Scoring(config, base, teachers)
     optim = config.optim
@@ -79,14 +79,14 @@ def open_run(config: TuneConfig) -> Setup:
     )
     optimizer = adamw(schedule, b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay, clip=optim.clip)
     keep_previous = config.rollout.ahead > 0
-    fresh, where = _fresh(leaves, optimizer, trained, mesh, keep_previous=keep_previous)
-    models = {name: each.session.model for name, each in teachers.items() if isinstance(each, Resident)}
+    initial, shardings = _initial_state(leaves, optimizer, trained, mesh, keep_previous=keep_previous)
+    models = {name: teacher.session.model for name, teacher in teachers.items() if isinstance(teacher, Resident)}
     num_tokens = num_tokens_of(base)
     objective = OBJECTIVES[config.loss.objective]
     context = LossContext(config.loss, base.model, num_tokens, models)
     loss = functools.partial(objective.loss, context)
-    distance = functools.partial(DISTANCE.loss, context)
-    out = None if mesh is None else (where, mesh.replicated)
+    evaluated = functools.partial(EVALUATED.loss, context)
+    out = None if mesh is None else (shardings, mesh.replicated)
     return Setup(
         base,
         student,
@@ -95,15 +95,15 @@ def open_run(config: TuneConfig) -> Setup:
         trained,
         objective,
         schedule,
-        make_update(loss, optimizer, trained.assemble, keep_previous=keep_previous, placed=out),
-        make_measure(distance, mesh),
-        fresh,
+        make_update(loss, optimizer, trained.assemble, keep_previous=keep_previous, out_shardings=out),
+        make_measure(evaluated, mesh),
+        initial,
         fingerprint(base.params),
     )
 
 
 def open_model(settings: ModelSettings, path: str) -> Session:
-    """A checkpoint as the settings place it."""
+    """The checkpoint at ``path``, with the dtype, format and mesh of the settings."""
     return load(
         path,
         dtype=settings.dtype,
@@ -114,8 +114,8 @@ def open_model(settings: ModelSettings, path: str) -> Session:
     )
 
 
-def beside(session: Session, params: Params) -> Session:
-    """The same model with other parameters, and compiled steps of its own: an adapter makes other programs."""
+def with_params(session: Session, params: Params) -> Session:
+    """The same model with other parameters. It compiles its own programs, since an adapter changes them."""
     return Session(
         session.config,
         params,
@@ -129,32 +129,34 @@ def beside(session: Session, params: Params) -> Session:
 
 
 def open_teachers(config: TuneConfig, base: Session) -> dict[str, Teacher]:
-    return {name: _teacher(name, each, config, base) for name, each in config.teachers.items()}
+    """The teachers of the settings, by name. ConfigError or TokenizerError: one does not fit the base."""
+    return {name: _open_teacher(name, settings, config, base) for name, settings in config.teachers.items()}
 
 
-def _teacher(name: str, settings: TeacherSettings, config: TuneConfig, base: Session) -> Teacher:
+def _open_teacher(name: str, settings: TeacherSettings, config: TuneConfig, base: Session) -> Teacher:
     if settings.kind == "stored":
         return Stored(Path(settings.path))
     if settings.kind == "remote":
-        own = open_tokenizer(settings.tokenizer)
+        tokenizer = open_tokenizer(settings.tokenizer)
         if base.tokenizer is None:
-            raise ConfigError(f"teachers.{name}: the student has no tokenizer.json, to be compared with the server's")
-        check_same_ids(base.tokenizer, own, who=f"teachers.{name} ({settings.tokenizer})")
+            raise ConfigError(f"teachers.{name}: the student has no tokenizer.json to compare with the server's")
+        check_same_ids(base.tokenizer, tokenizer, who=f"teachers.{name} ({settings.tokenizer})")
         return Remote(settings, base, name=name)
     return resident(settings, base, load=lambda path: open_model(config.model, path), adapted=adapted, name=name)
 
 
 def open_tokenizer(name_or_path: str) -> Any:
+    """The tokenizer of a checkpoint. ConfigError: it has none."""
     from stepjax.checkpoint.folder import open_folder
 
-    found = open_folder(name_or_path).tokenizer
-    if found is None:
+    tokenizer = open_folder(name_or_path).tokenizer
+    if tokenizer is None:
         raise ConfigError(f"{name_or_path}: has no tokenizer.json")
-    return found
+    return tokenizer
 
 
-def _started(trained: Trainable, path: Path, base: Session) -> Trainable:
-    """With the leaves of an earlier run."""
+def _start_from(trained: Trainable, path: Path, base: Session) -> Trainable:
+    """The same with the leaves of an earlier run."""
     leaves, about = read_leaves(path, base.config)
     shapes = {name: leaf.shape for name, leaf in trained.leaves.items()}
     if about != dict(trained.about) or {name: leaf.shape for name, leaf in leaves.items()} != shapes:
@@ -164,7 +166,7 @@ def _started(trained: Trainable, path: Path, base: Session) -> Trainable:
     )
 
 
-def fresh_state(
+def abstract_state(
     leaves: Any,
     optimizer: optax.GradientTransformation,
     shardings: Mapping[str, Any],
@@ -172,13 +174,13 @@ def fresh_state(
     *,
     keep_previous: bool,
 ) -> tuple[TuneState, TuneState]:
-    """Shapes of the first state, and where its parts lie: what an optimiser keeps of a leaf lies as the leaf does."""
+    """Shapes and shardings of the initial state. The optimiser's state of a leaf has the sharding of the leaf."""
 
-    shapes = jax.eval_shape(lambda leaves: _begin(leaves, optimizer, keep_previous=keep_previous), leaves)
+    shapes = jax.eval_shape(lambda leaves: _make_state(leaves, optimizer, keep_previous=keep_previous), leaves)
     return shapes, state_shardings(shapes, shardings, otherwise=mesh.replicated)
 
 
-def _fresh(
+def _initial_state(
     leaves: Leaves,
     optimizer: optax.GradientTransformation,
     trained: Trainable,
@@ -186,18 +188,18 @@ def _fresh(
     *,
     keep_previous: bool,
 ) -> tuple[TuneState, Any]:
-    """The state before the first update, and where its parts lie; None on one device."""
+    """The state before the first update, and its shardings (None on one device)."""
 
     def create(leaves: Leaves) -> TuneState:
-        return _begin(leaves, optimizer, keep_previous=keep_previous)
+        return _make_state(leaves, optimizer, keep_previous=keep_previous)
 
     if mesh is None:
         return jax.jit(create)(leaves), None
-    _, where = fresh_state(leaves, optimizer, trained.shardings, mesh, keep_previous=keep_previous)
-    return jax.jit(create, out_shardings=where)(leaves), where
+    _, shardings = abstract_state(leaves, optimizer, trained.shardings, mesh, keep_previous=keep_previous)
+    return jax.jit(create, out_shardings=shardings)(leaves), shardings
 
 
-def _begin(leaves: Leaves, optimizer: optax.GradientTransformation, *, keep_previous: bool) -> TuneState:
+def _make_state(leaves: Leaves, optimizer: optax.GradientTransformation, *, keep_previous: bool) -> TuneState:
     zero = jnp.zeros((), jnp.int32)
     previous = jax.tree.map(jnp.copy, leaves) if keep_previous else {}
     return TuneState(leaves, optimizer.init(leaves), zero, jnp.zeros((2,), jnp.int32), previous)

@@ -1,4 +1,4 @@
-"""Score a data set by a teacher and store the scores."""
+"""Scores a data set with a teacher and stores the scores."""
 
 from __future__ import annotations
 
@@ -13,61 +13,62 @@ from stepjax.errors import ConfigError
 from stepjax.infer.session import num_tokens_of
 from stepjax.train.config.tune import TuneConfig
 from stepjax.train.data.sources import JsonLinesSource, Prompt
-from stepjax.train.rollouts.batch import Scored, fitting
-from stepjax.train.rollouts.sampler import written
+from stepjax.train.rollouts.batch import Scored, cut_to_rows
+from stepjax.train.rollouts.sampler import data_rollout
 from stepjax.train.teachers.resident import Resident
 from stepjax.train.teachers.stored import FORM, Stored
 from stepjax.train.tune.setup import open_model, open_teachers
 
-CHUNK = 256  # rows that are scored together
+CHUNK = 256  # rows of one call of a teacher
 
 
 def store(path: Path, rows: Iterable[tuple[Prompt, Sequence[int], Scored]], *, about: dict[str, str]) -> int:
-    """Write scores of completions; returns how many rows. The file is there whole or not at all."""
-    found = list(rows)
-    lengths = [len(ids) for _, ids, _ in found]
+    """Write the scores of completions, and return the number of rows. The file appears only once it is complete."""
+    scored_rows = list(rows)
+    scores = [score for *_, score in scored_rows]
+    lengths = [len(ids) for _, ids, _ in scored_rows]
     arrays = {
-        "index": np.asarray([prompt.index for prompt, _, _ in found], np.int64),
+        "index": np.asarray([prompt.index for prompt, _, _ in scored_rows], np.int64),
         "offset": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        "token": np.concatenate([np.asarray(ids, np.int32) for _, ids, _ in found]),
-        "logprob": np.concatenate([each.logprobs for *_, each in found]),
-        "top_id": np.concatenate([each.top_ids for *_, each in found if each.top_ids is not None]),
-        "top_logprob": np.concatenate([each.top_logprobs for *_, each in found if each.top_logprobs is not None]),
+        "token": np.concatenate([np.asarray(ids, np.int32) for _, ids, _ in scored_rows]),
+        "logprob": np.concatenate([score.logprobs for score in scores]),
+        "top_id": np.concatenate([score.top_ids for score in scores if score.top_ids is not None]),
+        "top_logprob": np.concatenate([score.top_logprobs for score in scores if score.top_logprobs is not None]),
     }
     partial = path.with_suffix(".partial")
     save_file(arrays, partial, metadata={"form": FORM, "about": json.dumps(about)})
     partial.replace(path)
-    return len(found)
+    return len(scored_rows)
 
 
 def teach(config: TuneConfig, name: str, path: Path, *, top_k: int) -> tuple[int, int]:
-    """Score all rows of a jsonl source with its teacher and store them; returns rows and tokens.
+    """Score all rows of a jsonl source with its teacher, store the scores, and return the numbers of rows and tokens.
 
     Raises:
-      ConfigError: the teacher cannot score this, or a row has no completion or no room in optim.length.
+      ConfigError: the teacher cannot score data, or a row has no completion or is longer than optim.length.
     """
     session = open_model(config.model, config.model.path)
     source = JsonLinesSource(name, Path(config.data[name].path), session)
     teachers = open_teachers(config, session)
-    chosen = config.data[name].teacher or next(iter(teachers), "")
-    if chosen not in teachers or isinstance(teachers[chosen], Stored):
-        raise ConfigError(f"data.{name}.teacher: expected a teacher that can score, a checkpoint, base or remote one")
-    teacher, optim = teachers[chosen], config.optim
+    teacher_name = config.data[name].teacher or next(iter(teachers), "")
+    if teacher_name not in teachers or isinstance(teachers[teacher_name], Stored):
+        raise ConfigError(f"data.{name}.teacher: expected a teacher of kind base, checkpoint or remote")
+    teacher, optim = teachers[teacher_name], config.optim
     tokens = 0
 
     def rows() -> Iterator[tuple[Prompt, Sequence[int], Scored]]:
         nonlocal tokens
         for begin in range(0, len(source), CHUNK):
-            rollouts = [written(source.at(i), group=i) for i in range(begin, min(begin + CHUNK, len(source)))]
-            kept, lost = fitting(rollouts, optim.length)
+            rollouts = [data_rollout(source.line(i), group=i) for i in range(begin, min(begin + CHUNK, len(source)))]
+            kept, lost = cut_to_rows(rollouts, optim.length)
             if lost:
-                raise ConfigError(f"data.{name}: {lost} rows have no room in optim.length = {optim.length}; raise it")
+                raise ConfigError(f"data.{name}: {lost} rows are longer than optim.length = {optim.length}; raise it")
             if isinstance(teacher, Resident):
                 options = {"rows": optim.rows, "length": optim.length, "num_tokens": num_tokens_of(session)}
                 scored = teacher.score(kept, top=top_k, **options)
             else:
                 scored = teacher.score(kept, top=top_k)
-            tokens += sum(len(each.ids) for each in kept)
-            yield from ((each.prompt, each.ids, found) for each, found in zip(kept, scored, strict=True))
+            tokens += sum(len(rollout.ids) for rollout in kept)
+            yield from ((rollout.prompt, rollout.ids, score) for rollout, score in zip(kept, scored, strict=True))
 
-    return store(path, rows(), about={"teacher": chosen, "source": name}), tokens
+    return store(path, rows(), about={"teacher": teacher_name, "source": name}), tokens

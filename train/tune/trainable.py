@@ -1,4 +1,4 @@
-"""What learns: adapters beside a frozen base, the prediction heads, or all weights. Always a flat float32 table."""
+"""What is trained: an adapter of a frozen base, the prediction heads, or all weights. Always float32 leaves by path."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ Leaves = dict[str, jax.Array]
 
 @dataclass(frozen=True)
 class Trainable:
-    """Leaves at the beginning, where they lie, and how they and the base make a model."""
+    """Initial leaves, their shardings, and how base and leaves make a model."""
 
     leaves: Leaves
     shardings: Mapping[str, Any]  # None on one device
     assemble: Callable[[Params, Leaves], Params]
-    about: Mapping[str, Any]  # JSON that says what the leaves are
+    about: Mapping[str, Any]  # description of the leaves, which is stored with them as JSON
 
 
 def trainable(session: Session, settings: LoraSettings, key: jax.Array) -> Trainable:
-    """The leaves that the settings name, drawn or taken from the base.
+    """The leaves that the settings name: random factors of an adapter, or weights of the base.
 
     Raises:
-      ConfigError: nothing of the kind can be trained in this model.
+      ConfigError: the model has no such weights, or they are quantised.
     """
     if settings.kind == "lora":
         return _lora(session, lora_config(settings), key)
@@ -65,10 +65,11 @@ def trainable(session: Session, settings: LoraSettings, key: jax.Array) -> Train
         return dict(base) | {name: leaf.astype(base[name].dtype) for name, leaf in leaves.items()}
 
     about = {"kind": settings.kind}
-    return Trainable(leaves, _placed(session, {name: axes[name] for name in names}), assemble, about)
+    return Trainable(leaves, _shardings(session, {name: axes[name] for name in names}), assemble, about)
 
 
 def lora_config(settings: LoraSettings) -> LoraConfig:
+    """The adapter that the settings describe."""
     return LoraConfig(
         rank=settings.rank,
         alpha=settings.alpha,
@@ -85,16 +86,16 @@ def _lora(session: Session, config: LoraConfig, key: jax.Array) -> Trainable:
         return lora.attach(base, leaves, config)
 
     about = {"kind": "lora", "lora": lora.describe(config)}
-    return Trainable(leaves, _placed(session, lora.axes(session.config, config)), assemble, about)
+    return Trainable(leaves, _shardings(session, lora.axes(session.config, config)), assemble, about)
 
 
-def _placed(session: Session, axes: Mapping[str, tuple[str | None, ...]]) -> dict[str, Any]:
+def _shardings(session: Session, axes: Mapping[str, tuple[str | None, ...]]) -> dict[str, Any]:
     layout = session.model.layout
-    return {name: layout.parameter(*each) for name, each in axes.items()}
+    return {name: layout.parameter(*names) for name, names in axes.items()}
 
 
-def placed(leaf: jax.Array, sharding: Any) -> jax.Array:
-    """A leaf where it belongs. Each process draws the same ones, and puts down what its own devices hold."""
+def place(leaf: jax.Array, sharding: Any) -> jax.Array:
+    """A leaf with its sharding. Every process has the same values, and copies the parts that its devices hold."""
     if sharding is None:
         return leaf
     if not leaf.is_fully_addressable:
@@ -104,58 +105,60 @@ def placed(leaf: jax.Array, sharding: Any) -> jax.Array:
 
 
 def save_leaves(path: Path, leaves: Leaves, about: Mapping[str, Any]) -> None:
-    """Write leaves as one safetensors file, on process 0; every process calls this. It is there whole or not at all."""
-    found = {name: np.asarray(_whole(leaf)) for name, leaf in leaves.items()}
+    """Write leaves as a safetensors file, which appears only when complete. All processes call; process 0 writes."""
+    arrays = {name: np.asarray(_replicated(leaf)) for name, leaf in leaves.items()}
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        save_file(found, partial, metadata={"form": FORM, "about": json.dumps(dict(about))})
+        save_file(arrays, partial, metadata={"form": FORM, "about": json.dumps(dict(about))})
         partial.replace(path)
 
 
 def load_leaves(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Leaves that `save_leaves` wrote, and what they are. CheckpointError: the file is none of those."""
+    """Leaves that `save_leaves` wrote, and their description. CheckpointError: the file is of another kind."""
     try:
         with safe_open(str(path), "numpy") as file:
             about = file.metadata() or {}
             if about.get("form") != FORM:
-                raise CheckpointError(f"{path}: holds no leaves of a run; name the file that a run kept")
+                raise CheckpointError(
+                    f"{path}: holds no leaves of a run; expected a file of the leaves folder of a run"
+                )
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads(about["about"])  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
 
 
 def read_leaves(path: Path, config: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What an earlier run learnt, and what it is: a run's leaves or adapter, or a PEFT folder.
+    """Trained leaves and their description, from a run's leaves or adapter, or from a PEFT folder.
 
     Raises:
-      CheckpointError: it is none of these, or of another model.
+      CheckpointError: the path is of another kind, or the leaves are of another model.
     """
     if path.is_file():
         return load_leaves(path)
     if is_adapter(path):
-        adapter, settings, found = restore_adapter(path)
-        if found != config:
-            raise CheckpointError(f"{path}: is the adapter of another model; name the base that it was trained on")
+        adapter, settings, adapter_base = restore_adapter(path)
+        if adapter_base != config:
+            raise CheckpointError(f"{path}: is the adapter of another model; give the base that it was trained on")
         return dict(adapter), {"kind": "lora", "lora": lora.describe(settings)}
     adapter, settings = import_adapter(path, config)
     return dict(adapter), {"kind": "lora", "lora": lora.describe(settings)}
 
 
 def adapted(session: Session, path: str) -> Params:
-    """A session's parameters with what an earlier run learnt (`read_leaves`)."""
+    """A session's parameters with the leaves at a path (`read_leaves`)."""
     leaves, about = read_leaves(Path(path), session.config)
     if about["kind"] == "lora":
         return lora.attach(session.params, {k: jnp.asarray(v) for k, v in leaves.items()}, LoraConfig(**about["lora"]))
-    missing = [name for name in leaves if name not in session.params]
-    if missing:
-        raise CheckpointError(f"{path}: holds {missing[0]}, which is no weight of this model")
+    unknown = [name for name in leaves if name not in session.params]
+    if unknown:
+        raise CheckpointError(f"{path}: holds {unknown[0]}, which is no weight of this model")
     dtypes = {name: session.params[name].dtype for name in leaves}
     return dict(session.params) | {name: jnp.asarray(leaf, dtypes[name]) for name, leaf in leaves.items()}
 
 
-def _whole(leaf: jax.Array) -> jax.Array:
-    """The leaf with all of it on every process."""
+def _replicated(leaf: jax.Array) -> jax.Array:
+    """The leaf, all of it on every process."""
     if leaf.is_fully_addressable or leaf.is_fully_replicated:
         return leaf
     sharding = leaf.sharding
@@ -165,27 +168,27 @@ def _whole(leaf: jax.Array) -> jax.Array:
 
 
 def fingerprint(params: Params) -> str:
-    """A digest of every bit of a model's parameters, wherever they lie: 32 hexadecimal digits.
+    """A digest of every bit of a model's parameters, on any mesh: 32 hexadecimal digits.
 
-    A sum over positions weighted by odd numbers, modulo 2³²: exact, in any order, and on the devices that hold them.
+    Each leaf is summed on its devices, with odd weights by position, modulo 2³². The order of the sum does not matter.
     """
 
     def digest(tree: Any) -> jax.Array:
         return jnp.stack([_digest(leaf) for leaf in jax.tree.leaves(tree)])
 
-    where = next(iter(jax.tree.leaves(dict(params)))).sharding
-    whole = None
-    if isinstance(where, jax.sharding.NamedSharding):  # every process reads all of the sums
-        whole = jax.sharding.NamedSharding(where.mesh, jax.sharding.PartitionSpec())
+    sharding = next(iter(jax.tree.leaves(dict(params)))).sharding
+    replicated = None
+    if isinstance(sharding, jax.sharding.NamedSharding):  # every process reads all sums
+        replicated = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
     with jax.numpy_dtype_promotion("standard"):
-        sums = np.asarray(jax.jit(digest, out_shardings=whole)(dict(params)))
+        sums = np.asarray(jax.jit(digest, out_shardings=replicated)(dict(params)))
     mixed = [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344]
     names = sorted(
         f"{name}{leaf.shape}{leaf.dtype}" for name, value in params.items() for leaf in jax.tree.leaves(value)
     )
-    for at, each in enumerate([*map(int, sums), *b"".join(map(str.encode, names))]):
-        mixed[at % 4] = ((mixed[at % 4] ^ each) * 0x01000193 + at) & 0xFFFFFFFF
-    return "".join(f"{each:08x}" for each in mixed)
+    for index, value in enumerate([*map(int, sums), *b"".join(map(str.encode, names))]):
+        mixed[index % 4] = ((mixed[index % 4] ^ value) * 0x01000193 + index) & 0xFFFFFFFF
+    return "".join(f"{word:08x}" for word in mixed)
 
 
 def _digest(leaf: jax.Array) -> jax.Array:
@@ -194,7 +197,7 @@ def _digest(leaf: jax.Array) -> jax.Array:
     else:
         unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
         bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
-    place = jnp.zeros(bits.shape, jnp.uint32)
+    index = jnp.zeros(bits.shape, jnp.uint32)
     for axis, size in enumerate(bits.shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    return jnp.sum(bits * (2 * place + 1) + (bits >> 7) * (place ^ jnp.uint32(0x9E3779B1)), dtype=jnp.uint32)
+        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    return jnp.sum(bits * (2 * index + 1) + (bits >> 7) * (index ^ jnp.uint32(0x9E3779B1)), dtype=jnp.uint32)

@@ -1,4 +1,4 @@
-"""The jitted update of fine-tuning: gradients of the trained leaves over all micro-batches, then one step of AdamW."""
+"""The compiled update of fine-tuning: gradients of the trained leaves over all micro-batches, then a step of AdamW."""
 
 from __future__ import annotations
 
@@ -16,31 +16,32 @@ from stepjax.train.objectives.objective import LossFunction
 from stepjax.train.objectives.sums import Sums
 from stepjax.train.runs.optimizer import apply
 
-# Left on, XLA's GPU compiler makes the zeros that every layer's loops over blocks of queries start from in one kernel
-# before the first layer, and keeps them: 11 GiB for four rows of 1,024 tokens on eight GPUs. CPUs have no such pass.
+# Each layer's loop over blocks of queries starts from zeros. With this pass, XLA's GPU compiler makes the zeros of all
+# layers in one kernel before the first layer and keeps them: 11 GiB for four rows of 1,024 tokens on eight GPUs. The
+# CPU compiler has no such pass.
 COMPILER_OPTIONS = {"xla_disable_hlo_passes": "copy_fusion"}
 
-Leaves = dict[str, jax.Array]  # what is trained, float32 by path
+Leaves = dict[str, jax.Array]  # trained, float32 by path
 Assemble = Callable[[Params, Leaves], Params]  # base and trained leaves → the model's parameters
 
 
 class TuneState(NamedTuple):
-    """All that a run carries from step to step. Prompts, seeds and keys are functions of its seed and ``step``."""
+    """What a run carries from step to step. Prompts and random keys depend on its seed and ``step`` only."""
 
     leaves: Leaves
     optimizer: optax.OptState
-    step: jax.Array  # int32: updates tried
-    skipped: jax.Array  # int32 [2]: batches without a finite gradient or a token: in all, and in a row up to now
-    previous: Leaves  # before the last update, for rollouts that are written ahead; else empty
+    step: jax.Array  # int32: number of updates, skipped ones included
+    skipped: jax.Array  # int32 [2]: batches without a finite gradient or a token: of the run, and the latest in a row
+    previous: Leaves  # before the last update, with rollout.ahead; else empty
 
 
 class UpdateReport(NamedTuple):
-    """What one step measured, before it moved anything."""
+    """What one step measured, with the parameters before its update."""
 
     sums: Sums
     gradient_norm: jax.Array
     skipped: jax.Array  # bool
-    num_skipped: jax.Array  # int32 [2], as in the state
+    num_skipped: jax.Array  # int32 [2], as `TuneState.skipped`
 
 
 def make_update(
@@ -49,19 +50,19 @@ def make_update(
     assemble: Assemble,
     *,
     keep_previous: bool,
-    placed: Any = None,
+    out_shardings: Any = None,
 ) -> jax.stages.Wrapped:
-    """``(state, base, teachers, batches) → (state, report)``, one program for a set of shapes.
+    """``(state, base, teachers, batches) → (state, report)``, compiled once for each set of shapes.
 
     Args:
-      keep_previous: the state holds the leaves before the update too.
-      placed: placement of state and report (`jax.jit`'s out_shardings); None: as it comes.
+      keep_previous: keep the leaves before the update in the state too.
+      out_shardings: of state and report; None: as the compiler chooses.
     """
 
     def update(
         state: TuneState, base: Params, teachers: dict[str, Params], batches: dict[str, Batch]
     ) -> tuple[TuneState, UpdateReport]:
-        """Batches by the name of their teacher; "" has none. Remote and stored teachers have no parameters."""
+        """Batches are by teacher, "" for none. Only teachers in this process have parameters in ``teachers``."""
         total = sum(jnp.sum((batch.rows.loss_mask > 0).astype(jnp.float32)) for batch in batches.values())
         total = jnp.maximum(total, 1.0)
         gradients, sums = jax.tree.map(jnp.zeros_like, state.leaves), None
@@ -71,9 +72,9 @@ def make_update(
             def loss(leaves: Leaves, micro: Batch, teacher: Any = teacher) -> Any:
                 return loss_function(assemble(base, leaves), micro, total, teacher)
 
-            def body(so_far: Leaves, micro: Batch, loss: Any = loss) -> tuple[Leaves, Sums]:
+            def body(total_gradient: Leaves, micro: Batch, loss: Any = loss) -> tuple[Leaves, Sums]:
                 gradient, micro_sums = jax.grad(loss, has_aux=True)(state.leaves, micro)
-                return jax.tree.map(jnp.add, so_far, gradient), micro_sums
+                return jax.tree.map(jnp.add, total_gradient, gradient), micro_sums
 
             gradients, stacked = jax.lax.scan(body, gradients, batch)
             batch_sums = Sums.over(stacked)
@@ -85,12 +86,12 @@ def make_update(
         leaves, inner = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (leaves, inner), (state.leaves, state.optimizer)
         )
-        miss = (~finite).astype(jnp.int32)
-        skipped = jnp.stack([state.skipped[0] + miss, (state.skipped[1] + 1) * miss])
+        skip = (~finite).astype(jnp.int32)
+        skipped = jnp.stack([state.skipped[0] + skip, (state.skipped[1] + 1) * skip])
         previous = state.leaves if keep_previous else {}
         return TuneState(leaves, inner, state.step + 1, skipped, previous), UpdateReport(sums, norm, ~finite, skipped)
 
-    return jax.jit(update, out_shardings=placed, compiler_options=COMPILER_OPTIONS)
+    return jax.jit(update, out_shardings=out_shardings, compiler_options=COMPILER_OPTIONS)
 
 
 def make_measure(loss_function: LossFunction, layout: Layout | None) -> Callable[..., Sums]:

@@ -1,4 +1,4 @@
-"""`sft`, `distill` and `rl`: fine-tune from Python, as the commands of these names do."""
+"""`sft`, `distill` and `rl`: fine-tuning from Python, as with the commands of these names."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 
 @dataclass(frozen=True)
 class TuneResult:
-    """Where a finished run is, and what it measured."""
+    """The folder of a finished run, its trained parameters and its metrics."""
 
     folder: Path  # the run folder
-    steps: int  # updates, those before an interruption included
-    metrics: tuple[dict[str, Any], ...]  # a record a step, as metrics.jsonl has them
-    leaves: Path  # the trained parameters, .safetensors
-    adapter: Path | None  # what ``stepjax export-adapter`` reads; None unless the parameters are those of an adapter
+    steps: int  # updates, including those before an interruption
+    metrics: tuple[dict[str, Any], ...]  # records of the steps, as in metrics.jsonl
+    leaves: Path  # .safetensors of the trained parameters
+    adapter: Path | None  # folder for ``stepjax export-adapter``; None unless an adapter was trained
 
 
 def distill(config: TuneConfig | str | Path, out: str | Path, settings: Mapping[str, Any] | None = None) -> TuneResult:
     """Train a model to answer as a teacher does, on its own answers (on-policy distillation). As ``stepjax distill``.
 
     Args:
-      config: settings, a TOML file, or the name of a recipe in the package, as ``step-tiny-distill``.
+      config: settings, a TOML file, or the name of a recipe in the package, such as ``step-tiny-distill``.
       out: run folder; an interrupted run there is resumed.
-      settings: values that override those of ``config``, by dotted name, as ``{"optim.steps": 20}``.
+      settings: values that override those of ``config``, by dotted name, such as ``{"optim.steps": 20}``.
 
     Raises:
-      ConfigError: a setting is not known or does not fit another, or the folder belongs to another run.
-      TrainingError: sampler and trainer disagree, or batch after batch has no finite gradient.
+      ConfigError: a setting is unknown or contradicts another, or the folder belongs to another run.
+      TrainingError: sampler and trainer disagree, or too many batches in a row have no finite gradient.
 
     Example:
       >>> import stepjax, tempfile
@@ -92,7 +92,7 @@ def _tuned(
 
 
 def run_tuning(config: TuneConfig, folder: Path) -> TuneResult:
-    """Train as the settings say, with the programs that earlier runs have compiled."""
+    """Train with these settings. Compiled programs of earlier runs are reused."""
     use_caches()
     tune(config, folder)
     return TuneResult(
@@ -105,7 +105,7 @@ def run_tuning(config: TuneConfig, folder: Path) -> TuneResult:
 
 
 def recipe(name: str | Path) -> Path:
-    """A file of settings; a name that is no file may be that of a recipe in the package."""
+    """The file of settings: a path, or the name of a recipe in the package."""
     path = Path(name)
     inside = RECIPES / f"{name}.toml"
     return inside if not path.exists() and inside.exists() else path
