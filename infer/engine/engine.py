@@ -147,15 +147,16 @@ class Engine:
                 use_prefix=answer_params.prompt_logprobs is None,
             )
             try:
+                guide = None if constraint is None else constraint.guide()
                 self.scheduler.add(sequence)
-            except RequestError:
+            except Exception:
                 for earlier in ids[:index]:  # all answers of a request or none
                     self.cancel(earlier)
                 raise
             answer = Answer(sequence, frozenset(answer_params.ends(self._session.config.eos_ids)))
             self._answers[answer_id] = answer
-            if constraint is not None:
-                self._guidance.begin(answer, constraint)
+            if guide is not None:
+                self._guidance.begin(answer, guide)
         return ids
 
     def fit(self, prompt: Tokens[int], params: SamplingParams | None = None) -> SamplingParams:
@@ -181,7 +182,7 @@ class Engine:
     def finish(self, id: str, reason: FinishReason = "stop") -> None:
         """End an answer, for example at a stop string in its text. It gets no more updates."""
         self.scheduler.finish(id, reason)
-        self._answers.pop(id, None)
+        self._forget(id)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -417,8 +418,14 @@ class Engine:
             experts = answer.experts.first(answer.sequence.num_tokens) if reason else None
             updates.append(Update(row.id, tokens, reason, scores, answer.give_prompt(), cached, answer.fault, experts))
             if reason:
-                del self._answers[row.id]
+                self._forget(row.id)
         return updates
+
+    def _forget(self, id: str) -> None:
+        """Forget an answer that has ended, if it has not been forgotten yet."""
+        answer = self._answers.pop(id, None)
+        if answer is not None:
+            self._guidance.drop(answer)
 
     def _mask(self, row: Row, answer: Answer, plan: StepPlan) -> Mask | None:
         try:

@@ -95,12 +95,15 @@ class Scheduler:
         for run in self.admission.running:
             if run.prefilled:
                 continue
-            count = self._chunk_end(run) - run.position
+            end = self._chunk_end(run)
+            if end == len(run.tokens) and run.sequence.held:
+                continue  # this chunk samples a token, and which may follow is not known yet
+            count = end - run.position
             width = width or next(bucket for bucket in self.most_rows if bucket >= count)
             if len(parts) == self.most_rows[width]:
                 break
             if count <= width:
-                parts.append(self._prefill(run, run.position + count))
+                parts.append(self._prefill(run, end))
         if not parts:
             return None
         self._prefilled_last = True

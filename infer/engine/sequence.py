@@ -41,7 +41,7 @@ class Sequence:
     num_cached: int = 0  # prompt tokens found in the prefix cache at the first admission
     num_preemptions: int = 0
     num_in_flight: int = 0  # plans with a row of this sequence that are not committed
-    held: bool = False  # set by the engine: no decode step until it knows which tokens may follow
+    held: bool = False  # set by the engine: no step that samples until it knows which tokens may follow
 
     @property
     def rank(self) -> tuple[int, int]:
