@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from stepjax.train.objectives.table import OBJECTIVES
 from stepjax.train.tune.run import tune
 
 TRAIN = Path(__file__).parents[1] / "train"
+EXTENDING = Path(__file__).parents[1] / "docs" / "extending.md"
 
 RECIPE = """
 verb = "sft"
@@ -73,6 +77,20 @@ def test_a_new_objective_is_a_class_and_a_line(tmp_path, monkeypatch):
     for record in records:
         assert record["gradient_norm"] > 0
         np.testing.assert_allclose(record["loss"], 3 * record["nll"], rtol=1e-5)  # float32 sums
+
+
+def test_the_objective_of_the_documentation_trains(tmp_path, monkeypatch):
+    """The class that docs/extending.md shows runs as it stands: its loss is twice the negative log-likelihood."""
+    shown = re.search(r"```python\n(?P<code>(?:(?!```).)*class Doubt.*?)```", EXTENDING.read_text("utf-8"), re.DOTALL)
+    assert shown
+    names: dict[str, Any] = {}
+    exec(textwrap.dedent("   " + shown["code"].lstrip()), names)
+    monkeypatch.setitem(OBJECTIVES, "doubt", names["Doubt"]())
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE.replace("rewarded_likelihood", "doubt"))
+    tune(read_settings(TuneConfig, recipe), tmp_path / "run")
+    for record in history(tmp_path / "run"):
+        np.testing.assert_allclose(record["loss"], 2 * record["nll"], rtol=1e-5)  # float32 sums
 
 
 def test_objectives_are_compared_nowhere_else():

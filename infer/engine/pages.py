@@ -47,7 +47,7 @@ class PagePool:
             self._users[page] += 1
 
     def release(self, pages: Iterable[int]) -> None:
-        """One user fewer for each page; a page without users is free."""
+        """One user fewer for each page; a page without users is free. Admission and the prefix cache call it."""
         for page in pages:
             assert self._users[page] > 0, f"page {page} is free"
             self._users[page] -= 1

@@ -67,7 +67,7 @@ def status_router(api: Api) -> APIRouter:
     return routes
 
 
-# The endpoints. A new one goes into the file of its interface, or into a file of its own that is named here.
+# The endpoints. A new one goes into a module in endpoints/, its router is named here.
 ROUTERS: tuple[Callable[[Api], APIRouter], ...] = (
     chat.router,
     responses.router,

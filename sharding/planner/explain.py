@@ -193,6 +193,7 @@ def _held(winner: Option) -> Table:
     """What a device of the winner holds, and where its time goes."""
     memory, table = winner.memory, Table("a device holds", "GB", "a step", "ms", box=box.SIMPLE)
     parts = {name.replace("_", " "): size for name, size in memory.weights.items() if size > 1e7}
+    parts["all weights"] = sum(memory.weights.values())
     parts |= {"pages": memory.pages, "rings": memory.rings, "sampling and progress": memory.sequences}
     parts |= {"adapter and activations": memory.training, "temporaries": memory.temporaries}
     held = [(name, f"{1e-9 * size:.2f}") for name, size in parts.items() if size]

@@ -1,6 +1,6 @@
 """Mixture of experts: sigmoid router with a selection bias, routed experts, one shared expert.
 
-The formulas are in the documentation (docs/architecture.md, Mixture of experts).
+The formulas are in the documentation (docs/architecture.md, Router and Mixture of experts).
 """
 
 from __future__ import annotations

@@ -109,7 +109,8 @@ def _override(table: dict[str, Any], text: str) -> None:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except ValueError:
         raise ConfigError(
-            f'--set {text}: expected name=value, such as peak_lr=1e-3, optim.steps=20 or model="step-tiny"'
+            f"""--set {text}: expected name=value with a value in TOML, such as optim.lr=1e-3. Text needs """
+            """quotes that the shell leaves in place: --set 'model.path="step-tiny"'"""
         ) from None
     _set(table, name, parsed)
 
