@@ -118,9 +118,9 @@ class Session:
         depths = [self._head(state, max(len(ids) - k, 0), k - 1) for k, state in enumerate(states, start=1)]
         return self._head(hidden, len(ids), None), depths
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of raw text, after the beginning-of-sequence token."""
-        return self._require_tokenizer().encode(text, bos=True)
+    def encode(self, text: str, *, bos: bool = True) -> list[int]:
+        """Ids of raw text, after the beginning-of-sequence token unless ``bos`` is false."""
+        return self._require_tokenizer().encode(text, bos=bos)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         """Ids of a conversation, rendered by the checkpoint's own template, up to where the answer begins."""

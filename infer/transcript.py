@@ -48,12 +48,14 @@ class Transcript:
         include_stop: bool = False,
         skip_special: bool = True,
         verbatim: bool = False,
+        max_calls: int | None = None,
     ):
         """
         Args:
           include_stop: the stop string stays in the text.
           skip_special: control tokens are left out of the text.
           verbatim: text after the thinking that looks like a marker stays in the content.
+          max_calls: the answer ends behind this tool call.
         """
         self.ids: list[int] = []
         self.text = ""  # markers included, and the stop string if ``include_stop``
@@ -70,12 +72,13 @@ class Transcript:
         self._held = ""  # text that may be the start of a stop string
         self._parser = ReasoningParser(in_reasoning=in_reasoning, verbatim=verbatim)
         self._tools = ToolCallParser(tools) if tools else None
+        self._max_calls = max_calls
 
     def push(self, ids: Sequence[int]) -> Delta:
         """Take the next tokens; those after the end are ignored."""
         if self.finish_reason:
             return Delta()
-        if self._params.stop:  # token by token, to find the one that completes a stop string
+        if self._params.stop or self._max_calls:  # token by token, to find the one that completes a stop string or call
             delta = Delta()
             for token in ids:
                 delta = delta.join(self._push([token]))
@@ -97,6 +100,8 @@ class Transcript:
         delta = self._take(self._detokenizer.push(content_ids) if self._detokenizer else "")
         if self.finish_reason:
             return delta
+        if self._max_calls and len(self.calls) >= self._max_calls:
+            return delta.join(self._finish("stop", text_complete=True))
         if end is not None:
             return delta.join(self._finish("stop"))
         if len(self.ids) >= self._params.max_tokens:
@@ -149,6 +154,8 @@ class Transcript:
         for event in events:
             if isinstance(event, ContentDelta):
                 content += event.text
+                continue
+            if self._max_calls and event.index >= self._max_calls:
                 continue
             calls.append(event)
             if isinstance(event, CallStart):

@@ -7,11 +7,13 @@ of rules differ between parts, so that one grammar can hold several parts.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llguidance import regex_to_lark
+from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from stepjax.errors import RequestError
 
@@ -19,10 +21,12 @@ MAX_SCHEMA_BYTES = 64 * 2**10
 MAX_SCHEMA_DEPTH = 16  # subschemas in each other
 MAX_REGEX_BYTES = 2**10
 MAX_CHOICES = 256
+MAX_GRAMMAR_BYTES = 2**14
 MAX_LENGTH = 2**16  # least length of strings, lists and objects that a schema may demand: no answer is longer
 
 # Between JSON's tokens: enough for any layout, and bounded, since a model may otherwise write spaces without end.
 _SPACE = r"( {1,2}|\n {0,32})?"
+_GBNF_RULE = re.compile(r"(?m)^[ \t]*[A-Za-z][\w-]*[ \t]*::=")
 _COUNTS = ("minLength", "minItems", "minProperties", "minContains")
 
 
@@ -32,10 +36,13 @@ class GrammarError(RequestError):
 
 @dataclass(frozen=True)
 class GrammarPart:
-    """Part of a Lark grammar: ``expression`` is what the answer matches, ``rules`` are the rules that it refers to."""
+    """Part of a Lark grammar: ``expression`` is what the answer matches, ``rules`` are the rules that it refers to.
+    ``grammar`` is a whole grammar in Lark, to which ``expression`` refers as ``@content``.
+    """
 
     expression: str
     rules: str = ""
+    grammar: str = ""
 
 
 def grammar_of(content: GrammarPart | None, calls: GrammarPart | None = None, *, after_thinking: bool) -> str:
@@ -51,7 +58,11 @@ def grammar_of(content: GrammarPart | None, calls: GrammarPart | None = None, *,
     if calls is not None:
         alternatives.append(f'"\\n"? ({calls.expression})' if after_thinking else f"({calls.expression})")
     rules = "\n".join(form.rules for form in (content, calls) if form is not None)
-    return f"start: {' | '.join(alternatives)}\n{rules}\n"
+    whole = f"start: {' | '.join(alternatives)}\n{rules}\n"
+    if content is None or not content.grammar:
+        return whole
+    grammars = [{"lark_grammar": whole}, {"name": "content", "lark_grammar": content.grammar}]
+    return json.dumps({"grammars": grammars}, ensure_ascii=False)
 
 
 def json_object() -> GrammarPart:
@@ -95,6 +106,25 @@ def choice(texts: Any, name: str = "choice") -> GrammarPart:
     if not 1 <= len(texts) <= MAX_CHOICES or sum(map(len, texts)) > MAX_SCHEMA_BYTES:
         raise GrammarError(f"{name}: has {len(texts)} texts, expected 1 to {MAX_CHOICES}, of {MAX_SCHEMA_BYTES} bytes")
     return GrammarPart(" | ".join(map(literal, texts)))
+
+
+def grammar(text: str, name: str = "grammar") -> GrammarPart:
+    """Text that a grammar matches: in Lark as llguidance reads it, or in GBNF (llama.cpp's form of EBNF, with the rule
+    ``root``), which vLLM and SGLang take too.
+
+    Raises:
+      GrammarError: the grammar is empty, too long, or no GBNF.
+    """
+    if not text.strip() or len(text.encode()) > MAX_GRAMMAR_BYTES:
+        raise GrammarError(f"{name}: has {len(text.encode())} bytes, expected 1 to {MAX_GRAMMAR_BYTES}")
+    if _GBNF_RULE.search(text):
+        try:
+            text = gbnf_to_lark(text)
+        except RecursionError:
+            raise GrammarError(f"{name}: is nested too deeply") from None
+        except Exception as error:  # llguidance raises Exception itself for an unknown rule
+            raise GrammarError(f"{name}: is not valid GBNF ({' '.join(str(error).split())[:200]})") from None
+    return GrammarPart("@content", grammar=text)
 
 
 def literal(text: str) -> str:

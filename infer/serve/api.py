@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
-import re
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -19,7 +18,7 @@ from stepjax.infer.serve.answers import Answers
 from stepjax.infer.serve.errors import ApiError, Dialect
 from stepjax.infer.serve.formats import wants_grammar
 from stepjax.infer.serve.middleware import ApiKeys
-from stepjax.infer.serve.requests import ignored_fields, read_chat
+from stepjax.infer.serve.requests import read_chat
 from stepjax.infer.serve.schemas import Body, ChatRequest, SampledRequest
 from stepjax.infer.serve.service import Service
 from stepjax.infer.serve.sse import EventStream, unless_disconnected
@@ -83,13 +82,16 @@ class Api:
             raise ApiError(f"model: {name[:80]!a} is not served here, but {known}", status=404, code="model_not_found")
         return name or self.options.names[0]
 
-    async def ask(self, body: ChatRequest) -> Answers:
-        """Queue a conversation.
+    async def ask(self, body: Body, as_chat: Callable[[Any], ChatRequest] | None = None) -> Answers:
+        """Queue a conversation; ``as_chat`` converts a body of another interface.
 
         Raises:
-          ApiError, RequestError, TemplateError, QueueFullError: it is refused.
+          ApiError, RequestError, TemplateError, QueueFullError, ValidationError: it is refused.
         """
         self.service.check_open()
+        if as_chat is not None:
+            body = await asyncio.to_thread(as_chat, body)
+        assert isinstance(body, ChatRequest)
         request, options = await self.read(read_chat, body)
         return Answers(self.service, [request], options)
 
@@ -114,13 +116,11 @@ class Api:
         self, request: Request, body: Body, answers: Answers, writer: AnswerWriter, *, dialect: Dialect = "openai"
     ) -> Response:
         """The response, streamed or whole as ``body.stream`` says."""
-        names = ignored_fields(body)
-        headers = {"x-stepjax-ignored": _header_value(names)} if names else {}
         if getattr(body, "stream", False):
             close = functools.partial(self.service.close, answers.submission)
-            return EventStream(writer.events(), close=close, dialect=dialect, headers=headers)
+            return EventStream(writer.events(), close=close, dialect=dialect)
         content = await unless_disconnected(request.receive, writer.whole())
-        return json_response(content, headers)
+        return await asyncio.to_thread(json_response, content)
 
 
 def check_stream(body: SampledRequest) -> None:
@@ -133,8 +133,3 @@ def json_response(content: Any, headers: Mapping[str, str] | None = None, *, sta
     data = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     data = data.encode("utf-8", "replace")
     return Response(data, status, dict(headers or {}), media_type="application/json")
-
-
-def _header_value(names: Sequence[str]) -> str:
-    """Names as the value of a header; characters that no header may hold become "?"."""
-    return ", ".join(re.sub("[^!-~]+", "?", name) for name in names)[:1000].strip()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -17,9 +17,11 @@ from pydantic import BaseModel, ValidationError
 from stepjax._version import __version__
 from stepjax.errors import StepjaxError
 from stepjax.infer.serve.api import Api, ServeOptions, json_response
+from stepjax.infer.serve.bodies import StrictBodies
 from stepjax.infer.serve.endpoints import chat, completions, messages, models, page, responses, tokens
 from stepjax.infer.serve.errors import ApiError, dialect_of
-from stepjax.infer.serve.middleware import Access, App, Receive, Scope, Send, StrictBodies
+from stepjax.infer.serve.middleware import Access, App, Failures, Receive, RequestLog, Scope, Send
+from stepjax.infer.serve.routes import IGNORED, validation_error
 from stepjax.infer.serve.service import Service
 from stepjax.infer.session import Session
 
@@ -119,10 +121,24 @@ def create_app(service: Service, session: Session, options: ServeOptions) -> App
     _add_error_handlers(app)
     for router in ROUTERS:
         app.include_router(router(api))
-    inner: App = app
+    return _wrapped(app, options)
+
+
+def _wrapped(app: App, options: ServeOptions) -> App:
+    """The application behind what every request passes, from the outside: the log, headers for other web pages, which
+    every answer needs, errors too, the key, and the body.
+    """
+    app = Access(StrictBodies(app, _refuse), options.keys, _refuse)
+    app = Failures(app, _refuse)
     if options.cors_origins:
-        inner = CORSMiddleware(app, allow_origins=options.cors_origins, allow_methods=["*"], allow_headers=["*"])
-    return Access(StrictBodies(inner, _refuse), options.keys, _refuse)
+        app = CORSMiddleware(
+            app,
+            allow_origins=options.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["retry-after", IGNORED, "x-request-id"],
+        )
+    return RequestLog(app)
 
 
 def _document(app: FastAPI) -> dict[str, Any]:
@@ -144,7 +160,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError | ValidationError)
-        return _error_response(_of_validation(error.errors()), request.url.path)
+        return _error_response(validation_error(error.errors()), request.url.path)
 
     async def missing(request: Request, error: Exception) -> Response:
         status = getattr(error, "status_code", 404)
@@ -160,16 +176,6 @@ def _add_error_handlers(app: FastAPI) -> None:
         app.add_exception_handler(kind, invalid)
     for status in (404, 405):
         app.add_exception_handler(status, missing)
-
-
-def _of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """An error that names the first field that did not validate."""
-    first = errors[0]
-    name = ""
-    for part in first["loc"]:
-        if part != "body":
-            name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else str(part)
-    return ApiError(f"{name or 'body'}: {first['msg']}"[:1000], code="invalid_value", param=name or None)
 
 
 async def _refuse(scope: Scope, receive: Receive, send: Send, error: ApiError) -> None:

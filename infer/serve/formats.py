@@ -7,15 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 from stepjax.errors import RequestError
 from stepjax.infer.guided.guide import Constraint
-from stepjax.infer.guided.schema_grammar import GrammarPart, choice, grammar_of, json_object, json_schema, regex
+from stepjax.infer.guided.schema_grammar import (
+    GrammarPart,
+    choice,
+    grammar,
+    grammar_of,
+    json_object,
+    json_schema,
+    regex,
+)
 from stepjax.infer.guided.tool_grammar import tool_calls
 from stepjax.infer.serve.schemas import ChatRequest, ResponseFormat, SampledRequest
+from stepjax.infer.serve.thinking import thinking_of
 
 if TYPE_CHECKING:
     from stepjax.infer.session import Session
-
-# Tokens of thinking; None is unbounded. The model was not trained with efforts.
-EFFORTS = {"none": None, "minimal": 512, "low": 2048, "medium": 8192, "high": None, "xhigh": None, "max": None}
 
 
 def wants_grammar(body: SampledRequest) -> bool:
@@ -46,20 +52,20 @@ def constraint_of(
             content, calls, name = None, _forced(body, tools), "tool_choice"
         elif content is not None and tools:
             calls = tool_calls(tools, several=body.parallel_tool_calls is not False)
-    budget = _budget(body) if in_reasoning else None
+    budget = thinking_of(body).budget if in_reasoning and isinstance(body, ChatRequest) else None
     if content is None and calls is None:
         return None if budget is None else Constraint(session.masks, thinking=True, budget=budget)
     if body.allowed_token_ids:
         raise RequestError(
             f"allowed_token_ids: are given, expected none together with {name}, which decides what may follow"
         )
-    grammar = grammar_of(content, calls, after_thinking=in_reasoning)
+    form = grammar_of(content, calls, after_thinking=in_reasoning)
     grammars = session.grammars
     return Constraint(
         session.masks,
         thinking=in_reasoning,
         budget=budget,
-        matcher=grammars.compile(grammar, name=name),
+        matcher=grammars.compile(form, name=name),
         calls=calls is not None,
         ends=frozenset(grammars.eos_ids),
     )
@@ -70,47 +76,68 @@ def _content(body: SampledRequest) -> tuple[str, GrammarPart | None]:
     forms = _forms(body)
     if len(forms) > 1:
         raise RequestError(f"{', '.join(forms)}: expected one of them, since each decides the form of the answer")
-    name, value = next(iter(forms.items()), ("", None))
-    return name, _form(name, value) if forms else None
+    for name, (kind, value) in forms.items():
+        return name, _form(name, kind, value)
+    return "", None
 
 
-def _forms(body: SampledRequest) -> dict[str, Any]:
-    """The given fields that constrain the content, by name."""
-    forms: dict[str, Any] = {}
-    format = getattr(body, "response_format", None)
-    if format is not None and format.type != "text":
-        forms["response_format"] = format
+# Fields beside each other that constrain the content, and what they hold.
+_FLAT = {
+    "guided_json": "json",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+    "json_schema": "json",
+    "regex": "regex",
+    "ebnf": "grammar",
+    "grammar": "grammar",
+}
+
+
+def _forms(body: SampledRequest) -> dict[str, tuple[str, Any]]:
+    """The given fields that constrain the content: kind and value, by name."""
+    forms: dict[str, tuple[str, Any]] = {}
+    if body.response_format is not None and body.response_format.type != "text":
+        forms["response_format"] = ("response_format", body.response_format)
     for group in ("structured_outputs", "nvext"):
         given = getattr(body, group)
-        for kind in ("json", "regex", "choice", "json_object"):
+        for kind in ("json", "regex", "choice", "grammar", "json_object"):
             value = None if given is None else given.of(kind)
             if value not in (None, False):
-                forms[f"{group}.{kind}"] = value
-    for kind in ("json", "regex", "choice"):
-        value = getattr(body, f"guided_{kind}")
-        if value is not None:
-            forms[f"guided_{kind}"] = value
+                forms[f"{group}.{kind}"] = (kind, value)
+    for name, kind in _FLAT.items():
+        value = getattr(body, name)
+        if value is not None and not (kind == "grammar" and value == ""):  # llama.cpp's clients send an empty one
+            forms[name] = (kind, value)
     return forms
 
 
-def _form(name: str, value: Any) -> GrammarPart:
-    if isinstance(value, ResponseFormat):
+def _form(name: str, kind: str, value: Any) -> GrammarPart:
+    if kind == "response_format":
         return _of_format(value)
-    if name.endswith("json_object"):
+    if kind == "json_object":
         return json_object()
-    if name.endswith("json"):
+    if kind == "json":
         return json_schema(value, strict=False, name=name)
-    return regex(value, name) if name.endswith("regex") else choice(value, name)
+    return {"regex": regex, "choice": choice, "grammar": grammar}[kind](value, name)
 
 
 def _of_format(format: ResponseFormat) -> GrammarPart:
-    if format.type == "json_object":
-        return json_object()
     if format.type == "regex":
         if format.pattern is None:
             raise RequestError("response_format.pattern: is missing, expected a regular expression")
         return regex(format.pattern, "response_format.pattern")
+    if format.type == "grammar":
+        if format.grammar is None:
+            raise RequestError("response_format.grammar: is missing, expected a grammar")
+        return grammar(format.grammar, "response_format.grammar")
     wanted = format.json_schema
+    if format.schema_ is not None:
+        if wanted is not None and wanted.schema_ is not None:
+            raise RequestError("response_format.schema: is given, expected it or json_schema.schema, and not both")
+        return json_schema(format.schema_, strict=False, name="response_format.schema")
+    if format.type == "json_object":
+        return json_object()
     if wanted is None:
         raise RequestError("response_format.json_schema: is missing, expected it with type json_schema")
     if wanted.schema_ is None:
@@ -135,18 +162,3 @@ def check_tool_choice(choice: Any) -> None:
     """Raise RequestError for an unknown choice."""
     if not isinstance(choice, Mapping) and choice not in (None, "auto", "none", "required"):
         raise RequestError("tool_choice: expected auto, none, required, or a function by its name")
-
-
-def _budget(body: SampledRequest) -> int | None:
-    """The budget of thinking in tokens, if there is one."""
-    if not isinstance(body, ChatRequest):
-        return None
-    if body.thinking_token_budget is not None:
-        return body.thinking_token_budget
-    return EFFORTS[body.reasoning_effort] if body.reasoning_effort is not None else None
-
-
-def check_effort(effort: str | None) -> None:
-    """Raise RequestError for an unknown effort."""
-    if effort is not None and effort not in EFFORTS:
-        raise RequestError(f"reasoning_effort: is {effort[:40]!a}, expected one of {', '.join(EFFORTS)}")

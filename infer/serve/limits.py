@@ -7,7 +7,13 @@ from typing import Any
 
 from pydantic import Field
 
-from stepjax.infer.guided.schema_grammar import MAX_CHOICES, MAX_REGEX_BYTES, MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH
+from stepjax.infer.guided.schema_grammar import (
+    MAX_CHOICES,
+    MAX_GRAMMAR_BYTES,
+    MAX_REGEX_BYTES,
+    MAX_SCHEMA_BYTES,
+    MAX_SCHEMA_DEPTH,
+)
 from stepjax.infer.guided.tool_grammar import MAX_CALLS
 from stepjax.infer.sampling.params import MAX_ANSWERS, MAX_BIASES, MAX_LOGPROBS, MAX_STOP_IDS
 
@@ -64,6 +70,7 @@ LIMITS: dict[str, Limit] = {
     "schema_depth": Limit(0, MAX_SCHEMA_DEPTH, "levels of schemas in a JSON schema"),
     "schema_bytes": Limit(1, MAX_SCHEMA_BYTES, "bytes of a JSON schema, or of all choices"),
     "regex_bytes": Limit(1, MAX_REGEX_BYTES, "bytes of a regular expression"),
+    "grammar_bytes": Limit(1, MAX_GRAMMAR_BYTES, "bytes of a grammar"),
     "choices": Limit(1, MAX_CHOICES, "texts to choose from"),
     "calls": Limit(1, MAX_CALLS, "calls in an answer that must make some"),
     "chat_template_kwargs": Limit(0, 8, "entries"),

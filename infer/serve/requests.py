@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from stepjax.errors import RequestError
 from stepjax.infer.sampling.params import SamplingParams
-from stepjax.infer.serve.formats import check_effort, check_tool_choice, constraint_of
+from stepjax.infer.serve.formats import check_tool_choice, constraint_of
 from stepjax.infer.serve.limits import LIMITS
-from stepjax.infer.serve.schemas import Body, ChatRequest, SampledRequest
+from stepjax.infer.serve.schemas import ChatRequest, SampledRequest
 from stepjax.infer.serve.service import EngineRequest
+from stepjax.infer.serve.thinking import thinking_of
 from stepjax.infer.transcript import Transcript, begins_in_reasoning
 from stepjax.text.chat import read_template_kwargs
 
@@ -21,26 +22,6 @@ if TYPE_CHECKING:
     from stepjax.infer.engine.engine import Engine
     from stepjax.infer.session import Session
     from stepjax.text.tokenizer import Tokenizer
-
-# Fields that would change the answer and are not supported: refused unless their value has no effect. Other unknown
-# fields are ignored, and a header of the response names them.
-REFUSED = (
-    "audio",
-    "bad_words",
-    "echo",
-    "function_call",
-    "functions",
-    "guided_grammar",
-    "input_ids",
-    "length_penalty",
-    "logits_processors",
-    "modalities",
-    "prediction",
-    "prompt_embeds",
-    "use_beam_search",
-    "web_search_options",
-)
-_NO_EFFECT = (None, False, [], {}, "", 0, 1.0, ["text"], "none")
 
 
 @dataclass(frozen=True)
@@ -54,6 +35,7 @@ class TranscriptOptions:
     include_stop: bool = False
     skip_special: bool = True
     verbatim: bool = False  # after the thinking no text is a marker or a call
+    max_calls: int | None = None  # tool calls after which an answer ends
 
     def transcript(self, params: SamplingParams) -> Transcript:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -68,13 +50,9 @@ def read_chat(engine: Engine, session: Session, body: ChatRequest) -> tuple[Engi
     Raises:
       RequestError, TemplateError: the request is invalid.
     """
-    check_unknown(body)
-    if body.add_generation_prompt is False:
-        raise RequestError("add_generation_prompt: is false, expected true: an answer begins with it")
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("top_logprobs: is given, expected logprobs to be true with it")
     check_tool_choice(body.tool_choice)
-    check_effort(body.reasoning_effort)
     ids, tools = encode_prompt(session, body)
     max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     top = (body.top_logprobs or 0) if body.logprobs else None
@@ -85,7 +63,12 @@ def read_chat(engine: Engine, session: Session, body: ChatRequest) -> tuple[Engi
     constraint = constraint_of(session, body, in_reasoning=in_reasoning, tools=tools)
     verbatim = constraint is not None and constraint.matcher is not None and not constraint.calls
     options = transcript_options(
-        session, body, in_reasoning=in_reasoning, tools=None if verbatim else tools, verbatim=verbatim
+        session,
+        body,
+        in_reasoning=in_reasoning,
+        tools=None if verbatim else tools,
+        verbatim=verbatim,
+        max_calls=1 if body.parallel_tool_calls is False else None,
     )
     return request._replace(constraint=constraint), options
 
@@ -93,23 +76,39 @@ def read_chat(engine: Engine, session: Session, body: ChatRequest) -> tuple[Engi
 def encode_prompt(session: Session, body: ChatRequest) -> tuple[list[int], list[dict[str, Any]] | None]:
     """The token ids of a conversation's prompt, and the tools in it; errors as `read_chat`."""
     tools = offered_tools(body.tools, body.tool_choice)
-    options: dict[str, Any] = read_template_kwargs(body.chat_template_kwargs)
-    if body.reasoning_effort == "none":
-        options.setdefault("enable_thinking", False)
+    options = template_options(session, body)
     return session.encode_chat(body.messages, tools=tools, **options), tools
 
 
-def check_unknown(body: SampledRequest, *, allowed: Sequence[str] = ()) -> None:
-    """Raise RequestError for a field that is not supported."""
-    extra = body.model_extra or {}
-    for name in REFUSED:
-        if name in extra and name not in allowed and extra[name] not in _NO_EFFECT:
-            raise RequestError(f"{name}: is given, but is not supported here; leave it out")
+def template_options(session: Session, body: ChatRequest) -> dict[str, Any]:
+    """What a request says of the prompt beside messages and tools, as keyword arguments of `Session.encode_chat`."""
+    names = session.template.options if session.template else ()
+    options = read_template_kwargs(body.chat_template_kwargs, names)
+    options["enable_thinking"] = thinking_of(body).enabled
+    options["continue_final_message"] = continues(body)
+    if body.add_generation_prompt is False and not options["continue_final_message"]:
+        raise RequestError(
+            "add_generation_prompt: is false, expected true, or continue_final_message: an answer begins with it"
+        )
+    return options
 
 
-def ignored_fields(body: Body) -> list[str]:
-    """Unknown fields, which changed nothing."""
-    return sorted(name for name in body.model_extra or {} if name not in REFUSED)
+def continues(body: ChatRequest) -> bool:
+    """Whether the answer goes on from the last message: if the request says so, or says nothing and that message is a
+    begun answer.
+
+    Raises:
+      RequestError: the fields contradict each other.
+    """
+    if body.continue_final_message and body.add_generation_prompt:
+        raise RequestError("continue_final_message: is true, expected add_generation_prompt to be false with it")
+    if body.continue_final_message is not None:
+        return body.continue_final_message
+    last = body.messages[-1]
+    if body.add_generation_prompt or len(body.messages) < 2 or not isinstance(last, Mapping):
+        return False
+    is_begun = last.get("content") or last.get("reasoning_content") or last.get("reasoning")
+    return last.get("role") == "assistant" and bool(is_begun) and not last.get("tool_calls")
 
 
 def offered_tools(tools: list[dict[str, Any]] | None, choice: Any) -> list[dict[str, Any]] | None:
@@ -152,16 +151,16 @@ def engine_request(
         max_tokens=session.config.max_positions if max_tokens is None else max_tokens,
         temperature=_float(body.temperature),
         top_p=_float(body.top_p),
-        top_k=None if body.top_k is None else max(0, body.top_k),
-        min_p=_float(body.min_p),
-        repetition_penalty=_float(body.repetition_penalty),
+        top_k=None if (top_k := body.sampled("top_k")) is None else max(0, top_k),
+        min_p=_float(body.sampled("min_p")),
+        repetition_penalty=_float(body.sampled("repetition_penalty")),
         presence_penalty=_float(body.presence_penalty),
         frequency_penalty=_float(body.frequency_penalty),
         seed=None if body.seed is None else body.seed % 2**32,
         n=body.n,
         stop=stop_strings(body.stop),
         stop_ids=tuple(body.stop_token_ids or ()),
-        ignore_eos=body.ignore_eos,
+        ignore_eos=body.ignore_eos or (body.nvext is not None and body.nvext.ignore_eos),
         min_tokens=body.min_tokens,
         logit_bias={_token(token): _bias(token, value) for token, value in bias.items()},
         allowed_ids=tuple(body.allowed_token_ids or ()),
@@ -185,7 +184,7 @@ def transcript_options(session: Session, body: SampledRequest, **options: Any) -
     return TranscriptOptions(
         session.tokenizer,
         tuple(session.config.eos_ids),
-        include_stop=bool(body.include_stop_str_in_output),
+        include_stop=bool(body.include_stop_str_in_output or body.no_stop_trim),
         skip_special=body.skip_special_tokens is not False,
         **options,
     )

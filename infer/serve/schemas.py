@@ -48,7 +48,15 @@ class Body(BaseModel):
 
 
 class StreamOptions(Body):
-    include_usage: bool = False
+    include_usage: bool | None = False
+    continuous_usage_stats: bool | None = Field(
+        False, description="with include_usage: every chunk has the usage so far"
+    )
+
+    @property
+    def continuous(self) -> bool:
+        """Whether every chunk carries the usage."""
+        return bool(self.include_usage and self.continuous_usage_stats)
 
 
 class JsonSchemaFormat(Body):
@@ -58,9 +66,11 @@ class JsonSchemaFormat(Body):
 
 
 class ResponseFormat(Body):
-    type: Literal["text", "json_object", "json_schema", "regex"]
+    type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
     json_schema: JsonSchemaFormat | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema", description="as llama.cpp has it, beside the type")
     pattern: str | None = None
+    grammar: str | None = None
 
 
 Schema = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "object"}, _TEXT, {"type": "null"}]})]
@@ -72,6 +82,7 @@ class StructuredOutputs(Body):
     json_: Schema = Field(None, alias="json", description="a JSON schema, or its text")
     regex: str | None = None
     choice: list[str] | None = None
+    grammar: str | None = Field(None, description="in Lark or GBNF")
     json_object: bool | None = None
 
     def of(self, kind: str) -> Any:
@@ -79,11 +90,17 @@ class StructuredOutputs(Body):
 
 
 class Nvext(Body):
-    """NIM's field; one kind may be given."""
+    """NIM's field; one kind of guide may be given. The other fields stand for those of the same names beside it."""
 
     guided_json: Schema = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    ignore_eos: bool | None = None
+    top_k: int | None = number("top_k")
+    min_p: float | None = number("min_p")
+    repetition_penalty: float | None = number("repetition_penalty")
+    max_thinking_tokens: int | None = number("thinking_token_budget")
 
     def of(self, kind: str) -> Any:
         return getattr(self, f"guided_{kind}", None)
@@ -113,6 +130,7 @@ class SampledRequest(Body):
     allowed_token_ids: list[int] | None = sized("allowed_token_ids")
     prompt_logprobs: int | None = number("prompt_logprobs")
     include_stop_str_in_output: bool | None = False
+    no_stop_trim: bool | None = Field(False, description="SGLang's name of include_stop_str_in_output")
     skip_special_tokens: bool | None = True
     truncate_prompt_tokens: int | None = number(
         "truncate_prompt_tokens", doc="use only so many of the last prompt tokens"
@@ -126,7 +144,33 @@ class SampledRequest(Body):
     guided_json: Schema = Field(None, description="as structured_outputs.json")
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
+    guided_grammar: str | None = Field(None, description="as structured_outputs.grammar: Lark or GBNF")
+    regex: str | None = Field(None, description="SGLang's name of guided_regex")
+    ebnf: str | None = Field(None, description="SGLang's name of guided_grammar")
+    grammar: str | None = Field(None, description="llama.cpp's name of guided_grammar")
+    json_schema: Schema = Field(None, description="SGLang's and llama.cpp's name of guided_json")
     nvext: Nvext | None = None
+
+    def sampled(self, name: str) -> Any:
+        """A field that `nvext` may give too; the one beside it takes precedence."""
+        value = getattr(self, name)
+        return getattr(self.nvext, name) if value is None and self.nvext is not None else value
+
+
+class ThinkingSwitch(Body):
+    """Anthropic's switch, which other chat interfaces have too."""
+
+    type: Literal["enabled", "adaptive", "auto", "disabled"]
+    budget_tokens: int | None = number("budget_tokens")
+
+
+class ReasoningOptions(Body):
+    """OpenRouter's switch, with the effort of OpenAI's /v1/responses."""
+
+    effort: str | None = Field(None, description="as reasoning_effort")
+    max_tokens: int | None = number("thinking_token_budget")
+    exclude: bool | None = Field(None, description="true leaves the thinking out of the answer")
+    enabled: bool | None = None
 
 
 class ChatRequest(SampledRequest):
@@ -144,5 +188,13 @@ class ChatRequest(SampledRequest):
     )
     include_reasoning: bool | None = True
     thinking_token_budget: int | None = number("thinking_token_budget", doc="takes precedence over reasoning_effort")
-    chat_template_kwargs: dict[str, Any] | None = sized("chat_template_kwargs", doc="enable_thinking: true or false")
-    add_generation_prompt: bool | None = True
+    chat_template_kwargs: dict[str, Any] | None = sized(
+        "chat_template_kwargs", doc="enable_thinking: true or false, and the names that the template reads"
+    )
+    enable_thinking: bool | None = Field(None, description="false switches thinking off")
+    thinking: ThinkingSwitch | None = None
+    reasoning: ReasoningOptions | None = None
+    continue_final_message: bool | None = Field(
+        None, description="whether the answer goes on from the last message; null: if it is an assistant's text"
+    )
+    add_generation_prompt: bool | None = Field(None, description="true begins a new answer in any case")

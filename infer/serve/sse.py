@@ -41,14 +41,13 @@ class EventStream(Response):
         *,
         close: Callable[[], None],
         dialect: Dialect = "openai",
-        headers: Mapping[str, str],
     ):
         """
         Args:
           events: None where time passed without one; a comment then keeps the connection alive.
           close: called in any case, even if the first event was never requested.
         """
-        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events, self._close = events, close
         self._dialect: Dialect = dialect

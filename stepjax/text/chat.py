@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from stepjax.errors import RequestError, TemplateError
-from stepjax.text.template import Guard, TemplateLimits, TemplateProcess, template_literals
+from stepjax.text.template import Guard, TemplateLimits, TemplateProcess, template_literals, template_variables
 from stepjax.text.tokenizer import BOS, CONTROL_NAMES, THINK_CLOSE, THINK_OPEN, Segment, Tokenizer
 
 # OpenAI's newer name for system messages is mapped to the one that templates know.
@@ -26,6 +26,11 @@ _MAX_INT_BITS = 1024  # as large as floats go; Python refuses to print some far 
 _MAX_SOURCE_BYTES = 1 << 20
 # A template sees these names from tokenizer_config.json; ours writes bos itself.
 _TOKEN_VARIABLES = ("bos_token", "eos_token", "pad_token", "unk_token")
+THINKING_KWARGS = ("enable_thinking", "thinking")
+# What the server itself passes to a template, and what a conversation consists of.
+_SERVER_VARIABLES = frozenset(
+    [*_TOKEN_VARIABLES, *THINKING_KWARGS, "messages", "tools", "add_generation_prompt", "documents", "chat_template"]
+)
 
 
 class ChatTemplate:
@@ -36,10 +41,12 @@ class ChatTemplate:
     ):
         """variables are trusted strings of the checkpoint, such as bos_token.
 
+        `options` are the names of the variables that the template reads and a caller may set.
         Raises TemplateError if the template does not parse.
         """
         self._source = source
         self._literals = template_literals(source)
+        self.options = template_variables(source) - _SERVER_VARIABLES
         self._variables = {"bos_token": BOS, **(variables or {})}
         self._process = TemplateProcess(source, limits=limits)
 
@@ -67,17 +74,28 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         enable_thinking: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[Segment]:
         """The prompt as text and control tokens; controls are the spellings that the tokenizer has as control tokens.
 
         enable_thinking=False closes the thinking that the generation prompt opens. The official template has no such
         switch and the model was not trained with it (it is also passed on, for templates that have one).
+        continue_final_message=True takes the last message as the begin of the answer: the prompt ends with its text,
+        behind the generation prompt, as if the model had written it.
+        variables are a caller's values for names of `options`, JSON data.
         Raises RequestError naming the message and field at fault, TemplateError if the template fails.
         """
         conversation, functions = read_messages(messages), read_tools(tools)
-        texts = json.dumps([conversation, functions, self._variables, self._source], ensure_ascii=False)
+        begun = None
+        if continue_final_message:
+            begun, add_generation_prompt = _begun_answer(conversation), True
+            conversation = conversation[:-1]
+        given = {name: _plain_data(value, f"chat_template_kwargs.{name}") for name, value in (variables or {}).items()}
+        texts = json.dumps([conversation, functions, given, self._variables, self._source], ensure_ascii=False)
         guard = Guard(controls, literals=self._literals, texts=texts)
         variables = {
+            **{name: _protect(value, guard) for name, value in given.items()},
             **self._variables,
             "messages": [_protect_message(message, guard) for message in conversation],
             "tools": _protect(functions, guard),
@@ -85,8 +103,10 @@ class ChatTemplate:
             "enable_thinking": enable_thinking,
         }
         segments = guard.split(self._process.render(variables))
-        opened = [Segment(THINK_OPEN, True), Segment("\n", False)]
-        if add_generation_prompt and not enable_thinking and segments[-2:] == opened:
+        is_open = segments[-2:] == [Segment(THINK_OPEN, True), Segment("\n", False)]
+        if begun is not None:
+            return segments + _begun_segments(begun, is_open=is_open, enable_thinking=enable_thinking)
+        if add_generation_prompt and not enable_thinking and is_open:
             segments += [Segment(THINK_CLOSE, True), Segment("\n", False)]
         return segments
 
@@ -106,36 +126,33 @@ def encode_chat(
     tokenizer: Tokenizer,
     template: ChatTemplate,
     messages: Sequence[Mapping[str, Any]],
-    *,
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    add_generation_prompt: bool = True,
-    enable_thinking: bool = True,
+    **options: Any,
 ) -> list[int]:
-    """Prompt ids of a conversation, bos included. Errors as for `ChatTemplate.segments`."""
-    segments = template.segments(
-        messages,
-        controls=tuple(tokenizer.controls),
-        tools=tools,
-        add_generation_prompt=add_generation_prompt,
-        enable_thinking=enable_thinking,
-    )
-    return tokenizer.encode_rendered(segments)
+    """Prompt ids of a conversation, bos included. Options and errors as for `ChatTemplate.segments`."""
+    return tokenizer.encode_rendered(template.segments(messages, controls=tuple(tokenizer.controls), **options))
 
 
-def read_template_kwargs(kwargs: Mapping[str, Any] | None) -> dict[str, bool]:
+def read_template_kwargs(kwargs: Mapping[str, Any] | None, options: Collection[str] = ()) -> dict[str, Any]:
     """A request's `chat_template_kwargs` as keyword arguments of `encode_chat`.
 
-    Only `enable_thinking` is let through: arbitrary names have overridden the server's own elsewhere
-    (GHSA-69j4-grxj-j64p). Raises RequestError for anything else.
+    `enable_thinking` and `thinking` (as the templates of DeepSeek and Kimi call it) switch the thinking. Other names
+    must be among ``options``, the variables that the template reads: a name that it does not read would change nothing,
+    and arbitrary names have overridden the server's own elsewhere (GHSA-69j4-grxj-j64p).
+    Raises RequestError for anything else.
     """
-    options: dict[str, bool] = {}
+    arguments: dict[str, Any] = {}
+    variables: dict[str, Any] = {}
     for name, value in (kwargs or {}).items():
-        if name != "enable_thinking":
-            raise RequestError(f"chat_template_kwargs: expected only 'enable_thinking', found {_short(name)}")
-        if not isinstance(value, bool):
-            raise RequestError(f"chat_template_kwargs.enable_thinking: expected true or false, found {_short(value)}")
-        options[name] = value
-    return options
+        if name in THINKING_KWARGS:
+            if not isinstance(value, bool):
+                raise RequestError(f"chat_template_kwargs.{name}: expected true or false, found {_short(value)}")
+            arguments["enable_thinking"] = value and arguments.get("enable_thinking", True)
+        elif name in options:
+            variables[name] = value
+        else:
+            known = ", ".join(sorted({*THINKING_KWARGS, *options}))
+            raise RequestError(f"chat_template_kwargs: expected only {known}, found {_short(name)}")
+    return arguments | ({"variables": variables} if variables else {})
 
 
 def read_messages(messages: Any) -> list[dict[str, Any]]:
@@ -305,6 +322,41 @@ def _short(value: Any) -> str:
         text = ascii(value[:60] if isinstance(value, str) else value)
         return text if len(text) <= 80 else text[:80] + "..."
     return f"a {type(value).__name__}"
+
+
+def _begun_answer(conversation: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The last message, if an answer can go on from it."""
+    last = conversation[-1]
+    where = f"messages[{len(conversation) - 1}]"
+    if last["role"] != "assistant" or last.get("tool_calls"):
+        raise RequestError(f"{where}: expected a begun answer to continue: an assistant's message without tool_calls")
+    if not last["content"] and not last.get("reasoning_content"):
+        raise RequestError(f"{where}: is empty, expected the begin of an answer to continue")
+    if len(conversation) < 2:
+        raise RequestError(f"{where}: expected a message before the begun answer")
+    return last
+
+
+def _begun_segments(message: Mapping[str, Any], *, is_open: bool, enable_thinking: bool) -> list[Segment]:
+    """The text of a begun answer in the form in which the model writes it. It is text as a whole: nothing in it acts
+    as a control token, except that its first `</think>` ends the thinking, as in `_protect_thinking`.
+
+    is_open: whether the generation prompt has opened the thinking. Thinking without content goes on.
+    """
+    reasoning, content = message.get("reasoning_content"), message["content"]
+    if reasoning is None and THINK_CLOSE in content:
+        reasoning, _, content = content.partition(THINK_CLOSE)
+        reasoning = reasoning.partition(THINK_OPEN)[2] or reasoning
+        reasoning, content = reasoning.removeprefix("\n").removesuffix("\n"), content.removeprefix("\n")
+    if not is_open and reasoning is None:
+        return [Segment(content, False)]
+    segments = [] if is_open else [Segment(THINK_OPEN, True), Segment("\n", False)]
+    if reasoning:
+        segments.append(Segment(reasoning, False))
+    if content or not enable_thinking:
+        end = [Segment("\n", False)] if reasoning else []
+        segments += [*end, Segment(THINK_CLOSE, True), Segment("\n" + content, False)]
+    return segments
 
 
 def _protect_message(message: Mapping[str, Any], guard: Guard) -> dict[str, Any]:

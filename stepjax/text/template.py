@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.defaults
 import jinja2.ext
 import jinja2.nodes
 
@@ -20,6 +22,16 @@ from stepjax.text.sandbox import ChildProcess
 from stepjax.text.tokenizer import Segment
 
 _WORKER = Path(__file__).with_name("template_worker.py")
+# Names that a template has without a caller: jinja's own, and those of the worker.
+_PROVIDED = {
+    *jinja2.defaults.DEFAULT_NAMESPACE,
+    "raise_exception",
+    "strftime_now",
+    "loop",
+    "caller",
+    "varargs",
+    "kwargs",
+}
 
 
 @dataclass(frozen=True)
@@ -86,15 +98,31 @@ def template_literals(source: str) -> frozenset[str]:
 
     Parses without compiling: a compiler would evaluate constant expressions. Raises TemplateError.
     """
-    environment = jinja2.Environment(extensions=[jinja2.ext.loopcontrols])
-    try:
-        tree = environment.parse(source)
+    with _parsed(source) as tree:
         constants = {node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)}
         attributes = {node.attr for node in tree.find_all(jinja2.nodes.Getattr)}
+    return frozenset(constants | attributes)
+
+
+def template_variables(source: str) -> frozenset[str]:
+    """Names that a template reads and nowhere sets: what can be passed to it. Raises TemplateError."""
+    with _parsed(source) as tree:
+        names = [*tree.find_all(jinja2.nodes.Name)]
+        stored = {name.name for name in names if name.ctx != "load"}
+        macros = {macro.name for macro in tree.find_all(jinja2.nodes.Macro)}
+    loaded = {name.name for name in names if name.ctx == "load"}
+    return frozenset(loaded - stored - macros - _PROVIDED)
+
+
+@contextlib.contextmanager
+def _parsed(source: str) -> Iterator[jinja2.nodes.Template]:
+    """The template's tree; errors of parsing and reading it as TemplateError."""
+    environment = jinja2.Environment(extensions=[jinja2.ext.loopcontrols])
+    try:
+        yield environment.parse(source)
     except (jinja2.TemplateError, RecursionError, ValueError, MemoryError) as error:
         where = f" (line {error.lineno})" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         raise TemplateError(f"the chat template is not valid Jinja: {error}{where}") from error
-    return frozenset(constants | attributes)
 
 
 class Guard:

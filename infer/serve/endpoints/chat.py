@@ -12,8 +12,10 @@ from stepjax._version import __version__
 from stepjax.infer.engine.answer import TokenScore
 from stepjax.infer.serve.answers import AnswerPiece, Answers, TextAnswer
 from stepjax.infer.serve.api import Api, check_stream
+from stepjax.infer.serve.routes import BodyRoute
 from stepjax.infer.serve.schemas import ChatRequest
 from stepjax.infer.serve.sse import DONE, PING_S, event
+from stepjax.infer.serve.thinking import thinking_of
 from stepjax.infer.transcript import Delta
 from stepjax.text.tokenizer import Tokenizer
 from stepjax.text.tool_calls import ArgumentsDelta, CallStart
@@ -23,7 +25,7 @@ FINGERPRINT = f"stepjax-{__version__}"
 
 def router(api: Api) -> APIRouter:
     """The endpoint of this interface."""
-    routes = APIRouter(tags=["OpenAI"])
+    routes = APIRouter(tags=["OpenAI"], route_class=BodyRoute)
 
     @routes.post("/v1/chat/completions")
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
@@ -41,7 +43,7 @@ class ChatAnswer:
 
     def __init__(self, body: ChatRequest, answers: Answers, model: str):
         self._body, self._answers = body, answers
-        self._thinking = body.include_reasoning is not False
+        self._thinking = thinking_of(body).shown
         self._head = {
             "id": f"chatcmpl-{answers.submission.id}",
             "created": int(time.time()),

@@ -20,10 +20,10 @@ from stepjax.infer.serve.limits import LIMITS, number
 from stepjax.infer.serve.requests import (
     TranscriptOptions,
     check_count,
-    check_unknown,
     engine_request,
     transcript_options,
 )
+from stepjax.infer.serve.routes import BodyRoute
 from stepjax.infer.serve.schemas import SampledRequest
 from stepjax.infer.serve.service import EngineRequest
 from stepjax.infer.serve.sse import DONE, PING_S, event
@@ -51,20 +51,20 @@ class CompletionRequest(SampledRequest):
     echo: bool | None = False
     best_of: int | None = Field(None, description="only the value of n")
     suffix: str | None = Field(None, description="not supported")
+    add_special_tokens: bool | None = Field(True, description="false leaves the first token out of a text's ids")
 
 
 def read_completion(
     engine: Engine, session: Session, body: CompletionRequest
 ) -> tuple[list[EngineRequest], TranscriptOptions]:
     """The engine's requests for the prompts, and how to read their answers; errors as `read_chat`."""
-    check_unknown(body, allowed=("echo",))
     if body.suffix:
         raise RequestError("suffix: is given, expected none: the model was not trained to fill gaps")
     if body.best_of not in (None, body.n or 1):
         raise RequestError(f"best_of: is {body.best_of}, expected none, or the value of n")
     if body.max_tokens == 0 and not body.echo:
         raise RequestError("max_tokens: is 0, expected at least 1 without echo")
-    prompts = _prompts(session, body.prompt)
+    prompts = _prompts(session, body.prompt, bos=body.add_special_tokens is not False)
     check_count("prompts", "prompt", len(prompts) * (body.n or 1))
     if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
         body = body.model_copy(update={"prompt_logprobs": body.logprobs})
@@ -77,10 +77,10 @@ def read_completion(
     return [request._replace(constraint=constraint) for request in requests], options
 
 
-def _prompts(session: Session, given: Any) -> list[list[int]]:
-    """Token ids of each prompt."""
+def _prompts(session: Session, given: Any, *, bos: bool) -> list[list[int]]:
+    """Token ids of each prompt; those of a text after the beginning-of-sequence token, if ``bos``."""
     if isinstance(given, str):
-        return [session.encode(given)]
+        return [session.encode(given, bos=bos)]
     if not isinstance(given, list) or not given:
         raise RequestError("prompt: expected a text, a list of texts, or token ids")
     if all(isinstance(item, int) for item in given):
@@ -90,12 +90,12 @@ def _prompts(session: Session, given: Any) -> list[list[int]]:
     for index, item in enumerate(given):
         if not isinstance(item, str if kind == "text" else list):
             raise RequestError(f"prompt[{index}]: is a {type(item).__name__}, expected {kind} like the first")
-    return [session.encode(text) for text in given] if kind == "text" else given
+    return [session.encode(text, bos=bos) for text in given] if kind == "text" else given
 
 
 def router(api: Api) -> APIRouter:
     """The endpoint of this interface."""
-    routes = APIRouter(tags=["OpenAI"])
+    routes = APIRouter(tags=["OpenAI"], route_class=BodyRoute)
 
     @routes.post("/v1/completions")
     async def completions(request: Request, body: CompletionRequest) -> Response:

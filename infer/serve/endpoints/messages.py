@@ -13,8 +13,10 @@ from pydantic import Field, WithJsonSchema
 from stepjax.errors import RequestError
 from stepjax.infer.serve.answers import Answers
 from stepjax.infer.serve.api import Api, json_response
+from stepjax.infer.serve.field_tables import MESSAGES
 from stepjax.infer.serve.limits import number, sized
-from stepjax.infer.serve.requests import encode_prompt
+from stepjax.infer.serve.requests import continues, encode_prompt
+from stepjax.infer.serve.routes import BodyRoute
 from stepjax.infer.serve.schemas import Body, ChatRequest, record
 from stepjax.infer.serve.sse import PING_S, event
 from stepjax.infer.transcript import Delta, Transcript
@@ -46,8 +48,6 @@ Message = Annotated[
     ),
 ]
 System = Annotated[Any, WithJsonSchema({"anyOf": [_TEXT, _BLOCKS, {"type": "null"}]})]
-# Fields that would change the answer and are not supported.
-REFUSED = ("container", "mcp_servers")
 
 
 class Thinking(Body):
@@ -85,6 +85,7 @@ class CountTokensRequest(Body):
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = Field(None, description="as output_config.format, under its earlier name")
 
 
 class MessagesRequest(CountTokensRequest):
@@ -105,20 +106,22 @@ def as_chat(body: CountTokensRequest) -> ChatRequest:
     Raises:
       RequestError: a message, a tool or a field is not supported.
     """
-    for name in REFUSED:
-        if (body.model_extra or {}).get(name):
-            raise RequestError(f"{name}: is given, but is not supported here; leave it out")
-    fields: dict[str, Any] = {"model": body.model, "messages": _messages(body), "tools": _tools(body.tools)}
+    fields: dict[str, Any] = MESSAGES.done(body.model_extra or {})
+    fields |= {"model": body.model, "messages": _messages(body), "tools": _tools(body.tools)}
     if body.tool_choice is not None:
         fields["tool_choice"] = _choice(body.tool_choice)
         if body.tool_choice.disable_parallel_tool_use:
             fields["parallel_tool_calls"] = False
     if body.thinking is not None and body.thinking.type == "disabled":
-        fields["chat_template_kwargs"] = {"enable_thinking": False}
+        fields["enable_thinking"] = False
     elif body.thinking is not None and body.thinking.budget_tokens is not None:
         fields["thinking_token_budget"] = body.thinking.budget_tokens
     if body.output_config is not None:
         fields |= _output(body.output_config)
+    if body.output_format is not None:
+        fields |= _format(body.output_format)
+    if "response_format" in fields and continues(ChatRequest.model_construct(messages=fields["messages"])):
+        raise RequestError("output_config.format: is given, expected no begun answer as the last message with it")
     if isinstance(body, MessagesRequest):
         same = ("max_tokens", "stream", "temperature", "top_p", "top_k")
         fields |= {name: getattr(body, name) for name in same} | {"stop": body.stop_sequences}
@@ -126,11 +129,13 @@ def as_chat(body: CountTokensRequest) -> ChatRequest:
 
 
 def _output(config: OutputConfig) -> dict[str, Any]:
-    fields: dict[str, Any] = {"reasoning_effort": config.effort}
-    if config.format is not None:
-        named = {"name": "answer", "schema": config.format.schema_, "strict": True}
-        fields["response_format"] = {"type": "json_schema", "json_schema": named}
-    return fields
+    fields: dict[str, Any] = {} if config.effort is None else {"reasoning_effort": config.effort}
+    return fields | (_format(config.format) if config.format else {})
+
+
+def _format(format: OutputFormat) -> dict[str, Any]:
+    named = {"name": "answer", "schema": format.schema_, "strict": True}
+    return {"response_format": {"type": "json_schema", "json_schema": named}}
 
 
 def _messages(body: CountTokensRequest) -> list[dict[str, Any]]:
@@ -249,20 +254,20 @@ def _choice(choice: ToolChoice) -> Any:
 
 def router(api: Api) -> APIRouter:
     """The endpoints of this interface."""
-    routes = APIRouter(tags=["Anthropic"])
+    routes = APIRouter(tags=["Anthropic"], route_class=BodyRoute)
 
     @routes.post("/v1/messages")
     async def messages(request: Request, body: MessagesRequest) -> Response:
         """Answer a conversation in Anthropic's form."""
         model = api.model_name(body.model)
-        answers = await api.ask(as_chat(body))
+        answers = await api.ask(body, as_chat)
         return await api.respond(request, body, answers, MessagesAnswer(answers, model), dialect="anthropic")
 
     @routes.post("/v1/messages/count_tokens")
     async def count_tokens(body: CountTokensRequest) -> Response:
         """Count the tokens of a prompt."""
         api.model_name(body.model)
-        ids, _ = await asyncio.to_thread(encode_prompt, api.session, as_chat(body))
+        ids, _ = await asyncio.to_thread(lambda: encode_prompt(api.session, as_chat(body)))
         return json_response({"input_tokens": len(ids)})
 
     return routes

@@ -17,6 +17,7 @@ from stepjax.errors import CheckpointError, ConfigError
 from stepjax.infer.serve.api import Api, json_response
 from stepjax.infer.serve.errors import ApiError
 from stepjax.infer.serve.limits import LIMITS
+from stepjax.infer.serve.routes import BodyRoute
 
 Name = Annotated[str, Field(min_length=1, max_length=int(LIMITS["model"].high))]
 
@@ -68,7 +69,7 @@ def router(api: Api) -> APIRouter:
 
 def adapter_router(api: Api) -> APIRouter:
     """The endpoints that load and unload adapters; none unless ``adapter_updates`` is set."""
-    routes, service = APIRouter(tags=["adapters"]), api.service
+    routes, service = APIRouter(tags=["adapters"], route_class=BodyRoute), api.service
     if not api.options.adapter_updates:
         return routes
 

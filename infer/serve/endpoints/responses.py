@@ -15,7 +15,9 @@ from stepjax.infer.engine.answer import TokenScore
 from stepjax.infer.serve.answers import Answers
 from stepjax.infer.serve.api import Api
 from stepjax.infer.serve.endpoints.chat import token_logprob
+from stepjax.infer.serve.field_tables import RESPONSES
 from stepjax.infer.serve.limits import LIMITS, number, sized
+from stepjax.infer.serve.routes import BodyRoute
 from stepjax.infer.serve.schemas import Body, ChatRequest, record
 from stepjax.infer.serve.sse import PING_S, event
 from stepjax.infer.transcript import Delta, Transcript
@@ -40,14 +42,6 @@ Input = Annotated[
         }
     ),
 ]
-# Fields that need stored state, or that would change the answer and are not supported.
-REFUSED = {
-    "background": "an answer ends when its connection is closed",
-    "conversation": "nothing is stored between requests; send the whole conversation as input",
-    "previous_response_id": "nothing is stored between requests; send the whole conversation as input",
-    "prompt": "no prompts are stored here; send the text as input",
-    "max_tool_calls": "the server runs no tools",
-}
 
 
 class Reasoning(Body):
@@ -101,21 +95,21 @@ def as_chat(body: ResponsesRequest) -> ChatRequest:
     Raises:
       RequestError: an item, a tool or a field is not supported.
     """
-    for name, reason in REFUSED.items():
-        if (body.model_extra or {}).get(name):
-            raise RequestError(f"{name}: is not supported: {reason}")
-    fields: dict[str, Any] = {
+    fields: dict[str, Any] = RESPONSES.done(body.model_extra or {})
+    fields |= {
         "model": body.model,
         "messages": _messages(body),
         "tools": _tools(body.tools),
         "tool_choice": _choice(body.tool_choice),
         "parallel_tool_calls": body.parallel_tool_calls,
         "max_tokens": body.max_output_tokens,
-        "response_format": _format(body.text),
         "logprobs": body.wants_logprobs,
         "top_logprobs": body.top_logprobs,
-        "reasoning_effort": None if body.reasoning is None else body.reasoning.effort,
     }
+    if (format := _format(body.text)) is not None:
+        fields["response_format"] = format
+    if body.reasoning is not None and body.reasoning.effort is not None:
+        fields["reasoning_effort"] = body.reasoning.effort
     fields |= {name: getattr(body, name) for name in ("stream", "temperature", "top_p", "top_k", "seed")}
     return ChatRequest.model_validate(fields)
 
@@ -227,13 +221,13 @@ def _format(text: TextOptions | None) -> dict[str, Any] | None:
 
 def router(api: Api) -> APIRouter:
     """The endpoint of this interface."""
-    routes = APIRouter(tags=["OpenAI"])
+    routes = APIRouter(tags=["OpenAI"], route_class=BodyRoute)
 
     @routes.post("/v1/responses")
     async def responses(request: Request, body: ResponsesRequest) -> Response:
         """Answer a conversation in OpenAI's newer form. Nothing is stored: previous_response_id is refused."""
         model = api.model_name(body.model)
-        answers = await api.ask(as_chat(body))
+        answers = await api.ask(body, as_chat)
         return await api.respond(request, body, answers, ResponsesAnswer(body, answers, model), dialect="responses")
 
     return routes

@@ -11,10 +11,10 @@ from stepjax.errors import RequestError
 from stepjax.infer.serve.api import Api, json_response
 from stepjax.infer.serve.errors import ApiError
 from stepjax.infer.serve.limits import sized
-from stepjax.infer.serve.requests import offered_tools
-from stepjax.infer.serve.schemas import Body, ChatMessage
+from stepjax.infer.serve.requests import encode_prompt, offered_tools, template_options
+from stepjax.infer.serve.routes import BodyRoute
+from stepjax.infer.serve.schemas import Body, ChatMessage, ChatRequest
 from stepjax.infer.session import Session
-from stepjax.text.chat import read_template_kwargs
 
 
 class TokenizeRequest(Body):
@@ -25,7 +25,9 @@ class TokenizeRequest(Body):
     messages: list[ChatMessage] | None = sized("messages")
     tools: list[dict[str, Any]] | None = sized("tools")
     chat_template_kwargs: dict[str, Any] | None = sized("chat_template_kwargs")
-    add_generation_prompt: bool | None = True
+    enable_thinking: bool | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
     add_special_tokens: bool | None = True
     return_token_strs: bool | None = False
 
@@ -39,31 +41,19 @@ class DetokenizeRequest(Body):
 
 def router(api: Api) -> APIRouter:
     """The endpoints of tokens and texts."""
-    routes, session = APIRouter(tags=["tokens"]), api.session
+    routes, session = APIRouter(tags=["tokens"], route_class=BodyRoute), api.session
 
     @routes.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> Response:
         """Token ids of a prompt, or of a conversation."""
         api.model_name(body.model)
-        ids = await asyncio.to_thread(_tokenize, session, body)
-        fields: dict[str, Any] = {
-            "count": len(ids),
-            "max_model_len": api.service.engine.scheduler.config.context,
-            "tokens": ids,
-        }
-        if body.return_token_strs and session.tokenizer:
-            fields["token_strs"] = [session.tokenizer.decode([token], skip_special=False) for token in ids]
-        return json_response(fields)
+        return await asyncio.to_thread(_tokenized, session, body, api.service.engine.scheduler.config.context)
 
     @routes.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> Response:
         """The text of token ids."""
         api.model_name(body.model)
-        if session.tokenizer is None:
-            raise RequestError("tokens: this checkpoint has no tokenizer.json, so they have no text")
-        return json_response(
-            {"prompt": await asyncio.to_thread(session.tokenizer.decode, body.tokens, skip_special=False)}
-        )
+        return await asyncio.to_thread(_detokenized, session, body)
 
     @routes.get("/tokenizer_info")
     async def tokenizer_info() -> Response:
@@ -75,17 +65,37 @@ def router(api: Api) -> APIRouter:
     return routes
 
 
+def _tokenized(session: Session, body: TokenizeRequest, context: int) -> Response:
+    ids = _tokenize(session, body)
+    fields: dict[str, Any] = {"count": len(ids), "max_model_len": context, "tokens": ids}
+    if body.return_token_strs and session.tokenizer:
+        fields["token_strs"] = [session.tokenizer.decode([token], skip_special=False) for token in ids]
+    return json_response(fields)
+
+
+def _detokenized(session: Session, body: DetokenizeRequest) -> Response:
+    if session.tokenizer is None:
+        raise RequestError("tokens: this checkpoint has no tokenizer.json, so they have no text")
+    return json_response({"prompt": session.tokenizer.decode(body.tokens, skip_special=False)})
+
+
 def _tokenize(session: Session, body: TokenizeRequest) -> list[int]:
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("prompt: expected it or messages, and not both")
-    if body.messages is not None:
-        options = read_template_kwargs(body.chat_template_kwargs)
-        return session.encode_chat(
-            body.messages,
-            tools=offered_tools(body.tools, None),
-            add_generation_prompt=body.add_generation_prompt is not False,
-            **options,
-        )
-    assert body.prompt is not None
-    ids = session.encode(body.prompt)
-    return ids if body.add_special_tokens is not False else ids[1:]
+    if body.messages is None:
+        assert body.prompt is not None
+        return session.encode(body.prompt, bos=body.add_special_tokens is not False)
+    names = (
+        "messages",
+        "tools",
+        "chat_template_kwargs",
+        "enable_thinking",
+        "continue_final_message",
+        "add_generation_prompt",
+    )
+    chat = ChatRequest.model_construct(**{name: getattr(body, name) for name in names})
+    if body.add_generation_prompt is False and not body.continue_final_message:  # of a whole conversation
+        chat.add_generation_prompt, chat.continue_final_message = True, False
+        options = template_options(session, chat) | {"add_generation_prompt": False}
+        return session.encode_chat(body.messages, tools=offered_tools(body.tools, None), **options)
+    return encode_prompt(session, chat)[0]

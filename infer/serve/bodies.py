@@ -1,0 +1,190 @@
+"""The body of a request: read within its limit, and parsed as JSON that every parser reads alike.
+
+What takes longer with a longer body is done in a thread, so that the event loop serves the other requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn, TypeVar
+
+from stepjax.infer.serve.errors import ApiError
+from stepjax.infer.serve.limits import LIMITS
+from stepjax.infer.serve.middleware import App, Message, Receive, Refuse, Scope, Send
+
+T = TypeVar("T")
+
+INLINE_BYTES = 4096  # bodies up to here are parsed in the event loop, in less time than a thread takes to wake
+PARSED = "stepjax.body"  # where the scope holds the parsed body
+SIZE = "stepjax.body_bytes"
+
+# A string, or what is left of one that does not end: its end is not sought again from every quote inside.
+_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)|[\[{]|[\]}]', re.DOTALL)
+_SUSPECT = re.compile(rb"\\u(?:[dD][89a-fA-F]|0000)")
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
+_MAX_DIGITS = 400  # of an integer; the longest finite float has 309
+
+
+async def off_loop(size: int, work: Callable[..., T], *arguments: Any) -> T:
+    """``work(*arguments)``, in a thread unless the body of ``size`` bytes is small."""
+    if size <= INLINE_BYTES:
+        return work(*arguments)
+    return await asyncio.to_thread(work, *arguments)
+
+
+class StrictBodies:
+    """Reads the body of every request that may have one, parses it, and passes it on in the scope."""
+
+    def __init__(self, app: App, refuse: Refuse):
+        self._app, self._refuse = app, refuse
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            await self._app(scope, receive, send)
+            return
+        try:
+            headers = dict(scope["headers"])
+            body = await _read(headers, receive)
+            if body is None:  # the client has disconnected
+                return
+            if body:
+                _check_type(headers)
+                scope[PARSED], scope[SIZE] = await off_loop(len(body), parse_json, body), len(body)
+        except ApiError as error:
+            await self._refuse(scope, receive, send, error)
+            return
+        replayed = False
+
+        async def replay() -> Message:
+            nonlocal replayed
+            if replayed:
+                return await receive()  # only the disconnect can follow
+            replayed = True
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        await self._app(scope, replay, send)
+
+
+async def _read(headers: dict[bytes, bytes], receive: Receive) -> bytearray | None:
+    """The whole body, no longer than allowed; None if the client disconnected before its end."""
+    most = int(LIMITS["body_bytes"].high)
+    declared = headers.get(b"content-length", b"0")
+    if not declared.isdigit() or int(declared[:20]) > most:
+        raise _too_large(most)
+    if headers.get(b"content-encoding", b"identity").strip().lower() not in (b"identity", b""):
+        raise ApiError("content-encoding: expected none; send the body as it is", code="unsupported_encoding")
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        body += message.get("body", b"")
+        if len(body) > most:
+            raise _too_large(most)
+        if not message.get("more_body"):
+            return body
+
+
+def _too_large(most: int) -> ApiError:
+    return ApiError(f"body: expected at most {most} bytes", status=413, code="request_too_large")
+
+
+def _check_type(headers: dict[bytes, bytes]) -> None:
+    """Raise ApiError unless the type is JSON: a browser sends JSON across origins only after a preflight request."""
+    kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+    if kind != b"application/json":
+        name = ascii(kind.decode("latin-1")[:60])
+        raise ApiError(f"content-type: is {name}, expected application/json", code="unsupported_media_type")
+
+
+def parse_json(body: bytes | bytearray) -> dict[str, Any]:
+    """The JSON object of a body; raises ApiError unless every parser reads it alike.
+
+    Beyond the rules of JSON, it refuses repeated keys, numbers that are not finite or longer than ``_MAX_DIGITS``, lone
+    surrogates, the character NUL, and deep nesting.
+    """
+    most = int(LIMITS["json_depth"].high)
+    if _depth(body, most) > most:
+        raise _bad(f"expected at most {most} levels of nesting")
+    try:
+        value = json.loads(
+            body.decode("utf-8"),
+            object_pairs_hook=_object,
+            parse_constant=_not_finite,
+            parse_float=_finite,
+            parse_int=_integer,
+        )
+    except UnicodeDecodeError as error:
+        raise _bad(f"expected UTF-8, found byte {body[error.start]:#04x} at {error.start}") from None
+    except (ValueError, RecursionError) as error:
+        raise _bad(f"expected JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise _bad(f"expected an object, found {type(value).__name__}")
+    if _SUSPECT.search(body):
+        for text in _strings(value):
+            if character := _NO_TEXT.search(text):
+                raise _bad(f"expected text, found the character U+{ord(character[0]):04X}")
+    return value
+
+
+def _depth(body: bytes | bytearray, most: int) -> int:
+    """Levels of brackets, or the first number past ``most``."""
+    level = deepest = 0
+    for token in _BRACKETS.finditer(body):
+        if token[0] in b"[{":
+            level += 1
+            deepest = max(deepest, level)
+            if deepest > most:
+                break
+        elif token[0] in b"]}":
+            level -= 1
+    return deepest
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise _bad(f"{name[:60]!a} is given twice")
+            seen.add(name)
+    return fields
+
+
+def _not_finite(text: str) -> NoReturn:
+    raise _bad(f"expected finite numbers, found {text}")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        _not_finite(text[:60])
+    return value
+
+
+def _integer(text: str) -> int:
+    if len(text) > _MAX_DIGITS:
+        raise _bad(f"expected numbers of at most {_MAX_DIGITS} digits, found one of {len(text)}")
+    return int(text)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All strings, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from value
+        for item in value.values():
+            yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+
+
+def _bad(message: str) -> ApiError:
+    return ApiError(f"body: {message}", code="invalid_json")

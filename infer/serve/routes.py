@@ -1,0 +1,66 @@
+"""How an endpoint gets its body: validated, and its fields looked up in the table, in a thread if the body is large."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, get_type_hints
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
+
+from stepjax.infer.serve.bodies import PARSED, SIZE, off_loop
+from stepjax.infer.serve.errors import ApiError
+from stepjax.infer.serve.field_tables import FIELD_TABLES
+
+IGNORED = "x-stepjax-ignored"  # the header that names the fields without effect
+
+
+class BodyRoute(APIRoute):
+    """A route that validates the parameter ``body`` of its endpoint itself. FastAPI would parse and validate it in the
+    event loop, which a body of some megabytes would stop for seconds.
+
+    The response names the fields that had no effect, in the header `IGNORED`.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        model = get_type_hints(self.endpoint).get("body")
+        if model is None:
+            return super().get_route_handler()
+        table = FIELD_TABLES[self.path]
+        takes_request = "request" in inspect.signature(self.endpoint).parameters
+
+        def read(value: Any) -> tuple[BaseModel, list[str]]:
+            try:
+                return model.model_validate(value), table.ignored(value)
+            except ValidationError as error:
+                raise validation_error(error.errors(include_url=False, include_input=False)) from None
+
+        async def handle(request: Request) -> Response:
+            if PARSED not in request.scope:
+                raise ApiError("body: expected a JSON object, found nothing", code="invalid_json")
+            body, names = await off_loop(request.scope[SIZE], read, request.scope.pop(PARSED))
+            response = await (self.endpoint(request, body) if takes_request else self.endpoint(body))
+            names = sorted({*names, *getattr(request.state, "ignored", ())})
+            if names:
+                response.headers[IGNORED] = header_value(names)
+            return response
+
+        return handle
+
+
+def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """An error that names the first field that did not validate."""
+    first = errors[0]
+    name = ""
+    for part in first["loc"]:
+        if part != "body":
+            name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else str(part)
+    return ApiError(f"{name or 'body'}: {first['msg']}"[:1000], code="invalid_value", param=name or None)
+
+
+def header_value(names: Sequence[str]) -> str:
+    """Names as the value of a header; characters that no header may hold become "?"."""
+    return ", ".join(re.sub("[^!-~]+", "?", name) for name in names)[:1000].strip()
