@@ -15,8 +15,7 @@ from tuning import history
 from stepjax.errors import ConfigError
 from stepjax.train.config.reader import read_settings
 from stepjax.train.config.tune import TuneConfig
-from stepjax.train.objectives.objective import Objective, TokenInputs, TokenLoss
-from stepjax.train.objectives.settings import LossSettings
+from stepjax.train.objectives.objective import LossSettings, Objective, TokenInputs, TokenLoss
 from stepjax.train.objectives.table import OBJECTIVES
 from stepjax.train.tune.run import tune
 

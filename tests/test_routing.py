@@ -21,7 +21,7 @@ from stepjax.model.cache import Chunk
 from stepjax.model.layout import Layout, Routed, SingleDevice
 from stepjax.model.step3p5 import abstract, bind
 from stepjax.ops.swiglu import swiglu
-from stepjax.train.objectives.sums import Agreement
+from stepjax.train.objectives.objective import Agreement
 from stepjax.train.objectives.table import OBJECTIVES
 from stepjax.train.tune import run as loop
 from stepjax.train.tune.run import tune

@@ -26,7 +26,7 @@ from stepjax.train.config.tune import (
     TeacherSettings,
     TuneConfig,
 )
-from stepjax.train.objectives.settings import LossSettings
+from stepjax.train.objectives.objective import LossSettings
 from stepjax.train.objectives.table import OBJECTIVES
 from stepjax.train.rollouts.sampler import Rollout
 from stepjax.train.teachers import remote as remote_teacher

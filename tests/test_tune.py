@@ -20,7 +20,7 @@ from stepjax.train.config.tune import (
     TuneConfig,
 )
 from stepjax.train.data.sources import TaskSource
-from stepjax.train.objectives.settings import LossSettings
+from stepjax.train.objectives.objective import LossSettings
 from stepjax.train.objectives.table import OBJECTIVES
 from stepjax.train.rollouts.sampler import Rollout, Sampler, data_rollout
 from stepjax.train.teachers.resident import Resident

@@ -21,9 +21,9 @@ from stepjax.train.data import tasks
 from stepjax.train.data.environment import ExactMatch, Turn, environment
 from stepjax.train.data.sources import ArrayRecordSource, JsonLinesSource, Stream, TaskSource, reply_ids, turn_ids
 from stepjax.train.data.text_checks import mixes_languages, repeats
-from stepjax.train.rollouts.batch import cut_to_rows, make_batch
 from stepjax.train.rollouts.sampler import Rollout, data_rollout
 from stepjax.train.runs.sinks import TensorBoard, flat, open_sinks
+from stepjax.train.teachers.scoring import cut_to_rows, make_batch
 
 RECIPES = Path(__file__).parents[1] / "train" / "recipes"
 

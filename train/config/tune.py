@@ -7,8 +7,7 @@ from typing import Literal
 
 from stepjax.errors import ConfigError
 from stepjax.train.config.mix import MIX
-from stepjax.train.objectives.objective import Objective, Verb
-from stepjax.train.objectives.settings import LossSettings
+from stepjax.train.objectives.objective import LossSettings, Objective, Verb
 from stepjax.train.objectives.table import OBJECTIVES
 from stepjax.weights.formats import made_while_loading
 

@@ -10,9 +10,7 @@ import numpy as np
 
 from stepjax.model.step3p5 import Params, bind
 from stepjax.train.losses.logprobs import token_scores
-from stepjax.train.objectives.batch import Batch
-from stepjax.train.objectives.objective import LossContext, Objective
-from stepjax.train.objectives.sums import Sums
+from stepjax.train.objectives.objective import Batch, LossContext, Objective, Sums
 from stepjax.train.packing.rows import packed_chunk
 
 

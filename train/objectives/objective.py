@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -11,18 +11,50 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stepjax.errors import ConfigError
 from stepjax.model.step3p5 import KEPT_LAYERS, Params, Step3p5, bind
 from stepjax.train.losses.logprobs import HiddenScores, TokenScores, TopScores, token_scores
-from stepjax.train.objectives.batch import Batch
-from stepjax.train.objectives.settings import LossSettings
-from stepjax.train.objectives.sums import Agreement, Sums
-from stepjax.train.packing.rows import packed_chunk
+from stepjax.train.packing.rows import PackedRows, packed_chunk
 
 Verb = Literal["distill", "sft", "rl"]
 
 
-# (parameters, micro-batch, tokens of the global batch, a teacher's name and parameters) → (loss, sums)
-LossFunction = Callable[[Params, Batch, jax.Array, tuple[str, Params] | None], tuple[jax.Array, Sums]]
+@dataclass(frozen=True)
+class LossSettings:
+    """What is minimised (`stepjax.train.objectives.table`)."""
+
+    objective: str = "exact"  # a name in the table of objectives
+    divergence: Literal["reverse", "forward", "jsd"] = "reverse"
+    beta: float = 0.5  # of "jsd": the teacher's share of the mixture
+    filter: Literal["none", "tis", "icepop", "mispo"] = "none"  # of samples that trainer and sampler see differently
+    cap: float = 2.0  # of "tis"
+    token_low: float = 0.5  # bounds of "icepop" and "mispo" for a token's ratio
+    token_high: float = 2.0
+    sequence_low: float = 0.996  # bounds of "mispo" for the geometric mean over a trajectory
+    sequence_high: float = 1.001
+    clip: float = 0.0  # grpo: bounds 1 ± clip of the ratio, beyond which a token that moves outwards is dropped; 0: off
+    discount: float = 0.0  # of later tokens' advantages, where a teacher gives them
+    scaled: bool = True  # rl: divide advantages by the standard deviation of their group
+    teacher_weight: float = 0.0  # rl: weight of the sampled reverse KL to a teacher, added to the reward's advantage
+    chunk: int = 512  # positions whose logits are in memory at once
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < 1:
+            raise ConfigError(f"loss.beta: is {self.beta}, expected between 0 and 1; the ends are reverse and forward")
+        if self.chunk < 1:
+            raise ConfigError(f"loss.chunk: is {self.chunk}, expected at least 1")
+
+
+class Batch(NamedTuple):
+    """M micro-batches of R rows of T tokens. Of each token: [M, R, T]; a teacher's part may be missing (None)."""
+
+    rows: PackedRows  # ``loss_mask``: the policy's own tokens
+    sampler: Any  # float32: log μ
+    advantage: Any  # float32: of the task
+    teacher_logprob: Any = None  # float32: log q of the token
+    top: TopScores | None = None  # [M, R, T, K]: at the token, what the teacher thought of its place
+    hidden: Any = None  # [M, R, T, D]: a teacher's, at the token before
+    experts: Any = None  # uint16 [M, R, T, L, A]: of the sampler, where the token itself went in; for router replay
 
 
 class TokenInputs(NamedTuple):
@@ -48,6 +80,60 @@ class TokenLoss(NamedTuple):
         """Without a filter."""
         everything = jnp.ones(loss.shape, bool)
         return cls(loss, everything, everything)
+
+
+class Agreement(NamedTuple):
+    """How often the trainer's routers choose the experts that are replayed, over tokens of prompts and answers."""
+
+    tokens: jax.Array  # float32: tokens whose experts were recorded
+    agreed: jax.Array  # float32: sum over them of the share of experts that the router chooses too
+
+    @classmethod
+    def of(cls, chosen: Sequence[jax.Array], recorded_BTLA: jax.Array, num_experts: int) -> Agreement:
+        """
+        Args:
+          chosen: the routers' choice by layer, int32 [B, T, A].
+          recorded_BTLA: ids ≥ ``num_experts`` are not recorded.
+        """
+        recorded_BTLA = recorded_BTLA.astype(jnp.int32)
+        known_BT = (recorded_BTLA[:, :, 0, 0] < num_experts).astype(jnp.float32)
+        same_BTLA = jnp.any(recorded_BTLA[..., None] == jnp.stack(chosen, axis=2)[..., None, :], axis=-1)
+        share_BT = jnp.mean(same_BTLA.astype(jnp.float32), axis=(2, 3))
+        return cls(jnp.sum(known_BT), jnp.sum(known_BT * share_BT))
+
+
+class Sums(NamedTuple):
+    """Sums over the tokens that count, where no other is named. Float32 scalars."""
+
+    loss: jax.Array
+    tokens: jax.Array
+    divergence: jax.Array  # from the teacher, exact or of the top-k
+    sampled_kl: jax.Array  # log π − log q of the tokens, where q is known
+    nll: jax.Array  # −log π
+    entropy: jax.Array
+    gap: jax.Array  # |log π − log μ|, of tokens with a sampler
+    gap_squared: jax.Array
+    gap_signed: jax.Array  # log μ − log π
+    largest_gap: jax.Array  # a maximum
+    kept_tokens: jax.Array
+    kept_sequences: jax.Array
+    depth_loss: jax.Array  # [depths] of the prediction heads; of length 0 unless they are trained
+    depth_tokens: jax.Array
+    agreement: Agreement | None = None  # with router replay
+
+    @classmethod
+    def over(cls, micro_batches: Sums) -> Sums:
+        """Of sums that were stacked along a first axis."""
+        total: Sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), micro_batches)
+        return total._replace(largest_gap=jnp.max(micro_batches.largest_gap))
+
+    def plus(self, other: Sums) -> Sums:
+        total: Sums = jax.tree.map(jnp.add, self, other)
+        return total._replace(largest_gap=jnp.maximum(self.largest_gap, other.largest_gap))
+
+
+# (parameters, micro-batch, tokens of the global batch, a teacher's name and parameters) → (loss, sums)
+LossFunction = Callable[[Params, Batch, jax.Array, tuple[str, Params] | None], tuple[jax.Array, Sums]]
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,8 +11,7 @@ from stepjax.train.losses.policy_gradient import (
     importance,
     policy_gradient,
 )
-from stepjax.train.objectives.objective import Objective, TokenInputs, TokenLoss
-from stepjax.train.objectives.settings import LossSettings
+from stepjax.train.objectives.objective import LossSettings, Objective, TokenInputs, TokenLoss
 
 
 class Sampled(Objective):

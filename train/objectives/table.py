@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from stepjax.train.objectives.exact import Exact
-from stepjax.train.objectives.likelihood import Likelihood
+from stepjax.train.objectives.distillation import Exact, Likelihood, TopK
 from stepjax.train.objectives.mtp import PredictionHeads
 from stepjax.train.objectives.objective import Objective
 from stepjax.train.objectives.policy import Grpo, Mispo, Sampled
-from stepjax.train.objectives.top_k import TopK
 
 OBJECTIVES: dict[str, Objective] = {
     objective.name: objective

@@ -24,9 +24,7 @@ from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.rules import ShardingRules
 from stepjax.sharding.sharded_checkpoint import shardings
 from stepjax.train.config.tune import OptimSettings
-from stepjax.train.objectives.batch import Batch
-from stepjax.train.objectives.objective import LossContext
-from stepjax.train.objectives.settings import LossSettings
+from stepjax.train.objectives.objective import Batch, LossContext, LossSettings
 from stepjax.train.objectives.table import OBJECTIVES
 from stepjax.train.packing.rows import PackedRows
 from stepjax.train.pretrain.step import Placement, TrainState, make_step, split_biases

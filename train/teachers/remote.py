@@ -17,9 +17,8 @@ import numpy as np
 from stepjax.errors import ConfigError, TrainingError
 from stepjax.infer.session import Session
 from stepjax.train.config.tune import TeacherSettings
-from stepjax.train.rollouts.batch import Scored
 from stepjax.train.rollouts.sampler import Rollout
-from stepjax.train.teachers.resident import prompt_with
+from stepjax.train.teachers.resident import Scored, prompt_with
 
 FIRST_WAIT_S = 0.5  # before the second try; each further wait is twice as long
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)

@@ -18,11 +18,18 @@ from stepjax.model.step3p5 import Params, Step3p5, bind
 from stepjax.train.config.tune import TeacherSettings
 from stepjax.train.data.sources import Prompt
 from stepjax.train.losses.logprobs import TopScores
-from stepjax.train.packing.rows import PackedRows, packed_chunk
-from stepjax.train.packing.sequences import pack_sequences
-from stepjax.train.rollouts.batch import Scored
+from stepjax.train.packing.rows import PackedRows, pack_sequences, packed_chunk
 from stepjax.train.rollouts.sampler import Rollout
 from stepjax.train.teachers.same_ids import check_same_ids
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A teacher's log-probabilities of the tokens of one rollout, in their order."""
+
+    logprobs: np.ndarray  # float32 [n]
+    top_ids: np.ndarray | None = None  # int32 [n, K]
+    top_logprobs: np.ndarray | None = None  # float32 [n, K]
 
 
 class Scorer(Protocol):
@@ -79,7 +86,7 @@ class Resident:
         return jax.jit(run, static_argnums=(3, 4))
 
     def score(self, rollouts: Sequence[Rollout], *, top: int, rows: int, length: int, num_tokens: int) -> list[Scored]:
-        """As `Scorer.score`, in numpy, in batches of rows; `stepjax.train.rollouts.batch.cut_to_rows` comes first."""
+        """As `Scorer.score`, in numpy, in batches of rows; `stepjax.train.teachers.scoring.cut_to_rows` comes first."""
         prompts = [self.prompt_ids(each.prompt) for each in rollouts]
         packed = pack_sequences(prompts, [each.ids for each in rollouts], rows=rows, length=length)
         found = self.top(packed.rows, k=top, num_tokens=num_tokens)

@@ -8,8 +8,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from stepjax.errors import CheckpointError, TrainingError
-from stepjax.train.rollouts.batch import Scored
 from stepjax.train.rollouts.sampler import Rollout
+from stepjax.train.teachers.resident import Scored
 
 FORM = "stepjax teacher scores 1"
 

@@ -15,7 +15,7 @@ from stepjax.train.config.tune import DataSettings, TuneConfig
 from stepjax.train.data import tasks
 from stepjax.train.data.sources import JsonLinesSource, Prompt, Source, TaskSource, open_source
 from stepjax.train.data.text_checks import mixes_languages, repeats
-from stepjax.train.objectives.sums import Sums
+from stepjax.train.objectives.objective import Sums
 from stepjax.train.objectives.table import OBJECTIVES
 from stepjax.train.rollouts.sampler import Rollout, Sampler
 from stepjax.train.teachers.scoring import Scoring

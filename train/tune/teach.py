@@ -13,9 +13,9 @@ from stepjax.errors import ConfigError
 from stepjax.infer.session import num_tokens_of
 from stepjax.train.config.tune import TuneConfig
 from stepjax.train.data.sources import JsonLinesSource, Prompt
-from stepjax.train.rollouts.batch import Scored, cut_to_rows
 from stepjax.train.rollouts.sampler import data_rollout
-from stepjax.train.teachers.resident import Resident
+from stepjax.train.teachers.resident import Resident, Scored
+from stepjax.train.teachers.scoring import cut_to_rows
 from stepjax.train.teachers.stored import FORM, Stored
 from stepjax.train.tune.setup import open_model, open_teachers
 

@@ -11,9 +11,7 @@ import optax
 
 from stepjax.model.layout import Layout
 from stepjax.model.step3p5 import Params
-from stepjax.train.objectives.batch import Batch
-from stepjax.train.objectives.objective import LossFunction
-from stepjax.train.objectives.sums import Sums
+from stepjax.train.objectives.objective import Batch, LossFunction, Sums
 from stepjax.train.runs.optimizer import apply
 
 # Each layer's loop over blocks of queries starts from zeros. With this pass, XLA's GPU compiler makes the zeros of all
