@@ -374,6 +374,21 @@ def test_a_field_that_nobody_knows_is_named_in_the_answer(server):
         assert response.headers["x-stepjax-ignored"] == ", ?d, a?b?, c?x:?y, z?, ?"
 
 
+@pytest.mark.parametrize("allowed", [False, True])
+def test_a_client_decides_its_place_in_the_queue_only_if_the_operator_says_so(session, allowed, monkeypatch):
+    with Serving(session, priorities=allowed) as server:
+        priorities, add = [], server.engine.add
+        monkeypatch.setattr(server.engine, "add", lambda *a, **o: priorities.append(o["priority"]) or add(*a, **o))
+        for path, body in {"chat/completions": GREEDY, "completions": {"prompt": "1 +"}}.items():
+            for priority in (-5, 0):
+                body = {**body, "max_tokens": 1, "priority": priority}
+                response = server.post(f"/v1/{path}", body)
+                assert response.status_code == 200
+                ignored = None if allowed or not priority else "priority"
+                assert response.headers.get("x-stepjax-ignored") == ignored
+        assert priorities == ([-5, 0] * 2 if allowed else [0] * 4)
+
+
 def test_many_streams_at_once_say_what_each_says_alone(server, session):
     questions = [f"What is {a} + {a + 3}?" for a in range(100, 124)]
 

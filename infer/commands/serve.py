@@ -83,6 +83,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine.add_argument(
         "--max-queue", type=int, default=1024, metavar="N", help="answers that may wait (default: %(default)s)"
     )
+    engine.add_argument(
+        "--scheduling-policy",
+        default="fcfs",
+        choices=("fcfs", "priority"),
+        help="order of requests: as they arrive, or by the priority that clients give (default: %(default)s)",
+    )
     engine.add_argument("--context", type=int, metavar="N", help="tokens of the longest sequence (default: what fits)")
     engine.add_argument(
         "--cache-gib", type=float, metavar="X", help="memory for the cache of a device, e.g. 4 (default: what is free)"
@@ -156,6 +162,7 @@ def run(args: argparse.Namespace) -> int:
         tuple(args.cors_origin or ()),
         ui=not args.no_ui,
         adapter_updates=args.allow_lora_updates,
+        priorities=args.scheduling_policy == "priority",
     )
     app = create_app(service, session, options)
     server = Server(

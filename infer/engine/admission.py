@@ -1,16 +1,18 @@
 """Admission: the queue of waiting sequences, the slots of running ones, and their pages.
 
 Sequences are served by rank: lower priority numbers first, and in order of arrival within a priority. The first in rank
-is never preempted and may take the pages of all others, so it always finishes; then the next is first.
+is never preempted and may take the pages of all others, so it always finishes; then the next is first. A waiting
+sequence is passed only while one that goes before it computes a prefix that both share.
 """
 
 from __future__ import annotations
 
 from bisect import insort
+from collections import Counter
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from stepjax.errors import ConfigError, RequestError
 from stepjax.infer.engine.pages import PagePool
@@ -86,6 +88,9 @@ class RunningSequence:
     least: int = 0  # fewest tokens that plans in flight add
     most: int = 0
     left: bool = False
+    shared: dict[Sequence, bool] = field(
+        default_factory=dict
+    )  # whether others' prompts begin with ours up to the last mark
 
     @property
     def prefilled(self) -> bool:
@@ -98,11 +103,15 @@ class RunningSequence:
         return self.prefilled and not sequence.held and len(sequence.output) + self.least < sequence.params.max_tokens
 
     def will_cache_part_of(self, other: Sequence) -> bool:
-        """Whether its prefill has yet to reach a boundary from which another prompt can start."""
-        if not self.marks or self.kept >= self.marks[-1] or self.sequence.owner != other.owner:
+        """Whether it goes before another prompt, and has yet to reach a boundary from which that prompt can start."""
+        if not self.marks or self.kept >= self.marks[-1] or not other.use_prefix:
             return False
-        mark = self.marks[-1]
-        return mark < len(other.prompt) and other.prompt[:mark] == self.tokens[:mark]
+        if self.sequence.owner != other.owner or self.sequence.rank > other.rank:
+            return False
+        if other not in self.shared:  # compared once, since prompts are long and many may wait
+            mark = self.marks[-1]
+            self.shared[other] = mark < len(other.prompt) and other.prompt[:mark] == self.tokens[:mark]
+        return self.shared[other]
 
 
 @dataclass
@@ -117,6 +126,17 @@ class Changes:
         self.resets = [other for other in self.resets if other != slot]
         self.page_updates = [update for update in self.page_updates if update.slot != slot]
         self.restores = [copy for copy in self.restores if copy.slot != slot]
+
+
+class _Room(NamedTuple):
+    """What a waiting sequence could use."""
+
+    slots: int
+    pages: int
+    lower: int  # pages of lower priorities, or more
+
+    def within(self, other: _Room) -> bool:
+        return all(mine <= theirs for mine, theirs in zip(self, other, strict=True))
 
 
 _RANK = attrgetter("rank")
@@ -137,7 +157,7 @@ class Admission:
         self._alive: dict[str, Sequence] = {}
         self._slots = list(range(config.num_slots))  # free slots, a heap: the lowest first, since steps run those
         self._num_added = 0
-        self._stuck: tuple[Sequence, int] | None = None  # who did not fit last time, and the spare pages then
+        self._stuck: tuple[Sequence, _Room] | None = None  # who did not fit last time, and the room then
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence.
@@ -169,29 +189,38 @@ class Admission:
         return sequence
 
     def admit(self) -> None:
-        """Give slots and pages to waiting sequences, in order of rank: none overtakes a sequence that does not fit."""
-        while self.waiting:
-            sequence = self.waiting[0]
+        """Give slots and pages to waiting sequences, in order of rank.
+
+        None overtakes a sequence that does not fit. One whose prefix is being computed lets others go first: n answers
+        to one prompt prefill it once. It never waits for a sequence behind it in rank, so that its wait has an end.
+        """
+        place = 0
+        while place < len(self.waiting):
+            sequence = self.waiting[place]
+            lower = [run for run in self.running if run.sequence.priority > sequence.priority]
+            if not self._slots and not lower:
+                return
             if sequence.num_in_flight:
-                return  # just preempted: its tokens in flight have yet to arrive
+                return  # just preempted: its tokens in flight have yet to arrive, which takes one step
             if any(run.will_cache_part_of(sequence) for run in self.running):
-                return  # n answers to one prompt prefill it once
-            if self._stuck and self._stuck[0] is sequence and self._spare_pages <= self._stuck[1]:
-                return  # nothing has changed: do not hash a long prompt again
-            while not (self._slots and self._enter(sequence)):
-                victim = self.running[-1]
-                if victim.sequence.priority <= sequence.priority:
-                    self._stuck = (sequence, self._spare_pages) if self._slots else None
-                    return
-                self._preempt(victim)
+                place += 1
+                continue
+            room = _Room(len(self._slots), self._spare_pages, sum(1 + len(run.pages) for run in lower))
+            if self._stuck and self._stuck[0] is sequence and room.within(self._stuck[1]):
+                return  # no more room than last time: do not hash a long prompt again
+            if not self._enter(sequence, lower):
+                self._stuck = sequence, room
+                return
 
     @property
     def _spare_pages(self) -> int:
         """Pages for a new sequence. One page is kept for each running sequence, which will soon need it to grow."""
         return self.prefix.num_available - len(self.running)
 
-    def _enter(self, sequence: Sequence) -> bool:
-        """Put a waiting sequence into a slot, with pages for its whole prompt; False if too few are free."""
+    def _enter(self, sequence: Sequence, lower: list[RunningSequence]) -> bool:
+        """Put a waiting sequence into a slot, with pages for its whole prompt. Sequences of ``lower`` priority are
+        preempted if it then fits. False, and nothing changes, if it does not fit.
+        """
         tokens = (*sequence.prompt, *sequence.output)
         page_size, prefix = self.config.page_size, self.prefix
         keys = prefix.keys(tokens) if prefix.enabled and sequence.use_prefix else []
@@ -200,10 +229,14 @@ class Admission:
         prefix.acquire(match.nodes)
         reserved = max(len(tokens), sequence.max_cached) if self.config.reserve else len(tokens)
         missing = self.config.num_pages_for(reserved) - len(match.nodes)
-        new = prefix.allocate(missing) if missing <= self._spare_pages else None
-        if new is None:
+        victims = self._victims(lower, missing, newcomer=True)
+        if victims is None:
             prefix.release(match.nodes)
             return False
+        for victim in victims:
+            self._preempt(victim)
+        new = prefix.allocate(missing)
+        assert new is not None, "the victims' pages suffice"
 
         start = len(match.nodes) * page_size
         pages = [*(node.page for node in match.nodes), *new]
@@ -234,11 +267,13 @@ class Admission:
         missing = self.config.num_pages_for(positions) - len(run.pages)
         if missing <= 0:
             return True
-        while (pages := self.prefix.allocate(missing)) is None:
-            victim = self.running[-1]
+        victims = self._victims(self.running[self.running.index(run) + 1 :], missing)
+        for victim in (run,) if victims is None else victims:
             self._preempt(victim)
-            if victim is run:
-                return False
+        if victims is None:
+            return False
+        pages = self.prefix.allocate(missing)
+        assert pages is not None, "the victims' pages suffice"
         self.changes.page_updates.append(PageUpdate(run.slot, len(run.pages), pages))
         run.pages += pages
         return True
@@ -263,6 +298,44 @@ class Admission:
         """The changes for the device since the last call."""
         changes, self.changes = self.changes, Changes()
         return changes
+
+    def _victims(
+        self, candidates: list[RunningSequence], missing: int, *, newcomer: bool = False
+    ) -> list[RunningSequence] | None:
+        """The sequences to preempt so that ``missing`` pages are available: the last in rank, without those whose pages
+        are not needed. None if all candidates' pages would not suffice.
+
+        Args:
+          candidates: by rank.
+          newcomer: the pages are for a new sequence, which needs a slot too and leaves the others room to grow.
+        """
+        freed: Counter[int] = Counter()  # users that a page loses
+        available = self._spare_pages if newcomer else self.prefix.num_available
+        slots, extra = (len(self._slots), 1) if newcomer else (1, 0)
+
+        def gain(run: RunningSequence) -> int:
+            """Pages that nobody but ``run`` and the other victims uses; the prefix cache can give its pages away."""
+            cached = len(run.nodes)
+            users = (self.pool.users(page) - freed[page] - (place < cached) for place, page in enumerate(run.pages))
+            return extra + sum(count == 1 for count in users)
+
+        victims: list[RunningSequence] = []
+        for run in reversed(candidates):
+            if missing <= available and slots:
+                break
+            available, slots = available + gain(run), slots + 1
+            freed.update(run.pages)
+            victims.append(run)
+        if missing > available or not slots:
+            return None
+        for run in victims[:-1]:  # the last one is needed
+            freed.subtract(run.pages)
+            if slots > 1 and missing <= available - gain(run):
+                available, slots = available - gain(run), slots - 1
+                victims.remove(run)
+            else:
+                freed.update(run.pages)
+        return victims
 
     def _preempt(self, run: RunningSequence) -> None:
         """Return a sequence to the queue. Its cache is lost, but not its tokens, nor those in flight."""

@@ -18,7 +18,7 @@ from stepjax.infer.serve.answers import Answers
 from stepjax.infer.serve.errors import ApiError, Dialect
 from stepjax.infer.serve.formats import wants_grammar
 from stepjax.infer.serve.middleware import ApiKeys
-from stepjax.infer.serve.requests import read_chat
+from stepjax.infer.serve.requests import ignore_priority, read_chat
 from stepjax.infer.serve.schemas import Body, ChatRequest, SampledRequest
 from stepjax.infer.serve.service import Service
 from stepjax.infer.serve.sse import EventStream, unless_disconnected
@@ -38,6 +38,7 @@ class ServeOptions:
     cors_origins: tuple[str, ...] = ()  # web pages that may send requests; none: only those of this server
     ui: bool = True  # whether / is the chat page
     adapter_updates: bool = False  # whether clients may load and unload adapters
+    priorities: bool = False  # whether clients may decide which requests go first
 
 
 class AnswerWriter(Protocol):
@@ -101,6 +102,8 @@ class Api:
         Raises:
           QueueFullError: too many grammars wait to be compiled.
         """
+        if not self.options.priorities:
+            ignore_priority(body)
         if not wants_grammar(body):
             return await asyncio.to_thread(read, self.service.engine, self.session, body)
         if self._num_compiling >= MAX_COMPILING:
@@ -116,6 +119,8 @@ class Api:
         self, request: Request, body: Body, answers: Answers, writer: AnswerWriter, *, dialect: Dialect = "openai"
     ) -> Response:
         """The response, streamed or whole as ``body.stream`` says."""
+        if "priority" in (body.model_extra or ()):
+            request.state.ignored = [*getattr(request.state, "ignored", ()), "priority"]
         if getattr(body, "stream", False):
             close = functools.partial(self.service.close, answers.submission)
             return EventStream(writer.events(), close=close, dialect=dialect)

@@ -136,7 +136,7 @@ class SampledRequest(Body):
         "truncate_prompt_tokens", doc="use only so many of the last prompt tokens"
     )
     return_token_ids: bool | None = False
-    priority: int | None = number("priority", doc="lower runs first")
+    priority: int | None = number("priority", doc="lower runs first; ignored unless --scheduling-policy is priority")
     cache_salt: str | None = sized("cache_salt", doc="prompts share cached pages only under the same salt")
     user: str | None = Field(None, description="ignored")
     response_format: ResponseFormat | None = None
