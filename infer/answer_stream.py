@@ -15,7 +15,6 @@ class AnswerDelta(NamedTuple):
     """What some updates added to an answer."""
 
     delta: Delta
-    text: str  # the same, markers included
     ids: tuple[int, ...]
     scores: tuple[TokenScore, ...]  # of the ids, if the request asks for them
     finish_reason: FinishReason | None
@@ -43,13 +42,13 @@ class AnswerStream:
     def take(self, *updates: Update) -> AnswerDelta:
         """Read updates in the order in which the engine gave them."""
         transcript = self.transcript
-        num_ids, num_scores, length = len(transcript.ids), len(self.scores), len(transcript.text)
+        num_ids, num_scores = len(transcript.ids), len(self.scores)
         delta, ended_early = Delta(), False
         for update in updates:
             if transcript.finish_reason:
                 break
             before = len(transcript.ids)
-            self.num_decode_steps += before > 0
+            self.num_decode_steps += before > 0 and bool(update.tokens)
             delta = delta.join(transcript.push(update.tokens))
             self.scores += update.scores[: len(transcript.ids) - before]
             self.prompt_scores = self.prompt_scores or update.prompt_scores
@@ -59,7 +58,6 @@ class AnswerStream:
                 self.experts, self.fault = update.experts, update.fault
         return AnswerDelta(
             delta,
-            transcript.text[length:],
             tuple(transcript.ids[num_ids:]),
             tuple(self.scores[num_scores:]),
             transcript.finish_reason,

@@ -11,6 +11,7 @@ import numpy as np
 from stepjax.infer.answer_stream import AnswerStream
 from stepjax.infer.engine.config import EngineConfig
 from stepjax.infer.engine.engine import Engine
+from stepjax.infer.guided.guide import Constraint
 from stepjax.infer.hosts import agreed
 from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.transcript import Delta, FinishReason, Transcript, begins_in_reasoning
@@ -76,13 +77,11 @@ class Generation:
         self._streams: list[AnswerStream] = []
         tokenizer, eos = session.tokenizer, session.config.eos_ids
         for ids, prompt_params, schemas in zip(prompts, fitted, tools or [None] * len(prompts), strict=True):
-            for answer_id in self._engine.add(ids, prompt_params):
+            thinks = tokenizer is not None and begins_in_reasoning(ids, tokenizer)
+            after = Constraint(session.masks, thinking=True) if thinks and prompt_params.min_tokens else None
+            for answer_id in self._engine.add(ids, prompt_params, constraint=after):
                 transcript = Transcript(
-                    prompt_params,
-                    eos_ids=eos,
-                    tokenizer=tokenizer,
-                    in_reasoning=tokenizer is not None and begins_in_reasoning(ids, tokenizer),
-                    tools=schemas,
+                    prompt_params, eos_ids=eos, tokenizer=tokenizer, in_reasoning=thinks, tools=schemas
                 )
                 self._rows[answer_id] = len(self._streams)
                 self._streams.append(AnswerStream(transcript))

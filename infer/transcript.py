@@ -6,23 +6,51 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from stepjax.infer.sampling.params import SamplingParams
-from stepjax.text.reasoning import ReasoningParser, held_length, reasoning_ended
+from stepjax.infer.stop_strings import StopScan
+from stepjax.text.reasoning import ReasoningParser, reasoning_ended
 from stepjax.text.tokenizer import IncrementalDetokenizer, Tokenizer
 from stepjax.text.tool_calls import ArgumentsDelta, CallStart, ContentDelta, ToolCall, ToolCallParser, ToolEvent
 
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled", "error"]
 
 
+class Part(NamedTuple):
+    """Content, or an event of a tool call."""
+
+    event: ToolEvent
+    num_ids: int  # tokens of the answer when it was settled, without an end token
+
+
 class Delta(NamedTuple):
-    """What a push added. ``calls`` are the events of tool calls, in order."""
+    """What a push added. Reasoning comes before all parts, which are in the order of the text."""
 
     reasoning: str = ""
-    content: str = ""
-    calls: tuple[CallStart | ArgumentsDelta, ...] = ()
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def content(self) -> str:
+        return "".join(part.event.text for part in self.parts if isinstance(part.event, ContentDelta))
+
+    @property
+    def calls(self) -> tuple[CallStart | ArgumentsDelta, ...]:
+        """The events of tool calls, in order."""
+        return tuple(part.event for part in self.parts if not isinstance(part.event, ContentDelta))
 
     def join(self, other: Delta) -> Delta:
         """This delta followed by another."""
-        return Delta(self.reasoning + other.reasoning, self.content + other.content, self.calls + other.calls)
+        parts = list(self.parts)
+        for part in other.parts:
+            _append(parts, part)
+        return Delta(self.reasoning + other.reasoning, tuple(parts))
+
+
+def _append(parts: list[Part], part: Part) -> None:
+    """Add a part; neighbouring content becomes one part."""
+    last = parts[-1].event if parts else None
+    if isinstance(last, ContentDelta) and isinstance(part.event, ContentDelta):
+        parts[-1] = Part(ContentDelta(last.text + part.event.text), part.num_ids)
+    else:
+        parts.append(part)
 
 
 def begins_in_reasoning(prompt: Sequence[int], tokenizer: Tokenizer) -> bool:
@@ -33,6 +61,9 @@ def begins_in_reasoning(prompt: Sequence[int], tokenizer: Tokenizer) -> bool:
 
 class Transcript:
     """Collects one answer. It ends at an end-of-sequence or stop id, before a stop string, or at ``max_tokens``.
+
+    Ids end it anywhere. Stop strings act on the content only: not on the thinking, and not within or across tool calls.
+    One that is complete within the first ``min_tokens`` tokens after the thinking is content.
 
     Without a tokenizer there are ids but no text, and stop strings never match.
     """
@@ -58,110 +89,129 @@ class Transcript:
           max_calls: the answer ends behind this tool call.
         """
         self.ids: list[int] = []
-        self.text = ""  # markers included, and the stop string if ``include_stop``
-        self.reasoning = ""
-        self.content = ""
         self.calls: list[ToolCall] = []
         self.began_in_reasoning = in_reasoning
+        self.num_reasoning = 0  # tokens of the thinking, without the one that ends it
+        self.num_thinking = 0  # the same with the `</think>` that ends it: the tokens before the answer
         self.finish_reason: FinishReason | None = None
-        self.stopped_at: str | None = None  # the stop string that ended it
         self._params = params
         self._stop_ids = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else frozenset(eos_ids))
+        self._tool_open = tokenizer.special.tool_open if tokenizer else None
         self._detokenizer = IncrementalDetokenizer(tokenizer, skip_special=skip_special) if tokenizer else None
-        self._include_stop = include_stop
-        self._held = ""  # text that may be the start of a stop string
         self._parser = ReasoningParser(in_reasoning=in_reasoning, verbatim=verbatim)
         self._tools = ToolCallParser(tools) if tools else None
         self._max_calls = max_calls
+        self._stops = StopScan(params.stop, include=include_stop)
+        self._text: list[str] = []
+        self._reasoning: list[str] = []
+        self._content: list[str] = []
+        self._num_ids = 0  # without an end token
+        self._new = Delta()
+
+    @property
+    def text(self) -> str:
+        """All text, markers included, and the stop string if ``include_stop``."""
+        return "".join(self._text)
+
+    @property
+    def reasoning(self) -> str:
+        return "".join(self._reasoning)
+
+    @property
+    def content(self) -> str:
+        return "".join(self._content)
+
+    @property
+    def stopped_at(self) -> str | None:
+        """The stop string that ended it."""
+        return self._stops.match
 
     def push(self, ids: Sequence[int]) -> Delta:
         """Take the next tokens; those after the end are ignored."""
-        if self.finish_reason:
-            return Delta()
-        if self._params.stop or self._max_calls:  # token by token, to find the one that completes a stop string or call
-            delta = Delta()
-            for token in ids:
-                delta = delta.join(self._push([token]))
-                if self.finish_reason:
-                    break
-            return delta
-        return self._push(ids)
+        for token in ids:  # one at a time: what a step brings together decides nothing
+            if self.finish_reason:
+                break
+            self._push(token)
+        return self._take_new()
 
     def end(self, reason: FinishReason) -> Delta:
         """End the answer where it stands. One that has ended keeps its reason."""
-        return Delta() if self.finish_reason else self._finish(reason)
+        if not self.finish_reason:
+            self._finish(reason)
+        return self._take_new()
 
-    def _push(self, ids: Sequence[int]) -> Delta:
-        """All tokens up to the end at once: the parsers give the same result however the text is split."""
-        ids = ids[: self._params.max_tokens - len(self.ids)]
-        end = next((i for i, token in enumerate(ids) if token in self._stop_ids), None)
-        content_ids = ids if end is None else ids[:end]
-        self.ids += ids if end is None else ids[: end + 1]
-        delta = self._take(self._detokenizer.push(content_ids) if self._detokenizer else "")
-        if self.finish_reason:
-            return delta
-        if self._max_calls and len(self.calls) >= self._max_calls:
-            return delta.join(self._finish("stop", text_complete=True))
-        if end is not None:
-            return delta.join(self._finish("stop"))
-        if len(self.ids) >= self._params.max_tokens:
-            return delta.join(self._finish("length"))
-        return delta
+    def _push(self, token: int) -> None:
+        self.ids.append(token)
+        ends = token in self._stop_ids
+        if not ends:
+            self._num_ids += 1
+        thought = self._parser.in_reasoning
+        self.num_thinking += thought and token != self._tool_open
+        if not ends and self._detokenizer:
+            self._read(self._detokenizer.push([token]))
+        self.num_reasoning += thought and self._parser.in_reasoning
+        called = bool(self._max_calls) and len(self.calls) >= self._max_calls
+        if ends or called or self._stops.match is not None:
+            self._finish("stop")
+        elif len(self.ids) >= self._params.max_tokens:
+            self._finish("length")
 
-    def _take(self, text: str) -> Delta:
-        """Emit the text that cannot become a stop string; end at the first complete stop string."""
-        if not self._params.stop:
-            return self._emit(text)
-        held = self._held + text
-        # The first to end, then the first to begin: the result does not depend on how the text was split into tokens.
-        matches = [(begin + len(stop), begin, stop) for stop in self._params.stop if (begin := held.find(stop)) >= 0]
-        if matches:
-            end, start, self.stopped_at = min(matches)
-            self._held = held[: end if self._include_stop else start]
-            return self._finish("stop", text_complete=True)
-        keep = held_length(held, self._params.stop)
-        self._held = held[len(held) - keep :]
-        return self._emit(held[: len(held) - keep])
+    def _read(self, text: str) -> None:
+        if text:
+            self._text.append(text)
+            self._sort(*self._parser.push(text))
 
-    def _finish(self, reason: FinishReason, *, text_complete: bool = False) -> Delta:
-        self.finish_reason = reason
-        tail = self._held
-        if self._detokenizer and not text_complete:
-            tail += self._detokenizer.flush()
-        self._held = ""
-        delta = self._emit(tail)
-        last = self._parser.flush()
-        delta = delta.join(self._sort(last.reasoning, last.content))
+    def _finish(self, reason: FinishReason) -> None:
+        if self._detokenizer and self._stops.match is None:
+            self._read(self._detokenizer.flush())
+        self._sort(*self._parser.flush())
         if self._tools:
-            delta = delta.join(self._record(self._tools.flush()))
-        if self.calls and reason == "stop":
-            self.finish_reason = "tool_calls"
-        return delta
+            self._record(self._tools.flush())
+        self._add_content(self._stops.flush())
+        if self._stops.match is not None:
+            self._cut_text()
+            reason = "stop" if reason == "length" else reason
+        self.finish_reason = "tool_calls" if self.calls and reason == "stop" else reason
 
-    def _emit(self, text: str) -> Delta:
-        self.text += text
-        return self._sort(*self._parser.push(text)) if text else Delta()
+    def _sort(self, reasoning: str, content: str) -> None:
+        if reasoning:
+            self._reasoning.append(reasoning)
+            self._new = self._new.join(Delta(reasoning))
+        if content:
+            self._record(self._tools.push(content) if self._tools else [ContentDelta(content)])
 
-    def _sort(self, reasoning: str, content: str) -> Delta:
-        self.reasoning += reasoning
-        if self._tools:
-            return Delta(reasoning).join(self._record(self._tools.push(content)))
-        self.content += content
-        return Delta(reasoning, content)
-
-    def _record(self, events: Sequence[ToolEvent]) -> Delta:
-        content, calls = "", []
+    def _record(self, events: Sequence[ToolEvent]) -> None:
+        early = 0 < len(self.ids) - self.num_thinking <= self._params.min_tokens
         for event in events:
             if isinstance(event, ContentDelta):
-                content += event.text
+                self._add_content(self._stops.push(event.text, ignore=early))
                 continue
-            if self._max_calls and event.index >= self._max_calls:
+            self._add_content(self._stops.flush())
+            if self._stops.match is not None or (self._max_calls and event.index >= self._max_calls):
                 continue
-            calls.append(event)
             if isinstance(event, CallStart):
                 self.calls.append(ToolCall(event.id, event.name, ""))
             else:
                 call = self.calls[event.index]
                 self.calls[event.index] = ToolCall(call.id, call.name, call.arguments + event.text)
-        self.content += content
-        return Delta("", content, tuple(calls))
+            self._add(event)
+
+    def _add_content(self, text: str) -> None:
+        if text:
+            self._content.append(text)
+            self._add(ContentDelta(text))
+
+    def _add(self, event: ToolEvent) -> None:
+        self._new = self._new.join(Delta("", (Part(event, self._num_ids),)))
+
+    def _take_new(self) -> Delta:
+        new, self._new = self._new, Delta()
+        return new
+
+    def _cut_text(self) -> None:
+        """Remove what lies behind the end of the content; markers among it are in the text only."""
+        text = self.text
+        end = len(text)
+        for character in reversed(self._stops.surplus):
+            end = text.rindex(character, 0, end)
+        self._text = [text[:end]]

@@ -7,7 +7,8 @@ from stepjax.infer.answer_stream import AnswerDelta, AnswerStream
 from stepjax.infer.engine.answer import TokenScore, split_request
 from stepjax.infer.engine.engine import Update
 from stepjax.infer.sampling.params import SamplingParams
-from stepjax.infer.transcript import Delta, FinishReason, Transcript
+from stepjax.infer.transcript import Delta, FinishReason, Part, Transcript
+from stepjax.text.tool_calls import ContentDelta
 
 TOKENIZER = make_tokenizer()
 EOS = TOKENIZER.special.im_end
@@ -16,6 +17,10 @@ A, B, C = (TOKENIZER.encode(letter)[0] for letter in "abc")
 
 def stream(**params) -> AnswerStream:
     return AnswerStream(Transcript(SamplingParams(**params), eos_ids={EOS}, tokenizer=TOKENIZER))
+
+
+def content(text: str, num_ids: int) -> Delta:
+    return Delta("", (Part(ContentDelta(text), num_ids),))
 
 
 def scores(*values: float) -> tuple[TokenScore, ...]:
@@ -31,10 +36,8 @@ def test_updates_add_up_however_they_are_joined():
     single, joined = stream(), stream()
     deltas = [single.take(update) for update in updates]
     whole = joined.take(*updates)
-    assert deltas[1] == AnswerDelta(Delta("", "bc"), "bc", (B, C), scores(-2, -3), None, ended_early=False)
-    assert whole == AnswerDelta(
-        Delta("", "abc"), "abc", (A, B, C, EOS), scores(-1, -2, -3, -4), "stop", ended_early=False
-    )
+    assert deltas[1] == AnswerDelta(content("bc", 3), (B, C), scores(-2, -3), None, ended_early=False)
+    assert whole == AnswerDelta(content("abc", 3), (A, B, C, EOS), scores(-1, -2, -3, -4), "stop", ended_early=False)
     for one in (single, joined):
         assert one.finish_reason == "stop"
         assert one.scores == list(whole.scores)
@@ -46,9 +49,9 @@ def test_updates_add_up_however_they_are_joined():
 def test_a_stop_string_ends_it_before_the_engine():
     one = stream(stop=("b",))
     added = one.take(Update("x", (A, B, C), scores=scores(-1, -2, -3)))
-    assert added == AnswerDelta(Delta("", "a"), "a", (A, B), scores(-1, -2), "stop", ended_early=True)
+    assert added == AnswerDelta(content("a", 1), (A, B), scores(-1, -2), "stop", ended_early=True)
     later = one.take(Update("x", (), "error", fault="too late"))
-    assert later == AnswerDelta(Delta(), "", (), (), "stop", ended_early=False)
+    assert later == AnswerDelta(Delta(), (), (), "stop", ended_early=False)
     assert one.fault == ""
 
 
@@ -66,9 +69,9 @@ def test_the_engine_ends_it_without_a_token():
     ]
     for reason, fault in endings:
         one = stream(stop=("ab",))
-        assert one.take(Update("x", (A,))).text == ""  # it may become a stop string
+        assert one.take(Update("x", (A,))).delta == Delta()  # it may become a stop string
         added = one.take(Update("x", (), reason, fault=fault))
-        assert added == AnswerDelta(Delta("", "a"), "a", (), (), reason, ended_early=False)
+        assert added == AnswerDelta(content("a", 1), (), (), reason, ended_early=False)
         assert one.fault == fault
 
 

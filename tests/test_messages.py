@@ -95,9 +95,10 @@ def test_a_tool_and_its_result(server):
 def test_ends(server):
     short = server.post("/v1/messages", {**ASKED, "max_tokens": 5}).json()
     assert (short["stop_reason"], short["usage"]["output_tokens"]) == ("max_tokens", 5)
-    stopped = server.post("/v1/messages", {**ASKED, "stop_sequences": ["never said", "carry"]}).json()
-    assert (stopped["stop_reason"], stopped["stop_sequence"]) == ("stop_sequence", "carry")
-    assert "carry" not in stopped["content"][0]["thinking"]
+    stopped = server.post("/v1/messages", {**ASKED, "stop_sequences": ["never said", "carry", "2"]}).json()
+    assert (stopped["stop_reason"], stopped["stop_sequence"]) == ("stop_sequence", "2")
+    assert "carry" in stopped["content"][0]["thinking"]  # they act on the answer only
+    assert stopped["content"][1]["text"] == "8"
 
 
 def test_thinking_can_be_disabled(server):

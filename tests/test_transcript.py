@@ -1,6 +1,8 @@
 """A growing answer against the same answer taken whole: where it ends, and what is thinking, answer and call."""
 
+import functools
 import json
+from typing import NamedTuple
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -8,9 +10,10 @@ from tokenizers_fixture import make_tokenizer
 
 from stepjax.errors import RequestError
 from stepjax.infer.sampling.params import SamplingParams
-from stepjax.infer.transcript import Transcript, begins_in_reasoning
-from stepjax.text.reasoning import split_reasoning
-from stepjax.text.tool_calls import ArgumentsDelta, CallStart, parse
+from stepjax.infer.transcript import Delta, Transcript, begins_in_reasoning
+from stepjax.text.reasoning import ReasoningParser
+from stepjax.text.tokenizer import IM_END as EOS_TEXT
+from stepjax.text.tool_calls import ArgumentsDelta, CallStart, ContentDelta, ToolCallParser
 
 TOKENIZER = make_tokenizer()
 EOS = TOKENIZER.special.im_end
@@ -69,25 +72,70 @@ def cut(text: str, stops: tuple[str, ...]) -> str | None:
     return None
 
 
-def taken_whole(ids: list[int], params: SamplingParams) -> tuple[list[int], str, str]:
-    """(ids, text, reason) by trying every length in turn."""
+class Told(NamedTuple):
+    """What a text says: its thinking, the runs of content between calls, and the calls."""
+
+    reasoning: str
+    runs: list[str]
+    calls: list[tuple[str, str]]
+
+
+def told(text: str, *, in_reasoning: bool, with_tools: bool, final: bool) -> Told:
+    """Parsed in one piece. Before the end of an answer, what could still become a marker or a call is left out."""
+    parser, tools = ReasoningParser(in_reasoning=in_reasoning), ToolCallParser(TOOLS)
+    pieces = [parser.push(text), *([parser.flush()] if final else [])]
+    content = "".join(piece.content for piece in pieces)
+    events = [ContentDelta(content)]
+    if with_tools:
+        events = [*tools.push(content), *(tools.flush() if final else [])]
+    runs, calls = [""], []
+    for event in events:
+        if isinstance(event, ContentDelta):
+            runs[-1] += event.text
+        elif isinstance(event, ArgumentsDelta):
+            calls.append((calls.pop()[0], event.text))
+        else:
+            calls.append((event.name, ""))
+            runs.append("")
+    return Told("".join(piece.reasoning for piece in pieces), runs, calls)
+
+
+def stopped(said: Told, stops: tuple[str, ...]) -> Told | None:
+    """The same up to the stop string that is complete first, None without one."""
+    for index, run in enumerate(said.runs):
+        end = cut(run, stops)
+        if end is not None:
+            return Told(said.reasoning, [*said.runs[:index], end], said.calls[:index])
+    return None
+
+
+def taken_whole(ids: list[int], params: SamplingParams, **options: bool) -> tuple[list[int], Told, str]:
+    """(ids, what they say, reason) by trying every length in turn."""
     for count in range(1, len(ids) + 1):
+        text, reason = TOKENIZER.decode(ids[:count]), None
         if ids[count - 1] == EOS:
-            return ids[:count], TOKENIZER.decode(ids[:count]), "stop"
-        stopped = cut(TOKENIZER.decode(ids[:count]).removesuffix("\N{REPLACEMENT CHARACTER}"), params.stop)
-        if stopped is not None:
-            return ids[:count], stopped, "stop"
-        if count == params.max_tokens:
-            return ids[:count], TOKENIZER.decode(ids[:count]), "length"
-    return ids, TOKENIZER.decode(ids), "cancelled"
+            reason = "stop"
+        else:
+            sure = text.removesuffix("\N{REPLACEMENT CHARACTER}")
+            said = stopped(told(sure, final=False, **options), params.stop)
+            if said is not None:
+                return ids[:count], said, "stop"
+            reason = "length" if count == params.max_tokens else None
+        if reason:
+            break
+    else:
+        count, text, reason = len(ids), TOKENIZER.decode(ids), "cancelled"
+    said = told(text, final=True, **options)
+    end = stopped(said, params.stop)
+    return ids[:count], end or said, "stop" if end and reason == "length" else reason
 
 
-@settings(max_examples=150)
-@given(st.data(), FRAGMENTS, STOPS, st.booleans(), st.booleans())
-def test_any_grouping_equals_the_answer_taken_whole(data, fragments, stops, in_reasoning, with_tools):
+@settings(max_examples=300)
+@given(st.data(), FRAGMENTS, STOPS, st.booleans(), st.booleans(), st.booleans())
+def test_any_grouping_equals_the_answer_taken_whole(data, fragments, stops, in_reasoning, with_tools, include):
     ids = data.draw(st.sampled_from([encode(*fragments), byte_ids("".join(fragments))]))
     params = SamplingParams(stop=stops, max_tokens=data.draw(st.integers(1, len(ids) + 2)))
-    growing = transcript(params, in_reasoning=in_reasoning, tools=TOOLS if with_tools else None)
+    growing = transcript(params, in_reasoning=in_reasoning, tools=TOOLS if with_tools else None, include_stop=include)
     deltas, at = [], 0
     while at < len(ids):
         size = data.draw(st.integers(1, 5))
@@ -95,18 +143,19 @@ def test_any_grouping_equals_the_answer_taken_whole(data, fragments, stops, in_r
         at += size
     deltas.append(growing.end("cancelled"))
 
-    kept, text, reason = taken_whole(ids, params)
-    reasoning, content = split_reasoning(text, in_reasoning=in_reasoning)
-    content, calls = parse(content, TOOLS) if with_tools else (content, [])
-    assert (growing.ids, growing.text) == (kept, text)
-    assert (growing.reasoning, growing.content) == (reasoning, content)
-    assert [(call.name, call.arguments) for call in growing.calls] == [(call.name, call.arguments) for call in calls]
-    assert growing.finish_reason == ("tool_calls" if calls and reason == "stop" else reason)
+    kept, said, reason = taken_whole(ids, params, in_reasoning=in_reasoning, with_tools=with_tools)
+    found = told(growing.text, in_reasoning=in_reasoning, with_tools=with_tools, final=True)
+    content = "".join(said.runs) + (growing.stopped_at or "" if include else "")
+    assert growing.ids == kept
+    assert (growing.reasoning, growing.content) == (said.reasoning, content)
+    assert [(call.name, call.arguments) for call in growing.calls] == said.calls
+    assert growing.finish_reason == ("tool_calls" if said.calls and reason == "stop" else reason)
+    assert TOKENIZER.decode(kept).startswith(growing.text)
+    assert (found.reasoning, "".join(found.runs), found.calls) == (said.reasoning, content, said.calls)
     # What was streamed is what there is in the end.
-    assert "".join(delta.reasoning for delta in deltas) == reasoning
-    assert "".join(delta.content for delta in deltas) == content
-    started = [event.name for delta in deltas for event in delta.calls if isinstance(event, CallStart)]
-    assert started == [call.name for call in calls]
+    streamed = functools.reduce(Delta.join, deltas)
+    assert (streamed.reasoning, streamed.content) == (said.reasoning, content)
+    assert [event.name for event in streamed.calls if isinstance(event, CallStart)] == [name for name, _ in said.calls]
 
 
 @given(st.text("ab\né😀", max_size=20), STOPS)
@@ -143,17 +192,50 @@ def test_a_stop_string_across_the_bytes_of_characters():
     assert len(one.ids) == len("aéé😀".encode())
 
 
-def test_a_stop_string_may_lie_in_the_thinking_or_be_a_marker():
-    one = transcript(SamplingParams(stop=("</think>",)), in_reasoning=True)
-    one.push(encode("why", "</think>", "because"))
-    assert (one.reasoning, one.content, one.finish_reason) == ("why", "", "stop")
+@pytest.mark.parametrize("stop", ["why", "</think>", "\n", "ny\n", "\n</think>"])
+def test_a_stop_string_acts_on_the_answer_and_not_on_the_thinking(stop):
+    one = transcript(SamplingParams(stop=(stop,)), in_reasoning=True)
+    one.push(encode("why\nany\n", "</think>", "\nbecause\nof why\n", EOS_TEXT))
+    end = {"why": "because\nof ", "\n": "because"}.get(stop, "because\nof why\n")
+    assert (one.reasoning, one.content, one.finish_reason) == ("why\nany", end, "stop")
+    assert one.stopped_at == (stop if len(end) < 15 else None)
+    assert one.text == f"why\nany\n</think>\n{end}"
+
+
+@pytest.mark.parametrize("stop", ["\n", "add", "1", "</tool_call>", "hino"])
+def test_a_stop_string_acts_neither_within_nor_across_calls(stop):
+    one = transcript(SamplingParams(stop=(stop,)), tools=TOOLS)
+    one.push([*encode("hi"), *byte_ids(CALL), *encode("no", EOS_TEXT)])
+    assert ([call.arguments for call in one.calls], one.content) == (['{"a": 1}'], "hino")
+    assert (one.stopped_at, one.finish_reason) == (None, "tool_calls")
+    one = transcript(SamplingParams(stop=(stop,)))  # without tools, the same text is content
+    one.push([*encode("hi"), *byte_ids(CALL), EOS])
+    assert (one.stopped_at is None) == (stop == "hino")
+
+
+def test_a_block_that_never_closes_is_content_and_ends_at_a_stop_string():
+    one = transcript(SamplingParams(stop=("\n",), max_tokens=50), tools=TOOLS)
+    one.push(byte_ids("hi <tool_call>\n<function=add>\n<parameter=a>\n" + "1" * 50))
+    assert (one.content, one.stopped_at, one.finish_reason) == ("hi <tool_call>", "\n", "stop")
+
+
+@pytest.mark.parametrize(
+    ("least", "content"), [(0, "x"), (2, "x"), (3, "x"), (4, "xax"), (6, "xaxax"), (9, "xaxaxaxab")]
+)
+def test_a_stop_string_counts_once_the_answer_has_its_least_length(least, content):
+    """Tokens of the thinking do not count. A stop string may begin among the first tokens and end after them."""
+    params = SamplingParams(stop=("ax", "axa"), min_tokens=least, max_tokens=100)
+    one = transcript(params, in_reasoning=True)
+    one.push([*encode("axaxax", "</think>"), *byte_ids("xaxaxaxab"), EOS])
+    assert one.num_reasoning == len(encode("axaxax"))
+    assert one.content == content
 
 
 def test_tokens_after_the_end_are_ignored():
     one = transcript(SamplingParams(max_tokens=3))
     one.push(byte_ids("abcdef"))
     assert (one.text, len(one.ids), one.finish_reason) == ("abc", 3, "length")
-    assert one.push(byte_ids("gh")) == one.end("cancelled") == ("", "", ())
+    assert one.push(byte_ids("gh")) == one.end("cancelled") == Delta()
     assert (one.text, one.finish_reason) == ("abc", "length")
 
 
@@ -217,7 +299,7 @@ def test_without_tools_a_call_is_content():
 
 def test_without_a_tokenizer_there_are_ids_only():
     one = transcript(SamplingParams(stop=("a",), max_tokens=3), tokenizer=None)
-    assert one.push([5, 6]) == ("", "", ())
+    assert one.push([5, 6]) == Delta()
     one.push([7, 8])
     assert (one.ids, one.text, one.finish_reason) == ([5, 6, 7], "", "length")
     one = transcript(tokenizer=None)

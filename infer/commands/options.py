@@ -15,7 +15,7 @@ from stepjax.cache_folder import MAX_GIB
 from stepjax.checkpoint.folder import open_folder
 from stepjax.errors import RequestError
 from stepjax.sharding.mesh import MeshSpec
-from stepjax.text.tool_calls import CallStart
+from stepjax.text.tool_calls import CallStart, ContentDelta
 from stepjax.weights.formats import made_while_loading
 from stepjax.weights.int_groups import GROUP
 
@@ -142,13 +142,14 @@ class Printer:
         if delta.reasoning:
             self._thought = True
             self._print(delta.reasoning, "dim")
-        if delta.content or delta.calls:
+        for event, _ in delta.parts:
             if self._thought and not self._answered:
                 self._print("\n\n", "")
             self._answered = True
-        self._print(delta.content, "")
-        for event in delta.calls:
-            self._print(f"\n→ {event.name}" if isinstance(event, CallStart) else f"({event.text})", "cyan")
+            if isinstance(event, ContentDelta):
+                self._print(event.text, "")
+            else:
+                self._print(f"\n→ {event.name}" if isinstance(event, CallStart) else f"({event.text})", "cyan")
 
     def end(self) -> None:
         self._print("\n", "")

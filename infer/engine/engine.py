@@ -125,7 +125,8 @@ class Engine:
           adapter: name of a loaded adapter (`load_adapter`); "" is the model alone. The answer keeps the version that
             is loaded now.
           salt: requests share cached prompts only if salt and adapter are the same.
-          constraint: a limit on the thinking, and a grammar for the text after it.
+          constraint: a limit on the thinking, and a grammar for the text after it. With one, ``min_tokens`` counts the
+            tokens after the thinking.
 
         Raises:
           RequestError: a bad prompt, bad parameters, or more than the cache can ever hold.
@@ -134,7 +135,8 @@ class Engine:
         id = id if id is not None else f"request-{next(self._numbers)}"
         params = self.fit(prompt, params)
         version = self._adapters.key(adapter)
-        answers = split_request(id, params)
+        guided = params.replace(min_tokens=0) if constraint is not None else params  # the guide holds to it
+        answers = split_request(id, guided)
         ids = [answer_id for answer_id, _ in answers]
         for index, (answer_id, answer_params) in enumerate(answers):
             sequence = Sequence(
@@ -148,6 +150,8 @@ class Engine:
             )
             try:
                 guide = None if constraint is None else constraint.guide()
+                if guide is not None and params.min_tokens:
+                    guide.require(params.min_tokens, ends=params.ends(self._session.config.eos_ids))
                 self.scheduler.add(sequence)
             except Exception:
                 for earlier in ids[:index]:  # all answers of a request or none

@@ -1,4 +1,4 @@
-"""Which tokens may continue an answer: a limit on its thinking, and a grammar for the text after the thinking.
+"""Which tokens may continue an answer: a limit on its thinking, and a grammar and a least length after the thinking.
 
 A guide follows one answer on the host. Before a step it computes, for each position that the step verifies, the tokens
 allowed there if the drafts before it are accepted. A step's tokens are taken only as far as they agree with its drafts,
@@ -7,7 +7,7 @@ so every token is sampled under the mask of exactly the prefix that it follows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -74,7 +74,7 @@ class Masks:
 
 @dataclass(frozen=True)
 class Constraint:
-    """The restrictions on all answers to a request."""
+    """The restrictions on all answers to a request. Under it, ``min_tokens`` counts the tokens after the thinking."""
 
     masks: Masks
     thinking: bool  # whether the prompt leaves the model thinking
@@ -96,6 +96,7 @@ class Constraint:
 class _Place:
     phase: Literal["thinking", "matching", "free", "done"]
     num_thought: int = 0
+    num_answered: int = 0  # tokens after the thinking
     tail: bytes = b""  # last bytes of the thinking, which may begin a marker
     num_matched: int = 0
 
@@ -105,11 +106,19 @@ class Guide:
 
     def __init__(self, constraint: Constraint):
         self._constraint, self._masks = constraint, constraint.masks
+        self._min_tokens, self._not_ends = 0, constraint.masks.any
         self._matcher = constraint.matcher.copy() if constraint.matcher else None
         after = "matching" if self._matcher else "free"
         self._place = _Place("thinking" if constraint.thinking else after)
         special = constraint.masks.tokenizer.special
         self._close, self._call = special.think_close, special.tool_open
+
+    def require(self, min_tokens: int, *, ends: Iterable[int]) -> None:
+        """Allow none of ``ends`` before so many tokens after the thinking, unless the grammar allows nothing else.
+
+        Call it before the first token.
+        """
+        self._min_tokens, self._not_ends = min_tokens, ~self._masks.of(list(ends))
 
     @property
     def constraint(self) -> Constraint:
@@ -118,7 +127,7 @@ class Guide:
     @property
     def active(self) -> bool:
         """Whether it still restricts the answer."""
-        return self._place.phase in ("thinking", "matching")
+        return self._place.phase in ("thinking", "matching") or self._is_short(self._place)
 
     @property
     def done(self) -> bool:
@@ -157,6 +166,9 @@ class Guide:
                 self._matcher.pop(place.num_matched - self._place.num_matched)
         return np.stack([*rows, *[self._masks.any] * (1 + len(drafts) - len(rows))])
 
+    def _is_short(self, place: _Place) -> bool:
+        return place.phase != "done" and place.num_answered < self._min_tokens
+
     def _ends(self, token: int) -> bool:
         return self._matcher is not None and self._matcher.ends_with(token)
 
@@ -165,12 +177,14 @@ class Guide:
             if token == self._close:
                 return replace(place, phase="matching" if self._matcher else "free")
             if token == self._call:
+                place = replace(place, num_answered=1)
                 return self._matched(place, token) if self._matcher else replace(place, phase="free")
             tail = (place.tail + self._masks.tokenizer.token_bytes([token]))[-32:]
             spelled = any(marker in tail for marker in _MARKERS)  # the parsers look at the text
             if spelled and self._matcher is None:
                 return replace(place, phase="free")
             return replace(place, num_thought=place.num_thought + 1, tail=tail)
+        place = replace(place, num_answered=place.num_answered + 1)
         if place.phase == "matching":
             return replace(place, phase="done") if self._ends(token) else self._matched(place, token)
         return place
@@ -187,8 +201,16 @@ class Guide:
             words = self._matcher.allowed(self._masks.num_words)
             if not words.any():
                 raise GrammarError("no token of the vocabulary follows")
-            return words
-        return self._thinking(place) if place.phase == "thinking" else self._masks.any
+        else:
+            words = self._thinking(place) if place.phase == "thinking" else self._masks.any
+        return self._longer(words, place) if self._is_short(place) else words
+
+    def _longer(self, words: np.ndarray, place: _Place) -> np.ndarray:
+        """The mask without the ends of the answer, if anything is left. What ends the thinking stays."""
+        longer = words & self._not_ends
+        if place.phase == "thinking":
+            longer |= words & self._masks.of([self._close, self._call])
+        return longer if longer.any() else words
 
     def _thinking(self, place: _Place) -> np.ndarray:
         constraint, masks = self._constraint, self._masks

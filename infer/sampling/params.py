@@ -44,7 +44,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0  # subtracted once for each occurrence of the token in the answer
     logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()  # added to logits; kept as sorted pairs
     allowed_ids: tuple[int, ...] = ()  # the only tokens to sample; none: all
-    min_tokens: int = 0  # no id that ends the answer is sampled before them
+    min_tokens: int = 0  # no id that ends the answer is sampled before them; under a constraint, after the thinking
     logprobs: int | None = None  # report each token's log-probability, and those of so many most likely tokens
     prompt_logprobs: int | None = None  # the same for the prompt's tokens
     n: int = 1  # answers; the i-th is sampled with seed + i

@@ -13,7 +13,6 @@ from stepjax.infer.serve.errors import ApiError
 from stepjax.infer.serve.requests import TranscriptOptions
 from stepjax.infer.serve.service import EngineRequest, Service, Submission
 from stepjax.infer.transcript import Delta, FinishReason, Transcript
-from stepjax.text.tokenizer import Tokenizer
 
 
 class AnswerPiece(NamedTuple):
@@ -21,7 +20,6 @@ class AnswerPiece(NamedTuple):
 
     index: int
     delta: Delta
-    text: str  # the same with its markers
     ids: tuple[int, ...]
     scores: tuple[TokenScore, ...]  # of the ids, if requested
     finish_reason: FinishReason | None
@@ -34,10 +32,22 @@ class TextAnswer:
     index: int
     request: EngineRequest
     stream: AnswerStream
+    first: TextAnswer | None = None  # the first answer to the same prompt, if this is a later one
 
     @property
     def transcript(self) -> Transcript:
         return self.stream.transcript
+
+    @property
+    def prompt_scores(self) -> tuple[TokenScore, ...]:
+        """Scores of the prompt from its second token on, if requested. The engine gives them to the first answer."""
+        return (self.first or self).stream.prompt_scores
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether what it shares with the first answer to its prompt is known."""
+        waits = self.first is not None and self.request.params.prompt_logprobs is not None
+        return not waits or bool(self.first and self.first.transcript.ids)
 
     def take(self, updates: Sequence[Update]) -> AnswerPiece:
         """Add the engine's updates.
@@ -50,16 +60,7 @@ class TextAnswer:
             raise ApiError(f"the answer cannot continue: {self.stream.fault}", code="grammar_failed")
         if added.finish_reason == "error":
             raise ApiError("the model's logits were not finite", status=500, code="not_finite")
-        return AnswerPiece(self.index, added.delta, added.text, added.ids, added.scores, added.finish_reason)
-
-    def num_reasoning(self, tokenizer: Tokenizer) -> int:
-        """Tokens of thinking, without the one that ends it."""
-        if not self.transcript.began_in_reasoning:
-            return 0
-        ends = {tokenizer.special.think_close, tokenizer.special.tool_open}
-        return next(
-            (index for index, token in enumerate(self.transcript.ids) if token in ends), len(self.transcript.ids)
-        )
+        return AnswerPiece(self.index, added.delta, added.ids, added.scores, added.finish_reason)
 
 
 class Answers:
@@ -72,10 +73,16 @@ class Answers:
         """
         self._service, self.options = service, options
         self.submission: Submission = service.submit(requests)
-        self.all = [
-            TextAnswer(index, request, AnswerStream(options.transcript(request.params)))
-            for index, request in enumerate(request for request in requests for _ in range(request.params.n))
-        ]
+        self.all: list[TextAnswer] = []
+        self._firsts: list[TextAnswer] = []  # the first answer to each prompt
+        for request in requests:
+            first: TextAnswer | None = None
+            for _ in range(request.params.n):
+                stream = AnswerStream(options.transcript(request.params))
+                self.all.append(TextAnswer(len(self.all), request, stream, first))
+                first = first or self.all[-1]
+            assert first is not None
+            self._firsts.append(first)
 
     async def pieces(self, wait_s: float | None = None) -> AsyncIterator[AnswerPiece | None]:
         """The pieces as they come; None if ``wait_s`` pass without one. Closing the iterator early cancels the answers.
@@ -84,18 +91,22 @@ class Answers:
           ApiError: an answer failed, and with it the request.
         """
         unfinished = len(self.all)
+        unread: dict[int, list[Update]] = {}
         try:
             while unfinished:
-                by_answer: dict[int, list[Update]] = {}
-                for index, update in await self.submission.take(wait_s):
-                    by_answer.setdefault(index, []).append(update)
-                if not by_answer:
+                updates = await self.submission.take(wait_s)
+                if not updates:
                     yield None
-                for index, updates in by_answer.items():
+                for index, update in updates:
+                    unread.setdefault(index, []).append(update)
+                for index in sorted(unread):  # the first answer to a prompt before the others
                     answer = self.all[index]
+                    if not answer.is_ready:
+                        continue
+                    taken = unread.pop(index)
                     if answer.transcript.finish_reason:
                         continue
-                    piece = answer.take(updates)
+                    piece = answer.take(taken)
                     if piece.finish_reason:
                         unfinished -= 1
                         self._service.finish(self.submission, index)
@@ -111,17 +122,16 @@ class Answers:
     def usage(self) -> dict[str, Any]:
         """OpenAI's counts of tokens, and the decode steps: with drafts a step adds several tokens."""
         progress = self.submission.progress
+        cached = sum(progress[first.index].num_cached for first in self._firsts)
         prompt = sum(len(request.prompt) for request in self.submission.requests)
         completion = sum(len(answer.transcript.ids) for answer in self.all)
-        tokenizer = self.options.tokenizer
-        reasoning = sum(answer.num_reasoning(tokenizer) for answer in self.all) if tokenizer else 0
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": max(answer.num_cached for answer in progress)},
+            "prompt_tokens_details": {"cached_tokens": cached},
             "completion_tokens_details": {
-                "reasoning_tokens": reasoning,
-                "decode_steps": sum(answer.num_steps for answer in progress),
+                "reasoning_tokens": sum(answer.transcript.num_reasoning for answer in self.all),
+                "decode_steps": sum(answer.stream.num_decode_steps for answer in self.all),
             },
         }

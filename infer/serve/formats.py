@@ -54,7 +54,8 @@ def constraint_of(
             calls = tool_calls(tools, several=body.parallel_tool_calls is not False)
     budget = thinking_of(body).budget if in_reasoning and isinstance(body, ChatRequest) else None
     if content is None and calls is None:
-        return None if budget is None else Constraint(session.masks, thinking=True, budget=budget)
+        restricts = budget is not None or (in_reasoning and body.min_tokens)
+        return Constraint(session.masks, thinking=True, budget=budget) if restricts else None
     if body.allowed_token_ids:
         raise RequestError(
             f"allowed_token_ids: are given, expected none together with {name}, which decides what may follow"

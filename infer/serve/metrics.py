@@ -32,7 +32,6 @@ class AnswerProgress:
     num_prompt: int
     num_cached: int = 0  # prompt tokens read from the prefix cache
     num_output: int = 0
-    num_steps: int = 0  # decode steps, without the one that read the end of the prompt
     first_s: float | None = None  # times of its first and last tokens
     last_s: float | None = None
 
@@ -69,7 +68,6 @@ class ServerMetrics:
                 self._prompt_sizes.observe(progress.num_prompt)
                 progress.first_s = now
             else:
-                progress.num_steps += 1
                 for _ in update.tokens:
                     self._next.observe(since / len(update.tokens))
             progress.last_s = now

@@ -75,6 +75,11 @@ class ReasoningParser:
         self._eat_newline = False
         self._out: tuple[list[str], list[str]] = ([], [])
 
+    @property
+    def in_reasoning(self) -> bool:
+        """Whether the thinking has not ended."""
+        return self._step in (self._at_start, self._in_reasoning)
+
     def push(self, delta: str) -> ReasoningDelta:
         """Takes the next piece of output and returns what it settled."""
         self._held += delta
@@ -84,8 +89,7 @@ class ReasoningParser:
 
     def flush(self) -> ReasoningDelta:
         """Ends the stream: what was held back is what it looks like."""
-        in_reasoning = self._step in (self._at_start, self._in_reasoning)
-        self._emit(0 if in_reasoning else 1, len(self._held))
+        self._emit(0 if self.in_reasoning else 1, len(self._held))
         return self._take()
 
     def _take(self) -> ReasoningDelta:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -18,7 +19,7 @@ from stepjax.infer.serve.sse import DONE, PING_S, event
 from stepjax.infer.serve.thinking import thinking_of
 from stepjax.infer.transcript import Delta
 from stepjax.text.tokenizer import Tokenizer
-from stepjax.text.tool_calls import ArgumentsDelta, CallStart
+from stepjax.text.tool_calls import ArgumentsDelta, CallStart, ContentDelta
 
 FINGERPRINT = f"stepjax-{__version__}"
 
@@ -44,6 +45,9 @@ class ChatAnswer:
     def __init__(self, body: ChatRequest, answers: Answers, model: str):
         self._body, self._answers = body, answers
         self._thinking = thinking_of(body).shown
+        self._lists_tokens = bool(body.logprobs or body.return_token_ids)
+        self._unsent: dict[str, Any] = {}  # what the next chunk says about the prompt
+        self._held: list[list[tuple[int, TokenScore]]] = [[] for _ in answers.all]  # tokens whose text is held back
         self._head = {
             "id": f"chatcmpl-{answers.submission.id}",
             "created": int(time.time()),
@@ -61,27 +65,27 @@ class ChatAnswer:
             "choices": [self._choice(answer) for answer in answers.all],
             "usage": answers.usage(),
         }
-        first = answers.all[0]
-        if first.request.params.prompt_logprobs is not None:
-            body["prompt_logprobs"] = prompt_logprobs(first, self._tokenizer)
-        if self._body.return_token_ids:
-            body["prompt_token_ids"] = list(first.request.prompt)
-        return body
+        return body | self._prompt_ids() | self._prompt_scores()
 
     async def events(self) -> AsyncIterator[bytes | None]:
         """The chunks of a stream."""
         answers, wanted = self._answers, self._body.stream_options
+        self._unsent = self._prompt_ids()
         for answer in answers.all:
             yield self._chunk(answer.index, {"role": "assistant", "content": ""})
+        scored = False  # whether the scores of the prompt are known
         async for piece in answers.pieces(PING_S):
             if piece is None:
                 yield None
                 continue
-            for delta in self._deltas(piece.delta):
-                yield self._chunk(piece.index, delta, piece)
-                piece = piece._replace(scores=(), ids=())
-            if piece.finish_reason:
-                yield self._chunk(piece.index, {}, piece, finish=piece.finish_reason)
+            if not scored and piece.index == 0:
+                scored = True
+                self._unsent = self._prompt_scores()
+            chunks = self._chunks(piece)
+            for chunk in chunks:
+                yield chunk
+            if not chunks:  # so that a comment is due after a while
+                yield None
         if wanted is not None and wanted.include_usage:
             yield event(self._head | {"object": "chat.completion.chunk", "choices": [], "usage": answers.usage()})
         yield DONE
@@ -92,10 +96,18 @@ class ChatAnswer:
         assert tokenizer is not None, "a conversation has been tokenised"
         return tokenizer
 
+    def _prompt_ids(self) -> dict[str, Any]:
+        return {"prompt_token_ids": list(self._answers.all[0].request.prompt)} if self._body.return_token_ids else {}
+
+    def _prompt_scores(self) -> dict[str, Any]:
+        if self._body.prompt_logprobs is None:
+            return {}
+        return {"prompt_logprobs": prompt_logprobs(self._answers.all[0], self._tokenizer, self._body.prompt_logprobs)}
+
     def _choice(self, answer: TextAnswer) -> dict[str, Any]:
         transcript = answer.transcript
         message: dict[str, Any] = {"role": "assistant", "content": transcript.content, "refusal": None}
-        if transcript.began_in_reasoning and self._thinking:
+        if transcript.reasoning and self._thinking:
             message["reasoning_content"] = transcript.reasoning
         if transcript.calls:
             message["content"] = transcript.content or None
@@ -111,26 +123,50 @@ class ChatAnswer:
         }
         return choice | ({"token_ids": transcript.ids} if self._body.return_token_ids else {})
 
+    def _chunks(self, piece: AnswerPiece) -> list[bytes]:
+        """The chunks of a piece. Tokens whose text is held back go into the chunk that has the text."""
+        tokens = self._held[piece.index]
+        if self._lists_tokens:
+            tokens += zip_longest(piece.ids, piece.scores)
+        chunks = []
+        for delta in self._deltas(piece.delta):
+            chunks.append(self._chunk(piece.index, delta, tokens))
+            tokens.clear()
+        if piece.finish_reason:
+            chunks.append(self._chunk(piece.index, {}, tokens, finish=piece.finish_reason))
+        return chunks
+
     def _deltas(self, delta: Delta) -> list[dict[str, Any]]:
-        """The parts of the message in the order of their text."""
+        """The parts of the message in the order of their text. Each event of a call is a part: clients take one entry
+        of an index in a chunk. Thinking that is not shown is an empty part if its tokens are listed.
+        """
         parts: list[dict[str, Any]] = []
         if delta.reasoning and self._thinking:
             parts.append({"reasoning_content": delta.reasoning})
-        if delta.content:
-            parts.append({"content": delta.content})
-        if delta.calls:
-            parts.append({"tool_calls": [_call_delta(event) for event in delta.calls]})
+        elif delta.reasoning and self._lists_tokens:
+            parts.append({})
+        for part, _ in delta.parts:
+            is_content = isinstance(part, ContentDelta)
+            parts.append({"content": part.text} if is_content else {"tool_calls": [_call_delta(part)]})
         return parts
 
     def _chunk(
-        self, index: int, delta: dict[str, Any], piece: AnswerPiece | None = None, *, finish: str | None = None
+        self,
+        index: int,
+        delta: dict[str, Any],
+        tokens: Sequence[tuple[int, TokenScore]] = (),
+        *,
+        finish: str | None = None,
     ) -> bytes:
         choice: dict[str, Any] = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
-        if piece is not None and piece.ids:
-            choice["logprobs"] = self._logprobs(piece.ids, piece.scores)
+        if tokens:
+            ids = [token for token, _ in tokens]
+            choice["logprobs"] = self._logprobs(ids, [score for _, score in tokens])
             if self._body.return_token_ids:
-                choice["token_ids"] = list(piece.ids)
-        return event(self._head | {"object": "chat.completion.chunk", "choices": [choice]})
+                choice["token_ids"] = ids
+        chunk = self._head | {"object": "chat.completion.chunk", "choices": [choice]} | self._unsent
+        self._unsent = {}
+        return event(chunk)
 
     def _logprobs(self, ids: Sequence[int], scores: Sequence[TokenScore]) -> dict[str, Any] | None:
         if not self._body.logprobs:
@@ -160,11 +196,13 @@ def token_logprob(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str,
     return {"token": data.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(data)}
 
 
-def prompt_logprobs(answer: TextAnswer, tokenizer: Tokenizer | None) -> list[Any]:
-    """vLLM's form: for each prompt token but the first, the scores of that token and of the likeliest, by token id."""
+def prompt_logprobs(answer: TextAnswer, tokenizer: Tokenizer | None, top: int) -> list[Any]:
+    """vLLM's form: for each prompt token but the first, the scores of that token and of the ``top`` likeliest, by token
+    id.
+    """
     prompt, scores = answer.request.prompt, []
-    for token, score in zip(prompt[1:], answer.stream.prompt_scores, strict=True):
-        ranked = {candidate: (rank, value) for rank, (candidate, value) in enumerate(score.top, start=1)}
+    for token, score in zip(prompt[1:], answer.prompt_scores, strict=True):
+        ranked = {candidate: (rank, value) for rank, (candidate, value) in enumerate(score.top[:top], start=1)}
         entries = {token: (ranked.get(token, (None,))[0], score.logprob), **ranked}
         scores.append(
             {

@@ -27,6 +27,7 @@ from stepjax.infer.serve.routes import BodyRoute
 from stepjax.infer.serve.schemas import SampledRequest
 from stepjax.infer.serve.service import EngineRequest
 from stepjax.infer.serve.sse import DONE, PING_S, event
+from stepjax.infer.serve.text_offsets import TextOffsets
 from stepjax.infer.session import Session
 
 _TEXT = {"type": "string"}
@@ -66,14 +67,14 @@ def read_completion(
         raise RequestError("max_tokens: is 0, expected at least 1 without echo")
     prompts = _prompts(session, body.prompt, bos=body.add_special_tokens is not False)
     check_count("prompts", "prompt", len(prompts) * (body.n or 1))
-    if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
-        body = body.model_copy(update={"prompt_logprobs": body.logprobs})
+    if body.echo and body.logprobs is not None:  # the writer takes as many of the likeliest as each field asks for
+        body = body.model_copy(update={"prompt_logprobs": max(body.logprobs, body.prompt_logprobs or 0)})
     requests = [
         engine_request(engine, session, body, ids, max_tokens=max(1, body.max_tokens or 0), logprobs=body.logprobs)
         for ids in prompts
     ]
     constraint = constraint_of(session, body)
-    options = transcript_options(session, body, verbatim=constraint is not None)
+    options = transcript_options(session, body, verbatim=True)
     return [request._replace(constraint=constraint) for request in requests], options
 
 
@@ -116,6 +117,8 @@ class CompletionAnswer:
     def __init__(self, body: CompletionRequest, answers: Answers, model: str):
         self._body, self._answers = body, answers
         self._silent = body.max_tokens == 0  # only the prompt is wanted
+        options = answers.options
+        self._offsets = [TextOffsets(options.tokenizer, skip_special=options.skip_special) for _ in answers.all]
         self._head = {
             "id": f"cmpl-{answers.submission.id}",
             "object": "text_completion",
@@ -127,93 +130,87 @@ class CompletionAnswer:
     async def whole(self) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
         await self._answers.whole()
-        usage = self._answers.usage()
-        if self._silent:
-            usage |= {"completion_tokens": 0, "total_tokens": usage["prompt_tokens"]}
-        return {**self._head, "choices": [self._choice(answer) for answer in self._answers.all], "usage": usage}
+        choices = [self._choice(answer) for answer in self._answers.all]
+        return {**self._head, "choices": choices, "usage": self._usage()}
 
     async def events(self) -> AsyncIterator[bytes | None]:
         """The chunks of a stream."""
         answers, wanted = self._answers, self._body.stream_options
-        begun = [False] * len(answers.all)
-        offsets = [0] * len(answers.all)
         async for piece in answers.pieces(PING_S):
-            if piece is None:
+            if piece is None or not (piece.delta.content or piece.finish_reason or piece.ids):
                 yield None
                 continue
-            index = piece.index
-            answer = answers.all[index]
-            echoed = self._body.echo and not begun[index]
-            begun[index] = True
-            text = (self._prompt_text(answer) if echoed else "") + ("" if self._silent else piece.text)
-            if not (text or piece.finish_reason or piece.ids):
-                continue
-            choice = {"index": index, "text": text, "finish_reason": self._reason(piece.finish_reason)}
-            ids, scores = (piece.ids, piece.scores) if not self._silent else ((), ())
-            choice["logprobs"], offsets[index] = self._logprobs(
-                answer, ids, scores, offsets[index], echoed=bool(echoed)
-            )
-            if self._body.return_token_ids:
-                choice["token_ids"] = list(ids)
-            yield event(self._head | {"choices": [choice]})
+            answer, ids, scores = answers.all[piece.index], piece.ids, piece.scores
+            begins = len(ids) == len(answer.transcript.ids)
+            yield event(self._head | {"choices": [self._text(answer, piece.delta.content, ids, scores, begins=begins)]})
         if wanted is not None and wanted.include_usage:
-            yield event(self._head | {"choices": [], "usage": answers.usage()})
+            yield event(self._head | {"choices": [], "usage": self._usage()})
         yield DONE
+
+    def _usage(self) -> dict[str, Any]:
+        usage = self._answers.usage()
+        return usage | ({"completion_tokens": 0, "total_tokens": usage["prompt_tokens"]} if self._silent else {})
 
     def _choice(self, answer: TextAnswer) -> dict[str, Any]:
         transcript = answer.transcript
-        ids, scores = (transcript.ids, answer.stream.scores) if not self._silent else ([], [])
-        text = (self._prompt_text(answer) if self._body.echo else "") + ("" if self._silent else transcript.text)
-        choice = {
-            "index": answer.index,
-            "text": text,
-            "logprobs": self._logprobs(answer, ids, scores, 0, echoed=bool(self._body.echo))[0],
-            "finish_reason": self._reason(transcript.finish_reason),
-        }
-        if self._body.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = prompt_logprobs(answer, self._answers.options.tokenizer)
-        if self._body.return_token_ids:
-            choice |= {"token_ids": list(ids), "prompt_token_ids": list(answer.request.prompt)}
+        return self._text(answer, transcript.content, transcript.ids, answer.stream.scores, begins=True)
+
+    def _text(
+        self, answer: TextAnswer, text: str, ids: Sequence[int], scores: Sequence[TokenScore], *, begins: bool
+    ) -> dict[str, Any]:
+        """A choice: an answer, or a piece of it; the one that begins it has the prompt as well."""
+        body, reason = self._body, answer.transcript.finish_reason
+        if self._silent:
+            text, ids, scores, reason = "", (), (), "length" if reason else None
+        if body.echo and begins:
+            text = self._prompt_text(answer) + text
+        choice: dict[str, Any] = {"index": answer.index, "text": text, "finish_reason": reason}
+        choice["logprobs"] = self._logprobs(answer, ids, scores, echoed=bool(body.echo) and begins)
+        if body.prompt_logprobs is not None and begins:
+            tokenizer = self._answers.options.tokenizer
+            choice["prompt_logprobs"] = prompt_logprobs(answer, tokenizer, body.prompt_logprobs)
+        if body.return_token_ids:
+            choice["token_ids"] = list(ids)
+            if begins:
+                choice["prompt_token_ids"] = list(answer.request.prompt)
         return choice
 
-    def _reason(self, reason: str | None) -> str | None:
-        return "length" if reason and self._silent else reason
-
     def _prompt_text(self, answer: TextAnswer) -> str:
-        """The prompt as text, without its special tokens."""
-        tokenizer = self._answers.options.tokenizer
-        return tokenizer.decode(answer.request.prompt) if tokenizer else ""
+        """The prompt as text."""
+        options = self._answers.options
+        if options.tokenizer is None:
+            return ""
+        return options.tokenizer.decode(answer.request.prompt, skip_special=options.skip_special)
 
     def _logprobs(
-        self, answer: TextAnswer, ids: Sequence[int], scores: Sequence[TokenScore | None], offset: int, *, echoed: bool
-    ) -> tuple[dict[str, Any] | None, int]:
-        """Log-probabilities in OpenAI's older form, and the offset in the text where the next token begins."""
-        if self._body.logprobs is None:
-            return None, offset
+        self, answer: TextAnswer, ids: Sequence[int], scores: Sequence[TokenScore], *, echoed: bool
+    ) -> dict[str, Any] | None:
+        """Log-probabilities in OpenAI's older form, with the offset in the text where each token begins."""
+        top = self._body.logprobs
+        if top is None:
+            return None
+        offsets, places = self._offsets[answer.index], []
+        listed: list[tuple[int, TokenScore | None]] = []
         if echoed:
-            ids, scores = [*answer.request.prompt, *ids], [None, *answer.stream.prompt_scores, *scores]
-        words = [self._word(token) for token in ids]
-        offsets = []
-        for token in ids:
-            offsets.append(offset)
-            offset += len(self._word(token, skip_special=self._answers.options.skip_special))
-        logprobs = {
-            "tokens": words,
-            "token_logprobs": [None if score is None else score.logprob for score in scores],
-            "top_logprobs": [
-                None if score is None else self._top(token, score) for token, score in zip(ids, scores, strict=True)
-            ],
-            "text_offset": offsets,
+            prompt = answer.request.prompt
+            listed += [(prompt[0], None), *zip(prompt[1:], answer.prompt_scores, strict=True)]
+            places += offsets.push(prompt)
+            offsets.flush()
+        listed += zip(ids, scores, strict=True)
+        return {
+            "tokens": [self._word(token) for token, _ in listed],
+            "token_logprobs": [None if score is None else score.logprob for _, score in listed],
+            "top_logprobs": [None if score is None else self._top(token, score, top) for token, score in listed],
+            "text_offset": places + offsets.push(ids),
         }
-        return logprobs, offset
 
-    def _top(self, token: int, score: TokenScore) -> dict[str, float]:
-        """The likeliest tokens and the sampled one; of two with the same text, the likelier."""
+    def _top(self, token: int, score: TokenScore, count: int) -> dict[str, float]:
+        """The likeliest tokens and the one that is there; of two with the same text, the likelier."""
         top: dict[str, float] = {}
-        for candidate, value in (*score.top, (token, score.logprob)):
+        for candidate, value in (*score.top[:count], (token, score.logprob)):
             top.setdefault(self._word(candidate), value)
         return top
 
-    def _word(self, token: int, *, skip_special: bool = False) -> str:
+    def _word(self, token: int) -> str:
         tokenizer = self._answers.options.tokenizer
-        return tokenizer.decode([token], skip_special=skip_special) if tokenizer else f"token_id:{token}"
+        return tokenizer.decode([token], skip_special=False) if tokenizer else f"token_id:{token}"

@@ -20,7 +20,7 @@ from stepjax.infer.serve.routes import BodyRoute
 from stepjax.infer.serve.schemas import Body, ChatRequest, record
 from stepjax.infer.serve.sse import PING_S, event
 from stepjax.infer.transcript import Delta, Transcript
-from stepjax.text.tool_calls import CallStart
+from stepjax.text.tool_calls import CallStart, ContentDelta
 
 _TEXT = {"type": "string"}
 _BLOCKS = {"type": "array", "items": record("type text", type={"enum": ["text"]}, text=_TEXT)}
@@ -281,8 +281,9 @@ class MessagesAnswer:
 
     def __init__(self, answers: Answers, model: str):
         self._answers, self._model = answers, model
-        self._open: str | None = None  # kind of the open block
-        self._index = -1  # number of the last block
+        self._blocks: list[dict[str, Any]] = []  # of the content, in order
+        self._ended = True  # whether the last of them is complete
+        self._arguments = ""  # of the call that is being written
 
     @property
     def _transcript(self) -> Transcript:
@@ -290,33 +291,30 @@ class MessagesAnswer:
 
     async def whole(self) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
-        await self._answers.whole()
-        transcript, content = self._transcript, []
-        if transcript.reasoning:
-            content.append({"type": "thinking", "thinking": transcript.reasoning, "signature": ""})
-        if transcript.content:
-            content.append({"type": "text", "text": transcript.content})
-        content += [
-            {"type": "tool_use", "id": call.id, "name": call.name, "input": _arguments(call.arguments)}
-            for call in transcript.calls
-        ]
-        return self._message(content, self._usage()) | self._end()
+        async for _ in self._written():
+            pass
+        return self._message(self._blocks, self._usage()) | self._end()
 
     async def events(self) -> AsyncIterator[bytes]:
         """The events of a stream."""
         usage = self._usage() | {"output_tokens": 0}
         yield _event("message_start", message=self._message([], usage) | {"stop_reason": None, "stop_sequence": None})
         yield _event("ping")
-        async for piece in self._answers.pieces(PING_S):
+        async for data in self._written(PING_S):
+            yield data or _event("ping")
+        yield _event("message_delta", delta=self._end(), usage=self._usage())
+        yield _event("message_stop")
+
+    async def _written(self, wait_s: float | None = None) -> AsyncIterator[bytes | None]:
+        """The events of the content; None if ``wait_s`` pass without one."""
+        async for piece in self._answers.pieces(wait_s):
             if piece is None:
-                yield _event("ping")
+                yield None
                 continue
             for data in self._write(piece.delta):
                 yield data
         for data in self._close_block():
             yield data
-        yield _event("message_delta", delta=self._end(), usage=self._usage())
-        yield _event("message_stop")
 
     def _message(self, content: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -346,45 +344,45 @@ class MessagesAnswer:
         }
 
     def _write(self, delta: Delta) -> Iterator[bytes]:
-        """The events for new text, block by block."""
+        """The events for new text, block by block in the order of the text."""
         if delta.reasoning:
             yield from self._open_block("thinking", {"thinking": "", "signature": ""})
-            yield self._delta({"type": "thinking_delta", "thinking": delta.reasoning})
-        if delta.content:
-            yield from self._open_block("text", {"text": ""})
-            yield self._delta({"type": "text_delta", "text": delta.content})
-        for call in delta.calls:
-            if isinstance(call, CallStart):
+            yield self._add("thinking", delta.reasoning)
+        for part, _ in delta.parts:
+            if isinstance(part, ContentDelta):
+                yield from self._open_block("text", {"text": ""})
+                yield self._add("text", part.text)
+            elif isinstance(part, CallStart):
                 yield from self._close_block()
-                yield from self._open_block("tool_use", {"id": call.id, "name": call.name, "input": {}})
+                yield from self._open_block("tool_use", {"id": part.id, "name": part.name, "input": {}})
             else:
-                yield self._delta({"type": "input_json_delta", "partial_json": call.text})
+                self._arguments += part.text
+                yield self._delta({"type": "input_json_delta", "partial_json": part.text})
+
+    def _add(self, kind: str, text: str) -> bytes:
+        self._blocks[-1][kind] += text
+        return self._delta({"type": f"{kind}_delta", kind: text})
 
     def _open_block(self, kind: str, empty: dict[str, Any]) -> Iterator[bytes]:
         """Open a block of this kind, unless the current one is of it."""
-        if self._open == kind:
+        if not self._ended and self._blocks[-1]["type"] == kind:
             return
         yield from self._close_block()
-        self._open, self._index = kind, self._index + 1
-        yield _event("content_block_start", index=self._index, content_block={"type": kind, **empty})
+        self._ended = False
+        self._blocks.append({"type": kind, **empty})
+        yield _event("content_block_start", index=len(self._blocks) - 1, content_block=self._blocks[-1])
 
     def _close_block(self) -> Iterator[bytes]:
-        if self._open is not None:
-            self._open = None
-            yield _event("content_block_stop", index=self._index)
+        if self._ended:
+            return
+        self._ended, block = True, self._blocks[-1]
+        if block["type"] == "tool_use":
+            block["input"], self._arguments = json.loads(self._arguments or "{}"), ""
+        yield _event("content_block_stop", index=len(self._blocks) - 1)
 
     def _delta(self, delta: dict[str, Any]) -> bytes:
-        return _event("content_block_delta", index=self._index, delta=delta)
+        return _event("content_block_delta", index=len(self._blocks) - 1, delta=delta)
 
 
 def _event(kind: str, **fields: Any) -> bytes:
     return event({"type": kind, **fields}, name=kind)
-
-
-def _arguments(text: str) -> dict[str, Any]:
-    """A call's arguments as an object; empty if the answer was cut within them."""
-    try:
-        value = json.loads(text or "{}")
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}

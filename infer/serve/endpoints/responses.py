@@ -11,7 +11,6 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field, WithJsonSchema
 
 from stepjax.errors import RequestError
-from stepjax.infer.engine.answer import TokenScore
 from stepjax.infer.serve.answers import Answers
 from stepjax.infer.serve.api import Api
 from stepjax.infer.serve.endpoints.chat import token_logprob
@@ -21,7 +20,7 @@ from stepjax.infer.serve.routes import BodyRoute
 from stepjax.infer.serve.schemas import Body, ChatRequest, record
 from stepjax.infer.serve.sse import PING_S, event
 from stepjax.infer.transcript import Delta, Transcript
-from stepjax.text.tool_calls import CallStart
+from stepjax.text.tool_calls import CallStart, ContentDelta
 
 _TEXT = {"type": "string"}
 _PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
@@ -241,7 +240,7 @@ class ResponsesAnswer:
         self._created = time.time()
         self._items: list[dict[str, Any]] = []  # of the output, in order
         self._ended = True  # whether the last of them is complete
-        self._scores: list[dict[str, Any]] = []  # of tokens whose text has not come yet
+        self._num_scored = 0  # tokens whose scores were given, or are not given
         self._numbers = itertools.count()
 
     @property
@@ -250,11 +249,7 @@ class ResponsesAnswer:
 
     async def whole(self) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
-        async for piece in self._answers.pieces():
-            if piece is not None:
-                for _ in self._write(piece.delta, self._logprobs(piece.ids, piece.scores)):
-                    pass
-        for _ in self._close_item():
+        async for _ in self._written():
             pass
         return self._response(self._status())
 
@@ -262,16 +257,21 @@ class ResponsesAnswer:
         """The events of a stream."""
         for kind in ("response.created", "response.in_progress"):
             yield self._event(kind, response=self._response("in_progress"))
-        async for piece in self._answers.pieces(PING_S):
-            if piece is None:
-                yield None
-                continue
-            for data in self._write(piece.delta, self._logprobs(piece.ids, piece.scores)):
-                yield data
-        for data in self._close_item():
+        async for data in self._written(PING_S):
             yield data
         status = self._status()
         yield self._event(f"response.{status}", response=self._response(status))
+
+    async def _written(self, wait_s: float | None = None) -> AsyncIterator[bytes | None]:
+        """The events of the output; None if ``wait_s`` pass without one."""
+        async for piece in self._answers.pieces(wait_s):
+            if piece is None:
+                yield None
+                continue
+            for data in self._write(piece.delta):
+                yield data
+        for data in self._close_item():
+            yield data
 
     def _status(self) -> str:
         return "incomplete" if self._transcript.finish_reason == "length" else "completed"
@@ -317,38 +317,35 @@ class ResponsesAnswer:
             "total_tokens": usage["total_tokens"],
         }
 
-    def _logprobs(self, ids: Sequence[int], scores: Sequence[TokenScore]) -> list[dict[str, Any]]:
-        """Log-probabilities of the text's tokens, without those of the thinking and the end token."""
-        tokenizer = self._answers.options.tokenizer
+    def _logprobs(self, num_ids: int) -> list[dict[str, Any]]:
+        """Log-probabilities of the tokens up to ``num_ids`` that have not been given, without those of the thinking."""
+        answer, tokenizer = self._answers.all[0], self._answers.options.tokenizer
+        transcript, scores = answer.transcript, answer.stream.scores
+        first, self._num_scored = max(self._num_scored, transcript.num_thinking), num_ids
         if not self._body.wants_logprobs or tokenizer is None:
             return []
-        answer = self._answers.all[0]
-        seen = len(answer.transcript.ids) - len(ids)
-        first = answer.num_reasoning(tokenizer) + 1 if answer.transcript.began_in_reasoning else 0
         return [
             token_logprob(tokenizer, token, score.logprob)
             | {"top_logprobs": [token_logprob(tokenizer, *candidate) for candidate in score.top]}
-            for index, (token, score) in enumerate(zip(ids, scores, strict=True), start=seen)
-            if index >= first and token not in self._answers.options.eos_ids
+            for token, score in zip(transcript.ids[first:num_ids], scores[first:num_ids], strict=True)
         ]
 
-    def _write(self, delta: Delta, scores: list[dict[str, Any]]) -> Iterator[bytes]:
-        """The events for new text, item by item."""
+    def _write(self, delta: Delta) -> Iterator[bytes]:
+        """The events for new text, item by item in the order of the text."""
         if delta.reasoning:
             yield from self._open_item("reasoning")
             yield from self._add(delta.reasoning, "response.reasoning_text.delta", content_index=0)
-        self._scores += scores
-        if delta.content:
-            scores, self._scores = self._scores, []
-            yield from self._open_item("message")
-            self._items[-1]["content"][0]["logprobs"] += scores
-            yield from self._add(delta.content, "response.output_text.delta", content_index=0, logprobs=scores)
-        for call in delta.calls:
-            if isinstance(call, CallStart):
+        for part, num_ids in delta.parts:
+            scores = self._logprobs(num_ids)
+            if isinstance(part, ContentDelta):
+                yield from self._open_item("message")
+                self._items[-1]["content"][0]["logprobs"] += scores
+                yield from self._add(part.text, "response.output_text.delta", content_index=0, logprobs=scores)
+            elif isinstance(part, CallStart):
                 yield from self._close_item()
-                yield from self._open_item("function_call", call_id=call.id, name=call.name)
+                yield from self._open_item("function_call", call_id=part.id, name=part.name)
             else:
-                yield from self._add(call.text, "response.function_call_arguments.delta")
+                yield from self._add(part.text, "response.function_call_arguments.delta")
 
     def _open_item(self, kind: str, **fields: Any) -> Iterator[bytes]:
         """Open an item of this kind, unless the current one is of it."""
