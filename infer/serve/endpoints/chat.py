@@ -12,13 +12,13 @@ from stepjax._version import __version__
 from stepjax.infer.engine.answer import TokenScore
 from stepjax.infer.serve.answers import AnswerPiece, Answers, TextAnswer
 from stepjax.infer.serve.api import Api, check_stream
+from stepjax.infer.serve.conversations.chat_calls import ChatCalls
+from stepjax.infer.serve.conversations.reading import read_chat_body
 from stepjax.infer.serve.routes import BodyRoute
 from stepjax.infer.serve.schemas import ChatRequest
 from stepjax.infer.serve.sse import DONE, PING_S, event
 from stepjax.infer.serve.thinking import thinking_of
-from stepjax.infer.transcript import Delta
 from stepjax.text.tokenizer import Tokenizer
-from stepjax.text.tool_calls import ArgumentsDelta, CallStart
 
 FINGERPRINT = f"stepjax-{__version__}"
 
@@ -32,8 +32,8 @@ def router(api: Api) -> APIRouter:
         """Answer a conversation."""
         model = api.model_name(body.model)
         check_stream(body)
-        answers = await api.ask(body)
-        return await api.respond(request, body, answers, ChatAnswer(body, answers, model))
+        chat, answers = await api.ask(body, read_chat_body)
+        return await api.respond(request, chat, answers, ChatAnswer(chat, answers, model))
 
     return routes
 
@@ -43,6 +43,7 @@ class ChatAnswer:
 
     def __init__(self, body: ChatRequest, answers: Answers, model: str):
         self._body, self._answers = body, answers
+        self._calls = [ChatCalls(body.client) for _ in answers.all]
         self._thinking = thinking_of(body).shown
         self._head = {
             "id": f"chatcmpl-{answers.submission.id}",
@@ -77,11 +78,12 @@ class ChatAnswer:
             if piece is None:
                 yield None
                 continue
-            for delta in self._deltas(piece.delta):
+            for delta in self._deltas(piece):
                 yield self._chunk(piece.index, delta, piece)
                 piece = piece._replace(scores=(), ids=())
             if piece.finish_reason:
-                yield self._chunk(piece.index, {}, piece, finish=piece.finish_reason)
+                reason = self._calls[piece.index].reason(piece.finish_reason)
+                yield self._chunk(piece.index, {}, piece, finish=reason)
         if wanted is not None and wanted.include_usage:
             yield event(self._head | {"object": "chat.completion.chunk", "choices": [], "usage": answers.usage()})
         yield DONE
@@ -99,27 +101,25 @@ class ChatAnswer:
             message["reasoning_content"] = transcript.reasoning
         if transcript.calls:
             message["content"] = transcript.content or None
-            message["tool_calls"] = [
-                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-                for call in transcript.calls
-            ]
+            message |= self._calls[answer.index].whole(transcript.calls)
         choice = {
             "index": answer.index,
             "message": message,
             "logprobs": self._logprobs(transcript.ids, answer.stream.scores),
-            "finish_reason": transcript.finish_reason,
+            "finish_reason": self._calls[answer.index].reason(transcript.finish_reason),
         }
         return choice | ({"token_ids": transcript.ids} if self._body.return_token_ids else {})
 
-    def _deltas(self, delta: Delta) -> list[dict[str, Any]]:
+    def _deltas(self, piece: AnswerPiece) -> list[dict[str, Any]]:
         """The parts of the message in the order of their text."""
+        delta, calls = piece.delta, self._calls[piece.index]
         parts: list[dict[str, Any]] = []
         if delta.reasoning and self._thinking:
             parts.append({"reasoning_content": delta.reasoning})
         if delta.content:
             parts.append({"content": delta.content})
-        if delta.calls:
-            parts.append({"tool_calls": [_call_delta(event) for event in delta.calls]})
+        for call in delta.calls:
+            parts += filter(None, [calls.delta(call)])
         return parts
 
     def _chunk(
@@ -141,17 +141,6 @@ class ChatAnswer:
             for token, score in zip(ids, scores, strict=True)
         ]
         return {"content": content, "refusal": None}
-
-
-def _call_delta(event: CallStart | ArgumentsDelta) -> dict[str, Any]:
-    if isinstance(event, CallStart):
-        return {
-            "index": event.index,
-            "id": event.id,
-            "type": "function",
-            "function": {"name": event.name, "arguments": ""},
-        }
-    return {"index": event.index, "function": {"arguments": event.text}}
 
 
 def token_logprob(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
