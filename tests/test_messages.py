@@ -187,7 +187,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": ["x"]}, "messages[0]"),
     ({"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}, "tool_use_id"),
     ({"messages": [{"role": "assistant", "content": [{"type": "tool_use", "input": 1}]}]}, "input"),
-    ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type"),
+    ({"tools": [{"type": 5, "name": "f"}]}, "tools[0].type"),
+    (
+        {
+            "tools": [*TOOLS, {"type": "web_search_20250305", "name": "web_search"}],
+            "tool_choice": {"type": "tool", "name": "web_search"},
+        },
+        "tool_choice.name",
+    ),
     ({"tools": [{"name": "f"}]}, "input_schema"),
     ({"tools": TOOLS, "tool_choice": {"type": "tool"}}, "tool_choice.name"),
     ({"mcp_servers": [{"url": "http://localhost"}]}, "mcp_servers"),

@@ -277,7 +277,7 @@ BAD: list[tuple[str, str, dict[str, Any], int, str]] = [
     ("a strange role", "/v1/chat/completions", {"messages": [{"role": "robot", "content": ""}]}, 400, "robot"),
     ("a text for a number", "/v1/chat/completions", {**GREEDY, "temperature": "1"}, 400, "temperature"),
     ("true for a number", "/v1/chat/completions", {**GREEDY, "max_tokens": True}, 400, "max_tokens"),
-    ("functions", "/v1/chat/completions", {**GREEDY, "functions": [{"name": "f"}]}, 400, "functions"),
+    ("functions", "/v1/chat/completions", {**GREEDY, "functions": [{"name": 5}]}, 400, "functions"),
     ("template options", "/v1/chat/completions", {**GREEDY, "chat_template_kwargs": {"tokenize": 1}}, 400, "tokenize"),
     ("a stop without text", "/v1/chat/completions", {**GREEDY, "stop": [""]}, 400, "stop"),
     ("a bias of no token", "/v1/chat/completions", {**GREEDY, "logit_bias": {"x": 1}}, 400, "logit_bias"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,16 +16,19 @@ from fastapi import Request, Response
 from stepjax.errors import RequestError
 from stepjax.infer.engine.admission import QueueFullError
 from stepjax.infer.serve.answers import Answers
+from stepjax.infer.serve.conversations.reading import in_clients_words
 from stepjax.infer.serve.errors import ApiError, Dialect
 from stepjax.infer.serve.formats import wants_grammar
 from stepjax.infer.serve.middleware import ApiKeys
 from stepjax.infer.serve.requests import ignore_priority, read_chat
+from stepjax.infer.serve.routes import header_value
 from stepjax.infer.serve.schemas import Body, ChatRequest, SampledRequest
 from stepjax.infer.serve.service import Service
 from stepjax.infer.serve.sse import EventStream, unless_disconnected
 from stepjax.infer.session import Session
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 MAX_COMPILING = 16  # requests whose grammars are compiled or wait for it
 
@@ -83,18 +87,16 @@ class Api:
             raise ApiError(f"model: {name[:80]!a} is not served here, but {known}", status=404, code="model_not_found")
         return name or self.options.names[0]
 
-    async def ask(self, body: Body, as_chat: Callable[[Any], ChatRequest] | None = None) -> Answers:
-        """Queue a conversation; ``as_chat`` converts a body of another interface.
+    async def ask(self, body: Body, as_chat: Callable[[Any], ChatRequest]) -> tuple[ChatRequest, Answers]:
+        """Queue a conversation, which ``as_chat`` reads from a body of any interface; errors name its places.
 
         Raises:
-          ApiError, RequestError, TemplateError, QueueFullError, ValidationError: it is refused.
+          ApiError, RequestError, TemplateError, QueueFullError: it is refused.
         """
         self.service.check_open()
-        if as_chat is not None:
-            body = await asyncio.to_thread(as_chat, body)
-        assert isinstance(body, ChatRequest)
-        request, options = await self.read(read_chat, body)
-        return Answers(self.service, [request], options)
+        chat = await asyncio.to_thread(as_chat, body)
+        request, options = await self.read(functools.partial(in_clients_words, chat.client, read_chat), chat)
+        return chat, Answers(self.service, [request], options)
 
     async def read(self, read: Callable[..., T], body: SampledRequest) -> T:
         """``read(engine, session, body)`` in a thread, so that a grammar that takes long does not hold up others.
@@ -116,12 +118,22 @@ class Api:
             self._num_compiling -= 1
 
     async def respond(
-        self, request: Request, body: Body, answers: Answers, writer: AnswerWriter, *, dialect: Dialect = "openai"
+        self,
+        request: Request,
+        body: SampledRequest,
+        answers: Answers,
+        writer: AnswerWriter,
+        *,
+        dialect: Dialect = "openai",
     ) -> Response:
-        """The response, streamed or whole as ``body.stream`` says."""
-        if "priority" in (body.model_extra or ()):
-            request.state.ignored = [*getattr(request.state, "ignored", ()), "priority"]
-        if getattr(body, "stream", False):
+        """The response, streamed or whole as ``body.stream`` says. A header and the log name what was left out of the
+        prompt, and a priority that this server does not heed.
+        """
+        left_out = body.client.left_out if isinstance(body, ChatRequest) else ()
+        if left_out:
+            log.info("request left out: %s", header_value(left_out))
+        request.state.ignored = [*left_out, *({"priority"} & set(body.model_extra or ()))]
+        if body.stream:
             close = functools.partial(self.service.close, answers.submission)
             return EventStream(writer.events(), close=close, dialect=dialect)
         content = await unless_disconnected(request.receive, writer.whole())

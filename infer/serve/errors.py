@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from stepjax.errors import ContextError, RequestError, StepjaxError, TemplateError
@@ -20,7 +21,7 @@ TYPES = {
 }
 MAX_MESSAGE = 1000  # characters; some errors repeat their input
 Dialect = Literal["openai", "anthropic", "responses"]
-_FIELD = re.compile(r"[A-Za-z_][\w.\[\]]*(?=:)")
+_FIELD = re.compile(r"[A-Za-z_][\w.\[\]]*(?=:|\.['\"])")  # up to a key that is quoted
 
 
 class ApiError(Exception):
@@ -75,3 +76,12 @@ class ApiError(Exception):
 def dialect_of(path: str) -> Dialect:
     """The form of a path's errors. Those of /v1/responses differ from OpenAI's only within a stream."""
     return "anthropic" if path.startswith("/v1/messages") else "openai"
+
+
+def field_name(location: Sequence[int | str]) -> str:
+    """The place of a validation error, such as ``tools[0].name``."""
+    name = ""
+    for part in location:
+        if part != "body":
+            name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else str(part)
+    return name

@@ -90,11 +90,7 @@ _REFUSED = {
 _REFUSED_WITH_TEXT = _merged(_REFUSED, {"thinking and answer come apart": "separate_reasoning=true"})
 _CHAT_REFUSED = {
     "the template is the checkpoint's own": "chat_template documents",
-    "the model reads and writes only text": """audio modalities=text web_search_options messages[].audio
-        messages[].content[].image_url messages[].content[].input_audio messages[].content[].audio_url
-        messages[].content[].video_url messages[].content[].file messages[].content[].image
-        messages[].content[].video""",
-    "use tools, tool_choice and tool_calls": "functions function_call=auto=none messages[].function_call",
+    "the model reads and writes only text": "audio modalities=text web_search_options",
     "thinking and answer come apart": "separate_reasoning=true reasoning_format=auto=deepseek thinking_forced_open",
     "calls are parsed": "parse_tool_calls=true",
     "use thinking_token_budget": "thinking_budget thinking_budget_tokens reasoning_budget=-1 max_thinking_tokens",
@@ -109,11 +105,13 @@ CHAT = FieldTable(
         messages[].content[].value messages[].content[].refusal messages[].content[].thinking messages[].refusal
         messages[].reasoning_content messages[].reasoning messages[].name messages[].tool_call_id messages[].tool_calls
         messages[].tool_calls[].id messages[].tool_calls[].type messages[].tool_calls[].function
-        messages[].tool_calls[].custom messages[].prefix messages[].partial
+        messages[].tool_calls[].custom messages[].function_call messages[].prefix messages[].partial
+        messages[].content[].image_url messages[].content[].input_audio messages[].content[].audio_url
+        messages[].content[].video_url messages[].content[].file messages[].content[].image messages[].content[].video
         {_STREAM} max_tokens max_completion_tokens n {_SAMPLING} {_GRAMMARS} {_THINKING} {_TURN}
         logprobs top_logprobs prompt_logprobs return_token_ids include_reasoning
         reasoning reasoning.effort reasoning.max_tokens reasoning.exclude reasoning.enabled
-        tools tool_choice parallel_tool_calls""",
+        tools tool_choice parallel_tool_calls functions function_call""",
     ignored=_merged(
         _IGNORED,
         {
@@ -123,6 +121,7 @@ CHAT = FieldTable(
             "chunks come as they are made": "stream_options.include_obfuscation",
             "the whole thinking is returned": "reasoning.summary",
             "not part of what was said": """messages[].annotations messages[].reasoning_details messages[].id
+                messages[].audio
                 messages[].tool_calls[].index""",
         },
     ),
@@ -146,6 +145,12 @@ RESPONSES = FieldTable(
         input[].content[].refusal input[].call_id input[].name input[].namespace input[].arguments input[].input
         input[].output input[].output[].type input[].output[].text input[].summary input[].summary[].type
         input[].summary[].text input[].id input[].action input[].actions input[].operation input[].queries
+        input[].encrypted_content input[].text input[].code input[].error input[].execution input[].outputs
+        input[].result input[].results input[].server_label input[].tools input[].max_output_length
+        input[].output[].outcome input[].output[].stderr input[].output[].stdout input[].output.type
+        input[].content[].image_url input[].content[].file_data input[].content[].file_id input[].content[].file_url
+        input[].content[].filename input[].output[].image_url input[].output[].file_data input[].output[].file_id
+        input[].output[].file_url input[].output[].filename input[].output.image_url input[].output.file_id
         instructions stream stream_options max_output_tokens {_SAMPLING} {_GRAMMARS} {_TURN} top_logprobs include
         metadata tools tool_choice parallel_tool_calls reasoning reasoning.effort text text.format text.format.type
         text.format.name text.format.schema text.format.strict
@@ -163,17 +168,14 @@ RESPONSES = FieldTable(
             "chunks come as they are made": "stream_options.include_obfuscation",
             "the server runs no tools": "max_tool_calls",
             "not part of what was said": """input[].status input[].phase input[].content[].annotations
-                input[].content[].logprobs input[].content[].detail input[].encrypted_content input[].created_by
+                input[].content[].logprobs input[].content[].detail input[].created_by
                 input[].internal_chat_message_metadata_passthrough input[].fingerprint""",
             "the prefix cache finds by itself what it holds": """input[].content[].prompt_cache_breakpoint
                 input[].output[].prompt_cache_breakpoint""",
             _SERVER_TOOLS: """input[].acknowledged_safety_checks input[].approval_request_id input[].approve
-                input[].async input[].background input[].caller input[].code input[].container_id input[].environment
-                input[].error input[].execution input[].max_output_length input[].output_format input[].outputs
-                input[].pending_safety_checks input[].quality input[].reason input[].reasoning input[].result
-                input[].results input[].revised_prompt input[].server_label input[].size input[].svg_usage
-                input[].text input[].tools input[].output[].outcome input[].output[].stderr input[].output[].stdout
-                input[].output[].detail input[].output.type""",
+                input[].async input[].background input[].caller input[].container_id input[].environment
+                input[].output_format input[].pending_safety_checks input[].quality input[].reason input[].reasoning
+                input[].revised_prompt input[].size input[].svg_usage input[].output[].detail""",
         },
     ),
     refused=_merged(
@@ -188,17 +190,14 @@ RESPONSES = FieldTable(
             "no prompts are stored here; send the text as input": "prompt",
             "the input is read as it is": "context_management",
             "the template is the checkpoint's own": "chat_template documents",
-            "the model reads only text": """input[].content[].image_url input[].content[].file_data
-                input[].content[].file_id input[].content[].file_url input[].content[].filename
-                input[].output[].image_url input[].output[].file_data input[].output[].file_id
-                input[].output[].file_url input[].output[].filename input[].output.image_url input[].output.file_id""",
         },
     ),
 )
 _ANTHROPIC_PROMPT = """model messages messages[].role messages[].content messages[].content[].type
     messages[].content[].text messages[].content[].thinking messages[].content[].data messages[].content[].id
     messages[].content[].name messages[].content[].input messages[].content[].tool_use_id messages[].content[].content
-    messages[].content[].content[].type messages[].content[].content[].text messages[].content[].is_error
+    messages[].content[].content.* messages[].content[].content[].* messages[].content[].is_error
+    messages[].content[].context messages[].content[].title messages[].content[].source
     system system[].type system[].text tools tools[].name tools[].description tools[].input_schema tools[].type
     tools[].strict tools[].input_examples tool_choice tool_choice.type tool_choice.name
     tool_choice.disable_parallel_tool_use
@@ -210,9 +209,8 @@ _BLOCK_MARKS = {
     "not part of what was said": """messages[].content[].signature messages[].content[].citations
         messages[].content[].caller messages[].content[].content[].citations system[].citations messages[].id
         messages[].clear_at messages[].output_config""",
-    _SERVER_TOOLS: """messages[].content[].content.* messages[].content[].content[].*
-        messages[].content[].context messages[].content[].title messages[].content[].encrypted_content
-        messages[].content[].file_id messages[].content[].from messages[].content[].to messages[].content[].server_name
+    _SERVER_TOOLS: """messages[].content[].encrypted_content messages[].content[].file_id
+        messages[].content[].from messages[].content[].to messages[].content[].server_name
         messages[].content[].mcp_server_name messages[].content[].tool messages[].content[].tool_changes
         messages[].content[].tools messages[].content[].toolset_name messages[].content[].transformations
         messages[].content[].trigger tools[].tools tools[].url_sources
@@ -240,7 +238,6 @@ _MESSAGES_REFUSED = {
     "the server runs no tools": "container mcp_servers",
     "nothing is stored between requests": "thread",
     "the messages are read as they are": "compaction context_management.edits[].type=clear_thinking_20251015",
-    "the model reads only text": """messages[].content[].source messages[].content[].content[].source""",
     "the template is the checkpoint's own": "chat_template documents",
     "the answer does not carry it": "logprobs top_logprobs prompt_logprobs return_token_ids include_reasoning=true",
     "there is one answer": "n=1",

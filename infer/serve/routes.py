@@ -12,7 +12,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 
 from stepjax.infer.serve.bodies import PARSED, SIZE, off_loop
-from stepjax.infer.serve.errors import ApiError
+from stepjax.infer.serve.errors import ApiError, field_name
 from stepjax.infer.serve.field_tables import FIELD_TABLES
 
 IGNORED = "x-stepjax-ignored"  # the header that names the fields without effect
@@ -54,10 +54,7 @@ class BodyRoute(APIRoute):
 def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """An error that names the first field that did not validate."""
     first = errors[0]
-    name = ""
-    for part in first["loc"]:
-        if part != "body":
-            name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else str(part)
+    name = field_name(first["loc"])
     return ApiError(f"{name or 'body'}: {first['msg']}"[:1000], code="invalid_value", param=name or None)
 
 

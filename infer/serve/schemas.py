@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, WithJsonSchema
 
+from stepjax.infer.serve.conversations.client_form import ClientForm
 from stepjax.infer.serve.limits import number, sized
 
 _TEXT = {"type": "string"}
@@ -29,7 +30,7 @@ ChatMessage = Annotated[
             "type": "object",
             "required": ["role"],
             "properties": {
-                "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
+                "role": {"enum": ["system", "developer", "user", "assistant", "tool", "function"]},
                 "content": {"anyOf": [_TEXT, {"type": "array", "items": _PART}, {"type": "null"}]},
                 "reasoning_content": {"anyOf": [_TEXT, {"type": "null"}]},
                 "tool_calls": {"anyOf": [{"type": "array", "items": _CALL}, {"type": "null"}]},
@@ -182,6 +183,8 @@ class ChatRequest(SampledRequest):
     top_logprobs: int | None = number("top_logprobs")
     tools: list[dict[str, Any]] | None = sized("tools")
     tool_choice: Any = None
+    functions: list[Any] | None = Field(None, description="OpenAI's first form of tools")
+    function_call: Any = Field(None, description="OpenAI's first form of tool_choice")
     parallel_tool_calls: bool | None = True
     reasoning_effort: str | None = Field(
         None, description="none switches thinking off, minimal, low and medium bound it, high, xhigh and max do not"
@@ -198,3 +201,14 @@ class ChatRequest(SampledRequest):
         None, description="whether the answer goes on from the last message; null: if it is an assistant's text"
     )
     add_generation_prompt: bool | None = Field(None, description="true begins a new answer in any case")
+    _client: ClientForm = PrivateAttr(default_factory=ClientForm)
+
+    @property
+    def client(self) -> ClientForm:
+        """How the request was said in its client's interface."""
+        return self._client
+
+    def from_client(self, client: ClientForm) -> ChatRequest:
+        """This request, read from what ``client`` describes."""
+        self._client = client
+        return self

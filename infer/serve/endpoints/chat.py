@@ -13,13 +13,14 @@ from stepjax._version import __version__
 from stepjax.infer.engine.answer import TokenScore
 from stepjax.infer.serve.answers import AnswerPiece, Answers, TextAnswer
 from stepjax.infer.serve.api import Api, check_stream
+from stepjax.infer.serve.conversations.chat_calls import ChatCalls
+from stepjax.infer.serve.conversations.reading import read_chat_body
 from stepjax.infer.serve.routes import BodyRoute
 from stepjax.infer.serve.schemas import ChatRequest
 from stepjax.infer.serve.sse import DONE, PING_S, event
 from stepjax.infer.serve.thinking import thinking_of
-from stepjax.infer.transcript import Delta
 from stepjax.text.tokenizer import Tokenizer
-from stepjax.text.tool_calls import ArgumentsDelta, CallStart, ContentDelta
+from stepjax.text.tool_calls import ContentDelta
 
 FINGERPRINT = f"stepjax-{__version__}"
 
@@ -33,8 +34,8 @@ def router(api: Api) -> APIRouter:
         """Answer a conversation."""
         model = api.model_name(body.model)
         check_stream(body)
-        answers = await api.ask(body)
-        return await api.respond(request, body, answers, ChatAnswer(body, answers, model))
+        chat, answers = await api.ask(body, read_chat_body)
+        return await api.respond(request, chat, answers, ChatAnswer(chat, answers, model))
 
     return routes
 
@@ -44,6 +45,7 @@ class ChatAnswer:
 
     def __init__(self, body: ChatRequest, answers: Answers, model: str):
         self._body, self._answers = body, answers
+        self._calls = [ChatCalls(body.client) for _ in answers.all]
         self._thinking = thinking_of(body).shown
         self._lists_tokens = bool(body.logprobs or body.return_token_ids)
         self._unsent: dict[str, Any] = {}  # what the next chunk says about the prompt
@@ -111,15 +113,12 @@ class ChatAnswer:
             message["reasoning_content"] = transcript.reasoning
         if transcript.calls:
             message["content"] = transcript.content or None
-            message["tool_calls"] = [
-                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-                for call in transcript.calls
-            ]
+            message |= self._calls[answer.index].whole(transcript.calls)
         choice = {
             "index": answer.index,
             "message": message,
             "logprobs": self._logprobs(transcript.ids, answer.stream.scores),
-            "finish_reason": transcript.finish_reason,
+            "finish_reason": self._calls[answer.index].reason(transcript.finish_reason),
         }
         return choice | ({"token_ids": transcript.ids} if self._body.return_token_ids else {})
 
@@ -129,26 +128,27 @@ class ChatAnswer:
         if self._lists_tokens:
             tokens += zip_longest(piece.ids, piece.scores)
         chunks = []
-        for delta in self._deltas(piece.delta):
+        for delta in self._deltas(piece):
             chunks.append(self._chunk(piece.index, delta, tokens))
             tokens.clear()
         if piece.finish_reason:
-            chunks.append(self._chunk(piece.index, {}, tokens, finish=piece.finish_reason))
+            reason = self._calls[piece.index].reason(piece.finish_reason)
+            chunks.append(self._chunk(piece.index, {}, tokens, finish=reason))
         return chunks
 
-    def _deltas(self, delta: Delta) -> list[dict[str, Any]]:
+    def _deltas(self, piece: AnswerPiece) -> list[dict[str, Any]]:
         """The parts of the message in the order of their text. Each event of a call is a part: clients take one entry
         of an index in a chunk. Thinking that is not shown is an empty part if its tokens are listed.
         """
-        parts: list[dict[str, Any]] = []
+        delta, calls = piece.delta, self._calls[piece.index]
+        parts: list[dict[str, Any] | None] = []
         if delta.reasoning and self._thinking:
             parts.append({"reasoning_content": delta.reasoning})
         elif delta.reasoning and self._lists_tokens:
             parts.append({})
         for part, _ in delta.parts:
-            is_content = isinstance(part, ContentDelta)
-            parts.append({"content": part.text} if is_content else {"tool_calls": [_call_delta(part)]})
-        return parts
+            parts.append({"content": part.text} if isinstance(part, ContentDelta) else calls.delta(part))
+        return [part for part in parts if part is not None]
 
     def _chunk(
         self,
@@ -177,17 +177,6 @@ class ChatAnswer:
             for token, score in zip(ids, scores, strict=True)
         ]
         return {"content": content, "refusal": None}
-
-
-def _call_delta(event: CallStart | ArgumentsDelta) -> dict[str, Any]:
-    if isinstance(event, CallStart):
-        return {
-            "index": event.index,
-            "id": event.id,
-            "type": "function",
-            "function": {"name": event.name, "arguments": ""},
-        }
-    return {"index": event.index, "function": {"arguments": event.text}}
 
 
 def token_logprob(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
@@ -13,12 +13,17 @@ from pydantic import Field, WithJsonSchema
 from stepjax.errors import RequestError
 from stepjax.infer.serve.answers import Answers
 from stepjax.infer.serve.api import Api, json_response
+from stepjax.infer.serve.conversations.anthropic_tools import read_anthropic_tools
+from stepjax.infer.serve.conversations.client_form import ClientForm
+from stepjax.infer.serve.conversations.message_blocks import read_blocks
+from stepjax.infer.serve.conversations.reading import chat_request, in_clients_words
 from stepjax.infer.serve.field_tables import MESSAGES
 from stepjax.infer.serve.limits import number, sized
 from stepjax.infer.serve.requests import continues, encode_prompt
 from stepjax.infer.serve.routes import BodyRoute
 from stepjax.infer.serve.schemas import Body, ChatRequest, record
 from stepjax.infer.serve.sse import PING_S, event
+from stepjax.infer.session import Session
 from stepjax.infer.transcript import Delta, Transcript
 from stepjax.text.tool_calls import CallStart, ContentDelta
 
@@ -48,6 +53,14 @@ Message = Annotated[
     ),
 ]
 System = Annotated[Any, WithJsonSchema({"anyOf": [_TEXT, _BLOCKS, {"type": "null"}]})]
+# Places of a chat, as this interface names them.
+_PATHS = {
+    "stop": "stop_sequences",
+    "thinking_token_budget": "thinking.budget_tokens",
+    "reasoning_effort": "output_config.effort",
+    "response_format.json_schema": "output_config.format",
+    "response_format": "output_config.format",
+}
 
 
 class Thinking(Body):
@@ -106,10 +119,16 @@ def as_chat(body: CountTokensRequest) -> ChatRequest:
     Raises:
       RequestError: a message, a tool or a field is not supported.
     """
+    client = ClientForm(dict(_PATHS))
+    functions = read_anthropic_tools(body.tools, client)
     fields: dict[str, Any] = MESSAGES.done(body.model_extra or {})
-    fields |= {"model": body.model, "messages": _messages(body), "tools": _tools(body.tools)}
+    fields |= {
+        "model": body.model,
+        "messages": read_blocks(body.messages, body.system, client),
+        "tools": functions or None,
+    }
     if body.tool_choice is not None:
-        fields["tool_choice"] = _choice(body.tool_choice)
+        fields["tool_choice"] = _choice(body.tool_choice, body.tools, client)
         if body.tool_choice.disable_parallel_tool_use:
             fields["parallel_tool_calls"] = False
     if body.thinking is not None and body.thinking.type == "disabled":
@@ -125,7 +144,7 @@ def as_chat(body: CountTokensRequest) -> ChatRequest:
     if isinstance(body, MessagesRequest):
         same = ("max_tokens", "stream", "temperature", "top_p", "top_k")
         fields |= {name: getattr(body, name) for name in same} | {"stop": body.stop_sequences}
-    return ChatRequest.model_validate(fields)
+    return chat_request(fields, client)
 
 
 def _output(config: OutputConfig) -> dict[str, Any]:
@@ -138,117 +157,20 @@ def _format(format: OutputFormat) -> dict[str, Any]:
     return {"response_format": {"type": "json_schema", "json_schema": named}}
 
 
-def _messages(body: CountTokensRequest) -> list[dict[str, Any]]:
-    messages: list[dict[str, Any]] = []
-    if body.system:
-        messages.append({"role": "system", "content": _text(body.system, "system")})
-    for index, message in enumerate(body.messages):
-        where = f"messages[{index}]"
-        if not isinstance(message, Mapping):
-            raise RequestError(f"{where}: expected an object, found a {type(message).__name__}")
-        role, content = message.get("role"), message.get("content")
-        if role == "assistant":
-            messages.append(_assistant(content, f"{where}.content"))
-        elif role == "user":
-            messages += _user(content, f"{where}.content")
-        elif role == "system":
-            messages.append({"role": "system", "content": _text(content, f"{where}.content")})
-        else:
-            raise RequestError(f"{where}.role: expected user, assistant or system, found {ascii(role)[:80]}")
-    return messages
-
-
-def _blocks(content: Any, where: str) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """The blocks of a message, each with its place in the request."""
-    if isinstance(content, str):
-        yield {"type": "text", "text": content}, where
-        return
-    if not isinstance(content, list):
-        raise RequestError(f"{where}: expected a text or a list of blocks, found a {type(content).__name__}")
-    for index, block in enumerate(content):
-        if not isinstance(block, Mapping):
-            raise RequestError(f"{where}[{index}]: expected an object, found a {type(block).__name__}")
-        yield block, f"{where}[{index}]"
-
-
-def _text(content: Any, where: str) -> str:
-    """The joined text of blocks that must be text."""
-    return "".join(_string(block, "text", place) for block, place in _checked(content, where, ("text",)))
-
-
-def _checked(content: Any, where: str, kinds: tuple[str, ...]) -> Iterator[tuple[Mapping[str, Any], str]]:
-    for block, place in _blocks(content, where):
-        if block.get("type") not in kinds:
-            raise RequestError(f"{place}.type: expected {' or '.join(kinds)}, found {ascii(block.get('type'))[:80]}")
-        yield block, place
-
-
-def _string(block: Mapping[str, Any], name: str, where: str) -> str:
-    value = block.get(name)
-    if not isinstance(value, str):
-        raise RequestError(f"{where}.{name}: expected a text, found a {type(value).__name__}")
-    return value
-
-
-def _assistant(content: Any, where: str) -> dict[str, Any]:
-    """An earlier answer: its thinking, its text and its calls."""
-    text, thinking, calls = "", None, []
-    for block, place in _checked(content, where, ("text", "thinking", "redacted_thinking", "tool_use")):
-        if block["type"] == "text":
-            text += _string(block, "text", place)
-        elif block["type"] == "thinking":
-            thinking = (thinking or "") + _string(block, "thinking", place)
-        elif block["type"] == "tool_use":
-            arguments = block.get("input")
-            if not isinstance(arguments, Mapping):
-                raise RequestError(f"{place}.input: expected an object, found a {type(arguments).__name__}")
-            function = {"name": _string(block, "name", place), "arguments": dict(arguments)}
-            calls.append({"id": _string(block, "id", place), "type": "function", "function": function})
-    message: dict[str, Any] = {"role": "assistant", "content": text}
-    if thinking is not None:
-        message["reasoning_content"] = thinking
-    return message | ({"tool_calls": calls} if calls else {})
-
-
-def _user(content: Any, where: str) -> Iterator[dict[str, Any]]:
-    """A user's text, and before it the results of tools."""
-    text: str | None = None
-    for block, place in _checked(content, where, ("text", "tool_result")):
-        if block["type"] == "text":
-            text = (text or "") + _string(block, "text", place)
-            continue
-        if text is not None:
-            yield {"role": "user", "content": text}
-            text = None
-        result = block.get("content")
-        output = "" if result is None else _text(result, f"{place}.content")
-        yield {"role": "tool", "tool_call_id": _string(block, "tool_use_id", place), "content": output}
-    if text is not None or content == []:
-        yield {"role": "user", "content": text or ""}
-
-
-def _tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
-    functions = []
-    for index, tool in enumerate(tools or ()):
-        if tool.get("type") not in (None, "custom"):
-            raise RequestError(
-                f"tools[{index}].type: is {ascii(tool['type'])[:80]}, expected custom: the server runs no tools"
-            )
-        schema = tool.get("input_schema")
-        if not isinstance(schema, dict):
-            raise RequestError(f"tools[{index}].input_schema: expected an object, found a {type(schema).__name__}")
-        function = {"name": tool.get("name"), "parameters": schema}
-        if tool.get("description") is not None:
-            function["description"] = tool["description"]
-        functions.append({"type": "function", "function": function})
-    return functions or None
-
-
-def _choice(choice: ToolChoice) -> Any:
+def _choice(choice: ToolChoice, tools: list[dict[str, Any]] | None, client: ClientForm) -> Any:
+    """The choice as a chat says it; an order to call a tool that was left out is refused."""
+    left_out = ", ".join(client.left_out)
+    if choice.type == "any" and not client.tools and client.left_out:
+        raise RequestError(f"tool_choice.type: forces a call, but the server can call none of the tools ({left_out})")
     if choice.type != "tool":
         return {"auto": "auto", "any": "required", "none": "none"}[choice.type]
     if not choice.name:
         raise RequestError("tool_choice.name: expected the name of a tool")
+    if choice.name not in client.tools and any(tool.get("name") == choice.name for tool in tools or ()):
+        raise RequestError(
+            f"tool_choice.name: is {choice.name[:80]!a}, a tool that this server does not run ({left_out}); "
+            "force another tool, or none"
+        )
     return {"type": "function", "function": {"name": choice.name}}
 
 
@@ -260,17 +182,22 @@ def router(api: Api) -> APIRouter:
     async def messages(request: Request, body: MessagesRequest) -> Response:
         """Answer a conversation in Anthropic's form."""
         model = api.model_name(body.model)
-        answers = await api.ask(body, as_chat)
-        return await api.respond(request, body, answers, MessagesAnswer(answers, model), dialect="anthropic")
+        chat, answers = await api.ask(body, as_chat)
+        return await api.respond(request, chat, answers, MessagesAnswer(answers, model), dialect="anthropic")
 
     @routes.post("/v1/messages/count_tokens")
     async def count_tokens(body: CountTokensRequest) -> Response:
         """Count the tokens of a prompt."""
         api.model_name(body.model)
-        ids, _ = await asyncio.to_thread(lambda: encode_prompt(api.session, as_chat(body)))
+        ids = await asyncio.to_thread(_count, api.session, body)
         return json_response({"input_tokens": len(ids)})
 
     return routes
+
+
+def _count(session: Session, body: CountTokensRequest) -> list[int]:
+    chat = as_chat(body)
+    return in_clients_words(chat.client, encode_prompt, session, chat)[0]
 
 
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}

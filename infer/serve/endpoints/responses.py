@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import Field, WithJsonSchema
 
-from stepjax.errors import RequestError
 from stepjax.infer.serve.answers import Answers
 from stepjax.infer.serve.api import Api
+from stepjax.infer.serve.conversations.client_form import ClientForm, custom_input
+from stepjax.infer.serve.conversations.reading import chat_request
+from stepjax.infer.serve.conversations.response_items import ROLES, offered_in_items, read_items, sealed
+from stepjax.infer.serve.conversations.tools import read_choice, read_functions
 from stepjax.infer.serve.endpoints.chat import token_logprob
 from stepjax.infer.serve.field_tables import RESPONSES
-from stepjax.infer.serve.limits import LIMITS, number, sized
+from stepjax.infer.serve.limits import number, sized
 from stepjax.infer.serve.routes import BodyRoute
 from stepjax.infer.serve.schemas import Body, ChatRequest, record
 from stepjax.infer.serve.sse import PING_S, event
@@ -25,9 +28,8 @@ from stepjax.text.tool_calls import CallStart, ContentDelta
 _TEXT = {"type": "string"}
 _PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 _CONTENT = {"anyOf": [_TEXT, {"type": "array", "items": record("type text", type={"enum": list(_PARTS)}, text=_TEXT)}]}
-_ROLES = ("system", "developer", "user", "assistant")
 _ITEMS = [
-    record("role content", type={"enum": ["message"]}, role={"enum": list(_ROLES)}, content=_CONTENT),
+    record("role content", type={"enum": ["message"]}, role={"enum": list(ROLES)}, content=_CONTENT),
     record("type", type={"enum": ["reasoning"]}, content=_CONTENT, summary=_CONTENT),
     record("type call_id name arguments", type={"enum": ["function_call"]}, call_id=_TEXT, name=_TEXT, arguments=_TEXT),
     record("type call_id output", type={"enum": ["function_call_output"]}, call_id=_TEXT, output=_CONTENT),
@@ -41,6 +43,13 @@ Input = Annotated[
         }
     ),
 ]
+# Places of a chat, as this interface names them.
+_PATHS = {
+    "max_tokens": "max_output_tokens",
+    "reasoning_effort": "reasoning.effort",
+    "response_format.json_schema": "text.format",
+    "response_format": "text.format",
+}
 
 
 class Reasoning(Body):
@@ -94,12 +103,17 @@ def as_chat(body: ResponsesRequest) -> ChatRequest:
     Raises:
       RequestError: an item, a tool or a field is not supported.
     """
+    client = ClientForm(dict(_PATHS))
+    functions = read_functions(body.tools, client)
+    for place, tools in offered_in_items(body.input):
+        functions += read_functions(tools, client, where=place, start=len(functions))
+    choice, functions = read_choice(body.tool_choice, functions, client)
     fields: dict[str, Any] = RESPONSES.done(body.model_extra or {})
     fields |= {
         "model": body.model,
-        "messages": _messages(body),
-        "tools": _tools(body.tools),
-        "tool_choice": _choice(body.tool_choice),
+        "messages": read_items(body.input, body.instructions, client),
+        "tools": functions or None,
+        "tool_choice": choice,
         "parallel_tool_calls": body.parallel_tool_calls,
         "max_tokens": body.max_output_tokens,
         "logprobs": body.wants_logprobs,
@@ -110,102 +124,7 @@ def as_chat(body: ResponsesRequest) -> ChatRequest:
     if body.reasoning is not None and body.reasoning.effort is not None:
         fields["reasoning_effort"] = body.reasoning.effort
     fields |= {name: getattr(body, name) for name in ("stream", "temperature", "top_p", "top_k", "seed")}
-    return ChatRequest.model_validate(fields)
-
-
-def _messages(body: ResponsesRequest) -> list[dict[str, Any]]:
-    messages: list[dict[str, Any]] = []
-    if body.instructions:
-        messages.append({"role": "system", "content": body.instructions})
-    if isinstance(body.input, str):
-        return [*messages, {"role": "user", "content": body.input}]
-    if not isinstance(body.input, list) or not body.input:
-        raise RequestError("input: expected a text or a list of items")
-    if len(body.input) > LIMITS["messages"].high:
-        raise RequestError(f"input: has {len(body.input)} items, expected at most {LIMITS['messages'].high:.0f}")
-    for index, item in enumerate(body.input):
-        where = f"input[{index}]"
-        if not isinstance(item, Mapping):
-            raise RequestError(f"{where}: expected an object, found a {type(item).__name__}")
-        _append(messages, _message(item, where))
-    return messages
-
-
-def _append(messages: list[dict[str, Any]], message: dict[str, Any]) -> None:
-    """Add a message; consecutive thinking, text and calls become one assistant message."""
-    last = messages[-1] if messages else None
-    if last is None or not (last["role"] == message["role"] == "assistant"):
-        messages.append(message)
-        return
-    if last["content"] and message.get("reasoning_content"):  # thinking after text begins the next answer
-        messages.append(message)
-        return
-    last["content"] += message["content"]
-    for name, empty in (("reasoning_content", ""), ("tool_calls", [])):
-        if name in message:
-            last[name] = last.get(name, empty) + message[name]
-
-
-def _message(item: Mapping[str, Any], where: str) -> dict[str, Any]:
-    kind = item.get("type", "message")
-    if kind == "message":
-        role = item.get("role")
-        if role not in _ROLES:
-            raise RequestError(f"{where}.role: expected {', '.join(_ROLES)}, found {ascii(role)[:80]}")
-        return {"role": role, "content": _text(item.get("content"), f"{where}.content")}
-    if kind == "reasoning":
-        thinking = item.get("content") or item.get("summary") or []
-        return {"role": "assistant", "content": "", "reasoning_content": _text(thinking, f"{where}.content")}
-    if kind == "function_call":
-        function = {"name": item.get("name"), "arguments": item.get("arguments")}
-        call = {"id": _string(item, "call_id", where), "type": "function", "function": function}
-        return {"role": "assistant", "content": "", "tool_calls": [call]}
-    if kind == "function_call_output":
-        output = _text(item.get("output"), f"{where}.output")
-        return {"role": "tool", "tool_call_id": _string(item, "call_id", where), "content": output}
-    raise RequestError(
-        f"{where}.type: expected message, reasoning, function_call or function_call_output, found {ascii(kind)[:80]}"
-    )
-
-
-def _string(item: Mapping[str, Any], name: str, where: str) -> str:
-    value = item.get(name)
-    if not isinstance(value, str):
-        raise RequestError(f"{where}.{name}: expected a text, found a {type(value).__name__}")
-    return value
-
-
-def _text(content: Any, where: str) -> str:
-    """A text, or the joined parts of one."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, Sequence):
-        raise RequestError(f"{where}: expected a text or a list of parts, found a {type(content).__name__}")
-    text = ""
-    for index, part in enumerate(content):
-        if not isinstance(part, Mapping) or part.get("type") not in _PARTS:
-            raise RequestError(
-                f"{where}[{index}]: expected a part of type {', '.join(_PARTS)}: the model reads only text"
-            )
-        text += _string(part, "text", f"{where}[{index}]")
-    return text
-
-
-def _tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
-    functions = []
-    for index, tool in enumerate(tools or ()):
-        if tool.get("type") != "function":
-            kind = ascii(tool.get("type"))[:80]
-            raise RequestError(f"tools[{index}].type: is {kind}, expected function: the server runs no other tools")
-        function = {name: value for name, value in tool.items() if name != "type" and value is not None}
-        functions.append({"type": "function", "function": function})
-    return functions or None
-
-
-def _choice(choice: Any) -> Any:
-    if isinstance(choice, Mapping) and choice.get("type") == "function" and "name" in choice:
-        return {"type": "function", "function": {"name": choice["name"]}}
-    return choice
+    return chat_request(fields, client)
 
 
 def _format(text: TextOptions | None) -> dict[str, Any] | None:
@@ -226,21 +145,26 @@ def router(api: Api) -> APIRouter:
     async def responses(request: Request, body: ResponsesRequest) -> Response:
         """Answer a conversation in OpenAI's newer form. Nothing is stored: previous_response_id is refused."""
         model = api.model_name(body.model)
-        answers = await api.ask(body, as_chat)
-        return await api.respond(request, body, answers, ResponsesAnswer(body, answers, model), dialect="responses")
+        chat, answers = await api.ask(body, as_chat)
+        writer = ResponsesAnswer(body, answers, model, client=chat.client)
+        return await api.respond(request, chat, answers, writer, dialect="responses")
 
     return routes
+
+
+_CALLS = {"function_call": "arguments", "custom_tool_call": "input"}  # kinds of calls, and what they are called with
 
 
 class ResponsesAnswer:
     """One request's answer, whole or as events."""
 
-    def __init__(self, body: ResponsesRequest, answers: Answers, model: str):
-        self._body, self._answers, self._model = body, answers, model
+    def __init__(self, body: ResponsesRequest, answers: Answers, model: str, *, client: ClientForm):
+        self._body, self._answers, self._model, self._client = body, answers, model, client
         self._created = time.time()
         self._items: list[dict[str, Any]] = []  # of the output, in order
         self._ended = True  # whether the last of them is complete
         self._num_scored = 0  # tokens whose scores were given, or are not given
+        self._arguments = ""  # of a custom tool's call, which become its input once they are complete
         self._numbers = itertools.count()
 
     @property
@@ -343,7 +267,11 @@ class ResponsesAnswer:
                 yield from self._add(part.text, "response.output_text.delta", content_index=0, logprobs=scores)
             elif isinstance(part, CallStart):
                 yield from self._close_item()
-                yield from self._open_item("function_call", call_id=part.id, name=part.name)
+                tool = self._client.tool(part.name)
+                kind = "custom_tool_call" if tool.custom else "function_call"
+                yield from self._open_item(kind, call_id=part.id, **tool.label)
+            elif self._items[-1]["type"] == "custom_tool_call":
+                self._arguments += part.text
             else:
                 yield from self._add(part.text, "response.function_call_arguments.delta")
 
@@ -352,18 +280,19 @@ class ResponsesAnswer:
         if not self._ended and self._items[-1]["type"] == kind:
             return
         yield from self._close_item()
-        prefix = {"reasoning": "rs", "message": "msg", "function_call": "fc"}[kind]
+        prefix = {"reasoning": "rs", "message": "msg", "function_call": "fc", "custom_tool_call": "ctc"}[kind]
         item: dict[str, Any] = {"id": f"{prefix}_{self._answers.submission.id}_{len(self._items)}", "type": kind}
         item["status"] = "in_progress"
-        if kind == "function_call":
-            item |= {**fields, "arguments": ""}
+        if kind in _CALLS:
+            item |= {**fields, _CALLS[kind]: ""}
+            self._arguments = ""
         else:
             item |= {"role": "assistant"} if kind == "message" else {"summary": []}
             item["content"] = []
         self._items.append(item)
         self._ended = False
         yield self._event("response.output_item.added", item=item)
-        if kind == "function_call":
+        if kind in _CALLS:
             return
         part: dict[str, Any] = {"type": "reasoning_text", "text": ""}
         if kind == "message":
@@ -373,8 +302,8 @@ class ResponsesAnswer:
 
     def _add(self, text: str, kind: str, **fields: Any) -> Iterator[bytes]:
         item = self._items[-1]
-        if item["type"] == "function_call":
-            item["arguments"] += text
+        if item["type"] in _CALLS:
+            item[_CALLS[item["type"]]] += text
         else:
             item["content"][0]["text"] += text
         yield self._item_event(kind, delta=text, **fields)
@@ -383,9 +312,13 @@ class ResponsesAnswer:
         """Complete the item that is being written."""
         if self._ended:
             return
-        self._ended, item = True, self._items[-1]
-        item["status"] = "completed"
-        if item["type"] == "function_call":
+        item = self._items[-1]
+        if item["type"] == "custom_tool_call" and (text := custom_input(self._arguments)):
+            yield from self._add(text, "response.custom_tool_call_input.delta")
+        self._ended, item["status"] = True, "completed"
+        if item["type"] == "custom_tool_call":
+            yield self._item_event("response.custom_tool_call_input.done", input=item["input"])
+        elif item["type"] == "function_call":
             done = "response.function_call_arguments.done"
             yield self._item_event(done, arguments=item["arguments"], name=item["name"])
         else:
@@ -394,6 +327,8 @@ class ResponsesAnswer:
             scores = {"logprobs": part["logprobs"]} if item["type"] == "message" else {}
             yield self._item_event(kind, content_index=0, text=part["text"], **scores)
             yield self._item_event("response.content_part.done", content_index=0, part=part)
+            if item["type"] == "reasoning" and "reasoning.encrypted_content" in (self._body.include or ()):
+                item["encrypted_content"] = sealed(part["text"])
         yield self._event("response.output_item.done", item=item)
 
     def _item_event(self, kind: str, **fields: Any) -> bytes:

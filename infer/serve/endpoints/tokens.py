@@ -9,6 +9,7 @@ from fastapi import APIRouter, Response
 
 from stepjax.errors import RequestError
 from stepjax.infer.serve.api import Api, json_response
+from stepjax.infer.serve.conversations.reading import read_chat_body
 from stepjax.infer.serve.errors import ApiError
 from stepjax.infer.serve.limits import sized
 from stepjax.infer.serve.requests import encode_prompt, offered_tools, template_options
@@ -93,9 +94,9 @@ def _tokenize(session: Session, body: TokenizeRequest) -> list[int]:
         "continue_final_message",
         "add_generation_prompt",
     )
-    chat = ChatRequest.model_construct(**{name: getattr(body, name) for name in names})
+    chat = read_chat_body(ChatRequest.model_construct(**{name: getattr(body, name) for name in names}))
     if body.add_generation_prompt is False and not body.continue_final_message:  # of a whole conversation
         chat.add_generation_prompt, chat.continue_final_message = True, False
         options = template_options(session, chat) | {"add_generation_prompt": False}
-        return session.encode_chat(body.messages, tools=offered_tools(body.tools, None), **options)
+        return session.encode_chat(chat.messages, tools=offered_tools(chat.tools, None), **options)
     return encode_prompt(session, chat)[0]
