@@ -41,7 +41,7 @@ _CONTENT = {
         ]
     },
 }
-Message = Annotated[
+MessageParam = Annotated[
     Any,
     WithJsonSchema(
         record("role content", role={"enum": ["user", "assistant", "system"]}, content={"anyOf": [_TEXT, _CONTENT]})
@@ -79,7 +79,7 @@ class CountTokensRequest(Body):
     """POST /v1/messages/count_tokens."""
 
     model: str = sized("model", ...)
-    messages: list[Message] = sized("messages", ...)
+    messages: list[MessageParam] = sized("messages", ...)
     system: System = None
     tools: list[dict[str, Any]] | None = sized("tools")
     tool_choice: ToolChoice | None = None
