@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,15 +15,13 @@ from stepjax.infer.guided.guide import Constraint
 from stepjax.infer.hosts import agreed
 from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.transcript import Delta, FinishReason, Transcript, begins_in_reasoning
-from stepjax.text.tool_calls import ToolCall
+from stepjax.text.tool_calls import ToolCall, ToolSchemas
 
 if TYPE_CHECKING:
     from stepjax.infer.session import Session
 
 CHUNK = 512  # prompt tokens per prefill step
 MAX_BATCH = 8  # answers that run together
-
-Tools = Sequence[Mapping[str, Any]]  # function schemas in OpenAI form
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class Generation:
         params: Sequence[SamplingParams],
         *,
         speculate: int | None = None,
-        tools: Sequence[Tools | None] | None = None,
+        tools: Sequence[ToolSchemas | None] | None = None,
     ):
         """
         Args:
@@ -145,7 +143,7 @@ def generate(
     params: SamplingParams | Sequence[SamplingParams] | None = None,
     *,
     speculate: int | None = None,
-    tools: Tools | None = None,
+    tools: ToolSchemas | None = None,
 ) -> list[Completion]:
     """Answer a list of prompts, each a list of token ids. At most `MAX_BATCH` answers run together.
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Collection, Sequence
+from typing import Literal, NamedTuple
 
 from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.stop_strings import StopScan
 from stepjax.text.reasoning import ReasoningParser, reasoning_ended
 from stepjax.text.tokenizer import IncrementalDetokenizer, Tokenizer
-from stepjax.text.tool_calls import ArgumentsDelta, CallStart, ContentDelta, ToolCall, ToolCallParser, ToolEvent
+from stepjax.text.tool_calls import (
+    ArgumentsDelta,
+    CallStart,
+    ContentDelta,
+    ToolCall,
+    ToolCallParser,
+    ToolEvent,
+    ToolSchemas,
+)
 
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled", "error"]
 
@@ -75,7 +83,7 @@ class Transcript:
         eos_ids: Collection[int],
         tokenizer: Tokenizer | None = None,
         in_reasoning: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: ToolSchemas | None = None,
         include_stop: bool = False,
         skip_special: bool = True,
         verbatim: bool = False,

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from stepjax.checkpoint.reader import Checkpoint, Index, Progress, read_as
+from stepjax.checkpoint.reader import Checkpoint, Index, ProgressCallback, read_as
 from stepjax.weights.expert_format import ExpertFormat
 from stepjax.weights.quantised import Quantised, Weight
 
@@ -56,7 +56,7 @@ def load_sharded(
     *,
     experts: ExpertFormat | None = None,
     expert_order: ExpertOrder | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> tuple[dict[str, Weight], LoadReport]:
     """Every weight on its devices.
 

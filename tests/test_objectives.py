@@ -13,11 +13,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from stepjax.train.losses.divergence import Kind, teacher_tail, top_divergence, with_tail
 from stepjax.train.losses.logprobs import HiddenScores, TopScores, token_scores
 from stepjax.train.losses.policy_gradient import (
-    distilling_advantage,
     group_advantages,
     importance,
     mean_over,
     policy_gradient,
+    teacher_advantage,
 )
 
 KINDS = [("reverse", 0.5), ("forward", 0.5), ("jsd", 0.5), ("jsd", 0.1)]
@@ -215,7 +215,7 @@ def test_expected_gradients_of_the_estimators(toy):
         logprob = jax.nn.log_softmax(z)[y][None, None]
         mask = jnp.ones((1, 1), bool)
         sampler = jax.lax.stop_gradient(logprob)
-        advantage = distilling_advantage(sampler, q[y][None, None], mask)
+        advantage = teacher_advantage(sampler, q[y][None, None], mask)
         weight = importance(logprob, sampler, mask, filter="none").weight
         return mean_over(policy_gradient(logprob, advantage, weight), mask, jnp.asarray(1))
 
@@ -284,15 +284,15 @@ def test_clipping_drops_what_would_move_on_outwards():
 def test_discounted_advantages():
     mask = jnp.asarray([[0, 1, 1, 1]], bool)
     sampler, teacher = jnp.asarray([[5.0, -1, -1, -1]]), jnp.asarray([[0.0, -2, -1, -4]])
-    np.testing.assert_allclose(distilling_advantage(sampler, teacher, mask), [[0, -1, 0, -3]])
-    np.testing.assert_allclose(distilling_advantage(sampler, teacher, mask, discount=1.0), [[0, -4, -3, -3]])
-    np.testing.assert_allclose(distilling_advantage(sampler, teacher, mask, discount=0.5), [[0, -1.75, -1.5, -3]])
+    np.testing.assert_allclose(teacher_advantage(sampler, teacher, mask), [[0, -1, 0, -3]])
+    np.testing.assert_allclose(teacher_advantage(sampler, teacher, mask, discount=1.0), [[0, -4, -3, -3]])
+    np.testing.assert_allclose(teacher_advantage(sampler, teacher, mask, discount=0.5), [[0, -1.75, -1.5, -3]])
 
 
 def test_discounts_end_with_a_trajectory():
     mask, sampler = jnp.ones((1, 4), bool), jnp.zeros((1, 4))
     teacher = jnp.asarray([[-1.0, -2, -3, -4]])
-    found = distilling_advantage(sampler, teacher, mask, discount=1.0, sequence=jnp.asarray([[1, 1, 2, 2]]))
+    found = teacher_advantage(sampler, teacher, mask, discount=1.0, sequence=jnp.asarray([[1, 1, 2, 2]]))
     np.testing.assert_allclose(found, [[-3, -2, -7, -4]])
 
 

@@ -118,7 +118,7 @@ def run_steps(
         placement = Placement.split(layout, state, rows, axes_of(model))
     else:
         mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
-        placement = Placement.copied(mesh)
+        placement = Placement.data_parallel(mesh)
     mtp_weight = 0.3 if of.mtp_layers else 0.0
     step = make_step(model, optimizer, schedule, placement, mtp_weight=mtp_weight, balance_rate=1.0)
     state = jax.device_put(state, placement.state)

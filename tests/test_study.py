@@ -226,13 +226,13 @@ def test_table(capsys):
     assert "step-tiny: decode, 3 sequences × 1 token, 128 positions each" in out
     assert "In each of 5 layers: 2 × all-reduce over expert." in out
     assert "Note: 3 sequences are not split over data=2: 2 devices each hold a copy." in out
-    assert "Note: the mesh takes 4 of 8 devices." in out
+    assert "Note: the mesh uses 4 of 8 devices." in out
 
 
 REFUSED = [
     (["--mesh", "expert=5"], "routed experts (8) cannot be split 5 ways"),
     (["--mesh", "experts=8"], "'experts' is not an axis"),
-    (["--mesh", "expert=-1"], "leaves an axis open; give --devices N"),
+    (["--mesh", "expert=-1"], "has an axis of size -1; give --devices N"),
     (["--mesh", "expert=8", "--devices", 4], "takes 8 devices, found 4; expert=4 would fit"),
     (["--mesh", "expert=8", "--devices", 0], "devices: 0, expected 1 to"),
     (["--mesh", "data=100000"], "devices: 100000, expected 1 to"),
@@ -241,7 +241,7 @@ REFUSED = [
     (["--mesh", "expert=8", "--context", 10**9], "context: is 1000000000, expected 1 to"),
     (["--mesh", "expert=8", "--context", 64, "--chunk", 128, "--step", "prefill"], "chunk: is 128, expected 1 to 64"),
     (["--mesh", "expert=8", "--chunk", 0, "--step", "prefill"], "chunk: is 0, expected 1 to"),
-    (["--mesh", "expert=8", "--chunk", 16], "chunk: is of --step prefill"),
+    (["--mesh", "expert=8", "--chunk", 16], "chunk: is 16, but only --step prefill has chunks"),
     (["--mesh", "expert=8", "--speculate", 4], "speculate: is 4, expected 0 to 3"),
     (["--mesh", "expert=8", "--speculate", 1, "--step", "train"], "without MTP layers"),
     (["--mesh", "expert=8", "--keep-fp8", "--step", "train"], "keep-fp8: quantised weights have no gradient"),

@@ -209,7 +209,7 @@ def test_stored_scores(setup, rollouts, tmp_path):
     other = dataclasses.replace(rollouts[0], ids=[5, *rollouts[0].ids[1:]])
     with pytest.raises(TrainingError, match="scored with another completion"):
         found.score([other], top=3)
-    with pytest.raises(TrainingError, match="holds 4 tokens a place, but top_k is 5"):
+    with pytest.raises(TrainingError, match="holds 4 tokens per position, but top_k is 5"):
         found.score(rollouts, top=5)
     with pytest.raises(TrainingError, match="no scores of row 99"):
         found.score([dataclasses.replace(other, prompt=dataclasses.replace(other.prompt, index=99))], top=1)

@@ -78,7 +78,7 @@ def test_settings_survive_the_file(tmp_path):
             TEACHER + "[loss]\nobjective = 'sampled'\n[rollout]\nsource = 'teacher'",
             "expected 'student', on_policy 1",
         ),
-        (TEACHER + "[loss]\nobjective = 'top_k'", "one in this process knows all"),
+        (TEACHER + "[loss]\nobjective = 'top_k'", "use exact for one in this process"),
         (TEACHER + "[loss]\nobjective = 'mtp'", "lora.kind: is 'lora' with objective 'mtp'"),
         (
             "[teachers.m]\nkind = 'stored'\npath = 'x'\n[loss]\nobjective = 'top_k'",

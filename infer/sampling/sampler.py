@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stepjax.infer.sampling.state import REMOVED, Rules, Sampling, unpacked
+from stepjax.infer.sampling.state import REMOVED, LogitRules, Sampling, unpacked
 
 FEW = 64  # the largest top_k for which a partial sort is used
 
@@ -97,21 +97,21 @@ def _argmax(logits_BTV: jax.Array) -> jax.Array:
     return jnp.argmax(logits_BTV, axis=-1).astype(jnp.int32)
 
 
-def _in_force(rules: Rules, position_BT: jax.Array) -> jax.Array:
+def _in_force(rules: LogitRules, position_BT: jax.Array) -> jax.Array:
     """Whether any row has a rule that matters at its positions."""
     early = jnp.any(_early(rules, position_BT), axis=-1)
     return jnp.any(rules.guided_B | rules.biased_B | early | _with_penalties(rules))
 
 
-def _early(rules: Rules, position_BT: jax.Array) -> jax.Array:
+def _early(rules: LogitRules, position_BT: jax.Array) -> jax.Array:
     return position_BT < rules.first_end_B[:, None]
 
 
-def _with_penalties(rules: Rules) -> jax.Array:
+def _with_penalties(rules: LogitRules) -> jax.Array:
     return (rules.repetition_B != 1) | (rules.presence_B != 0) | (rules.frequency_B != 0)
 
 
-def _ruled(logits: jax.Array, position_BT: jax.Array, rules: Rules, draft_BK: jax.Array | None) -> jax.Array:
+def _ruled(logits: jax.Array, position_BT: jax.Array, rules: LogitRules, draft_BK: jax.Array | None) -> jax.Array:
     """Masks, bias and allowed ids, then the least length, then penalties; each only if somebody asks for it."""
     early_BT = _early(rules, position_BT)
     logits = jax.lax.cond(jnp.any(rules.guided_B), lambda x: _guided(x, rules), lambda x: x, logits)
@@ -122,7 +122,7 @@ def _ruled(logits: jax.Array, position_BT: jax.Array, rules: Rules, draft_BK: ja
     return jax.lax.cond(jnp.any(_with_penalties(rules)), lambda x: _penalised(x, rules, draft_BK), lambda x: x, logits)
 
 
-def _guided(logits: jax.Array, rules: Rules) -> jax.Array:
+def _guided(logits: jax.Array, rules: LogitRules) -> jax.Array:
     """Without the tokens that a row's mask excludes; masks are kept for as many positions as a step verifies."""
     mask_BTW = rules.mask_BTW[:, : logits.shape[1]]
     rest = logits.shape[1] - mask_BTW.shape[1]
@@ -131,14 +131,14 @@ def _guided(logits: jax.Array, rules: Rules) -> jax.Array:
     return jnp.where(allowed_BTV | ~rules.guided_B[:, None, None], logits, REMOVED)
 
 
-def _without_ends(logits: jax.Array, early_BT: jax.Array, rules: Rules) -> jax.Array:
+def _without_ends(logits: jax.Array, early_BT: jax.Array, rules: LogitRules) -> jax.Array:
     size = logits.shape[-1]
     ends = jnp.where(rules.end_BI >= 0, rules.end_BI, size)
     ends_BV = jax.vmap(lambda ids: jnp.zeros((size,), bool).at[ids].set(True, mode="drop"))(ends)
     return jnp.where(early_BT[..., None] & ends_BV[:, None, :], REMOVED, logits)
 
 
-def _penalised(logits: jax.Array, rules: Rules, draft_BK: jax.Array | None) -> jax.Array:
+def _penalised(logits: jax.Array, rules: LogitRules, draft_BK: jax.Array | None) -> jax.Array:
     """Repetition counts the prompt, the other two only what was answered."""
     count_BTV = jnp.broadcast_to(rules.count_BV[:, None, :], logits.shape)
     if draft_BK is not None and draft_BK.shape[1]:

@@ -25,7 +25,7 @@ def _temperature(params: SamplingParams) -> float:
     return params.temperature if params.temperature >= COLDEST else 0.0
 
 
-class Rules(NamedTuple):
+class LogitRules(NamedTuple):
     """Options that change logits, with arrays over the vocabulary. Only an engine's slots have them."""
 
     repetition_B: Any  # float32; 1 is off
@@ -52,11 +52,11 @@ class Sampling:
     top_k_B: Any  # int32
     min_p_B: Any  # float32
     seed_B: Any  # uint32
-    rules: Rules | None = None
+    rules: LogitRules | None = None
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams]) -> Sampling:
-        """Without `Rules`.
+        """Without `LogitRules`.
 
         Raises:
           RequestError: one of the requests needs them.
@@ -77,7 +77,7 @@ class Sampling:
         """Greedy slots; no rule is in force."""
         zero, whole = np.zeros((batch,), np.float32), np.zeros((batch,), np.int32)
         table = (batch, vocab)
-        rules = Rules(
+        rules = LogitRules(
             zero + 1,
             zero,
             zero,
@@ -250,7 +250,7 @@ def assign(sampling: Sampling, slot_M: jax.Array, rows: SlotSampling) -> Samplin
         allowed = jnp.where(unpacked(row.allowed_W, vocab), jnp.float32(0), jnp.float32(REMOVED))
         bias = allowed.at[row.bias_id_M].add(row.bias_M, mode="drop")
         count = jnp.where(row.continues, kept_V, 0).at[row.counted_id_C].add(row.count_C, mode="drop")
-        new = Rules(
+        new = LogitRules(
             row.repetition,
             row.presence,
             row.frequency,

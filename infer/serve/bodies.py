@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar
 
 from stepjax.infer.serve.errors import ApiError
 from stepjax.infer.serve.limits import LIMITS
-from stepjax.infer.serve.middleware import App, Message, Receive, Refuse, Scope, Send
+from stepjax.infer.serve.middleware import App, AsgiMessage, Receive, Refuse, Scope, Send
 
 T = TypeVar("T")
 
@@ -59,7 +59,7 @@ class StrictBodies:
             return
         replayed = False
 
-        async def replay() -> Message:
+        async def replay() -> AsgiMessage:
             nonlocal replayed
             if replayed:
                 return await receive()  # only the disconnect can follow

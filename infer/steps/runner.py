@@ -20,7 +20,7 @@ from stepjax.infer.sampling.sampler import Logprobs, logprobs, mask_padding, rec
 from stepjax.infer.sampling.state import Sampling, SlotSampling, assign, guide
 from stepjax.infer.steps.program import Program
 from stepjax.infer.steps.speculative import Drafter, accepted, draft
-from stepjax.infer.steps.state import NO_EXPERT, Emitted, Pieces, Progress, State, placement
+from stepjax.infer.steps.state import NO_EXPERT, Emitted, Pieces, SlotProgress, State, placement
 from stepjax.model.cache import MAX_DRAFTS, Cache, Chunk, empty_cache
 from stepjax.model.step3p5 import Hidden, Params, Step3p5, bind
 from stepjax.ops.rows import put_row, take_row
@@ -128,7 +128,7 @@ class Runner:
         cache = Cache(cache.layers, cache.mtp[: self.drafts])
         tails = tuple(jnp.zeros((batch, config.hidden_size), dtype) for _ in range(self.drafts))
         zero, per_depth = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch, self.drafts), jnp.int32)
-        return State(cache, Progress(tails, per_depth, zero, zero, per_depth), jax.tree.map(jnp.asarray, sampling))
+        return State(cache, SlotProgress(tails, per_depth, zero, zero, per_depth), jax.tree.map(jnp.asarray, sampling))
 
     def _prefill(self, params: Params, state: State, pieces: Pieces) -> tuple[State, Emitted]:
         """Run the pieces; where a prompt ends, the first token of its answer is sampled."""
@@ -245,14 +245,14 @@ class Runner:
         self,
         model: Step3p5,
         out: Any,
-        mine: Progress,
+        mine: SlotProgress,
         token_BT: jax.Array,
         count_B: jax.Array,
         last_B: jax.Array,
         slot_B: jax.Array | None,
         *,
         drafts: int,
-    ) -> tuple[Cache, Progress]:
+    ) -> tuple[Cache, SlotProgress]:
         """Commit ``count`` tokens of each row and draft the next; depths that are left out start again afterwards."""
         length = mine.length_S + count_B
         rings, tails, guess = out.cache.mtp[:drafts], mine.tails[:drafts], mine.draft_SK[:, :0]
@@ -269,7 +269,7 @@ class Runner:
                 first_BK=mine.first_SK,
             )
         depth = jnp.arange(self.drafts)[None, :]
-        after = Progress(
+        after = SlotProgress(
             (*tails, *mine.tails[drafts:]),
             jnp.where(depth < drafts, mine.first_SK, length[:, None]),
             length,
@@ -279,7 +279,13 @@ class Runner:
         return Cache(out.cache.layers, (*rings, *out.cache.mtp[drafts:])), after
 
     def _committed(
-        self, state: State, cache: Cache, after: Progress, emitted: Emitted, live_B: jax.Array, slot_B: jax.Array | None
+        self,
+        state: State,
+        cache: Cache,
+        after: SlotProgress,
+        emitted: Emitted,
+        live_B: jax.Array,
+        slot_B: jax.Array | None,
     ) -> State:
         progress = jax.tree.map(functools.partial(_put, slot_B=slot_B, live_B=live_B), state.progress, after)
         return State(cache, progress, record(state.sampling, emitted.token_BT, emitted.count_B, slot_B=slot_B))
@@ -298,7 +304,7 @@ def _rows(tree: Any, slot_B: jax.Array | None, count: int) -> Any:
     return jax.tree.map(lambda x: jnp.take(x, slot_B, axis=0, mode="clip"), tree)
 
 
-def _only(mine: Progress, live_B: jax.Array) -> Progress:
+def _only(mine: SlotProgress, live_B: jax.Array) -> SlotProgress:
     """``mine`` with nothing in the cache of the rows that are not live, and nothing to verify.
 
     A slot keeps the length of its last answer, and the loop over pages runs to the longest sequence of the batch.

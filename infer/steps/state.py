@@ -12,7 +12,7 @@ from stepjax.model.cache import Cache, CacheView, Ring
 from stepjax.model.layout import Layout
 
 
-class Progress(NamedTuple):
+class SlotProgress(NamedTuple):
     """How far each slot is. Position ``length`` holds ``last``, the newest token, which is not in the cache yet."""
 
     tails: tuple[jax.Array, ...]  # of the drafter, per depth [S, D]
@@ -26,7 +26,7 @@ class State(NamedTuple):
     """Everything that the device keeps between steps."""
 
     cache: Cache
-    progress: Progress
+    progress: SlotProgress
     sampling: Sampling
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from stepjax.adapters.lora import LoraConfig, adapted_paths, check_fit
-from stepjax.checkpoint.reader import Checkpoint, Progress
+from stepjax.checkpoint.reader import Checkpoint, ProgressCallback
 from stepjax.checkpoint.writer import MAX_SHARD_BYTES, Share, save
 from stepjax.errors import CheckpointError
 from stepjax.weights.dtypes import DTYPES
@@ -41,7 +41,7 @@ def merge_checkpoint(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
     share: Share | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> MergeReport:
     """Write the checkpoint at ``source`` with an adapter added to its weights.
 

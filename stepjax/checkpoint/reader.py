@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from stepjax.weights.quantised import Quantised, Weight
 
 Index = tuple[slice, ...]
-Progress = Callable[[int, int], None]  # bytes of weights done so far, bytes in all
+ProgressCallback = Callable[[int, int], None]  # bytes of weights done so far, bytes in all
 
 MAX_CONFIG_BYTES = 2**20
 _FLOATS = ("BF16", "F32", "F16")
@@ -266,7 +266,7 @@ def read_config(folder: Path, name: str = "config.json") -> ModelConfig:
 
 
 def load_params(
-    checkpoint: Checkpoint, dtype: Any, *, experts: ExpertFormat | None = None, progress: Progress | None = None
+    checkpoint: Checkpoint, dtype: Any, *, experts: ExpertFormat | None = None, progress: ProgressCallback | None = None
 ) -> dict[str, Weight]:
     """Every weight as jax arrays on the default device, one at a time: beside the model, memory holds one weight.
 

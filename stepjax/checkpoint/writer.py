@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from stepjax.checkpoint.hf_config import quantization_config, to_hf
-from stepjax.checkpoint.reader import Checkpoint, Progress, read_config
+from stepjax.checkpoint.reader import Checkpoint, ProgressCallback, read_config
 from stepjax.checkpoint.weight_files import INDEX, inside, read_json
 from stepjax.config import ModelConfig
 from stepjax.errors import CheckpointError
@@ -148,7 +148,7 @@ def save(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
     share: Share | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Path:
     """Write ``params`` as a checkpoint folder and return its path.
 
@@ -252,7 +252,7 @@ def _format_of(plan: list[_Weight]) -> ExpertFormat:
 
 
 def _write_shards(
-    target: Path, plan: list[_Weight], *, max_shard_bytes: int, share: Share | None, progress: Progress | None
+    target: Path, plan: list[_Weight], *, max_shard_bytes: int, share: Share | None, progress: ProgressCallback | None
 ) -> None:
     total = sum(weight.num_bytes for weight in plan)
     places = _places(target, [tensor for weight in plan for tensor in weight.tensors], max_shard_bytes)

@@ -35,6 +35,8 @@ from typing import Any, NamedTuple
 from stepjax.text.reasoning import held_length
 from stepjax.text.tokenizer import TOOL_CLOSE, TOOL_OPEN
 
+ToolSchemas = Sequence[Mapping[str, Any]]  # schemas of functions in OpenAI form
+
 _FUNCTION = "<function="
 _FUNCTION_CLOSE = "</function>"
 _PARAMETER = "<parameter="
@@ -104,7 +106,7 @@ class ToolCallParser:
     where a call may follow that would drop it.
     """
 
-    def __init__(self, tools: Sequence[Mapping[str, Any]] | None = None):
+    def __init__(self, tools: ToolSchemas | None = None):
         """tools are the request's, in OpenAI's form; whatever in them cannot be read types nothing."""
         self._schemas = _schemas(tools)
         self._held = ""
@@ -166,7 +168,7 @@ class ToolCallParser:
             events.append(ContentDelta(text))
 
 
-def parse(content: str, tools: Sequence[Mapping[str, Any]] | None = None) -> tuple[str, list[ToolCall]]:
+def parse(content: str, tools: ToolSchemas | None = None) -> tuple[str, list[ToolCall]]:
     """Splits a whole answer into (content, calls). Written apart from the stream, which is tested against it."""
     schemas = _schemas(tools)
     pieces: list[str] = []  # text before each block of calls, then the text after the last
@@ -318,7 +320,7 @@ def _clean_name(text: str) -> str:
     return text.strip(" \t\r\"'=")
 
 
-def _schemas(tools: Sequence[Mapping[str, Any]] | None) -> dict[str, dict[str, list[str]]]:
+def _schemas(tools: ToolSchemas | None) -> dict[str, dict[str, list[str]]]:
     """`argument_types` by function name."""
     schemas: dict[str, dict[str, list[str]]] = {}
     for tool in tools or ():

@@ -1,1 +1,1 @@
-"""Verbs of the command line that plan and train."""
+"""Commands that plan and train."""

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch",
         type=int,
         metavar="B",
-        help="sequences that run together, at most so many for throughput; rows of a training step (default: by goal)",
+        help="sequences at the same time (for throughput the most); rows of a step for lora (default: by goal)",
     )
     parser.add_argument(
         "--context", type=int, default=4096, metavar="S", help="positions of each sequence (default: %(default)s)"
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _request_of(args: argparse.Namespace, config: Any, cluster: Cluster) -> tuple[Any, Calibration | None]:
-    """The question for the planner, and the calibration of its efficiencies."""
+    """The request to the planner, and the calibration of its efficiencies."""
     from stepjax.infer.engine.draft_policy import PRIOR
     from stepjax.sharding.planner.calibration import fit
     from stepjax.sharding.planner.measurements import read_points

@@ -30,11 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train stage after stage; with several, stage n has the folder RUN/n and starts from the last weights of n − 1."""
+    """Train all stages. With several, stage n has the folder RUN/n and starts from the last weights of stage n − 1."""
     stages = _stages([read_pretrain(path, args.set) for path in args.config], args.out)
     import jax
 
-    with contextlib.suppress(RuntimeError):  # jax runs already; the loop checks its devices
+    with contextlib.suppress(RuntimeError):  # jax is initialised already; the loop checks the number of devices
         jax.config.update("jax_num_cpu_devices", max(config.devices for config, _ in stages))
     from stepjax.train.pretrain.loop import pretrain
 
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _stages(configs: list[PretrainConfig], out: Path) -> list[tuple[PretrainConfig, Path]]:
-    """Every stage's settings and folder."""
+    """Settings and folder of each stage."""
     if len(configs) == 1:
         return [(configs[0], out)]
     stages: list[tuple[PretrainConfig, Path]] = []
@@ -55,7 +55,7 @@ def _stages(configs: list[PretrainConfig], out: Path) -> list[tuple[PretrainConf
                 raise ConfigError(
                     f"start_from: stage {number} starts from the weights of stage {number - 1}; leave it out"
                 )
-            before, folder = stages[-1]
-            config = dataclasses.replace(config, start_from=str(folder / "weights" / f"{before.steps}.safetensors"))
+            earlier, folder = stages[-1]
+            config = dataclasses.replace(config, start_from=str(folder / "weights" / f"{earlier.steps}.safetensors"))
         stages.append((config, out / str(number)))
     return stages

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     records = read_metrics(args.folder)
     numbers = series(records)
     if not numbers:
-        raise ConfigError(f"{args.folder}: its metrics file holds no numbers yet")
+        raise ConfigError(f"{args.folder}: the metrics file holds no numbers yet")
     if args.json:
         ends = {name: {"first": values[0], "last": values[-1]} for name, values in sorted(numbers.items())}
         print(json.dumps(ends, indent=1))

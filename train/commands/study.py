@@ -1,4 +1,4 @@
-"""``stepjax study``: compile one step of a whole model from shapes alone, for a mesh that need not exist."""
+"""``stepjax study``: compile one step of a whole model from shapes, for a mesh that need not exist."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train: an AdamW update of every parameter, activations kept; lora: of an adapter (default: %(default)s)",
     )
     parser.add_argument(
-        "--batch", type=int, default=1, metavar="B", help="sequences on all devices together (default: %(default)s)"
+        "--batch", type=int, default=1, metavar="B", help="sequences on all devices (default: %(default)s)"
     )
     parser.add_argument(
         "--context", type=int, default=4096, metavar="S", help="positions of each sequence (default: %(default)s)"

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Score every row's completion once, in the order of the file."""
+    """Score the completion of each row, in the order of the file."""
     config = read_settings(TuneConfig, args.config, [*args.set, 'verb="sft"', 'rollout.source="data"'])
     name = args.data or next(iter(config.data))
     if config.data.get(name) is None or config.data[name].kind != "jsonl":

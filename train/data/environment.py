@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from stepjax.text.tool_calls import ToolSchemas
 from stepjax.train.data import tasks
-
-Message = dict[str, Any]
-ToolSchemas = Sequence[Mapping[str, Any]] | None
+from stepjax.train.data.tasks import ChatMessage
 
 
 @dataclass(frozen=True)
@@ -26,12 +25,12 @@ class Environment(Protocol):
     """One episode. `messages` and `tools` are what the model sees at its beginning."""
 
     @property
-    def messages(self) -> Sequence[Message]: ...
+    def messages(self) -> Sequence[ChatMessage]: ...
 
     @property
-    def tools(self) -> ToolSchemas: ...
+    def tools(self) -> ToolSchemas | None: ...
 
-    def respond(self, turn: Turn) -> Sequence[Message]:
+    def respond(self, turn: Turn) -> Sequence[ChatMessage]:
         """Messages that answer a turn, for the model to go on from. An empty sequence ends the episode."""
         ...
 
@@ -44,12 +43,12 @@ class Environment(Protocol):
 class ExactMatch:
     """One turn, rewarded with 1 if its text equals the answer and with 0 if not, or if there is no answer."""
 
-    messages: Sequence[Message]
-    tools: ToolSchemas = None
+    messages: Sequence[ChatMessage]
+    tools: ToolSchemas | None = None
     answer: str | None = None
     _turn: Turn | None = None
 
-    def respond(self, turn: Turn) -> Sequence[Message]:
+    def respond(self, turn: Turn) -> Sequence[ChatMessage]:
         self._turn = turn
         return ()
 
@@ -68,14 +67,14 @@ class GradedTask:
     _turn: Turn | None = None
 
     @property
-    def messages(self) -> Sequence[Message]:
+    def messages(self) -> Sequence[ChatMessage]:
         return self.item.messages
 
     @property
-    def tools(self) -> ToolSchemas:
+    def tools(self) -> ToolSchemas | None:
         return self.item.tools
 
-    def respond(self, turn: Turn) -> Sequence[Message]:
+    def respond(self, turn: Turn) -> Sequence[ChatMessage]:
         self._turn = turn
         return ()
 
@@ -94,15 +93,15 @@ class ToolTask:
     _turns: list[Turn] = field(default_factory=list)
 
     @property
-    def messages(self) -> Sequence[Message]:
+    def messages(self) -> Sequence[ChatMessage]:
         """The messages before the tool call."""
         return self.item.messages[:-2]
 
     @property
-    def tools(self) -> ToolSchemas:
+    def tools(self) -> ToolSchemas | None:
         return self.item.tools
 
-    def respond(self, turn: Turn) -> Sequence[Message]:
+    def respond(self, turn: Turn) -> Sequence[ChatMessage]:
         self._turns.append(turn)
         if len(self._turns) > 1 or not self._called():
             return ()

@@ -14,9 +14,11 @@ import numpy as np
 from stepjax.errors import ConfigError
 from stepjax.infer.session import Session
 from stepjax.text.tokenizer import IM_END
+from stepjax.text.tool_calls import ToolSchemas
 from stepjax.train.config.tune import DataSettings
 from stepjax.train.data import tasks
-from stepjax.train.data.environment import Environment, ExactMatch, Message, ToolSchemas, environment
+from stepjax.train.data.environment import Environment, ExactMatch, environment
+from stepjax.train.data.tasks import ChatMessage
 from stepjax.train.data.words import Split
 
 
@@ -29,8 +31,8 @@ class Prompt:
     ids: tuple[int, ...]
     completion: tuple[int, ...] | None  # of the data, up to and including the token that ends the turn
     new_environment: Callable[[], Environment]  # begins an episode
-    messages: Sequence[Message]  # empty for raw text
-    tools: ToolSchemas = None
+    messages: Sequence[ChatMessage]  # empty for raw text
+    tools: ToolSchemas | None = None
 
 
 class Source(Protocol):
@@ -217,7 +219,7 @@ def read_row(name: str, index: int, row: Mapping[str, Any], session: Session, *,
 
 
 def turn_ids(
-    session: Session, messages: Sequence[Message], turn: Message, *, tools: ToolSchemas
+    session: Session, messages: Sequence[ChatMessage], turn: ChatMessage, *, tools: ToolSchemas | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Ids of the prompt, and of the assistant's turn after it up to and including the token that ends it."""
     prompt = session.encode_chat(messages, tools=tools)
@@ -231,7 +233,7 @@ def turn_ids(
 
 
 def reply_ids(
-    session: Session, messages: Sequence[Message], replies: Sequence[Message], *, tools: ToolSchemas
+    session: Session, messages: Sequence[ChatMessage], replies: Sequence[ChatMessage], *, tools: ToolSchemas | None
 ) -> tuple[int, ...]:
     """Ids between the assistant's turn that ends ``messages`` and the assistant's next turn."""
     assert session.tokenizer is not None

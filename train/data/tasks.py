@@ -16,11 +16,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from numpy.random import Generator
 
 from stepjax import config
+from stepjax.text.tool_calls import ToolSchemas
 from stepjax.train.config.mix import MIX
 from stepjax.train.data import tools as toolbox
 from stepjax.train.data.words import Split, chance, city, pair_split, pick, word
 
-Message = dict[str, Any]
+ChatMessage = dict[str, Any]  # in OpenAI form
 ASSETS = config.ASSETS / "step-tiny"
 
 PHRASES = {
@@ -104,7 +105,7 @@ class Template(Protocol):
     """Renders a chat to text; `stepjax.text.chat` and `tiny_template` both do."""
 
     def render(
-        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None, add_generation_prompt: bool
+        self, messages: Sequence[ChatMessage], *, tools: ToolSchemas | None, add_generation_prompt: bool
     ) -> str: ...
 
 
@@ -113,9 +114,9 @@ class Item:
     """One task: the chat so far, the assistant turn that should follow, and the answer that a program checks."""
 
     task: str
-    messages: list[Message]  # OpenAI form; the last one is the user or tool turn to be answered
+    messages: list[ChatMessage]  # OpenAI form; the last one is the user or tool turn to be answered
     tools: list[dict[str, Any]] | None
-    target: Message  # role, reasoning_content, content and, for a call, tool_calls
+    target: ChatMessage  # role, reasoning_content, content and, for a call, tool_calls
     answer: Any  # the content, or for a call {"name": …, "arguments": {…}}
 
 
@@ -176,9 +177,9 @@ class TinyTemplate:
 
     def render(
         self,
-        messages: Sequence[Message],
+        messages: Sequence[ChatMessage],
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: ToolSchemas | None = None,
         add_generation_prompt: bool = True,
     ) -> str:
         """The chat as text, ready to be encoded without further special tokens."""
@@ -316,8 +317,8 @@ def _tool_round_trip(rng: Generator, split: Split) -> Item:
     return Item("tool_round_trip", [*item.messages, item.target, response], item.tools, target, answer)
 
 
-def _earlier_turns(rng: Generator, split: Split) -> list[Message]:
-    turns: list[Message] = []
+def _earlier_turns(rng: Generator, split: Split) -> list[ChatMessage]:
+    turns: list[ChatMessage] = []
     for _ in range(1 + chance(rng, 0.25)):
         past = pick(rng, (_add, _sub, _compare, _reverse, _copy, _greeting))(rng, split)
         turns += [*past.messages, {"role": "assistant", "content": past.target["content"]}]

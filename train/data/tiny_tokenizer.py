@@ -96,7 +96,7 @@ def _trim(fragment: str) -> str:
 def _template_fragments(template: tasks.Template) -> list[str]:
     """The template's own text between special tokens, names and contents."""
     call = {"function": {"name": SLOT, "arguments": {SLOT: SLOT, SLOT * 2: SLOT}}}
-    messages: list[tasks.Message] = [
+    messages: list[tasks.ChatMessage] = [
         {"role": "system", "content": SLOT},
         {"role": "user", "content": SLOT},
         {"role": "assistant", "reasoning_content": SLOT, "content": SLOT, "tool_calls": [call]},

@@ -1,4 +1,4 @@
-"""The output matrix over hidden states, a block of positions at a time: logits of a whole batch never exist."""
+"""Log-probabilities from hidden states, a block of positions at a time, so that the logits of a batch never exist."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stepjax.train.losses.divergence import Kind, divergence, top_divergence
 
 Head = Callable[[jax.Array], jax.Array]  # hidden states [B, T, D] → float32 logits [B, T, V]
 
-CHUNK = 512  # positions of a block over all sequences: 264 MB of logits at the release's vocabulary
+CHUNK = 512  # positions of a block, over all sequences: 264 MB of logits with the released model's vocabulary
 
 
 class TopScores(NamedTuple):
@@ -24,19 +24,19 @@ class TopScores(NamedTuple):
 
 
 class HiddenScores(NamedTuple):
-    """A teacher's hidden states; its logits are made where they are used."""
+    """A teacher's hidden states. Its logits are computed block by block."""
 
     hidden_BTD: Any
     head: Head
 
 
 class TokenScores(NamedTuple):
-    """What the student's logits say at each position, float32 [B, T]; in nats."""
+    """Scores of each position by the student, float32 [B, T], in nats."""
 
     logprob: jax.Array  # of the label
     entropy: jax.Array  # no gradient
-    divergence: jax.Array  # from the teacher, 0 without one
-    teacher_logprob: jax.Array  # of the label, 0 unless the teacher gave hidden states; no gradient
+    divergence: jax.Array  # from the teacher; 0 without a teacher
+    teacher_logprob: jax.Array  # of the label; 0 unless hidden states of the teacher are given; no gradient
 
 
 def token_scores(
@@ -50,11 +50,11 @@ def token_scores(
     beta: float = 0.5,
     chunk: int = CHUNK,
 ) -> TokenScores:
-    """Scores of every position. Blocks are computed again in the backward pass, so that no logits are kept.
+    """Scores of every position. Blocks are computed again in the backward pass, so no logits are kept.
 
     Args:
-      head: of the student; what it closes over is differentiated too.
-      num_tokens: entries of the tokenizer; padding rows of the matrix have no probability, as in the sampler.
+      head: of the student. Parameters that it closes over get gradients too.
+      num_tokens: entries of the tokenizer; padding entries of the vocabulary have probability 0, as in the sampler.
       chunk: positions of a block, over all sequences.
     """
     batch, length = label_BT.shape
@@ -70,28 +70,28 @@ def token_scores(
         return mask_padding(logits.astype(jnp.float32), num_tokens)
 
     @jax.checkpoint
-    def block(hidden: jax.Array, label: jax.Array, other: Any) -> TokenScores:
+    def block(hidden: jax.Array, label: jax.Array, teacher_block: Any) -> TokenScores:
         logits = masked(head(hidden))
-        every = jax.nn.log_softmax(jax.lax.stop_gradient(logits))
-        entropy = -jnp.sum(jnp.exp(every) * every, axis=-1)
-        apart = theirs = jnp.zeros_like(entropy)
+        logprobs = jax.nn.log_softmax(jax.lax.stop_gradient(logits))
+        entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
+        distance = teacher_logprob = jnp.zeros_like(entropy)
         if isinstance(teacher, HiddenScores):
-            wanted = jax.lax.stop_gradient(masked(teacher.head(other)))
-            apart = divergence(logits, wanted, kind=kind, beta=beta)
-            theirs = _picked(wanted, label)
+            teacher_logits = jax.lax.stop_gradient(masked(teacher.head(teacher_block)))
+            distance = divergence(logits, teacher_logits, kind=kind, beta=beta)
+            teacher_logprob = _label_logprob(teacher_logits, label)
         elif teacher is not None:
-            apart = top_divergence(logits, other.id_BTK, other.logprob_BTK, kind=kind, beta=beta)
-        return TokenScores(_picked(logits, label), entropy, apart, theirs)
+            distance = top_divergence(logits, teacher_block.id_BTK, teacher_block.logprob_BTK, kind=kind, beta=beta)
+        return TokenScores(_label_logprob(logits, label), entropy, distance, teacher_logprob)
 
-    _, found = jax.lax.scan(
-        lambda carry, each: (carry, block(*each)),
+    _, scores = jax.lax.scan(
+        lambda carry, inputs: (carry, block(*inputs)),
         None,
         (split(hidden_BTD), split(label_BT), jax.tree.map(split, state)),
     )
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length], found)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length], scores)
 
 
-def _picked(logits: jax.Array, label: jax.Array) -> jax.Array:
-    """Log-probability of the label. A sum over a mask: a gather would fetch a vocabulary that is split."""
-    mine = jnp.arange(logits.shape[-1]).reshape((1,) * label.ndim + (-1,)) == label[..., None]
-    return jnp.sum(jnp.where(mine, logits, 0.0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+def _label_logprob(logits: jax.Array, label: jax.Array) -> jax.Array:
+    """Log-probability of the label, as a sum over a mask: a gather would collect a vocabulary that is sharded."""
+    is_label = jnp.arange(logits.shape[-1]).reshape((1,) * label.ndim + (-1,)) == label[..., None]
+    return jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)

@@ -1,7 +1,6 @@
-"""What is minimised, token by token, and how samples of another policy are corrected for. Float32, in nats.
+"""Policy gradients: importance weights, advantages, and the loss of each token. Float32, in nats.
 
-Symbols: μ the sampler, π the trained policy, q the teacher, m the mask of the policy's own tokens, N the tokens of the
-whole global batch that count, so that the split into micro-batches changes nothing.
+Symbols: μ the sampler, π the trained policy, q the teacher, w = π/μ the ratio of a token.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ MISPO_SEQUENCE = (0.996, 1.001)
 
 
 class Ratios(NamedTuple):
-    """How samples are weighted. Constants: no gradient passes."""
+    """Weights of sampled tokens. They have no gradient."""
 
     weight: jax.Array  # [B, T]
     kept_tokens: jax.Array  # [B, T] bool
-    kept_sequences: jax.Array  # [B, T] bool: by the filter of whole trajectories
+    kept_sequences: jax.Array  # [B, T] bool: whether the filter of whole answers keeps the token's answer
 
 
 def mean_over(value: jax.Array, mask: jax.Array, total: jax.Array) -> jax.Array:
-    """Sum over the tokens that count, over ``total`` of them in the global batch."""
+    """The sum over the tokens that count, divided by ``total``, their number in the global batch."""
     return jnp.sum(jnp.where(mask, value, 0.0)) / jnp.maximum(total, 1).astype(jnp.float32)
 
 
@@ -43,36 +42,36 @@ def importance(
     sequence_bounds: tuple[float, float] = MISPO_SEQUENCE,
     sequence: jax.Array | None = None,
 ) -> Ratios:
-    """Weights of tokens that μ sampled, from the ratio w = π/μ.
+    """Weights of tokens that μ sampled, from their ratios w = π/μ.
 
-    "none": w itself. "tis": min(w, cap). "icepop": w inside ``token_bounds`` and 0 outside. "mispo": 1 or 0, by the
-    bounds of the token and of its trajectory's geometric mean.
+    "none": w. "tis": min(w, cap). "icepop": w inside ``token_bounds``, 0 outside. "mispo": 1 if w is inside
+    ``token_bounds`` and the geometric mean over the answer inside ``sequence_bounds``, else 0.
 
     Args:
-      sequence: int32 [B, T], the trajectory of each token within its row, for packed rows; None: a row is one.
+      sequence: of packed rows, the number of each token's answer in its row, int32 [B, T]; None: one answer a row.
     """
     gap = jax.lax.stop_gradient(jnp.where(mask, logprob - sampler, 0.0))
-    ratio, everything = jnp.exp(gap), jnp.ones_like(mask, bool)
+    ratio, all_kept = jnp.exp(gap), jnp.ones_like(mask, bool)
     inside = (ratio >= token_bounds[0]) & (ratio <= token_bounds[1])
     if filter == "none":
-        return Ratios(ratio, everything, everything)
+        return Ratios(ratio, all_kept, all_kept)
     if filter == "tis":
-        return Ratios(jnp.minimum(ratio, cap), ratio <= cap, everything)
+        return Ratios(jnp.minimum(ratio, cap), ratio <= cap, all_kept)
     if filter == "icepop":
-        return Ratios(jnp.where(inside, ratio, 0.0), inside, everything)
+        return Ratios(jnp.where(inside, ratio, 0.0), inside, all_kept)
     mean = jnp.exp(_sequence_mean(gap, mask, sequence))
-    whole = (mean >= sequence_bounds[0]) & (mean <= sequence_bounds[1])
-    return Ratios((inside & whole).astype(jnp.float32), inside, whole)
+    kept = (mean >= sequence_bounds[0]) & (mean <= sequence_bounds[1])
+    return Ratios((inside & kept).astype(jnp.float32), inside, kept)
 
 
 def _sequence_mean(value: jax.Array, mask: jax.Array, sequence: jax.Array | None) -> jax.Array:
-    """The mean over the tokens of each trajectory that count, at each of its tokens."""
+    """At each token, the mean over the tokens of its answer that count."""
     length = mask.shape[1]
-    of = jnp.zeros(mask.shape, jnp.int32) if sequence is None else sequence
-    own = jax.vmap(lambda x, s: jax.ops.segment_sum(x, s, num_segments=length + 1))
+    segment = jnp.zeros(mask.shape, jnp.int32) if sequence is None else sequence
+    segment_sum = jax.vmap(lambda x, s: jax.ops.segment_sum(x, s, num_segments=length + 1))
     count = mask.astype(jnp.float32)
-    mean = own(value * count, of) / jnp.maximum(own(count, of), 1.0)
-    return jnp.take_along_axis(mean, of, axis=1)
+    mean = segment_sum(value * count, segment) / jnp.maximum(segment_sum(count, segment), 1.0)
+    return jnp.take_along_axis(mean, segment, axis=1)
 
 
 def policy_gradient(
@@ -81,17 +80,17 @@ def policy_gradient(
     """Loss of each token, whose gradient is −w·A·∇log π.
 
     Args:
-      clip: bounds of π/μ outside of which a token that would move on outwards is dropped (PPO); ``weight`` is the
-        ratio then.
+      clip: bounds of w, with which ``weight`` must be w itself. A token is dropped if w is outside and would move
+        further out (PPO).
     """
-    gain = jax.lax.stop_gradient(weight * advantage)
+    scale = jax.lax.stop_gradient(weight * advantage)
     if clip is not None:
         outside = ((weight > clip[1]) & (advantage > 0)) | ((weight < clip[0]) & (advantage < 0))
-        gain = jnp.where(outside, 0.0, gain)
-    return -gain * logprob
+        scale = jnp.where(outside, 0.0, scale)
+    return -scale * logprob
 
 
-def distilling_advantage(
+def teacher_advantage(
     sampler: jax.Array,
     teacher: jax.Array,
     mask: jax.Array,
@@ -99,35 +98,41 @@ def distilling_advantage(
     discount: float = 0.0,
     sequence: jax.Array | None = None,
 ) -> jax.Array:
-    """Sampled-token reverse KL as an advantage: −(log μ − log q) of the policy's own tokens, and discounted later ones.
+    """The sampled reverse KL as an advantage: log q − log μ of each token, plus the discounted ones of later tokens.
 
-    Neither centred nor scaled.
+    It is neither centred nor scaled.
 
     Args:
-      sequence: int32 [B, T], the trajectory of each token within its row, for packed rows; None: a row is one.
+      sequence: of packed rows, the number of each token's answer in its row, int32 [B, T]; None: one answer a row.
     """
-    now = jnp.where(mask, teacher - sampler, 0.0)
+    advantage = jnp.where(mask, teacher - sampler, 0.0)
     if not discount:
-        return now
-    of = jnp.zeros(mask.shape, jnp.int32) if sequence is None else sequence
+        return advantage
+    segment = jnp.zeros(mask.shape, jnp.int32) if sequence is None else sequence
 
-    def back(later: tuple[jax.Array, jax.Array], each: tuple[jax.Array, jax.Array]) -> Any:
-        total = each[0] + jnp.where(each[1] == later[1], discount * later[0], 0.0)
-        return (total, each[1]), total
+    def add_later(later: tuple[jax.Array, jax.Array], token: tuple[jax.Array, jax.Array]) -> Any:
+        (later_total, later_segment), (value, token_segment) = later, token
+        total = value + jnp.where(token_segment == later_segment, discount * later_total, 0.0)
+        return (total, token_segment), total
 
-    _, found = jax.lax.scan(back, (jnp.zeros_like(now[:, 0]), of[:, -1]), (now.T, of.T), reverse=True)
-    return jnp.where(mask, found.T, 0.0)
+    last = jnp.zeros_like(advantage[:, 0]), segment[:, -1]
+    _, totals = jax.lax.scan(add_later, last, (advantage.T, segment.T), reverse=True)
+    return jnp.where(mask, totals.T, 0.0)
 
 
 def group_advantages(rewards: np.ndarray, groups: np.ndarray, *, scaled: bool = True) -> np.ndarray:
-    """Each answer's reward less the mean of its prompt's answers, in units of their standard deviation (GRPO).
+    """Advantages of GRPO: each reward minus the mean of its group, divided by the group's standard deviation.
 
-    A group of equal rewards says nothing: 0.
+    Where all rewards of a group are equal, its advantages are 0.
+
+    Args:
+      groups: the prompt of each answer, int [N].
+      scaled: divide by the standard deviation.
     """
-    found = np.zeros(len(rewards), np.float32)
+    advantages = np.zeros(len(rewards), np.float32)
     for group in np.unique(groups):
-        own = groups == group
-        centred = rewards[own] - rewards[own].mean()
-        spread = rewards[own].std()
-        found[own] = centred / (spread + 1e-6) if scaled and spread > 0 else centred
-    return found
+        members = groups == group
+        centred = rewards[members] - rewards[members].mean()
+        deviation = rewards[members].std()
+        advantages[members] = centred / (deviation + 1e-6) if scaled and deviation > 0 else centred
+    return advantages

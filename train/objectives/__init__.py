@@ -1,1 +1,1 @@
-"""What fine-tuning minimises: one class an objective, and the table of them."""
+"""Objectives of fine-tuning: a class for each, and their table."""

@@ -12,7 +12,7 @@ class Exact(Objective):
     verbs = ("distill", "sft")
     needs_teacher = True
     refused_teachers = dict.fromkeys(
-        ("remote", "stored"), "exact needs a teacher in this process; take top_k or sampled"
+        ("remote", "stored"), "exact needs a teacher in this process; use top_k or sampled"
     )
 
     def token_loss(self, inputs: TokenInputs, settings: LossSettings) -> TokenLoss:
@@ -27,7 +27,7 @@ class TopK(Objective):
     needs_teacher = True
     reads_top_k = True
     refused_teachers = dict.fromkeys(
-        ("base", "checkpoint"), "top_k is for remote and stored teachers; one in this process knows all"
+        ("base", "checkpoint"), "top_k needs a remote or stored teacher; use exact for one in this process"
     )
 
     def token_loss(self, inputs: TokenInputs, settings: LossSettings) -> TokenLoss:
@@ -35,7 +35,7 @@ class TopK(Objective):
 
 
 class Likelihood(Objective):
-    """Minimises −log π of what the data or a teacher wrote."""
+    """Minimises −log π of the tokens that the data or a teacher wrote."""
 
     name = "sft"
     verbs = ("sft",)

@@ -1,4 +1,4 @@
-"""Training of the prediction heads."""
+"""The objective that trains the prediction heads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stepjax.train.packing.rows import packed_chunk
 
 
 class PredictionHeads(Objective):
-    """Minimises the mean over the depths of the cross-entropy of what the model itself answered."""
+    """Minimises the cross-entropy of the heads on the model's own answers, averaged over the depths."""
 
     name = "mtp"
     verbs = ("distill",)
@@ -24,14 +24,14 @@ class PredictionHeads(Objective):
     def loss(
         self, context: LossContext, params: Params, batch: Batch, total: jax.Array, teacher: tuple[str, Params] | None
     ) -> tuple[jax.Array, Sums]:
-        """Depth k at row t is fed token t + k and predicts token t + k + 1. Only the heads have gradients."""
+        """Depth k at position t reads token t + k and predicts token t + k + 1. Only the heads have gradients."""
         rows, model = batch.rows, bind(context.model, params)
         chunk = packed_chunk(rows)
         hidden = jax.lax.stop_gradient(model.forward(rows.ids, chunk).hidden_BTD)
         losses, counts, length = [], [], rows.ids.shape[1]
         for k, (layer, state) in enumerate(zip(model.mtp, model.mtp_hidden(rows.ids, hidden, chunk), strict=True), 1):
-            label, far = jnp.roll(rows.ids, -k - 1, axis=1), jnp.roll(rows.segment_ids, -k - 1, axis=1)
-            mask = (jnp.roll(rows.loss_mask, -k - 1, axis=1) > 0) & (far == rows.segment_ids)
+            label, segment = jnp.roll(rows.ids, -k - 1, axis=1), jnp.roll(rows.segment_ids, -k - 1, axis=1)
+            mask = (jnp.roll(rows.loss_mask, -k - 1, axis=1) > 0) & (segment == rows.segment_ids)
             mask &= (jnp.arange(length) < length - k - 1)[None, :]
             chunk_size = context.settings.chunk
             scores = token_scores(state, label, layer.logits, num_tokens=context.num_tokens, chunk=chunk_size)

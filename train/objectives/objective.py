@@ -1,4 +1,4 @@
-"""What every objective says of itself, and the loss of one micro-batch."""
+"""The interface of an objective: its inputs, its loss of a micro-batch, and the sums that are logged."""
 
 from __future__ import annotations
 
@@ -21,19 +21,21 @@ Verb = Literal["distill", "sft", "rl"]
 
 @dataclass(frozen=True)
 class LossSettings:
-    """What is minimised (`stepjax.train.objectives.table`)."""
+    """The objective, and the settings of all objectives."""
 
-    objective: str = "exact"  # a name in the table of objectives
+    objective: str = "exact"  # a name in `stepjax.train.objectives.table`
     divergence: Literal["reverse", "forward", "jsd"] = "reverse"
     beta: float = 0.5  # of "jsd": the teacher's share of the mixture
-    filter: Literal["none", "tis", "icepop", "mispo"] = "none"  # of samples that trainer and sampler see differently
-    cap: float = 2.0  # of "tis"
+    filter: Literal["none", "tis", "icepop", "mispo"] = (
+        "none"  # for tokens whose probability differs between trainer and sampler
+    )
+    cap: float = 2.0  # of "tis": largest ratio
     token_low: float = 0.5  # bounds of "icepop" and "mispo" for a token's ratio
     token_high: float = 2.0
     sequence_low: float = 0.996  # bounds of "mispo" for the geometric mean over a trajectory
     sequence_high: float = 1.001
-    clip: float = 0.0  # grpo: bounds 1 ± clip of the ratio, beyond which a token that moves outwards is dropped; 0: off
-    discount: float = 0.0  # of later tokens' advantages, where a teacher gives them
+    clip: float = 0.0  # grpo: a token is dropped if its ratio is outside 1 ± clip and would move further out; 0: off
+    discount: float = 0.0  # of the advantages that later tokens get from a teacher
     scaled: bool = True  # rl: divide advantages by the standard deviation of their group
     teacher_weight: float = 0.0  # rl: weight of the sampled reverse KL to a teacher, added to the reward's advantage
     chunk: int = 512  # positions whose logits are in memory at once
@@ -46,30 +48,30 @@ class LossSettings:
 
 
 class Batch(NamedTuple):
-    """M micro-batches of R rows of T tokens. Of each token: [M, R, T]; a teacher's part may be missing (None)."""
+    """M micro-batches of R rows of T tokens. Arrays are [M, R, T] where no other shape is given."""
 
-    rows: PackedRows  # ``loss_mask``: the policy's own tokens
-    sampler: Any  # float32: log μ
-    advantage: Any  # float32: of the task
+    rows: PackedRows  # ``loss_mask``: the tokens of the answers
+    sampler: Any  # float32: log μ of the token
+    advantage: Any  # float32: from the reward
     teacher_logprob: Any = None  # float32: log q of the token
-    top: TopScores | None = None  # [M, R, T, K]: at the token, what the teacher thought of its place
-    hidden: Any = None  # [M, R, T, D]: a teacher's, at the token before
-    experts: Any = None  # uint16 [M, R, T, L, A]: of the sampler, where the token itself went in; for router replay
+    top: TopScores | None = None  # [M, R, T, K]: the teacher's likeliest tokens in place of the token
+    hidden: Any = None  # [M, R, T, D]: the teacher's hidden states, each at the position before the token
+    experts: Any = None  # uint16 [M, R, T, L, A]: the sampler's, for the token as an input; for router replay
 
 
 class TokenInputs(NamedTuple):
-    """What a token loss may read. All [R, T], at the position that predicts the token."""
+    """Inputs of a token loss. All [R, T], at the position that predicts the token."""
 
     scores: TokenScores
     sampler: jax.Array  # float32: log μ
-    advantage: jax.Array  # float32: of the task
-    teacher_logprob: jax.Array  # float32: log q of the token, 0 where it is not known
+    advantage: jax.Array  # float32: from the reward
+    teacher_logprob: jax.Array  # float32: log q of the token, 0 where it is unknown
     mask: jax.Array  # bool: the tokens that count
-    segment_ids: jax.Array  # int32: the trajectory of each token
+    segment_ids: jax.Array  # int32: the number of the token's answer in its row
 
 
 class TokenLoss(NamedTuple):
-    """The loss of each token [R, T], and which samples its filter kept."""
+    """The loss of each token, and which tokens and answers the filter kept. All [R, T]."""
 
     loss: jax.Array
     kept_tokens: jax.Array
@@ -78,21 +80,21 @@ class TokenLoss(NamedTuple):
     @classmethod
     def of_all(cls, loss: jax.Array) -> TokenLoss:
         """Without a filter."""
-        everything = jnp.ones(loss.shape, bool)
-        return cls(loss, everything, everything)
+        kept = jnp.ones(loss.shape, bool)
+        return cls(loss, kept, kept)
 
 
 class Agreement(NamedTuple):
-    """How often the trainer's routers choose the experts that are replayed, over tokens of prompts and answers."""
+    """How often the trainer's routers choose the replayed experts, over the tokens of prompts and answers."""
 
     tokens: jax.Array  # float32: tokens whose experts were recorded
-    agreed: jax.Array  # float32: sum over them of the share of experts that the router chooses too
+    agreed: jax.Array  # float32: sum over these tokens of the share of experts that both chose
 
     @classmethod
     def of(cls, chosen: Sequence[jax.Array], recorded_BTLA: jax.Array, num_experts: int) -> Agreement:
         """
         Args:
-          chosen: the routers' choice by layer, int32 [B, T, A].
+          chosen: the routers' choices, int32 [B, T, A] for each layer.
           recorded_BTLA: ids ≥ ``num_experts`` are not recorded.
         """
         recorded_BTLA = recorded_BTLA.astype(jnp.int32)
@@ -103,31 +105,32 @@ class Agreement(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Sums over the tokens that count, where no other is named. Float32 scalars."""
+    """Sums over the tokens that count, float32 scalars where no other shape is given."""
 
     loss: jax.Array
     tokens: jax.Array
-    divergence: jax.Array  # from the teacher, exact or of the top-k
-    sampled_kl: jax.Array  # log π − log q of the tokens, where q is known
+    divergence: jax.Array  # from the teacher, over all tokens or over the top k
+    sampled_kl: jax.Array  # log π − log q, where q is known
     nll: jax.Array  # −log π
     entropy: jax.Array
-    gap: jax.Array  # |log π − log μ|, of tokens with a sampler
+    gap: jax.Array  # |log π − log μ|, where μ is known
     gap_squared: jax.Array
     gap_signed: jax.Array  # log μ − log π
     largest_gap: jax.Array  # a maximum
     kept_tokens: jax.Array
     kept_sequences: jax.Array
-    depth_loss: jax.Array  # [depths] of the prediction heads; of length 0 unless they are trained
+    depth_loss: jax.Array  # [depths]: of the prediction heads; length 0 unless they are trained
     depth_tokens: jax.Array
     agreement: Agreement | None = None  # with router replay
 
     @classmethod
     def over(cls, micro_batches: Sums) -> Sums:
-        """Of sums that were stacked along a first axis."""
+        """The total of sums that are stacked along a first axis."""
         total: Sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), micro_batches)
         return total._replace(largest_gap=jnp.max(micro_batches.largest_gap))
 
     def plus(self, other: Sums) -> Sums:
+        """The total of two."""
         total: Sums = jax.tree.map(jnp.add, self, other)
         return total._replace(largest_gap=jnp.maximum(self.largest_gap, other.largest_gap))
 
@@ -138,7 +141,7 @@ LossFunction = Callable[[Params, Batch, jax.Array, tuple[str, Params] | None], t
 
 @dataclass(frozen=True, eq=False)
 class LossContext:
-    """What the loss of a run closes over, beside parameters and arrays."""
+    """What the loss of a run needs besides parameters and arrays."""
 
     settings: LossSettings
     model: Step3p5
@@ -147,35 +150,46 @@ class LossContext:
 
 
 class Objective:
-    """One way to learn. A new one is a subclass in its own file and a line in `stepjax.train.objectives.table`.
+    """What training minimises. A new objective is a subclass, and a line in `stepjax.train.objectives.table`.
 
-    Most override `token_loss`. An objective that needs more than the backbone's scores overrides `loss`.
+    Most override `token_loss`. One that needs more than the scores of the backbone overrides `loss`.
     """
 
     name: ClassVar[str]  # loss.objective in a recipe
     verbs: ClassVar[tuple[Verb, ...]]  # commands that offer it
     needs_teacher: ClassVar[bool] = False
-    reads_top_k: ClassVar[bool] = False  # of remote and stored teachers: their likeliest tokens
-    refused_teachers: ClassVar[Mapping[str, str]] = {}  # kind of teacher → why it does not fit
-    on_policy: ClassVar[bool] = False  # right only for samples of the policy itself
-    rewarded: ClassVar[bool] = False  # learns from rewards, and may add a teacher (loss.teacher_weight)
-    trains_heads: ClassVar[bool] = False  # trains the prediction heads (lora.kind "mtp") and nothing else
+    reads_top_k: ClassVar[bool] = False  # needs the likeliest tokens of a remote or stored teacher
+    refused_teachers: ClassVar[Mapping[str, str]] = {}  # kind of teacher → why it cannot be used
+    on_policy: ClassVar[bool] = False  # correct only for samples of the policy
+    rewarded: ClassVar[bool] = False  # uses rewards, and optionally a teacher (loss.teacher_weight)
+    trains_heads: ClassVar[bool] = False  # trains the prediction heads only (lora.kind "mtp")
 
     def scored(self, settings: LossSettings) -> bool:
         """Whether a teacher scores the answers."""
         return self.needs_teacher or (self.rewarded and settings.teacher_weight != 0)
 
     def advantages(self, rewards: np.ndarray, groups: np.ndarray, settings: LossSettings) -> np.ndarray:
-        """Advantage of each answer, float32 [N], from its reward and the number of its prompt."""
+        """Advantage of each answer, float32 [N].
+
+        Args:
+          rewards: of each answer, [N].
+          groups: the number of the prompt of each answer, int [N].
+        """
         return np.zeros(len(rewards), np.float32)
 
     def token_loss(self, inputs: TokenInputs, settings: LossSettings) -> TokenLoss:
+        """The loss of each token."""
         raise NotImplementedError
 
     def loss(
         self, context: LossContext, params: Params, batch: Batch, total: jax.Array, teacher: tuple[str, Params] | None
     ) -> tuple[jax.Array, Sums]:
-        """Loss of one micro-batch [R, T] over ``total`` tokens of the global batch, and its sums."""
+        """The loss of a micro-batch [R, T], divided by ``total``, and its sums.
+
+        Args:
+          total: tokens that count in the global batch.
+          teacher: name and parameters of a teacher in this process.
+        """
         rows, model = batch.rows, bind(context.model, params)
         deep = len(model.layers) > KEPT_LAYERS
         out = model.forward(rows.ids, packed_chunk(rows), recorded_BTLA=batch.experts, recompute=deep)
@@ -214,11 +228,11 @@ class Objective:
         return jnp.sum(jnp.where(mask, tokens.loss, 0.0)) / total, sums
 
     def metrics(self, sums: Sums, *, scored_tokens: int, sampled_tokens: int) -> dict[str, Any]:
-        """What is logged of a step's sums.
+        """The numbers that are logged of a step, by name.
 
         Args:
           scored_tokens: tokens that a teacher scored.
-          sampled_tokens: tokens whose sampler's log-probability is known.
+          sampled_tokens: tokens whose log-probability in the sampler is known.
         """
         count = max(float(sums.tokens), 1.0)
         record: dict[str, Any] = {
@@ -249,7 +263,7 @@ _ahead = functools.partial(jnp.roll, shift=-1, axis=1)
 def _scores(
     context: LossContext, model: Step3p5, hidden_BTD: jax.Array, batch: Batch, teacher: tuple[str, Params] | None
 ) -> TokenScores:
-    """The student's scores of each next token, and its divergence from what the teacher gave."""
+    """The student's scores of each next token, with the divergence from the teacher."""
     settings, known = context.settings, None
     if batch.hidden is not None:
         assert teacher is not None

@@ -1,4 +1,4 @@
-"""Objectives by policy gradient: rewards (GRPO, MIS-PO) and the sampled reverse KL to a teacher."""
+"""Policy-gradient objectives: rewards (GRPO, MIS-PO) and the sampled reverse KL to a teacher."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ import numpy as np
 
 from stepjax.train.losses.policy_gradient import (
     Filter,
-    distilling_advantage,
     group_advantages,
     importance,
     policy_gradient,
+    teacher_advantage,
 )
 from stepjax.train.objectives.objective import LossSettings, Objective, TokenInputs, TokenLoss
 
 
 class Sampled(Objective):
-    """Minimises reverse KL by the teacher's log-probabilities of the sampled tokens alone, as advantages."""
+    """Minimises the reverse KL, estimated from the teacher's log-probabilities of the sampled tokens only."""
 
     name = "sampled"
     verbs = ("distill",)
     needs_teacher = True
     on_policy = True
-    refused_teachers = {"stored": "a stored teacher knows no token that the student chose; take top_k"}  # noqa: RUF012
+    refused_teachers = {"stored": "a stored teacher has no scores of the student's tokens; use top_k"}  # noqa: RUF012
 
     def token_loss(self, inputs: TokenInputs, settings: LossSettings) -> TokenLoss:
         return _policy_loss(inputs, settings, filter=settings.filter, teacher_weight=1.0)
 
 
 class Grpo(Objective):
-    """Maximises rewards: advantages are centred in each group of answers, and ratios may be clipped as in PPO."""
+    """Maximises rewards. Advantages are centred in each group of answers; ratios can be clipped as in PPO."""
 
     name = "grpo"
     verbs = ("rl",)
@@ -45,7 +45,7 @@ class Grpo(Objective):
 
 
 class Mispo(Objective):
-    """Maximises rewards: tokens and trajectories whose ratio is out of bounds are dropped (arXiv 2602.10604)."""
+    """Maximises rewards. Tokens and answers whose ratio is out of bounds are dropped (arXiv 2602.10604)."""
 
     name = "mispo"
     verbs = ("rl",)
@@ -67,10 +67,10 @@ def _policy_loss(
     teacher_weight: float,
     clip: tuple[float, float] | None = None,
 ) -> TokenLoss:
-    """Policy gradient with weighted samples.
+    """The loss of a policy gradient with importance weights.
 
     Args:
-      teacher_weight: of the sampled reverse KL to the teacher, which is added to the task's advantage.
+      teacher_weight: weight of the sampled reverse KL to the teacher, which is added to the advantage.
     """
     ratios = importance(
         inputs.scores.logprob,
@@ -84,7 +84,7 @@ def _policy_loss(
     )
     advantage = inputs.advantage
     if teacher_weight:
-        advantage = advantage + teacher_weight * distilling_advantage(
+        advantage = advantage + teacher_weight * teacher_advantage(
             inputs.sampler,
             inputs.teacher_logprob,
             inputs.mask,

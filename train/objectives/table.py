@@ -1,4 +1,4 @@
-"""The table of objectives. Adding one is a file beside this one and a line here."""
+"""The table of objectives. A new objective is a class in a file of this folder, and a line here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Examples packed into rows of one length, by first fit. Both trainers pack here."""
+"""Examples packed into rows of one length, by first fit, for both trainers."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ class Example:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of both halves."""
+        """Tokens of prompt and completion."""
         return len(self.prompt) + len(self.completion)
 
 
 class PackedRows(NamedTuple):
-    """Packed examples: int32 [R, T] each, of numpy or jax. A token sees only earlier ones with its own segment id."""
+    """Packed examples, int32 [R, T] each, of numpy or jax. A token attends to earlier tokens of its segment only."""
 
     ids: Any  # PAD_ID outside the examples
     segment_ids: Any  # 0 is padding; 1, 2, … number the examples of a row
     positions: Any  # restart at 0 with every example, 0 on padding
-    loss_mask: Any  # 1 where this token is itself to be predicted (from the one before it)
+    loss_mask: Any  # 1 where the token has a loss, at the position before it
 
 
 class Bins:
-    """First fit: every example goes to the first row with room, in the order of arrival."""
+    """First fit: each example goes into the first row that has room, in the order of the calls."""
 
     def __init__(self, length: int, *, limit: int | None = None) -> None:
         self.length, self.limit = length, limit
         self.rows: list[list[Example]] = []
-        self.places: list[tuple[int, int]] = []  # of each example in the order they came: its row, and where it starts
+        self.places: list[tuple[int, int]] = []  # row and first token of each example, in the order of the calls
         self._room: list[int] = []
 
     def add(self, example: Example) -> bool:
-        """Places the example, in a new row if there may be one; False if it fits nowhere."""
+        """Put the example into a row, or into a new row up to the limit. False: no row has room."""
         size = example.num_tokens
         for index, room in enumerate(self._room):
             if size <= room:
@@ -62,7 +62,7 @@ class Bins:
         return True
 
     def arrays(self, *, num_rows: int | None = None) -> PackedRows:
-        """The rows as arrays, with empty rows at the end up to ``num_rows``; None: up to the limit, if there is one."""
+        """The rows as arrays, with empty rows at the end up to ``num_rows``. None: up to the limit, if it is set."""
         if num_rows is None:
             num_rows = len(self.rows) if self.limit is None else self.limit
         shape = (num_rows, self.length)
@@ -81,7 +81,7 @@ class Bins:
 
 
 def pack(examples: Sequence[Example], length: int) -> PackedRows:
-    """All examples in as few rows of ``length`` tokens as first fit needs. ValueError if one is longer than a row."""
+    """All examples in rows of ``length`` tokens, by first fit. ValueError: an example is longer than a row."""
     bins = Bins(length)
     for index, example in enumerate(examples):
         if not bins.add(example):
@@ -91,29 +91,29 @@ def pack(examples: Sequence[Example], length: int) -> PackedRows:
 
 @dataclass(frozen=True)
 class PackedSequences:
-    """PackedRows of one length, and where each sequence went."""
+    """Micro-batches of packed rows, and the place of each sequence in them."""
 
     rows: PackedRows  # [M, R, T]
     places: tuple[tuple[int, int], ...]  # row (over all micro-batches) and first token of each sequence
 
     def column(self, values: Sequence[np.ndarray], starts: Sequence[int], dtype: Any, *, fill: int = 0) -> np.ndarray:
-        """Values of each sequence's tokens from the ``starts``-th on, ``fill`` elsewhere: [M, R, T, …]."""
+        """An array [M, R, T, …]: the values of each sequence from its token ``starts[i]`` on, ``fill`` elsewhere."""
         shape = self.rows.ids.shape
         rest = values[0].shape[1:] if values else ()
-        found = np.full((shape[0] * shape[1], shape[2], *rest), fill, dtype)
+        column = np.full((shape[0] * shape[1], shape[2], *rest), fill, dtype)
         for (row, first), value, start in zip(self.places, values, starts, strict=True):
-            found[row, first + start : first + start + len(value)] = value
-        return found.reshape(*shape, *rest)
+            column[row, first + start : first + start + len(value)] = value
+        return column.reshape(*shape, *rest)
 
 
 def pack_sequences(
     prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], *, rows: int, length: int
 ) -> PackedSequences:
-    """First fit into micro-batches of ``rows`` rows; their number is a power of two, so that few programs are met."""
+    """First fit into micro-batches of ``rows`` rows; their number is a power of two, for few compiled programs."""
     bins = Bins(length)
     for prompt, answer in zip(prompts, answers, strict=True):
         fits = bins.add(Example(list(prompt), list(answer)))
-        assert fits, "longer than a row"
+        assert fits, "a sequence is longer than a row"
     count = max(1, -(-len(bins.rows) // rows))
     micro = 1 << (count - 1).bit_length()
     packed = bins.arrays(num_rows=micro * rows)
@@ -121,6 +121,6 @@ def pack_sequences(
 
 
 def packed_chunk(rows: PackedRows) -> Chunk:
-    """The chunk of packed rows [R, T]."""
+    """The chunk for a forward pass of packed rows [R, T]."""
     start = jnp.zeros(rows.ids.shape[:1], jnp.int32)
     return Chunk(jnp.where(rows.segment_ids > 0, rows.positions, -1), start, rows.segment_ids)

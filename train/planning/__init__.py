@@ -1,1 +1,1 @@
-"""Training steps in the planner, and what a plan shows."""
+"""Plans of training steps, and how plans are shown and checked."""

@@ -1,4 +1,4 @@
-"""A step as it is planned beside the same step as it is compiled: bytes held, peak, what is exchanged, a verdict."""
+"""Compares the plan of a step with the compiled step: bytes of arguments, peak, collectives."""
 
 from __future__ import annotations
 
@@ -25,35 +25,35 @@ from stepjax.sharding.planner.temporaries import serving_temporaries
 from stepjax.train.packing.rows import PackedRows
 from stepjax.train.planning.workload import Workload
 
-PEAK_OVER, PEAK_UNDER = 0.15, 0.03  # of the compiled peak, that the planned one may miss it by
+PEAK_OVER, PEAK_UNDER = 0.15, 0.03  # tolerated error of the planned peak, relative to the compiled one
 
 Payloads = dict[tuple[str, str], float]  # bytes by kind and axes of collectives
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One device's bytes, before anything is compiled. What is None is not predicted."""
+    """Planned bytes of one device. None: not predicted."""
 
     argument_bytes: int
     temp_bytes: float | None
     payloads: Payloads | None
-    output_bytes: int = 0  # that take no argument's place; what a step of serving emits is a few bytes a sequence
+    output_bytes: int = 0  # that do not reuse an argument's memory; in serving a few bytes per sequence
 
     @property
     def peak_bytes(self) -> float | None:
-        """Outputs take the place of donated arguments."""
+        """Arguments, temporaries, and outputs that do not reuse the memory of donated arguments."""
         return None if self.temp_bytes is None else self.argument_bytes + self.output_bytes + self.temp_bytes
 
 
 @dataclass(frozen=True)
 class Check:
-    """Planned beside compiled."""
+    """Planned and compiled numbers of one step."""
 
     planned: Planned
     argument_bytes: int
     peak_bytes: int
     payloads: Payloads
-    of_target: bool  # whether peak and collectives are an accelerator's; a CPU's are others
+    of_target: bool  # whether it was compiled for an accelerator; peak and collectives of a CPU differ
 
     @property
     def arguments_hold(self) -> bool:
@@ -61,7 +61,7 @@ class Check:
 
     @property
     def peak_error(self) -> float | None:
-        """Of the planned peak, relative to the compiled."""
+        """Error of the planned peak, relative to the compiled one."""
         if self.planned.peak_bytes is None or not self.of_target:
             return None
         return self.planned.peak_bytes / self.peak_bytes - 1
@@ -79,10 +79,12 @@ class Check:
         return self.arguments_hold and self.peak_holds and self.payloads_hold
 
     def as_dict(self) -> dict[str, Any]:
-        """For ``--json``."""
+        """The comparison for ``--json``."""
 
-        def listed(found: Payloads | None) -> Any:
-            return None if found is None else {f"{kind} over {axes}": size for (kind, axes), size in found.items()}
+        def listed(payloads: Payloads | None) -> Any:
+            if payloads is None:
+                return None
+            return {f"{kind} over {axes}": size for (kind, axes), size in payloads.items()}
 
         return {
             "arguments": {"planned": self.planned.argument_bytes, "compiled": self.argument_bytes},
@@ -93,7 +95,7 @@ class Check:
         }
 
     def shown(self) -> RenderableType:
-        """For people."""
+        """The comparison as a table."""
         table = Table("one device", "planned", "compiled", "", box=box.SIMPLE)
         difference = self.planned.argument_bytes - self.argument_bytes
         verdict = "equal" if not difference else f"{difference:+,} bytes"
@@ -103,21 +105,22 @@ class Check:
             table.add_row("peak", *row)
         if self.planned.payloads is not None and self.of_target:
             for key in sorted({*self.planned.payloads, *self.payloads}):
-                mine, theirs = self.planned.payloads.get(key, 0.0), self.payloads.get(key, 0.0)
-                verdict = "equal" if mine == theirs else f"{mine - theirs:+,.0f} bytes"
-                table.add_row(f"{key[0]} over {key[1]}", size_text(mine), size_text(theirs), verdict)
+                plan, compiled = self.planned.payloads.get(key, 0.0), self.payloads.get(key, 0.0)
+                verdict = "equal" if plan == compiled else f"{plan - compiled:+,.0f} bytes"
+                table.add_row(f"{key[0]} over {key[1]}", size_text(plan), size_text(compiled), verdict)
         note = "" if self.of_target else "Peak and collectives are compared on --target h100, h200 or b200 only."
         return Group(table, f"The plan {'holds' if self.holds else 'does not hold'}.", note)
 
 
 def check(config: ModelConfig, workload: Workload, mesh: MeshSpec, strategy: str, report: CompileReport) -> Check:
-    """Compare a plan with what a compiler reported of the same step."""
+    """Compare the plan of a step with the compiler's report of it."""
     return compare(
         planned(config, workload, mesh, strategy),
         argument_bytes=report.argument_bytes,
         peak_bytes=report.peak_bytes,
         payloads=[
-            (each.kind, ",".join(each.axes), each.payload_bytes * each.num_launches) for each in report.collectives
+            (collective.kind, ",".join(collective.axes), collective.payload_bytes * collective.num_launches)
+            for collective in report.collectives
         ],
         of_target=report.temp_is_of_target,
     )
@@ -131,6 +134,11 @@ def compare(
     payloads: list[tuple[str, str, float]],
     of_target: bool,
 ) -> Check:
+    """Compare a plan with compiled numbers.
+
+    Args:
+      payloads: kind, axes joined by commas, and bytes of each collective.
+    """
     sums: defaultdict[tuple[str, str], float] = defaultdict(float)
     for kind, axes, size in payloads:
         sums[kind, axes] += size
@@ -138,10 +146,10 @@ def compare(
 
 
 def planned(config: ModelConfig, workload: Workload, mesh: MeshSpec, strategy: str) -> Planned:
-    """The step of `stepjax.train.planning.workload.study_model`.
+    """The plan of the step that `stepjax.train.planning.workload.study_model` compiles.
 
     Raises:
-      RequestError, MeshError: as there.
+      RequestError, MeshError: as `study_model`.
     """
     workload.check(config)
     experts = workload.experts.for_model(config)
@@ -149,17 +157,18 @@ def planned(config: ModelConfig, workload: Workload, mesh: MeshSpec, strategy: s
     layout = layout_of(config, mesh, strategy, experts)
     dtype = jnp.dtype(workload.resolved_dtype)
     weights = placed(parameters(config, experts=experts, depths=workload.drafts, dtype=dtype.name), layout)
-    held = sum(each.num_bytes for each in weights)
+    weight_bytes = sum(weight.num_bytes for weight in weights)
     if workload.step == "train":
-        biases = sum(each.num_bytes for each in weights if each.kind.path.endswith("router.bias"))
-        counts = 2 * 4  # of Adam and of the schedule
-        return Planned(held + 2 * (held - biases) + counts + 4 + _rows_bytes(layout, workload), None, None)
+        biases = sum(weight.num_bytes for weight in weights if weight.kind.path.endswith("router.bias"))
+        moments = 2 * (weight_bytes - biases)
+        counts = 4 * (2 + 1)  # of Adam and of the schedule, and the step
+        return Planned(weight_bytes + moments + counts + _rows_bytes(layout, workload), None, None)
     if workload.step == "lora":
-        return _lora(config, workload, layout, held)
+        return _lora(config, workload, layout, weight_bytes)
     cache = cached(
         config, layout, batch=workload.batch, length=workload.context, depths=workload.drafts, dtype=dtype.name
     )
-    work = StepShape(
+    shape = StepShape(
         "decode" if workload.step == "decode" else "prefill",
         workload.batch,
         workload.tokens,
@@ -167,32 +176,32 @@ def planned(config: ModelConfig, workload: Workload, mesh: MeshSpec, strategy: s
         workload.drafts,
         dtype.itemsize,
     )
-    (sequences,) = local_shape(layout, (work.batch,), "batch")
+    (sequences,) = local_shape(layout, (shape.batch,), "batch")
     state = sequences * sequence_bytes(config, workload.drafts, slot=False, dtype=dtype.name)
     if workload.step == "decode":
         inputs = sequences  # whether each is active
     else:
-        rows, tokens = local_shape(layout, (work.batch, work.count), "batch", "stream")
-        inputs = 4 * rows * tokens + 8 * sequences  # ids, their number, the token that follows
-    sent = payloads(serving_exchanges(layout, work, rows_split=cache.rows_split))
+        rows, tokens = local_shape(layout, (shape.batch, shape.count), "batch", "stream")
+        inputs = 4 * rows * tokens + 8 * sequences  # ids, their number, the next token
+    exchanged = payloads(serving_exchanges(layout, shape, rows_split=cache.rows_split))
     return Planned(
-        argument_bytes=held + cache.num_bytes + state + inputs,
-        temp_bytes=serving_temporaries(layout, work, cache),
-        payloads={(kind, ",".join(axes)): size for (kind, axes), size in sent.items()},
+        argument_bytes=weight_bytes + cache.num_bytes + state + inputs,
+        temp_bytes=serving_temporaries(layout, shape, cache),
+        payloads={(kind, ",".join(axes)): size for (kind, axes), size in exchanged.items()},
     )
 
 
-def _lora(config: ModelConfig, workload: Workload, layout: MeshLayout, held: int) -> Planned:
-    """Leaves and two moments of each go in and come out, for the state is not donated."""
+def _lora(config: ModelConfig, workload: Workload, layout: MeshLayout, weight_bytes: int) -> Planned:
+    """Leaves and their two moments are arguments and outputs, because the state is not donated."""
     factors = placed(adapter_factors(config, LoraConfig()), layout)
-    found = training_bytes(layout, training_shape(workload.batch, workload.context), factors)
+    training = training_bytes(layout, training_shape(workload.batch, workload.context), factors)
     rows, tokens = local_shape(layout, (workload.batch, workload.context), "batch", "length")
-    state = found.adapter + found.moments
-    counts = 4 * (2 + 1 + 2)  # of Adam and of the schedule, the step, what was skipped
-    sampler = 4 * rows * tokens  # log-probabilities; learning by likelihood has no use for advantages
+    state = training.adapter + training.moments
+    counts = 4 * (2 + 1 + 2)  # of Adam and of the schedule, the step, the skipped batches
+    sampler = 4 * rows * tokens  # log-probabilities; advantages are not used by this objective
     return Planned(
-        argument_bytes=held + state + counts + _rows_bytes(layout, workload) + sampler,
-        temp_bytes=found.gradients + found.activations,
+        argument_bytes=weight_bytes + state + counts + _rows_bytes(layout, workload) + sampler,
+        temp_bytes=training.gradients + training.activations,
         payloads=None,
         output_bytes=state,
     )

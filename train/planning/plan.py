@@ -1,4 +1,4 @@
-"""Plans from Python: the ranked layouts of a model on a machine, as the command ``stepjax plan`` prints them."""
+"""Plans from Python: ranked layouts of a model on a machine, as ``stepjax plan`` prints them."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ def plan(
 
     Args:
       model: checkpoint folder, hub id, preset or embedded name, or a configuration.
-      hardware: as ``8xH100`` or ``4 nodes of 8xH200``.
+      hardware: such as ``8xH100`` or ``4 nodes of 8xH200``.
       goal: ``latency``, ``throughput``, ``context``, ``lora`` or ``cheapest``.
-      batch: sequences of one engine, at most for throughput; rows of a training step for ``lora``. By default 1, the
-        largest that is tried, and 8 rows a device.
+      batch: sequences of one engine (for ``throughput`` the most); for ``lora`` rows of a training step. Default: 1;
+        for ``throughput`` the largest that is tried; for ``lora`` 8 rows per device.
       context: positions of each sequence, prompt and answer.
       tpot_s: the longest time between two tokens of a sequence, in seconds.
-      experts: names of the expert formats to consider, as ``bf16``, ``fp8``, ``int8``, ``int4``.
+      experts: names of the expert formats to consider, such as ``bf16``, ``fp8``, ``int8``, ``int4``.
 
     Returns:
-      Options, best first, and refusals, each with its reason. Times are bounds from datasheets.
+      Options, best first, and refusals with their reasons. Times are bounds from datasheets.
 
     Raises:
-      ConfigError: the hardware or the model is not known.
-      RequestError: an expert format is not known, or a value makes no sense for the model.
+      ConfigError: the hardware or the model is unknown.
+      RequestError: an expert format is unknown, or a value is out of range for the model.
 
     Example:
       >>> import stepjax
@@ -58,10 +58,10 @@ def plan(
 def request_for(
     config: ModelConfig, cluster: Cluster, goal: Goal, *, batch: int | None, acceptance: float = PRIOR, **settings: Any
 ) -> PlanRequest:
-    """A request with the engine's own assumptions.
+    """A request to the planner with the engine's assumptions.
 
     Args:
-      batch: None takes 1, the largest that is tried for ``throughput``, and 8 rows a device for ``lora``.
+      batch: None: 1; for ``throughput`` the largest that is tried; for ``lora`` 8 rows per device.
       settings: other fields of `PlanRequest`.
     """
     largest = {"throughput": BATCHES[-1], "lora": 8 * cluster.num_devices}

@@ -1,4 +1,4 @@
-"""A step of serving or training on shapes alone, from the functions that serve and train."""
+"""Steps of serving and training with shapes instead of arrays, from the functions that serve and train."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ from stepjax.weights.plain import PLAIN
 
 StepName = Literal["decode", "prefill", "train", "lora"]
 
-MAX_DEVICES = 4096  # more is taken for a slip of the pen, and would be as many virtual CPUs
-CHUNK = 2048  # prompt tokens of a sequence in one step, where none are given
+MAX_DEVICES = 4096  # more is probably a typing error, and each would be a virtual CPU
+CHUNK = 2048  # default of the prompt tokens of a sequence in one step
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What one step does. Sizes are those of all devices together."""
+    """One step. Sizes are over all devices."""
 
     step: StepName
     batch: int = 1  # sequences, or packed rows in training
     context: int = 4096  # cached positions of each, or tokens of a row in training and LoRA
     chunk: int | None = None  # prompt tokens of each in one prefill step; None: `CHUNK`, or the context if shorter
-    drafts: int = 0  # MTP depths, which are then held and run
-    experts: ExpertFormat = PLAIN  # how the routed experts are held
-    dtype: str = "auto"  # of weights, activations and caches; auto: bfloat16, and float32 in training as in `pretrain`
+    drafts: int = 0  # MTP layers that are held and run
+    experts: ExpertFormat = PLAIN  # of the routed experts
+    dtype: str = "auto"  # of weights, activations and caches; auto: bfloat16, but float32 in step "train"
 
     @property
     def tokens(self) -> int:
-        """Of each sequence in one step."""
+        """Tokens of each sequence in one step."""
         if self.step in ("train", "lora"):
             return self.context
         if self.step == "decode":
@@ -63,12 +63,13 @@ class Workload:
 
     @property
     def resolved_dtype(self) -> Any:
+        """``dtype``, with auto resolved."""
         if self.dtype == "auto":
             return jnp.dtype(jnp.float32 if self.step == "train" else jnp.bfloat16)
         return jnp.dtype(self.dtype)
 
     def check(self, config: ModelConfig) -> None:
-        """Raise RequestError where the step makes no sense for the model."""
+        """Raise RequestError if a size is out of range for the model."""
         depths = min(MAX_DRAFTS, len(config.mtp_layers))
         for name, value, low, high in (
             ("batch", self.batch, 1, 1 << 20),
@@ -79,7 +80,9 @@ class Workload:
             if not low <= value <= high:
                 raise RequestError(f"{name}: is {value}, expected {low} to {high}")
         if self.chunk is not None and self.step != "prefill":
-            raise RequestError(f"chunk: is of --step prefill, a {self.step} step has none")
+            raise RequestError(
+                f"chunk: is {self.chunk}, but only --step prefill has chunks; expected none for {self.step}"
+            )
         if self.step in ("train", "lora") and self.drafts:
             raise RequestError("speculate: a training step is studied without MTP layers, expected 0")
         if self.step == "train" and self.experts.quantised:
@@ -90,14 +93,14 @@ class Workload:
 
 
 def study_mesh(spec: MeshSpec, num_devices: int | None) -> tuple[MeshSpec, int]:
-    """The mesh with no axis open, and the number of devices: as many as it takes if none is given.
+    """The mesh with the sizes of all axes, and the number of devices (None: as many as the mesh has).
 
     Raises:
-      MeshError: they do not fit each other.
+      MeshError: the mesh does not fit the devices.
     """
     if num_devices is None:
         if -1 in spec.sizes.values():
-            raise MeshError(f"mesh: {spec} leaves an axis open; give --devices N, or a size for it")
+            raise MeshError(f"mesh: {spec} has an axis of size -1; give --devices N, or a size")
         num_devices = spec.num_devices
     if not 1 <= num_devices <= MAX_DEVICES:
         raise MeshError(f"devices: {num_devices}, expected 1 to {MAX_DEVICES}")
@@ -113,10 +116,10 @@ def study_model(
     strategy: str = "expert_tensor",
     target: Target = "cpu",
 ) -> StepStudy:
-    """Compile one step of a model for a mesh. Meant for a process that has not used jax yet.
+    """Compile one step of a model for a mesh, in a process that has not used jax yet.
 
     Raises:
-      RequestError: the step makes no sense for the model.
+      RequestError: a size is out of range for the model.
       MeshError: the mesh is not legal for the model, the target is missing, or the compiler fails.
     """
     workload.check(config)
@@ -126,12 +129,12 @@ def study_model(
     layout = MeshLayout(spec.build(devices(target, num_devices)), rules)
     notes = copies(spec, batch=workload.batch, context=workload.context)
     if num_devices > spec.num_devices:
-        notes.append(f"the mesh takes {spec.num_devices} of {num_devices} devices")
+        notes.append(f"the mesh uses {spec.num_devices} of {num_devices} devices")
     return study(step_of(config, workload, layout), layout, notes=notes)
 
 
 def step_of(config: ModelConfig, workload: Workload, layout: MeshLayout) -> Step:
-    """The function and its shapes."""
+    """The function of the step and the shapes of its arguments."""
     dtype, batch, context = workload.resolved_dtype, workload.batch, workload.context
     model = abstract(config, dtype=dtype, layout=layout)
     params = abstract_params(model, layout)
@@ -146,9 +149,15 @@ def step_of(config: ModelConfig, workload: Workload, layout: MeshLayout) -> Step
     return prefill_step(model, params, batch=batch, context=context, chunk=chunk, drafts=drafts, dtype=dtype)
 
 
+def _sharded(x: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
 def train_step(model: Step3p5, params: Params, layout: MeshLayout, *, batch: int, length: int) -> Step:
-    """One AdamW update of every parameter from ``batch`` packed rows of ``length`` tokens; activations are kept."""
-    schedule = learning_rate(1e-3, warmup=10, decay_from=80, steps=100, floor=0.1)  # no figure depends on these
+    """An AdamW update of all parameters from ``batch`` packed rows of ``length`` tokens, with activations kept."""
+    schedule = learning_rate(
+        1e-3, warmup=10, decay_from=80, steps=100, floor=0.1
+    )  # the result does not depend on these
     optimizer = adamw(schedule, b1=0.9, b2=0.98, weight_decay=0.01, clip=1.0)
 
     def create(params: Params) -> TrainState:
@@ -158,19 +167,21 @@ def train_step(model: Step3p5, params: Params, layout: MeshLayout, *, batch: int
     state = jax.eval_shape(create, params)
     rows = PackedRows(*(jax.ShapeDtypeStruct((batch, length), np.int32) for _ in PackedRows._fields))
     placement = Placement.split(layout, state, rows, axes_of(model))
-    placed = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, placement.state)
+    placed = jax.tree.map(_sharded, state, placement.state)
     function = make_step(model, optimizer, schedule, placement, mtp_weight=0.0, balance_rate=1.0)
     return Step(function, (placed, rows), params=params, optimizer=placed.optimizer)
 
 
 def lora_step(model: Step3p5, params: Params, layout: MeshLayout, *, batch: int, length: int) -> Step:
-    """Learn by likelihood from one micro-batch of ``batch`` packed rows of ``length`` tokens, with default adapters."""
-    config, adapted, optim = model.config, LoraConfig(), OptimSettings()
-    schedule = constant(optim.lr, warmup=optim.warmup_steps)  # no figure depends on these
+    """An update of a default adapter by likelihood, from one micro-batch of ``batch`` rows of ``length`` tokens."""
+    config, adapter, optim = model.config, LoraConfig(), OptimSettings()
+    schedule = constant(optim.lr, warmup=optim.warmup_steps)  # the result does not depend on these
     optimizer = adamw(schedule, b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay, clip=optim.clip)
-    where = shardings(config, adapted, layout)
-    state, placed = abstract_state(shapes(config, adapted), optimizer, where, layout, keep_previous=False)
-    state = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, placed)
+    leaf_shardings = shardings(config, adapter, layout)
+    state, state_shardings = abstract_state(
+        shapes(config, adapter), optimizer, leaf_shardings, layout, keep_previous=False
+    )
+    state = jax.tree.map(_sharded, state, state_shardings)
 
     def tokens(dtype: Any) -> jax.ShapeDtypeStruct:
         shape = (1, batch, length)
@@ -180,10 +191,11 @@ def lora_step(model: Step3p5, params: Params, layout: MeshLayout, *, batch: int,
     batches = {"": Batch(rows, sampler=tokens(jnp.float32), advantage=tokens(jnp.float32))}
 
     def assemble(base: Params, leaves: Leaves) -> Params:
-        return attach(base, leaves, adapted)
+        return attach(base, leaves, adapter)
 
     likelihood = OBJECTIVES["sft"]
     context = LossContext(LossSettings(likelihood.name), model, config.vocab_size, {})
     loss = functools.partial(likelihood.loss, context)
-    function = make_update(loss, optimizer, assemble, keep_previous=False, out_shardings=(placed, layout.replicated))
+    out_shardings = state_shardings, layout.replicated
+    function = make_update(loss, optimizer, assemble, keep_previous=False, out_shardings=out_shardings)
     return Step(function, (state, params, {}, batches), params=params, optimizer=state)

@@ -1,1 +1,1 @@
-"""Training of all parameters, as step-tiny was made."""
+"""Training of all parameters from random ones, as for step-tiny."""

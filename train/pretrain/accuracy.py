@@ -1,4 +1,4 @@
-"""Held-out accuracy of a model on the generated tasks, and how far its drafts reach."""
+"""Held-out accuracy of a model on the generated tasks, and its tokens per decode step."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.session import Session
 from stepjax.train.data import tasks
 
-BATCH = 64  # prompts that run together
-# The longest answer of any task has 66 tokens. A lower cap reads as a wrong answer where only the room was short.
+BATCH = 64  # prompts that run at the same time
+# The longest answer of any task has 66 tokens. A lower limit would count correct but long answers as wrong.
 GREEDY = SamplingParams(max_tokens=96, temperature=0.0, seed=0)
 
 
@@ -22,7 +22,7 @@ class TaskScore(NamedTuple):
 
     items: int
     accuracy: float
-    tokens_per_step: float  # over all decode steps; 1 without drafts, at most drafts + 1
+    tokens_per_step: float  # mean over all decode steps; 1 without drafts, at most drafts + 1
 
 
 def evaluate(
@@ -34,24 +34,25 @@ def evaluate(
 
 def _task(session: Session, name: str, *, items: int, seed: int, speculate: int | None) -> TaskScore:
     rng = np.random.default_rng([seed, list(tasks.MIX).index(name)])
-    right, tokens, steps = 0, 0, 0.0
-    for at in range(0, items, BATCH):
-        chosen = [tasks.make(name, rng, "test") for _ in range(min(BATCH, items - at))]
-        for item, done in zip(chosen, answers(session, chosen, speculate=speculate), strict=True):
-            right += graded(item, done)
-            if len(done.ids) > 1:  # the first token comes from the prompt's own pass
-                tokens += len(done.ids) - 1
-                steps += (len(done.ids) - 1) / done.timing.accepted_per_step
-    return TaskScore(items, right / items, tokens / steps if steps else 0.0)
+    correct, tokens, steps = 0, 0, 0.0
+    for start in range(0, items, BATCH):
+        batch = [tasks.make(name, rng, "test") for _ in range(min(BATCH, items - start))]
+        for item, completion in zip(batch, answers(session, batch, speculate=speculate), strict=True):
+            correct += graded(item, completion)
+            if len(completion.ids) > 1:  # the first token comes from the prefill
+                tokens += len(completion.ids) - 1
+                steps += (len(completion.ids) - 1) / completion.timing.accepted_per_step
+    return TaskScore(items, correct / items, tokens / steps if steps else 0.0)
 
 
-def graded(item: tasks.Item, done: Completion) -> bool:
-    """Whether the answer is exactly right; the thinking is free."""
-    return tasks.grade(item, done.reasoning_content, done.content, [vars(call) for call in done.tool_calls])
+def graded(item: tasks.Item, completion: Completion) -> bool:
+    """Whether the answer is exactly right. The reasoning does not count."""
+    calls = [vars(call) for call in completion.tool_calls]
+    return tasks.grade(item, completion.reasoning_content, completion.content, calls)
 
 
 def answers(session: Session, items: Sequence[tasks.Item], *, speculate: int | None = None) -> list[Completion]:
-    """Greedy answers to items that run as one batch; tool calls are parsed with each item's own schemas."""
+    """Greedy answers to items, as one batch. Tool calls are parsed with the schemas of their item."""
     prompts = [session.encode_chat(item.messages, tools=item.tools) for item in items]
     generation = Generation(
         session, prompts, [GREEDY] * len(items), speculate=speculate, tools=[item.tools for item in items]

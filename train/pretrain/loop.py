@@ -1,4 +1,4 @@
-"""The training run: resume, step, log, save. The same command starts a run and takes it up again."""
+"""The pretraining run: update, log, save. The same command starts a run and resumes it."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ from stepjax.train.pretrain.step import Placement, StepReport, TrainState, make_
 from stepjax.train.runs.folder import MetricsFile, claim, progress, resume
 from stepjax.train.runs.optimizer import adamw, learning_rate
 
-# At step-tiny's shapes sorting tokens by expert took 0.37 s a step on two cores, running every expert on every token
-# 0.47 s.
+# With step-tiny's shapes a step took 0.37 s on two cores with tokens sorted by expert, and 0.47 s with every expert on
+# every token.
 LAYOUT = SingleDevice(form="capacity")
 
 
 def pretrain(config: PretrainConfig, out: Path) -> TrainState:
-    """Train, or go on training, in the run folder ``out``.
+    """Train in the run folder ``out``, or resume the run that is there.
 
     The folder holds ``config.toml`` (the resolved settings), ``metrics.jsonl``, ``checkpoints/`` (the newest three,
-    each whole or not there at all) and ``weights/STEP.safetensors``. A resumed run is bitwise the run that was not
-    interrupted: a batch is a function of seed and step.
+    each of which appears only once it is complete) and ``weights/STEP.safetensors``. A resumed run gives the same bits
+    as an uninterrupted one, since a batch depends on seed and step only.
 
     Raises:
       ConfigError: the folder belongs to a run with other settings, or there are too few devices.
-      TrainingError: the loss is no longer a number.
+      TrainingError: the loss is not finite.
     """
     out = out.resolve()  # orbax takes absolute paths only
     claim(config, out)
     model_config = ModelConfig.preset(config.model)
-    placement = Placement.copied(_mesh(config.devices))
+    placement = Placement.data_parallel(_mesh(config.devices))
     schedule = learning_rate(
         config.peak_lr,
         warmup=config.warmup_steps,
@@ -59,9 +59,9 @@ def pretrain(config: PretrainConfig, out: Path) -> TrainState:
     )
     optimizer = adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, clip=config.clip)
     model = abstract(model_config, dtype=jnp.float32, layout=LAYOUT)
-    params, biases = split_biases(_first_weights(config, model_config))
-    fresh = TrainState(params, biases, optimizer.init(params), jnp.zeros((), jnp.int32))
-    fresh = jax.device_put(fresh, placement.state)
+    params, biases = split_biases(_initial_weights(config, model_config))
+    initial = TrainState(params, biases, optimizer.init(params), jnp.zeros((), jnp.int32))
+    initial = jax.device_put(initial, placement.state)
 
     def functions(mtp_weight: float) -> tuple[Any, Any]:
         return (
@@ -72,7 +72,7 @@ def pretrain(config: PretrainConfig, out: Path) -> TrainState:
     plain, with_mtp = functions(0.0), functions(config.mtp_weight)
     newest: Any = ocp.training.preservation_policies.LatestN(3)
     with ocp.training.Checkpointer(str(out / "checkpoints"), preservation_policy=newest) as checkpointer:
-        state = resume(checkpointer, fresh)
+        state = resume(checkpointer, initial)
         start = int(state.step)
         stream, held_out = _stream(config, start), _held_out_rows(config)
         metrics = MetricsFile(out / "metrics.jsonl", start)
@@ -95,7 +95,7 @@ def pretrain(config: PretrainConfig, out: Path) -> TrainState:
                     metrics.write(_held_out_record(step, measure(state, held_out)))
                 keep = done in config.keep or done == config.steps
                 if keep or done % config.save_every == 0:
-                    _finite(step, report)  # never leave a checkpoint that cannot be gone on from
+                    _finite(step, report)  # a checkpoint must not hold weights that are not finite
                 if keep:
                     save_weights(out, done, state)
                 if done % config.save_every == 0 or done == config.steps:
@@ -106,38 +106,38 @@ def pretrain(config: PretrainConfig, out: Path) -> TrainState:
 
 
 def _finite(step: int, report: StepReport) -> float:
-    """The step's loss. TrainingError if it or the gradient is no number: what follows would be none either."""
+    """The step's loss. TrainingError: it or the gradient is not finite."""
     loss, norm = float(report.losses.total), float(report.gradient_norm)
     if not math.isfinite(loss + norm):
         raise TrainingError(
-            f"step {step}: the loss is {loss} and the gradient's norm {norm}; the checkpoints hold the steps before. "
-            "Lower peak_lr or lengthen warmup_steps in a new run folder"
+            f"step {step}: the loss is {loss} and the gradient's norm {norm}; the checkpoints hold earlier steps. "
+            "Lower peak_lr or raise warmup_steps, in a new run folder"
         )
     return float(report.losses.next_token)
 
 
 def _stream(config: PretrainConfig, step: int, *, split: Split = "train") -> Iterator[PackedRows]:
     tokenizer = tokenizers.Tokenizer.from_file(str(ASSETS / config.model / "tokenizer.json"))
-    draw = task_batches.BatchSettings(config.seed, config.rows, config.length, config.shares, split)
-    return task_batches.batches(tokenizer, draw, step=step)
+    settings = task_batches.BatchSettings(config.seed, config.rows, config.length, config.shares, split)
+    return task_batches.batches(tokenizer, settings, step=step)
 
 
 def _held_out_rows(config: PretrainConfig) -> PackedRows:
-    """One batch of items that no step trains on, the same at every measurement."""
+    """A batch of held-out items, the same at every measurement."""
     return jax.tree.map(jnp.asarray, next(_stream(config, 0, split="test")))
 
 
-def _first_weights(config: PretrainConfig, model_config: ModelConfig) -> dict[str, Any]:
-    drawn = params_of(initialise(model_config, jax.random.key(config.seed), layout=LAYOUT))
+def _initial_weights(config: PretrainConfig, model_config: ModelConfig) -> dict[str, Any]:
+    random = params_of(initialise(model_config, jax.random.key(config.seed), layout=LAYOUT))
     if not config.start_from:
-        return drawn
+        return random
     file = Path(config.start_from)
     if not file.is_file():
-        raise ConfigError(f"start_from: {file} is not a file; name weights that an earlier run kept")
-    found = load_file(file)
-    if {name: value.shape for name, value in found.items()} != {name: value.shape for name, value in drawn.items()}:
+        raise ConfigError(f"start_from: {file} is not a file; expected weights that an earlier run kept")
+    weights = load_file(file)
+    if {name: value.shape for name, value in weights.items()} != {name: value.shape for name, value in random.items()}:
         raise ConfigError(f"start_from: {file} does not hold the weights of {config.model}")
-    return {name: jnp.asarray(value) for name, value in found.items()}
+    return {name: jnp.asarray(value) for name, value in weights.items()}
 
 
 def weights_of(state: TrainState) -> dict[str, jax.Array]:
@@ -146,7 +146,7 @@ def weights_of(state: TrainState) -> dict[str, jax.Array]:
 
 
 def save_weights(out: Path, step: int, state: TrainState) -> None:
-    """Keep the weights of ``step``; the file is there whole or not at all."""
+    """Write the weights of ``step``. The file appears only once it is complete."""
     file = weights_file(out, step)
     file.parent.mkdir(exist_ok=True)
     partial = file.with_suffix(".partial")
@@ -155,16 +155,16 @@ def save_weights(out: Path, step: int, state: TrainState) -> None:
 
 
 def load_weights(out: Path, step: int) -> dict[str, np.ndarray]:
-    """The weights that a run kept at ``step``, by path, float32."""
+    """The weights that a run kept at ``step``, float32 by path. ConfigError: it kept none at this step."""
     file = weights_file(out, step)
     if not file.exists():
-        kept = sorted(int(each.stem) for each in file.parent.glob("*.safetensors"))
-        raise ConfigError(f"{file}: not there; the run kept the weights of steps {kept}")
+        kept = sorted(int(path.stem) for path in file.parent.glob("*.safetensors"))
+        raise ConfigError(f"{file}: does not exist; the run kept the weights of steps {kept}")
     return load_file(file)
 
 
 def weights_file(out: Path, step: int) -> Path:
-    """Where a run keeps the weights of a step."""
+    """File of the weights of a step."""
     return out / "weights" / f"{step}.safetensors"
 
 
@@ -175,22 +175,22 @@ def _mesh(devices: int) -> Mesh:
 
 
 def _record(step: int, report: StepReport, *, learning_rate: float) -> dict[str, Any]:
-    found = report.losses
+    losses = report.losses
     return {
         "step": step,
-        "loss": float(found.next_token),
-        "mtp_loss": [float(each) for each in found.mtp],
-        "accuracy": [float(each) for each in found.accuracy],
+        "loss": float(losses.next_token),
+        "mtp_loss": [float(loss) for loss in losses.mtp],
+        "accuracy": [float(accuracy) for accuracy in losses.accuracy],
         "gradient_norm": float(report.gradient_norm),
         "learning_rate": learning_rate,
-        "expert_load": [float(load.max() / load.mean()) for load in map(np.asarray, found.load)],
+        "expert_load": [float(load.max() / load.mean()) for load in map(np.asarray, losses.load)],
     }
 
 
-def _held_out_record(step: int, found: Losses) -> dict[str, Any]:
+def _held_out_record(step: int, losses: Losses) -> dict[str, Any]:
     return {
         "step": step,
-        "held_out_loss": float(found.next_token),
-        "held_out_mtp_loss": [float(each) for each in found.mtp],
-        "held_out_accuracy": [float(each) for each in found.accuracy],
+        "held_out_loss": float(losses.next_token),
+        "held_out_mtp_loss": [float(loss) for loss in losses.mtp],
+        "held_out_accuracy": [float(accuracy) for accuracy in losses.accuracy],
     }

@@ -1,4 +1,4 @@
-"""From a finished run to a checkpoint folder in the hub's layout, with its measured accuracy beside the weights."""
+"""Writes a finished run as a checkpoint folder in the hub's layout, with the measured accuracy of its weights."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from stepjax.train.pretrain.accuracy import evaluate
 from stepjax.train.pretrain.loop import load_weights, weights_file
 
 ITEMS = 512  # fresh held-out items per task
-SEED = 20_000  # of those items; training logs nothing of them
+SEED = 20_000  # of these items; training does not measure them
 
 
 def release(
     run: Path, folder: Path, *, step: int | None = None, items: int = ITEMS, require: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
-    """Write the weights that ``run`` kept at ``step`` (default: its last) as bfloat16 into ``folder`` and grade them.
+    """Write the weights that ``run`` kept at ``step`` (default: its last) as bfloat16 into ``folder``, and grade them.
 
-    ``accuracy.json`` beside the weights tells what was measured on them as they were written: greedy, in float32
-    arithmetic on the rounded weights. Returns its content. ``folder`` changes only after the grading.
+    ``accuracy.json`` in the folder has the accuracy of the rounded weights: greedy, in float32 arithmetic. Returns its
+    content. ``folder`` changes only after the grading.
 
     Args:
-      require: least accuracy by task.
+      require: lowest accuracy to accept, by task.
 
     Raises:
-      TrainingError: a task falls short of ``require``; ``folder`` is as it was.
+      TrainingError: the accuracy of a task is below ``require``. ``folder`` is not changed.
     """
     config = read_pretrain(run / "config.toml")
     step = config.steps if step is None else step
@@ -58,7 +58,7 @@ def release(
         if scores[task].accuracy < least
     ]
     if short:
-        raise TrainingError(f"{run}: step {step} is not good enough: {', '.join(short)}; {folder} is as it was")
+        raise TrainingError(f"{run}: step {step} has too low an accuracy: {', '.join(short)}; {folder} is not changed")
     report = {
         "stages": _stages(run, config, step),
         "measured": {"items_per_task": items, "seed": SEED, "decoding": "greedy", "drafts": session.max_drafts},
@@ -74,12 +74,12 @@ def release(
 
 
 def _stages(run: Path, config: PretrainConfig, step: int) -> list[dict[str, Any]]:
-    """The settings that led to these weights, first stage first, and the hash of what each stage left."""
+    """The settings of all stages of these weights, first stage first, each with the hash of its weights."""
     file = weights_file(run, step)
     settings = dataclasses.asdict(config)
     start = Path(settings.pop("start_from"))
-    here = settings | {"weights_of_step": step, "weights_sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
-    before = start.parent.parent
-    if not config.start_from or not (before / "config.toml").is_file():
-        return [here]
-    return [*_stages(before, read_pretrain(before / "config.toml"), int(start.stem)), here]
+    stage = settings | {"weights_of_step": step, "weights_sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    earlier = start.parent.parent
+    if not config.start_from or not (earlier / "config.toml").is_file():
+        return [stage]
+    return [*_stages(earlier, read_pretrain(earlier / "config.toml"), int(start.stem)), stage]

@@ -1,4 +1,4 @@
-"""The jitted update of full-parameter training."""
+"""The compiled update of full-parameter training."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from stepjax.train.runs.optimizer import apply, state_shardings
 
 
 class TrainState(NamedTuple):
-    """All that a run carries from step to step. The data stream is a function of ``step``."""
+    """What a run carries from step to step. The data depend on ``step`` only."""
 
     params: dict[str, jax.Array]  # trained by gradient
-    biases: dict[str, jax.Array]  # router biases, moved by the balance rule
+    biases: dict[str, jax.Array]  # router biases, which `balanced` changes
     optimizer: optax.OptState
     step: jax.Array  # int32
 
@@ -43,23 +43,23 @@ def split_biases(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a run's arrays lie: a sharding for all leaves, or a tree of them."""
+    """Shardings of a run's arrays: one for all leaves, or a tree of them."""
 
     state: Any
     rows: Any
-    whole: NamedSharding  # of what is measured
+    report: NamedSharding
 
     @classmethod
-    def copied(cls, mesh: Mesh) -> Placement:
-        """The state whole on every device, rows split over the mesh's one axis."""
-        whole = NamedSharding(mesh, PartitionSpec())
-        return cls(whole, NamedSharding(mesh, PartitionSpec(mesh.axis_names[0])), whole)
+    def data_parallel(cls, mesh: Mesh) -> Placement:
+        """A copy of the state on every device, and the rows split over the mesh's one axis."""
+        replicated = NamedSharding(mesh, PartitionSpec())
+        return cls(replicated, NamedSharding(mesh, PartitionSpec(mesh.axis_names[0])), replicated)
 
     @classmethod
     def split(
         cls, layout: MeshLayout, state: TrainState, rows: PackedRows, axes: Mapping[str, tuple[str, ...]]
     ) -> Placement:
-        """Everything as the layout's rules say; what an optimiser keeps of a parameter lies as the parameter does.
+        """Shardings by the layout's rules. The optimiser's state of a parameter has the sharding of the parameter.
 
         Args:
           state, rows: arrays or their shapes.
@@ -67,8 +67,8 @@ class Placement:
         """
 
         shardings = {name: layout.parameter(*parameter_axes) for name, parameter_axes in axes.items()}
-        of_rows = layout.sharding(rows.ids.shape, "batch", "length")
-        return cls(state_shardings(state, shardings, otherwise=layout.replicated), of_rows, layout.replicated)
+        rows_sharding = layout.sharding(rows.ids.shape, "batch", "length")
+        return cls(state_shardings(state, shardings, otherwise=layout.replicated), rows_sharding, layout.replicated)
 
 
 def make_step(
@@ -83,44 +83,44 @@ def make_step(
     """The update for a fixed MTP weight: ``(state, rows) -> (state, report)``.
 
     Args:
-      balance_rate: step of the router bias per unit of learning rate, whose schedule it follows.
+      balance_rate: step of the router bias, as a multiple of the learning rate.
     """
     layers = [spec.index for spec in model.config.moe_layers]
 
     def loss(params: dict[str, jax.Array], biases: dict[str, jax.Array], rows: PackedRows) -> tuple[jax.Array, Losses]:
-        found = losses(bind(model, params | biases), rows, mtp_weight=mtp_weight)
-        return found.total, found
+        means = losses(bind(model, params | biases), rows, mtp_weight=mtp_weight)
+        return means.total, means
 
     def update(state: TrainState, rows: PackedRows) -> tuple[TrainState, StepReport]:
-        (_, found), gradients = jax.value_and_grad(loss, has_aux=True)(state.params, state.biases, rows)
+        (_, means), gradients = jax.value_and_grad(loss, has_aux=True)(state.params, state.biases, rows)
         params, inner = apply(optimizer, gradients, state.optimizer, state.params)
         rate = jnp.asarray(balance_rate * schedule(state.step))
         biases = {
             name: balanced(state.biases[name], load, rate)
-            for name, load in zip((f"layers.{i}.{BIAS}" for i in layers), found.load, strict=True)
+            for name, load in zip((f"layers.{i}.{BIAS}" for i in layers), means.load, strict=True)
         }
-        return TrainState(params, biases, inner, state.step + 1), StepReport(found, optax.tree.norm(gradients))
+        return TrainState(params, biases, inner, state.step + 1), StepReport(means, optax.tree.norm(gradients))
 
     return jax.jit(
         update,
         donate_argnums=0,
         in_shardings=(placement.state, placement.rows),
-        out_shardings=(placement.state, placement.whole),
+        out_shardings=(placement.state, placement.report),
     )
 
 
 def make_held_out(
     model: Step3p5, placement: Placement, *, mtp_weight: float
 ) -> Callable[[TrainState, PackedRows], Losses]:
-    """The losses of a state on rows that it does not learn from."""
+    """``(state, rows) → losses`` without an update."""
     return jax.jit(
         lambda state, rows: losses(bind(model, state.params | state.biases), rows, mtp_weight=mtp_weight),
         in_shardings=(placement.state, placement.rows),
-        out_shardings=placement.whole,
+        out_shardings=placement.report,
     )
 
 
 def balanced(bias_E: jax.Array, load_E: jax.Array, rate: jax.Array) -> jax.Array:
-    """``b_e ← b_e + rate · sign(mean load − load_e)``: an expert below its share becomes easier to choose."""
+    """``b_e ← b_e + rate · sign(mean load − load_e)``: an expert with few tokens is chosen more often."""
     load = load_E.astype(jnp.float32)
     return bias_E + rate * jnp.sign(jnp.mean(load) - load)

@@ -23,8 +23,9 @@ from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.session import Session
 from stepjax.infer.transcript import Transcript, begins_in_reasoning
 from stepjax.model.step3p5 import Params
-from stepjax.train.data.environment import Environment, Message, Turn
+from stepjax.train.data.environment import Environment, Turn
 from stepjax.train.data.sources import Prompt, reply_ids
+from stepjax.train.data.tasks import ChatMessage
 
 PAGE = 64  # tokens
 WIDTHS = (64, 512)  # of prefill pieces
@@ -58,7 +59,7 @@ class _Episode:
 
     rollout: Rollout
     environment: Environment
-    messages: list[Message]
+    messages: list[ChatMessage]
     stream: AnswerStream | None = None  # of the current turn
     routing: ExpertRecord = field(default_factory=ExpertRecord)
 
@@ -209,7 +210,7 @@ class Sampler:
             return
         if not replies or rollout.turns == self._turns:
             return
-        message: Message = {"role": "assistant", "reasoning_content": turn.reasoning, "content": turn.content}
+        message: ChatMessage = {"role": "assistant", "reasoning_content": turn.reasoning, "content": turn.content}
         if calls:
             message["tool_calls"] = [
                 {"id": f"call_{number}", "type": "function", "function": call} for number, call in enumerate(calls)

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder while it goes on, and how it takes it up again. Shared by all training verbs."""
+"""The folder of a run: settings, metrics, and checkpoints to resume from. Used by all training commands."""
 
 from __future__ import annotations
 
@@ -19,22 +19,27 @@ T = TypeVar("T")
 
 
 def claim(settings: T, out: Path, *, same: Callable[[T], Any] = lambda settings: settings) -> None:
-    """Write the settings into a new run folder, or check them against those of the run it holds.
+    """Write the settings into a new run folder, or compare them with those of the run that is there.
 
     Args:
-      same: what of the settings must be as it was.
+      same: returns the part of the settings that a resumed run must keep.
+
+    Raises:
+      ConfigError: the run there has other settings.
     """
     file = out / "config.toml"
     if file.exists():
         if same(read_settings(type(settings), file)) != same(settings):
             raise ConfigError(f"{file}: the run there has other settings; choose another folder or the same settings")
-    elif not jax.distributed.is_initialized() or jax.process_index() == 0:  # devices are not opened before the model
+    elif (
+        not jax.distributed.is_initialized() or jax.process_index() == 0
+    ):  # process_index() would open the devices before the model does
         out.mkdir(parents=True, exist_ok=True)
         write_settings(settings, file)
 
 
 class MetricsFile:
-    """``metrics.jsonl``, cut back to what precedes a step: steps run again are not logged twice."""
+    """``metrics.jsonl``. Records from step ``start`` on are removed first, so that a resumed run logs no step twice."""
 
     def __init__(self, path: Path, start: int):
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
@@ -45,6 +50,7 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
+        """Append a record as one line of JSON."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
@@ -53,25 +59,25 @@ class MetricsFile:
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """The records of a run, in their order. ConfigError: there are none."""
+    """The records of a run, in order. ConfigError: the folder has no metrics file."""
     file = out / "metrics.jsonl"
     if not file.exists():
-        raise ConfigError(f"{file}: not there; name the folder of a run")
+        raise ConfigError(f"{file}: does not exist; expected the folder of a run")
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
 
 
-def resume(checkpointer: Any, fresh: T) -> T:
-    """The newest whole checkpoint, placed as ``fresh`` is, on whatever mesh that may be; ``fresh`` if there is none."""
+def resume(checkpointer: Any, initial: T) -> T:
+    """The newest complete checkpoint with the shardings of ``initial``, or ``initial`` if there is none."""
     latest = checkpointer.latest
     if latest is None:
-        return fresh
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), fresh)
+        return initial
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), initial)
     return checkpointer.load(latest.step, shapes)
 
 
 @contextlib.contextmanager
 def progress(total: int, start: int, *, what: str = "training") -> Iterator[Callable[[str], None]]:
-    """A bar on a terminal; each call is a step done, with a note beside it."""
+    """A progress bar if stderr is a terminal. Each call of the returned function counts one step and shows its note."""
     console = Console(stderr=True)
     columns = (
         TextColumn(what),

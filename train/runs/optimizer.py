@@ -1,4 +1,4 @@
-"""AdamW with a warm-up, a plateau and perhaps a linear decay."""
+"""AdamW, with learning rates that have a warm-up, a plateau and optionally a linear decay."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def constant(peak: float, *, warmup: int) -> optax.Schedule:
 def adamw(
     schedule: optax.Schedule, *, b1: float, b2: float, weight_decay: float, clip: float
 ) -> optax.GradientTransformation:
-    """AdamW behind a clip of the global norm; decay acts on matrices alone."""
+    """AdamW after clipping by the global norm. Weight decay applies to matrices only."""
 
     def matrices(params: Mapping[str, Any]) -> dict[str, bool]:
         return {name: value.ndim > 1 for name, value in params.items()}
@@ -42,9 +42,9 @@ def adamw(
 
 
 def state_shardings(state: Any, shardings: Mapping[str, Any], *, otherwise: Any) -> Any:
-    """The sharding of every leaf of a training state, as a tree of its structure.
+    """The shardings of a training state, as a tree of its structure.
 
-    What an optimiser keeps of a parameter lies as the parameter does. Counters get ``otherwise``.
+    The optimiser's state of a parameter has the sharding of the parameter. Counters have ``otherwise``.
 
     Args:
       state: arrays or their shapes.
@@ -61,8 +61,8 @@ def state_shardings(state: Any, shardings: Mapping[str, Any], *, otherwise: Any)
 def apply(
     optimizer: optax.GradientTransformation, gradients: Any, state: optax.OptState, params: Any
 ) -> tuple[Any, optax.OptState]:
-    """One update. optax mixes integer counts with float32, which strict dtype promotion forbids elsewhere."""
+    """One update. optax mixes integer counts with float32, so strict dtype promotion is off here."""
     with jax.numpy_dtype_promotion("standard"):
         updates, state = optimizer.update(gradients, state, params)
-        params = optax.apply_updates(params, updates)  # in the parameters' own dtype
+        params = optax.apply_updates(params, updates)  # in the dtype of the parameters
     return params, state

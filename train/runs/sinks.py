@@ -1,4 +1,4 @@
-"""Where the numbers of a run go beside its metrics file: TensorBoard and Weights & Biases."""
+"""Further destinations of a run's metrics: TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from stepjax.train.config.tune import RunSettings
 
 
 class Sink(Protocol):
+    """A destination of metrics."""
+
     def write(self, record: Mapping[str, Any]) -> None: ...
 
     def close(self) -> None: ...
 
 
 class TensorBoard:
-    """Event files in a folder, by tensorboardX."""
+    """Event files in a folder, written by tensorboardX."""
 
     def __init__(self, folder: Path, start: int):
         try:
@@ -39,8 +41,10 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run on Weights & Biases under its folder's name. Its id is kept in the folder, as ``wandb_id``: a run that is
-    taken up again goes on under it, and another folder of that name is another run.
+    """A run on Weights & Biases, named like its folder.
+
+    Its id is kept in the folder as ``wandb_id``. A resumed run continues under this id, and another folder of the same
+    name is another run.
     """
 
     def __init__(self, project: str, out: Path, settings: Mapping[str, Any]):
@@ -48,10 +52,10 @@ class Wandb:
             wandb = import_module("wandb")
         except ImportError:
             raise ConfigError("run.wandb: needs wandb; install the extra as pip install 'stepjax[wandb]'") from None
-        kept = out / "wandb_id"
-        if not kept.exists():
-            kept.write_text(secrets.token_hex(8))
-        about = {"name": out.name, "id": kept.read_text(), "dir": str(out), "config": dict(settings)}
+        id_file = out / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(secrets.token_hex(8))
+        about = {"name": out.name, "id": id_file.read_text(), "dir": str(out), "config": dict(settings)}
         self._run = wandb.init(project=project, resume="allow", **about)
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -62,21 +66,21 @@ class Wandb:
 
 
 def open_sinks(settings: RunSettings, out: Path, start: int, about: Mapping[str, Any]) -> list[Sink]:
-    """The sinks that the settings ask for. ConfigError: what one needs is not installed."""
-    found: list[Sink] = []
+    """The sinks of the settings. ConfigError: a package that one needs is not installed."""
+    sinks: list[Sink] = []
     if settings.tensorboard:
-        found.append(TensorBoard(out / "tensorboard", start))
+        sinks.append(TensorBoard(out / "tensorboard", start))
     if settings.wandb:
-        found.append(Wandb(settings.wandb, out, about))
-    return found
+        sinks.append(Wandb(settings.wandb, out, about))
+    return sinks
 
 
 def flat(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Numbers of a record by name; those inside tables and lists as ``table/name`` and ``list/0``."""
+    """The numbers of a record by name. Those in tables and lists are called ``table/name`` and ``list/0``."""
     for name, value in record.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{name}/")
         elif isinstance(value, list):
-            yield from flat({str(at): each for at, each in enumerate(value)}, f"{prefix}{name}/")
+            yield from flat({str(index): entry for index, entry in enumerate(value)}, f"{prefix}{name}/")
         elif isinstance(value, bool | int | float) and f"{prefix}{name}" != "step":
             yield f"{prefix}{name}", float(value)

@@ -1,1 +1,1 @@
-"""Models that score the same tokens."""
+"""Teachers, which score the tokens of answers."""

@@ -1,4 +1,4 @@
-"""A teacher behind an OpenAI-compatible server: `prompt_logprobs` of /v1/completions, as vLLM and ours give them."""
+"""A teacher on an OpenAI-compatible server that has `prompt_logprobs` in /v1/completions, such as vLLM or ours."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
 
 
 class Remote:
-    """Scores sequences by asking a server for the log-probabilities of a prompt that holds them."""
+    """Scores sequences with a server: each is sent as a prompt, whose log-probabilities the server returns."""
 
     def __init__(self, settings: TeacherSettings, student: Session, *, name: str):
-        """Raises ConfigError if the key is not in the environment or the address is none."""
+        """ConfigError: the key is not in the environment, or the URL is not valid."""
         self._settings, self._session, self._name = settings, student, f"teachers.{name}"
         if not settings.url.startswith(("http://", "https://")):
             raise ConfigError(f"{self._name}.url: is {settings.url!r}, expected http://HOST:PORT/v1")
@@ -38,17 +38,17 @@ class Remote:
             if not key:
                 raise ConfigError(f"{self._name}.key_variable: {settings.key_variable} is not in the environment")
             self._headers["Authorization"] = f"Bearer {key}"
-        # A server that is meant and one that a proxy of the environment finds are not the same.
+        # No proxy of the environment is used: it could reach another server than the one in the settings.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def score(self, rollouts: Sequence[Rollout], *, top: int) -> list[Scored]:
-        """Several requests at a time, in the rollouts' order.
+        """As `stepjax.train.teachers.resident.Scorer.score`, with several requests at a time.
 
         Raises:
-          TrainingError: the server does not answer, or not with what was asked for.
+          TrainingError: the server does not answer, or its answer lacks the log-probabilities.
         """
         with ThreadPoolExecutor(self._settings.workers, thread_name_prefix="teacher") as pool:
-            return list(pool.map(lambda each: self._score(each, top), rollouts))
+            return list(pool.map(lambda rollout: self._score(rollout, top), rollouts))
 
     def _score(self, rollout: Rollout, top: int) -> Scored:
         prompt = prompt_with(self._session, rollout.prompt, self._settings.system)
@@ -56,20 +56,20 @@ class Remote:
         body: dict[str, Any] = {"prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": top}
         if self._settings.model:
             body["model"] = self._settings.model
-        found = self._ask(body)
+        answer = self._request(body)
         try:
-            entries = found["choices"][0]["prompt_logprobs"][len(prompt) :]
+            entries = answer["choices"][0]["prompt_logprobs"][len(prompt) :]
             if len(entries) != len(rollout.ids):
                 raise ValueError
-            return _read(entries, rollout.ids, top)
+            return _read_scores(entries, rollout.ids, top)
         except (KeyError, IndexError, TypeError, ValueError):
             raise TrainingError(
                 f"{self._name}: {self._settings.url} did not give prompt_logprobs of {len(ids)} tokens with the "
-                f"{top} likeliest; it must support prompt_logprobs in /v1/completions for token ids"
+                f"{top} likeliest; the server must support prompt_logprobs in /v1/completions for token ids"
             ) from None
 
-    def _ask(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The answer to a request; waits and tries again where that may help."""
+    def _request(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The server's answer. Temporary errors are retried after a wait."""
         request = urllib.request.Request(
             f"{self._settings.url.rstrip('/')}/completions", json.dumps(body).encode(), self._headers
         )
@@ -85,23 +85,24 @@ class Remote:
                 problem = f"HTTP {error.code}: {error.read(500).decode('utf-8', 'replace')}"
                 if error.code not in RETRIED:
                     break
-            except (OSError, http.client.HTTPException, ValueError) as error:  # no connection, a time-out, half a body
+            except (OSError, http.client.HTTPException, ValueError) as error:  # no connection, a timeout, half a body
                 problem = str(error) or type(error).__name__
         raise TrainingError(
             f"{self._name}: no answer from {self._settings.url} in {attempt + 1} tries of {self._settings.timeout_s} s "
-            f"({problem}); is the server up? The run goes on from its last checkpoint with the same command"
+            f"({problem}). Check that the server runs; the same command resumes the run from its last checkpoint"
         )
 
 
-def _read(entries: Sequence[dict[str, Any]], ids: Sequence[int], top: int) -> Scored:
-    """The server's form: at each place the token itself and the likeliest, by id."""
-    own = np.asarray([entry[str(token)]["logprob"] for entry, token in zip(entries, ids, strict=True)], np.float32)
+def _read_scores(entries: Sequence[dict[str, Any]], ids: Sequence[int], top: int) -> Scored:
+    """Scores from the server's form: for each position a table by token id, of the token and of the likeliest ones."""
+    logprobs = np.asarray([entry[str(token)]["logprob"] for entry, token in zip(entries, ids, strict=True)], np.float32)
     if not top:
-        return Scored(own)
+        return Scored(logprobs)
     top_ids, top_logprobs = np.zeros((len(ids), top), np.int32), np.zeros((len(ids), top), np.float32)
-    for at, entry in enumerate(entries):
-        ranked = sorted(((each["logprob"], -int(token)) for token, each in entry.items()), reverse=True)[:top]
+    for position, entry in enumerate(entries):
+        ranked = sorted(((score["logprob"], -int(token)) for token, score in entry.items()), reverse=True)[:top]
         if len(ranked) < top:
             raise ValueError
-        top_ids[at], top_logprobs[at] = [-token for _, token in ranked], [value for value, _ in ranked]
-    return Scored(own, top_ids, top_logprobs)
+        top_ids[position] = [-token for _, token in ranked]
+        top_logprobs[position] = [logprob for logprob, _ in ranked]
+    return Scored(logprobs, top_ids, top_logprobs)

@@ -1,4 +1,4 @@
-"""Who scores the student's tokens: models of this process, a server, or a file. One protocol, three ways to know."""
+"""Teachers: the interface of all, and a teacher whose model is in this process."""
 
 from __future__ import annotations
 
@@ -33,38 +33,38 @@ class Scored:
 
 
 class Scorer(Protocol):
-    """A teacher that gives log-probabilities, wherever it runs."""
+    """A teacher that gives log-probabilities: a server or a file."""
 
     def score(self, rollouts: Sequence[Rollout], *, top: int) -> list[Scored]:
-        """Of every token behind the prompt, with the ``top`` likeliest at each place if any are asked for."""
+        """Scores of each token after the prompt, and of the ``top`` likeliest tokens in its place (0: none)."""
         ...
 
 
 @dataclass(frozen=True)
 class Resident:
-    """A teacher of this process. It gives hidden states; its logits are made where they are used."""
+    """A teacher in this process. It gives hidden states; the loss computes its logits from them."""
 
     session: Session
     params: Params
-    system: str = ""  # what it sees and the student does not
+    system: str = ""  # a system text that the student does not see
 
     @functools.cached_property
     def hidden(self) -> Callable[[Params, PackedRows], jax.Array]:
-        """``(params, rows [M, R, T]) → [M, R, T, D]``, a micro-batch after the other."""
+        """``(params, rows [M, R, T]) → [M, R, T, D]``, one micro-batch at a time."""
         model = self.session.model
 
         def run(params: Params, rows: PackedRows) -> jax.Array:
             bound = bind(model, params)
-            return jax.lax.map(lambda each: bound.forward(each.ids, packed_chunk(each)).hidden_BTD, rows)
+            return jax.lax.map(lambda micro: bound.forward(micro.ids, packed_chunk(micro)).hidden_BTD, rows)
 
         return jax.jit(run)
 
     def top(self, rows: PackedRows, *, k: int, num_tokens: int) -> TopScores:
-        """The ``k`` likeliest tokens at each token's place, and the token itself last: numpy [M, R, T, k + 1]."""
+        """The ``k`` likeliest tokens in place of each token, and then the token itself: numpy [M, R, T, k + 1]."""
         hidden = self.hidden(self.params, rows)
         ids = jnp.roll(jnp.asarray(rows.ids), -1, axis=2)
-        found = self._top(self.params, hidden, ids, k, num_tokens)
-        return TopScores(*(np.roll(np.asarray(x), 1, axis=2) for x in found))
+        scores = self._top(self.params, hidden, ids, k, num_tokens)
+        return TopScores(*(np.roll(np.asarray(x), 1, axis=2) for x in scores))
 
     @functools.cached_property
     def _top(self) -> Callable[..., tuple[jax.Array, jax.Array]]:
@@ -73,12 +73,12 @@ class Resident:
         def run(params: Params, hidden: jax.Array, label: jax.Array, k: int, num_tokens: int) -> Any:
             bound = bind(model, params)
 
-            def row(each: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-                state, label = each
-                logs = jax.nn.log_softmax(mask_padding(bound.logits(state[None])[0], num_tokens))
-                top, ids = jax.lax.top_k(logs, k)
-                own = jnp.take_along_axis(logs, label[:, None], axis=-1)
-                return jnp.concatenate([ids, label[:, None]], axis=-1), jnp.concatenate([top, own], axis=-1)
+            def row(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+                hidden, label = inputs
+                logprobs = jax.nn.log_softmax(mask_padding(bound.logits(hidden[None])[0], num_tokens))
+                top, ids = jax.lax.top_k(logprobs, k)
+                label_logprob = jnp.take_along_axis(logprobs, label[:, None], axis=-1)
+                return jnp.concatenate([ids, label[:, None]], axis=-1), jnp.concatenate([top, label_logprob], axis=-1)
 
             flat = jax.lax.map(row, (hidden.reshape(-1, *hidden.shape[2:]), label.reshape(-1, label.shape[2])))
             return jax.tree.map(lambda x: x.reshape(*label.shape, k + 1), flat)
@@ -86,15 +86,22 @@ class Resident:
         return jax.jit(run, static_argnums=(3, 4))
 
     def score(self, rollouts: Sequence[Rollout], *, top: int, rows: int, length: int, num_tokens: int) -> list[Scored]:
-        """As `Scorer.score`, in numpy, in batches of rows; `stepjax.train.teachers.scoring.cut_to_rows` comes first."""
-        prompts = [self.prompt_ids(each.prompt) for each in rollouts]
-        packed = pack_sequences(prompts, [each.ids for each in rollouts], rows=rows, length=length)
-        found = self.top(packed.rows, k=top, num_tokens=num_tokens)
-        ids, values = (x.reshape(-1, length, top + 1) for x in found)
+        """As `Scorer.score`, for rollouts that `stepjax.train.teachers.scoring.cut_to_rows` returned.
+
+        Args:
+          rows: of a micro-batch.
+          length: tokens of a row.
+          num_tokens: entries of the tokenizer.
+        """
+        prompts = [self.prompt_ids(rollout.prompt) for rollout in rollouts]
+        packed = pack_sequences(prompts, [rollout.ids for rollout in rollouts], rows=rows, length=length)
+        scores = self.top(packed.rows, k=top, num_tokens=num_tokens)
+        ids, values = (x.reshape(-1, length, top + 1) for x in scores)
         scored = []
-        for (row, first), prompt, each in zip(packed.places, prompts, rollouts, strict=True):
-            at = slice(first + len(prompt), first + len(prompt) + len(each.ids))
-            scored.append(Scored(values[row, at, top], ids[row, at, :top], values[row, at, :top]))
+        for (row, first), prompt, rollout in zip(packed.places, prompts, rollouts, strict=True):
+            start = first + len(prompt)
+            answer = slice(start, start + len(rollout.ids))
+            scored.append(Scored(values[row, answer, top], ids[row, answer, :top], values[row, answer, :top]))
         return scored
 
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
@@ -106,14 +113,14 @@ Teacher = Resident | Scorer
 
 
 def prompt_with(session: Session, prompt: Prompt, system: str) -> tuple[int, ...]:
-    """The prompt's ids with a system text in front of what it says already."""
+    """The ids of the prompt with a system text before its own."""
     if not system:
         return prompt.ids
     if not prompt.messages:
         raise ConfigError(
-            f"teachers: system needs chats, but row {prompt.index} of data.{prompt.source} is raw text; leave it out"
+            f"teachers: system needs chats, but row {prompt.index} of data.{prompt.source} is raw text; omit system"
         )
-    messages = [dict(each) for each in prompt.messages]
+    messages = [dict(message) for message in prompt.messages]
     if messages[0]["role"] == "system":
         messages[0]["content"] = f"{system}\n\n{messages[0]['content']}"
     else:
@@ -129,11 +136,11 @@ def resident(
     adapted: Callable[[Session, str], Params],
     name: str,
 ) -> Resident:
-    """A teacher that shares the student's base, or a checkpoint of its own.
+    """A teacher in this process, with the student's base or a checkpoint of its own.
 
     Args:
-      load: opens a checkpoint as the student's was opened.
-      adapted: a session's parameters with the adapter of that name.
+      load: opens a checkpoint with the settings of the student's.
+      adapted: returns a session's parameters with the adapter at a path.
 
     Raises:
       TokenizerError: its tokenizer is not the student's.
@@ -141,12 +148,12 @@ def resident(
     session = student if settings.kind == "base" else load(settings.path)
     if session is not student:
         if student.tokenizer is None or session.tokenizer is None:
-            raise ConfigError(f"teachers.{name}: student and teacher both need a tokenizer.json, to be compared")
+            raise ConfigError(f"teachers.{name}: student and teacher both need a tokenizer.json for comparison")
         check_same_ids(student.tokenizer, session.tokenizer, who=f"teachers.{name} ({settings.path})")
     params = adapted(session, settings.adapter) if settings.adapter else session.params
     return Resident(session, params, settings.system)
 
 
 def head_of(model: Step3p5, params: Params) -> Callable[[jax.Array], jax.Array]:
-    """Hidden states → logits."""
+    """The function from hidden states to logits."""
     return bind(model, params).logits

@@ -1,11 +1,11 @@
-"""Whether two tokenizers mean the same by every id: log-probabilities of one model are nothing to another otherwise."""
+"""Checks that two tokenizers have the same ids. Without that, a teacher's scores are of other tokens."""
 
 from __future__ import annotations
 
 from stepjax.errors import TokenizerError
 from stepjax.text.tokenizer import Tokenizer
 
-_LISTED = 3  # differences that a message spells out
+_LISTED = 3  # differences that a message names
 
 
 def check_same_ids(ours: Tokenizer, theirs: Tokenizer, *, who: str) -> None:
@@ -14,17 +14,17 @@ def check_same_ids(ours: Tokenizer, theirs: Tokenizer, *, who: str) -> None:
     if len(ours) != len(theirs):
         problems.append(f"{len(theirs)} entries, expected {len(ours)}")
     for token in range(min(len(ours), len(theirs))):
-        mine, other = ours.token_bytes([token]), theirs.token_bytes([token])
-        if mine != other:
-            problems.append(f"entry {token} is {other!r}, expected {mine!r}")
+        expected, actual = ours.token_bytes([token]), theirs.token_bytes([token])
+        if actual != expected:
+            problems.append(f"entry {token} is {actual!r}, expected {expected!r}")
             if len(problems) > _LISTED:
                 break
     for text in sorted(ours.controls.keys() | theirs.controls.keys()):
-        mine, other = ours.controls.get(text), theirs.controls.get(text)
-        if mine != other:
-            problems.append(f"control token {text!r} has id {other}, expected {mine}")
+        expected, actual = ours.controls.get(text), theirs.controls.get(text)
+        if actual != expected:
+            problems.append(f"control token {text!r} has id {actual}, expected {expected}")
     if problems:
         raise TokenizerError(
             f"{who}: its tokenizer is not the student's: {'; '.join(problems[:_LISTED])}. A teacher scores the "
-            "student's token ids, so both need the same tokenizer; choose a teacher of the same family"
+            "student's token ids, so both need the same tokenizer. Use a teacher of the same model family"
         )

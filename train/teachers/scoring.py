@@ -1,4 +1,4 @@
-"""From rollouts to what the update takes: advantages, a teacher's scores, rows on the devices."""
+"""Makes batches of rollouts for the update: advantages, scores of a teacher, packed rows on the devices."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from stepjax.train.rollouts.sampler import Rollout
 from stepjax.train.teachers.resident import Resident, Scored, Teacher
 from stepjax.train.teachers.stored import Stored
 
-REMOTE_TOP = 20  # likeliest tokens to ask a server for
-SPARE = 64  # tokens by which a teacher's rows grow where its prompts are longer
+REMOTE_TOP_K = 20  # likeliest tokens that a server is asked for
+LENGTH_STEP = 64  # tokens; longer rows of a teacher are a multiple of it, for few compiled programs
 
 
 @dataclass
 class Prepared:
-    """Batches by teacher ("" where none is needed), and what they cost."""
+    """Batches by teacher ("" for none), and their cost."""
 
     batches: dict[str, Batch]
-    num_left_out: int = 0  # answers without room in a row
-    scored_tokens: int = 0  # by teachers
+    num_left_out: int = 0  # answers that have no room in a row
+    scored_tokens: int = 0  # tokens that teachers scored
     score_s: float = 0.0
-    rollouts: list[Rollout] = field(default_factory=list)  # that are in the batches
+    rollouts: list[Rollout] = field(default_factory=list)  # those in the batches
 
 
 class Scoring:
-    """Prepares batches for one run."""
+    """Makes the batches of one run."""
 
     def __init__(self, config: TuneConfig, session: Session, teachers: Mapping[str, Teacher]):
         self._config, self._session, self.teachers = config, session, teachers
@@ -47,7 +47,7 @@ class Scoring:
     @property
     def residents(self) -> dict[str, Params]:
         """Parameters of the teachers in this process."""
-        return {name: each.params for name, each in self.teachers.items() if isinstance(each, Resident)}
+        return {name: teacher.params for name, teacher in self.teachers.items() if isinstance(teacher, Resident)}
 
     def teacher_of(self, rollout: Rollout) -> str:
         """The name of a rollout's teacher; "" if the run has none."""
@@ -57,7 +57,7 @@ class Scoring:
         return (source.teacher if source else "") or next(iter(self.teachers))
 
     def prepare(self, rollouts: Sequence[Rollout], *, objective: Objective) -> Prepared:
-        """Batches for an objective."""
+        """The batches of these rollouts for an objective."""
         optim, loss = self._config.optim, self._config.loss
         kept, lost = cut_to_rows(rollouts, optim.length)
         prepared = Prepared({}, lost, rollouts=kept)
@@ -71,7 +71,7 @@ class Scoring:
             began = time.perf_counter()
             batch = self._batch(chosen, advantages[indices], name, objective)
             if name:
-                prepared.scored_tokens += sum(len(each.ids) for each in chosen)
+                prepared.scored_tokens += sum(len(rollout.ids) for rollout in chosen)
                 prepared.score_s += time.perf_counter() - began
             prepared.batches[name] = batch
         return prepared
@@ -86,7 +86,7 @@ class Scoring:
             return (
                 placed if teacher is None else placed._replace(hidden=self._hidden(teacher, rollouts, placed, packed))
             )
-        top = self._config.teachers[name].top_k or (teacher.top_k if isinstance(teacher, Stored) else REMOTE_TOP)
+        top = self._config.teachers[name].top_k or (teacher.top_k if isinstance(teacher, Stored) else REMOTE_TOP_K)
         top = top if objective.reads_top_k else 0
         return self.place(make(scored=teacher.score(rollouts, top=top))[0])
 
@@ -95,32 +95,32 @@ class Scoring:
         if not teacher.system:
             return teacher.hidden(teacher.params, batch.rows)
         optim = self._config.optim
-        prompts = [teacher.prompt_ids(each.prompt) for each in rollouts]
-        longest = max(len(ids) + len(each.ids) for ids, each in zip(prompts, rollouts, strict=True))
-        length = max(optim.length, -(-longest // SPARE) * SPARE)
-        theirs = pack_sequences(prompts, [each.ids for each in rollouts], rows=optim.rows, length=length)
-        places = teacher_positions(packed, theirs, rollouts, [len(ids) for ids in prompts])
-        hidden = teacher.hidden(teacher.params, self._place_rows(theirs.rows))
-        return _taken(hidden, self._placed(places))
+        prompts = [teacher.prompt_ids(rollout.prompt) for rollout in rollouts]
+        longest = max(len(ids) + len(rollout.ids) for ids, rollout in zip(prompts, rollouts, strict=True))
+        length = max(optim.length, -(-longest // LENGTH_STEP) * LENGTH_STEP)
+        teacher_packed = pack_sequences(prompts, [r.ids for r in rollouts], rows=optim.rows, length=length)
+        positions = teacher_positions(packed, teacher_packed, rollouts, [len(ids) for ids in prompts])
+        hidden = teacher.hidden(teacher.params, self._place_rows(teacher_packed.rows))
+        return _take(hidden, self._place_array(positions))
 
     def place(self, batch: Batch) -> Batch:
         """A batch of numpy arrays on the devices."""
-        return jax.tree.map(self._placed, batch)
+        return jax.tree.map(self._place_array, batch)
 
     def _place_rows(self, rows: PackedRows) -> PackedRows:
-        return jax.tree.map(self._placed, rows)
+        return jax.tree.map(self._place_array, rows)
 
-    def _placed(self, x: np.ndarray) -> jax.Array:
-        """[M, R, T, …] by rows and tokens."""
-        where = self._session.model.layout.sharding(x.shape, None, "batch", "length", *(None,) * (x.ndim - 3))
-        if where is None:
+    def _place_array(self, x: np.ndarray) -> jax.Array:
+        """An array [M, R, T, …] on the devices, sharded by rows and tokens."""
+        sharding = self._session.model.layout.sharding(x.shape, None, "batch", "length", *(None,) * (x.ndim - 3))
+        if sharding is None:
             return jnp.asarray(x)
-        return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
 @jax.jit
-def _taken(hidden: jax.Array, places: jax.Array) -> jax.Array:
-    return jnp.take(hidden.reshape(-1, hidden.shape[-1]), places, axis=0)
+def _take(hidden: jax.Array, positions: jax.Array) -> jax.Array:
+    return jnp.take(hidden.reshape(-1, hidden.shape[-1]), positions, axis=0)
 
 
 def cut_to_rows(rollouts: Sequence[Rollout], length: int) -> tuple[list[Rollout], int]:

@@ -1,4 +1,4 @@
-"""A teacher's likeliest tokens in a file: written once for the rows of a data set, read by any number of runs."""
+"""A teacher's scores in a file, which ``stepjax teach`` writes once for the rows of a data set."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ FORM = "stepjax teacher scores 1"
 
 
 class Stored:
-    """Scores of completions by the number of their row: safetensors with ``index`` [N], ``offset`` [N + 1], and for all
-    tokens laid end to end ``token``, ``logprob``, ``top_id`` [·, K] and ``top_logprob`` [·, K].
+    """Scores of completions by the number of their row.
+
+    The file is safetensors. It has ``index`` [N] and ``offset`` [N + 1] of the rows, and of all tokens in one sequence
+    ``token``, ``logprob``, ``top_id`` [·, K] and ``top_logprob`` [·, K].
     """
 
     def __init__(self, path: Path):
-        """Raises CheckpointError if the file is none of ours."""
+        """CheckpointError: the file is not one that ``stepjax teach`` wrote."""
         self._path = path
         try:
             with safe_open(str(path), "numpy") as file:
@@ -29,24 +31,28 @@ class Stored:
                 self._arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: cannot be read ({error})") from None
-        self._place = {int(index): at for at, index in enumerate(self._arrays["index"])}
+        self._place = {int(index): place for place, index in enumerate(self._arrays["index"])}
 
     def score(self, rollouts: Sequence[Rollout], *, top: int) -> list[Scored]:
-        return [self._score(each, top) for each in rollouts]
+        """As `stepjax.train.teachers.resident.Scorer.score`. TrainingError: the file has no scores of an answer."""
+        return [self._score(rollout, top) for rollout in rollouts]
 
     def _score(self, rollout: Rollout, top: int) -> Scored:
         arrays, index = self._arrays, rollout.prompt.index
         if index not in self._place:
             raise TrainingError(f"{self._path}: has no scores of row {index}; write them for the whole file")
-        at = self._place[index]
-        span = slice(int(arrays["offset"][at]), int(arrays["offset"][at + 1]))
+        place = self._place[index]
+        span = slice(int(arrays["offset"][place]), int(arrays["offset"][place + 1]))
         span = slice(span.start, min(span.stop, span.start + len(rollout.ids)))
         if arrays["token"][span].tolist() != list(rollout.ids):
             raise TrainingError(f"{self._path}: row {index} was scored with another completion; write the scores again")
         if top > arrays["top_id"].shape[1]:
-            raise TrainingError(f"{self._path}: holds {arrays['top_id'].shape[1]} tokens a place, but top_k is {top}")
+            raise TrainingError(
+                f"{self._path}: holds {arrays['top_id'].shape[1]} tokens per position, but top_k is {top}"
+            )
         return Scored(arrays["logprob"][span], arrays["top_id"][span, :top], arrays["top_logprob"][span, :top])
 
     @property
     def top_k(self) -> int:
+        """Likeliest tokens that the file has at each position."""
         return int(self._arrays["top_id"].shape[1])

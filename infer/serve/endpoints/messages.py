@@ -46,7 +46,7 @@ _CONTENT = {
         ]
     },
 }
-Message = Annotated[
+MessageParam = Annotated[
     Any,
     WithJsonSchema(
         record("role content", role={"enum": ["user", "assistant", "system"]}, content={"anyOf": [_TEXT, _CONTENT]})
@@ -92,7 +92,7 @@ class CountTokensRequest(Body):
     """POST /v1/messages/count_tokens."""
 
     model: str = sized("model", ...)
-    messages: list[Message] = sized("messages", ...)
+    messages: list[MessageParam] = sized("messages", ...)
     system: System = None
     tools: list[dict[str, Any]] | None = sized("tools")
     tool_choice: ToolChoice | None = None
