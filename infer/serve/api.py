@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import json
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -18,6 +17,7 @@ from stepjax.infer.serve.answers import Answers
 from stepjax.infer.serve.errors import ApiError, Dialect
 from stepjax.infer.serve.formats import wants_grammar
 from stepjax.infer.serve.middleware import ApiKeys
+from stepjax.infer.serve.replies import json_response
 from stepjax.infer.serve.requests import read_chat
 from stepjax.infer.serve.schemas import Body, ChatRequest, SampledRequest
 from stepjax.infer.serve.service import Service
@@ -63,7 +63,8 @@ class Api:
     def warm(self) -> None:
         """Start the processes that compile grammars."""
         if self.session.tokenizer is not None:
-            self.session.grammars.warm()
+            with self.service.startup.stage("grammars", "starting the compiler of grammars"):
+                self.session.grammars.warm()
 
     def close(self) -> None:
         self._compilers.shutdown(wait=False, cancel_futures=True)
@@ -127,9 +128,3 @@ def check_stream(body: SampledRequest) -> None:
     """Raise RequestError for options of a stream without one."""
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options: is given, expected stream to be true with it")
-
-
-def json_response(content: Any, headers: Mapping[str, str] | None = None, *, status: int = 200) -> Response:
-    data = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    data = data.encode("utf-8", "replace")
-    return Response(data, status, dict(headers or {}), media_type="application/json")

@@ -12,9 +12,10 @@ from pydantic import Field, WithJsonSchema
 
 from stepjax.errors import RequestError
 from stepjax.infer.serve.answers import Answers
-from stepjax.infer.serve.api import Api, json_response
+from stepjax.infer.serve.api import Api
 from stepjax.infer.serve.field_tables import MESSAGES
 from stepjax.infer.serve.limits import number, sized
+from stepjax.infer.serve.replies import json_response
 from stepjax.infer.serve.requests import continues, encode_prompt
 from stepjax.infer.serve.routes import BodyRoute
 from stepjax.infer.serve.schemas import Body, ChatRequest, record
