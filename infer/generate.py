@@ -11,10 +11,12 @@ import numpy as np
 from stepjax.infer.answer_stream import AnswerStream
 from stepjax.infer.engine.config import EngineConfig
 from stepjax.infer.engine.engine import Engine
+from stepjax.infer.engine.ready_programs import ProgramShape
 from stepjax.infer.guided.guide import Constraint
 from stepjax.infer.hosts import agreed
 from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.transcript import Delta, FinishReason, Transcript, begins_in_reasoning
+from stepjax.startup import Startup
 from stepjax.text.tool_calls import ToolCall, ToolSchemas
 
 if TYPE_CHECKING:
@@ -71,6 +73,7 @@ class Generation:
         seeds = agreed(np.asarray([prompt_params.seed for prompt_params in fitted], np.uint32)).tolist()
         fitted = [prompt_params.replace(seed=seed) for prompt_params, seed in zip(fitted, seeds, strict=True)]
         self._engine = Engine(session, _config(session, prompts, fitted, speculate))
+        self._num_answers = sum(prompt_params.n for prompt_params in fitted)
         self._rows: dict[str, int] = {}  # by the engine's id
         self._streams: list[AnswerStream] = []
         tokenizer, eos = session.tokenizer, session.config.eos_ids
@@ -84,7 +87,24 @@ class Generation:
                 self._rows[answer_id] = len(self._streams)
                 self._streams.append(AnswerStream(transcript))
 
+    def prepare(self, startup: Startup | None = None) -> None:
+        """Compile at once what one answer needs, before it begins. For several answers, what they need depends on when
+        they end, and is compiled where it is met.
+
+        Args:
+          startup: shows how far it is.
+        """
+        if self._num_answers > 1:
+            return
+        executor, config = self._engine.executor, self._engine.config
+        assert config.speculate is not None
+        shapes = [ProgramShape("decode", 1, config.speculate), ProgramShape("prefill", 1, config.widths[0])]
+        if missing := executor.missing(shapes):
+            with (startup or Startup()).stage("compiling", "preparing programs", unit="programs") as stage:
+                executor.compile_together(missing, progress=stage.advance)
+
     def __iter__(self) -> Iterator[tuple[int, Delta]]:
+        self.prepare()
         for update in self._engine.run():
             row = self._rows[update.id]
             stream = self._streams[row]

@@ -416,7 +416,7 @@ def test_a_prompt_of_text(capsys):
     assert run(*ask) == 0
     out, err = capsys.readouterr()
     assert out == f"{line['reasoning_content']}\n\n825\n"
-    assert err.startswith(f"[{len(line['ids'])} tokens, stop; decode ")
+    assert err.splitlines()[-1].startswith(f"[{len(line['ids'])} tokens, stop; decode ")
     assert run(*ask, "--json", "--stop", "2") == 0
     assert lines(capsys)[0]["text"] == line["text"].removesuffix("25")
 

@@ -135,6 +135,12 @@ def test_from_the_banner_to_the_signal(process, certificate):
     records = [json.loads(each) for each in process.log]
     assert any("/v1/chat/completions status=200" in record["message"] for record in records)
     assert any("draining" in record["message"] for record in records)
+    start = [record["message"] for record in records if record["logger"] == "stepjax.infer.commands.serve"]
+    assert start[0].startswith(f"listening on {process.url}")  # before jax is imported
+    done = [line.partition(": done")[0] for line in start if ": done" in line]
+    assert done[:3] == ["starting jax", "loading step-tiny", "building the engine"]
+    assert sorted(done[3:]) == ["preparing programs", "starting the compiler of grammars"]
+    assert start[-1].startswith("ready after")
     logged = "".join(process.log)
     assert SECRET not in logged
     assert PROMPT not in logged

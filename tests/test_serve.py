@@ -230,7 +230,7 @@ def test_tokens_there_and_back(server, session):
 
 
 def test_what_is_said_about_the_server(server):
-    assert server.client.get("/health").json() == {"status": "ok"}
+    assert server.client.get("/health").json() == {"status": "ok", "stage": "ready"}
     models = server.client.get("/v1/models").json()["data"]
     assert [each["id"] for each in models] == ["step-tiny", NAME]
     assert server.client.get(f"/v1/models/{NAME}").json()["max_model_len"] == 32768
@@ -450,7 +450,10 @@ def test_a_full_queue_and_the_end(session):
             time.sleep(0.01)
         refused = server.post("/v1/chat/completions", GREEDY)
         assert refused.status_code == 503
-        assert server.client.get("/health").status_code == 503
+        health = server.client.get("/health")
+        assert health.status_code == 503
+        assert health.json()["stage"] == health.json()["error"]["code"] == "shutting_down"
+        assert server.client.get("/health/live").status_code == 200
         *_, last = [line for line in lines if line.startswith("data")]
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
     assert server.exit_code == 0

@@ -22,11 +22,12 @@ from stepjax.infer.engine.engine import Engine
 from stepjax.infer.load import load
 from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.serve import app as app_module
-from stepjax.infer.serve.api import Api, ServeOptions, json_response
+from stepjax.infer.serve.api import Api, ServeOptions
 from stepjax.infer.serve.app import create_app
 from stepjax.infer.serve.errors import ApiError
 from stepjax.infer.serve.metrics import ServerMetrics
 from stepjax.infer.serve.middleware import ApiKeys
+from stepjax.infer.serve.replies import json_response
 from stepjax.infer.serve.service import Service
 from stepjax.infer.session import Session
 

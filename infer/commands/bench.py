@@ -14,6 +14,7 @@ from rich.table import Table
 from stepjax.errors import RequestError
 from stepjax.infer.commands.generate import read_tokens
 from stepjax.infer.commands.options import add_model_arguments, add_sampling_arguments, open_session, sampling_params
+from stepjax.infer.commands.progress import shown_startup
 
 if TYPE_CHECKING:
     from stepjax.infer.bench import BenchReport, Request
@@ -80,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
     prompts = _read(args.prompts) if args.prompts else None
     least, most = _range(args.prompt_tokens)
     text = prompts is not None and isinstance(prompts[0], str)
-    session = open_session(args, needs="text" if text else "ids")
+    startup = shown_startup()
+    session = open_session(args, startup=startup, needs="text" if text else "ids")
     from stepjax.infer.bench import Request, bench, random_requests
     from stepjax.infer.engine.config import EngineConfig
     from stepjax.infer.engine.engine import Engine
@@ -110,6 +112,8 @@ def run(args: argparse.Namespace) -> int:
         deterministic=args.deterministic,
     )
     engine = Engine(session, config)
+    with startup.stage("compiling", "preparing programs", unit="programs") as stage:
+        engine.warm(progress=stage.advance)
     report = bench(engine, requests)
     about = _about(args, session, engine)
     if args.json:

@@ -14,6 +14,8 @@ from stepjax.infer.commands.options import (
     open_session,
     sampling_params,
 )
+from stepjax.infer.commands.progress import shown_startup
+from stepjax.startup import Startup
 
 HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
 
@@ -25,9 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    session = open_session(args, needs="chat")
+    startup = shown_startup()
+    session = open_session(args, startup=startup, needs="chat")
     session.runner(args.speculate)  # refuses a bad number before the first answer
-    chat = Conversation(session, sampling_params(session, args), system=args.system, speculate=args.speculate)
+    params = sampling_params(session, args)
+    chat = Conversation(session, params, system=args.system, speculate=args.speculate, startup=startup)
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
     if sys.stdin.isatty():
@@ -66,8 +70,15 @@ def _take(line: str, chat: Conversation) -> bool:
 class Conversation:
     """The messages so far; `answer` adds the user's message and the model's."""
 
-    def __init__(self, session: Any, params: Any, *, system: str | None, speculate: int | None):
+    def __init__(
+        self, session: Any, params: Any, *, system: str | None, speculate: int | None, startup: Startup | None = None
+    ):
+        """
+        Args:
+          startup: shows the programs that an answer waits for.
+        """
         self._session, self._params, self._speculate = session, params, speculate
+        self._startup = startup or Startup()
         self._opening = [{"role": "system", "content": system}] if system else []
         self.reset()
 
@@ -83,6 +94,7 @@ class Conversation:
         try:
             ids = self._session.encode_chat(messages)
             generation = Generation(self._session, [ids], [self._params], speculate=self._speculate)
+            generation.prepare(self._startup)
         except StepjaxError as error:
             print(f"{error}; /reset starts a new conversation", file=sys.stderr)
             return

@@ -17,10 +17,12 @@ from stepjax.infer.commands.options import (
     open_session,
     sampling_params,
 )
+from stepjax.infer.commands.progress import shown_startup
 
 if TYPE_CHECKING:
-    from stepjax.infer.generate import Completion
+    from stepjax.infer.generate import Completion, Generation
     from stepjax.infer.session import Session
+    from stepjax.startup import Startup
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,20 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     tokens = read_tokens(args.tokens) if args.tokens else None
-    session = open_session(args, needs="ids" if args.tokens else "text" if args.raw else "chat")
-
-    from stepjax.infer.generate import generate  # after the folder has been checked: it loads jax
-
+    startup = shown_startup()
+    session = open_session(args, startup=startup, needs="ids" if args.tokens else "text" if args.raw else "chat")
     prompts = tokens if tokens is not None else [_encode(session, text, args) for text in args.prompt]
     params = sampling_params(session, args)
     for ids in prompts:  # all of them before the first is answered
         session.check_prompt(ids)
     for ids in prompts:
-        if args.json:
-            done = generate(session, [ids], params, speculate=args.speculate)[0]
-            print(json.dumps(_as_dict(done)), flush=True)
-        else:
-            _show(session, ids, params, args.speculate)
+        _answer(session, ids, params, args, startup)
     return 0
 
 
@@ -101,11 +97,22 @@ def _as_dict(completion: Completion) -> dict[str, Any]:
     return fields | fields.pop("timing")
 
 
-def _show(session: Session, ids: list[int], params: Any, speculate: int | None) -> None:
-    from stepjax.infer.generate import Generation
+def _answer(session: Session, ids: list[int], params: Any, args: argparse.Namespace, startup: Startup) -> None:
+    """Answer one prompt, once its programs are there."""
+    from stepjax.infer.generate import Generation  # it loads jax
 
+    generation = Generation(session, [ids], [params], speculate=args.speculate)
+    generation.prepare(startup)
+    if not args.json:
+        _show(generation)
+        return
+    for _ in generation:
+        pass
+    print(json.dumps(_as_dict(generation.completions()[0])), flush=True)
+
+
+def _show(generation: Generation) -> None:
     printer = Printer()
-    generation = Generation(session, [ids], [params], speculate=speculate)
     for _, delta in generation:
         printer.write(delta)
     printer.end()

@@ -7,12 +7,11 @@ import sys
 from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.segment import Segment, Segments
 from rich.style import Style
 
 from stepjax.cache_folder import MAX_GIB
-from stepjax.checkpoint.folder import open_folder
+from stepjax.checkpoint.folder import ModelFolder, open_folder
 from stepjax.errors import RequestError
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.text.tool_calls import CallStart, ContentDelta
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from stepjax.infer.sampling.params import SamplingParams
     from stepjax.infer.session import Session
     from stepjax.infer.transcript import Delta
+    from stepjax.startup import Startup
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,23 +98,38 @@ def sampling_params(session: Session, args: argparse.Namespace) -> SamplingParam
     return session.sampling(**given)
 
 
-def open_session(args: argparse.Namespace, *, needs: Literal["ids", "text", "chat"] = "ids") -> Session:
-    """Check that the folder has what a command ``needs``, then import jax and load the weights with a progress bar."""
-    mesh = None if args.mesh is None else MeshSpec.parse(args.mesh)
-    folder = open_folder(args.model)
+def checked_folder(name: str, *, needs: Literal["ids", "text", "chat"] = "ids") -> ModelFolder:
+    """Open a folder, without jax, and check that it has what a command ``needs``."""
+    folder = open_folder(name)
     if needs != "ids" and folder.tokenizer is None:
         raise RequestError(f"{folder.path}: has no tokenizer.json, so it takes token ids only: generate --tokens")
     if needs == "chat" and folder.template is None:
         raise RequestError(f"{folder.path}: has no chat template; continue plain text with generate --raw")
     for note in folder.checkpoint.notes:
         print(f"stepjax: {printable(note)}", file=sys.stderr)
-    from stepjax.infer.load import load, use_caches
+    return folder
 
-    cache = use_caches(programs=not args.no_program_cache, max_gib=args.program_cache_gib)
-    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("loading", total=None)
+
+def open_session(
+    args: argparse.Namespace,
+    *,
+    startup: Startup,
+    folder: ModelFolder | None = None,
+    needs: Literal["ids", "text", "chat"] = "ids",
+) -> Session:
+    """Import jax and load the weights, after all that can be checked without.
+
+    Args:
+      startup: shows what is done.
+      folder: that of the model, if it has been checked.
+    """
+    mesh = None if args.mesh is None else MeshSpec.parse(args.mesh)
+    folder = folder or checked_folder(args.model, needs=needs)
+    with startup.stage("importing", "starting jax"):
+        from stepjax.infer.load import load, use_caches
+
+        cache = use_caches(programs=not args.no_program_cache, max_gib=args.program_cache_gib)
+    with startup.stage("loading", f"loading {printable(args.model)}", unit="bytes") as stage:
         session = load(
             folder,
             dtype=args.dtype,
@@ -123,7 +138,7 @@ def open_session(args: argparse.Namespace, *, needs: Literal["ids", "text", "cha
             group=args.group,
             mesh=mesh,
             strategy=args.strategy,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=stage.advance,
             program_cache=cache,
         )
     for note in session.model.layout.notes:

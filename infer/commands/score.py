@@ -8,6 +8,7 @@ from pathlib import Path
 from stepjax.errors import RequestError
 from stepjax.infer.commands.generate import read_tokens
 from stepjax.infer.commands.options import add_model_arguments, open_session
+from stepjax.infer.commands.progress import shown_startup
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +35,8 @@ def run(args: argparse.Namespace) -> int:
     prompts = read_tokens(args.tokens)
     if args.out.is_dir() or not args.out.parent.is_dir():
         raise RequestError(f"{args.out}: expected the name of a file in an existing folder")
-    session = open_session(args)
+    startup = shown_startup()
+    session = open_session(args, startup=startup)
     for ids in prompts:
         session.check_ids(ids)
     if args.mtp and not session.max_drafts:
@@ -44,13 +46,15 @@ def run(args: argparse.Namespace) -> int:
     import numpy as np
 
     arrays = {}
-    for j, ids in enumerate(prompts):
-        arrays[f"p{j}_ids"] = np.asarray(ids, np.int32)
-        if not args.mtp:
-            arrays[f"p{j}_logits"] = session.logits(ids)
-            continue
-        arrays[f"p{j}_logits"], depths = session.score(ids)
-        arrays |= {f"p{j}_mtp{k}_logits": logits for k, logits in enumerate(depths, start=1)}
+    with startup.stage("scoring", "scoring", unit="sequences") as stage:
+        for j, ids in enumerate(prompts):
+            stage.advance(j, len(prompts))
+            arrays[f"p{j}_ids"] = np.asarray(ids, np.int32)
+            if not args.mtp:
+                arrays[f"p{j}_logits"] = session.logits(ids)
+                continue
+            arrays[f"p{j}_logits"], depths = session.score(ids)
+            arrays |= {f"p{j}_mtp{k}_logits": logits for k, logits in enumerate(depths, start=1)}
     if jax.process_index():  # all processes have the same arrays; one writes them
         return 0
     try:

@@ -13,14 +13,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepjax.errors import RequestError
-from stepjax.infer.commands.options import add_model_arguments, open_session, printable
+from stepjax.infer.commands.options import add_model_arguments, checked_folder, open_session, printable
+from stepjax.startup import StartLines, Startup
 
 if TYPE_CHECKING:
     from stepjax.adapters.lora import LoraConfig
+    from stepjax.checkpoint.folder import ModelFolder
     from stepjax.infer.engine.engine import Engine
     from stepjax.infer.serve.api import ServeOptions
-    from stepjax.infer.serve.server import Server
+    from stepjax.infer.serve.server import Gate, Server
+    from stepjax.infer.serve.service import Service
     from stepjax.infer.session import Session
+
+log = logging.getLogger(__name__)
 
 KEY_VARIABLE = "STEPJAX_API_KEY"
 SWITCH_S = 0.0005  # between threads, so that the engine's does not wait for a parser
@@ -129,17 +134,76 @@ def run(args: argparse.Namespace) -> int:
     args.model = args.name or args.model
     keys = _keys(args)
     _check_tls(args)
-    session = open_session(args)
-    from stepjax.infer.engine.config import EngineConfig
-    from stepjax.infer.engine.engine import Engine
-    from stepjax.infer.serve.api import ServeOptions
-    from stepjax.infer.serve.app import create_app
-    from stepjax.infer.serve.metrics import ServerMetrics
+    folder = checked_folder(args.model)
     from stepjax.infer.serve.middleware import ApiKeys
-    from stepjax.infer.serve.server import Server, ServerConfig, log_to_stderr
-    from stepjax.infer.serve.service import Service
+    from stepjax.infer.serve.server import Gate, Server, ServerConfig, log_to_stderr
 
     log_to_stderr(args.log_format, args.log_level)
+    startup = Startup(StartLines(log.info))
+    gate = Gate(startup, ApiKeys(keys))
+    config = ServerConfig(args.host, args.port, args.drain_seconds, tls_cert=args.tls_cert, tls_key=args.tls_key)
+    server = Server(gate, None, config)
+    sys.setswitchinterval(SWITCH_S)
+
+    async def serve() -> tuple[int, Service | None]:
+        starting = asyncio.ensure_future(_start(args, folder, keys, startup, gate, server))
+        code = await server.run_until_ended()
+        starting.cancel()
+        return code, await starting if starting.done() and not starting.cancelled() else None
+
+    code, service = asyncio.run(serve())
+    if service is not None and service.engine.programs.compiling:
+        # It cannot be stopped, and must not meet an interpreter that is taken apart.
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(code)
+    return code
+
+
+async def _start(
+    args: argparse.Namespace, folder: ModelFolder, keys: list[str], startup: Startup, gate: Gate, server: Server
+) -> Service:
+    """Load the model while the server answers health checks, then let it answer requests. Ends the server if it
+    fails.
+    """
+    try:
+        while not server.started:
+            await asyncio.sleep(0.01)
+        log.info("listening on %s; /health says 200 once requests are answered", server.url)
+        session = await asyncio.to_thread(open_session, args, startup=startup, folder=folder)
+        with startup.stage("building", "building the engine"):
+            engine = await asyncio.to_thread(_engine, args, session)
+            from stepjax.infer.serve.api import ServeOptions
+            from stepjax.infer.serve.app import create_app
+            from stepjax.infer.serve.metrics import ServerMetrics
+            from stepjax.infer.serve.middleware import ApiKeys
+            from stepjax.infer.serve.service import Service
+
+        options = ServeOptions(
+            _served_names(args),
+            ApiKeys(keys),
+            tuple(args.cors_origin or ()),
+            ui=not args.no_ui,
+            adapter_updates=args.allow_lora_updates,
+            priorities=args.scheduling_policy == "priority",
+        )
+        service = Service(engine, ServerMetrics(engine, options.names[0]), startup)
+        server.attach(service)
+        await gate.open(create_app(service, session, options))
+        await service.ready.wait()
+    except BaseException:
+        server.should_exit = True
+        raise
+    log.info("ready after %.1f s", startup.seconds)
+    _announce(server.url, session, engine, options)
+    return service
+
+
+def _engine(args: argparse.Namespace, session: Session) -> Engine:
+    """The engine, with the adapters of the command line."""
+    from stepjax.infer.engine.config import EngineConfig
+    from stepjax.infer.engine.engine import Engine
+
     given = GivenAdapters.read(args, session, _served_names(args))
     config = EngineConfig(
         num_slots=args.max_seqs,
@@ -154,36 +218,7 @@ def run(args: argparse.Namespace) -> int:
     engine = Engine(session, config)
     for name, (factors, lora) in given.adapters.items():
         engine.load_adapter(name, factors, lora)
-    names = _served_names(args)
-    service = Service(engine, ServerMetrics(engine, names[0]))
-    options = ServeOptions(
-        names,
-        ApiKeys(keys),
-        tuple(args.cors_origin or ()),
-        ui=not args.no_ui,
-        adapter_updates=args.allow_lora_updates,
-        priorities=args.scheduling_policy == "priority",
-    )
-    app = create_app(service, session, options)
-    server = Server(
-        app,
-        service,
-        ServerConfig(args.host, args.port, args.drain_seconds, tls_cert=args.tls_cert, tls_key=args.tls_key),
-    )
-    sys.setswitchinterval(SWITCH_S)
-
-    async def serve() -> int:
-        announcing = asyncio.ensure_future(_announce(server, service.ready, session, engine, options))
-        code = await server.run_until_ended()
-        announcing.cancel()
-        return code
-
-    code = asyncio.run(serve())
-    if engine.programs.compiling:  # it cannot be stopped, and must not meet an interpreter that is taken apart
-        logging.shutdown()
-        sys.stdout.flush()
-        os._exit(code)
-    return code
+    return engine
 
 
 def _served_names(args: argparse.Namespace) -> tuple[str, ...]:
@@ -259,15 +294,10 @@ def _check_tls(args: argparse.Namespace) -> None:
             raise RequestError(f"{file}: no such file")
 
 
-async def _announce(
-    server: Server, ready: asyncio.Event, session: Session, engine: Engine, options: ServeOptions
-) -> None:
-    """Print the banner once the server answers."""
+def _announce(url: str, session: Session, engine: Engine, options: ServeOptions) -> None:
+    """Print the banner."""
     import jax
 
-    await ready.wait()
-    while not server.started:
-        await asyncio.sleep(0.05)
     size, mesh = engine.executor.size, getattr(session.model.layout, "mesh", None)
     split = "" if mesh is None else f", mesh {','.join(f'{axis}={n}' for axis, n in mesh.shape.items() if n > 1)}"
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(session.params))
@@ -278,8 +308,8 @@ async def _announce(
         f"{', '.join(map(printable, options.names))} on {devices}",
         f"  weights {weights / 2**30:,.2f} GiB, cache {engine.executor.cache_bytes / 2**30:,.2f} GiB a device",
         f"  {size.num_slots} answers together, context {size.context:,} tokens",
-        f"  {server.url}",
-        *((f"  {server.url}/ in a browser is a page to chat on",) if options.ui else ()),
-        f"  curl {server.url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'",
+        f"  {url}",
+        *((f"  {url}/ in a browser is a page to chat on",) if options.ui else ()),
+        f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'",
     )
     print("\n".join(lines), flush=True)

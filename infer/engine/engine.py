@@ -24,7 +24,7 @@ from stepjax.infer.engine.adapters import AdapterNames
 from stepjax.infer.engine.answer import Answer, TokenScore, split_request
 from stepjax.infer.engine.config import EngineConfig
 from stepjax.infer.engine.draft_policy import DRAFTS, DraftPolicy, StepBytes
-from stepjax.infer.engine.executor import Assignment, Mask, Order
+from stepjax.infer.engine.executor import Assignment, Mask, Order, Progress
 from stepjax.infer.engine.followers import Channel, Leader, connect, follow
 from stepjax.infer.engine.guidance import Guidance, fault_of
 from stepjax.infer.engine.ready_programs import ReadyPrograms
@@ -281,25 +281,32 @@ class Engine:
         self._owners.clear()
         self.executor.forget()
 
-    def warm(self) -> None:
-        """Compile every step that these settings can ask for, so that none is compiled while requests wait."""
+    def warm(self, *, progress: Progress | None = None) -> None:
+        """Compile every step that these settings can ask for, so that none is compiled while requests wait.
+
+        Args:
+          progress: called with the numbers of programs done and in all.
+        """
         drafts = DRAFTS if self._fixed_drafts is None else (self._fixed_drafts,)
         decode = [(slots, k) for slots in self._slot_buckets for k in drafts if k <= self._runner.drafts]
         limits = self.scheduler.piece_limits
         prefill = [(rows, width) for width in limits for rows in self.executor.row_buckets_for(limits[width])]
-        (self._leader or self.executor).warm(decode, prefill)
+        (self._leader or self.executor).warm(decode, prefill, progress=progress)
 
-    def start(self) -> None:
+    def start(self, *, progress: Progress | None = None) -> None:
         """Compile what is needed to answer; a thread compiles the rest once steps want it.
 
         A deterministic engine, and one of several processes, compiles everything first: its programs do not change.
+
+        Args:
+          progress: called with the numbers of programs done and in all.
         """
         if self._leader or self.config.deterministic:
-            self.warm()
+            self.warm(progress=progress)
             return
         shapes = self.programs.first(self._drafts(1))
         decode, prefill = ([(*shape[1:],) for shape in shapes if shape.kind == kind] for kind in ("decode", "prefill"))
-        self.executor.warm(decode, prefill)
+        self.executor.warm(decode, prefill, progress=progress)
         self.programs.open(shapes)
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -31,6 +31,8 @@ from stepjax.model.step3p5 import Params
 from stepjax.program_cache import compile_program
 
 log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]  # called with numbers done and in all
 
 ASSIGNED = 4  # slots that one launch gives their sampling
 
@@ -173,20 +175,45 @@ class Executor:
         params = {name: _shapes_of(value) for name, value in self.params.items()}  # in their order, which counts
         program.compiled(params, self._state_shapes, *rest)
 
-    def warm(self, decode: Iterable[tuple[int, int]], prefill: Iterable[tuple[int, int]]) -> None:
+    def warm(
+        self,
+        decode: Iterable[tuple[int, int]],
+        prefill: Iterable[tuple[int, int]],
+        *,
+        progress: Progress | None = None,
+    ) -> None:
         """Compile ahead of time, several programs at once, while no slot is in use.
 
         Args:
           decode: slots and drafts of each decode step.
           prefill: rows and width of each prefill step.
+          progress: called with the numbers of programs done and in all; the small ones count as one.
         """
-        shapes = [ProgramShape("decode", *each) for each in decode] + [
-            ProgramShape("prefill", *each) for each in prefill
-        ]
-        jobs = [self._idle_call(shape) for shape in shapes]
+        shapes = [ProgramShape("decode", *shape) for shape in decode]
+        shapes += [ProgramShape("prefill", *shape) for shape in prefill]
+        report = progress or _no_report
+        self.compile_together(shapes, progress=lambda done, total: report(done, total + 1))
+        self._warm_small()
+        report(len(shapes) + 1, len(shapes) + 1)
+
+    def compile_together(self, shapes: Sequence[ProgramShape], *, progress: Progress | None = None) -> None:
+        """Compile programs, several at once."""
+        report = progress or _no_report
+        report(0, len(shapes))
+        calls = [self._idle_call(shape) for shape in shapes]
         with ThreadPoolExecutor(max_workers=4, thread_name_prefix="compile") as pool:
-            for job in [pool.submit(program.compiled, self.params, self.state, *rest) for program, rest in jobs]:
+            jobs = [pool.submit(program.compiled, self.params, self.state, *rest) for program, rest in calls]
+            for done, job in enumerate(as_completed(jobs), start=1):
                 job.result()
+                report(done, len(shapes))
+
+    def missing(self, shapes: Sequence[ProgramShape]) -> list[ProgramShape]:
+        """Those of the programs that are not compiled."""
+        calls = [(shape, self._idle_call(shape)) for shape in shapes]
+        return [shape for shape, (program, rest) in calls if not program.has(self.state, *rest)]
+
+    def _warm_small(self) -> None:
+        """Compile what assigns slots, masks tokens, and copies adapters and snapshots, by running it once."""
         self._assign([Assignment(0, SamplingParams(seed=0), (0,))])
         for rows in self.row_buckets:
             self._guide([Mask(0, b"")] * rows)
@@ -341,6 +368,10 @@ class Executor:
     @cached_property
     def _is_ring(self) -> tuple[bool, ...]:
         return tuple(layer.window is not None for layer in self.runner.model.config.layers)
+
+
+def _no_report(done: int, total: int) -> None:
+    pass
 
 
 def _shapes_of(tree: Any) -> Any:

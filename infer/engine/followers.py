@@ -26,7 +26,7 @@ import numpy as np
 from stepjax.adapters.peft import import_adapter
 from stepjax.config import ModelConfig
 from stepjax.errors import ClusterError
-from stepjax.infer.engine.executor import Assignment, Executor, Mask, Order
+from stepjax.infer.engine.executor import Assignment, Executor, Mask, Order, Progress
 from stepjax.infer.engine.sequence import PageUpdate, RingCopy, Row, StepPlan
 from stepjax.infer.hosts import agreed
 from stepjax.infer.sampling.params import SamplingParams
@@ -100,11 +100,17 @@ class Leader:
         self._tell("run", encode(order))
         return self.executor.run(order)
 
-    def warm(self, decode: Iterable[tuple[int, int]], prefill: Iterable[tuple[int, int]]) -> None:
-        """`Executor.warm` on all processes."""
+    def warm(
+        self,
+        decode: Iterable[tuple[int, int]],
+        prefill: Iterable[tuple[int, int]],
+        *,
+        progress: Progress | None = None,
+    ) -> None:
+        """`Executor.warm` on all processes; ``progress`` is that of this one."""
         decode, prefill = list(decode), list(prefill)
         self._tell("warm", [decode, prefill])
-        self.executor.warm(decode, prefill)
+        self.executor.warm(decode, prefill, progress=progress)
         self._await()
 
     def load_adapter(self, slot: int, folder: Path | None) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import json
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -20,6 +19,7 @@ from stepjax.infer.serve.conversations.reading import in_clients_words
 from stepjax.infer.serve.errors import ApiError, Dialect
 from stepjax.infer.serve.formats import wants_grammar
 from stepjax.infer.serve.middleware import ApiKeys
+from stepjax.infer.serve.replies import json_response
 from stepjax.infer.serve.requests import ignore_priority, read_chat
 from stepjax.infer.serve.routes import header_value
 from stepjax.infer.serve.schemas import Body, ChatRequest, SampledRequest
@@ -68,7 +68,8 @@ class Api:
     def warm(self) -> None:
         """Start the processes that compile grammars."""
         if self.session.tokenizer is not None:
-            self.session.grammars.warm()
+            with self.service.startup.stage("grammars", "starting the compiler of grammars"):
+                self.session.grammars.warm()
 
     def close(self) -> None:
         self._compilers.shutdown(wait=False, cancel_futures=True)
@@ -144,9 +145,3 @@ def check_stream(body: SampledRequest) -> None:
     """Raise RequestError for options of a stream without one."""
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options: is given, expected stream to be true with it")
-
-
-def json_response(content: Any, headers: Mapping[str, str] | None = None, *, status: int = 200) -> Response:
-    data = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    data = data.encode("utf-8", "replace")
-    return Response(data, status, dict(headers or {}), media_type="application/json")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncIterator, Callable, Mapping
+import logging
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -16,14 +17,17 @@ from pydantic import BaseModel, ValidationError
 
 from stepjax._version import __version__
 from stepjax.errors import StepjaxError
-from stepjax.infer.serve.api import Api, ServeOptions, json_response
+from stepjax.infer.serve.api import Api, ServeOptions
 from stepjax.infer.serve.bodies import StrictBodies
 from stepjax.infer.serve.endpoints import chat, completions, messages, models, page, responses, tokens
-from stepjax.infer.serve.errors import ApiError, dialect_of
-from stepjax.infer.serve.middleware import Access, App, Failures, Receive, RequestLog, Scope, Send
+from stepjax.infer.serve.errors import ApiError
+from stepjax.infer.serve.middleware import Access, App, Failures, RequestLog
+from stepjax.infer.serve.replies import error_response, json_response, readiness, refuse
 from stepjax.infer.serve.routes import IGNORED, validation_error
 from stepjax.infer.serve.service import Service
 from stepjax.infer.session import Session
+
+log = logging.getLogger(__name__)
 
 
 class ErrorDetail(BaseModel):
@@ -52,9 +56,12 @@ def status_router(api: Api) -> APIRouter:
     @routes.get("/health/ready")
     @routes.get("/health")
     async def health() -> Response:
-        """200 while a request would be answered at once, otherwise 503 with the reason."""
-        service.check_open()
-        return json_response({"status": "ok"})
+        """200 while a request would be answered at once, otherwise 503 with the reason and the stage of the start."""
+        try:
+            service.check_open()
+        except ApiError as error:
+            return readiness(service.startup, error)
+        return readiness(service.startup, None)
 
     @routes.get("/version")
     async def version() -> Response:
@@ -91,9 +98,9 @@ def create_app(service: Service, session: Session, options: ServeOptions) -> App
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.start()
-        warming = asyncio.ensure_future(asyncio.to_thread(api.warm))
+        warming = asyncio.ensure_future(_become_ready(api))
         yield
-        await warming
+        warming.cancel()
         await service.stop()
         api.close()
 
@@ -128,8 +135,8 @@ def _wrapped(app: App, options: ServeOptions) -> App:
     """The application behind what every request passes, from the outside: the log, headers for other web pages, which
     every answer needs, errors too, the key, and the body.
     """
-    app = Access(StrictBodies(app, _refuse), options.keys, _refuse)
-    app = Failures(app, _refuse)
+    app = Access(StrictBodies(app, refuse), options.keys, refuse)
+    app = Failures(app, refuse)
     if options.cors_origins:
         app = CORSMiddleware(
             app,
@@ -139,6 +146,16 @@ def _wrapped(app: App, options: ServeOptions) -> App:
             expose_headers=["retry-after", IGNORED, "x-request-id"],
         )
     return RequestLog(app)
+
+
+async def _become_ready(api: Api) -> None:
+    """Wait for all that a request may need: the engine's programs and the compiler of grammars."""
+    try:
+        await asyncio.to_thread(api.warm)
+    except Exception:  # such requests fail one by one, or it works later
+        log.exception("the compiler of grammars did not start")
+    await api.service.compiled.wait()
+    api.service.ready.set()
 
 
 def _document(app: FastAPI) -> dict[str, Any]:
@@ -156,11 +173,11 @@ def _document(app: FastAPI) -> dict[str, Any]:
 
 def _add_error_handlers(app: FastAPI) -> None:
     async def ours(request: Request, error: Exception) -> Response:
-        return _error_response(ApiError.of(error), request.url.path)
+        return error_response(ApiError.of(error), request.url.path)
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError | ValidationError)
-        return _error_response(validation_error(error.errors()), request.url.path)
+        return error_response(validation_error(error.errors()), request.url.path)
 
     async def missing(request: Request, error: Exception) -> Response:
         status = getattr(error, "status_code", 404)
@@ -168,7 +185,7 @@ def _add_error_handlers(app: FastAPI) -> None:
         text = f"{request.method} {path[:200]}: "
         text += "there is no such path" if status == 404 else "this path does not take this method"
         code = "not_found" if status == 404 else "method_not_allowed"
-        return _error_response(ApiError(text, status=status, code=code), path, getattr(error, "headers", None))
+        return error_response(ApiError(text, status=status, code=code), path, getattr(error, "headers", None))
 
     for kind in (ApiError, StepjaxError, Exception):
         app.add_exception_handler(kind, ours)
@@ -176,14 +193,3 @@ def _add_error_handlers(app: FastAPI) -> None:
         app.add_exception_handler(kind, invalid)
     for status in (404, 405):
         app.add_exception_handler(status, missing)
-
-
-async def _refuse(scope: Scope, receive: Receive, send: Send, error: ApiError) -> None:
-    response = _error_response(error, scope["path"])
-    response.headers["connection"] = "close"  # the rest of the body is not read
-    await response(scope, receive, send)
-
-
-def _error_response(error: ApiError, path: str, headers: Mapping[str, str] | None = None) -> Response:
-    content = error.content(dialect_of(path))
-    return json_response(content, {**(headers or {}), **error.headers}, status=error.status)

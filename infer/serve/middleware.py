@@ -23,13 +23,9 @@ Send = Callable[[AsgiMessage], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Refuse = Callable[[Scope, Receive, Send, ApiError], Awaitable[None]]  # answers a request with an error
 
-OPEN_PATHS = ("/", "/health", "/health/ready", "/health/live")  # need no key
-QUIET_PATHS = (
-    "/health",
-    "/health/ready",
-    "/health/live",
-    "/metrics",
-)  # polled by monitors; not logged unless they fail
+HEALTH_PATHS = ("/health", "/health/ready", "/health/live")  # polled by monitors: logged at debug only
+OPEN_PATHS = ("/", *HEALTH_PATHS)  # need no key
+QUIET_PATHS = (*HEALTH_PATHS, "/metrics")  # of the last, a failure is logged at info
 _GIVEN_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
@@ -63,7 +59,8 @@ class RequestLog:
         finally:
             seconds = time.monotonic() - began
             path = quote(scope["path"][:200])
-            level = logging.DEBUG if scope["path"] in QUIET_PATHS and status < 400 else logging.INFO
+            quiet = scope["path"] in (QUIET_PATHS if status < 400 else HEALTH_PATHS)
+            level = logging.DEBUG if quiet else logging.INFO
             log.log(level, "request id=%s %s %s status=%d seconds=%.3f", id, scope["method"], path, status, seconds)
 
 

@@ -1,4 +1,4 @@
-"""The process around the application: its socket, its shutdown and its log."""
+"""The process around the application: its socket, what answers before it is there, its shutdown and its log."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ import sys
 import time
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
 from stepjax.infer.serve.limits import LIMITS
-from stepjax.infer.serve.middleware import App
-from stepjax.infer.serve.service import Service
+from stepjax.infer.serve.middleware import Access, ApiKeys, App, AsgiMessage, Receive, RequestLog, Scope, Send
+from stepjax.infer.serve.replies import json_response, readiness, refuse, warming_up
+from stepjax.startup import Startup
+
+if TYPE_CHECKING:
+    from stepjax.infer.serve.service import Service  # it loads jax
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +38,11 @@ class ServerConfig:
 class Server(uvicorn.Server):
     """Ends by draining: it accepts no new requests, waits for the running ones, and exits with code 0."""
 
-    def __init__(self, app: App, service: Service, config: ServerConfig):
+    def __init__(self, app: App, service: Service | None, config: ServerConfig):
+        """
+        Args:
+          service: what to drain at the end; None: `attach` it later.
+        """
         super().__init__(
             uvicorn.Config(
                 app,
@@ -54,7 +62,15 @@ class Server(uvicorn.Server):
             )
         )
         self._service, self._drain_seconds = service, config.drain_seconds
+        self._attached = asyncio.Event()
+        if service is not None:
+            self._attached.set()
         self._ending = False
+
+    def attach(self, service: Service) -> None:
+        """Name the service that a server has which began without one."""
+        self._service = service
+        self._attached.set()
 
     @property
     def url(self) -> str:
@@ -67,7 +83,7 @@ class Server(uvicorn.Server):
         """The first signal drains, the second ends the process at once. Before the server is ready the first one does,
         since compiling cannot be interrupted.
         """
-        if not self._service.ready.is_set():
+        if self._service is None or not self._service.ready.is_set():
             log.info("%s: ending before the start was complete", signal.Signals(sig).name)
             logging.shutdown()
             os._exit(0)
@@ -82,6 +98,7 @@ class Server(uvicorn.Server):
         self._draining = asyncio.ensure_future(self._end())
 
     async def _end(self) -> None:
+        assert self._service is not None  # `handle_exit` ends before there is one
         await self._service.drain(self._drain_seconds)
         self.should_exit = True
 
@@ -92,13 +109,70 @@ class Server(uvicorn.Server):
             await self.serve()
         finally:
             watching.cancel()
-        return 1 if self._service.failure is not None else 0
+        return 1 if self._service is not None and self._service.failure is not None else 0
 
     async def _watch(self) -> None:
+        await self._attached.wait()
+        assert self._service is not None
         await self._service.ended.wait()
         if self._service.failure is not None:
             await asyncio.sleep(1)  # so that the errors reach the clients
         self.should_exit = True
+
+
+class Gate:
+    """Answers health checks while the model loads, and passes everything on to the application once that is there."""
+
+    def __init__(self, startup: Startup, keys: ApiKeys):
+        self._startup = startup
+        self._app: App = RequestLog(Access(self._answer, keys, refuse))
+        self._lifespan: asyncio.Future[None] | None = None  # of the other application
+        self._ending = asyncio.Event()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
+            await self._app(scope, receive, send)
+            return
+        await receive()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        self._ending.set()
+        if self._lifespan is not None:
+            await self._lifespan
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def open(self, app: App) -> None:
+        """Start an application, and let it answer from now on.
+
+        Raises:
+          RuntimeError: it could not start.
+        """
+        started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        messages = iter(("lifespan.startup", "lifespan.shutdown"))
+
+        async def receive() -> AsgiMessage:
+            if started.done():
+                await self._ending.wait()
+            return {"type": next(messages)}
+
+        async def send(message: AsgiMessage) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                started.set_result(None)
+            elif message["type"] == "lifespan.startup.failed":
+                started.set_exception(RuntimeError(f"the application did not start: {message.get('message', '')}"))
+
+        self._lifespan = asyncio.ensure_future(app({"type": "lifespan", "asgi": {"version": "3.0"}}, receive, send))
+        await started
+        self._app = app
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        error = warming_up(self._startup)
+        if scope["path"] == "/health/live":
+            await json_response({"status": "ok"})(scope, receive, send)
+        elif scope["path"] in ("/health", "/health/ready"):
+            await readiness(self._startup, error)(scope, receive, send)
+        else:
+            await refuse(scope, receive, send, error)
 
 
 class JsonLogFormatter(logging.Formatter):

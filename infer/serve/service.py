@@ -18,6 +18,8 @@ from stepjax.infer.guided.guide import Constraint
 from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.serve.errors import ApiError
 from stepjax.infer.serve.metrics import AnswerProgress, ServerMetrics
+from stepjax.infer.serve.replies import warming_up
+from stepjax.startup import Startup
 
 if TYPE_CHECKING:
     from stepjax.infer.engine.engine import Engine
@@ -95,9 +97,15 @@ class Service:
     belong to the event loop.
     """
 
-    def __init__(self, engine: Engine, metrics: ServerMetrics):
+    def __init__(self, engine: Engine, metrics: ServerMetrics, startup: Startup | None = None):
+        """
+        Args:
+          startup: notes what the engine compiles before it can answer.
+        """
         self.engine, self.metrics = engine, metrics
-        self.ready = asyncio.Event()
+        self.startup = startup or Startup()
+        self.compiled = asyncio.Event()  # the engine can answer
+        self.ready = asyncio.Event()  # and so can all else that a request may need; the application sets it
         self.draining = False
         self.failure: BaseException | None = None
         self.ended = asyncio.Event()  # the engine's thread has ended
@@ -126,7 +134,7 @@ class Service:
         if self.draining:
             raise ApiError("the server is shutting down", status=503, code="shutting_down", retry_after_s=5)
         if not self.ready.is_set():
-            raise ApiError("the server is warming up", status=503, code="warming_up", retry_after_s=2)
+            raise warming_up(self.startup)
 
     def submit(self, requests: Sequence[EngineRequest]) -> Submission:
         """Queue the prompts of one HTTP request, all or none.
@@ -243,8 +251,9 @@ class Service:
 
     def _run(self) -> None:
         try:
-            self.engine.start()
-            self._post(self.ready.set)
+            with self.startup.stage("compiling", "preparing programs", unit="programs") as stage:
+                self.engine.start(progress=stage.advance)
+            self._post(self.compiled.set)
             while self._take_commands():
                 if self.engine.has_work and (updates := self.engine.step()):
                     self._post(self._deliver, updates)

@@ -12,13 +12,14 @@ from pydantic import Field, WithJsonSchema
 
 from stepjax.errors import RequestError
 from stepjax.infer.serve.answers import Answers
-from stepjax.infer.serve.api import Api, json_response
+from stepjax.infer.serve.api import Api
 from stepjax.infer.serve.conversations.anthropic_tools import read_anthropic_tools
 from stepjax.infer.serve.conversations.client_form import ClientForm
 from stepjax.infer.serve.conversations.message_blocks import read_blocks
 from stepjax.infer.serve.conversations.reading import chat_request, in_clients_words
 from stepjax.infer.serve.field_tables import MESSAGES
 from stepjax.infer.serve.limits import number, sized
+from stepjax.infer.serve.replies import json_response
 from stepjax.infer.serve.requests import continues, encode_prompt
 from stepjax.infer.serve.routes import BodyRoute
 from stepjax.infer.serve.schemas import Body, ChatRequest, record
