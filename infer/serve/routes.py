@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from stepjax.infer.serve.bodies import PARSED, SIZE, off_loop
 from stepjax.infer.serve.errors import ApiError, field_name
-from stepjax.infer.serve.field_tables import FIELD_TABLES
+from stepjax.infer.serve.fields.dialects import FIELD_TABLES
 
 IGNORED = "x-stepjax-ignored"  # the header that names the fields without effect
 

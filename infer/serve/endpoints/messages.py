@@ -17,7 +17,7 @@ from stepjax.infer.serve.conversations.anthropic_tools import read_anthropic_too
 from stepjax.infer.serve.conversations.client_form import ClientForm
 from stepjax.infer.serve.conversations.message_blocks import read_blocks
 from stepjax.infer.serve.conversations.reading import chat_request, in_clients_words
-from stepjax.infer.serve.field_tables import MESSAGES
+from stepjax.infer.serve.fields.dialects import MESSAGES
 from stepjax.infer.serve.limits import number, sized
 from stepjax.infer.serve.replies import json_response
 from stepjax.infer.serve.requests import continues, encode_prompt

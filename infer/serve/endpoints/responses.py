@@ -17,7 +17,7 @@ from stepjax.infer.serve.conversations.reading import chat_request
 from stepjax.infer.serve.conversations.response_items import ROLES, offered_in_items, read_items, sealed
 from stepjax.infer.serve.conversations.tools import read_choice, read_functions
 from stepjax.infer.serve.endpoints.chat import token_logprob
-from stepjax.infer.serve.field_tables import RESPONSES
+from stepjax.infer.serve.fields.dialects import RESPONSES
 from stepjax.infer.serve.limits import number, sized
 from stepjax.infer.serve.routes import BodyRoute
 from stepjax.infer.serve.schemas import Body, ChatRequest, record

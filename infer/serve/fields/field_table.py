@@ -1,5 +1,5 @@
 """What the server does with a field of a request: it does what the field says, refuses it, or ignores it because it has
-no effect on the answer. `stepjax.infer.serve.field_tables` says it for every field of every interface.
+no effect on the answer. `stepjax.infer.serve.fields.dialects` says it for every field of every interface.
 """
 
 from __future__ import annotations

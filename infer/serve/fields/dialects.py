@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from stepjax.infer.serve.fields import FieldTable
+from stepjax.infer.serve.fields.field_table import FieldTable
 
 
 def _merged(*tables: Mapping[str, str]) -> dict[str, str]:

@@ -1,0 +1,1 @@
+"""What the server does with each field of a body, in each dialect."""
