@@ -43,7 +43,7 @@ def test_stacked_experts_interleave_as_peft_reads_them():
     assert (flat_a.shape, flat_b.shape) == ((E * R, D), (F, R * E))
     delta = np.einsum("ore,eri->eoi", flat_b.reshape(F, R, E), flat_a.reshape(E, R, D))
     np.testing.assert_allclose(delta, b @ a)
-    back = unstacked(flat_a, flat_b, (E, F, D), where="here", known=False)
+    back = unstacked(flat_a, flat_b, (E, F, D), where="here", as_linear=None)
     assert all(np.array_equal(one, other) for one, other in zip(back, (a, b), strict=True))
 
 
@@ -52,13 +52,13 @@ def test_factors_of_an_older_peft_are_told_by_their_shapes():
     random = np.random.default_rng(0)
     a, b = random.standard_normal((E * R, F)), random.standard_normal((D, R * E))
     delta = np.einsum("ire,ero->eoi", b.reshape(D, R, E), a.reshape(E, R, F))
-    ours_a, ours_b = unstacked(a, b, (E, F, D), where="here", known=False)
+    ours_a, ours_b = unstacked(a, b, (E, F, D), where="here", as_linear=None)
     np.testing.assert_allclose(ours_b @ ours_a, delta)
     with pytest.raises(CheckpointError, match="experts are square"):
-        unstacked(a, b[:F], (E, F, F), where="here", known=False)
-    unstacked(a, b[:F], (E, F, F), where="here", known=True)
+        unstacked(a, b[:F], (E, F, F), where="here", as_linear=None)
+    unstacked(a, b[:F], (E, F, F), where="here", as_linear=True)
     with pytest.raises(CheckpointError, match="do not fit experts of 32 × 64"):
-        unstacked(a[:, :5], b, (E, F, D), where="here", known=False)
+        unstacked(a[:, :5], b, (E, F, D), where="here", as_linear=None)
 
 
 @pytest.mark.parametrize("form", ["peft", "experts", "transformers"])

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 
 from stepjax.adapters.peft_names import FILE_FORMS
+from stepjax.commands.writing import add_leave_out, left_out
+from stepjax.errors import CheckpointError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="peft",
         help="experts stacked under the release's names, one tensor each, or as in transformers (default: %(default)s)",
     )
+    add_leave_out(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing adapter (default: refuse)")
 
 
@@ -29,10 +32,18 @@ def run(args: argparse.Namespace) -> int:
     from stepjax.sharding.sharded_checkpoint import is_adapter, restore_adapter
 
     config = read_config(args.model)
-    adapter, lora = restore_adapter(args.source)[:2] if is_adapter(args.source) else import_adapter(args.source, config)
+    if not is_adapter(args.source):
+        adapter, lora = import_adapter(args.source, config, leave_out=args.leave_out)
+    elif args.leave_out:
+        raise CheckpointError(f"--leave-out: {args.source} is the adapter of a run, which has no such parts")
+    else:
+        adapter, lora = restore_adapter(args.source)[:2]
     folder = export_adapter(
         args.target, config, adapter, lora, form=args.form, base=args.model, overwrite=args.overwrite
     )
     numbers = sum(value.size for value in adapter.values())
-    print(f"{folder}: {len(adapter) // 2} weights, {numbers:,} parameters, rank {lora.rank}")
+    print(
+        f"{folder}: {len(adapter) // 2} weights, {numbers:,} parameters, rank {lora.rank}"
+        f"{left_out(args.source, args.leave_out)}"
+    )
     return 0

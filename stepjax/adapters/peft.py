@@ -7,12 +7,12 @@ written beside it for those who do. Only safetensors are read: a pickle could ru
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,24 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from stepjax.adapters.lora import ATTENTION, LoraConfig, adapted_paths, check_fit, describe, target_name
-from stepjax.adapters.peft_names import FILE_FORMS, PREFIX, FileForm, Pair, modules, read, split_key, written
+from stepjax.adapters.peft_config import PeftConfig
+from stepjax.adapters.peft_keys import PARTS
+from stepjax.adapters.peft_names import (
+    FILE_FORMS,
+    PREFIX,
+    FileForm,
+    Pair,
+    is_parameter,
+    modules,
+    name_of,
+    part_of,
+    read,
+    split_key,
+    stem_of,
+    written,
+)
 from stepjax.checkpoint.safetensors_file import SafetensorsFile
-from stepjax.checkpoint.weight_files import inside, read_json
+from stepjax.checkpoint.weight_files import inside
 from stepjax.config import ModelConfig
 from stepjax.errors import CheckpointError, ConfigError
 from stepjax.weights.inventory import inventory
@@ -74,8 +89,10 @@ def export_adapter(
         return folder
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
-    for stem, (a, b) in written(config, factors, form):
-        ranks[stem] = a.shape[0] // (config.num_experts if _is_stacked(stem, form) else 1)
+    pairs = dict(written(config, factors, form))
+    for name, (a, b) in pairs.items():
+        stem = stem_of(name, pairs)
+        ranks[name] = _rank(name, a, config)
         tensors[f"{PREFIX}{stem}.lora_A.weight"] = np.ascontiguousarray(a, np.float32)
         tensors[f"{PREFIX}{stem}.lora_B.weight"] = np.ascontiguousarray(b, np.float32)
     about = {"format": "pt", _OURS: json.dumps(describe(lora))}
@@ -97,38 +114,36 @@ def export_adapter(
     return folder
 
 
-def import_adapter(folder: Path | str, config: ModelConfig) -> tuple[dict[str, np.ndarray], LoraConfig]:
+def import_adapter(
+    folder: Path | str, config: ModelConfig, *, leave_out: Collection[str] = ()
+) -> tuple[dict[str, np.ndarray], LoraConfig]:
     """Read a PEFT folder of any form: float32 factors by our path, and the settings to attach them with.
 
     An adapter that `export_adapter` wrote comes back as it was, to the bit where its scale is a power of two.
+
+    Args:
+      leave_out: parts of the file that are not read (`stepjax.adapters.peft_keys.PARTS`). Answers to text do not
+        depend on "vision". Without "lm_head" the adapter is another than the one that was trained.
 
     Raises:
       CheckpointError: the folder is damaged, of another model, or asks for what is not LoRA alone.
     """
     folder = Path(folder)
-    if not (folder / CONFIG).is_file():
-        raise CheckpointError(f"{folder}: has no {CONFIG}; name the folder of a PEFT adapter")
-    if not (folder / WEIGHTS).is_file():
-        raise CheckpointError(f"{folder}: has no {WEIGHTS}; pickled adapters (.bin) are not read, save it again")
-    about = read_json(inside(folder, CONFIG))
-    _check_config(folder / CONFIG, about)
-    file = SafetensorsFile(inside(folder, WEIGHTS), max_entries=MAX_ENTRIES)
+    about, file = PeftConfig.read(_inside(folder, CONFIG)), _open(folder)
     ours = _settings(file)
-    pairs: dict[str, dict[str, np.ndarray]] = {}
-    for key, entry in file.entries.items():
-        name = split_key(key)
-        if name is None or entry.dtype not in _FLOATS or len(entry.shape) != 2:
-            raise CheckpointError(f"{file.path}: tensor {key} ({entry.dtype}{list(entry.shape)}) is no factor of LoRA")
-        value = np.array(file.view(key), np.float32)
-        if not np.isfinite(value).all():
-            raise CheckpointError(f"{file.path}: tensor {key} has values that are not finite")
-        pairs.setdefault(name[0], {})[name[1]] = value
-    scaled: dict[str, Pair] = {}
-    for stem, pair in pairs.items():
-        if pair.keys() != {"A", "B"}:
-            raise CheckpointError(f"{file.path}: {stem} has {' and '.join(sorted(pair))} of the factors A and B only")
-        scaled[stem] = pair["A"], pair["B"] * _scale(folder / CONFIG, about, stem, pair["A"], config)
-    factors = read(config, scaled, where=str(file.path), known=ours is not None)
+    kept = [key for key in file.entries if part_of(key) not in leave_out]
+    _check_saved(about, file.entries.keys() - set(kept))
+    stems = _pairs(file, kept)
+    pairs: dict[str, Pair] = {}
+    for stem, (a, b) in stems.items():
+        name = name_of(stem, stems, about.names_parameter)
+        pairs[name] = a, b * about.scale(name, _rank(name, a, config))
+        if not np.isfinite(pairs[name][1]).all():
+            raise CheckpointError(f"{file.path}: {stem} with its scale of lora_alpha has values that are not finite")
+    known = True if ours is not None else about.stacked_as_linear
+    factors = read(config, pairs, where=str(file.path), stacked_as_linear=known)
+    for name in pairs:
+        (about.check_parameter if is_parameter(name) else about.check_module)(name)
     shapes = {spec.path: spec.shape for spec in inventory(config)}
     for path, (a, b) in factors.items():
         try:
@@ -142,6 +157,84 @@ def import_adapter(folder: Path | str, config: ModelConfig) -> tuple[dict[str, n
             a, b = _collapsed(a, b, path)
         adapter |= {f"{path}.a": a, f"{path}.b": b / np.float32(lora.scale(a.shape[-2]))}
     return adapter, lora
+
+
+def count_parts(folder: Path | str) -> dict[str, int]:
+    """Number of tensors in a PEFT folder by part of `stepjax.adapters.peft_keys.PARTS`. Only the header is read.
+
+    Raises:
+      CheckpointError: the folder is damaged.
+    """
+    counts = Counter(part_of(key) for key in _open(Path(folder)).entries)
+    return {part: counts[part] for part in PARTS}
+
+
+def _inside(folder: Path, name: str) -> Path:
+    if not (folder / name).is_file():
+        advice = "name the folder of a PEFT adapter"
+        if name == WEIGHTS:
+            advice = "pickled adapters (.bin) are not read, save it again"
+        elif folder.is_dir() and (nested := sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))):
+            advice = f"name one of the folders in it that have: {', '.join(nested[:5])}"
+        raise CheckpointError(f"{folder}: has no {name}; {advice}")
+    return inside(folder, name)
+
+
+def _open(folder: Path) -> SafetensorsFile:
+    return SafetensorsFile(_inside(folder, WEIGHTS), max_entries=MAX_ENTRIES)
+
+
+def _check_saved(about: PeftConfig, left_out: Iterable[str]) -> None:
+    """Raise CheckpointError unless what ``modules_to_save`` names is among the tensors that are left out."""
+    names = [key.removeprefix(PREFIX) for key in left_out]
+    for module in about.modules_to_save:
+        if not any(re.match(rf"(^|.*\.){module}($|\..*)", name) for name in names):
+            raise CheckpointError(
+                f"{about.path}: modules_to_save has {module[:80]!r}, a module that was trained whole, which is more "
+                "than LoRA; merge the adapter into its base with PEFT (merge_and_unload)"
+                f"{_how_to_leave_out('lm_head') if module == 'lm_head' else ''}"
+            )
+
+
+def _pairs(file: SafetensorsFile, keys: Iterable[str]) -> dict[str, Pair]:
+    """The factors A and B by the module under which the file has them."""
+    factors: dict[str, dict[str, np.ndarray]] = {}
+    for key in keys:
+        name, entry, part = split_key(key), file.entries[key], part_of(key)
+        if part is not None:
+            whose = "the vision half, which stepjax has not" if part == "vision" else "the output matrix"
+            raise CheckpointError(
+                f"{file.path}: tensor {key} is of {whose}; adapters of it are not supported{_how_to_leave_out(part)}"
+            )
+        if name is None or entry.dtype not in _FLOATS or len(entry.shape) != 2:
+            raise CheckpointError(f"{file.path}: tensor {key} ({entry.dtype}{list(entry.shape)}) is no factor of LoRA")
+        stem, factor = name
+        if factor in factors.setdefault(stem, {}):
+            raise CheckpointError(f"{file.path}: has two tensors for lora_{factor} of {stem}, of several adapters")
+        value = np.array(file.view(key), np.float32)
+        if not np.isfinite(value).all():
+            raise CheckpointError(f"{file.path}: tensor {key} has values that are not finite")
+        factors[stem][factor] = value
+    for stem, pair in factors.items():
+        if pair.keys() != {"A", "B"}:
+            raise CheckpointError(f"{file.path}: {stem} has {' and '.join(sorted(pair))} of the factors A and B only")
+    if not factors:
+        raise CheckpointError(f"{file.path}: has no factors of LoRA")
+    return {stem: (pair["A"], pair["B"]) for stem, pair in factors.items()}
+
+
+def _how_to_leave_out(part: str) -> str:
+    other = (
+        "answers to text do not depend on it" if part == "vision" else "the rest then answers otherwise than trained"
+    )
+    return f". A copy without it ({other}): stepjax export-adapter FOLDER OUT --model MODEL --leave-out {part}"
+
+
+def _rank(name: str, a: np.ndarray, config: ModelConfig) -> int:
+    """The rank of one matrix. A stacked parameter has that of all experts; 0: it is no multiple of their number."""
+    if not is_parameter(name):
+        return a.shape[0]
+    return 0 if a.shape[0] % config.num_experts else a.shape[0] // config.num_experts
 
 
 def _whole(value: Any) -> np.ndarray:
@@ -159,13 +252,9 @@ def _leads() -> bool:
     return jax.process_index() == 0
 
 
-def _is_stacked(stem: str, form: FileForm) -> bool:
-    return form != "experts" and (".moe." in stem or ".mlp.experts" in stem)
-
-
 def _peft_config(config: ModelConfig, ranks: Mapping[str, int], form: FileForm, base: str) -> dict[str, Any]:
-    experts = {_parameter(stem, form): rank for stem, rank in ranks.items() if _is_stacked(stem, form)}
-    plain = {stem: rank for stem, rank in ranks.items() if not _is_stacked(stem, form)}
+    experts = {name: rank for name, rank in ranks.items() if is_parameter(name)}
+    plain = {name: rank for name, rank in ranks.items() if not is_parameter(name)}
     rank = max(plain.values(), default=max(experts.values(), default=1))
     patterns = {name: value for name, value in _patterns(plain | experts).items() if value != rank}
     return {
@@ -201,62 +290,11 @@ def _patterns(ranks: Mapping[str, int]) -> dict[str, int]:
     return out
 
 
-def _parameter(stem: str, form: FileForm) -> str:
-    """The stacked parameter that a module's factors belong to, as PEFT's target_parameters name it."""
-    if form == "peft":
-        return f"{stem}.weight"
-    return stem.replace(".base_layer", ".gate_up_proj") if stem.endswith(".base_layer") else f"{stem}.down_proj"
-
-
 def _target_modules(plain: Mapping[str, int], form: FileForm) -> str | list[str]:
     """Suffixes that name these modules and no others; whole names of transformers' class, which has a vision half."""
     if form == "transformers":
         return "|".join(map(re.escape, plain)) or r"(?!)"
     return sorted({re.sub(r"^model\.layers\.\d+\.(?:moe\.experts\.\d+\.)?", "", stem) for stem in plain})
-
-
-def _check_config(path: Path, about: Mapping[str, Any]) -> None:
-    if about.get("peft_type") != "LORA":
-        raise CheckpointError(f"{path}: peft_type is {about.get('peft_type')!r}, expected 'LORA'")
-    for name, plain in (
-        ("use_dora", False),
-        ("bias", "none"),
-        ("fan_in_fan_out", False),
-        ("lora_bias", False),
-        ("modules_to_save", None),
-    ):
-        if about.get(name, plain) not in (plain, None, []):
-            raise CheckpointError(f"{path}: {name} is {about[name]!r}, which is more than LoRA; expected {plain!r}")
-    for name in ("r", "lora_alpha"):
-        value = about.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise CheckpointError(f"{path}: {name} is {value!r}, expected a positive number")
-    for name in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(about.get(name) or {}, dict):
-            raise CheckpointError(f"{path}: {name} is {about[name]!r}, expected a table")
-
-
-def _scale(path: Path, about: Mapping[str, Any], stem: str, a: np.ndarray, config: ModelConfig) -> np.float32:
-    """alpha / r (or its root) of one module, by the patterns that match it, as PEFT matches them."""
-    names = {stem, f"{stem}.weight", stem.replace(".base_layer", ".gate_up_proj"), f"{stem}.down_proj"}
-    if stem.endswith(".base_layer"):
-        names.discard(f"{stem}.down_proj")
-
-    def matched(pattern: str, default: float) -> float:
-        for key, value in (about.get(pattern) or {}).items():
-            try:
-                if any(re.match(rf"(.*\.)?({key})$", name) for name in names):
-                    return float(value)
-            except (re.error, TypeError, ValueError):
-                raise CheckpointError(
-                    f"{path}: {pattern} has {key!r}: {value!r}, expected a pattern and a number"
-                ) from None
-        return float(default)
-
-    rank, alpha = matched("rank_pattern", about["r"]), matched("alpha_pattern", about["lora_alpha"])
-    if a.shape[0] not in (rank, rank * config.num_experts):
-        raise CheckpointError(f"{path}: says rank {rank:g} for {stem}, but its A has {a.shape[0]} rows")
-    return np.float32(alpha / (math.sqrt(rank) if about.get("use_rslora") else rank))
 
 
 def _settings(file: SafetensorsFile) -> LoraConfig | None:

@@ -7,19 +7,23 @@ Three forms, by what an expert layer is to the reader:
   experts       one pair a matrix of an expert, ``….moe.experts.{e}.gate_proj``, as servers read it
   transformers  transformers' class, whose gate and up are one parameter: one pair of twice the rank, B block-diagonal
 
-All other weights have A [r, in] and B [out, r] under their module's name.
+All other weights have A [r, in] and B [out, r] under their module's name. A weight is named here as PEFT names it: a
+module's by the module, a stacked parameter by itself, as ``….mlp.experts.down_proj``. In the file, factors of a stacked
+parameter lie under its module. Those of the first of two in one module lie under ``….base_layer``, for PEFT wraps the
+module twice.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
 
 from stepjax.adapters.lora import target_name
+from stepjax.adapters.peft_keys import PARTS
 from stepjax.config import ModelConfig
 from stepjax.errors import CheckpointError
 from stepjax.weights.inventory import TensorSpec, inventory
@@ -31,6 +35,8 @@ PREFIX = "base_model.model."
 _FACTOR = re.compile(r"\.lora_([AB])(?:\.\w+)?\.weight$")  # some writers keep the adapter's name in the key
 
 Pair = tuple[np.ndarray, np.ndarray]  # A and B
+
+_PARAMETER = re.compile(r"\.moe\.(?:gate|up|down)_proj\.weight$|\.mlp\.experts\.(?:gate_up|down)_proj$")
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ def modules(config: ModelConfig) -> tuple[Module, ...]:
 
 
 def written(config: ModelConfig, factors: Mapping[str, Pair], form: FileForm) -> Iterator[tuple[str, Pair]]:
-    """Module names with their factors in a form; experts' shared factors are written once for each."""
+    """Names of weights with their factors in a form; experts' shared factors are written once for each."""
     fused: dict[str, dict[str, Pair]] = {}
     for module in modules(config):
         path, part = module.spec.path, module.expert_part
@@ -74,56 +80,101 @@ def written(config: ModelConfig, factors: Mapping[str, Pair], form: FileForm) ->
             for e in range(count):
                 yield _of_expert(module.stem, e), (a[e], b[e])
         elif form == "peft":
-            yield module.stem, stacked(a, b)
+            yield f"{module.stem}.weight", stacked(a, b)
         elif part == "down":
-            yield module.transformers_stem, stacked(a, b)
+            yield f"{module.transformers_stem}.{part}_proj", stacked(a, b)
         else:
             fused.setdefault(module.transformers_stem, {})[part] = a, b
     for stem, parts in fused.items():
-        yield f"{stem}.base_layer", stacked(*_beside(parts, config))
+        yield f"{stem}.gate_up_proj", stacked(*_beside(parts, config))
 
 
-def read(config: ModelConfig, found: Mapping[str, Pair], *, where: str, known: bool) -> dict[str, Pair]:
-    """Factors by our path, from module names of any form; the inverse of `written`.
+def read(
+    config: ModelConfig, factors: Mapping[str, Pair], *, where: str, stacked_as_linear: bool | None
+) -> dict[str, Pair]:
+    """Factors by our path, from names of any form; the inverse of `written`.
 
     Args:
-      known: the layout of stacked experts is known to be the current one, also where shapes do not tell.
+      stacked_as_linear: as that of `unstacked`.
 
     Raises:
-      CheckpointError: a name or a shape is not of this model.
+      CheckpointError: a name or a shape is not of this model, or a weight has two pairs.
     """
-    left = dict(found)
+    left = dict(factors)
     out: dict[str, Pair] = {}
+
+    def whole(name: str, shape: tuple[int, ...]) -> Pair:
+        return unstacked(*left[name], shape, where=f"{where}: {name}", as_linear=stacked_as_linear)
+
     for module in modules(config):
         path, part, shape = module.spec.path, module.expert_part, module.spec.shape
         if part is None:
-            for stem in {module.stem, module.transformers_stem} & left.keys():
+            stem = module.stem if module.stem in left else module.transformers_stem
+            if stem in left:
                 out[path] = left.pop(stem)
             continue
         single = [_of_expert(module.stem, e) for e in range(shape[0])]
-        if single[0] in left:
+        if not left.keys().isdisjoint(single):
             missing = [name for name in single if name not in left]
             if missing:
                 raise CheckpointError(f"{where}: has experts of {module.stem}, but not {missing[0]}")
             pairs = [left.pop(name) for name in single]
+            if len({(a.shape, b.shape) for a, b in pairs}) > 1:
+                raise CheckpointError(f"{where}: the experts of {module.stem} have factors of several shapes")
             out[path] = np.stack([a for a, _ in pairs]), np.stack([b for _, b in pairs])
-        elif module.stem in left:
-            out[path] = unstacked(*left.pop(module.stem), shape, where=f"{where}: {module.stem}", known=known)
-        elif part == "down" and module.transformers_stem in left:
-            stem = module.transformers_stem
-            out[path] = unstacked(*left.pop(stem), shape, where=f"{where}: {stem}", known=known)
-        elif part != "down" and (stem := f"{module.transformers_stem}.base_layer") in left:
-            whole = (shape[0], 2 * shape[1], shape[2])
-            a, b = unstacked(*left[stem], whole, where=f"{where}: {stem}", known=known)
-            out[path] = _half(a, b, part)
+            continue
+        alone = {f"{module.stem}.weight", f"{module.transformers_stem}.{part}_proj"} & left.keys()
+        fused = f"{module.transformers_stem}.gate_up_proj"
+        if alone:
+            name = alone.pop()
+            out[path] = whole(name, shape)
+            del left[name]
+        elif part != "down" and fused in left:
+            out[path] = _half(*whole(fused, (shape[0], 2 * shape[1], shape[2])), part)
             if part == "up":
-                del left[stem]
+                del left[fused]
     if left:
         raise CheckpointError(
-            f"{where}: {next(iter(left))} is no adapted weight of this model ({len(left)} such); adapters of the "
-            "router, norms, embeddings, the output matrix and MTP layers are not supported"
+            f"{where}: {next(iter(left))} is no adapted weight of this model, or is there twice ({len(left)} such); "
+            "adapters of the router, norms, embeddings and MTP layers are not supported (target_modules, "
+            "target_parameters)"
         )
     return out
+
+
+def part_of(key: str) -> str | None:
+    """Which of `stepjax.adapters.peft_keys.PARTS` a tensor of a file belongs to; None: to the text model."""
+    name = key.removeprefix(PREFIX)
+    return next((part for part, starts in PARTS.items() if name.startswith(starts)), None)
+
+
+def is_parameter(name: str) -> bool:
+    """Whether a weight's name is that of a stacked parameter."""
+    return _PARAMETER.search(name) is not None
+
+
+def stem_of(name: str, names: Collection[str]) -> str:
+    """The module under which the file has the factors of a weight, beside those of ``names``."""
+    if not is_parameter(name):
+        return name
+    module, _, parameter = name.rpartition(".")
+    return f"{module}.base_layer" if parameter == "gate_up_proj" and f"{module}.down_proj" in names else module
+
+
+def name_of(stem: str, stems: Collection[str], targets: Callable[[str], bool]) -> str:
+    """The weight whose factors the file has under ``stem``, beside those of ``stems``; the inverse of `stem_of`.
+
+    Args:
+      targets: whether the file's ``target_parameters`` has a name.
+    """
+    if is_parameter(f"{stem}.weight"):
+        return f"{stem}.weight"
+    if stem.endswith(".mlp.experts.base_layer"):
+        return f"{stem.removesuffix('base_layer')}gate_up_proj"
+    if not stem.endswith(".mlp.experts"):
+        return stem
+    alone = f"{stem}.base_layer" not in stems and targets(f"{stem}.gate_up_proj") and not targets(f"{stem}.down_proj")
+    return f"{stem}.{'gate_up_proj' if alone else 'down_proj'}"
 
 
 def split_key(key: str) -> tuple[str, str] | None:
@@ -138,10 +189,13 @@ def stacked(a: np.ndarray, b: np.ndarray) -> Pair:
     return a.reshape(count * rank, size_in), b.transpose(1, 2, 0).reshape(b.shape[1], rank * count)
 
 
-def unstacked(a: np.ndarray, b: np.ndarray, shape: tuple[int, ...], *, where: str, known: bool) -> Pair:
+def unstacked(a: np.ndarray, b: np.ndarray, shape: tuple[int, ...], *, where: str, as_linear: bool | None) -> Pair:
     """What `stacked` was given, for weights of ``shape`` [E, out, in].
 
     PEFT before 0.19 took the second axis of such a parameter for its input: A then has the output's width.
+
+    Args:
+      as_linear: whether A has the input's width, where shapes do not tell; None: not known.
     """
     count, size_out, size_in = shape
     rank = a.shape[0] // count if a.ndim == 2 else 0
@@ -152,11 +206,13 @@ def unstacked(a: np.ndarray, b: np.ndarray, shape: tuple[int, ...], *, where: st
         raise CheckpointError(
             f"{where}: factors {list(a.shape)} and {list(b.shape)} do not fit experts of {size_out} × {size_in}"
         )
-    if current and swapped and not known:
-        raise CheckpointError(
-            f"{where}: experts are square ({size_out} × {size_in}), so that shapes do not tell which version of PEFT "
-            "wrote this; import a file with a tensor per expert, or write it again with PEFT 0.19 or later here"
-        )
+    if current and swapped:
+        if as_linear is None:
+            raise CheckpointError(
+                f"{where}: experts are square ({size_out} × {size_in}), so that shapes do not tell which version of "
+                'PEFT wrote this; add "peft_version" to adapter_config.json, with the version that wrote it'
+            )
+        current = as_linear
     by_expert, by_rank = a.reshape(count, rank, -1), b.reshape(b.shape[0], rank, count)
     if current:
         return by_expert, np.ascontiguousarray(by_rank.transpose(2, 0, 1))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from stepjax.checkpoint.hub import resolve
 from stepjax.checkpoint.reader import Checkpoint
-from stepjax.commands.writing import add_size, max_shard_bytes, progress_bar
+from stepjax.commands.writing import add_leave_out, add_size, left_out, max_shard_bytes, progress_bar
 
 if TYPE_CHECKING:
     from stepjax.checkpoint.writer import Share
@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="BASE", help="checkpoint folder, hub id or embedded name")
     parser.add_argument("adapter", metavar="ADAPTER", type=Path, help="PEFT folder, as export-adapter writes it")
     parser.add_argument("target", metavar="DST", type=Path, help="folder to write; it appears complete or not at all")
+    add_leave_out(parser)
     add_size(parser)
     parser.add_argument("--json", action="store_true", help="print one line of JSON (default: text)")
 
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     from stepjax.adapters.merge import merge_checkpoint
     from stepjax.adapters.peft import import_adapter
 
-    adapter, lora = import_adapter(args.adapter, source.config)
+    adapter, lora = import_adapter(args.adapter, source.config, leave_out=args.leave_out)
     with progress_bar() as progress:
         report = merge_checkpoint(
             source.folder,
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({"folder": str(report.folder), "weights": report.num_weights, "lost": lost}))
     else:
         said = "" if lost is None else f"; rounding to bfloat16 took {lost:.1%} of their changes"
-        print(f"{report.folder}: {report.num_weights} weights changed{said}")
+        print(f"{report.folder}: {report.num_weights} weights changed{said}{left_out(args.adapter, args.leave_out)}")
     return 0
 
 

@@ -1,15 +1,44 @@
-"""What the commands that write a checkpoint share: the size of its files and a progress bar."""
+"""What the commands that write a checkpoint or an adapter share: sizes, parts to leave out, a progress bar."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from stepjax.adapters.peft_keys import PARTS
 from stepjax.errors import CheckpointError
+
+
+def add_leave_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--leave-out",
+        type=_parts,
+        default=(),
+        metavar="PART,...",
+        help=f"parts of the PEFT folder to leave out, of {', '.join(PARTS)} (default: none; a folder that has any is "
+        "refused)",
+    )
+
+
+def left_out(folder: Path, parts: tuple[str, ...]) -> str:
+    """What was left out of a PEFT folder, as the end of a line; "" without any part."""
+    from stepjax.adapters.peft import count_parts
+
+    counts = count_parts(folder) if parts else {}
+    return "".join(f"; left out {counts[part]} tensors of {part}" for part in parts)
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    parts = tuple(dict.fromkeys(text.split(",")))
+    for part in parts:
+        if part not in PARTS:
+            raise argparse.ArgumentTypeError(f"{part!r} is unknown, expected some of {', '.join(PARTS)}")
+    return parts
 
 
 def add_size(parser: argparse.ArgumentParser) -> None:
