@@ -57,9 +57,16 @@ class Serving:
     """Use as a context manager: ready inside of it."""
 
     def __init__(
-        self, session: Session, config: EngineConfig = CONFIG, *, keys=(), drain_seconds: float = 20, **options: Any
+        self,
+        session: Session,
+        config: EngineConfig = CONFIG,
+        *,
+        keys=(),
+        drain_seconds: float = 20,
+        engine: Engine | None = None,
+        **options: Any,
     ):
-        self.engine = Engine(session, config)
+        self.engine = engine or Engine(session, config)
         self.session, self._drain = session, drain_seconds
         self._options = ServeOptions(("step-tiny", NAME), ApiKeys(keys), **options)
         self._listening = threading.Event()

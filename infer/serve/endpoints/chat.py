@@ -166,6 +166,8 @@ class ChatAnswer:
                 choice["token_ids"] = ids
         chunk = self._head | {"object": "chat.completion.chunk", "choices": [choice]} | self._unsent
         self._unsent = {}
+        if self._body.stream_options is not None and self._body.stream_options.continuous:
+            chunk["usage"] = self._answers.usage()
         return event(chunk)
 
     def _logprobs(self, ids: Sequence[int], scores: Sequence[TokenScore]) -> dict[str, Any] | None:

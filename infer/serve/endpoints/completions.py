@@ -142,7 +142,10 @@ class CompletionAnswer:
                 continue
             answer, ids, scores = answers.all[piece.index], piece.ids, piece.scores
             begins = len(ids) == len(answer.transcript.ids)
-            yield event(self._head | {"choices": [self._text(answer, piece.delta.content, ids, scores, begins=begins)]})
+            chunk = {"choices": [self._text(answer, piece.delta.content, ids, scores, begins=begins)]}
+            if wanted is not None and wanted.continuous:
+                chunk["usage"] = self._usage()
+            yield event(self._head | chunk)
         if wanted is not None and wanted.include_usage:
             yield event(self._head | {"choices": [], "usage": self._usage()})
         yield DONE

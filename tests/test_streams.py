@@ -1,0 +1,210 @@
+"""Whole answers and joined streams say the same, field by field, whatever the request asks for and a step brings."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+from joined import DIALECTS, joined, normal
+from scripted import SCRIPTS, ScriptedEngine
+from serving import SUM, TOOL, Serving
+
+SCRIPT = {name: index + 1 for index, name in enumerate(SCRIPTS)}
+STOPS = [None, "82", "825", "\n", [" sum", "zz"], ["b", "好 😀", "\n82"], "</think>", "</tool_call>", ["so 825.", "d"]]
+TOOLS = [TOOL, {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
+COMMON: dict[str, list[Any]] = {
+    "script": list(SCRIPT),
+    "stop": STOPS,
+    "max_tokens": [200, 1, 2, 7, 19, 40],
+    "most": [1, 2, 4, 300],
+}
+SAMPLED = COMMON | {
+    "include_stop_str_in_output": [None, True],
+    "n": [None, 1, 2, 3],
+    "return_token_ids": [None, True],
+    "prompt_logprobs": [None, 0, 2],
+    "skip_special_tokens": [None, False],
+    "min_tokens": [None, 3, 12],
+    "stop_token_ids": [None, [60]],
+    "ignore_eos": [None, True],
+    "stream_options": [None, {"include_usage": True}, {"include_usage": True, "continuous_usage_stats": True}],
+}
+CALLS = {
+    "tools": [None, TOOLS],
+    "tool_choice": [None, "auto", "none", "required", "named"],
+    "parallel": [None, False],
+    "format": [None, "json"],
+    "thinking": [True, False],
+}
+OPTIONS: dict[str, dict[str, list[Any]]] = {
+    "chat": SAMPLED
+    | CALLS
+    | {"include_reasoning": [None, False], "logprobs": [None, True], "top_logprobs": [None, 0, 3]},
+    "completions": SAMPLED
+    | {
+        "echo": [None, True],
+        "logprobs": [None, 0, 2],
+        "best_of": [None, "n"],
+        "prompt": ["What is\n", "é<|im_end|>😀", ["a", "What is it?"], [5], [[9, 10, 11], [7]], [0, 4, 70]],
+    },
+    "messages": COMMON | CALLS,
+    "responses": {name: values for name, values in COMMON.items() if name != "stop"}
+    | CALLS
+    | {"top_logprobs": [None, 0, 3], "include": [None, ["message.output_text.logprobs"]]},
+}
+
+
+def pairwise(options: Mapping[str, list[Any]], *, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows in which every pair of values of two options occurs."""
+    names, rng = list(options), random.Random(seed)
+    left = {
+        ((a, i), (b, j))
+        for a, b in itertools.combinations(names, 2)
+        for i in range(len(options[a]))
+        for j in range(len(options[b]))
+    }
+    rows = []
+    while left:
+        best: list[tuple[str, int]] = []
+        most = -1
+        first = min(left)
+        for _ in range(12):
+            row = {name: rng.randrange(len(options[name])) for name in names} | dict(first)
+            places = [(name, row[name]) for name in names]
+            count = sum(pair in left for pair in itertools.combinations(places, 2))
+            if count > most:
+                most, best = count, places
+        left -= set(itertools.combinations(best, 2))
+        rows.append({name: options[name][at] for name, at in best})
+    return rows
+
+
+def drawn(options: Mapping[str, list[Any]], count: int) -> list[dict[str, Any]]:
+    rng = random.Random(1)
+    return [{name: rng.choice(values) for name, values in options.items()} for _ in range(count)]
+
+
+def body_of(dialect: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """The request of a row; options that exclude each other are left out."""
+    body = {name: value for name, value in row.items() if value is not None}
+    body["top_k"] = SCRIPT[body.pop("script")]
+    body.pop("most")
+    body["seed"] = 3
+    if "min_tokens" in body:
+        body["min_tokens"] = min(body["min_tokens"], body["max_tokens"])
+    return {"chat": _chat, "completions": _completion, "messages": _message, "responses": _response}[dialect](body)
+
+
+def _chat(body: dict[str, Any]) -> dict[str, Any]:
+    if not body.get("logprobs"):
+        body.pop("top_logprobs", None)
+    choice = _calls(body)
+    if choice == "named":
+        choice = {"type": "function", "function": {"name": "get_weather"}}
+    if body.pop("format", None) and choice in (None, "auto", "none"):
+        body["response_format"] = {"type": "json_object"}
+    if not body.pop("thinking"):
+        body["chat_template_kwargs"] = {"enable_thinking": False}
+    if body.pop("parallel", None) is False and "tools" in body:
+        body["parallel_tool_calls"] = False
+    return {"messages": SUM, **body, **({"tool_choice": choice} if choice else {})}
+
+
+def _calls(body: dict[str, Any]) -> Any:
+    choice = body.pop("tool_choice", None)
+    return choice if "tools" in body else None
+
+
+def _completion(body: dict[str, Any]) -> dict[str, Any]:
+    if body.pop("best_of", None):
+        body["best_of"] = body.get("n", 1)
+    if body.get("echo") and body["max_tokens"] == 1:
+        body["max_tokens"] = 0
+        body.pop("min_tokens", None)
+    return body
+
+
+def _message(body: dict[str, Any]) -> dict[str, Any]:
+    del body["seed"]
+    choice = _calls(body)
+    stop = body.pop("stop", None)
+    if stop:
+        body["stop_sequences"] = [stop] if isinstance(stop, str) else stop
+    if "tools" in body:
+        body["tools"] = [
+            {"name": tool["function"]["name"], "input_schema": tool["function"]["parameters"]} for tool in body["tools"]
+        ]
+        kind = {"required": "any", "named": "tool"}.get(choice, choice or "auto")
+        body["tool_choice"] = {"type": kind} | ({"name": "get_weather"} if kind == "tool" else {})
+        if body.get("parallel") is False and kind != "none":
+            body["tool_choice"]["disable_parallel_tool_use"] = True
+    body.pop("parallel", None)
+    if body.pop("format", None) and choice in (None, "auto", "none"):
+        body["output_config"] = {"format": {"type": "json_schema", "schema": {"type": "object"}}}
+    if not body.pop("thinking"):
+        body["thinking"] = {"type": "disabled"}
+    return {"model": "step-tiny", "messages": SUM, **body}
+
+
+def _response(body: dict[str, Any]) -> dict[str, Any]:
+    choice = _calls(body)
+    if "tools" in body:
+        body["tools"] = [{"type": "function", **tool["function"]} for tool in body["tools"]]
+        if choice:
+            body["tool_choice"] = {"type": "function", "name": "get_weather"} if choice == "named" else choice
+        if body.get("parallel") is False:
+            body["parallel_tool_calls"] = False
+    body.pop("parallel", None)
+    if body.pop("format", None) and choice in (None, "auto", "none"):
+        body["text"] = {"format": {"type": "json_object"}}
+    if not body.pop("thinking"):
+        body["reasoning"] = {"effort": "none"}
+    return {"input": SUM[0]["content"], "max_output_tokens": body.pop("max_tokens"), **body}
+
+
+@pytest.fixture(scope="module")
+def scripted(step_tiny) -> Iterator[Serving]:
+    with Serving(step_tiny, engine=ScriptedEngine(step_tiny)) as serving:
+        yield serving
+
+
+def ask(server: Serving, dialect: str, body: dict[str, Any], *, most: int) -> tuple[Any, Any]:
+    """(whole, joined) answers when at most so many tokens come in a step."""
+    server.engine.most = most  # pyright: ignore[reportAttributeAccessIssue]
+    path = DIALECTS[dialect]
+    whole_body = {name: value for name, value in body.items() if name != "stream_options"}
+    response = server.post(path, whole_body)
+    assert response.status_code == 200, (body, response.text)
+    return normal(dialect, response.json()), joined(dialect, server.events(path, body))
+
+
+def compare(server: Serving, dialect: str, rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        body = body_of(dialect, row)
+        whole, stream = ask(server, dialect, body, most=row["most"])
+        if dialect in ("chat", "completions") and not body.get("stream_options"):
+            assert "usage" not in stream, body
+            stream["usage"] = whole["usage"]
+        assert stream == whole, json.dumps(body)
+        single, _ = ask(server, dialect, body, most=1)  # what a step brings decides nothing
+        assert without_steps(single) == without_steps(whole), json.dumps(body)
+
+
+def without_steps(answer: dict[str, Any]) -> dict[str, Any]:
+    details = answer["usage"].get("completion_tokens_details", {})
+    return answer | {"usage": answer["usage"] | {"completion_tokens_details": {**details, "decode_steps": 0}}}
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_the_joined_stream_is_the_whole_answer(scripted, dialect):
+    compare(scripted, dialect, pairwise(OPTIONS[dialect]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_any_joined_stream_is_the_whole_answer(scripted, dialect):
+    compare(scripted, dialect, drawn(OPTIONS[dialect], 1000))
