@@ -124,7 +124,7 @@ PROBES: dict[str, Callable[[SimpleNamespace], object]] = {
     "stop": lambda m: m.requests.stop_strings(["a"] * past("stop")),
     "stop_bytes": lambda m: m.requests.stop_strings([_text(past("stop_bytes"))]),
     "tools_bytes": lambda m: m.requests.offered_tools([{"a": _text(past("tools_bytes"))}], None),
-    "prompts": lambda m: m.completions._prompts(SimpleNamespace(encode=list), ["a"] * past("prompts")),
+    "prompts": lambda m: m.completions._prompts(SimpleNamespace(encode=lambda text, bos: [1]), ["a"] * past("prompts")),
     "logit_bias_value": lambda m: m.requests._bias("1", past("logit_bias_value")),
     "json_depth": lambda m: m.bodies.parse_json(b'{"a":' * past("json_depth") + b"1" + b"}" * past("json_depth")),
     "body_bytes": lambda m: asyncio.run(_read(m)),
