@@ -24,7 +24,7 @@ from stepjax.infer.serve.limits import LIMITS
 SERVE = "stepjax.infer.serve"
 REREAD = (
     "limits",
-    "middleware",
+    "bodies",
     "schemas",
     "service",
     "requests",
@@ -35,7 +35,7 @@ REREAD = (
     "endpoints.tokens",
 )
 # Of grammars, which have tests of their own.
-ELSEWHERE = {"schema_depth", "schema_bytes", "regex_bytes", "choices", "calls"}
+ELSEWHERE = {"schema_depth", "schema_bytes", "regex_bytes", "grammar_bytes", "choices", "calls"}
 
 
 def modules(*, without: str | None = None) -> SimpleNamespace:
@@ -91,7 +91,7 @@ async def _read(m: SimpleNamespace) -> None:
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": _text(past("body_bytes")).encode()}
 
-    await m.middleware._read({}, receive)
+    await m.bodies._read({}, receive)
 
 
 def _headers(m: SimpleNamespace) -> None:
@@ -124,9 +124,9 @@ PROBES: dict[str, Callable[[SimpleNamespace], object]] = {
     "stop": lambda m: m.requests.stop_strings(["a"] * past("stop")),
     "stop_bytes": lambda m: m.requests.stop_strings([_text(past("stop_bytes"))]),
     "tools_bytes": lambda m: m.requests.offered_tools([{"a": _text(past("tools_bytes"))}], None),
-    "prompts": lambda m: m.completions._prompts(SimpleNamespace(encode=list), ["a"] * past("prompts")),
+    "prompts": lambda m: m.completions._prompts(SimpleNamespace(encode=lambda text, bos: [1]), ["a"] * past("prompts")),
     "logit_bias_value": lambda m: m.requests._bias("1", past("logit_bias_value")),
-    "json_depth": lambda m: m.middleware.check_json(b'{"a":' * past("json_depth") + b"1" + b"}" * past("json_depth")),
+    "json_depth": lambda m: m.bodies.parse_json(b'{"a":' * past("json_depth") + b"1" + b"}" * past("json_depth")),
     "body_bytes": lambda m: asyncio.run(_read(m)),
     "header_bytes": _headers,
 }
@@ -180,5 +180,5 @@ def table() -> str:
 
 def test_a_body_as_deep_as_allowed_is_read():
     deep = int(LIMITS["json_depth"].high)
-    modules().middleware.check_json(json.dumps({"a": 1}).encode())
-    modules().middleware.check_json(b'{"a":' * deep + b"1" + b"}" * deep)
+    modules().bodies.parse_json(json.dumps({"a": 1}).encode())
+    modules().bodies.parse_json(b'{"a":' * deep + b"1" + b"}" * deep)

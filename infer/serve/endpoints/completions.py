@@ -78,7 +78,7 @@ def read_completion(
     return [request._replace(constraint=constraint) for request in requests], options
 
 
-def _prompts(session: Session, given: Any, *, bos: bool) -> list[list[int]]:
+def _prompts(session: Session, given: Any, *, bos: bool = True) -> list[list[int]]:
     """Token ids of each prompt; those of a text after the beginning-of-sequence token, if ``bos``."""
     if isinstance(given, str):
         return [session.encode(given, bos=bos)]

@@ -17,7 +17,7 @@ from stepjax.infer.serve.conversations.anthropic_tools import read_anthropic_too
 from stepjax.infer.serve.conversations.client_form import ClientForm
 from stepjax.infer.serve.conversations.message_blocks import read_blocks
 from stepjax.infer.serve.conversations.reading import chat_request, in_clients_words
-from stepjax.infer.serve.fields.dialects import MESSAGES
+from stepjax.infer.serve.fields.dialects import COUNT_TOKENS, MESSAGES
 from stepjax.infer.serve.limits import number, sized
 from stepjax.infer.serve.replies import json_response
 from stepjax.infer.serve.requests import continues, encode_prompt
@@ -99,6 +99,7 @@ class CountTokensRequest(Body):
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
+    context_management: dict[str, Any] | None = Field(None, description="only clear_thinking, which changes nothing")
     output_format: OutputFormat | None = Field(None, description="as output_config.format, under its earlier name")
 
 
@@ -122,7 +123,8 @@ def as_chat(body: CountTokensRequest) -> ChatRequest:
     """
     client = ClientForm(dict(_PATHS))
     functions = read_anthropic_tools(body.tools, client)
-    fields: dict[str, Any] = MESSAGES.done(body.model_extra or {})
+    table = MESSAGES if isinstance(body, MessagesRequest) else COUNT_TOKENS
+    fields: dict[str, Any] = table.done(body.model_extra or {})
     fields |= {
         "model": body.model,
         "messages": read_blocks(body.messages, body.system, client),

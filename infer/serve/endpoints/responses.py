@@ -54,6 +54,8 @@ _PATHS = {
 
 class Reasoning(Body):
     effort: str | None = Field(None, description="none switches thinking off, minimal, low and medium bound it")
+    max_tokens: int | None = number("thinking_token_budget")
+    enabled: bool | None = Field(None, description="false switches thinking off")
     summary: str | None = Field(None, description="ignored: the whole thinking is returned")
 
 
@@ -121,8 +123,8 @@ def as_chat(body: ResponsesRequest) -> ChatRequest:
     }
     if (format := _format(body.text)) is not None:
         fields["response_format"] = format
-    if body.reasoning is not None and body.reasoning.effort is not None:
-        fields["reasoning_effort"] = body.reasoning.effort
+    if body.reasoning is not None:
+        fields["reasoning"] = body.reasoning.model_dump(include={"effort", "max_tokens", "enabled"})
     fields |= {name: getattr(body, name) for name in ("stream", "temperature", "top_p", "top_k", "seed")}
     return chat_request(fields, client)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from stepjax.infer.serve.fields.field_table import FieldTable
+from stepjax.infer.serve.fields.field_table import FieldRule, FieldTable
 
 
 def _merged(*tables: Mapping[str, str]) -> dict[str, str]:
@@ -135,6 +135,7 @@ COMPLETIONS = FieldTable(
         {
             "who asks, and for what": "metadata",
             "chunks come as they are made": "stream_options.include_obfuscation",
+            "a text has no thinking to switch": f"{_THINKING} reasoning include_reasoning",
         },
     ),
     refused=_REFUSED,
@@ -154,7 +155,7 @@ RESPONSES = FieldTable(
         instructions stream stream_options max_output_tokens {_SAMPLING} {_GRAMMARS} {_TURN} top_logprobs include
         metadata tools tool_choice parallel_tool_calls reasoning reasoning.effort text text.format text.format.type
         text.format.name text.format.schema text.format.strict
-        enable_thinking thinking thinking.type thinking.budget_tokens thinking_token_budget chat_template_kwargs""",
+        reasoning.max_tokens reasoning.enabled {_THINKING}""",
     ignored=_merged(
         _IGNORED,
         {
@@ -250,6 +251,14 @@ MESSAGES = FieldTable(
     ignored=_merged(_IGNORED, _MESSAGES_IGNORED),
     refused=_merged(_REFUSED_WITH_TEXT, _MESSAGES_REFUSED),
 )
+_NOT_COUNTED = f"max_tokens stream stop_sequences {_SAMPLING} {_GRAMMARS}".replace("truncate_prompt_tokens", "")
+COUNT_TOKENS = FieldTable(
+    done=f"""{_ANTHROPIC_PROMPT} {_TURN} enable_thinking thinking_token_budget chat_template_kwargs reasoning_effort
+        output_format output_format.type output_format.schema context_management context_management.edits
+        parallel_tool_calls""",
+    ignored=_merged(_IGNORED, _MESSAGES_IGNORED, {"counting samples nothing": _NOT_COUNTED}),
+    refused=_merged(_REFUSED_WITH_TEXT, _MESSAGES_REFUSED, {"a prompt is counted whole": "truncate_prompt_tokens"}),
+)
 TOKENIZE = FieldTable(
     done=f"""model prompt messages tools {_TURN} chat_template_kwargs enable_thinking add_special_tokens
         return_token_strs""",
@@ -268,12 +277,23 @@ LOAD_ADAPTER = FieldTable(
 )
 UNLOAD_ADAPTER = FieldTable(done="lora_name", ignored={"a name stands for one adapter": "lora_int_id"})
 
+
+def _refuse_others(*tables: FieldTable) -> None:
+    """What one interface does and another does not have is refused there: it was meant to change the answer."""
+    names = [name for table in tables for name, rule in table.paths() if rule.treatment == "done" and "." not in name]
+    for table in tables:
+        for name in dict.fromkeys(names):
+            if table.rule(name) is None:
+                table.add(name, FieldRule("refused", "a field of another interface"))
+
+
+_refuse_others(CHAT, COMPLETIONS, RESPONSES, MESSAGES)
 FIELD_TABLES: Mapping[str, FieldTable] = {
     "/v1/chat/completions": CHAT,
     "/v1/completions": COMPLETIONS,
     "/v1/responses": RESPONSES,
     "/v1/messages": MESSAGES,
-    "/v1/messages/count_tokens": MESSAGES,
+    "/v1/messages/count_tokens": COUNT_TOKENS,
     "/tokenize": TOKENIZE,
     "/detokenize": DETOKENIZE,
     "/v1/load_lora_adapter": LOAD_ADAPTER,

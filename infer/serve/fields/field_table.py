@@ -56,16 +56,17 @@ class FieldTable:
         """
         self._root = _Node()
         for path in done.split():
-            self._add(path, FieldRule("done"))
+            self.add(path, FieldRule("done"))
         for reason, paths in (ignored or {}).items():
             for path in paths.split():
-                self._add(path, FieldRule("ignored", reason))
+                self.add(path, FieldRule("ignored", reason))
         for reason, paths in (refused or {}).items():
             for entry in paths.split():
                 path, *neutral = entry.split("=")
-                self._add(path, FieldRule("refused", reason, tuple(map(_value, neutral))))
+                self.add(path, FieldRule("refused", reason, tuple(map(_value, neutral))))
 
-    def _add(self, path: str, rule: FieldRule) -> None:
+    def add(self, path: str, rule: FieldRule) -> None:
+        """Add a path that the table does not have."""
         node = self._root.at(path)
         assert node.rule is None, f"{path} has two rules"
         node.rule = rule
@@ -153,7 +154,7 @@ def _check_refused(rule: FieldRule, value: Any, trail: list[str | int]) -> None:
 def _asks_nothing(rule: FieldRule, value: Any) -> bool:
     """Whether a value of a refused field would change nothing."""
     if isinstance(value, bool):
-        return value is (True in rule.neutral)
+        return value is any(neutral is True for neutral in rule.neutral)
     if isinstance(value, list):
         return all(isinstance(item, str) and item in rule.neutral for item in value)
     return value in ({}, "") or (isinstance(value, str | int | float) and value in rule.neutral)
