@@ -61,7 +61,7 @@ class ScriptedEngine(Engine):
         self._scripts = [encode(session.tokenizer, script) for script in SCRIPTS.values()]
         self._said: dict[str, int] = {}
 
-    def start(self) -> None:
+    def start(self, *, progress: object = None) -> None:
         """Nothing is compiled."""
 
     def step(self) -> list[Update]:

@@ -141,7 +141,7 @@ def _message(body: dict[str, Any]) -> dict[str, Any]:
         kind = {"required": "any", "named": "tool"}.get(choice, choice or "auto")
         body["tool_choice"] = {"type": kind} | ({"name": "get_weather"} if kind == "tool" else {})
         if body.get("parallel") is False and kind != "none":
-            body["tool_choice"]["disable_parallel_tool_use"] = True
+            body["tool_choice"] |= {"disable_parallel_tool_use": True}
     body.pop("parallel", None)
     if body.pop("format", None) and choice in (None, "auto", "none"):
         body["output_config"] = {"format": {"type": "json_schema", "schema": {"type": "object"}}}
