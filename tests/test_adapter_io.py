@@ -255,6 +255,7 @@ def released(model: Any) -> Any:
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 @pytest.mark.oracle
+@pytest.mark.peft
 @pytest.mark.parametrize("form", ["peft", "transformers"])
 @pytest.mark.parametrize("experts", ["per_expert", "shared_outer"])
 def test_peft_itself_gives_the_same_logits(tmp_path, form, experts):

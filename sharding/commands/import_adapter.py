@@ -19,13 +19,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    import jax
+
+    from stepjax.adapters.lora import filled
     from stepjax.adapters.peft import import_adapter
     from stepjax.commands.info import read_config
     from stepjax.sharding.sharded_checkpoint import save_adapter
 
     config = read_config(args.model)
     adapter, lora = import_adapter(args.source, config, leave_out=args.leave_out)
-    save_adapter(args.target, config, adapter, lora, overwrite=args.overwrite)
+    whole = filled(config, lora, adapter, jax.random.key(0))
+    save_adapter(args.target, config, whole, lora, overwrite=args.overwrite)
     of_experts = f", of experts {lora.expert_rank} ({lora.experts})" if lora.experts else ""
     without = left_out(args.source, args.leave_out)
     print(f"{args.target}: {len(adapter) // 2} weights, rank {lora.rank}{of_experts}{without}")

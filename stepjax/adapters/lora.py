@@ -125,11 +125,38 @@ def init(config: ModelConfig, lora: LoraConfig, key: jax.Array) -> Adapter:
     """Fresh factors: A uniform within ±1/√in, B zero, so that the model answers as before, to the bit."""
     adapter: Adapter = {}
     for number, target in enumerate(targets(config, lora)):
-        bound = target.shape[-1] ** -0.5
-        target_key = jax.random.fold_in(key, number)
-        adapter[f"{target.path}.a"] = jax.random.uniform(target_key, target.a_shape, jnp.float32, -bound, bound)
+        adapter[f"{target.path}.a"] = _fresh(target, jax.random.fold_in(key, number))
         adapter[f"{target.path}.b"] = jnp.zeros(target.b_shape, jnp.float32)
     return adapter
+
+
+def filled(config: ModelConfig, lora: LoraConfig, adapter: Mapping[str, Any], key: jax.Array) -> Adapter:
+    """The same adapter with factors of every target, each of the rank of its target, so that all can be trained.
+
+    Where a target has none, or of a smaller rank, A gets fresh rows and B zeros. The sum B·A stays as it is.
+
+    Raises:
+      ConfigError: the adapter has factors that do not fit ``lora``.
+    """
+    left, out = set(adapted_paths(adapter)), {}
+    for number, target in enumerate(targets(config, lora)):
+        path = target.path
+        a, b = _fresh(target, jax.random.fold_in(key, number)), jnp.zeros(target.b_shape, jnp.float32)
+        if path in left:
+            given_a, given_b = (jnp.asarray(adapter[f"{path}.{factor}"], jnp.float32) for factor in "ab")
+            rank = given_a.shape[-2]
+            if (given_a.ndim, given_b.ndim) != (a.ndim, b.ndim) or rank > target.rank:
+                raise ConfigError(
+                    f"lora: the adapter's factors of {path} are {list(given_a.shape)} and {list(given_b.shape)}, "
+                    f"expected {list(a.shape)} and {list(b.shape)} by its settings"
+                )
+            a = a.at[..., :rank, :].set(given_a)
+            b = b.at[..., :rank].set(given_b * (lora.scale(rank) / target.scale))
+            left.remove(path)
+        out |= {f"{path}.a": a, f"{path}.b": b}
+    if left:
+        raise ConfigError(f"lora: the adapter has factors of {min(left)}, which its settings do not name")
+    return out
 
 
 def shapes(config: ModelConfig, lora: LoraConfig) -> dict[str, jax.ShapeDtypeStruct]:
@@ -215,6 +242,11 @@ def check_fit(path: str, shape: tuple[int, ...], a: tuple[int, ...], b: tuple[in
             f"lora: {path} is {list(shape)}, but the adapter's factors are {list(a)} and {list(b)}; expected "
             f"{[*lead, 'r', size_in]} and {[*lead, size_out, 'r']}"
         )
+
+
+def _fresh(target: Target, key: jax.Array) -> jax.Array:
+    bound = target.shape[-1] ** -0.5
+    return jax.random.uniform(key, target.a_shape, jnp.float32, -bound, bound)
 
 
 def _target(spec: TensorSpec, lora: LoraConfig, rank: int) -> Target:

@@ -137,7 +137,8 @@ def import_adapter(
     pairs: dict[str, Pair] = {}
     for stem, (a, b) in stems.items():
         name = name_of(stem, stems, about.names_parameter)
-        pairs[name] = a, b * about.scale(name, _rank(name, a, config))
+        with np.errstate(over="ignore"):
+            pairs[name] = a, b * about.scale(name, _rank(name, a, config))
         if not np.isfinite(pairs[name][1]).all():
             raise CheckpointError(f"{file.path}: {stem} with its scale of lora_alpha has values that are not finite")
     known = True if ours is not None else about.stacked_as_linear

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from stepjax.adapters.lora import LoraConfig, filled
 from stepjax.errors import ConfigError
 from stepjax.infer.load import load
 from stepjax.infer.session import Session, num_tokens_of
@@ -158,6 +159,8 @@ def open_tokenizer(name_or_path: str) -> Any:
 def _start_from(trained: Trainable, path: Path, base: Session) -> Trainable:
     """The same with the leaves of an earlier run."""
     leaves, about = read_leaves(path, base.config)
+    if about == dict(trained.about) and about["kind"] == "lora":  # a PEFT folder need not have factors of all targets
+        leaves = filled(base.config, LoraConfig(**about["lora"]), leaves, jax.random.key(0))
     shapes = {name: leaf.shape for name, leaf in trained.leaves.items()}
     if about != dict(trained.about) or {name: leaf.shape for name, leaf in leaves.items()} != shapes:
         raise ConfigError(f"lora.start_from: {path} holds {about}, expected {dict(trained.about)} of this model")
