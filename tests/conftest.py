@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from agents import PACKAGES, executable
 from devices import VIRTUAL_DEVICES
 from hypothesis import HealthCheck, settings
 
@@ -74,6 +75,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out.add("browser")
     if not (shutil.which("node") and shutil.which("npm")):
         left_out.add("node")
+    if not all(map(executable, PACKAGES)):
+        left_out.add("agents")
     if not (find_spec("langchain_nvidia_ai_endpoints") and find_spec("anthropic")):
         left_out.add("clients")
     if JAX < (0, 11):  # its interpreter knows no transposed references

@@ -26,7 +26,7 @@ LINKED = (
 BLOCK = re.compile(
     r"(?:<!-- (?P<mark>[^\n]*) -->\n)?```(?P<language>[\w{}-]+)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE
 )
-MARK = re.compile(r"ci: (test|generate)|client: \w+|output|not run: .+")
+MARK = re.compile(r"ci: (test|generate)|(client|agent): \w+|output|not run: .+")
 LINK = re.compile(r"\]\((?P<target>[^)\s]+)\)")
 NAMED = re.compile(r"`(?P<path>[\w/.-]+\.py)`(?: `(?P<name>[A-Za-z_][\w.]*)`)?")
 HEADING_OF = re.compile(r"docs/architecture\.md,\s+([^.;:)\n]+)")
@@ -75,6 +75,7 @@ def test_every_block_runs_or_says_why_not(page):
         "js",
         "text",
         "json",
+        "toml",
         "{eval-rst}",
         "{toctree}",
     }
