@@ -19,6 +19,7 @@ import numpy as np
 
 from stepjax.adapters.lora import LoraConfig
 from stepjax.infer.engine.adapters import NONE, AdapterStack
+from stepjax.infer.engine.host_memory import trim_heap, uncommit_zeros
 from stepjax.infer.engine.pages import TRASH_PAGE
 from stepjax.infer.engine.ready_programs import ProgramShape
 from stepjax.infer.engine.sequence import RingCopy, StepPlan
@@ -109,6 +110,7 @@ class Executor:
         vocab = runner.model.config.vocab_size
         pages = (size.num_pages, size.page_size)
         self.state: State = runner.start_paged(size.num_slots, pages, dtype, Sampling.empty(size.num_slots, vocab))
+        uncommit_zeros(self.state.cache)
         self._state_shapes = _shapes_of(self.state)
         self.waited_s = 0.0  # for programs that orders needed and that were not there
         self._table = np.full((size.num_slots, size.pages_per_sequence), TRASH_PAGE, np.int32)
@@ -174,6 +176,7 @@ class Executor:
         program, rest = self._idle_call(shape)
         params = {name: _shapes_of(value) for name, value in self.params.items()}  # in their order, which counts
         program.compiled(params, self._state_shapes, *rest)
+        trim_heap()
 
     def warm(
         self,
@@ -206,6 +209,7 @@ class Executor:
             for done, job in enumerate(as_completed(jobs), start=1):
                 job.result()
                 report(done, len(shapes))
+        trim_heap()
 
     def missing(self, shapes: Sequence[ProgramShape]) -> list[ProgramShape]:
         """Those of the programs that are not compiled."""
@@ -319,7 +323,9 @@ class Executor:
             )
 
         where = jax.tree.map(lambda x: x.sharding, slot_parts(self.state))
-        return jax.jit(create, out_shardings=where)()
+        snapshots = jax.jit(create, out_shardings=where)()
+        uncommit_zeros(snapshots)
+        return snapshots
 
     def _save(self, copy: RingCopy) -> None:
         self._snapshots = self._saver(self._snapshots, self.state, np.int32(copy.slot), np.int32(copy.snapshot))

@@ -6,10 +6,12 @@ batch and changes no answer: it is compiled once steps have wanted it, the most 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
@@ -62,6 +64,7 @@ class ReadyPrograms:
         self._there = frozenset(shapes)
         self._thread = threading.Thread(target=self._compile, name="compile", daemon=True)
         self._thread.start()
+        atexit.register(_end, weakref.ref(self))
 
     def close(self) -> None:
         """Compile nothing more. A compilation that has begun cannot be stopped."""
@@ -158,3 +161,11 @@ class ReadyPrograms:
                 continue
             assert self._there is not None
             self._there |= {shape}
+
+
+def _end(reference: weakref.ref[ReadyPrograms]) -> None:
+    """Wait for a compilation that runs when the interpreter ends: it would meet one that is taken apart, and abort."""
+    programs = reference()
+    if programs is not None and programs._thread is not None:
+        programs.close()
+        programs._thread.join()
