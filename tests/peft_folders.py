@@ -68,7 +68,7 @@ def peft_folder(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str,
     return folder
 
 
-def factors(shapes: Mapping[str, tuple[int, int]], *, ranks: Mapping[str, int] | int = 4) -> dict[str, np.ndarray]:
+def factors(shapes: Mapping[str, tuple[int, ...]], *, ranks: Mapping[str, int] | int = 4) -> dict[str, np.ndarray]:
     """Random factors of modules by their shapes (out, in)."""
     random = np.random.default_rng(0)
     out: dict[str, np.ndarray] = {}
