@@ -18,7 +18,7 @@ from stepjax.infer.serve.conversations.response_items import ROLES, offered_in_i
 from stepjax.infer.serve.conversations.tools import read_choice, read_functions
 from stepjax.infer.serve.endpoints.chat import token_logprob
 from stepjax.infer.serve.fields.dialects import RESPONSES
-from stepjax.infer.serve.limits import number, sized
+from stepjax.infer.serve.limits import listed, number, sized
 from stepjax.infer.serve.routes import BodyRoute
 from stepjax.infer.serve.schemas import Body, ChatRequest, record
 from stepjax.infer.serve.sse import PING_S, event
@@ -84,8 +84,10 @@ class ResponsesRequest(Body):
     top_k: int | None = number("top_k")
     seed: int | None = number("seed")
     top_logprobs: int | None = number("top_logprobs")
-    include: list[str] | None = Field(None, max_length=32, description="message.output_text.logprobs, or ignored")
-    tools: list[dict[str, Any]] | None = sized("tools")
+    include: list[str] | None = Field(
+        None, max_length=32, fail_fast=True, description="message.output_text.logprobs, or ignored"
+    )
+    tools: list[dict[str, Any]] | None = listed("tools")
     tool_choice: Any = None
     parallel_tool_calls: bool | None = True
     reasoning: Reasoning | None = None
