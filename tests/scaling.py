@@ -65,13 +65,19 @@ VALUES: dict[str, Value] = {
     "turns": lambda n: [{"role": role, "content": "a"} for _ in range(n) for role in ("user", "assistant")],
     "calls of a turn": lambda n: [*SUM, {"role": "assistant", "content": "", "tool_calls": [CALL] * n}],
     "parts of a turn": lambda n: [{"role": "user", "content": [{"type": "text", "text": "a"}] * n}],
-    "thoughts of a turn": lambda n: [*SUM, {"role": "assistant", "content": [{"type": "thinking", "thinking": "a"}] * n}],
+    "thoughts of a turn": lambda n: [
+        *SUM,
+        {"role": "assistant", "content": [{"type": "thinking", "thinking": "a"}] * n},
+    ],
     "results": lambda n: [
         {"role": "user", "content": [{"type": "tool_result", "tool_use_id": f"t{i}", "content": "a"} for i in range(n)]}
     ],
     "uses": lambda n: [
         *SUM,
-        {"role": "assistant", "content": [{"type": "tool_use", "id": f"t{i}", "name": "f", "input": {}} for i in range(n)]},
+        {
+            "role": "assistant",
+            "content": [{"type": "tool_use", "id": f"t{i}", "name": "f", "input": {}} for i in range(n)],
+        },
     ],
     "items": lambda n: [
         {"type": "function_call", "call_id": f"c{i}", "name": "f", "arguments": "{}"} for i in range(n)
@@ -119,7 +125,9 @@ def cases() -> Iterator[Case]:
 def raw_bodies() -> dict[str, Callable[[int], bytes]]:
     """Bodies that are hard to parse."""
     return {
-        "keys, one twice": lambda n: b'{"a": {' + b"".join(b'"k%d": 1, ' % i for i in range(n)) + b'"k%d": 1}}' % (n - 1),
+        "keys, one twice": lambda n: (
+            b'{"a": {' + b"".join(b'"k%d": 1, ' % i for i in range(n)) + b'"k%d": 1}}' % (n - 1)
+        ),
         "one key": lambda n: b'{"a": {' + b", ".join([b'"k": 1'] * n) + b"}}",
         "objects with a key twice": lambda n: b'{"a": [' + b", ".join([b'{"k": 1, "l": 1, "k": 1}'] * n) + b"]}",
         "a text without end": lambda n: b'{"a": "' + b'\\"' * n,
