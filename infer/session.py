@@ -142,7 +142,11 @@ class Session:
                     f"tokens: entry {i} is {token!r}, expected an integer from 0 to {self.config.vocab_size - 1}"
                 )
         if len(ids) > self.config.max_positions:
-            raise ContextError(f"tokens: {len(ids)} ids, but the model's context is {self.config.max_positions}")
+            raise ContextError(
+                f"tokens: {len(ids)} ids, but the model's context is {self.config.max_positions}",
+                num_tokens=len(ids),
+                context=self.config.max_positions,
+            )
 
     def check_prompt(self, ids: Sequence[int]) -> int:
         """How many tokens the context leaves for an answer to ``ids``; raises RequestError if it leaves none."""
@@ -150,7 +154,9 @@ class Session:
         room = self.config.max_positions - len(ids)
         if room < 1:
             raise ContextError(
-                f"prompt: has {len(ids)} tokens, but the context is {self.config.max_positions}; shorten the prompt"
+                f"prompt: has {len(ids)} tokens, but the context is {self.config.max_positions}; shorten the prompt",
+                num_tokens=len(ids),
+                context=self.config.max_positions,
             )
         return room
 

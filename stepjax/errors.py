@@ -26,7 +26,16 @@ class RequestError(StepjaxError):
 
 
 class ContextError(RequestError):
-    """A prompt is longer than the context, or leaves no room to answer."""
+    """A prompt is longer than the context, or leaves no room to answer.
+
+    Attributes:
+      num_tokens: of the prompt.
+      context: the most tokens of a prompt and its answer.
+    """
+
+    def __init__(self, message: str, *, num_tokens: int, context: int):
+        super().__init__(message)
+        self.num_tokens, self.context = num_tokens, context
 
 
 class TrainingError(StepjaxError):

@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import threading
+import weakref
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -104,11 +106,22 @@ class AdapterStack:
         )
 
 
+class AdapterPin:
+    """A version of an adapter that a request has been promised. While a pin exists, no other adapter takes its slot."""
+
+    def __init__(self, key: str):
+        self.key = key
+
+
 class AdapterNames:
-    """The slot and the version of each adapter name, and which versions are still in use. Plain Python."""
+    """The slot and the version of each adapter name, and which versions are still in use. Plain Python; `pin` and
+    `names` may be called from any thread.
+    """
 
     def __init__(self, num_slots: int):
         self._num_slots = num_slots
+        self._lock = threading.Lock()  # of _keys and _pins
+        self._pins: weakref.WeakSet[AdapterPin] = weakref.WeakSet()
         self._keys: dict[str, str] = {}  # name → the version that new requests use
         self._slots: dict[str, int] = {}  # version → slot, also of versions that only running answers use
         self._versions = itertools.count(1)
@@ -123,12 +136,21 @@ class AdapterNames:
         Raises:
           RequestError: no adapter has that name.
         """
-        if not name:
-            return ""
-        if name not in self._keys:
-            known = ", ".join(self._keys) or "none"
-            raise RequestError(f"adapter: {name[:80]!a} is not loaded; loaded are {known}")
-        return self._keys[name]
+        return self.pin(name).key if name else ""
+
+    def pin(self, name: str) -> AdapterPin:
+        """The version that is loaded now, kept for a request that has not begun.
+
+        Raises:
+          RequestError: no adapter has that name.
+        """
+        with self._lock:
+            if name not in self._keys:
+                known = ", ".join(self._keys) or "none"
+                raise RequestError(f"adapter: {name[:80]!a} is not loaded; loaded are {known}")
+            pin = AdapterPin(self._keys[name])
+            self._pins.add(pin)
+        return pin
 
     def slot(self, key: str) -> int:
         """The slot of a version."""
@@ -144,6 +166,7 @@ class AdapterNames:
             raise RequestError(f"adapter: the name {name[:80]!a} is empty, too long or not printable")
         if name in self._keys and not replace:
             raise RequestError(f"adapter: {name[:80]!a} is loaded already; unload it first, or ask to replace it")
+        in_use = {*in_use, *self._pinned()}
         self._release(in_use)
         taken = {*self._slots.values()}
         free = next((slot for slot in range(self._num_slots) if slot not in taken), None)
@@ -161,7 +184,8 @@ class AdapterNames:
         for key in [key for key, held in self._slots.items() if held == slot]:
             del self._slots[key]
         key = f"{name}@{next(self._versions)}"
-        self._keys[name], self._slots[key] = key, slot
+        with self._lock:
+            self._keys[name], self._slots[key] = key, slot
 
     def remove(self, name: str) -> None:
         """Hide an adapter from new requests.
@@ -170,7 +194,13 @@ class AdapterNames:
           RequestError: no adapter has that name.
         """
         self.key(name or "\0")
-        del self._keys[name]
+        with self._lock:
+            del self._keys[name]
+
+    def _pinned(self) -> set[str]:
+        """Versions that requests have been promised."""
+        with self._lock:
+            return {pin.key for pin in self._pins}
 
     def _release(self, in_use: Collection[str]) -> None:
         kept = {*self._keys.values(), *in_use}

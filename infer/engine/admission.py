@@ -54,6 +54,11 @@ class SchedulerConfig:
     def num_pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
 
+    @property
+    def capacity(self) -> int:
+        """The most tokens of a sequence that all pages hold; its last token needs no place."""
+        return (self.num_pages - 1) * self.page_size + 1
+
     def check(self, num_prompt: int, max_tokens: int) -> None:
         """Raise RequestError if a sequence of these lengths could never run, whatever else runs."""
         longest, available = num_prompt + max_tokens, self.num_pages - 1

@@ -20,7 +20,7 @@ import numpy as np
 from stepjax.adapters.lora import LoraConfig
 from stepjax.adapters.peft import import_adapter
 from stepjax.errors import ContextError, RequestError
-from stepjax.infer.engine.adapters import AdapterNames
+from stepjax.infer.engine.adapters import AdapterNames, AdapterPin
 from stepjax.infer.engine.answer import Answer, TokenScore, split_request
 from stepjax.infer.engine.config import EngineConfig
 from stepjax.infer.engine.draft_policy import DRAFTS, DraftPolicy, StepBytes
@@ -112,7 +112,7 @@ class Engine:
         *,
         id: str | None = None,
         priority: int = 0,
-        adapter: str = "",
+        adapter: str | AdapterPin = "",
         salt: str = "",
         constraint: Constraint | None = None,
     ) -> list[str]:
@@ -123,7 +123,7 @@ class Engine:
           id: of the request. If there are several answers, answer i has the id ``id/i``.
           priority: requests with a lower number go first.
           adapter: name of a loaded adapter (`load_adapter`); "" is the model alone. The answer keeps the version that
-            is loaded now.
+            is loaded now. Or a pin (`pin_adapter`), for the version that was loaded when it was made.
           salt: requests share cached prompts only if salt and adapter are the same.
           constraint: a limit on the thinking, and a grammar for the text after it. With one, ``min_tokens`` counts the
             tokens after the thinking.
@@ -134,7 +134,7 @@ class Engine:
         """
         id = id if id is not None else f"request-{next(self._numbers)}"
         params = self.fit(prompt, params)
-        version = self._adapters.key(adapter)
+        version = adapter.key if isinstance(adapter, AdapterPin) else self._adapters.key(adapter)
         guided = params.replace(min_tokens=0) if constraint is not None else params  # the guide holds to it
         answers = split_request(id, guided)
         ids = [answer_id for answer_id, _ in answers]
@@ -167,16 +167,19 @@ class Engine:
         """The parameters as `add` uses them: checked, and cut to the room that the context leaves. Thread-safe.
 
         Raises:
-          ContextError: the prompt leaves no room to answer.
-          RequestError: a bad prompt, bad parameters, or more than the cache can ever hold.
+          ContextError: the prompt leaves no room to answer, in the context or in the pages of the cache.
+          RequestError: a bad prompt or bad parameters.
         """
         session, config = self._session, self.scheduler.config
         params = params or session.sampling()
-        room = min(session.check_prompt(prompt), config.context - len(prompt))
+        context = min(config.context, config.capacity)
+        room = min(session.check_prompt(prompt), context - len(prompt))
         if room < 1:
             raise ContextError(
-                f"prompt: has {len(prompt)} tokens, but the engine's context is {config.context}; shorten the prompt "
-                "or give the engine a larger context"
+                f"prompt: has {len(prompt)} tokens, but the engine's context is {context}; shorten the prompt or give "
+                "the engine a larger context, or more pages",
+                num_tokens=len(prompt),
+                context=context,
             )
         params = params.replace(max_tokens=min(params.max_tokens, room), min_tokens=min(params.min_tokens, room))
         params.check(self._runner.num_tokens, eos_ids=session.config.eos_ids)
@@ -192,6 +195,15 @@ class Engine:
     def adapters(self) -> tuple[str, ...]:
         """Names of the adapters that new requests may use. Thread-safe."""
         return self._adapters.names
+
+    def pin_adapter(self, name: str) -> AdapterPin:
+        """The version of an adapter that is loaded now, for a later `add`: it stays as long as the pin exists, even if
+        the adapter is unloaded or replaced. Thread-safe.
+
+        Raises:
+          RequestError: no adapter has that name.
+        """
+        return self._adapters.pin(name)
 
     def load_adapter(
         self,

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 from fastapi import Request, Response
 
 from stepjax.errors import RequestError
+from stepjax.infer.engine.adapters import AdapterPin
 from stepjax.infer.engine.admission import QueueFullError
 from stepjax.infer.serve.answers import Answers
 from stepjax.infer.serve.conversations.reading import in_clients_words
@@ -82,11 +83,29 @@ class Api:
         Raises:
           ApiError: no model or adapter has this name.
         """
-        adapters = self.service.engine.adapters
-        if name is not None and name not in self.options.names and name not in adapters:
-            known = ", ".join((*self.options.names, *adapters))
-            raise ApiError(f"model: {name[:80]!a} is not served here, but {known}", status=404, code="model_not_found")
+        if name is not None and name not in self.options.names and name not in self.service.engine.adapters:
+            raise self._unknown(name)
         return name or self.options.names[0]
+
+    def pin(self, name: str | None) -> AdapterPin | None:
+        """The adapter of a request that is accepted now; it answers with this version whatever is unloaded meanwhile.
+        None: the model alone.
+
+        Raises:
+          ApiError: no model or adapter has this name, perhaps no longer.
+        """
+        if name is None or name in self.options.names:
+            return None
+        try:
+            return self.service.engine.pin_adapter(name)
+        except RequestError:
+            raise self._unknown(name) from None
+
+    def _unknown(self, name: str) -> ApiError:
+        known = ", ".join((*self.options.names, *self.service.engine.adapters))
+        return ApiError(
+            f"model: {name[:80]!a} is not served here, but {known}", status=404, code="model_not_found", param="model"
+        )
 
     async def ask(self, body: Body, as_chat: Callable[[Any], ChatRequest]) -> tuple[ChatRequest, Answers]:
         """Queue a conversation, which ``as_chat`` reads from a body of any interface; errors name its places.
@@ -95,9 +114,10 @@ class Api:
           ApiError, RequestError, TemplateError, QueueFullError: it is refused.
         """
         self.service.check_open()
+        pin = self.pin(getattr(body, "model", None))
         chat = await asyncio.to_thread(as_chat, body)
         request, options = await self.read(functools.partial(in_clients_words, chat.client, read_chat), chat)
-        return chat, Answers(self.service, [request], options)
+        return chat, Answers(self.service, [request._replace(adapter=pin)], options)
 
     async def read(self, read: Callable[..., T], body: SampledRequest) -> T:
         """``read(engine, session, body)`` in a thread, so that a grammar that takes long does not hold up others.

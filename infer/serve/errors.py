@@ -20,7 +20,9 @@ TYPES = {
     503: "overloaded_error",
 }
 MAX_MESSAGE = 1000  # characters; some errors repeat their input
-Dialect = Literal["openai", "anthropic", "responses"]
+Dialect = Literal["openai", "completions", "responses", "anthropic"]
+# What a prompt that is too long is called, by interface.
+_PROMPTS = {"openai": "messages", "completions": "prompt", "responses": "input", "anthropic": "messages"}
 _FIELD = re.compile(r"[A-Za-z_][\w.\[\]]*(?=:|\.['\"])")  # up to a key that is quoted
 
 
@@ -40,6 +42,7 @@ class ApiError(Exception):
         super().__init__(message)
         self.message, self.status, self.code, self.param = message, status, code, param
         self.retry_after_s = retry_after_s
+        self._overflow: ContextError | None = None
 
     @classmethod
     def of(cls, error: Exception) -> ApiError:
@@ -49,7 +52,9 @@ class ApiError(Exception):
         if isinstance(error, QueueFullError):
             return cls(str(error), status=429, code="queue_full", retry_after_s=1)
         if isinstance(error, ContextError):
-            return cls(str(error), code="context_length_exceeded", param="messages")
+            too_long = cls(str(error), code="context_length_exceeded")
+            too_long._overflow = error
+            return too_long
         if isinstance(error, RequestError | TemplateError):
             field = _FIELD.match(str(error))
             return cls(str(error), code="invalid_value", param=field[0] if field else None)
@@ -65,17 +70,39 @@ class ApiError(Exception):
         """The body. ChatNVIDIA drops an error within a stream unless it has ``object``."""
         error = {
             "object": "error",
-            "message": self.message,
+            "message": self.told(dialect),
             "type": TYPES.get(self.status, "invalid_request_error"),
-            "param": self.param,
+            "param": _PROMPTS[dialect] if self._overflow else self.param,
             "code": self.code,
         }
-        return {"error": error} if dialect == "openai" else {"type": "error", "error": error}
+        return {"type": "error", "error": error} if dialect == "anthropic" else {"error": error}
+
+    def told(self, dialect: Dialect) -> str:
+        """The message in the words of an interface. Agents shorten their conversation, and try again, if they find the
+        words with which Anthropic or OpenAI say that a prompt is too long: Claude Code reads both numbers; opencode,
+        LiteLLM and LangChain look for a part of these sentences or for the code.
+        """
+        overflow = self._overflow
+        if overflow is None:
+            return self.message
+        if dialect == "anthropic":
+            # A prompt as long as the context leaves no room for an answer, and is too long too.
+            most = min(overflow.context, overflow.num_tokens - 1)
+            return f"prompt is too long: {overflow.num_tokens} tokens > {most} maximum"
+        name = {"openai": "messages", "completions": "prompt", "responses": "input"}[dialect]
+        return (
+            f"This model's maximum context length is {overflow.context} tokens. However, your {name} resulted in "
+            f"{overflow.num_tokens} tokens. Please reduce the length of the {name}."
+        )
 
 
 def dialect_of(path: str) -> Dialect:
-    """The form of a path's errors. Those of /v1/responses differ from OpenAI's only within a stream."""
-    return "anthropic" if path.startswith("/v1/messages") else "openai"
+    """The form of a path's errors."""
+    if path.startswith("/v1/messages"):
+        return "anthropic"
+    if path.startswith("/v1/responses"):
+        return "responses"
+    return "completions" if path.startswith("/v1/completions") else "openai"
 
 
 def field_name(location: Sequence[int | str]) -> str:

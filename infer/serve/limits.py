@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +89,27 @@ def sized(name: str, default: Any = None, *, doc: str = "") -> Any:
     """A pydantic field for a string, list or mapping whose size is in the table."""
     limit = LIMITS[name]
     return Field(default, min_length=int(limit.low), max_length=int(limit.high), description=_described(limit, doc))
+
+
+def listed(name: str, default: Any = None, *, doc: str = "") -> Any:
+    """A pydantic field for a list whose size is in the table. Its validation ends at the first invalid item: an error
+    for each of a million items would take seconds.
+    """
+    limit = LIMITS[name]
+    low, high = int(limit.low), int(limit.high)
+    return Field(default, min_length=low, max_length=high, description=_described(limit, doc), fail_fast=True)
+
+
+def check_size(name: str, value: Any) -> Any:
+    """``value``, a mapping, before its entries are validated.
+
+    Raises:
+      ValueError: it has more entries than the table allows.
+    """
+    high = LIMITS[name].high
+    if isinstance(value, Mapping) and len(value) > high:
+        raise ValueError(f"Dictionary should have at most {high:.0f} items, not {len(value)}")
+    return value
 
 
 def _described(limit: Limit, doc: str) -> str | None:

@@ -177,7 +177,6 @@ def engine_request(
         tuple(ids),
         engine.fit(ids, params),
         priority=body.priority or 0,
-        adapter=body.model if body.model in engine.adapters else "",
         salt=body.cache_salt or "",
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
@@ -14,6 +14,9 @@ from pydantic import BaseModel, ValidationError
 from stepjax.infer.serve.bodies import PARSED, SIZE, off_loop
 from stepjax.infer.serve.errors import ApiError, field_name
 from stepjax.infer.serve.fields.dialects import FIELD_TABLES
+from stepjax.infer.serve.fields.field_table import FieldTable
+
+T = TypeVar("T", bound=BaseModel)
 
 IGNORED = "x-stepjax-ignored"  # the header that names the fields without effect
 
@@ -32,16 +35,10 @@ class BodyRoute(APIRoute):
         table = FIELD_TABLES[self.path]
         takes_request = "request" in inspect.signature(self.endpoint).parameters
 
-        def read(value: Any) -> tuple[BaseModel, list[str]]:
-            try:
-                return model.model_validate(value), table.ignored(value)
-            except ValidationError as error:
-                raise validation_error(error.errors(include_url=False, include_input=False)) from None
-
         async def handle(request: Request) -> Response:
             if PARSED not in request.scope:
                 raise ApiError("body: expected a JSON object, found nothing", code="invalid_json")
-            body, names = await off_loop(request.scope[SIZE], read, request.scope.pop(PARSED))
+            body, names = await off_loop(request.scope[SIZE], validated, model, table, request.scope.pop(PARSED))
             response = await (self.endpoint(request, body) if takes_request else self.endpoint(body))
             names = sorted({*names, *getattr(request.state, "ignored", ())})
             if names:
@@ -49,6 +46,19 @@ class BodyRoute(APIRoute):
             return response
 
         return handle
+
+
+def validated(model: type[T], table: FieldTable, value: Mapping[str, Any]) -> tuple[T, list[str]]:
+    """A parsed body as its model, and the names of its fields without effect.
+
+    Raises:
+      ApiError: it is not valid; the first invalid field is named.
+      RequestError: a field is not supported.
+    """
+    try:
+        return model.model_validate(value), table.ignored(value)
+    except ValidationError as error:
+        raise validation_error(error.errors(include_url=False, include_input=False)) from None
 
 
 def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:

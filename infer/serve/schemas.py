@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, WithJsonSchema
 
 from stepjax.infer.serve.conversations.client_form import ClientForm
-from stepjax.infer.serve.limits import number, sized
+from stepjax.infer.serve.limits import check_size, listed, number, sized
 
 _TEXT = {"type": "string"}
 
@@ -82,7 +83,7 @@ class StructuredOutputs(Body):
 
     json_: Schema = Field(None, alias="json", description="a JSON schema, or its text")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: list[str] | None = listed("choices")
     grammar: str | None = Field(None, description="in Lark or GBNF")
     json_object: bool | None = None
 
@@ -95,7 +96,7 @@ class Nvext(Body):
 
     guided_json: Schema = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: list[str] | None = listed("choices")
     guided_grammar: str | None = None
     ignore_eos: bool | None = None
     top_k: int | None = number("top_k")
@@ -124,11 +125,13 @@ class SampledRequest(Body):
     seed: int | None = number("seed", doc="taken modulo 2^32")
     n: int | None = number("n")
     stop: Stop = None
-    stop_token_ids: list[int] | None = sized("stop_token_ids")
+    stop_token_ids: list[int] | None = listed("stop_token_ids")
     ignore_eos: bool | None = False
     min_tokens: int | None = number("min_tokens")
-    logit_bias: dict[str, float] | None = sized("logit_bias", doc="token ids to what is added to their logits")
-    allowed_token_ids: list[int] | None = sized("allowed_token_ids")
+    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(partial(check_size, "logit_bias"))] = sized(
+        "logit_bias", doc="token ids to what is added to their logits"
+    )
+    allowed_token_ids: list[int] | None = listed("allowed_token_ids")
     prompt_logprobs: int | None = number("prompt_logprobs")
     include_stop_str_in_output: bool | None = False
     no_stop_trim: bool | None = Field(False, description="SGLang's name of include_stop_str_in_output")
@@ -144,7 +147,7 @@ class SampledRequest(Body):
     structured_outputs: StructuredOutputs | None = None
     guided_json: Schema = Field(None, description="as structured_outputs.json")
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: list[str] | None = listed("choices")
     guided_grammar: str | None = Field(None, description="as structured_outputs.grammar: Lark or GBNF")
     regex: str | None = Field(None, description="SGLang's name of guided_regex")
     ebnf: str | None = Field(None, description="SGLang's name of guided_grammar")
@@ -177,13 +180,13 @@ class ReasoningOptions(Body):
 class ChatRequest(SampledRequest):
     """POST /v1/chat/completions, and what the other conversation endpoints convert their bodies to."""
 
-    messages: list[ChatMessage] = sized("messages", ...)
+    messages: list[ChatMessage] = listed("messages", ...)
     max_completion_tokens: int | None = number("max_completion_tokens", doc="takes precedence over max_tokens")
     logprobs: bool | None = False
     top_logprobs: int | None = number("top_logprobs")
-    tools: list[dict[str, Any]] | None = sized("tools")
+    tools: list[dict[str, Any]] | None = listed("tools")
     tool_choice: Any = None
-    functions: list[Any] | None = Field(None, description="OpenAI's first form of tools")
+    functions: list[Any] | None = listed("tools", doc="OpenAI's first form of tools")
     function_call: Any = Field(None, description="OpenAI's first form of tool_choice")
     parallel_tool_calls: bool | None = True
     reasoning_effort: str | None = Field(

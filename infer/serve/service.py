@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from stepjax.infer.engine.adapters import AdapterPin
 from stepjax.infer.engine.admission import QueueFullError
 from stepjax.infer.engine.answer import split_request
 from stepjax.infer.engine.engine import Update
@@ -37,7 +38,7 @@ class EngineRequest(NamedTuple):
     prompt: tuple[int, ...]
     params: SamplingParams
     priority: int = 0
-    adapter: str = ""
+    adapter: AdapterPin | None = None  # None: the model alone
     salt: str = ""
     constraint: Constraint | None = None
 
@@ -282,7 +283,7 @@ class Service:
                 request.params,
                 id=id,
                 priority=request.priority,
-                adapter=request.adapter,
+                adapter=request.adapter or "",
                 salt=request.salt,
                 constraint=request.constraint,
             )

@@ -74,8 +74,8 @@ class EventStream(Response):
         except Exception as error:
             if not isinstance(error, ApiError):
                 log.exception("a stream failed")
-            content = ApiError.of(error).content(self._dialect)
-            await send_body(event(content, name=None if self._dialect == "openai" else "error"))
+            content, named = ApiError.of(error).content(self._dialect), self._dialect in ("anthropic", "responses")
+            await send_body(event({"type": "error", **content} if named else content, name="error" if named else None))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -104,9 +104,11 @@ def router(api: Api) -> APIRouter:
         model = api.model_name(body.model)
         check_stream(body)
         api.service.check_open()
+        pin = api.pin(body.model)
         requests, options = await api.read(read_completion, body)
-        answers = Answers(api.service, requests, options)
-        return await api.respond(request, body, answers, CompletionAnswer(body, answers, model))
+        answers = Answers(api.service, [prompt._replace(adapter=pin) for prompt in requests], options)
+        writer = CompletionAnswer(body, answers, model)
+        return await api.respond(request, body, answers, writer, dialect="completions")
 
     return routes
 

@@ -18,7 +18,7 @@ from stepjax.infer.serve.conversations.client_form import ClientForm
 from stepjax.infer.serve.conversations.message_blocks import read_blocks
 from stepjax.infer.serve.conversations.reading import chat_request, in_clients_words
 from stepjax.infer.serve.fields.dialects import COUNT_TOKENS, MESSAGES
-from stepjax.infer.serve.limits import number, sized
+from stepjax.infer.serve.limits import listed, number, sized
 from stepjax.infer.serve.replies import json_response
 from stepjax.infer.serve.requests import continues, encode_prompt
 from stepjax.infer.serve.routes import BodyRoute
@@ -93,9 +93,9 @@ class CountTokensRequest(Body):
     """POST /v1/messages/count_tokens."""
 
     model: str = sized("model", ...)
-    messages: list[MessageParam] = sized("messages", ...)
+    messages: list[MessageParam] = listed("messages", ...)
     system: System = None
-    tools: list[dict[str, Any]] | None = sized("tools")
+    tools: list[dict[str, Any]] | None = listed("tools")
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
@@ -111,7 +111,7 @@ class MessagesRequest(CountTokensRequest):
     temperature: float | None = number("temperature", doc="0 is greedy")
     top_p: float | None = number("top_p")
     top_k: int | None = number("top_k")
-    stop_sequences: list[str] | None = sized("stop")
+    stop_sequences: list[str] | None = listed("stop")
     metadata: dict[str, Any] | None = Field(None, description="ignored")
 
 

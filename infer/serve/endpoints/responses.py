@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import secrets
 import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Annotated, Any, Literal
@@ -10,6 +11,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import Field, WithJsonSchema
 
+from stepjax.errors import ContextError
 from stepjax.infer.serve.answers import Answers
 from stepjax.infer.serve.api import Api
 from stepjax.infer.serve.conversations.client_form import ClientForm, custom_input
@@ -17,11 +19,12 @@ from stepjax.infer.serve.conversations.reading import chat_request
 from stepjax.infer.serve.conversations.response_items import ROLES, offered_in_items, read_items, sealed
 from stepjax.infer.serve.conversations.tools import read_choice, read_functions
 from stepjax.infer.serve.endpoints.chat import token_logprob
+from stepjax.infer.serve.errors import ApiError
 from stepjax.infer.serve.fields.dialects import RESPONSES
-from stepjax.infer.serve.limits import number, sized
+from stepjax.infer.serve.limits import listed, number, sized
 from stepjax.infer.serve.routes import BodyRoute
 from stepjax.infer.serve.schemas import Body, ChatRequest, record
-from stepjax.infer.serve.sse import PING_S, event
+from stepjax.infer.serve.sse import PING_S, EventStream, event
 from stepjax.infer.transcript import Delta, Transcript
 from stepjax.text.tool_calls import CallStart, ContentDelta
 
@@ -84,8 +87,10 @@ class ResponsesRequest(Body):
     top_k: int | None = number("top_k")
     seed: int | None = number("seed")
     top_logprobs: int | None = number("top_logprobs")
-    include: list[str] | None = Field(None, max_length=32, description="message.output_text.logprobs, or ignored")
-    tools: list[dict[str, Any]] | None = sized("tools")
+    include: list[str] | None = Field(
+        None, max_length=32, fail_fast=True, description="message.output_text.logprobs, or ignored"
+    )
+    tools: list[dict[str, Any]] | None = listed("tools")
     tool_choice: Any = None
     parallel_tool_calls: bool | None = True
     reasoning: Reasoning | None = None
@@ -147,11 +152,45 @@ def router(api: Api) -> APIRouter:
     async def responses(request: Request, body: ResponsesRequest) -> Response:
         """Answer a conversation in OpenAI's newer form. Nothing is stored: previous_response_id is refused."""
         model = api.model_name(body.model)
-        chat, answers = await api.ask(body, as_chat)
+        try:
+            chat, answers = await api.ask(body, as_chat)
+        except ContextError as error:
+            if not body.stream:
+                raise
+            return EventStream(_overflow(body, model, error), close=lambda: None, dialect="responses")
         writer = ResponsesAnswer(body, answers, model, client=chat.client)
         return await api.respond(request, chat, answers, writer, dialect="responses")
 
     return routes
+
+
+def _failure(error: ApiError) -> dict[str, Any]:
+    """The error of a response that failed."""
+    return {"code": error.code or "server_error", "message": error.told("responses")}
+
+
+async def _overflow(body: ResponsesRequest, model: str, error: ContextError) -> AsyncIterator[bytes]:
+    """The stream of a response whose input is too long: Codex shortens its history after this event, and gives up after
+    an error with a status.
+    """
+    response = {
+        "id": f"resp_{secrets.token_hex(12)}",
+        "object": "response",
+        "created_at": time.time(),
+        "status": "in_progress",
+        "error": None,
+        "incomplete_details": None,
+        "model": model,
+        "output": [],
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "tool_choice": "auto" if body.tool_choice is None else body.tool_choice,
+        "tools": body.tools or [],
+        "usage": None,
+    }
+    created = {"type": "response.created", "sequence_number": 0, "response": response}
+    yield event(created, name="response.created")
+    failed = response | {"status": "failed", "error": _failure(ApiError.of(error))}
+    yield event({"type": "response.failed", "sequence_number": 1, "response": failed}, name="response.failed")
 
 
 _CALLS = {"function_call": "arguments", "custom_tool_call": "input"}  # kinds of calls, and what they are called with
@@ -180,11 +219,17 @@ class ResponsesAnswer:
         return self._response(self._status())
 
     async def events(self) -> AsyncIterator[bytes | None]:
-        """The events of a stream."""
+        """The events of a stream. One that fails says so in its last response, as Codex reads it."""
         for kind in ("response.created", "response.in_progress"):
             yield self._event(kind, response=self._response("in_progress"))
-        async for data in self._written(PING_S):
-            yield data
+        try:
+            async for data in self._written(PING_S):
+                yield data
+        except Exception as error:
+            failure = ApiError.of(error)
+            failed = self._response("failed") | {"error": _failure(failure)}
+            yield self._event("response.failed", response=failed)
+            raise
         status = self._status()
         yield self._event(f"response.{status}", response=self._response(status))
 

@@ -11,7 +11,7 @@ from stepjax.errors import RequestError
 from stepjax.infer.serve.api import Api
 from stepjax.infer.serve.conversations.reading import read_chat_body
 from stepjax.infer.serve.errors import ApiError
-from stepjax.infer.serve.limits import sized
+from stepjax.infer.serve.limits import listed, sized
 from stepjax.infer.serve.replies import json_response
 from stepjax.infer.serve.requests import encode_prompt, offered_tools, template_options
 from stepjax.infer.serve.routes import BodyRoute
@@ -24,8 +24,8 @@ class TokenizeRequest(Body):
 
     model: str | None = sized("model")
     prompt: str | None = None
-    messages: list[ChatMessage] | None = sized("messages")
-    tools: list[dict[str, Any]] | None = sized("tools")
+    messages: list[ChatMessage] | None = listed("messages")
+    tools: list[dict[str, Any]] | None = listed("tools")
     chat_template_kwargs: dict[str, Any] | None = sized("chat_template_kwargs")
     enable_thinking: bool | None = None
     continue_final_message: bool | None = None
@@ -38,7 +38,7 @@ class DetokenizeRequest(Body):
     """POST /detokenize."""
 
     model: str | None = sized("model")
-    tokens: list[int] = sized("tokens", ...)
+    tokens: list[int] = listed("tokens", ...)
 
 
 def router(api: Api) -> APIRouter:
