@@ -26,7 +26,8 @@ from stepjax.config import ModelConfig
 from stepjax.errors import StepjaxError
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.planner.hardware import parse
-from stepjax.sharding.planner.search import Option, PlanRequest, choices, weigh
+from stepjax.sharding.planner.options import Option, PlanRequest
+from stepjax.sharding.planner.search import choices, weigh
 from stepjax.train.planning.workload import study_model
 
 WHOLE = ModelConfig.preset("step-3.5-flash")

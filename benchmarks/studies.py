@@ -17,7 +17,8 @@ from stepjax.infer.steps.abstract_steps import sequence_bytes
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.planner.explain import rivals, would_change
 from stepjax.sharding.planner.hardware import parse
-from stepjax.sharding.planner.search import Choice, Goal, Option, Plan, PlanRequest, rank_options, weigh
+from stepjax.sharding.planner.options import Choice, Goal, Option, Plan, PlanRequest
+from stepjax.sharding.planner.search import rank_options, weigh
 from stepjax.weights.formats import FORMATS
 from stepjax.weights.plain import PLAIN
 

@@ -211,9 +211,9 @@ def exchanged_experts(
     rows = exchange_rows(tokens, group.num_experts, top_k, group.num_ranks)
     plan = _Plan(group, rows, limit, form)
     with jax.named_scope("exchange"):
-        to = _address(ids_TA, group, slot_T)
-        num_passes = jax.lax.pmax(-(-jnp.max(to.count) // rows), group.axes)
-        return _passes(plan, *vary_alike((x_TD, combine_TA, weights, ids_TA, to)), num_passes)
+        addresses = _address(ids_TA, group, slot_T)
+        num_passes = jax.lax.pmax(-(-jnp.max(addresses.count) // rows), group.axes)
+        return _passes(plan, *vary_alike((x_TD, combine_TA, weights, ids_TA, addresses)), num_passes)
 
 
 def exchange_rows(num_tokens: int, num_experts: int, top_k: int, num_ranks: int) -> int:
@@ -237,7 +237,7 @@ def exchange_pays(config: ModelConfig, group: Group, num_tokens: int) -> bool:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is static of an exchange."""
+    """Static settings of an exchange."""
 
     group: Group
     rows: int  # to each rank in one pass
@@ -246,24 +246,24 @@ class _Plan:
 
 
 class _Addresses(NamedTuple):
-    """Where this device's rows go: each of the A places of a token is a rank, or none if an earlier one is the same."""
+    """Destinations of this device's rows: the rank of each of a token's A experts, without repetitions."""
 
-    rank: jax.Array  # [T, A], num_ranks for none
+    rank: jax.Array  # [T, A]; num_ranks where an earlier expert of the token has the same rank
     place: jax.Array  # [T, A] among this device's rows to that rank, in order of tokens
     count: jax.Array  # [num_ranks] rows
     slot: jax.Array | None  # [T] adapter of each token
 
 
 def _address(ids_TA: jax.Array, group: Group, slot_T: jax.Array | None) -> _Addresses:
-    """Places by cumulative sums: an argsort's result would be typed as alike on all devices."""
+    """Places come from cumulative sums, because the result of an argsort would be typed as equal on all devices."""
     rank = jnp.minimum(ids_TA // group.experts_each, group.num_ranks)
-    again = rank[:, :, None] == rank[:, None, :]
-    again = jnp.any(jnp.tril(again, -1), axis=-1)
-    rank = jnp.where(again, group.num_ranks, rank)
-    goes_TR = jnp.any(rank[:, :, None] == jnp.arange(group.num_ranks)[None, None, :], axis=1)
-    so_far_TR = jnp.cumsum(goes_TR, axis=0, dtype=jnp.int32)
-    place = jnp.take_along_axis(so_far_TR, rank, axis=1, mode="clip") - 1
-    return _Addresses(rank, place, so_far_TR[-1], slot_T)
+    repeated = rank[:, :, None] == rank[:, None, :]
+    repeated = jnp.any(jnp.tril(repeated, -1), axis=-1)
+    rank = jnp.where(repeated, group.num_ranks, rank)
+    sent_TR = jnp.any(rank[:, :, None] == jnp.arange(group.num_ranks)[None, None, :], axis=1)
+    count_TR = jnp.cumsum(sent_TR, axis=0, dtype=jnp.int32)
+    place = jnp.take_along_axis(count_TR, rank, axis=1, mode="clip") - 1
+    return _Addresses(rank, place, count_TR[-1], slot_T)
 
 
 def _one_pass(
@@ -273,7 +273,7 @@ def _one_pass(
     combine: jax.Array,
     weights: ExpertWeights,
     ids: jax.Array,
-    to: _Addresses,
+    addresses: _Addresses,
 ) -> jax.Array:
     """Rows index·C … index·C + C − 1 to every rank, through its experts and back: float32 [T, D].
 
@@ -283,22 +283,22 @@ def _one_pass(
     """
     group, rows = plan.group, plan.rows
     (num_tokens, top_k), num_slots = ids.shape, group.num_ranks * rows
-    place = to.place - index * rows
-    here = (to.rank < group.num_ranks) & (place >= 0) & (place < rows)
-    slot_TA = jnp.where(here, to.rank * rows + place, num_slots)
+    place = addresses.place - index * rows
+    here = (addresses.rank < group.num_ranks) & (place >= 0) & (place < rows)
+    slot_TA = jnp.where(here, addresses.rank * rows + place, num_slots)
     token = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32)[:, None], slot_TA.shape)
     token_S = jnp.full((num_slots,), num_tokens, jnp.int32).at[slot_TA].set(token, mode="drop")
 
     # Ids are integers below 2²⁴, exact in float32, so that the small tables are one message.
     small = [_rows(ids, token_S, fill=group.num_experts).astype(jnp.float32), _rows(combine, token_S)]
-    if to.slot is not None:
-        small.append(_rows(to.slot[:, None], token_S, fill=-1).astype(jnp.float32))
+    if addresses.slot is not None:
+        small.append(_rows(addresses.slot[:, None], token_S, fill=-1).astype(jnp.float32))
     table = jnp.concatenate(small, axis=-1)
     x_RD, table = (_gather(_all_to_all(array, group), group) for array in (_rows(x, token_S), table))
 
     ours = held_ids(table[:, :top_k].astype(jnp.int32), group.first_expert(), group.experts_each)
     chosen = table[:, top_k : 2 * top_k]
-    slot = None if to.slot is None else table[:, 2 * top_k].astype(jnp.int32)
+    slot = None if addresses.slot is None else table[:, 2 * top_k].astype(jnp.int32)
     load = num_tokens * top_k * group.num_shares  # what a rank's devices send, they get if all ranks are alike
     y_RD = routed_experts(x_RD, ours, chosen, weights, limit=plan.limit, form=plan.form, load=load, slot_T=slot)
     y_RD = y_RD.astype(x.dtype)
@@ -328,11 +328,11 @@ def _passes_forward(
     combine: jax.Array,
     weights: ExpertWeights,
     ids: jax.Array,
-    to: _Addresses,
+    addresses: _Addresses,
     num_passes: jax.Array,
 ) -> jax.Array:
     def body(index: jax.Array, out: jax.Array) -> jax.Array:
-        return out + _one_pass(plan, index, x, combine, weights, ids, to)
+        return out + _one_pass(plan, index, x, combine, weights, ids, addresses)
 
     return jax.lax.fori_loop(0, num_passes, body, zeros_after(num_passes, x.shape, x))
 
@@ -344,17 +344,24 @@ def _passes_forward(
 _passes = jax.custom_vjp(_passes_forward, nondiff_argnums=(0,))
 
 
-def _passes_fwd(plan, x, combine, weights, ids, to, num_passes):
-    return _passes_forward(plan, x, combine, weights, ids, to, num_passes), (x, combine, weights, ids, to, num_passes)
+def _passes_fwd(plan, x, combine, weights, ids, addresses, num_passes):
+    return _passes_forward(plan, x, combine, weights, ids, addresses, num_passes), (
+        x,
+        combine,
+        weights,
+        ids,
+        addresses,
+        num_passes,
+    )
 
 
 def _passes_bwd(plan, saved, cotangent_TD):
-    x, combine, weights, ids, to, num_passes = saved
+    x, combine, weights, ids, addresses, num_passes = saved
     arrays = tuple(map(moving, weights))
 
     def body(index: jax.Array, total):
         def forward(x: jax.Array, combine: jax.Array, arrays: Any) -> jax.Array:
-            return _one_pass(plan, index, x, combine, ExpertWeights(*map(moved, weights, arrays)), ids, to)
+            return _one_pass(plan, index, x, combine, ExpertWeights(*map(moved, weights, arrays)), ids, addresses)
 
         _, pull = jax.vjp(forward, x, combine, arrays)
         return jax.tree.map(jnp.add, total, pull(cotangent_TD))

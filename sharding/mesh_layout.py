@@ -96,10 +96,10 @@ class MeshLayout:
             rows=any(spec[1] is not None for spec in jax.tree.leaves(cache_spec)),
         )
         group = heads.q_BTNH.shape[2] // heads.k_BTKH.shape[2]
-        local = LocalHeads(group, _axes(q_spec[2]), _axes(kv_spec[2]))
+        local_heads = LocalHeads(group, _axes(q_spec[2]), _axes(kv_spec[2]))
 
         def body(heads: Heads, chunk: Chunk, cache: CacheView | None) -> Any:
-            select = functools.partial(local.of, num_heads=heads.q_BTNH.shape[2])
+            select = functools.partial(local_heads.used, num_heads=heads.q_BTNH.shape[2])
             return attend_split(heads, chunk, cache, window=window, split=split, select=select)
 
         return jax.shard_map(
@@ -107,7 +107,7 @@ class MeshLayout:
             mesh=self.mesh,
             in_specs=(Heads(*head_specs), chunk_spec, cache_spec),
             out_specs=(q_spec, cache_spec),
-            check_vma=cache is None,  # a gathered ring is alike on all devices, which its type cannot say
+            check_vma=cache is None,  # a gathered ring is equal on all devices, which its type cannot say
         )(heads, chunk, cache)
 
     def mixture(
@@ -177,14 +177,14 @@ class MeshLayout:
 
 @dataclass(frozen=True)
 class LocalHeads:
-    """Which key-value heads the query heads of a device use, where the latter are split further than the former."""
+    """Selects the key-value heads of a device, where query heads are split further than key-value heads."""
 
     group: int  # query heads that share a key-value head
     q_axes: Axes
     kv_axes: Axes
 
-    def of(self, keys: KeyValues, *, num_heads: int) -> KeyValues:
-        """The heads that ``num_heads`` local query heads use: one a group of them, or one each where groups are cut."""
+    def used(self, keys: KeyValues, *, num_heads: int) -> KeyValues:
+        """The heads that ``num_heads`` local query heads use: one per group, or one per head if groups are split."""
         if self.q_axes == self.kv_axes:
             return keys
         first = _index(self.q_axes) * num_heads

@@ -1,4 +1,4 @@
-"""The folder of what is kept between runs. It needs no jax, so that `stepjax cache` answers at once.
+"""The folder of files that are kept between runs. It needs no jax, so that `stepjax cache` starts quickly.
 
 An entry of the program cache is code that runs as its reader, so a folder is used only if it belongs to the user and
 nobody else may write to it. Entries appear by renaming, so that a reader never meets half of one, whichever processes
@@ -26,7 +26,7 @@ ABANDONED_S = 3600.0  # after which the temporary file of a process that was kil
 
 
 def cache_root() -> Path | None:
-    """``STEPJAX_CACHE_DIR``, else ``stepjax`` in the user's cache folder; None without a home."""
+    """``STEPJAX_CACHE_DIR``, else ``stepjax`` in the user's cache folder; None without a home folder."""
     try:
         if given := os.environ.get(VARIABLE):
             return Path(given).expanduser().absolute()
@@ -49,7 +49,7 @@ class CacheFolder:
 
     @classmethod
     def open(cls, kind: str) -> CacheFolder | None:
-        """The folder ``kind`` inside the cache root, created if need be; None if there is none that can be trusted."""
+        """The folder ``kind`` in the cache folder, created if missing; None if it cannot be trusted."""
         root = cache_root()
         if root is None:
             return None
@@ -68,7 +68,7 @@ class CacheFolder:
         return cls(path)
 
     def read(self, name: str) -> bytes | None:
-        """The content of an entry, which counts as used now; None if there is none that can be trusted."""
+        """The content of an entry, which is marked as used now; None if there is none, or it cannot be trusted."""
         try:
             descriptor = os.open(self.path / name, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
         except OSError:
@@ -86,7 +86,7 @@ class CacheFolder:
                 return None
 
     def write(self, name: str, content: bytes) -> bool:
-        """Put an entry in place, whole or not at all. False if the disk or the folder does not take it."""
+        """Write an entry, which appears only once it is complete. False if it cannot be written."""
         temporary = self.path / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}"
         try:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -106,11 +106,11 @@ class CacheFolder:
             (self.path / name).unlink(missing_ok=True)
 
     def entries(self) -> list[CacheEntry]:
-        """All entries, the one that was used last first."""
+        """All entries, the most recently used first."""
         return sorted((entry for entry in self._scan() if not entry.name.startswith(TEMPORARY)), key=_age)
 
     def trim(self, max_bytes: int) -> None:
-        """Remove the entries that were not used for longest until the rest fits, and what killed processes left."""
+        """Remove the least recently used entries until the rest fits, and temporary files of killed processes."""
         kept = 0
         for entry in sorted(self._scan(), key=_age):
             if entry.name.startswith(TEMPORARY):
@@ -122,7 +122,7 @@ class CacheFolder:
                 self.remove(entry.name)
 
     def empty(self) -> tuple[int, int]:
-        """Remove every entry; returns their number and bytes."""
+        """Remove all entries, and return their number and bytes."""
         entries = list(self._scan())
         for entry in entries:
             self.remove(entry.name)
@@ -144,7 +144,7 @@ def _age(entry: CacheEntry) -> tuple[float, str]:
 
 
 def _distrust(status: os.stat_result) -> str:
-    """Why code must not be taken from a file or folder; "" if it may be."""
+    """Why code from a file or folder cannot be trusted; "" if it can."""
     if not hasattr(os, "geteuid"):
         return ""
     if status.st_uid != os.geteuid():

@@ -20,12 +20,12 @@ from stepjax.errors import ConfigError
 FULL, SLIDE = "full_attention", "sliding_attention"
 ASSETS = Path(__file__).parent / "assets"
 PRESETS = ("step-3.5-flash", "step-tiny")
-OWN_FORMAT = "stepjax"  # quant_method of a checkpoint in a format that this package alone reads, as int8 and int4
+OWN_FORMAT = "stepjax"  # quant_method of a checkpoint in a format that only this package reads, such as int8 and int4
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """The llama3 frequency rule: long wavelengths are slowed by ``factor``, short ones kept, a ramp between."""
+    """Frequency scaling of llama3: long wavelengths are divided by ``factor``, short ones kept, with a ramp between."""
 
     factor: float
     original_max_position: int  # tokens
@@ -35,7 +35,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class RopeSpec:
-    """Rotary embedding of one layer: the first ``width`` of the head's dims turn, the rest pass through."""
+    """Rotary embedding of one layer: the first ``width`` dimensions of a head are rotated, the others not."""
 
     theta: float
     width: int  # even, ≤ head_dim
@@ -44,10 +44,10 @@ class RopeSpec:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What distinguishes one layer from its neighbours. ``index`` is absolute: MTP layers follow the backbone."""
+    """Settings of one layer. ``index`` counts backbone layers, then MTP layers."""
 
     index: int
-    window: int | None  # keys a query sees, itself included; None is full causal attention
+    window: int | None  # keys that a query attends to, its own included; None: full causal attention
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -131,7 +131,7 @@ class ModelConfig:
 
     @property
     def all_layers(self) -> tuple[LayerSpec, ...]:
-        """Backbone then MTP layers; position in the tuple equals ``index``."""
+        """Backbone layers, then MTP layers. The position in the tuple is ``index``."""
         return self.layers + self.mtp_layers
 
     def with_window(self, window: int) -> ModelConfig:
@@ -150,7 +150,7 @@ class ModelConfig:
         )
 
 
-# Fields whose value cannot change the arithmetic of a text forward pass.
+# Fields that do not change the forward pass of text.
 _INERT = frozenset(
     "architectures auto_map model_type torch_dtype dtype transformers_version use_cache initializer_range max_seq_len "
     "moe_layer_offset moe_every_n_layer pad_token_id bos_token_id name_or_path return_dict output_attentions "
@@ -160,7 +160,7 @@ _INERT = frozenset(
     "max_length min_length num_beams".split()
 )
 
-# Fields with the one value this model is made of. A hub file may leave out those marked False.
+# Fields that must have this value. A hub file may omit those marked False.
 _FIXED: dict[str, tuple[Any, bool]] = {
     "use_qk_norm": (True, True),
     "use_head_wise_attn_gate": (True, True),
@@ -189,7 +189,7 @@ _READ = frozenset(
 
 
 class _Reader:
-    """Resolves one hub mapping; every method reads one field or one group of fields that belong together."""
+    """Resolves one hub mapping. Each method reads one field or one group of related fields."""
 
     def __init__(self, hub: Mapping[str, Any]):
         self.hub = hub
@@ -274,7 +274,7 @@ class _Reader:
         return tuple(self._token_id("eos_token_id", token) for token in (value if isinstance(value, list) else [value]))
 
     def _per_layer(self, name: str) -> list[Any]:
-        """A list with one entry per layer; of the backbone alone it is filled up for MTP from a sliding layer."""
+        """A list with one entry per layer. If it has the backbone only, MTP layers get the value of a sliding layer."""
         value = self._get(name)
         total = self.num_layers + self.num_mtp
         if not isinstance(value, list) or len(value) not in (self.num_layers, total):
@@ -319,7 +319,7 @@ class _Reader:
         return frozenset(indices)
 
     def _limits(self, name: str) -> list[float | None]:
-        """Clamp per layer; 0, 0.0 and null all mean none, and there is no fall-back from one list to the other."""
+        """Clamp per layer. 0, 0.0 and null all mean none. One list is never used in place of the other."""
         total = self.num_layers + self.num_mtp
         if self.hub.get(name) is None:
             return [None] * total
@@ -422,7 +422,7 @@ class _Reader:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}: is {value!r}, expected an object or null")
         if value.get("quant_method") == OWN_FORMAT:
-            return None  # the tensors say how
+            return None  # the tensors show the format
         for name, expected in (("quant_method", "fp8"), ("fmt", "e4m3"), ("activation_scheme", "dynamic")):
             if value.get(name, expected) != expected or (name == "quant_method" and name not in value):
                 raise ConfigError(f"{where}.{name}: is {value.get(name)!r}, only {expected!r} is supported")

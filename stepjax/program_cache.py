@@ -1,4 +1,4 @@
-"""Executables kept whole between runs, so that a warm start neither traces nor lowers nor compiles.
+"""Executables that are kept between runs, so that a warm start does not trace, lower or compile.
 
 The name of an entry is a digest of all that its executable depends on: our sources, the versions of jax and of the
 device's plugin, the devices, flags and settings, and the program with its arguments' shapes and placements. It is
@@ -34,20 +34,20 @@ SUFFIX = ".program"
 MAGIC = b"stepjax program 1\n"
 _HEAD = struct.Struct(">II")  # bytes of the outline and of the payload
 _DIGEST = hashlib.sha256
-# Settings that change how jax reports, or where it keeps things, and no program.
+# Settings of logging and of folders, which change no program.
 _IRRELEVANT = re.compile(r"cache|log|dump|traceback|distributed|captured_constants|coordina|proxy|check_tracer_leaks")
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "TF_XLA_FLAGS", "NVIDIA_TF32_OVERRIDE", "CUDA_VISIBLE_DEVICES")
 
 
 class ProgramCache:
-    """Compiles programs, or takes them from the folder of an earlier run."""
+    """Compiles programs, or loads those that an earlier run has compiled."""
 
     def __init__(self, folder: CacheFolder, *, max_bytes: int = int(MAX_GIB * 2**30)):
         self._folder, self._max_bytes = folder, max_bytes
 
     @classmethod
     def open(cls, *, max_gib: float = MAX_GIB) -> ProgramCache | None:
-        """The user's cache; None if there is no folder to trust, or several processes run.
+        """The user's cache; None if no folder can be trusted, or several processes run.
 
         Processes of one cluster compile together, so either all of them load a program or none may.
         """
@@ -93,7 +93,7 @@ class ProgramCache:
                 jax.tree.structure(out),
                 execution_devices=_devices(arguments),
             )
-        except Exception as error:  # whatever it is, compiling helps
+        except Exception as error:  # compiling is always possible
             log.warning("program cache: %s cannot be used (%s: %s); compiling", name, type(error).__name__, error)
             self._folder.remove(name)
             return None
@@ -102,7 +102,7 @@ class ProgramCache:
         try:
             payload, _, out_tree = serialize(compiled)
             outline = _outline(jax.tree.unflatten(out_tree, [0] * out_tree.num_leaves), arguments, types)
-        except Exception as error:  # a plugin that cannot serialise: everything else works
+        except Exception as error:  # a plugin that cannot serialise: the program works without
             log.warning("program cache: a program cannot be kept (%s: %s)", type(error).__name__, error)
             return
         if self._folder.write(name, _pack(name, outline, zlib.compress(payload, 1))):
@@ -157,14 +157,14 @@ def digest(identity: str, arguments: Sequence[Any]) -> str:
 
 
 def _described(leaf: Any) -> str:
-    """What of an argument a program depends on."""
+    """The properties of an argument that a program depends on."""
     where = getattr(leaf, "sharding", None)
     committed = where if getattr(leaf, "committed", where is not None) else None
     return f"{leaf.shape} {leaf.dtype} {getattr(leaf, 'weak_type', False)} {committed!r}"
 
 
 def _devices(arguments: Sequence[Any]) -> tuple[Any, ...]:
-    """Where a program runs, in the order of its mesh."""
+    """The devices of a program, in the order of its mesh."""
     for leaf in jax.tree.leaves(arguments):
         where = getattr(leaf, "sharding", None)
         if isinstance(where, jax.sharding.NamedSharding) and isinstance(where.mesh, jax.sharding.Mesh):
@@ -176,7 +176,7 @@ def _devices(arguments: Sequence[Any]) -> tuple[Any, ...]:
 
 @functools.cache
 def _environment() -> str:
-    """What stays the same as long as a process runs: sources, versions, devices, flags."""
+    """What is constant in a process: sources, versions, devices, flags."""
     device = jax.devices()[0]
     versions = {name: _version(name) for name in ("jax", "jaxlib", "flax", "numpy", "libtpu")}
     parts = {
@@ -255,7 +255,7 @@ def _unpack(name: str, content: bytes) -> tuple[Any, bytes]:
 
 
 def _outline(tree: Any, arguments: Sequence[Any], types: dict[str, type]) -> Any:
-    """The structure of a result in JSON's terms: a leaf is 0, a part that is shaped as an argument is its number.
+    """The structure of a result as JSON. A leaf is 0; a part with the structure of an argument is its number.
 
     Raises:
       TypeError: it holds a node of another type.
@@ -275,7 +275,7 @@ def _outline(tree: Any, arguments: Sequence[Any], types: dict[str, type]) -> Any
 
 
 def _filled(outline: Any, arguments: Sequence[Any], types: dict[str, type]) -> Any:
-    """What `_outline` described."""
+    """The structure that `_outline` described."""
     if outline is None or outline == 0:
         return outline
     if "argument" in outline:

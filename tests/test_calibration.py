@@ -23,7 +23,8 @@ from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.planner.calibration import FLOOR, fit
 from stepjax.sharding.planner.hardware import parse
 from stepjax.sharding.planner.measurements import MeasuredStep, read_points
-from stepjax.sharding.planner.search import Choice, Option, PlanRequest, weigh
+from stepjax.sharding.planner.options import Choice, Option, PlanRequest
+from stepjax.sharding.planner.search import weigh
 from stepjax.sharding.planner.step_time import Efficiency, WorkPart
 from stepjax.weights.fp8 import Fp8Blocks
 

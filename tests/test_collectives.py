@@ -10,7 +10,8 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
-from stepjax.sharding.compiled.hlo import Collective, MeshAxes, collectives, totals
+from stepjax.sharding.compiled.device_groups import MeshAxes
+from stepjax.sharding.compiled.hlo import Collective, collectives, totals
 from stepjax.sharding.devices import Target, devices
 
 SHAPE = {"data": 2, "expert": 2, "tensor": 2}

@@ -25,7 +25,8 @@ from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.planner.device_bytes import layout_of, parameters, placed
 from stepjax.sharding.planner.hardware import parse
-from stepjax.sharding.planner.search import PlanRequest, rank_options
+from stepjax.sharding.planner.options import PlanRequest
+from stepjax.sharding.planner.search import rank_options
 from stepjax.sharding.rules import ShardingRules
 from stepjax.weights.expert_format import ExpertFormat, Unit
 from stepjax.weights.formats import FORMATS, described

@@ -17,19 +17,8 @@ from stepjax.config import ModelConfig
 from stepjax.errors import ConfigError, RequestError
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.planner.hardware import DEVICES, parse, read_devices
-from stepjax.sharding.planner.search import (
-    BATCHES,
-    Choice,
-    Goal,
-    Option,
-    Plan,
-    PlanRequest,
-    Refusal,
-    by_batch,
-    choices,
-    rank_options,
-    weigh,
-)
+from stepjax.sharding.planner.options import Choice, Goal, Option, Plan, PlanRequest, Refusal
+from stepjax.sharding.planner.search import BATCHES, by_batch, choices, rank_options, weigh
 from stepjax.sharding.planner.step_time import RoutingDistribution
 from stepjax.sharding.rules import ShardingRules
 from stepjax.train.planning.plot import Dot, front

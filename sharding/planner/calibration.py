@@ -115,12 +115,12 @@ def _decided(points: Sequence[MeasuredStep], cluster: Cluster) -> list[str]:
 
 def _least(points: Sequence[MeasuredStep], cluster: Cluster, free: Sequence[str]) -> Efficiency:
     """Least squares of relative errors. Once each part's bound is known, times are linear in 1/m, 1/c, 1/l and k."""
-    tried = [Efficiency()]
+    solutions = [Efficiency()]
     for _ in range(20):
-        tried.append(_solved(points, cluster, free, tried[-1]))
-        if tried[-1] in tried[:-1]:
+        solutions.append(_solved(points, cluster, free, solutions[-1]))
+        if solutions[-1] in solutions[:-1]:
             break
-    return min(tried, key=lambda efficiency: _squares(points, cluster, efficiency))
+    return min(solutions, key=lambda efficiency: _squares(points, cluster, efficiency))
 
 
 def _solved(points: Sequence[MeasuredStep], cluster: Cluster, free: Sequence[str], last: Efficiency) -> Efficiency:

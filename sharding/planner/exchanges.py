@@ -172,8 +172,8 @@ def _mlp(
 def _ending(layout: MeshLayout, work: StepShape, shares: LocalTokens) -> list[Exchange]:
     """Logits. A split stream also needs each sequence's last token, and whether all its logits are finite."""
     config, rules = layout.rules.config, layout.rules
-    wanted = work.count if work.step == "decode" else 1
-    logits = Exchange("all-gather", rules.table["vocab"], 4.0 * shares.batch * wanted * config.vocab_size, 1)
+    num_logits = work.count if work.step == "decode" else 1
+    logits = Exchange("all-gather", rules.table["vocab"], 4.0 * shares.batch * num_logits * config.vocab_size, 1)
     if work.step == "decode" or not (shares.split or shares.tokens_split):
         return [logits]
     axes = rules.live(STREAM) if shares.split else rules.live(("context",))

@@ -15,7 +15,8 @@ from rich.table import Table
 
 from stepjax.config import ModelConfig
 from stepjax.sharding.planner.calibration import Calibration
-from stepjax.sharding.planner.search import Choice, Option, Plan, PlanRequest, Refusal, sort_key, weigh
+from stepjax.sharding.planner.options import Choice, Option, Plan, PlanRequest, Refusal
+from stepjax.sharding.planner.search import sort_key, weigh
 
 RIVALS = 5
 NAME_WIDTH = 18  # of a column of meshes, as expert=32,tensor=2
@@ -90,7 +91,7 @@ def shown(plan: Plan, config: ModelConfig, calibration: Calibration | None = Non
         *rivals(plan),
         *(f"Would change: {change}" for change in would_change(plan, config)),
         *(f"Note: {note}." for note in winner.notes),
-        f"Refused, {len(plan.refusals)}: " + "; ".join(_reasons(plan.refusals, most=3)) if plan.refusals else "",
+        f"Refused, {len(plan.refusals)}: " + "; ".join(_reasons(plan.refusals, limit=3)) if plan.refusals else "",
         f"Times: {provenance(calibration)}.",
     ]
     return Group(_table(plan, calibration, rows), _held(winner), *filter(None, lines))
@@ -232,12 +233,12 @@ def _difference(winner: Option, option: Option) -> str:
     } | {"exchange": option.step.exchange_s - winner.step.exchange_s}
     name = max(causes, key=lambda part: abs(causes[part]))
     if abs(causes[name]) < 1e-6:
-        return "as fast; it uses more devices or a less plain strategy"
+        return "as fast, but with more devices or another strategy than the default"
     return f"{1e3 * causes[name]:+.2f} ms a step in {name}"
 
 
-def _reasons(refusals: Iterable[Refusal], *, most: int = 8) -> list[str]:
-    """The commonest, each with the first choice that it met."""
+def _reasons(refusals: Iterable[Refusal], *, limit: int = 8) -> list[str]:
+    """The most common reasons, each with the first choice that was refused for it."""
     first: dict[str, str] = {}
     counts: Counter[str] = Counter()
     for refusal in refusals:
@@ -246,7 +247,7 @@ def _reasons(refusals: Iterable[Refusal], *, most: int = 8) -> list[str]:
             kind, f"{refusal.choice.mesh} {refusal.choice.strategy} {refusal.choice.experts.name}: {refusal.reason}"
         )
         counts[kind] += 1
-    return [first[kind] for kind, _ in counts.most_common(most)]
+    return [first[kind] for kind, _ in counts.most_common(limit)]
 
 
 def _name(option: Option) -> str:

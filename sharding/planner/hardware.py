@@ -247,28 +247,28 @@ def read_devices(path: Path) -> dict[str, Device]:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as TOML ({error})") from None
     devices = dict(DEVICES)
-    for name, given in tables.items():
-        if not isinstance(given, dict):
-            raise ConfigError(f"{path}: {name} = {given!r}, expected a table [{name}] of a device's figures")
-        devices[name] = _changed(path, name, dict(given), devices)
+    for name, figures in tables.items():
+        if not isinstance(figures, dict):
+            raise ConfigError(f"{path}: {name} = {figures!r}, expected a table [{name}] of a device's figures")
+        devices[name] = _changed(path, name, dict(figures), devices)
     return devices
 
 
-def _changed(path: Path, name: str, given: dict[str, Any], devices: Mapping[str, Device]) -> Device:
+def _changed(path: Path, name: str, figures: dict[str, Any], devices: Mapping[str, Device]) -> Device:
     known = {field.name for field in dataclasses.fields(Device)} - {"name", "sources"}
-    base = given.pop("base", name)
-    if unknown := sorted(given.keys() - known):
+    base = figures.pop("base", name)
+    if unknown := sorted(figures.keys() - known):
         raise ConfigError(f"{path}: [{name}] has {unknown[0]!r}, expected of {', '.join(sorted(known))}, base")
-    sources = {**(devices[base].sources if base in devices else {}), ", ".join(given): str(path.name)}
+    sources = {**(devices[base].sources if base in devices else {}), ", ".join(figures): str(path.name)}
     if base in devices:
-        return dataclasses.replace(devices[base], name=name, sources=sources, **given)
+        return dataclasses.replace(devices[base], name=name, sources=sources, **figures)
     if base != name:
         raise ConfigError(f"{path}: [{name}] base = {base!r}, expected one of {', '.join(devices)}")
     try:
-        return Device(name, sources=sources, **given)
+        return Device(name, sources=sources, **figures)
     except TypeError:
         needed = [field.name for field in dataclasses.fields(Device) if field.default is dataclasses.MISSING]
-        lacking = [name for name in needed if name not in ("name", "sources", *given)]
+        lacking = [name for name in needed if name not in ("name", "sources", *figures)]
         raise ConfigError(f"{path}: [{name}] lacks {', '.join(lacking)}; or give base = one of the devices") from None
 
 

@@ -28,9 +28,9 @@ PARTIAL = 2  # float32 beside each head's channels: largest score, sum (`stepjax
 FLOOR = 2**22  # tables, positions, small sums
 
 
-def serving_temporaries(layout: MeshLayout, work: StepShape, held: CacheBytes) -> float:
+def serving_temporaries(layout: MeshLayout, work: StepShape, cache: CacheBytes) -> float:
     """Bytes of one device."""
-    step = _Step.of(layout, work, held)
+    step = _Step.of(layout, work, cache)
     return FLOOR + max(_logits(step), _attention(step), _experts(step), _dense(step))
 
 
@@ -40,12 +40,12 @@ class _Step:
 
     layout: MeshLayout
     work: StepShape
-    held: CacheBytes
+    cache: CacheBytes
     shares: LocalTokens
 
     @classmethod
-    def of(cls, layout: MeshLayout, work: StepShape, held: CacheBytes) -> _Step:
-        return cls(layout, work, held, LocalTokens.of(layout, work))
+    def of(cls, layout: MeshLayout, work: StepShape, cache: CacheBytes) -> _Step:
+        return cls(layout, work, cache, LocalTokens.of(layout, work))
 
     @property
     def experts(self) -> ExpertFormat:
@@ -66,18 +66,18 @@ class _Step:
         count, length = self.work.count, self.shares.length
         if layer.window is not None:
             block = min(length, WINDOWED_BLOCK) + layer.window - 1
-            rows = self.held.ring_shape[1]
+            rows = self.cache.ring_shape[1]
             return [(length, min(count, block)), *([(length, rows)] if rows else [])]
-        rows = self.held.full_shape[1]
-        if self.held.paged:
+        rows = self.cache.full_shape[1]
+        if self.cache.paged:
             rows = self.page_rows
-        queries = count if self.held.rows_split else length
+        queries = count if self.cache.rows_split else length
         return [(length, count), *([(queries, rows)] if rows else [])]
 
     @property
     def page_rows(self) -> int:
         """Positions of each sequence that are looked at at once (`stepjax.model.cache.Pages`)."""
-        return min(self.held.full_shape[1], LARGE_BLOCK, max(SMALL_BLOCK, GATHERED_ROWS // self.shares.batch))
+        return min(self.cache.full_shape[1], LARGE_BLOCK, max(SMALL_BLOCK, GATHERED_ROWS // self.shares.batch))
 
     def loop_zeros(self, layers: tuple[LayerSpec, ...]) -> float:
         """Where blocks of queries are taken one after the other, what each writes its results into."""
@@ -92,28 +92,28 @@ class _Step:
 
 
 def _logits(step: _Step) -> float:
-    wanted = step.work.count if step.work.step == "decode" else 1
-    return LOGIT_BYTES * step.shares.batch * wanted * step.layout.rules.config.vocab_size
+    num_logits = step.work.count if step.work.step == "decode" else 1
+    return LOGIT_BYTES * step.shares.batch * num_logits * step.layout.rules.config.vocab_size
 
 
 def _attention(step: _Step) -> float:
     """Scores of a block of queries in float32 and their weights in the dtype of values, and what was rearranged."""
     layers = step.layout.rules.config.layers
-    most = 0.0
+    largest = 0.0
     for layer in {layer.window is None: layer for layer in layers}.values():
         block = BLOCK if layer.window is None else WINDOWED_BLOCK
         scores = max(min(queries, block) * keys for queries, keys in step.looks(layer))
         scores *= step.shares.batch * step.heads(layer)
-        most = max(most, (F32 + step.work.itemsize) * scores + _rearranged(step, layer))
-    return most + step.loop_zeros(layers) + step.streams
+        largest = max(largest, (F32 + step.work.itemsize) * scores + _rearranged(step, layer))
+    return largest + step.loop_zeros(layers) + step.streams
 
 
 def _rearranged(step: _Step, layer: LayerSpec) -> float:
     """Cached keys and values with the heads before the rows; one head needs no rearranging. They wait for nothing, so
     that a scheduler may have both at once, though often it puts values in the place of keys. Pages are gathered first.
     """
-    paged = layer.window is None and step.held.paged
-    _, rows, *_ = step.held.full_shape if layer.window is None else step.held.ring_shape
+    paged = layer.window is None and step.cache.paged
+    _, rows, *_ = step.cache.full_shape if layer.window is None else step.cache.ring_shape
     used = -(-step.heads(layer) * layer.num_kv_heads // layer.num_heads)  # key-value heads
     row = float(step.shares.batch * used * layer.head_dim * step.work.itemsize)
     if paged:

@@ -37,7 +37,7 @@ _EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
 
 @dataclass(frozen=True)
 class StoredPart:
-    """A stored tensor, or rows ``start … start + rows − 1`` of its out axis where it holds more than one weight."""
+    """A stored tensor, or its rows ``start … start + rows − 1`` on the out axis if it holds several weights."""
 
     name: str  # as the checkpoint spells it
     shape: tuple[int, ...]  # of the whole stored tensor
@@ -47,12 +47,12 @@ class StoredPart:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to read one weight: its only part, or its parts stacked on a new leading axis."""
+    """How to read one weight: one part, or several parts that are stacked on a new leading axis."""
 
     spec: TensorSpec
     parts: tuple[StoredPart, ...]
     scales: tuple[str, ...] = ()  # names of the parts' scales, or none
-    scale_suffix: str = ""  # of these names, which says of which formats they are
+    scale_suffix: str = ""  # of these names; it depends on the format
 
     @property
     def stacked(self) -> bool:
@@ -61,14 +61,14 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Resolution:
-    """What the names of a checkpoint amount to."""
+    """The weights that the names of a checkpoint stand for."""
 
     recipes: dict[str, Recipe]  # by our path, in the order of the inventory
     missing: tuple[str, ...]
     surplus: tuple[str, ...]
     clashes: tuple[tuple[str, str], ...]  # pairs of names that hold the same weight
     num_mtp: int  # MTP tensors that a complete checkpoint of this model has
-    has_mtp: bool  # False when none of them is there; they are not missing then
+    has_mtp: bool  # False if the checkpoint has none, which is allowed
 
 
 def resolve_names(config: ModelConfig, names: Collection[str]) -> Resolution:
@@ -111,7 +111,7 @@ def resolve_names(config: ModelConfig, names: Collection[str]) -> Resolution:
 
 
 def _candidates(spec: TensorSpec, stems: Collection[str]) -> Iterator[tuple[StoredPart, ...]]:
-    """Every way to spell ``spec``; forms with a tensor per expert only where such names occur at all."""
+    """All spellings of ``spec``. Those with a tensor per expert are included only where such names occur."""
     name = spec.hub_name
     yield (StoredPart(name, spec.shape),)
     for ours, theirs in _HF_NAMES:
@@ -148,7 +148,7 @@ def _first(parts: tuple[StoredPart, ...], stored: dict[str, str]) -> str:
 
 
 def _partial(missing: dict[str, TensorSpec], stored: dict[str, str]) -> set[str]:
-    """Names beside a missing one of the same weight: the weight is incomplete, they are not surplus."""
+    """The other names of a weight with a missing part. They are not unknown: the weight is incomplete."""
 
     def stem(name: str) -> str:
         for suffix in scale_suffixes():

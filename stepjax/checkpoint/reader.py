@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from stepjax.weights.quantised import Quantised, Weight
 
 Index = tuple[slice, ...]
-ProgressCallback = Callable[[int, int], None]  # bytes of weights done so far, bytes in all
+ProgressCallback = Callable[[int, int], None]  # bytes of weights that are done, and total bytes
 
 MAX_CONFIG_BYTES = 2**20
 _FLOATS = ("BF16", "F32", "F16")
-_LISTED = 5  # problems that a message spells out
+_LISTED = 5  # problems that a message names
 
 
 class Checkpoint:
@@ -61,7 +61,7 @@ class Checkpoint:
         if names.num_mtp and not names.has_mtp:
             absent = f"{self.folder}: has none of its {names.num_mtp} MTP tensors"
             notes.append(f"{absent}; the model loads without them and cannot draft for itself")
-        self.notes = (*shards.notes, *notes)  # what the user should know, one line each
+        self.notes = (*shards.notes, *notes)  # notes for the user, one line each
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -70,18 +70,18 @@ class Checkpoint:
 
     @property
     def experts(self) -> ExpertFormat:
-        """How the routed experts are stored. Some of them may be plain all the same, and other maps quantised."""
+        """The format of the routed experts in the files. Some may still be plain, and other weights quantised."""
         of_experts = (format for path, format in self._formats.items() if ".experts." in path)
         return next(of_experts, next(iter(self._formats.values()), PLAIN))
 
     @property
     def resident_experts(self) -> ExpertFormat:
-        """How they are held in memory unless a format is asked for."""
+        """Their format in memory, unless another is requested."""
         return self.experts if self.experts.kept_as_stored else PLAIN
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that all weights take in the files."""
+        """Bytes of all weights in the files."""
         return sum(map(self.stored_bytes, self.paths))
 
     def shape(self, path: str) -> tuple[int, ...]:
@@ -89,7 +89,7 @@ class Checkpoint:
         return self._recipe(path).spec.shape
 
     def stored_bytes(self, path: str, index: Index | None = None) -> int:
-        """Bytes that a weight, or its part at ``index``, takes in the files, its scales included."""
+        """Bytes in the files of a weight, or of its part at ``index``, including scales."""
         recipe = self._recipe(path)
         where = _absolute(index, recipe.spec.shape)
         if not recipe.scales:
@@ -101,7 +101,7 @@ class Checkpoint:
         return _size(cover) * format.bits // 8 + scales
 
     def format(self, path: str) -> ExpertFormat:
-        """How this weight is stored."""
+        """The format of this weight in the files."""
         return self._formats.get(self._recipe(path).spec.path, PLAIN)
 
     @overload
@@ -115,7 +115,7 @@ class Checkpoint:
     def read(
         self, path: str, *, dtype: Any, keep: bool = False, index: Index | None = None, copy: bool = False
     ) -> np.ndarray | Quantised:
-        """One weight, or the part of it at ``index``, in ``dtype``; the router's bias is float32 always.
+        """One weight, or the part of it at ``index``, in ``dtype``. The router's bias is always float32.
 
         A weight stored whole in ``dtype`` comes back as a read-only view of the file, not yet in memory.
 
@@ -154,7 +154,7 @@ class Checkpoint:
         return self._files[name].entries[name]
 
     def _slab(self, parts: tuple[StoredPart, ...], where: Index, *, copy: bool) -> np.ndarray:
-        """The part of a weight at ``where``, as stored."""
+        """The part of a weight at ``where``, in the format of the files."""
         rank = len(parts[0].shape)
 
         def read(part: StoredPart) -> np.ndarray:
@@ -165,7 +165,7 @@ class Checkpoint:
         return np.stack(slabs) if rank < len(where) else slabs[0]
 
     def _scales(self, recipe: Recipe, where: Index, unit: tuple[int, int], *, copy: bool) -> np.ndarray:
-        """The scales of a part that begins and ends where they do."""
+        """The scales of a part whose ends are ends of scales."""
         scales = tuple(
             StoredPart(name, self._entry(name).shape, part.start // unit[0])
             for name, part in zip(recipe.scales, recipe.parts, strict=True)
@@ -184,7 +184,7 @@ class Checkpoint:
         ]
 
     def _tensor_problems(self, config: ModelConfig) -> list[str]:
-        """Wrong shapes, dtypes and scales. Reads the scales: 46 MB of the FP8 release."""
+        """Problems of shapes, dtypes and scales. It reads the scales, which are 46 MB in the FP8 release."""
         problems = []
         for recipe in self._recipes.values():
             if not recipe.scales:
@@ -344,7 +344,7 @@ def _shifted(where: Index, start: int) -> Index:
 
 
 def _scale_index(where: Index, unit: tuple[int, int]) -> Index:
-    """Where the scales of a part that begins and ends where they do lie."""
+    """The place of the scales of a part whose ends are ends of scales."""
     rows, columns = unit
     return (
         *where[:-2],
@@ -354,7 +354,7 @@ def _scale_index(where: Index, unit: tuple[int, int]) -> Index:
 
 
 def _cover(where: Index, shape: tuple[int, ...], unit: tuple[int, int]) -> tuple[Index, Index]:
-    """The smallest run of whole units around ``where``, and the place of ``where`` in it."""
+    """The smallest range of whole units that contains ``where``, and the place of ``where`` in it."""
     outer, inner = list(where), [slice(None)] * len(where)
     for axis, size in zip((-2, -1), unit, strict=True):
         start, stop = where[axis].start, where[axis].stop

@@ -10,7 +10,8 @@ from stepjax.config import ModelConfig
 from stepjax.infer.engine.draft_policy import PRIOR
 from stepjax.infer.steps.abstract_steps import sequence_bytes
 from stepjax.sharding.planner.hardware import Cluster, parse
-from stepjax.sharding.planner.search import BATCHES, Goal, Plan, PlanRequest, rank_options
+from stepjax.sharding.planner.options import Goal, Plan, PlanRequest
+from stepjax.sharding.planner.search import BATCHES, rank_options
 from stepjax.weights.formats import FORMATS, named
 
 

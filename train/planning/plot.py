@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from stepjax.config import ModelConfig
 from stepjax.errors import RequestError
-from stepjax.sharding.planner.search import Option, Plan, by_batch
+from stepjax.sharding.planner.options import Option, Plan
+from stepjax.sharding.planner.search import by_batch
 
 # Colours that are distinct for colour-blind readers (https://jfly.uni-koeln.de/color), and markers.
 STYLES = {"bf16": ("#0072B2", "o"), "fp8": ("#D55E00", "s"), "int8": ("#CC79A7", "D"), "int4": ("#009E73", "^")}

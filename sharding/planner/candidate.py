@@ -1,0 +1,195 @@
+"""Memory and times of one choice, or the reason why it cannot run."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from stepjax.config import ModelConfig
+from stepjax.errors import MeshError
+from stepjax.sharding.mesh import MeshSpec
+from stepjax.sharding.mesh_layout import MeshLayout
+from stepjax.sharding.planner import lora_step
+from stepjax.sharding.planner.device_bytes import (
+    ById,
+    CacheBytes,
+    PlacedArrays,
+    bytes_by_part,
+    layout_of,
+    paged,
+    parameters,
+    placed,
+)
+from stepjax.sharding.planner.exchanges import StepShape, serving_exchanges
+from stepjax.sharding.planner.hardware import Cluster
+from stepjax.sharding.planner.options import Choice, Memory, Option, PlanRequest, Refusal
+from stepjax.sharding.planner.step_time import (
+    StepTime,
+    kernels_of,
+    load_time,
+    serving_parts,
+    step_time,
+    tokens_per_step,
+)
+from stepjax.sharding.planner.temporaries import serving_temporaries
+from stepjax.weights.expert_format import ExpertFormat
+
+MAX_ROWS_PER_DEVICE = 64  # of a training step
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A choice that the runtime accepts, with its layout and its weights."""
+
+    config: ModelConfig
+    cluster: Cluster
+    request: PlanRequest
+    choice: Choice
+    layout: MeshLayout
+    weights: tuple[PlacedArrays, ...]
+
+    @classmethod
+    def of(cls, config: ModelConfig, cluster: Cluster, request: PlanRequest, choice: Choice) -> Candidate | Refusal:
+        """The candidate, or the runtime's reason to refuse the choice."""
+        if choice.drafts > len(config.mtp_layers):
+            return Refusal(choice, f"{choice.drafts} drafts: the model has {len(config.mtp_layers)} MTP layers")
+        if choice.num_devices > cluster.num_devices:
+            return Refusal(choice, f"mesh: {choice.mesh} takes {choice.num_devices} devices of {cluster.num_devices}")
+        placement = _placement(ById(config), choice.mesh, choice.strategy, choice.experts, request.goal == "lora")
+        if isinstance(placement, str):
+            return Refusal(choice, placement)
+        return cls(config, cluster, request, choice, *placement)
+
+    def serve(self, *, batch: int, context: int) -> Option | Refusal:
+        """An engine with this many sequences of this many positions."""
+        request, choice = self.request, self.choice
+        cache = self._cache(batch, context)
+        decode = StepShape("decode", batch, 1 + choice.drafts, context, choice.drafts)
+        piece = StepShape("prefill", 1, min(request.chunk, context), context, 0)
+        memory = Memory(
+            weights=bytes_by_part(self.weights),
+            pages=cache.full_bytes,
+            rings=cache.ring_bytes * (1 + request.snapshots / batch),
+            sequences=batch * request.sequence_bytes(choice.drafts),
+            training=0,
+            temporaries=max(serving_temporaries(self.layout, shape, cache) for shape in (decode, piece)),
+            usable=self.cluster.device.usable_bytes,
+        )
+        if memory.free < 0:
+            return self._does_not_fit(memory, f"{batch} sequences of {context:,} positions")
+        step = self._serving_time(decode, cache, filled=request.filled)
+        tpot = step.seconds / tokens_per_step(choice.drafts, request.acceptance)
+        if request.tpot_s is not None and tpot > request.tpot_s:
+            limit = f"expected {1e3 * request.tpot_s:g} at most"
+            return Refusal(choice, f"too slow: {1e3 * tpot:.2f} ms a token at batch {batch}, {limit}")
+        prefill = self._serving_time(piece, self._cache(1, context), filled=0.5)
+        return Option(
+            choice=choice,
+            batch=batch,
+            context=context,
+            memory=memory,
+            step=step,
+            prompt_s=-(-context // piece.count) * prefill.seconds,
+            tokens_per_s=choice.replicas * batch / tpot,
+            tpot_s=tpot,
+            load_s=self._load_s(),
+            notes=self.layout.notes,
+        )
+
+    def train(self) -> Option | Refusal:
+        """A LoRA run. ``batch`` rows are divided into as many steps as memory requires, with the most rows that fit."""
+        request, choice, layout = self.request, self.choice, self.layout
+        factors = placed(lora_step.adapter_factors(self.config, request.lora), layout)
+        rows, ways = request.batch, choice.mesh.data
+        if rows % ways:
+            return Refusal(choice, f"data={ways}: {rows} rows cannot be split {ways} ways; give --batch a multiple")
+        while True:
+            shape = lora_step.training_shape(rows, request.context)
+            memory = Memory(
+                weights=bytes_by_part(self.weights),
+                pages=0,
+                rings=0,
+                sequences=0,
+                training=lora_step.training_bytes(layout, shape, factors).total,
+                temporaries=0,
+                usable=self.cluster.device.usable_bytes,
+            )
+            if memory.free >= 0 and rows <= MAX_ROWS_PER_DEVICE * ways:
+                break
+            if rows % (2 * ways):
+                return self._does_not_fit(memory, f"{rows} rows of {request.context:,} tokens")
+            rows //= 2
+        step = step_time(
+            lora_step.training_parts(layout, shape, self.weights, routing=request.routing),
+            lora_step.training_exchanges(layout, shape, self.weights, factors),
+            choice.mesh,
+            self.cluster,
+            kernels=3 * kernels_of(self.config, shape),
+            efficiency=request.efficiency,
+            overlap=request.overlap,
+        )
+        return Option(
+            choice=choice,
+            batch=rows,
+            context=request.context,
+            memory=memory,
+            step=step,
+            prompt_s=0.0,
+            tokens_per_s=rows * request.context / step.seconds,
+            tpot_s=step.seconds,
+            load_s=self._load_s(),
+            notes=layout.notes,
+        )
+
+    def _cache(self, batch: int, context: int) -> CacheBytes:
+        return paged(self.config, self.layout, batch=batch, context=context, depths=len(self.config.mtp_layers))
+
+    def _serving_time(self, shape: StepShape, cache: CacheBytes, *, filled: float) -> StepTime:
+        request = self.request
+        return step_time(
+            serving_parts(self.layout, shape, cache, self.weights, routing=request.routing, filled=filled),
+            serving_exchanges(self.layout, shape, rows_split=cache.rows_split),
+            self.choice.mesh,
+            self.cluster,
+            kernels=kernels_of(self.layout.rules.config, shape),
+            efficiency=request.efficiency,
+            overlap=request.overlap,
+        )
+
+    def _load_s(self) -> float:
+        """Some expert formats are made while the BF16 release is read. The others are read as they are held."""
+        release = read = held = 0.0
+        for array in self.weights:
+            factor = self.choice.experts.bytes_read if array.kind.part == "experts" else 1
+            release += factor * array.kind.num_elements * array.kind.itemsize
+            read += factor * array.num_bytes
+            held += array.num_bytes
+        return load_time(release, read, held, self.cluster, storage=self.request.storage)
+
+    def _does_not_fit(self, memory: Memory, load: str) -> Refusal:
+        gb, device = 1e-9, self.cluster.device
+        parts = f"{gb * memory.weight_bytes:.1f} GB of weights"
+        if memory.training:
+            parts += f", {gb * memory.training:.1f} of adapter, moments and activations"
+        else:
+            parts += f", {gb * (memory.pages + memory.rings + memory.sequences):.1f} of caches"
+            parts += f", {gb * memory.temporaries:.1f} of temporaries"
+        return Refusal(
+            self.choice,
+            f"does not fit: {load} take {gb * memory.total:.1f} GB a device ({parts}), {device.name} has "
+            f"{gb * memory.usable:.1f} GB to use",
+        )
+
+
+@functools.lru_cache(maxsize=50_000)
+def _placement(
+    config: ById, mesh: MeshSpec, strategy: str, experts: ExpertFormat, train: bool
+) -> tuple[MeshLayout, tuple[PlacedArrays, ...]] | str:
+    """The layout and the weights of each device, or the runtime's reason to refuse."""
+    model_config: ModelConfig = config.value
+    try:
+        layout = layout_of(model_config, mesh, strategy, experts)
+        depths = 0 if train else len(model_config.mtp_layers)  # a checkpoint's drafters are loaded even if not used
+        return layout, placed(parameters(model_config, experts=experts, depths=depths), layout)
+    except MeshError as error:
+        return str(error)

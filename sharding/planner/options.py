@@ -1,0 +1,142 @@
+"""Requests to the planner, the choices that it compares, and its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from stepjax.adapters.lora import LoraConfig
+from stepjax.config import ModelConfig
+from stepjax.errors import RequestError
+from stepjax.sharding.mesh import MeshSpec
+from stepjax.sharding.planner.hardware import STORAGE, Cluster
+from stepjax.sharding.planner.step_time import Efficiency, RoutingDistribution, StepTime
+from stepjax.weights.expert_format import ExpertFormat
+from stepjax.weights.formats import FORMATS
+
+Goal = Literal["latency", "throughput", "context", "lora", "cheapest"]
+
+GOALS: tuple[Goal, ...] = ("latency", "throughput", "context", "lora", "cheapest")
+DRAFTS = (0, 1, 3)  # choices of the engine (`stepjax.infer.engine.draft_policy`)
+CHUNK = 512  # prompt tokens of one step of the engine
+
+
+class Choice(NamedTuple):
+    """One configuration to run."""
+
+    mesh: MeshSpec  # of one engine, or of a training run
+    strategy: str
+    experts: ExpertFormat
+    drafts: int = 0
+    replicas: int = 1  # independent engines of this mesh
+
+    @property
+    def num_devices(self) -> int:
+        return self.mesh.num_devices * self.replicas
+
+    def flags(self) -> str:
+        """The options of `generate`, `serve` and `score` for this choice."""
+        return f"--mesh {self.mesh} --strategy {self.strategy} {self.experts.flag}".rstrip()
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """A goal, its limits, and the assumptions."""
+
+    goal: Goal
+    batch: int = 1  # sequences of one engine (throughput: the most), or rows of a training step over all devices
+    context: int = 4096  # positions of each sequence, prompt and answer
+    filled: float = 1.0  # mean share of the context that is filled while an answer is written
+    tpot_s: float | None = None  # longest time between two tokens of a sequence; None: no limit
+    experts: tuple[ExpertFormat, ...] = field(default_factory=lambda: tuple(FORMATS.values()))  # that are compared
+    drafts: tuple[int, ...] = DRAFTS
+    strategies: tuple[str, ...] = ("expert_tensor", "expert", "tensor")
+    chunk: int = CHUNK
+    acceptance: float = 0.73  # probability that a draft is accepted if those before it are
+    snapshots: int = 0  # of rings, for the prefix cache
+    routing: RoutingDistribution = field(default_factory=RoutingDistribution)
+    efficiency: Efficiency = field(default_factory=Efficiency)
+    overlap: bool = False  # whether exchanges overlap with computation
+    lora: LoraConfig = field(default_factory=LoraConfig)  # the adapter that is trained
+    storage: float = STORAGE  # bytes per second of a node's disks
+    sequence_bytes: Callable[[int], float] = lambda drafts: 1.1e6  # state beside the cache, by number of drafts
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise RequestError if a value is out of range for the model."""
+        for name, value, low, high in (
+            ("batch", self.batch, 1, 1 << 20),
+            ("context", self.context, 1, config.max_positions),
+            ("chunk", self.chunk, 1, 1 << 20),
+        ):
+            if not low <= value <= high:
+                raise RequestError(f"{name}: is {value}, expected {low} to {high}")
+        if not 0 < self.acceptance <= 1 or not 0 < self.filled <= 1:
+            raise RequestError(
+                f"acceptance and filled: are {self.acceptance} and {self.filled}, expected shares above 0, at most 1"
+            )
+        if self.tpot_s is not None and self.tpot_s <= 0:
+            raise RequestError(f"tpot: is {1e3 * self.tpot_s} ms, expected more than 0")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one device."""
+
+    weights: dict[str, int]  # by field of `stepjax.weights.inventory.ParameterCounts`
+    pages: float
+    rings: float
+    sequences: float  # state of the sequences besides their caches
+    training: float  # adapter, moments, gradients, activations
+    temporaries: float
+    usable: float
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(self.weights.values())
+
+    @property
+    def total(self) -> float:
+        serving = self.pages + self.rings + self.sequences
+        return self.weight_bytes + serving + self.training + self.temporaries
+
+    @property
+    def free(self) -> float:
+        return self.usable - self.total
+
+
+@dataclass(frozen=True)
+class Option:
+    """A choice that can run, with its memory and times."""
+
+    choice: Choice
+    batch: int  # sequences of one engine, or rows
+    context: int
+    memory: Memory
+    step: StepTime
+    prompt_s: float  # prefill of a prompt as long as the context, with no other sequence
+    tokens_per_s: float  # of all engines
+    tpot_s: float  # time per token of one sequence; in training, time of a step
+    load_s: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def per_device(self) -> float:
+        """Tokens per second and device."""
+        return self.tokens_per_s / self.choice.num_devices
+
+
+class Refusal(NamedTuple):
+    """A choice that cannot run."""
+
+    choice: Choice
+    reason: str
+
+
+class Plan(NamedTuple):
+    """Options, best first, and refused choices."""
+
+    request: PlanRequest
+    cluster: Cluster
+    options: list[Option]
+    refusals: list[Refusal]
