@@ -75,8 +75,10 @@ class ProgramCache:
         name = digest(identity, arguments) + SUFFIX
         known = {kind.__name__: kind for kind in types}
         if (found := self._load(name, arguments, known)) is not None:
+            log.debug("program cache: loaded %s", name)
             return found
         compiled = _compile_anew(function, arguments, options)
+        log.debug("program cache: compiled %s", name)
         self._save(name, compiled, arguments, known)
         return compiled
 

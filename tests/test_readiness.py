@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 import re
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,9 +23,11 @@ from adapters import lora_config, trained
 from serving import PARAMETERS, TOOL, WEATHER, Serving
 
 from stepjax.adapters.peft import export_adapter
+from stepjax.cache_folder import TEMPORARY
 from stepjax.infer.engine.config import EngineConfig
 from stepjax.infer.load import load
 
+ROOT = Path(__file__).resolve().parent.parent
 CONFIG = EngineConfig(
     num_slots=4, context=2048, num_pages=80, widths=(16, 64), token_budget=64,
     adapter_slots=2, adapter_rank=6, adapter_expert_rank=3,
@@ -95,3 +104,78 @@ def test_no_request_waits_for_a_compiler(tmp_path, caplog):
     compiled = [record for record in caplog.records if re.match(r"compil", record.getMessage(), re.IGNORECASE)]
     assert [record.getMessage() for record in compiled if record.threadName != "compile"] == []
     assert server.exit_code == 0
+
+
+class Command:
+    """``stepjax serve`` with little to compile, on a folder of programs of its own."""
+
+    def __init__(self, root: Path):
+        flags = "--port 0 --max-seqs 1 --context 128 --speculate 0 --log-level debug".split()
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "STEPJAX_CACHE_DIR": str(root)}
+        environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "stepjax", "serve", "step-tiny", *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        self.log: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        self.log.extend(self.process.stderr)
+
+    def wait_until_ready(self) -> None:
+        assert self.process.stdout is not None
+        assert any("curl" in line for line in self.process.stdout), "".join(self.log)
+
+    def kill_while_it_writes(self, folder: Path) -> None:
+        """With SIGKILL, as soon as a file is there that it has not put in place yet."""
+        deadline, prefix = time.monotonic() + 900, f"{TEMPORARY}{self.process.pid}-"
+        while not any(name.startswith(prefix) for name in (os.listdir(folder) if folder.is_dir() else ())):
+            assert time.monotonic() < deadline
+            assert self.process.poll() is None, "".join(self.log)
+            time.sleep(0.0002)
+        self.process.send_signal(signal.SIGKILL)
+        assert self.process.wait(60) == -signal.SIGKILL
+
+    def end(self) -> str:
+        """Its log."""
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(300) == 0
+        self.close()
+        return "".join(self.log)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait(60)
+        self._reader.join(60)
+        for stream in (self.process.stdout, self.process.stderr):
+            assert stream is not None
+            stream.close()
+
+
+@pytest.mark.slow
+def test_servers_share_a_folder_of_programs_and_may_be_killed(tmp_path):
+    """Two at once on an empty folder, one killed in the middle of a write; both start again without compiling."""
+    root = tmp_path / "cache"
+    commands = [Command(root), Command(root)]
+    try:
+        killed, kept = commands
+        killed.kill_while_it_writes(root / "programs")
+        kept.wait_until_ready()
+        assert "program cache: compiled" in kept.end()
+        commands = [Command(root), Command(root)]
+        for command in commands:
+            command.wait_until_ready()
+        for command in commands:
+            log = command.end()
+            assert "program cache: loaded" in log
+            assert "program cache: compiled" not in log
+            assert "cannot be used" not in log
+    finally:
+        for command in commands:
+            command.process.kill()

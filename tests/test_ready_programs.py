@@ -66,6 +66,21 @@ def test_what_steps_want_is_compiled_and_used(programs, prepared):
     assert set(prepared[1:]) == {ProgramShape("prefill", 4, 64), ProgramShape("decode", 4, 1)}
 
 
+def test_no_more_are_compiled_than_there_is_memory_for(prepared):
+    programs = ReadyPrograms(prepared.append, SLOTS, ROWS, most=3)
+    programs.open(programs.first(3))
+    for _ in range(2 * WANTED):
+        programs.slots(2, 3)
+    wait_for(lambda: programs.num_there == 3)
+    for _ in range(2 * WANTED):
+        programs.slots(1, 3)
+        programs.drafts(0)
+    assert programs._next() is None
+    programs.close()
+    wait_for(lambda: not programs.compiling)
+    assert prepared == [ProgramShape("decode", 2, 3)]
+
+
 def test_a_program_that_fails_is_left_out(caplog):
     tried = threading.Event()
 

@@ -27,7 +27,7 @@ from stepjax.infer.engine.draft_policy import DRAFTS, DraftPolicy, StepBytes
 from stepjax.infer.engine.executor import Assignment, Mask, Order, Progress
 from stepjax.infer.engine.followers import Channel, Leader, connect, follow
 from stepjax.infer.engine.guidance import Guidance, fault_of
-from stepjax.infer.engine.ready_programs import ReadyPrograms
+from stepjax.infer.engine.ready_programs import CPU_PROGRAMS, ReadyPrograms
 from stepjax.infer.engine.scheduler import Scheduler
 from stepjax.infer.engine.sequence import Row, Sequence, StepOutput, StepPlan
 from stepjax.infer.engine.stats import FinishedStep, Stats, StepTimer
@@ -92,7 +92,8 @@ class Engine:
         self.scheduler = Scheduler(config.scheduler(sizes), drafts=self._drafts)
         limits = self.scheduler.piece_limits
         rows = {width: self.executor.row_buckets_for(limit) for width, limit in limits.items()}
-        self.programs = ReadyPrograms(self.executor.prepare_shape, config.slot_buckets, rows)
+        most = CPU_PROGRAMS if jax.default_backend() == "cpu" else None
+        self.programs = ReadyPrograms(self.executor.prepare_shape, config.slot_buckets, rows, most=most)
         self._session = session
         self._adapters = AdapterNames(config.adapter_slots)
         self._in_flight: deque[_Launched] = deque()

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 FIRST_WIDTH = 64  # tokens of a piece in the first prefill program, if the settings have such a width
 WANTED = 8  # steps that a program would have served before it is compiled
+CPU_PROGRAMS = 7  # programs of an engine on CPUs, where each holds 50 to 90 MB of the memory that requests need
 NICE = 10  # priority of the thread that compiles
 
 
@@ -38,14 +39,21 @@ class ReadyPrograms:
     """
 
     def __init__(
-        self, prepare: Callable[[ProgramShape], None], slots: Sequence[int], rows: Mapping[int, Sequence[int]]
+        self,
+        prepare: Callable[[ProgramShape], None],
+        slots: Sequence[int],
+        rows: Mapping[int, Sequence[int]],
+        *,
+        most: int | None = None,
     ):
         """
         Args:
           prepare: compiles a program.
           slots: numbers of slots that a decode step may run, ascending.
           rows: by width of a piece the numbers of rows that a prefill step may run, ascending.
+          most: programs that may be there, those of `open` included; None: any number.
         """
+        self._most = most
         self._prepare, self._slots, self._rows = prepare, tuple(slots), {width: tuple(rows[width]) for width in rows}
         self._there: frozenset[ProgramShape] | None = None  # None: all
         self._wanted: Counter[ProgramShape] = Counter()
@@ -134,8 +142,10 @@ class ReadyPrograms:
                 self._changed.notify()
 
     def _next(self) -> ProgramShape | None:
-        """The most wanted that is not there; None for the moment."""
+        """The most wanted that is not there; None for the moment, or if there may be no more."""
         assert self._there is not None
+        if self._most is not None and len(self._there) >= self._most:
+            return None
         missing = [
             (count, shape)
             for shape, count in self._wanted.items()
