@@ -13,7 +13,13 @@ from rich.table import Table
 
 from stepjax.errors import RequestError
 from stepjax.infer.commands.generate import read_tokens
-from stepjax.infer.commands.options import add_model_arguments, add_sampling_arguments, open_session, sampling_params
+from stepjax.infer.commands.options import (
+    add_engine_arguments,
+    add_model_arguments,
+    add_sampling_arguments,
+    open_session,
+    sampling_params,
+)
 from stepjax.infer.commands.progress import shown_startup
 
 if TYPE_CHECKING:
@@ -61,19 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine.add_argument(
         "--context", type=int, metavar="N", help="tokens of the longest sequence (default: as the requests need)"
     )
-    engine.add_argument(
-        "--cache-gib", type=float, metavar="X", help="memory for the cache of a device, e.g. 4 (default: what is free)"
-    )
-    engine.add_argument(
-        "--no-prefix-cache",
-        action="store_true",
-        help="do not reuse the prefixes of earlier prompts (default: reuse them)",
-    )
-    engine.add_argument(
-        "--deterministic",
-        action="store_true",
-        help="make answers bitwise independent of the other requests (default: no)",
-    )
+    add_engine_arguments(engine)
     parser.add_argument("--json", action="store_true", help="print one JSON object (default: a table)")
 
 

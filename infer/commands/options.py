@@ -67,6 +67,23 @@ def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_engine_arguments(engine: argparse._ArgumentGroup) -> None:
+    """Options of the engine's cache and arithmetic, for `serve` and `bench`."""
+    engine.add_argument(
+        "--cache-gib", type=float, metavar="X", help="memory for the cache of a device, e.g. 4 (default: what is free)"
+    )
+    engine.add_argument(
+        "--no-prefix-cache",
+        action="store_true",
+        help="do not reuse the prefixes of earlier prompts (default: reuse them)",
+    )
+    engine.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="make answers bitwise independent of the other requests (default: no)",
+    )
+
+
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """Sampling flags. Their defaults are the checkpoint's generation_config, else the model card's values."""
     parser.add_argument(

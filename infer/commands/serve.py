@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepjax.errors import RequestError
-from stepjax.infer.commands.options import add_model_arguments, checked_folder, open_session, printable
+from stepjax.infer.commands.options import (
+    add_engine_arguments,
+    add_model_arguments,
+    checked_folder,
+    open_session,
+    printable,
+)
 from stepjax.startup import StartLines, Startup
 
 if TYPE_CHECKING:
@@ -95,19 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="order of requests: as they arrive, or by the priority that clients give (default: %(default)s)",
     )
     engine.add_argument("--context", type=int, metavar="N", help="tokens of the longest sequence (default: what fits)")
-    engine.add_argument(
-        "--cache-gib", type=float, metavar="X", help="memory for the cache of a device, e.g. 4 (default: what is free)"
-    )
-    engine.add_argument(
-        "--no-prefix-cache",
-        action="store_true",
-        help="do not reuse the prefixes of earlier prompts (default: reuse them)",
-    )
-    engine.add_argument(
-        "--deterministic",
-        action="store_true",
-        help="make answers bitwise independent of the other requests (default: no)",
-    )
+    add_engine_arguments(engine)
     engine.add_argument(
         "--lora",
         action="append",
