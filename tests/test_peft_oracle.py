@@ -77,7 +77,7 @@ SAME: dict[str, dict[str, Any]] = {
     "tying": {"ensure_weight_tying": True},
     "patterns": {
         "rank_pattern": {"q_proj": 6, r"layers\.0\.self_attn\.v_proj": 2},
-        "alpha_pattern": {"o_proj": 1.5, ".*layers.1.*(q|k)_proj": 32, "^model.language_model.layers.2.*": 3},
+        "alpha_pattern": {"o_proj": 1.5, ".*layers.1.*(q|k)_proj": 32, "^model.language_model.layers.2.*v_proj": 3},
     },
     "patterns_rslora": {"use_rslora": True, "rank_pattern": {"q_proj|v_proj": 6}, "alpha_pattern": {"v_proj": 3}},
     "exclude": {"target_modules": "all-linear", "exclude_modules": r".*(vision_model|multi_modal_projector).*"},

@@ -13,6 +13,7 @@ import pytest
 from adapters import lora_config, trained
 from alone import Batch
 from fastapi import APIRouter, Response
+from peft_folders import peft_folder
 from serving import Serving
 
 from stepjax.adapters.lora import merge
@@ -139,14 +140,17 @@ def test_an_answer_is_of_one_version_while_they_change(server, folders, expected
     [
         ("load", {"lora_name": "step-tiny", "lora_path": "A"}, 400, "model's own name"),
         ("load", {"lora_name": "y", "lora_path": "/nowhere"}, 400, "has no adapter_config.json"),
+        ("load", {"lora_name": "y", "lora_path": "PISSA"}, 400, "init_lora_weights is 'pissa'"),
         ("load", {"lora_name": "y"}, 400, "lora_path"),
         ("load", {"lora_name": "", "lora_path": "A"}, 400, "lora_name"),
         ("unload", {"lora_name": "y"}, 404, "is not loaded"),
     ],
 )
-def test_bad_requests_change_nothing(server, folders, verb, body, status, message):
+def test_bad_requests_change_nothing(server, folders, tmp_path, verb, body, status, message):
     before = names(server)
-    found = change(server, verb, **{k: str(folders["a"]) if v == "A" else v for k, v in body.items()})
+    pissa = peft_folder(tmp_path / "pissa", {"init_lora_weights": "pissa"}, {})
+    paths = {"A": str(folders["a"]), "PISSA": str(pissa)}
+    found = change(server, verb, **{k: paths.get(v, v) for k, v in body.items()})
     assert found[0] == status, found
     assert message in found[1]
     assert names(server) == before

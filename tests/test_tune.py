@@ -9,8 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from adapters import trained
+from safetensors.numpy import load_file, save_file
 from tuning import SHORT, answers, assert_same, changed, history, update_of
 
+from stepjax.adapters.lora import LoraConfig, merge
+from stepjax.adapters.peft import WEIGHTS, export_adapter, import_adapter
 from stepjax.cli import main
 from stepjax.errors import ConfigError, TrainingError
 from stepjax.infer.load import load
@@ -28,6 +32,8 @@ from stepjax.train.tune import run as loop
 from stepjax.train.tune.run import tune
 from stepjax.train.tune.setup import Setup, open_run
 from stepjax.train.tune.trainable import adapted, load_leaves, read_leaves
+
+LORA = LoraConfig(rank=2, alpha=2.0, targets=("q",), experts=None)
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +60,24 @@ def finished(tmp_path_factory):
 
 
 # --- the loop
+
+
+def test_a_run_starts_from_a_peft_folder_that_adapts_few_layers(tmp_path):
+    """As from one with factors of all targets whose B is zero: a PEFT folder may have any layers and ranks."""
+    config = load("step-tiny-student").config
+    few = {name: leaf for name, leaf in trained(config, LORA).items() if name.startswith("layers.0.attn.q_proj")}
+    few = {name: leaf[..., :1, :] if name.endswith(".a") else leaf[..., :1] for name, leaf in few.items()}
+    more = {name: leaf for name, leaf in trained(config, LORA).items() if name.startswith("layers.1.attn.q_proj")}
+    folder = export_adapter(tmp_path / "adapter", config, few | more, LORA)
+    save_file(load_file(folder / WEIGHTS), folder / WEIGHTS)  # without our settings, as from another writer
+    lora = {"alpha": 2.0, "targets": ("q",), "start_from": str(folder)}
+    setup = open_run(changed(SHORT, lora=lora))
+    assert len(setup.trained.leaves) == 2 * len(config.layers)
+    given, _ = import_adapter(folder, config)
+    sums = {path: leaf for path, leaf in setup.base.params.items() if path.endswith("q_proj.weight")}
+    found, expected = (merge(sums, adapter, LORA) for adapter in (setup.trained.leaves, given))
+    for path in sums:
+        np.testing.assert_array_equal(found[path], expected[path])
 
 
 def test_an_interrupted_run_ends_bitwise_as_the_other(finished, tmp_path, monkeypatch):

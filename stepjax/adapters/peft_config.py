@@ -186,7 +186,11 @@ class PeftConfig:
 
 
 def _first_match(patterns: Iterable[str], name: str, version: Version) -> str:
-    """The first pattern that matches a name; the name itself, which may be a key too, if none does."""
+    """The first pattern that matches a name; the name itself, which may be a key too, if none does.
+
+    PEFT sorts the patterns when it saves them. The first in the file need not be the first that it trained with, but is
+    the one that PEFT takes when it loads the file.
+    """
     form = _FORMS["rank_pattern"] if version >= _WHOLE_PATTERNS else r".*\.{}$"
     return next((key for key in patterns if re.match(form.replace("{}", key), name)), name)
 
