@@ -79,6 +79,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out.add("agents")
     if not (find_spec("langchain_nvidia_ai_endpoints") and find_spec("anthropic")):
         left_out.add("clients")
+    if not find_spec("litellm"):
+        left_out.add("litellm")
     if JAX < (0, 11):  # its interpreter knows no transposed references
         left_out.add("mosaic")
     if not find_spec("schemathesis"):

@@ -9,11 +9,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
 from openai import OpenAI
-from serving import GREEDY, NAME, SUM, TOOL, WEATHER
+from serving import GREEDY, NAME, PARAMETERS, SUM, TOOL, WEATHER
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
@@ -102,6 +103,52 @@ def test_tools_there_and_back(client):
     assert "94" in client.chat.completions.create(messages=history, **asked).choices[0].message.content
 
 
+def test_responses_there_and_back(client):
+    """A function in a namespace and a custom tool, put together by the client's own reader of streams."""
+    function = {"type": "function", "name": "get_weather", "description": "Weather of a city", "strict": False}
+    tools = [{"type": "namespace", "name": "city", "description": "", "tools": [function | {"parameters": PARAMETERS}]}]
+    asked: dict[str, Any] = {"model": NAME, "input": WEATHER, "temperature": 0, "tools": tools}
+    with client.responses.stream(**asked, tool_choice="required") as stream:
+        call = stream.get_final_response().output[-1]
+    assert (call.type, call.name, call.namespace) == ("function_call", "get_weather", "city")
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": '{"temp": 94, "sky": "cloudy"}'}
+    history = [*WEATHER, call.model_dump(exclude_none=True), result]
+    assert "94" in client.responses.create(**{**asked, "input": history}).output_text
+    format = {"type": "grammar", "syntax": "regex", "definition": "[a-z]{3,9}"}
+    custom = {"type": "custom", "name": "say", "description": "Says a word", "format": format}
+    with client.responses.stream(
+        **{**asked, "tools": [custom]}, tool_choice={"type": "custom", "name": "say"}
+    ) as stream:
+        deltas = [event.delta for event in stream if event.type == "response.custom_tool_call_input.delta"]
+        call = stream.get_final_response().output[-1]
+    assert (call.type, call.name, call.input) == ("custom_tool_call", "say", "".join(deltas))
+    result = {"type": "custom_tool_call_output", "call_id": call.call_id, "output": "said"}
+    history = [*WEATHER, call.model_dump(exclude_none=True), result]
+    assert client.responses.create(**{**asked, "input": history, "tools": [custom]}).status == "completed"
+
+
+def test_curl_there_and_back(server):
+    def ask(messages: list[Any]) -> dict[str, Any]:
+        body = {"messages": messages, "temperature": 0, "tools": [TOOL]}
+        command = [
+            "curl",
+            "-sS",
+            f"{server.url}/v1/chat/completions",
+            "-H",
+            "Content-Type: application/json",
+            "-d",
+            "@-",
+        ]
+        done = subprocess.run(command, input=json.dumps(body), capture_output=True, text=True, timeout=60, check=True)
+        return json.loads(done.stdout)["choices"][0]["message"]
+
+    answer = ask(WEATHER)
+    (call,) = answer["tool_calls"]
+    assert json.loads(call["function"]["arguments"]) == {"city": "Havana"}
+    result = {"role": "tool", "tool_call_id": call["id"], "content": '{"temp": 94, "sky": "cloudy"}'}
+    assert "94" in ask([*WEATHER, answer, result])["content"]
+
+
 def test_completions_and_responses_and_models(client):
     found = client.completions.create(model=NAME, prompt=["What is", "Hello"], max_tokens=4, temperature=0, logprobs=1)
     assert [choice.index for choice in found.choices] == [0, 1]
@@ -153,6 +200,14 @@ assert.deepEqual(Object.keys(JSON.parse(held.choices[0].message.content)), ["sum
 const tool = {type: "function", function: {name: "add", parameters: schema}};
 const called = await client.chat.completions.create({...asked, tools: [tool], tool_choice: "required"});
 assert.deepEqual(Object.keys(JSON.parse(called.choices[0].message.tool_calls[0].function.arguments)), ["sum"]);
+const [weather, question] = JSON.parse(process.argv[4]);
+const turn = {model: asked.model, temperature: 0, tools: [weather]};
+const answer = await client.chat.completions.stream({...turn, messages: [question]}).finalMessage();
+const [call] = answer.tool_calls;
+assert.deepEqual(JSON.parse(call.function.arguments), {city: "Havana"});
+const result = {role: "tool", tool_call_id: call.id, content: '{"temp": 94, "sky": "cloudy"}'};
+const last = await client.chat.completions.create({...turn, messages: [question, answer, result]});
+assert.match(last.choices[0].message.content, /94/);
 const response = await client.responses.create({model: asked.model, input: asked.messages[0].content, temperature: 0});
 console.log(response.output_text);
 """
@@ -181,7 +236,7 @@ def test_the_node_client(server, packages):
     assert "carry" in printed
     script = packages / "checks.mjs"
     script.write_text(NODE)
-    command = [node, str(script), server.url, json.dumps({"model": NAME, **GREEDY})]
+    command = [node, str(script), server.url, json.dumps({"model": NAME, **GREEDY}), json.dumps([TOOL, *WEATHER])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "825\n"
@@ -267,6 +322,44 @@ for change, kind in (({"max_tokens": -1}, anthropic.BadRequestError), ({"model":
     else:
         raise AssertionError("no error")
 """
+
+
+LITELLM = """
+import sys, json, litellm
+url, name, tool, question = sys.argv[1:]
+tool, question = json.loads(tool), json.loads(question)
+for provider in ("openai", "hosted_vllm"):
+    asked = {"model": provider + "/" + name, "api_base": url + "/v1", "api_key": "none"}
+    asked |= {"temperature": 0, "tools": [tool]}
+    whole = litellm.completion(messages=question, **asked).choices[0]
+    assert whole.finish_reason == "tool_calls", whole
+    (call,) = whole.message.tool_calls
+    assert json.loads(call.function.arguments) == {"city": "Havana"}, call
+    chunks = list(litellm.completion(messages=question, stream=True, **asked))
+    joined = litellm.stream_chunk_builder(chunks).choices[0].message
+    assert joined.tool_calls[0].function == call.function, joined
+    assert joined.reasoning_content == whole.message.reasoning_content
+    result = {"role": "tool", "tool_call_id": call.id, "content": '{"temp": 94, "sky": "cloudy"}'}
+    history = [*question, whole.message.model_dump(exclude_none=True), result]
+    assert "94" in litellm.completion(messages=history, **asked).choices[0].message.content
+    response = litellm.responses(input=question, **{**asked, "tools": [{"type": "function", **tool["function"]}]})
+    assert response.output[-1].name == "get_weather", response
+asked["model"] = "openai/" + name
+try:
+    litellm.completion(messages=[{"role": "user", "content": "x" * 60000}], **asked)
+except litellm.ContextWindowExceededError:
+    pass
+else:
+    raise AssertionError("no error")
+"""
+
+
+@pytest.mark.litellm
+def test_litellm(server):
+    command = [sys.executable, "-W", "ignore", "-c", LITELLM, server.url, NAME, json.dumps(TOOL), json.dumps(WEATHER)]
+    environment = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
 
 
 @pytest.mark.clients
