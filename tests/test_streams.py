@@ -88,7 +88,7 @@ def pairwise(options: Mapping[str, list[Any]], *, seed: int = 0) -> list[dict[st
 
 def long(options: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
     """Every script to its end, with tools and without, several tokens a step."""
-    row = dict.fromkeys(options) | {"max_tokens": 400, "most": 4, "thinking": True, "prompt": "What is"}
+    row: dict[str, Any] = dict.fromkeys(options) | {"max_tokens": 400, "most": 4, "thinking": True, "prompt": "What is"}
     row |= {"logprobs": True, "top_logprobs": 1, "return_token_ids": True}
     tools = [None, TOOLS] if "tools" in options else [None]
     kept = {*options, "max_tokens", "most"}
