@@ -5,6 +5,7 @@ A request's ``top_k`` says which script its answers follow. The tokens come in g
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Sequence
 
@@ -53,11 +54,11 @@ def encode(tokenizer: Tokenizer, script: Sequence[str | list[str] | list[bytes]]
 class ScriptedEngine(Engine):
     """Runs no model. Later answers are heard of first."""
 
-    def __init__(self, session: Session, *, most: int = 4):
-        """``most`` tokens come in a step."""
+    def __init__(self, session: Session):
         super().__init__(session, CONFIG)
         assert session.tokenizer is not None
-        self.most = most
+        self.most = 4  # tokens that come in a step
+        self.reader: asyncio.AbstractEventLoop | None = None  # the loop that reads each step before the next
         self._scripts = [encode(session.tokenizer, script) for script in SCRIPTS.values()]
         self._said: dict[str, int] = {}
 
@@ -65,6 +66,8 @@ class ScriptedEngine(Engine):
         """Nothing is compiled."""
 
     def step(self) -> list[Update]:
+        if self.reader is not None:
+            asyncio.run_coroutine_threadsafe(_turns(4), self.reader).result(60)
         return [self._say(id, answer) for id, answer in reversed(list(self._answers.items()))]
 
     def _say(self, id: str, answer: Answer) -> Update:
@@ -85,6 +88,11 @@ class ScriptedEngine(Engine):
         if reason:
             self.finish(id, reason)
         return Update(id, tokens, reason, scores, prompt, num_cached=num_prompt // 2)
+
+
+async def _turns(count: int) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
 
 
 def _score(position: int, top: int) -> TokenScore:

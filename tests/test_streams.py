@@ -8,19 +8,22 @@ import random
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import openai
+import pydantic
 import pytest
 from joined import DIALECTS, joined, normal
 from scripted import SCRIPTS, ScriptedEngine
 from serving import SUM, TOOL, Serving
 
+ALL = 300  # tokens of the longest script
 SCRIPT = {name: index + 1 for index, name in enumerate(SCRIPTS)}
 STOPS = [None, "82", "825", "\n", [" sum", "zz"], ["b", "好 😀", "\n82"], "</think>", "</tool_call>", ["so 825.", "d"]]
 TOOLS = [TOOL, {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
 COMMON: dict[str, list[Any]] = {
     "script": list(SCRIPT),
     "stop": STOPS,
-    "max_tokens": [200, 1, 2, 7, 19, 40],
-    "most": [1, 2, 4, 300],
+    "max_tokens": [400, 300, 200, 1, 12, 40],
+    "most": [1, 2, 4, ALL],
 }
 SAMPLED = COMMON | {
     "include_stop_str_in_output": [None, True],
@@ -34,7 +37,7 @@ SAMPLED = COMMON | {
     "stream_options": [None, {"include_usage": True}, {"include_usage": True, "continuous_usage_stats": True}],
 }
 CALLS = {
-    "tools": [None, TOOLS],
+    "tools": [None, TOOLS, [TOOL]],
     "tool_choice": [None, "auto", "none", "required", "named"],
     "parallel": [None, False],
     "format": [None, "json"],
@@ -83,6 +86,19 @@ def pairwise(options: Mapping[str, list[Any]], *, seed: int = 0) -> list[dict[st
     return rows
 
 
+def long(options: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+    """Every script to its end, with tools and without, several tokens a step."""
+    row: dict[str, Any] = dict.fromkeys(options) | {"max_tokens": 400, "most": 4, "thinking": True, "prompt": "What is"}
+    row |= {"logprobs": True, "top_logprobs": 1, "return_token_ids": True}
+    tools = [None, TOOLS] if "tools" in options else [None]
+    kept = {*options, "max_tokens", "most"}
+    return [
+        {name: value for name, value in row.items() if name in kept} | {"script": script, "tools": offered}
+        for script in SCRIPT
+        for offered in tools
+    ]
+
+
 def drawn(options: Mapping[str, list[Any]], count: int) -> list[dict[str, Any]]:
     rng = random.Random(1)
     return [{name: rng.choice(values) for name, values in options.items()} for _ in range(count)]
@@ -120,6 +136,8 @@ def _calls(body: dict[str, Any]) -> Any:
 
 
 def _completion(body: dict[str, Any]) -> dict[str, Any]:
+    if body.get("logprobs") is True:
+        body["logprobs"] = 1
     if body.pop("best_of", None):
         body["best_of"] = body.get("n", 1)
     if body.get("echo") and body["max_tokens"] == 1:
@@ -174,15 +192,18 @@ def scripted(step_tiny) -> Iterator[Serving]:
 
 def ask(server: Serving, dialect: str, body: dict[str, Any], *, most: int) -> tuple[Any, Any]:
     """(whole, joined) answers when at most so many tokens come in a step."""
-    server.engine.most = most  # pyright: ignore[reportAttributeAccessIssue]
-    path = DIALECTS[dialect]
+    engine, path = server.engine, DIALECTS[dialect]
+    assert isinstance(engine, ScriptedEngine)
+    engine.most, engine.reader = most, None
     whole_body = {name: value for name, value in body.items() if name != "stream_options"}
     response = server.post(path, whole_body)
     assert response.status_code == 200, (body, response.text)
+    engine.reader = server.loop if most < ALL else None  # otherwise the steps are read together
     return normal(dialect, response.json()), joined(dialect, server.events(path, body))
 
 
-def compare(server: Serving, dialect: str, rows: list[dict[str, Any]]) -> None:
+def compare(server: Serving, dialect: str, rows: list[dict[str, Any]], *, singly: bool = False) -> None:
+    """``singly`` also compares with the answer whose tokens come one by one: what a step brings decides nothing."""
     for row in rows:
         body = body_of(dialect, row)
         whole, stream = ask(server, dialect, body, most=row["most"])
@@ -190,8 +211,9 @@ def compare(server: Serving, dialect: str, rows: list[dict[str, Any]]) -> None:
             assert "usage" not in stream, body
             stream["usage"] = whole["usage"]
         assert stream == whole, json.dumps(body)
-        single, _ = ask(server, dialect, body, most=1)  # what a step brings decides nothing
-        assert without_steps(single) == without_steps(whole), json.dumps(body)
+        if singly:
+            single, _ = ask(server, dialect, body, most=1)
+            assert without_steps(single) == without_steps(whole), json.dumps(body)
 
 
 def without_steps(answer: dict[str, Any]) -> dict[str, Any]:
@@ -201,10 +223,49 @@ def without_steps(answer: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_the_joined_stream_is_the_whole_answer(scripted, dialect):
+    compare(scripted, dialect, long(OPTIONS[dialect]), singly=True)
     compare(scripted, dialect, pairwise(OPTIONS[dialect]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_any_joined_stream_is_the_whole_answer(scripted, dialect):
-    compare(scripted, dialect, drawn(OPTIONS[dialect], 1000))
+    compare(scripted, dialect, drawn(OPTIONS[dialect], 1000), singly=True)
+
+
+class Weather(pydantic.BaseModel):
+    """Weather of a city."""
+
+    city: str
+
+
+@pytest.mark.parametrize("script", SCRIPT)
+def test_openais_accumulator_makes_the_whole_answer(scripted, script):
+    """With strict tools it parses the arguments as they grow."""
+    body = {"model": "step-tiny", "messages": SUM, "max_tokens": 400, "extra_body": {"top_k": SCRIPT[script]}}
+    body["tools"] = [openai.pydantic_function_tool(Weather, name="get_weather")]
+    with openai.OpenAI(base_url=f"{scripted.url}/v1", api_key="none", max_retries=0) as client:
+        for most in (1, 4, ALL):
+            scripted.engine.most, scripted.engine.reader = most, scripted.loop if most < ALL else None
+            whole = client.chat.completions.create(**body)
+            if whole.choices[0].finish_reason == "length":
+                with pytest.raises(openai.LengthFinishReasonError), client.chat.completions.stream(**body) as stream:
+                    stream.get_final_completion()
+                continue
+            with client.chat.completions.stream(**body) as stream:
+                final = stream.get_final_completion()
+            assert said(final) == said(whole)
+            for call in final.choices[0].message.tool_calls or ():
+                assert call.function.parsed_arguments == Weather(city="São 1")
+
+
+def said(completion: Any) -> dict[str, Any]:
+    choice = completion.choices[0]
+    calls = [(call.function.name, call.function.arguments) for call in choice.message.tool_calls or ()]
+    reasoning = getattr(choice.message, "reasoning_content", None)
+    return {
+        "content": choice.message.content or "",
+        "calls": calls,
+        "reasoning": reasoning,
+        "end": choice.finish_reason,
+    }
