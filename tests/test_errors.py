@@ -33,6 +33,7 @@ def test_anthropics_clients_read_by_how_much_a_prompt_is_too_long(server):
     assert numbers
     counted = server.post("/v1/messages/count_tokens", {name: body[name] for name in ("model", "messages")}).json()
     assert int(numbers[1]) == counted["input_tokens"]
+    assert CONFIG.context is not None
     assert int(numbers[2]) == CONFIG.context < int(numbers[1])
     assert found["type"] == "invalid_request_error"
     streamed = server.post("/v1/messages", {**body, "stream": True})
@@ -57,6 +58,7 @@ def test_openais_clients_find_the_words_and_the_code(server, path, body, param):
 
 
 def test_a_prompt_that_just_fills_the_context_is_too_long_by_the_numbers_too(server):
+    assert CONFIG.context is not None
     prompt = [1] * CONFIG.context
     assert f"resulted in {CONFIG.context} tokens" in error(server, "/v1/completions", prompt=prompt)["message"]
     one_less = server.post("/v1/completions", {"prompt": prompt[:8], "max_tokens": 1})
