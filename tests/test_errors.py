@@ -13,8 +13,6 @@ from serving import CONFIG, GREEDY, SUM, Serving
 
 from stepjax.infer.serve.limits import LIMITS
 
-CONTEXT = CONFIG.context
-assert CONTEXT is not None
 LONG = "12 " * 40_000
 PAGE = "https://page.example"
 ORIGIN = {"origin": PAGE}
@@ -35,7 +33,8 @@ def test_anthropics_clients_read_by_how_much_a_prompt_is_too_long(server):
     assert numbers
     counted = server.post("/v1/messages/count_tokens", {name: body[name] for name in ("model", "messages")}).json()
     assert int(numbers[1]) == counted["input_tokens"]
-    assert int(numbers[2]) == CONTEXT < int(numbers[1])
+    assert CONFIG.context is not None
+    assert int(numbers[2]) == CONFIG.context < int(numbers[1])
     assert found["type"] == "invalid_request_error"
     streamed = server.post("/v1/messages", {**body, "stream": True})
     assert (streamed.status_code, streamed.json()["error"]["message"]) == (400, found["message"])
@@ -52,15 +51,16 @@ def test_anthropics_clients_read_by_how_much_a_prompt_is_too_long(server):
 )
 def test_openais_clients_find_the_words_and_the_code(server, path, body, param):
     found = error(server, path, **body)
-    words = rf"This model's maximum context length is {CONTEXT} tokens\. However, your {param} resulted in \d+ "
+    words = rf"This model's maximum context length is {CONFIG.context} tokens\. However, your {param} resulted in \d+ "
     assert re.match(words, found["message"])
     assert (found["code"], found["param"]) == ("context_length_exceeded", param)
     assert found["type"] == "invalid_request_error"
 
 
 def test_a_prompt_that_just_fills_the_context_is_too_long_by_the_numbers_too(server):
-    prompt = [1] * CONTEXT
-    assert f"resulted in {CONTEXT} tokens" in error(server, "/v1/completions", prompt=prompt)["message"]
+    assert CONFIG.context is not None
+    prompt = [1] * CONFIG.context
+    assert f"resulted in {CONFIG.context} tokens" in error(server, "/v1/completions", prompt=prompt)["message"]
     one_less = server.post("/v1/completions", {"prompt": prompt[:8], "max_tokens": 1})
     assert one_less.status_code == 200
 

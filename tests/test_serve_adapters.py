@@ -18,6 +18,7 @@ from serving import Serving
 
 from stepjax.adapters.lora import merge
 from stepjax.adapters.peft import export_adapter
+from stepjax.errors import RequestError
 from stepjax.infer.engine.config import EngineConfig
 from stepjax.infer.engine.engine import Engine
 from stepjax.infer.load import load
@@ -25,6 +26,7 @@ from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.serve import app as app_module
 from stepjax.infer.serve.api import Api, ServeOptions
 from stepjax.infer.serve.app import create_app
+from stepjax.infer.serve.endpoints import completions
 from stepjax.infer.serve.errors import ApiError
 from stepjax.infer.serve.metrics import ServerMetrics
 from stepjax.infer.serve.middleware import ApiKeys
@@ -208,3 +210,60 @@ def test_a_new_endpoint_is_one_entry_of_the_table(session, monkeypatch):
     assert (empty.status_code, empty.json()["error"]["param"]) == (400, "text")
     assert missing.status_code == 400
     assert set(document["paths"]["/v1/length"]["get"]["responses"]) >= {"200", "400", "401"}
+
+
+def unloading(server: Serving, name: str, call: Any) -> Any:
+    """``call``, after which an adapter is unloaded."""
+
+    def called(*args: Any, **options: Any) -> Any:
+        value = call(*args, **options)
+        server.service.engine.unload_adapter(name)
+        return value
+
+    return called
+
+
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": PROMPT, "max_tokens": LENGTH, "temperature": 0, "ignore_eos": True},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4},
+    "/v1/responses": {"input": "Hi", "max_output_tokens": 4},
+    "/v1/messages": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4},
+}
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_an_adapter_that_goes_before_a_request_is_accepted_is_not_replaced_by_the_base(
+    server, folders, monkeypatch, path
+):
+    change(server, "load", lora_name="a", lora_path=str(folders["a"]))
+    with monkeypatch.context() as patched:
+        patched.setattr(Api, "model_name", unloading(server, "a", Api.model_name))
+        response = server.post(path, {**BODIES[path], "model": "a"})
+    assert response.status_code == 404, response.text
+    found = response.json()["error"]
+    assert (found["code"], found["param"]) == ("model_not_found", "model")
+
+
+def test_an_accepted_request_keeps_its_adapter_whatever_is_loaded_before_it_begins(
+    server, folders, expected, monkeypatch
+):
+    """Unloaded, and its slot wanted for others, while the request is read."""
+    change(server, "load", lora_name="a", lora_path=str(folders["a"]))
+    read = completions.read_completion
+
+    def slowly(engine: Engine, *args: Any) -> Any:
+        engine.unload_adapter("a")
+        for name in ("b", "c"):
+            engine.load_adapter(name, folders[name])
+        with pytest.raises(RequestError, match="slots are taken"):
+            engine.load_adapter("a", folders["a"])
+        return read(engine, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(completions, "read_completion", slowly)
+        assert answer(server, "a") == expected["a"]
+    for name in ("b", "c"):
+        assert answer(server, name) == expected[name]
+    assert change(server, "load", lora_name="a", lora_path=str(folders["a"]))[0] == 200  # the pin is gone
+    for name in ("a", "b", "c"):
+        assert change(server, "unload", lora_name=name)[0] == 200
