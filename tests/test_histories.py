@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from random import Random
 from typing import Any
 
 import pytest
 from conversations import (
+    AGENTS,
     CALL,
+    FUNCTION,
+    PATCH,
     RESULT,
+    SERVER_TOOLS,
     USE,
     blocks,
     chat,
@@ -15,9 +20,12 @@ from conversations import (
     prompt,
     response,
 )
+from pydantic import ValidationError
+from serving import PARAMETERS, TOOL
 
 from stepjax.errors import RequestError
 from stepjax.infer.serve.conversations.response_items import sealed
+from stepjax.text.chat import read_messages
 
 ITEMS: list[tuple[dict[str, Any], list[str]]] = [
     ({**CALL, "arguments": '{"city": "Hav'}, ['{"city": "Hav']),
@@ -218,6 +226,20 @@ def test_a_block_of_a_history_is_read(step_tiny, turn, said):
     assert "SECRET" not in text
 
 
+def test_what_a_person_attached_before_is_told(step_tiny):
+    text = {"role": "user", "content": "Never mind."}
+    image = {"type": "image", "source": {"type": "base64", "data": "x"}}
+    file = {"type": "input_file", "file_id": "x"}
+    url = {"type": "image_url", "image_url": {"url": "x"}}
+    for body in (
+        message([blocks("user", image), text]),
+        response([blocks("user", file), text]),
+        chat([blocks("user", url), text]),
+    ):
+        assert "left out: only text can be read]" in prompt(step_tiny, body)
+        assert len(body.client.left_out) == 1
+
+
 def test_what_a_person_attached_is_refused():
     for block in ({"type": "image", "source": {}}, {"type": "document", "source": {"type": "base64", "data": "x"}}):
         with pytest.raises(RequestError, match=r"^messages\[0\]\.content\[1\]\.type: "):
@@ -266,3 +288,54 @@ def test_a_turn_of_a_chat_is_read(step_tiny, turn, said):
     text = prompt(step_tiny, body).partition("Say A")[2].rpartition("Say B")[0]
     for part in said:
         assert part in text, text
+
+
+ATOMS: tuple[Any, ...] = (
+    None,
+    True,
+    0,
+    1.5,
+    "",
+    "x",
+    "custom",
+    "{",
+    [],
+    {},
+    ["x"],
+    [None],
+    {"type": "text"},
+    {"type": 5},
+)
+FIELDS = (
+    "type name id content tools namespace format source output error summary input arguments custom function".split()
+)
+
+
+def mutated(value: Any, random: Random) -> Any:
+    """The value with some parts replaced, added or left out."""
+    if random.random() < 0.08:
+        return random.choice(ATOMS)
+    if isinstance(value, dict):
+        changed = {key: mutated(item, random) for key, item in value.items() if random.random() > 0.05}
+        return changed | ({random.choice(FIELDS): random.choice(ATOMS)} if random.random() < 0.1 else {})
+    return [mutated(item, random) for item in value] if isinstance(value, list) else value
+
+
+def test_whatever_a_history_holds_is_read_or_refused():
+    own = {"name": "get_weather", "input_schema": PARAMETERS}
+    readers = (
+        (response, ITEMS, [FUNCTION, AGENTS, SERVER_TOOLS[0]], "auto"),
+        (message, BLOCKS, [own, {"type": "bash_20250124", "name": "bash"}], {"type": "auto"}),
+        (chat, TURNS, [TOOL, {"type": "custom", "custom": PATCH}], "auto"),
+    )
+    random, num_read = Random(0), 0
+    for number in range(3000):
+        read, said, tools, choice = readers[number % 3]
+        turns = [{"role": "user", "content": "Hi"}, *(random.choice(said)[0] for _ in range(3))]
+        try:
+            body = read(mutated(turns, random), tools=mutated(tools, random), tool_choice=mutated(choice, random))
+            read_messages(body.messages)
+            num_read += 1
+        except (RequestError, ValidationError):
+            continue
+    assert num_read > 100

@@ -12,7 +12,7 @@ from typing import Any
 
 from stepjax.errors import RequestError
 from stepjax.infer.serve.conversations.client_form import CUSTOM_INPUT, ClientForm
-from stepjax.infer.serve.conversations.parts import earlier_arguments, told, without_billing
+from stepjax.infer.serve.conversations.parts import earlier_arguments, last_question, told, without_billing
 from stepjax.infer.serve.conversations.tools import read_choice, read_functions
 
 
@@ -22,7 +22,10 @@ def read_chat_messages(messages: Sequence[Any], client: ClientForm) -> list[Any]
     Raises:
       RequestError: a part of what a tool or a model made is broken.
     """
-    return [_message(message, f"messages[{index}]", client) for index, message in enumerate(messages)]
+    last = last_question(messages)
+    return [
+        _message(message, f"messages[{index}]", client, is_last=index == last) for index, message in enumerate(messages)
+    ]
 
 
 def read_chat_tools(
@@ -60,12 +63,14 @@ def read_legacy(functions: Any, call: Any) -> tuple[list[dict[str, Any]], Any]:
     return tools, call
 
 
-def _message(message: Any, where: str, client: ClientForm) -> Any:
+def _message(message: Any, where: str, client: ClientForm, *, is_last: bool) -> Any:
     if not isinstance(message, Mapping):
         return message
     role, read = message.get("role"), dict(message)
     if role in ("system", "developer"):
         read["content"] = _without_billing(message.get("content"))
+    elif role == "user" and not is_last and isinstance(message.get("content"), list):
+        read["content"] = _made(message["content"], f"{where}.content", client)
     elif role in ("tool", "function"):
         read |= {"role": "tool", "content": _made(message.get("content", ""), f"{where}.content", client)}
     elif role == "assistant":

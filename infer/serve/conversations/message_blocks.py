@@ -10,11 +10,13 @@ from stepjax.infer.serve.conversations.client_form import ClientForm
 from stepjax.infer.serve.conversations.parts import (
     as_json,
     kind_of,
+    last_question,
     made_text,
     object_at,
     part_text,
     parts_of,
     string,
+    told,
     without_billing,
 )
 from stepjax.infer.serve.conversations.turns import ChatTurns
@@ -27,19 +29,20 @@ def read_blocks(messages: Sequence[Any], system: Any, client: ClientForm) -> lis
     """The conversation as a chat's messages; the client's form keeps where each came from.
 
     Raises:
-      RequestError: a message is broken, or a person's message holds more than text.
+      RequestError: a message is broken, or a person's last message holds more than text.
     """
     turns = ChatTurns(client)
     text = _system_text(system, "system") if system else ""
     if text:
         turns.add("system", text, "system")
+    last = last_question(messages)
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
         role, content = object_at(message, where).get("role"), message.get("content")
         if role == "assistant":
             _read_assistant(turns, content, where)
         elif role == "user":
-            _read_user(turns, content, where)
+            _read_user(turns, content, where, is_last=index == last)
         elif role == "system":
             turns.add("system", _system_text(content, f"{where}.content"), where)
         else:
@@ -114,7 +117,7 @@ def _readable(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if not name.startswith("encrypted_")}
 
 
-def _read_user(turns: ChatTurns, content: Any, where: str) -> None:
+def _read_user(turns: ChatTurns, content: Any, where: str, *, is_last: bool) -> None:
     """A user's texts, and the results of tools in their order."""
     text: str | None = None
     for block, place in parts_of(content, f"{where}.content"):
@@ -125,14 +128,16 @@ def _read_user(turns: ChatTurns, content: Any, where: str) -> None:
                 text = None
             _read_result(turns, block, place)
         else:
-            text = (text or "") + _user_text(turns.client, block, kind, place)
+            text = (text or "") + _user_text(turns.client, block, kind, place, is_last=is_last)
     if text is not None or content == []:
         turns.add("user", text or "", where)
 
 
-def _user_text(client: ClientForm, block: Mapping[str, Any], kind: str, where: str) -> str:
+def _user_text(client: ClientForm, block: Mapping[str, Any], kind: str, where: str, *, is_last: bool) -> str:
     text = part_text(block, where)
     if text is None and kind in _ATTACHED:
+        if not is_last:
+            return told(block, where, client)
         raise RequestError(
             f"{where}.type: is {kind[:80]!a}, expected text or tool_result: the model reads nothing else"
         )

@@ -1,4 +1,4 @@
-"""The parts of messages as text: what a person sent must be text, what a tool or a model made is told of."""
+"""The parts of messages as text: what a person asks now must be text, what was said before is told of."""
 
 from __future__ import annotations
 
@@ -55,6 +55,15 @@ def parts_of(content: Any, where: str) -> Iterator[tuple[Mapping[str, Any], str]
     for index, part in enumerate(content):
         place = f"{where}[{index}]"
         yield ({"type": "text", "text": part} if isinstance(part, str) else object_at(part, place)), place
+
+
+def last_question(messages: Sequence[Any]) -> int:
+    """The place of the last message of a person; -1 if there is none.
+
+    What it holds must be text, since the answer is to be about it. Earlier messages are history, as results are.
+    """
+    users = (i for i, message in enumerate(messages) if isinstance(message, Mapping) and message.get("role") == "user")
+    return max(users, default=-1)
 
 
 def sent_text(content: Any, where: str) -> str:

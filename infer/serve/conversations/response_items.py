@@ -17,6 +17,7 @@ from stepjax.infer.serve.conversations.client_form import CUSTOM_INPUT, ClientFo
 from stepjax.infer.serve.conversations.parts import (
     as_json,
     kind_of,
+    last_question,
     made_text,
     object_at,
     parts_of,
@@ -46,7 +47,7 @@ def read_items(items: Any, instructions: str | None, client: ClientForm) -> list
     """The input of a response as a chat's messages; the client's form keeps where each came from.
 
     Raises:
-      RequestError: an item is broken, or a person's message holds more than text.
+      RequestError: an item is broken, or a person's last message holds more than text.
     """
     turns = ChatTurns(client)
     client.paths["messages"] = "input"
@@ -60,12 +61,13 @@ def read_items(items: Any, instructions: str | None, client: ClientForm) -> list
     if len(items) > LIMITS["messages"].high:
         raise RequestError(f"input: has {len(items)} items, expected at most {LIMITS['messages'].high:.0f}")
     named: dict[str, Mapping[str, Any]] = {}
+    last = last_question(items)
     for index, item in enumerate(items):
         where = f"input[{index}]"
         item = _referred(object_at(item, where), named, where)
         if isinstance(item.get("id"), str):
             named[item["id"]] = item
-        _read_item(turns, item, where)
+        _read_item(turns, item, where, is_last=index == last)
     if not turns.messages:
         raise RequestError("input: has no item that the model can read; add a message")
     return turns.messages
@@ -93,10 +95,10 @@ def _referred(item: Mapping[str, Any], named: Mapping[str, Mapping[str, Any]], w
     return named[id]
 
 
-def _read_item(turns: ChatTurns, item: Mapping[str, Any], where: str) -> None:
+def _read_item(turns: ChatTurns, item: Mapping[str, Any], where: str, *, is_last: bool) -> None:
     kind = "message" if "type" not in item else kind_of(item, where)
     if kind == "message":
-        _read_message(turns, item, where)
+        _read_message(turns, item, where, is_last=is_last)
     elif kind == "reasoning":
         _read_reasoning(turns, item, where)
     elif kind in _SERVER_CALLS:
@@ -113,14 +115,15 @@ def _read_item(turns: ChatTurns, item: Mapping[str, Any], where: str) -> None:
         turns.client.leave_out(where, kind)
 
 
-def _read_message(turns: ChatTurns, item: Mapping[str, Any], where: str) -> None:
+def _read_message(turns: ChatTurns, item: Mapping[str, Any], where: str, *, is_last: bool) -> None:
     role, content, place = item.get("role"), item.get("content"), f"{where}.content"
     if role not in ROLES:
         raise RequestError(f"{where}.role: expected {', '.join(ROLES)}, found {ascii(role)[:80]}")
     if role == "assistant":
         turns.say(made_text(content, place, turns.client), where)
         return
-    text = sent_text(content, place)
+    is_earlier = role == "user" and not is_last
+    text = made_text(content or [], place, turns.client) if is_earlier else sent_text(content, place)
     turns.add(role, text if role == "user" else without_billing(text), where)
 
 
