@@ -99,6 +99,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cache-gib", type=float, metavar="X", help="memory for the cache of a device, e.g. 4 (default: what is free)"
     )
     engine.add_argument(
+        "--host-cache-gib",
+        type=float,
+        default=0,
+        metavar="X",
+        help="host memory of each process for prefixes that the device's cache has no room for (default: %(default)s)",
+    )
+    engine.add_argument(
         "--no-prefix-cache",
         action="store_true",
         help="do not reuse the prefixes of earlier prompts (default: reuse them)",
@@ -209,6 +216,7 @@ def _engine(args: argparse.Namespace, session: Session) -> Engine:
         num_slots=args.max_seqs,
         context=args.context,
         cache_bytes=None if args.cache_gib is None else int(args.cache_gib * 2**30),
+        host_cache_bytes=int(args.host_cache_gib * 2**30),
         num_snapshots=0 if args.no_prefix_cache or args.deterministic else None,
         speculate=args.speculate,
         **given.room(args),
@@ -307,6 +315,7 @@ def _announce(url: str, session: Session, engine: Engine, options: ServeOptions)
     lines = (
         f"{', '.join(map(printable, options.names))} on {devices}",
         f"  weights {weights / 2**30:,.2f} GiB, cache {engine.executor.cache_bytes / 2**30:,.2f} GiB a device",
+        *((f"  host memory for prefixes {size.host_bytes / 2**30:,.2f} GiB",) if size.host_bytes else ()),
         f"  {size.num_slots} answers together, context {size.context:,} tokens",
         f"  {url}",
         *((f"  {url}/ in a browser is a page to chat on",) if options.ui else ()),
