@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from stepjax.infer.engine.admission import SchedulerConfig
 from stepjax.infer.engine.pages import TRASH_PAGE, PagePool
 from stepjax.infer.engine.scheduler import Scheduler
-from stepjax.infer.engine.sequence import Row, Sequence, SequenceState, StepOutput, StepPlan
+from stepjax.infer.engine.sequence import HostMove, Row, Sequence, SequenceState, StepOutput, StepPlan
 from stepjax.infer.sampling.params import SamplingParams
 
 PAGE, WINDOW, SPARE = 4, 6, 4
@@ -58,14 +58,32 @@ class Device:
         self.pages: list[dict[int, Entry]] = [{} for _ in range(config.num_pages)]
         self.slots = [Slot([0] * self.width) for _ in range(config.num_slots)]
         self.snapshots: dict[int, tuple[int, dict[int, Entry]]] = {}
+        self.host: dict[int, tuple[int, dict[int, Entry]]] = {}  # copies: what a page or a snapshot holds
+        self.loaded: dict[int, int] = {}  # rings that the plan brings back: slot → tokens
+
+    def move(self, move: HostMove) -> None:
+        if move.action == "drop":
+            del self.host[move.id]
+        elif move.action == "store":
+            assert move.id not in self.host
+            page = move.kind == "page"
+            self.host[move.id] = (0, dict(self.pages[move.place])) if page else self.snapshots[move.place]
+        elif move.kind == "page":
+            self.pages[move.place] = dict(self.host[move.id][1])
+        else:
+            self.loaded[move.place], ring = self.host[move.id]
+            self.slots[move.place].ring = dict(ring)
 
     def run(self, plan: StepPlan, sequences: dict[str, Sequence]) -> StepOutput:
+        self.loaded = {}
+        for move in plan.moves:
+            self.move(move)
         for slot in plan.resets:
             self.slots[slot].table = [0] * self.width
         for slot, first, pages in plan.page_updates:
             assert first + len(pages) <= self.width
             self.slots[slot].table[first : first + len(pages)] = pages
-        restored = {}
+        restored = self.loaded
         for slot, snapshot in plan.restores:
             restored[slot], ring = self.snapshots[snapshot]
             self.slots[slot].ring = dict(ring)
@@ -169,18 +187,20 @@ class Server:
         assert self.admission.prefix.num_available == self.admission.pool.num_pages, "a page leaked"
 
 
-def random_requests(rng: random.Random, count: int, *, priorities: int = 1) -> list[Sequence]:
+def random_requests(rng: random.Random, count: int, *, priorities: int = 1, stems: int = 2) -> list[Sequence]:
     """Prompts that share prefixes, some under other adapters and salts; all fit the small configuration."""
-    stems = [[rng.randrange(97) for _ in range(30)] for _ in range(2)]
+    beginnings = [[rng.randrange(97) for _ in range(30)] for _ in range(stems)]
     out = []
     for number in range(count):
-        prompt = [*rng.choice(stems)[: rng.randint(0, 30)], *(rng.randrange(97) for _ in range(rng.randint(1, 6)))]
+        prompt = [*rng.choice(beginnings)[: rng.randint(0, 30)], *(rng.randrange(97) for _ in range(rng.randint(1, 6)))]
         owner = {"adapter": rng.choice(["", "", "a"]), "salt": rng.choice(["", "", "ss"])}
         out.append(request(f"r{number}", prompt, rng.randint(1, 12), priority=rng.randrange(priorities), **owner))
     return out
 
 
-def play(seed: int, *, snapshots: int | None = None, cancels: bool = True) -> Server:
+def play(
+    seed: int, *, snapshots: int | None = None, cancels: bool = True, host: int = 0, stems: int = 2, count: int = 14
+) -> Server:
     """One random schedule: arrivals and cancels at random times, invariants checked after every step."""
     rng = random.Random(seed)
     config = SchedulerConfig(
@@ -191,9 +211,11 @@ def play(seed: int, *, snapshots: int | None = None, cancels: bool = True) -> Se
         widths=rng.choice([(2, 4, 8), (3, 5), (16,)]),
         token_budget=rng.choice([16, 32]),
         num_snapshots=rng.choice([0, 1, 2, 8]) if snapshots is None else snapshots,
+        host_pages=host,
+        snapshot_pages=2,
     )
     server = Server(config, k=rng.choice([0, 1, 3]), lag=rng.randint(0, 1), seed=seed)
-    requests = deque(random_requests(rng, rng.randint(1, 14), priorities=rng.choice([1, 3])))
+    requests = deque(random_requests(rng, rng.randint(1, count), priorities=rng.choice([1, 3]), stems=stems))
     busy = True
     while busy or requests:
         while requests and rng.random() < 0.4:

@@ -80,11 +80,14 @@ def test_scores_are_those_of_one_device(folder, tmp_path):
 
 
 def test_an_engine_that_the_others_follow_answers_as_one_device(folder, tmp_path):
-    """Orders, announced compilations, preemptions, snapshots, sampling rules and masks reach the other process."""
+    """Orders, announced compilations, preemptions, snapshots, sampling rules and masks reach the other process, and
+    each keeps its own part of what goes to host memory.
+    """
     first, second = (out.splitlines()[-1] for out in together("answer", folder, "expert=4,tensor=2", cwd=tmp_path))
     found = json.loads(first)  # after what gloo says
     assert second == "followed"
     assert found["preemptions"] > 0
+    assert found["loaded"] > 0
     session = load(folder, dtype="float32")
     engine = Engine(session, EngineConfig(num_slots=8, context=128, speculate=0, num_snapshots=0))
     asked, guided = requests(SamplingParams), constraints(session)

@@ -11,7 +11,7 @@ import pytest
 from stepjax.errors import ClusterError
 from stepjax.infer.engine.executor import Assignment, Mask, Order
 from stepjax.infer.engine.followers import MAX_BYTES, Channel, decode, encode
-from stepjax.infer.engine.sequence import PageUpdate, RingCopy, Row, StepPlan
+from stepjax.infer.engine.sequence import HostMove, PageUpdate, RingCopy, Row, StepPlan
 from stepjax.infer.sampling.params import SamplingParams
 
 KEY = bytes(range(32))
@@ -27,6 +27,7 @@ PLAN = StepPlan(
     page_updates=(PageUpdate(2, 0, (5, 6)),),
     restores=(RingCopy(2, 1),),
     saves=(RingCopy(0, 3),),
+    moves=(HostMove("store", "page", 0, 5), HostMove("load", "snapshot", 1, 2), HostMove("drop", "page", 0)),
 )
 ORDER = Order(
     PLAN,

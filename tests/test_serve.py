@@ -248,6 +248,7 @@ def test_what_is_said_about_the_server(server):
         "request_success_total",
         "num_preemptions_total",
         "prefix_cache_hits_total",
+        "external_prefix_cache_hits_total",
         "spec_decode_num_accepted_tokens_total",
     ):
         assert f"\nstepjax:{name}{{" in text, name

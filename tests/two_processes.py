@@ -45,7 +45,15 @@ def serve(folder: str, mesh: str) -> int:
 
     session = load(folder, dtype="float32", mesh=mesh)
     config = EngineConfig(
-        num_slots=3, context=64, num_pages=11, page_size=8, widths=(32,), token_budget=32, speculate=3, num_snapshots=4
+        num_slots=3,
+        context=64,
+        num_pages=11,
+        page_size=8,
+        widths=(32,),
+        token_budget=32,
+        speculate=3,
+        num_snapshots=4,
+        host_cache_bytes=2**26,
     )
     engine = open_engine(session, config, host="localhost")
     if engine is None:
@@ -59,20 +67,25 @@ def serve(folder: str, mesh: str) -> int:
         answers.setdefault(update.id, []).extend(update.tokens)
     engine.close()
     session.grammars.close()
-    print(json.dumps({"answers": answers, "preemptions": engine.scheduler.admission.num_preemptions}))
+    admission = engine.scheduler.admission
+    loaded = admission.prefix.host.stats.loaded_pages
+    print(json.dumps({"answers": answers, "preemptions": admission.num_preemptions, "loaded": loaded}))
     return 0
 
 
 def requests(make: Any) -> dict[str, tuple[list[int], Any]]:
-    """What `serve` asks: half of them sampled."""
-    shared = list(range(20, 44))
-    return {
+    """What `serve` asks: half of them sampled. The last begins as the first, which has left the device by then."""
+    shared, early = list(range(20, 44)), list(range(50, 74))
+    prompts = [[*shared[: 8 * (at % 4)], 7 + at, 9, 100 + at] for at in range(10)]
+    found = {
         str(at): (
-            [*shared[: 8 * (at % 4)], 7 + at, 9, 100 + at],
+            prompt,
             make(max_tokens=20, temperature=at % 2, seed=at, ignore_eos=True, presence_penalty=at % 3 / 2),
         )
-        for at in range(10)
+        for at, prompt in enumerate(prompts)
     }
+    repeated = make(max_tokens=4, temperature=0, seed=0, ignore_eos=True)
+    return {"first": ([*early, 7], repeated), **found, "last": ([*early, 9], repeated)}
 
 
 def constraints(session: Any) -> dict[str, Any]:

@@ -103,6 +103,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--context", type=int, metavar="N", help="tokens of the longest sequence (default: what fits)")
     add_engine_arguments(engine)
     engine.add_argument(
+        "--host-cache-gib",
+        type=float,
+        default=0,
+        metavar="X",
+        help="host memory of each process for prefixes that the device's cache has no room for (default: %(default)s)",
+    )
+    engine.add_argument(
         "--lora",
         action="append",
         metavar="NAME=PATH",
@@ -203,6 +210,7 @@ def _engine(args: argparse.Namespace, session: Session) -> Engine:
         num_slots=args.max_seqs,
         context=args.context,
         cache_bytes=None if args.cache_gib is None else int(args.cache_gib * 2**30),
+        host_cache_bytes=int(args.host_cache_gib * 2**30),
         num_snapshots=0 if args.no_prefix_cache or args.deterministic else None,
         speculate=args.speculate,
         **given.room(args),
@@ -301,6 +309,7 @@ def _announce(url: str, session: Session, engine: Engine, options: ServeOptions)
     lines = (
         f"{', '.join(map(printable, options.names))} on {devices}",
         f"  weights {weights / 2**30:,.2f} GiB, cache {engine.executor.cache_bytes / 2**30:,.2f} GiB a device",
+        *((f"  host memory for prefixes {size.host_bytes / 2**30:,.2f} GiB",) if size.host_bytes else ()),
         f"  {size.num_slots} answers together, context {size.context:,} tokens",
         f"  {url}",
         *((f"  {url}/ in a browser is a page to chat on",) if options.ui else ()),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from stepjax.errors import ConfigError, RequestError
 from stepjax.infer.engine.pages import PagePool
 from stepjax.infer.engine.prefix_cache import Node, PrefixCache
-from stepjax.infer.engine.sequence import PageUpdate, RingCopy, Sequence, SequenceState
+from stepjax.infer.engine.sequence import HostMove, PageUpdate, RingCopy, Sequence, SequenceState
 
 if TYPE_CHECKING:
     from stepjax.infer.transcript import FinishReason
@@ -36,6 +36,8 @@ class SchedulerConfig:
     widths: tuple[int, ...] = (16, 64, 256, 512)  # of prefill chunks, ascending; each needs a compiled program
     token_budget: int = 512  # positions of a prefill step, padding included; decoding sequences wait for it
     num_snapshots: int = 0  # ring snapshots on the device; 0 turns the prefix cache off
+    host_pages: int = 0  # pages of the prefix cache that host memory has room for
+    snapshot_pages: int = 1  # room that a ring snapshot takes there, in pages
     max_waiting: int = 1024  # sequences; more are refused
     prefill_rows: int = 1 << 30  # prompts that a prefill step may run pieces of
     reserve: bool = False  # allocate the pages of the whole answer at once, so that no sequence is preempted
@@ -48,6 +50,10 @@ class SchedulerConfig:
             raise ConfigError(f"num_pages: is {self.num_pages}, expected at least 2, since page 0 holds no tokens")
         if not self.widths or list(self.widths) != sorted(set(self.widths)) or self.widths[0] < 1:
             raise ConfigError(f"widths: is {self.widths}, expected ascending numbers of tokens")
+        if self.host_pages < 0 or self.snapshot_pages < 1:
+            raise ConfigError(
+                f"host_pages: is {self.host_pages} with {self.snapshot_pages} for a snapshot, expected more"
+            )
         if self.token_budget < self.widths[-1]:
             raise ConfigError(f"token_budget: is {self.token_budget}, expected room for a chunk of {self.widths[-1]}")
 
@@ -126,6 +132,7 @@ class Changes:
     resets: list[int] = field(default_factory=list)
     page_updates: list[PageUpdate] = field(default_factory=list)
     restores: list[RingCopy] = field(default_factory=list)
+    moves: list[HostMove] = field(default_factory=list)
 
     def forget(self, slot: int) -> None:
         self.resets = [other for other in self.resets if other != slot]
@@ -154,7 +161,13 @@ class Admission:
     def __init__(self, config: SchedulerConfig):
         self.config = config
         self.pool = PagePool(config.num_pages)
-        self.prefix = PrefixCache(self.pool, page_size=config.page_size, num_snapshots=config.num_snapshots)
+        self.prefix = PrefixCache(
+            self.pool,
+            page_size=config.page_size,
+            num_snapshots=config.num_snapshots,
+            host_pages=config.host_pages,
+            snapshot_pages=config.snapshot_pages,
+        )
         self.waiting: list[Sequence] = []  # by rank
         self.running: list[RunningSequence] = []  # by rank
         self.changes = Changes()
@@ -233,10 +246,11 @@ class Admission:
         match = prefix.match(sequence.owner, keys[:last])
         prefix.acquire(match.nodes)
         reserved = max(len(tokens), sequence.max_cached) if self.config.reserve else len(tokens)
-        missing = self.config.num_pages_for(reserved) - len(match.nodes)
+        num_held = sum(node.page is not None for node in match.nodes)
+        missing = self.config.num_pages_for(reserved) - num_held
         victims = self._victims(lower, missing, newcomer=True)
         if victims is None:
-            prefix.release(match.nodes)
+            prefix.give_up(match.nodes)
             return False
         for victim in victims:
             self._preempt(victim)
@@ -244,10 +258,11 @@ class Admission:
         assert new is not None, "the victims' pages suffice"
 
         start = len(match.nodes) * page_size
-        pages = [*(node.page for node in match.nodes), *new]
+        slot, num_restored = heappop(self._slots), len(match.nodes) - num_held
+        restore = prefix.restore(match.nodes, new[:num_restored], slot)
+        pages = [*(node.page for node in match.nodes if node.page is not None), *new[num_restored:]]
         # Prompts diverge where the cached chain ends: with a snapshot there, later prompts can start from it.
         marks = tuple(sorted({match.num_pages * page_size, last * page_size})) if keys else ()
-        slot = heappop(self._slots)
         run = RunningSequence(sequence, slot, tokens, keys, marks, list(match.nodes), pages, start, start)
         self.waiting.remove(sequence)
         insort(self.running, run, key=_RUN_RANK)
@@ -257,13 +272,12 @@ class Admission:
         prefix.stats.lookups += 1
         prefix.stats.lookup_tokens += len(tokens)
         prefix.stats.hit_tokens += start
+        prefix.stats.host_hit_tokens += start - match.num_device * page_size
 
         self.changes.resets.append(slot)
         self.changes.page_updates.append(PageUpdate(slot, 0, tuple(pages)))
-        if match.nodes:
-            snapshot = match.nodes[-1].snapshot
-            assert snapshot is not None
-            self.changes.restores.append(RingCopy(slot, snapshot))
+        if restore is not None:
+            self.changes.restores.append(restore)
         return True
 
     def grow(self, run: RunningSequence, positions: int) -> bool:
@@ -302,6 +316,7 @@ class Admission:
     def take_changes(self) -> Changes:
         """The changes for the device since the last call."""
         changes, self.changes = self.changes, Changes()
+        changes.moves = self.prefix.take_moves()
         return changes
 
     def _victims(
@@ -357,6 +372,7 @@ class Admission:
         heappush(self._slots, run.slot)
         run.sequence.slot = None
         self.changes.forget(run.slot)
+        self.prefix.host.forget(run.slot)
         self.pool.release(run.pages[len(run.nodes) :])
         self.prefix.release(run.nodes)
 

@@ -42,6 +42,7 @@ class EngineConfig:
     num_pages: int | None = None  # instead of cache_bytes
     page_size: int = 64  # tokens
     num_snapshots: int | None = None  # snapshots for the prefix cache; 0: no prefix cache; None: twice the slots
+    host_cache_bytes: int = 0  # host memory of each process for prompts that the device's cache has no room for
     speculate: int | None = None  # MTP drafts per step; None: chosen for each step by its number of sequences
     widths: tuple[int, ...] = (16, 64, 256, 512)  # of prefill pieces
     token_budget: int = 512  # positions of a prefill step; decoding sequences wait for it
@@ -62,6 +63,13 @@ class EngineConfig:
                 raise ConfigError(f"{name}: is {rank}, expected at least 1")
         if self.page_size < 1:
             raise ConfigError(f"page_size: is {self.page_size}, expected at least 1")
+        if self.host_cache_bytes < 0:
+            raise ConfigError(f"host_cache_bytes: is {self.host_cache_bytes}, expected 0 or more")
+        if self.host_cache_bytes and (self.num_snapshots == 0 or self.deterministic or self.routing):
+            raise ConfigError(
+                f"host_cache_bytes: is {self.host_cache_bytes}, expected 0 without a prefix cache, which "
+                "deterministic, routing and num_snapshots 0 turn off"
+            )
         if self.cache_bytes is not None and self.num_pages is not None:
             raise ConfigError("cache_bytes and num_pages: expected one of them, since each decides the other")
         if self.deterministic and self.num_snapshots:
@@ -91,8 +99,20 @@ class EngineConfig:
         eos_ids = session.config.eos_ids
         return Executor(runner, params, self.sizes(session), dtype=session.dtype, eos_ids=eos_ids, adapters=stack)
 
-    def scheduler(self, sizes: CacheSize) -> SchedulerConfig:
-        """How steps are planned for a cache of these sizes."""
+    def scheduler(self, executor: Executor) -> SchedulerConfig:
+        """How steps are planned for an executor's caches.
+
+        Raises:
+          ConfigError: host memory has no room for a page and a snapshot.
+        """
+        sizes, host = executor.size, executor.host
+        snapshot_pages = max(1, -(-host.snapshot_bytes // host.page_bytes)) if host.page_bytes else 1
+        least_bytes = (1 + snapshot_pages) * host.page_bytes
+        if sizes.host_bytes and (not host.page_bytes or sizes.host_bytes < least_bytes):
+            raise ConfigError(
+                f"host_cache_bytes: is {sizes.host_bytes}, expected 0, or at least {least_bytes} for a page of "
+                f"{sizes.page_size} tokens and a snapshot"
+            )
         enough = next((width for width in self.widths if width >= sizes.context), self.widths[-1])
         return SchedulerConfig(
             num_slots=sizes.num_slots,
@@ -102,6 +122,8 @@ class EngineConfig:
             widths=tuple(width for width in self.widths if width <= enough),  # wider chunks would never be full
             token_budget=self.token_budget,
             num_snapshots=sizes.num_snapshots,
+            host_pages=sizes.host_bytes // host.page_bytes if sizes.host_bytes else 0,
+            snapshot_pages=snapshot_pages,
             max_waiting=self.max_waiting,
             prefill_rows=1 if self.deterministic else sizes.num_slots,
             reserve=self.deterministic,
@@ -136,7 +158,7 @@ class EngineConfig:
             longest = min(longest, pages * size)
         cached = not (self.deterministic or self.routing)
         snapshots = 0 if not cached else 2 * self.num_slots if self.num_snapshots is None else self.num_snapshots
-        return CacheSize(self.num_slots, pages + 1, size, longest, snapshots)
+        return CacheSize(self.num_slots, pages + 1, size, longest, snapshots, self.host_cache_bytes)
 
 
 def _split(session: Session) -> int:

@@ -83,13 +83,13 @@ class Engine:
         self.config = config = config or EngineConfig()
         self.stats = Stats()
         self.executor = config.executor(session)
-        self._runner, sizes = self.executor.runner, self.executor.size
+        self._runner = self.executor.runner
         self._leader = Leader(self.executor, channels) if channels else None
         drafts = self._runner.drafts
         self._policy = DraftPolicy(StepBytes.of(session.config, session.params), most=drafts)
         fixed = config.speculate if config.speculate is not None else drafts if config.deterministic else None
         self._fixed_drafts = fixed
-        self.scheduler = Scheduler(config.scheduler(sizes), drafts=self._drafts)
+        self.scheduler = Scheduler(config.scheduler(self.executor), drafts=self._drafts)
         limits = self.scheduler.piece_limits
         rows = {width: self.executor.row_buckets_for(limit) for width, limit in limits.items()}
         most = CPU_PROGRAMS if jax.default_backend() == "cpu" else None
@@ -289,7 +289,7 @@ class Engine:
         assert not self.has_work, "finish or cancel what runs first"
         assert self._leader is None, "the processes that follow have parameters of their own"
         self.executor.params = params
-        self.scheduler = Scheduler(self.config.scheduler(self.executor.size), drafts=self._drafts)
+        self.scheduler = Scheduler(self.config.scheduler(self.executor), drafts=self._drafts)
         self._policy = DraftPolicy(StepBytes.of(self._session.config, params), most=self._runner.drafts)
         self._owners.clear()
         self.executor.forget()
@@ -326,6 +326,7 @@ class Engine:
         """Compile nothing more, end the threads, and let the processes go that follow this one."""
         self.programs.close()
         self._guidance.close()
+        self.executor.close()
         if self._leader:
             self._leader.close()
 

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -19,10 +19,11 @@ import numpy as np
 
 from stepjax.adapters.lora import LoraConfig
 from stepjax.infer.engine.adapters import NONE, AdapterStack
+from stepjax.infer.engine.host_copies import HostCopies
 from stepjax.infer.engine.host_memory import trim_heap, uncommit_zeros
 from stepjax.infer.engine.pages import TRASH_PAGE
 from stepjax.infer.engine.ready_programs import ProgramShape
-from stepjax.infer.engine.sequence import RingCopy, StepPlan
+from stepjax.infer.engine.sequence import HostMove, RingCopy, StepPlan
 from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.sampling.state import Sampling, SlotSampling
 from stepjax.infer.steps.program import Program
@@ -47,6 +48,7 @@ class CacheSize:
     page_size: int  # tokens
     context: int  # tokens of the longest sequence
     num_snapshots: int
+    host_bytes: int = 0  # of pages and snapshots in the host memory of each process
 
     @property
     def pages_per_sequence(self) -> int:
@@ -117,10 +119,14 @@ class Executor:
         self._far = jax.default_backend() != "cpu"  # whether results must be copied to the host
         self._launchers: dict[Any, Callable[..., Any]] = {}
         self._snapshots = self._no_snapshots() if size.num_snapshots else None
+        identity = repr(runner.model.layout)
+        self.host = HostCopies(runner.cache, identity, self._page_arrays(), jax.tree.leaves(self._snapshots))
 
     def run(self, order: Order) -> Emitted:
         """Launch an order. Returns at once, before the result is ready."""
         plan = order.plan
+        if plan.moves:
+            self._move(plan.moves)
         self._update_table(plan)
         for copy in plan.restores:
             self._restore(copy)
@@ -156,8 +162,13 @@ class Executor:
         self.params = self.adapters.params
 
     def forget(self) -> None:
-        """Remove the pages of all slots, for a new scheduler."""
+        """Remove the pages of all slots and the copies in host memory, for a new scheduler."""
         self._table[:] = TRASH_PAGE
+        self.host.forget()
+
+    def close(self) -> None:
+        """End the threads."""
+        self.host.close()
 
     def prepared(self, order: Order) -> bool:
         """Whether the program of an order is compiled."""
@@ -226,6 +237,9 @@ class Executor:
         if self.size.num_snapshots:
             self._save(RingCopy(0, 0))
             self._restore(RingCopy(0, 0))
+        if self.size.host_bytes:
+            self.host.warm()
+            _ = self._host_restorer
         jax.block_until_ready(self.state)
 
     def _idle_call(self, shape: ProgramShape) -> tuple[Program, tuple[Any, ...]]:
@@ -342,19 +356,46 @@ class Executor:
 
     @cached_property
     def _restorer(self) -> Callable[..., Any]:
-        def restore(state: State, snapshots: Any, slot: jax.Array, snapshot: jax.Array) -> State:
-            put = jax.tree.map(lambda x, kept: x.at[slot].set(kept[snapshot]), slot_parts(state), snapshots)
-            layers, mtp, tails = put
-            rings = iter(layers)
-            own = tuple(
-                next(rings) if is_ring else view
-                for view, is_ring in zip(state.cache.layers, self._is_ring, strict=True)
-            )
-            first = state.progress.first_SK.at[slot].set(0)
-            progress = state.progress._replace(tails=tails, first_SK=first)
-            return State(type(state.cache)(own, mtp), progress, state.sampling)
+        return self._copier(self._restored, self.state, self._snapshots)
 
-        return self._copier(restore, self.state, self._snapshots)
+    @cached_property
+    def _host_restorer(self) -> Callable[..., Any]:
+        """As `_restorer`, from a copy in host memory."""
+        return self._copier(self._restored, self.state, self._snapshot_tree(self.host.snapshot_shapes))
+
+    def _restored(self, state: State, snapshots: Any, slot: jax.Array, snapshot: jax.Array) -> State:
+        put = jax.tree.map(lambda x, kept: x.at[slot].set(kept[snapshot]), slot_parts(state), snapshots)
+        layers, mtp, tails = put
+        rings = iter(layers)
+        own = tuple(
+            next(rings) if is_ring else view for view, is_ring in zip(state.cache.layers, self._is_ring, strict=True)
+        )
+        first = state.progress.first_SK.at[slot].set(0)
+        progress = state.progress._replace(tails=tails, first_SK=first)
+        return State(type(state.cache)(own, mtp), progress, state.sampling)
+
+    def _move(self, moves: Sequence[HostMove]) -> None:
+        """Copies between the device and host memory, before anything of the step overwrites what they read."""
+        pages, rings = self.host.run(moves, self._page_arrays(), jax.tree.leaves(self._snapshots))
+        self._set_pages(pages)
+        for slot, values in rings.items():
+            values = self._snapshot_tree(values)
+            self.state = self._host_restorer(self.state, values, np.int32(slot), np.int32(0))
+
+    def _snapshot_tree(self, leaves: Sequence[Any]) -> Any:
+        return jax.tree.unflatten(jax.tree.structure(slot_parts(self.state)), leaves)
+
+    def _page_arrays(self) -> list[jax.Array]:
+        layers = zip(self.state.cache.layers, self._is_ring, strict=True)
+        return jax.tree.leaves([view for view, is_ring in layers if not is_ring])
+
+    def _set_pages(self, arrays: Sequence[jax.Array]) -> None:
+        rest = iter(arrays)
+        layers = tuple(
+            view if is_ring else jax.tree.map(lambda _: next(rest), view)
+            for view, is_ring in zip(self.state.cache.layers, self._is_ring, strict=True)
+        )
+        self.state = self.state._replace(cache=replace(self.state.cache, layers=layers))
 
     def _copier(self, function: Callable[..., Any], into: Any, source: Any) -> Callable[..., Any]:
         """``function(into, source, slot, snapshot)``, compiled once for all; its result replaces ``into``."""
@@ -364,7 +405,7 @@ class Executor:
             self.runner.cache,
             function,
             (into, source, index, index),
-            identity=f"{function.__name__} {self.runner.model.layout!r}",
+            identity=f"{function.__name__.strip('_')} {self.runner.model.layout!r}",
             donate_argnums=(0,),
             out_shardings=where,
         )

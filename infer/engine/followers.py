@@ -27,7 +27,7 @@ from stepjax.adapters.peft import import_adapter
 from stepjax.config import ModelConfig
 from stepjax.errors import ClusterError
 from stepjax.infer.engine.executor import Assignment, Executor, Mask, Order, Progress
-from stepjax.infer.engine.sequence import PageUpdate, RingCopy, Row, StepPlan
+from stepjax.infer.engine.sequence import HostMove, PageUpdate, RingCopy, Row, StepPlan
 from stepjax.infer.hosts import agreed
 from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.steps.state import Emitted
@@ -140,6 +140,7 @@ def follow(executor: Executor, channel: Channel, config: ModelConfig) -> None:
     while True:
         kind, content = channel.receive()
         if kind == "end":
+            executor.close()
             channel.close()
             return
         if kind == "run":
@@ -234,6 +235,7 @@ def decode(content: dict[str, Any]) -> Order:
                     "page_updates": tuple(PageUpdate(*update[:2], tuple(update[2])) for update in plan["page_updates"]),
                     "restores": tuple(RingCopy(*copy) for copy in plan["restores"]),
                     "saves": tuple(RingCopy(*copy) for copy in plan["saves"]),
+                    "moves": tuple(HostMove(*move) for move in plan["moves"]),
                 }
             ),
             "assignments": tuple(

@@ -1,4 +1,4 @@
-"""Pages of the full-attention cache, with reference counts.
+"""Pages of the full-attention cache, with reference counts, and the nodes of those that the prefix cache knows.
 
 A page with several users is full and never written again, so no write ever copies a page.
 """
@@ -7,8 +7,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
+
+Owner = tuple[str, str]  # adapter, salt
 
 TRASH_PAGE = 0  # receives the writes of padding and of surplus tokens; it has no user
+
+
+@dataclass(eq=False)
+class Node:
+    """A cached page. Its sequences hold all pages before it too."""
+
+    parent: Node | Owner
+    tokens: bytes  # int32
+    page: int | None  # on the device; None: only in host memory
+    snapshot: int | None = None  # on the device, of the rings after this page
+    num_children: int = 0
 
 
 class PagePool:

@@ -159,6 +159,7 @@ class Scheduler:
             page_updates=tuple(changes.page_updates),
             restores=tuple(changes.restores),
             saves=tuple(saves),
+            moves=tuple(changes.moves),
         )
         self._num_plans += 1
         self._in_flight.append((plan, parts))

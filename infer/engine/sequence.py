@@ -89,9 +89,18 @@ class RingCopy(NamedTuple):
     snapshot: int
 
 
+class HostMove(NamedTuple):
+    """A copy between the device and host memory, or the end of one in host memory."""
+
+    action: Literal["store", "load", "drop"]
+    kind: Literal["page", "snapshot"]
+    id: int  # of the copy in host memory; none is used twice
+    place: int = 0  # store: the page or the snapshot; load: the page, or the slot that receives the rings
+
+
 @dataclass(frozen=True)
 class StepPlan:
-    """One step of the device, in this order: resets, page updates, restores, the rows, saves.
+    """One step of the device, in this order: moves, resets, page updates, restores, the rows, saves.
 
     A reset fills the slot's row of the page table with page 0, the trash page. Plans run in the order they were made;
     that is why what one plan frees, the next may use although the first has not been read.
@@ -105,6 +114,7 @@ class StepPlan:
     page_updates: tuple[PageUpdate, ...] = ()
     restores: tuple[RingCopy, ...] = ()
     saves: tuple[RingCopy, ...] = ()
+    moves: tuple[HostMove, ...] = ()  # in their order
 
     @property
     def drafts(self) -> int:

@@ -96,11 +96,17 @@ class _EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         admission, stats = self._engine.scheduler.admission, self._engine.stats
-        prefix, used = admission.prefix.stats, 1 - admission.prefix.num_available / admission.pool.num_pages
+        prefix, host = admission.prefix.stats, admission.prefix.host
+        used = 1 - admission.prefix.num_available / admission.pool.num_pages
+        on_device = prefix.hit_tokens - prefix.host_hit_tokens
         gauges = {
             "num_requests_running": ("Answers in slots", len(admission.running)),
             "num_requests_waiting": ("Answers that wait for a slot", len(admission.waiting)),
             "kv_cache_usage_perc": ("Share of the cache's pages in use", used),
+            "host_cache_usage_perc": (
+                "Share of the prefix cache's host memory in use",
+                host.used / max(1, host.capacity),
+            ),
         }
         counters = {
             "num_preemptions": (
@@ -108,7 +114,16 @@ class _EngineCollector(Collector):
                 admission.num_preemptions,
             ),
             "prefix_cache_queries": ("Prompt tokens looked up in the prefix cache", prefix.lookup_tokens),
-            "prefix_cache_hits": ("Prompt tokens found in the prefix cache", prefix.hit_tokens),
+            "prefix_cache_hits": ("Prompt tokens found on the device", on_device),
+            "external_prefix_cache_queries": (
+                "Prompt tokens looked up in host memory, since the device did not have them",
+                prefix.lookup_tokens - on_device,
+            ),
+            "external_prefix_cache_hits": ("Prompt tokens found in host memory only", prefix.host_hit_tokens),
+            "host_cache_stored_pages": ("Pages copied to host memory", host.stats.stored_pages),
+            "host_cache_stored_snapshots": ("Ring snapshots copied to host memory", host.stats.stored_snapshots),
+            "host_cache_loaded_pages": ("Pages copied back from host memory", host.stats.loaded_pages),
+            "host_cache_loaded_snapshots": ("Ring snapshots copied back from host memory", host.stats.loaded_snapshots),
             "spec_decode_num_draft_tokens": ("Draft tokens that were verified", sum(stats.drafted)),
             "spec_decode_num_accepted_tokens": ("Draft tokens that were accepted", sum(stats.accepted)),
             "engine_steps": ("Steps of the engine", stats.num_steps),
