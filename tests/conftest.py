@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import shutil
@@ -92,20 +93,35 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 MAX_MAPS = 30_000  # of the 65,530 that Linux gives a process; XLA:CPU maps every kernel by itself
+MAX_RESIDENT = 1_000_000_000  # bytes of a worker between two files; a file may need that much more
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _forget_programs() -> Iterator[None]:
-    """Drops compiled programs before their number becomes a failure to allocate memory."""
+    """Drops compiled programs before they fill the memory, or their number becomes a failure to allocate it."""
     yield
-    maps = Path("/proc/self/maps")
-    if "jax" in sys.modules and maps.exists() and len(maps.read_bytes().splitlines()) > MAX_MAPS:
+    if "jax" not in sys.modules or not Path("/proc/self/maps").exists():
+        return
+    trim_heap()
+    if resident_bytes() > MAX_RESIDENT or len(Path("/proc/self/maps").read_bytes().splitlines()) > MAX_MAPS:
         import jax
         from tiny import tiny_session
 
         tiny_session.cache_clear()
         jax.clear_caches()
         gc.collect()
+        trim_heap()
+
+
+def resident_bytes() -> int:
+    """What this process holds in memory, on Linux."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def trim_heap() -> None:
+    """Gives freed pages of the heap back to the system, where the C library can: a compiler leaves hundreds of megabytes."""
+    if malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        malloc_trim(0)
 
 
 @pytest.fixture(scope="session")
