@@ -97,6 +97,28 @@ def test_tools_that_items_bring_are_offered():
     assert body.client.left_out[:2] == ["tools[0]=tool_search", "input[3].tools[1]=web_search"]
 
 
+def test_a_search_that_the_client_runs_is_offered(server):
+    parameters = {
+        "type": "object",
+        "properties": {"query": {"type": "string", "pattern": "^[a-z]{3,9}$"}},
+        "required": ["query"],
+    }
+    search = {"type": "tool_search", "execution": "client", "description": "Finds tools", "parameters": parameters}
+    assert response(tools=[{**search, "execution": "server"}]).tools is None
+    body = {"model": NAME, "input": ASKED_WEATHER[0]["content"], "temperature": 0, "tools": [search]}
+    call = server.post(RESPONSES, {**body, "tool_choice": "required"}).json()["output"][-1]
+    assert (call["type"], call["execution"], list(call["arguments"])) == ("tool_search_call", "client", ["query"])
+    events = server.events(RESPONSES, {**body, "tool_choice": "required"})
+    assert events[-1]["response"]["output"][-1]["arguments"] == call["arguments"]
+    assert [each for each in events if each["type"].endswith("function_call_arguments.delta")] == []
+    output = {"type": "tool_search_output", "call_id": call["call_id"], "execution": "client", "tools": [AGENTS]}
+    read = response([{"role": "user", "content": "x"}, call, output], tools=[search])
+    assert names(read) == ["tool_search", "agents__get_weather", "agents__apply_patch"]
+    (said,) = read.messages[1]["tool_calls"]
+    assert said["function"] == {"name": "tool_search", "arguments": call["arguments"]}
+    assert read.messages[2]["content"] == "agents__get_weather\nagents__apply_patch"
+
+
 def test_a_custom_tool_is_a_function_of_one_text(step_tiny):
     for body in (response(tools=[{**PATCH, "format": LARK}]), chat(tools=[{"type": "custom", "custom": PATCH}])):
         (tool,) = body.tools or [{}]

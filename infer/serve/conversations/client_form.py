@@ -18,10 +18,18 @@ class ClientTool:
     name: str
     namespace: str | None = None
     custom: bool = False  # takes one text instead of arguments
+    searches: bool = False  # the client's search for further tools, whose calls are items of their own
+
+    @property
+    def item_kind(self) -> str:
+        """The type of a call's item in /v1/responses."""
+        return "tool_search_call" if self.searches else "custom_tool_call" if self.custom else "function_call"
 
     @property
     def label(self) -> dict[str, str]:
         """The name as fields of a call."""
+        if self.searches:
+            return {"execution": "client"}
         return {"name": self.name} | ({} if self.namespace is None else {"namespace": self.namespace})
 
 
@@ -70,6 +78,15 @@ def flat_name(name: str, namespace: str | None) -> str:
     if not namespace:
         return name
     return f"{namespace}{name}" if namespace.endswith("__") else f"{namespace}__{name}"
+
+
+def call_arguments(arguments: str) -> dict[str, Any]:
+    """A call's arguments as an object; empty if the answer was cut within them."""
+    try:
+        values = json.loads(arguments or "{}")
+    except ValueError:
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def custom_input(arguments: str) -> str:

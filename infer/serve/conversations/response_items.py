@@ -25,6 +25,7 @@ from stepjax.infer.serve.conversations.parts import (
     string,
     without_billing,
 )
+from stepjax.infer.serve.conversations.tools import SEARCH, names_of
 from stepjax.infer.serve.conversations.turns import ChatTurns
 from stepjax.infer.serve.limits import LIMITS
 
@@ -145,7 +146,9 @@ def _read_call(turns: ChatTurns, item: Mapping[str, Any], kind: str, where: str)
     elif kind == "custom_tool_call":
         name, field = string(item, "name", where), "input"
         arguments = {CUSTOM_INPUT: string(item, "input", where)}
-    else:  # local_shell_call, shell_call, apply_patch_call, computer_call, tool_search_call, …
+    elif kind == f"{SEARCH}_call":
+        name, arguments, field = SEARCH, item.get("arguments"), "arguments"
+    else:  # local_shell_call, shell_call, apply_patch_call, computer_call, …
         name, field = kind.removesuffix("_call"), "action"
         arguments = _arguments(item)
     namespace = item.get("namespace")
@@ -173,7 +176,9 @@ def _read_output(turns: ChatTurns, item: Mapping[str, Any], kind: str, where: st
     """What a tool returned to the client."""
     field = next((name for name in ("output", "result", "tools") if name in item), "output")
     output, place = item.get(field), f"{where}.{field}"
-    if kind in ("function_call_output", "custom_tool_call_output"):
+    if kind == f"{SEARCH}_output" and isinstance(output, list):  # the request offers the tools themselves
+        text = "\n".join(names_of(output))
+    elif kind in ("function_call_output", "custom_tool_call_output"):
         text = _output_text(output, place, turns.client)
     elif isinstance(output, Mapping) and isinstance(output.get("type"), str) and "screenshot" in output["type"]:
         text = made_text([output], place, turns.client)

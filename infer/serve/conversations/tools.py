@@ -14,6 +14,7 @@ from stepjax.infer.serve.conversations.client_form import CUSTOM_INPUT, ClientFo
 from stepjax.infer.serve.conversations.parts import kind_of, object_at, string
 from stepjax.infer.serve.limits import LIMITS
 
+SEARCH = "tool_search"
 _NAMES = "expected auto, none, required, or a function by its name"
 _GRAMMAR = "format"  # beside a custom tool's function: the grammar that its input should follow
 
@@ -42,12 +43,33 @@ def read_functions(
             if nested:
                 object_at(tool.get(kind), f"{place}.{kind}")
             functions.append(_function(tool, client, place, start + len(functions), None))
+        elif kind == SEARCH and tool.get("execution") == "client" and isinstance(tool.get("parameters"), Mapping):
+            functions.append(_search(tool, client, place, start + len(functions)))
         else:
             client.leave_out(place, kind)
     num_functions, most = start + len(functions), LIMITS["tools"].high
     if num_functions > most:
         raise RequestError(f"{where}: hold {num_functions} functions in all, expected at most {most:.0f}")
     return functions
+
+
+def _search(tool: Mapping[str, Any], client: ClientForm, where: str, position: int) -> dict[str, Any]:
+    """The client's own search for tools as a function; what it finds is offered with the next request."""
+    client.tools[SEARCH] = ClientTool(SEARCH, searches=True)
+    client.paths |= {f"tools[{position}]": where, f"tools[{position}].function": where}
+    description = tool.get("description")
+    function = {"name": SEARCH, **({"description": description} if isinstance(description, str) else {})}
+    return {"type": "function", "function": function | {"parameters": dict(tool["parameters"])}}
+
+
+def names_of(tools: Sequence[Any]) -> list[str]:
+    """The names under which the model knows these tools, where they have names."""
+    names: list[str] = []
+    for tool in tools:
+        if isinstance(tool, Mapping) and isinstance(name := tool.get("name"), str):
+            inner = tool.get("tools") if tool.get("type") == "namespace" else None
+            names += [flat_name(each, name) for each in names_of(inner)] if isinstance(inner, list) else [name]
+    return names
 
 
 def _namespace(tool: Mapping[str, Any], client: ClientForm, where: str, start: int) -> list[dict[str, Any]]:

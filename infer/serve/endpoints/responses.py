@@ -14,7 +14,7 @@ from pydantic import Field, WithJsonSchema
 from stepjax.errors import ContextError
 from stepjax.infer.serve.answers import Answers
 from stepjax.infer.serve.api import Api
-from stepjax.infer.serve.conversations.client_form import ClientForm, custom_input
+from stepjax.infer.serve.conversations.client_form import ClientForm, call_arguments, custom_input
 from stepjax.infer.serve.conversations.reading import chat_request
 from stepjax.infer.serve.conversations.response_items import ROLES, offered_in_items, read_items, sealed
 from stepjax.infer.serve.conversations.tools import read_choice, read_functions
@@ -193,7 +193,12 @@ async def _overflow(body: ResponsesRequest, model: str, error: ContextError) -> 
     yield event({"type": "response.failed", "sequence_number": 1, "response": failed}, name="response.failed")
 
 
-_CALLS = {"function_call": "arguments", "custom_tool_call": "input"}  # kinds of calls, and what they are called with
+# Kinds of calls: prefix of their ids, the field that they are called with, and its value at first.
+_CALLS = {
+    "function_call": ("fc", "arguments", ""),
+    "custom_tool_call": ("ctc", "input", ""),
+    "tool_search_call": ("tsc", "arguments", {}),
+}
 
 
 class ResponsesAnswer:
@@ -205,7 +210,7 @@ class ResponsesAnswer:
         self._items: list[dict[str, Any]] = []  # of the output, in order
         self._ended = True  # whether the last of them is complete
         self._num_scored = 0  # tokens whose scores were given, or are not given
-        self._arguments = ""  # of a custom tool's call, which become its input once they are complete
+        self._arguments = ""  # of a call that is written once they are complete
         self._numbers = itertools.count()
 
     @property
@@ -315,9 +320,8 @@ class ResponsesAnswer:
             elif isinstance(part, CallStart):
                 yield from self._close_item()
                 tool = self._client.tool(part.name)
-                kind = "custom_tool_call" if tool.custom else "function_call"
-                yield from self._open_item(kind, call_id=part.id, **tool.label)
-            elif self._items[-1]["type"] == "custom_tool_call":
+                yield from self._open_item(tool.item_kind, call_id=part.id, **tool.label)
+            elif self._items[-1]["type"] != "function_call":
                 self._arguments += part.text
             else:
                 yield from self._add(part.text, "response.function_call_arguments.delta")
@@ -327,11 +331,11 @@ class ResponsesAnswer:
         if not self._ended and self._items[-1]["type"] == kind:
             return
         yield from self._close_item()
-        prefix = {"reasoning": "rs", "message": "msg", "function_call": "fc", "custom_tool_call": "ctc"}[kind]
+        prefix = _CALLS[kind][0] if kind in _CALLS else {"reasoning": "rs", "message": "msg"}[kind]
         item: dict[str, Any] = {"id": f"{prefix}_{self._answers.submission.id}_{len(self._items)}", "type": kind}
         item["status"] = "in_progress"
         if kind in _CALLS:
-            item |= {**fields, _CALLS[kind]: ""}
+            item |= {**fields, _CALLS[kind][1]: _CALLS[kind][2]}
             self._arguments = ""
         else:
             item |= {"role": "assistant"} if kind == "message" else {"summary": []}
@@ -350,7 +354,7 @@ class ResponsesAnswer:
     def _add(self, text: str, kind: str, **fields: Any) -> Iterator[bytes]:
         item = self._items[-1]
         if item["type"] in _CALLS:
-            item[_CALLS[item["type"]]] += text
+            item[_CALLS[item["type"]][1]] += text
         else:
             item["content"][0]["text"] += text
         yield self._item_event(kind, delta=text, **fields)
@@ -363,7 +367,9 @@ class ResponsesAnswer:
         if item["type"] == "custom_tool_call" and (text := custom_input(self._arguments)):
             yield from self._add(text, "response.custom_tool_call_input.delta")
         self._ended, item["status"] = True, "completed"
-        if item["type"] == "custom_tool_call":
+        if item["type"] == "tool_search_call":
+            item["arguments"] = call_arguments(self._arguments)
+        elif item["type"] == "custom_tool_call":
             yield self._item_event("response.custom_tool_call_input.done", input=item["input"])
         elif item["type"] == "function_call":
             done = "response.function_call_arguments.done"
