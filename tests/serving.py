@@ -64,11 +64,12 @@ class Serving:
         keys=(),
         drain_seconds: float = 20,
         engine: Engine | None = None,
+        names: tuple[str, ...] = ("step-tiny", NAME),
         **options: Any,
     ):
         self.engine = engine or Engine(session, config)
         self.session, self._drain = session, drain_seconds
-        self._options = ServeOptions(("step-tiny", NAME), ApiKeys(keys), **options)
+        self._options = ServeOptions(names, ApiKeys(keys), **options)
         self._listening = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self.exit_code: int | None = None

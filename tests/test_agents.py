@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from agents import executable, scripted_calls
-from serving import NAME
+from serving import NAME, Serving
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "serving.md").read_text(encoding="utf-8")
 SNIPPETS = dict(re.findall(r"<!-- agent: (\w+) -->\n```\w+\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE))
@@ -61,9 +61,9 @@ def folder(tmp_path) -> Path:
     return project
 
 
-def codex(server, home: Path, folder: Path) -> str:
+def codex(server, home: Path, folder: Path, *, model: str = NAME) -> str:
     (home / ".codex").mkdir(parents=True)
-    (home / ".codex" / "config.toml").write_text(snippet("codex", server))
+    (home / ".codex" / "config.toml").write_text(snippet("codex", server).replace(NAME, model))
     command = [str(executable("codex")), "exec", "--dangerously-bypass-approvals-and-sandbox", ASKED]
     return run(command, folder, environment(home))
 
@@ -90,6 +90,20 @@ def snippet(name: str, server) -> str:
 
 def test_the_page_has_a_snippet_for_each():
     assert set(SNIPPETS) == {"codex", "claude", "opencode"}
+
+
+@pytest.mark.agents
+def test_codex_searches_for_tools_and_patches_a_file(step_tiny, home, folder):
+    """Under the name of a model that it knows, Codex offers a custom tool, and a search instead of namespaces."""
+    patch = "*** Begin Patch\n*** Add File: made.txt\n+825\n*** End Patch\n"
+    with Serving(step_tiny, names=("gpt-5.5",)) as server:
+        with scripted_calls({"apply_patch": {"input": patch}}, TEXT):
+            assert TEXT in codex(server, home / "patch", folder, model="gpt-5.5")
+        assert (folder / "made.txt").read_text() == "825\n"
+        with scripted_calls({"tool_search": {"query": "spawn agent"}}, TEXT) as chats:
+            assert TEXT in codex(server, home / "search", folder, model="gpt-5.5")
+    first, second = ({tool["function"]["name"] for tool in body.tools or ()} for body in chats[-2:])
+    assert "multi_agent_v1__spawn_agent" in second - first
 
 
 def conversation(body: Any) -> list[Any]:
