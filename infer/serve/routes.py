@@ -15,6 +15,7 @@ from stepjax.infer.serve.bodies import PARSED, SIZE, off_loop
 from stepjax.infer.serve.errors import ApiError, field_name
 from stepjax.infer.serve.fields.dialects import FIELD_TABLES
 from stepjax.infer.serve.fields.field_table import FieldTable
+from stepjax.infer.serve.middleware import Scope
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -38,7 +39,7 @@ class BodyRoute(APIRoute):
         async def handle(request: Request) -> Response:
             if PARSED not in request.scope:
                 raise ApiError("body: expected a JSON object, found nothing", code="invalid_json")
-            body, names = await off_loop(request.scope[SIZE], validated, model, table, request.scope.pop(PARSED))
+            body, names = await off_loop(request.scope[SIZE], _taken, model, table, request.scope)
             response = await (self.endpoint(request, body) if takes_request else self.endpoint(body))
             names = sorted({*names, *getattr(request.state, "ignored", ())})
             if names:
@@ -46,6 +47,15 @@ class BodyRoute(APIRoute):
             return response
 
         return handle
+
+
+def _taken(model: type[T], table: FieldTable, scope: Scope) -> tuple[T, list[str]]:
+    """The body that waits in the scope, validated. What of it nobody reads is freed here, since that takes time too."""
+    body, names = validated(model, table, scope.pop(PARSED))
+    for name in [*(body.model_extra or ())]:
+        if (rule := table.rule(name)) is None or rule.treatment != "done":
+            del body.model_extra[name]  # pyright: ignore[reportOptionalSubscript]
+    return body, names
 
 
 def validated(model: type[T], table: FieldTable, value: Mapping[str, Any]) -> tuple[T, list[str]]:
