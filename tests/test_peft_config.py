@@ -99,6 +99,9 @@ def test_the_keys_are_those_that_peft_writes():
         ("loftq_config", {"loftq_bits": 4}, "set it to null"),
         ("megatron_config", {"hidden_size": 64}, "Megatron"),
         ("use_bdlora", {"nblocks": 2}, "block-diagonal"),
+        ("use_bdlora", {}, "block-diagonal"),  # PEFT takes it for its defaults, as those of the next two
+        ("velora_config", {}, "merge_and_unload"),
+        ("arrow_config", {}, "several adapters"),
         ("kasa_config", {"beta": 1e-4}, "third factor"),
         ("velora_config", {"scale": 1.0}, "merge_and_unload"),
         ("monteclora_config", {"num_samples": 8}, "at random"),
