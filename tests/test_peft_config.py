@@ -99,6 +99,9 @@ def test_the_keys_are_those_that_peft_writes():
         ("loftq_config", {"loftq_bits": 4}, "set it to null"),
         ("megatron_config", {"hidden_size": 64}, "Megatron"),
         ("use_bdlora", {"nblocks": 2}, "block-diagonal"),
+        ("use_bdlora", {}, "block-diagonal"),  # PEFT takes it for its defaults, as those of the next two
+        ("velora_config", {}, "merge_and_unload"),
+        ("arrow_config", {}, "several adapters"),
         ("kasa_config", {"beta": 1e-4}, "third factor"),
         ("velora_config", {"scale": 1.0}, "merge_and_unload"),
         ("monteclora_config", {"num_samples": 8}, "at random"),
@@ -122,6 +125,7 @@ def test_the_keys_are_those_that_peft_writes():
         ("rank_pattern", {"(": 4}, "expected a regular expression"),
         ("alpha_pattern", {"q_proj": None}, "positive numbers"),
         ("alpha_pattern", {"*": 4}, "expected a regular expression"),
+        ("alpha_pattern", {"[": 4}, "expected a regular expression"),
         ("target_modules", ["q_proj"], "does not name model.layers.0.self_attn.v_proj"),
         ("target_modules", ["proj"], "does not name"),
         ("target_modules", r".*\.q_proj", "does not match model.layers.0.self_attn.v_proj"),
@@ -202,6 +206,8 @@ def test_a_file_without_version_is_refused_only_where_versions_differ(tmp_path):
     message = refusal(peft_folder(tmp_path / "bare", bare | whole, TENSORS))
     assert "alpha_pattern gives model.layers.0.self_attn.q_proj an alpha of 6 or 8" in message
     assert '"peft_version"' in message
+    odd = bare | {"alpha_pattern": {"q_proj)(": 6}}  # no regular expression to some versions
+    assert "alpha_pattern has 'q_proj)('" in refusal(peft_folder(tmp_path / "odd", odd, TENSORS))
     found = scales(peft_folder(tmp_path / "told", bare | whole | {"peft_version": "0.18.1"}, TENSORS))
     assert found[Q] == pytest.approx(1.5)
     found = scales(peft_folder(tmp_path / "key", bare | whole | {"corda_config": None}, TENSORS))  # a key of 0.15

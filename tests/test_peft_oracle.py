@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import random_tensors, small_hub_config, write_folder
+from hypothesis import given, settings, strategies as st
+from peft_folders import WRITTEN, peft_folder
+from safetensors.numpy import load_file
 from test_adapter_io import ours, reference
+from test_peft_config import LIKELY, NAMES, SHAPES, STEMS, TENSORS, scales
 
-from stepjax.adapters.peft import CONFIG, export_adapter, import_adapter
+from stepjax.adapters.peft import CONFIG, WEIGHTS, export_adapter, import_adapter
+from stepjax.adapters.peft_names import PREFIX
 from stepjax.config import ModelConfig
 from stepjax.errors import CheckpointError
 
@@ -35,14 +42,24 @@ def base(tmp_path_factory) -> Path:
     return folder
 
 
+@functools.cache
+def _loaded(base: Path) -> Any:
+    return reference(base, HUB)
+
+
+def bare(base: Path) -> Any:
+    """The reference without an adapter, a new one each time."""
+    return copy.deepcopy(_loaded(base))
+
+
 def adapted(base: Path, **changes: Any) -> Any:
     """The reference with a PEFT adapter of which every trained number is moved."""
     import torch
     from peft import LoraConfig, get_peft_model
 
-    settings = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", "target_modules": TEXT} | changes
+    wanted = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", "target_modules": TEXT} | changes
     torch.manual_seed(0)
-    return get_peft_model(reference(base, HUB), LoraConfig(**settings)).eval()
+    return get_peft_model(bare(base), LoraConfig(**wanted)).eval()
 
 
 def moved(model: Any) -> Any:
@@ -98,11 +115,11 @@ def test_plain_lora_gives_the_logits_of_peft(base, tmp_path, case):
     model = moved(adapted(base, **SAME[case]))
     model.save_pretrained(tmp_path / "adapter")
     found, expected = imported(tmp_path / "adapter"), logits(model)
-    assert np.abs(expected - logits(reference(base, HUB))).max() > 0.1
+    assert np.abs(expected - logits(bare(base))).max() > 0.1
     np.testing.assert_allclose(found, expected, atol=TOLERANCE)
     adapter, lora = import_adapter(tmp_path / "adapter", MODEL)
     export_adapter(tmp_path / "again", MODEL, adapter, lora, form="transformers")
-    again = PeftModel.from_pretrained(reference(base, HUB), str(tmp_path / "again")).eval()
+    again = PeftModel.from_pretrained(bare(base), str(tmp_path / "again")).eval()
     np.testing.assert_allclose(logits(again), expected, atol=TOLERANCE)
 
 
@@ -199,7 +216,7 @@ def test_the_advice_for_eva_works(base, tmp_path):
 
     model = moved(adapted(base, init_lora_weights="eva"))
     model.save_pretrained(tmp_path / "eva")
-    again = PeftModel.from_pretrained(reference(base, HUB), str(tmp_path / "eva"))
+    again = PeftModel.from_pretrained(bare(base), str(tmp_path / "eva"))
     again.peft_config["default"].init_lora_weights = True
     again.peft_config["default"].eva_config = None
     again.save_pretrained(tmp_path / "plain")
@@ -207,11 +224,76 @@ def test_the_advice_for_eva_works(base, tmp_path):
 
 
 def test_our_keys_are_those_of_peft(base, tmp_path):
-    from peft_folders import WRITTEN
-
     adapted(base).save_pretrained(tmp_path / "adapter")
     about = json.loads((tmp_path / "adapter" / CONFIG).read_text(encoding="utf-8"))
     same = ("base_model_name_or_path", "target_modules")
     assert {key: value for key, value in about.items() if key not in same} == {
         key: value for key, value in WRITTEN.items() if key not in same
     }
+
+
+def small_torch_model() -> Any:
+    """Linear layers under the names of the attention of two layers, and an output matrix."""
+    from torch import nn
+    from transformers import PretrainedConfig
+
+    class Top(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = PretrainedConfig()
+            self.model, self.lm_head = nn.Module(), nn.Linear(64, 128, bias=False)
+            self.model.layers = nn.ModuleList([nn.Module(), nn.Module()])
+            for number, layer in enumerate(self.model.layers):
+                layer.self_attn = nn.Module()
+                for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                    size_out, size_in = SHAPES[f"model.layers.{number}.self_attn.{name}"]
+                    layer.self_attn.add_module(name, nn.Linear(size_in, size_out, bias=False))
+
+        def prepare_inputs_for_generation(self, *arguments: Any, **options: Any) -> Any:
+            raise NotImplementedError
+
+    return Top()
+
+
+def scales_in_peft(folder: Path) -> dict[str, float]:
+    """`test_peft_config.scales` by PEFT itself, which is shown to change no weight and to use no variant."""
+    import torch
+    from peft import PeftModel
+
+    model = small_torch_model()
+    before = {name: leaf.detach().clone() for name, leaf in model.named_parameters()}
+    modules = dict(PeftModel.from_pretrained(model, str(folder)).named_modules())
+    tensors, out = load_file(folder / WEIGHTS), {}
+    for stem in STEMS:
+        module: Any = modules[f"{PREFIX}{stem}"]
+        assert not module.lora_variant
+        assert torch.equal(module.get_base_layer().weight, before[f"{stem}.weight"])
+        a, b = (tensors[f"{PREFIX}{stem}.lora_{factor}.weight"] for factor in "AB")
+        delta = module.get_delta_weight("default").detach().numpy()
+        out[stem] = float(np.vdot(delta, b @ a) / np.vdot(b @ a, b @ a))
+        np.testing.assert_allclose(delta, out[stem] * (b @ a), rtol=1e-4, atol=1e-4 * max(1.0, abs(out[stem])))
+    return out
+
+
+SELECTIONS = st.sampled_from(
+    [["k_proj", "q_proj", "v_proj"], r".*\.(q|v)_proj", ["layers.0.self_attn.q_proj"], ["o_proj"], [0, 1], 0, "layers"]
+)
+PATTERNS = st.dictionaries(
+    st.sampled_from(["q_proj", "v_proj", r"layers\.1\..*", "self_attn.q_proj", "q_proj|v_proj", "^model.*"]),
+    st.sampled_from([4, 6, 16]),
+)
+
+
+@settings(max_examples=150)
+@given(changes=st.dictionaries(NAMES, LIKELY | SELECTIONS | PATTERNS, min_size=1, max_size=3))
+def test_any_change_is_refused_or_has_the_scale_that_peft_gives(tmp_path_factory, changes):
+    folder = peft_folder(tmp_path_factory.getbasetemp() / "changed", changes, TENSORS)
+    try:
+        found = scales(folder)
+    except CheckpointError:
+        return
+    try:
+        expected = scales_in_peft(folder)
+    except (TypeError, ValueError, AttributeError):  # PEFT does not load the folder
+        return
+    assert found == pytest.approx(expected, rel=1e-3)

@@ -7,7 +7,6 @@ versions remain and read the file differently, it is refused.
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -38,8 +37,6 @@ _WHOLE_PATTERNS: Version = (0, 15)  # before, something had to stand before a pa
 _STACKED_AS_LINEAR: Version = (0, 19)  # before, the factors of stacked experts were those of the transposed weight
 
 _FORMS: Mapping[str, str] = {  # in which PEFT puts the strings of a key
-    "rank_pattern": r"(.*\.)?({})$",
-    "alpha_pattern": r"(.*\.)?({})$",
     "target_modules": "{}",
     "exclude_modules": "{}",
     "layers_pattern": r"(?:^|.*?\.){}\.(?P<idx>\d+)\.",
@@ -72,7 +69,8 @@ class PeftConfig:
         for name, form in _FORMS.items():
             if name not in ("target_modules", "exclude_modules") or isinstance(values.get(name), str):
                 for pattern in config._strings(name):
-                    config._compile(name, form, pattern)
+                    config._compiled(name, form, pattern)
+        assert config._patterns  # compiles the two tables
         return config
 
     @property
@@ -155,12 +153,29 @@ class PeftConfig:
     def _rank_and_alpha(self, name: str, version: Version) -> tuple[str, int, float]:
         """The key that sets the rank of ``name``, the rank, and the alpha, as a version of PEFT reads them."""
         ranks, alphas = (self.values.get(table) or {} for table in ("rank_pattern", "alpha_pattern"))
+        of_ranks, of_alphas = (self._patterns[table, version] for table in ("rank_pattern", "alpha_pattern"))
         if version < _SEPARATE_PATTERNS:
-            of_rank = of_alpha = _first_match(itertools.chain(ranks, alphas), name, version)
+            of_rank = of_alpha = _first_match((*of_ranks, *of_alphas), name)
         else:
-            of_rank, of_alpha = (_first_match(patterns, name, version) for patterns in (ranks, alphas))
+            of_rank, of_alpha = _first_match(of_ranks, name), _first_match(of_alphas, name)
         key = f"rank_pattern[{of_rank!r}]" if of_rank in ranks else "r"
         return key, ranks.get(of_rank, self.values["r"]), float(alphas.get(of_alpha, self.values["lora_alpha"]))
+
+    @cached_property
+    def _patterns(self) -> Mapping[tuple[str, Version], tuple[tuple[str, re.Pattern[str]], ...]]:
+        """The patterns of each table by the versions that read them, in the order of the file.
+
+        PEFT sorts them when it saves. The first in the file need not be the first that it trained with, but is the one
+        that PEFT takes when it loads the file.
+        """
+        return {
+            (table, version): tuple(
+                (key, self._compiled(table, r"(.*\.)?({})$" if version >= _WHOLE_PATTERNS else r".*\.{}$", key))
+                for key in self._strings(table)
+            )
+            for table in ("rank_pattern", "alpha_pattern")
+            for version in self.versions
+        }
 
     @cached_property
     def _sets(self) -> Mapping[str, frozenset[str]]:
@@ -176,23 +191,18 @@ class PeftConfig:
         value = self.values.get(name) or ()
         return (value,) if isinstance(value, str) else tuple(value)  # the keys of a table
 
-    def _compile(self, name: str, form: str, pattern: str) -> None:
+    def _compiled(self, name: str, form: str, pattern: str) -> re.Pattern[str]:
         try:
-            re.compile(form.replace("{}", pattern))
+            return re.compile(form.replace("{}", pattern))
         except (re.error, OverflowError, RecursionError) as error:
             raise CheckpointError(
                 f"{self.path}: {name} has {pattern[:80]!r}, expected a regular expression ({error})"
             ) from None
 
 
-def _first_match(patterns: Iterable[str], name: str, version: Version) -> str:
-    """The first pattern that matches a name; the name itself, which may be a key too, if none does.
-
-    PEFT sorts the patterns when it saves them. The first in the file need not be the first that it trained with, but is
-    the one that PEFT takes when it loads the file.
-    """
-    form = _FORMS["rank_pattern"] if version >= _WHOLE_PATTERNS else r".*\.{}$"
-    return next((key for key in patterns if re.match(form.replace("{}", key), name)), name)
+def _first_match(patterns: Iterable[tuple[str, re.Pattern[str]]], name: str) -> str:
+    """The first pattern that matches a name; the name itself, which may be a key too, if none does."""
+    return next((key for key, pattern in patterns if pattern.match(name)), name)
 
 
 def _versions(path: Path, values: Mapping[str, Any]) -> tuple[Version, ...]:

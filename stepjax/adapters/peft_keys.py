@@ -79,6 +79,10 @@ def _is_optional(*kinds: type) -> Callable[[Any], bool]:
     return lambda value: value is None or isinstance(value, kinds)
 
 
+def _is_optional_false(value: Any) -> bool:
+    return value is None or value is False
+
+
 def _is_names(value: Any) -> bool:
     return value is None or isinstance(value, str) or _is_list(value, str)
 
@@ -123,8 +127,13 @@ _TEXT = Key("a string or null", _is_optional(str))
 _NAMES = Key("a list of names, a regular expression, or null", _is_names)
 
 
-def _off(advice: str, supported: str = "null") -> Key:
-    return Key(supported, off, advice)
+def _flag(advice: str) -> Key:
+    return Key("false", _is_optional_false, advice)
+
+
+def _unset(advice: str) -> Key:
+    """A key that must be null: an empty table switches its kind of adapter on, with the defaults of PEFT."""
+    return Key("null", lambda value: value is None, advice)
 
 
 KEYS: Mapping[str, Key] = {
@@ -144,12 +153,12 @@ KEYS: Mapping[str, Key] = {
     # How training began and went.
     "init_lora_weights": Key("true, false, 'gaussian', 'orthogonal' or 'mica'", _is_initialisation),
     "lora_dropout": Key("a number from 0 to 1, which has no effect here", _is_dropout),
-    "loftq_config": _off(_UNUSED, "{} or null"),
-    "eva_config": _off(_UNUSED),
-    "corda_config": _off(_UNUSED),
-    "lora_ga_config": _off(_UNUSED),
+    "loftq_config": Key("{} or null", off, _UNUSED),
+    "eva_config": _unset(_UNUSED),
+    "corda_config": _unset(_UNUSED),
+    "lora_ga_config": _unset(_UNUSED),
     "megatron_core": _TEXT,  # used with megatron_config only
-    "megatron_config": _off("save the adapter from a model that Megatron has not split"),
+    "megatron_config": _unset("save the adapter from a model that Megatron has not split"),
     # The scale of each pair of factors.
     "r": Key("a positive whole number", _is_rank),
     "lora_alpha": Key("a positive number", is_number),
@@ -169,19 +178,19 @@ KEYS: Mapping[str, Key] = {
     "ensure_weight_tying": Key("a bool, which has no effect here", _is_optional(bool)),  # no weights are tied
     # What is more, or other, than plain LoRA.
     "bias": Key("'none'", lambda value: value in ("none", None), "trained biases are not LoRA; " + _MERGE),
-    "fan_in_fan_out": _off("it is for weights that are stored transposed, which this model has not", "false"),
-    "use_dora": _off("DoRA is not supported; " + _MERGE, "false"),
-    "lora_bias": _off("biases beside B are not supported; train it without", "false"),
-    "use_qalora": _off("QALoRA is not supported; " + _MERGE, "false"),
+    "fan_in_fan_out": _flag("it is for weights that are stored transposed, which this model has not"),
+    "use_dora": _flag("DoRA is not supported; " + _MERGE),
+    "lora_bias": _flag("biases beside B are not supported; train it without"),
+    "use_qalora": _flag("QALoRA is not supported; " + _MERGE),
     "qalora_group_size": Key(
         "a whole number, which has no effect here", _is_optional(int)
     ),  # used with use_qalora only
-    "alora_invocation_tokens": _off("aLoRA is on from certain tokens only; " + _RETRAIN),
-    "trainable_token_indices": _off("trained rows of the embedding are not LoRA; " + _MERGE),
-    "layer_replication": _off("it is an adapter of a model with more layers; " + _MERGE),
-    "arrow_config": _off("Arrow routes between several adapters; " + _RETRAIN),
-    "use_bdlora": _off("BD-LoRA has block-diagonal factors; " + _MERGE),
-    "kasa_config": _off("KaSA changes the base, and has a third factor; " + _MERGE),
-    "velora_config": _off("VeLoRA is not supported; " + _MERGE),
-    "monteclora_config": _off("MonteCLoRA draws its factors at random; " + _RETRAIN),
+    "alora_invocation_tokens": _unset("aLoRA is on from certain tokens only; " + _RETRAIN),
+    "trainable_token_indices": _unset("trained rows of the embedding are not LoRA; " + _MERGE),
+    "layer_replication": _unset("it is an adapter of a model with more layers; " + _MERGE),
+    "arrow_config": _unset("Arrow routes between several adapters; " + _RETRAIN),
+    "use_bdlora": _unset("BD-LoRA has block-diagonal factors; " + _MERGE),
+    "kasa_config": _unset("KaSA changes the base, and has a third factor; " + _MERGE),
+    "velora_config": _unset("VeLoRA is not supported; " + _MERGE),
+    "monteclora_config": _unset("MonteCLoRA draws its factors at random; " + _RETRAIN),
 }
