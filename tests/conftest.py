@@ -78,7 +78,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out.add("node")
     if not all(map(executable, PACKAGES)):
         left_out.add("agents")
-    if not (find_spec("langchain_nvidia_ai_endpoints") and find_spec("anthropic")):
+    if not (find_spec("langchain_nvidia_ai_endpoints") and find_spec("langchain_openai") and find_spec("anthropic")):
         left_out.add("clients")
     if not find_spec("litellm"):
         left_out.add("litellm")

@@ -26,7 +26,7 @@ def normal(dialect: str, body: dict[str, Any]) -> dict[str, Any]:
 
 def _without_ids(value: Any) -> Any:
     """Ids are drawn for each answer."""
-    text = re.sub(r'"(call|resp|msg|rs|fc)_[0-9a-f]{24}(_\d+)?"', r'"\1\2"', json.dumps(value, ensure_ascii=False))
+    text = re.sub(r'"(call|resp|msg|rs|fc|ctc)_[0-9a-f]{24}(_\d+)?"', r'"\1\2"', json.dumps(value, ensure_ascii=False))
     return json.loads(text)
 
 
@@ -81,19 +81,24 @@ def _add_delta(message: dict[str, Any], delta: dict[str, Any]) -> None:
             assert len({each["index"] for each in value}) == len(value), "two entries of an index in a chunk"
             for each in value:
                 _add_call(calls, dict(each))
+        elif name == "function_call":
+            first = message.setdefault(name, {"arguments": ""})
+            message[name] = first | value | {"arguments": first["arguments"] + value["arguments"]}
         else:
             message[name] = message.get(name, "") + value
 
 
 def _add_call(calls: list[dict[str, Any]], entry: dict[str, Any]) -> None:
-    index, function = entry.pop("index"), entry["function"]
+    index = entry.pop("index")
+    kind = "custom" if "custom" in entry else "function"
+    argument, function = {"custom": "input", "function": "arguments"}[kind], entry[kind]
     if index == len(calls):
-        assert (entry["type"], set(function)) == ("function", {"name", "arguments"})
+        assert (entry["type"], set(function)) == (kind, {"name", argument})
         calls.append(entry)
         return
-    assert (index, set(entry), set(function)) == (len(calls) - 1, {"function"}, {"arguments"})
-    calls[index]["function"] = {**calls[index]["function"]}
-    calls[index]["function"]["arguments"] += function["arguments"]
+    assert (index, set(entry), set(function)) == (len(calls) - 1, {kind}, {argument})
+    before = calls[index][kind]
+    calls[index][kind] = before | {argument: before[argument] + function[argument]}
 
 
 def _messages(events: list[dict[str, Any]]) -> dict[str, Any]:
@@ -134,6 +139,8 @@ def _responses(events: list[dict[str, Any]]) -> dict[str, Any]:
             output[index]["content"].append(event["part"])
         elif kind == "response.function_call_arguments.delta":
             output[index]["arguments"] += event["delta"]
+        elif kind == "response.custom_tool_call_input.delta":
+            output[index]["input"] += event["delta"]
         elif kind.endswith(".delta"):
             part = output[index]["content"][0]
             part["text"] += event["delta"]
@@ -141,6 +148,8 @@ def _responses(events: list[dict[str, Any]]) -> dict[str, Any]:
                 part["logprobs"] += event["logprobs"]
         elif kind == "response.output_item.done":
             output[index]["status"] = "completed"
+            if "encrypted_content" in event["item"]:  # comes at the end
+                output[index]["encrypted_content"] = event["item"]["encrypted_content"]
             assert output[index] == event["item"]
     response = events[-1]["response"]
     assert response["output"] == output

@@ -18,12 +18,14 @@ from stepjax.text.tokenizer import Tokenizer
 
 CALL = "<tool_call>\n<function=get_weather>\n<parameter=city>\nSão 1\n</parameter>\n</function>\n</tool_call>"
 LINES = "<tool_call>\n<function=get_weather>\n<parameter=city>\na\n</parameter>\n<parameter=x>\n2\n</parameter>\n"
+CUSTOM = "<tool_call>\n<function=run>\n<parameter=input>\n82 é\n{}\n</parameter>\n</function>\n</tool_call>\n"
 # What the answers say. "</think>" and the like are control tokens; a text in a list is spelled byte by byte.
 SCRIPTS: dict[str, list[str | list[str] | list[bytes]]] = {
     "plain": ["7+8+0=5 carry 1\n", "</think>", "\n825 is the sum.\nIt is 825", "<|im_end|>"],
     "letters": ["é 你好", "</think>", "\n", ["Çé 你好 😀\nx"], " a😀b", "<|im_end|>"],
     "call": ["think\n", "</think>", "\nI look.\n", CALL, "\n", "<|im_end|>"],
     "calls": ["think", CALL, "\n", [CALL], "and\n82 then", CALL, CALL, "\nso 825.", "<|im_end|>"],
+    "a custom call": ["t", "</think>", "\n", CUSTOM, CALL.replace("get_weather", "files__get_weather"), "<|im_end|>"],
     "a call ends the thinking": ["a 82\n", "<tool_call>", CALL.removeprefix("<tool_call>"), "<|im_end|>"],
     "an open call": ["x", "</think>", "\nHi 82 ", LINES, "82"],
     "markers": ["a", "</think>", "\nb</", "</think>", "\nc <tool 8", "</think>", "2 <", "<think>", "d\n", "<|im_end|>"],
