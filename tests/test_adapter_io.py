@@ -18,7 +18,8 @@ from tiny import small_config
 
 from stepjax.adapters.lora import LoraConfig, attach, merge
 from stepjax.adapters.peft import CONFIG, WEIGHTS, export_adapter, import_adapter
-from stepjax.adapters.peft_names import FileForm, stacked, unstacked
+from stepjax.adapters.peft_keys import FileForm
+from stepjax.adapters.peft_names import stacked, unstacked
 from stepjax.config import ModelConfig
 from stepjax.errors import CheckpointError
 from stepjax.model.cache import Chunk

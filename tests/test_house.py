@@ -247,6 +247,23 @@ def test_import_loads_nothing_else():
     }
 
 
+def test_help_of_every_command_appears_without_jax():
+    """It takes a second to import, and more for other libraries of arrays and servers."""
+    script = """
+import contextlib, io, sys
+from stepjax.cli import VERBS, main
+
+for verb in VERBS:
+    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+        main([verb, "--help"])
+    assert "example:" in text.getvalue(), verb
+    loaded = {"jax", "flax", "optax", "orbax", "fastapi", "pydantic", "transformers", "torch"} & {*sys.modules}
+    assert not loaded, f"stepjax {verb} --help loads {loaded}"
+"""
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_public_names_have_a_home():
     import stepjax
 

@@ -168,14 +168,15 @@ def test_servers_share_a_folder_of_programs_and_may_be_killed(tmp_path):
         killed.kill_while_it_writes(root / "programs")
         kept.wait_until_ready()
         assert "program cache: compiled" in kept.end()
-        commands = [Command(root), Command(root)]
-        for command in commands:
+        again = [Command(root), Command(root)]
+        commands += again
+        for command in again:
             command.wait_until_ready()
-        for command in commands:
+        for command in again:
             log = command.end()
             assert "program cache: loaded" in log
             assert "program cache: compiled" not in log
             assert "cannot be used" not in log
     finally:
         for command in commands:
-            command.process.kill()
+            command.close()

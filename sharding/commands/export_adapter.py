@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from stepjax.adapters.peft_names import FILE_FORMS
+from stepjax.adapters.peft_keys import FILE_FORMS
 from stepjax.commands.writing import add_leave_out, left_out
 from stepjax.errors import CheckpointError
 

@@ -21,11 +21,9 @@ from safetensors.numpy import save_file
 
 from stepjax.adapters.lora import ATTENTION, LoraConfig, adapted_paths, check_fit, describe, target_name
 from stepjax.adapters.peft_config import PeftConfig
-from stepjax.adapters.peft_keys import PARTS
+from stepjax.adapters.peft_keys import FILE_FORMS, PARTS, FileForm
 from stepjax.adapters.peft_names import (
-    FILE_FORMS,
     PREFIX,
-    FileForm,
     Pair,
     is_parameter,
     modules,

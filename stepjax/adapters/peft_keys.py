@@ -10,9 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from stepjax.errors import CheckpointError
+
+FileForm = Literal["peft", "experts", "transformers"]  # of an adapter's file: see `stepjax.adapters.peft_names`
+FILE_FORMS: tuple[str, ...] = get_args(FileForm)
 
 
 @dataclass(frozen=True)

@@ -18,18 +18,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 
 from stepjax.adapters.lora import target_name
-from stepjax.adapters.peft_keys import PARTS
+from stepjax.adapters.peft_keys import PARTS, FileForm
 from stepjax.config import ModelConfig
 from stepjax.errors import CheckpointError
 from stepjax.weights.inventory import TensorSpec, inventory
-
-FileForm = Literal["peft", "experts", "transformers"]
-FILE_FORMS: tuple[str, ...] = get_args(FileForm)
 
 PREFIX = "base_model.model."
 _FACTOR = re.compile(r"\.lora_([AB])(?:\.\w+)?\.weight$")  # some writers keep the adapter's name in the key

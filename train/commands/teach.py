@@ -6,8 +6,6 @@ import argparse
 from pathlib import Path
 
 from stepjax.errors import ConfigError
-from stepjax.train.config.reader import read_settings
-from stepjax.train.config.tune import TuneConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Score the completion of each row, in the order of the file."""
+    from stepjax.train.config.reader import read_settings
+    from stepjax.train.config.tune import TuneConfig
+
     config = read_settings(TuneConfig, args.config, [*args.set, 'verb="sft"', 'rollout.source="data"'])
     name = args.data or next(iter(config.data))
     if config.data.get(name) is None or config.data[name].kind != "jsonl":
