@@ -95,7 +95,7 @@ class EngineConfig:
         runner = session.runner(self.speculate, routing=self.routing)
         stack_size = self.stack_size(session)
         stack = AdapterStack(session, stack_size) if stack_size else None  # before the cache, which takes what is left
-        params = stack.params if stack else session.params
+        params = stack.params if stack else session.table
         eos_ids = session.config.eos_ids
         return Executor(runner, params, self.sizes(session), dtype=session.dtype, eos_ids=eos_ids, adapters=stack)
 
