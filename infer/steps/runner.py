@@ -331,6 +331,5 @@ def with_slots(params: Params, slot_B: jax.Array | None) -> Params:
     if slot_B is None:
         return params
     return {
-        path: replace(weight, slot=slot_B) if isinstance(weight, Adapted) else weight
-        for path, weight in params.items()
+        path: replace(weight, slot=slot_B) if isinstance(weight, Adapted) else weight for path, weight in params.items()
     }

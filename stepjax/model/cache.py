@@ -341,9 +341,7 @@ def _entry(index: jax.Array, cache: jax.Array, layer: jax.Array | None) -> jax.A
     return jnp.where(index < size, layer * size + index, layers * size)
 
 
-def store(
-    cache_BSKH: jax.Array, row_BT: jax.Array, new_BTKH: jax.Array, layer: jax.Array | None = None
-) -> jax.Array:
+def store(cache_BSKH: jax.Array, row_BT: jax.Array, new_BTKH: jax.Array, layer: jax.Array | None = None) -> jax.Array:
     """The cache with new rows in place; a row past the end is dropped.
 
     Mapped over the batch, so that a partitioner sees that no sequence writes into another's rows.
@@ -414,5 +412,7 @@ def empty_cache(
         return Pages(*pair(*pages)) if pages else RowCache(*pair(batch, length))
 
     beside = [layer for i, layer in enumerate(config.layers) if period is None or i not in period.layers]
-    looped = [view(config.layers[period.first + place], period.count) for place in range(period.length)] if period else []
+    looped = (
+        [view(config.layers[period.first + place], period.count) for place in range(period.length)] if period else []
+    )
     return Cache(tuple(map(view, beside)), tuple(map(view, config.mtp_layers)) if mtp else (), tuple(looped))

@@ -99,7 +99,7 @@ def _cut(state: nnx.State, index: jax.Array, layout: Layout) -> nnx.State:
 
     def cut(path: Any, variable: Any) -> Any:
         axes = variable.get_metadata("axes")[1:]
-        late = "experts" in path or len(axes) == 2 and _whole(layout.parameter(*axes))
+        late = "experts" in path or (len(axes) == 2 and _whole(layout.parameter(*axes)))
         return type(variable)(_layer(variable.get_value(), index, late=late), axes=axes)
 
     return nnx.from_flat_state([(path, cut(path, variable)) for path, variable in nnx.to_flat_state(state)])

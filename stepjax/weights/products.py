@@ -62,4 +62,6 @@ def stacked_product(x: jax.Array, stack_LOI: jax.Array, layer: jax.Array, dtype:
         sums = [jnp.sum(wide * row[None].astype(jnp.float32), axis=-1) for row in x.reshape(rows, -1)]
         return jnp.stack(sums).astype(dtype).reshape(*x.shape[:-1], -1)
 
-    return jax.lax.platform_dependent(x, w, cpu=lambda x, w: linear_product(x, w.astype(x.dtype), dtype), default=summed)
+    return jax.lax.platform_dependent(
+        x, w, cpu=lambda x, w: linear_product(x, w.astype(x.dtype), dtype), default=summed
+    )
