@@ -120,7 +120,8 @@ def linear(w: AnyWeight, x: jax.Array, dtype: DTypeLike) -> jax.Array:
     base = plain(w)
     if isinstance(base, LayerWeight) and isinstance(base.stack, jax.Array):
         y = stacked_product(x, base.stack, base.layer, dtype)
-        w = w if isinstance(w, LayerWeight) else dataclasses.replace(w, a=w.a.astype(x.dtype), b=w.b.astype(x.dtype))
+        if isinstance(w, Adapted):
+            w = dataclasses.replace(w, a=w.a.astype(x.dtype), b=w.b.astype(x.dtype))
     else:
         w = widen(w, x.dtype)
         y = linear_product(x, _array(w), dtype)

@@ -85,7 +85,8 @@ def format_of(w: Weight) -> ExpertFormat:
 
 def dequantize(w: Weight, dtype: Any) -> jax.Array:
     """Any weight as an array of ``dtype``."""
-    w = w.sliced() if isinstance(w, LayerWeight) else w
+    if isinstance(w, LayerWeight):
+        return dequantize(w.sliced(), dtype)
     return w.dequantize(dtype) if isinstance(w, Quantised) else w.astype(dtype)
 
 
