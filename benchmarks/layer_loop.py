@@ -32,7 +32,7 @@ import stepjax.ops.grouped_matmul
 from stepjax.config import ModelConfig
 from stepjax.infer.sampling.state import Sampling
 from stepjax.infer.steps.runner import Runner
-from stepjax.infer.steps.state import Pieces, placement
+from stepjax.infer.steps.state import Pieces
 from stepjax.model.step3p5 import abstract
 from stepjax.ops.expert_dense import ExpertWeights
 from stepjax.ops.experts import routed_experts
@@ -137,9 +137,21 @@ def copied(text: str) -> Iterator[int]:
 
 
 def loop_turns(text: str) -> dict[str, int]:
-    """By the name of a loop's body: how often it runs, where XLA knows."""
-    loops = re.findall(r"while\(.*body=%?([\w.\-]+).*known_trip_count\":\{\"n\":\"(\d+)\"", text)
-    return {body: int(count) for body, count in loops}
+    """By the name of a loop's body: how often it runs in all; a loop of unknown length counts once."""
+    around: dict[str, tuple[str, int]] = {}  # body → the computation that its loop is in, and its turns
+    name = ""
+    for line in text.splitlines():
+        if header := re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line):
+            name = header[1]
+        if body := re.search(r" while\(.*body=%?([\w.\-]+)", line):
+            count = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+            around[body[1]] = name, int(count[1]) if count else 1
+
+    def turns(body: str) -> int:
+        outer, count = around.get(body, ("", 1))
+        return count * turns(outer) if outer else count
+
+    return {body: turns(body) for body in around}
 
 
 def engine_step(
@@ -154,9 +166,7 @@ def engine_step(
     runner = Runner(model, num_tokens=config.vocab_size, drafts=drafts)
     pages = -(-context // 64) + 1
     sampling = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, Sampling.empty(batch, config.vocab_size)))
-    state = jax.eval_shape(lambda s: runner._empty(batch, 0, jnp.bfloat16, (batch * pages + 1, 64), s), sampling)
-    where = placement(state, layout)
-    state = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, where)
+    state = runner.shapes(batch, 0, jnp.bfloat16, sampling, (batch * pages + 1, 64))
     table, zero = np.zeros((batch, pages), np.int32), np.zeros((batch,), np.int32)
     if prompt:
         pieces = Pieces(np.zeros((batch, prompt), np.int32), zero, zero, zero, zero, table, None, zero > 0)

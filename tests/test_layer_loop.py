@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from functools import cache, partial
 from typing import Any
 
@@ -17,11 +19,16 @@ import stepjax
 from stepjax.adapters import lora
 from stepjax.config import ModelConfig
 from stepjax.errors import RequestError
+from stepjax.infer.sampling.params import SamplingParams
+from stepjax.infer.sampling.state import Sampling
+from stepjax.infer.steps.runner import Runner
 from stepjax.model.cache import Chunk, empty_cache
 from stepjax.model.layer_tables import FlatParams, stack_layers
 from stepjax.model.layout import Layout, SingleDevice
 from stepjax.model.period import Period, period_of
 from stepjax.model.step3p5 import abstract, axes_of, bind, params_of
+from stepjax.sharding.compiled.step_study import abstract_params
+from stepjax.sharding.devices import devices
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.rules import ShardingRules
@@ -205,3 +212,25 @@ def test_load_takes_either_form():
     np.testing.assert_array_equal(looped.params["layers.2.moe.experts.up"], unrolled.params["layers.2.moe.experts.up"])
     with pytest.raises(RequestError, match="layers: is 'scanned', expected one of"):
         stepjax.load("step-tiny", layers="scanned")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.slow
+@pytest.mark.aot
+def test_a_decode_step_for_a_gpu_copies_no_weights():
+    """Slices and copies that are kernels of their own; the largest that is left is a ring of keys, 1 MB."""
+    whole = ModelConfig.preset("step-3.5-flash")
+    config = dataclasses.replace(whole, layers=(*whole.layers[:11], *whole.layers[43:]), mtp_layers=())
+    spec = MeshSpec.parse("data=1").resolve(1)
+    layout = MeshLayout(spec.build(devices("h200", 1)), ShardingRules(config, spec, "expert_tensor", IntGroups(4, 64)))
+    model = abstract(config, layout=layout, mtp=False, looped=True)
+    params, runner = abstract_params(model, layout), Runner(model, num_tokens=config.vocab_size, drafts=0)
+    state = runner.shapes(1, 0, jnp.bfloat16, Sampling.of([SamplingParams(seed=0)]), (65, 64))
+    arguments = params, state, np.ones((1,), bool), np.zeros((1, 64), np.int32)
+    text = runner.step().jitted(state).lower(*arguments).compile().as_text()
+    assert text is not None
+    assert "known_trip_count" in text
+    sizes, kernel = [], r"^  (?:ROOT )?%?([\w.\-]+) = \w+\[([\d,]+)\]\S* fusion\("
+    for name, shape in re.findall(kernel, text, re.MULTILINE):
+        if re.search("copy|slice|transpose", name) and "update" not in name:
+            sizes.append(math.prod(map(int, shape.split(","))))
+    assert max(sizes, default=0) < 2**20

@@ -110,9 +110,16 @@ class Runner:
         """Empty slots that share ``pages``: their number and size."""
         return self._placed(functools.partial(self._empty, slots, 0, dtype, pages), sampling)
 
-    def shapes(self, batch: int, length: int, dtype: DTypeLike, sampling: Sampling) -> State:
-        """The state that `start` makes, as shapes with shardings."""
-        state = jax.eval_shape(functools.partial(self._empty, batch, length, dtype, None), sampling)
+    def shapes(
+        self,
+        batch: int,
+        length: int,
+        dtype: DTypeLike,
+        sampling: Sampling,
+        pages: tuple[int, int] | None = None,
+    ) -> State:
+        """The state that `start` makes, or with ``pages`` `start_paged`, as shapes with shardings."""
+        state = jax.eval_shape(functools.partial(self._empty, batch, length, dtype, pages), sampling)
         where = placement(state, self.model.layout)
         return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, where)
 
