@@ -18,7 +18,7 @@ from tiny import random_params, small_config
 import stepjax
 from stepjax.adapters import lora
 from stepjax.config import ModelConfig
-from stepjax.errors import RequestError
+from stepjax.errors import ConfigError, RequestError
 from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.sampling.state import Sampling
 from stepjax.infer.steps.runner import Runner
@@ -212,6 +212,12 @@ def test_load_takes_either_form():
     np.testing.assert_array_equal(looped.params["layers.2.moe.experts.up"], unrolled.params["layers.2.moe.experts.up"])
     with pytest.raises(RequestError, match="layers: is 'scanned', expected one of"):
         stepjax.load("step-tiny", layers="scanned")  # pyright: ignore[reportArgumentType]
+
+
+def test_host_memory_is_refused_for_stacks():
+    session = stepjax.Session(CONFIG, looped_params(flat_params()), dtype=jnp.float32, looped=True)
+    with pytest.raises(ConfigError, match="host_cache_bytes: is 1048576, expected 0 for a model whose layers run in"):
+        stepjax.Engine(session, stepjax.EngineConfig(num_slots=2, context=96, page_size=8, host_cache_bytes=2**20))
 
 
 @pytest.mark.slow
