@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,9 @@ from stepjax.checkpoint.reader import Checkpoint, load_params
 from stepjax.config import ModelConfig
 from stepjax.errors import MeshError, RequestError
 from stepjax.infer.session import Session
+from stepjax.model.layer_tables import stack_layers
 from stepjax.model.layout import Layout, SingleDevice
+from stepjax.model.period import period_of
 from stepjax.model.step3p5 import abstract, axes_of
 from stepjax.program_cache import ProgramCache
 from stepjax.sharding.devices import want_virtual_devices
@@ -30,6 +32,9 @@ from stepjax.weights.formats import requested
 from stepjax.weights.int_groups import GROUP
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+LayerForm = Literal["auto", "looped", "unrolled"]
+
+LAYER_FORMS: dict[str, LayerForm] = {"cpu": "unrolled"}  # what "auto" is (docs/numbers.md, Layers as a loop)
 
 
 def load(
@@ -44,6 +49,7 @@ def load(
     expert_order: ExpertOrder | None = None,
     progress: Callable[[int, int], None] | None = None,
     program_cache: ProgramCache | None = None,
+    layers: LayerForm = "auto",
 ) -> Session:
     """Open a checkpoint and place its weights.
 
@@ -64,6 +70,9 @@ def load(
         devices (`stepjax.sharding.expert_order.balanced_order`); answers do not change.
       progress: called with (bytes read, bytes in all) after each tensor.
       program_cache: executables of earlier runs, as `use_caches` opens them; None: every run compiles its own.
+      layers: "looped" holds the repeated layers as stacks, and programs run them in a loop, so that they are compiled
+        once; "unrolled" compiles each by itself, as training needs it. "auto" takes what `LAYER_FORMS` says of the
+        device.
 
     Raises:
       CheckpointError, ConfigError, TokenizerError, TemplateError: the folder is not a usable checkpoint. Everything is
@@ -81,6 +90,7 @@ def load(
     experts = _experts(checkpoint, requested(keep_fp8=keep_fp8, quantize=quantize, group=group))
     layout = _layout(mesh, strategy, checkpoint.config, experts)
     chosen = _resolve_dtype(dtype)
+    looped = _looped(layers, checkpoint.config)
     report = None
     if layout.replicated:
         axes = axes_of(abstract(checkpoint.config, layout=layout, mtp=checkpoint.has_mtp))
@@ -97,6 +107,10 @@ def load(
         if expert_order:
             raise RequestError("expert_order: one device holds all experts; give it together with a mesh")
         params = load_params(checkpoint, chosen, experts=experts, progress=progress)
+    if looped:
+        model = abstract(checkpoint.config, layout=layout, mtp=checkpoint.has_mtp, looped=True)
+        assert model.period is not None
+        stack_layers(params, model.period, axes_of(model), layout)
     return Session(
         checkpoint.config,
         params,
@@ -108,7 +122,16 @@ def load(
         layout=layout,
         load_report=report,
         program_cache=program_cache,
+        looped=looped,
     )
+
+
+def _looped(layers: LayerForm, config: ModelConfig) -> bool:
+    if layers not in get_args(LayerForm):
+        raise RequestError(f"layers: is {layers!r}, expected one of {', '.join(get_args(LayerForm))}")
+    if layers == "auto":
+        layers = LAYER_FORMS.get(jax.default_backend(), "unrolled")
+    return layers == "looped" and period_of(config) is not None
 
 
 def _experts(checkpoint: Checkpoint, requested: ExpertFormat | None) -> ExpertFormat:

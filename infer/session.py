@@ -16,6 +16,7 @@ from stepjax.infer.guided.guide import Masks
 from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.steps.runner import Runner
 from stepjax.model.cache import MAX_DRAFTS, Chunk
+from stepjax.model.layer_tables import FlatParams
 from stepjax.model.layout import Layout
 from stepjax.model.step3p5 import Params, Step3p5, abstract, bind
 from stepjax.program_cache import ProgramCache
@@ -49,13 +50,24 @@ class Session:
         layout: Layout | None = None,
         load_report: LoadReport | None = None,
         program_cache: ProgramCache | None = None,
+        looped: bool = False,
     ):
+        """
+        Args:
+          params: by dotted path; of a looped model its table (`stepjax.model.layer_tables`).
+          looped: the repeated layers are stacks, and programs run them in a loop.
+        """
         self.program_cache = program_cache
-        self.config, self.params, self.dtype = config, params, dtype
+        self.config, self.table, self.dtype = config, params, dtype
         self.tokenizer, self.template = tokenizer, template
         self.generation_config, self.load_report = dict(generation_config or {}), load_report
-        self.model: Step3p5 = abstract(config, dtype=dtype, mtp=mtp, layout=layout)
+        self.model: Step3p5 = abstract(config, dtype=dtype, mtp=mtp, layout=layout, looped=looped)
         self._runners: dict[tuple[int, bool], Runner] = {}
+
+    @cached_property
+    def params(self) -> Params:
+        """Every parameter by its dotted path, as ``layers.7.moe.experts.gate``, however programs hold it (`table`)."""
+        return FlatParams(self.table, self.model.period) if self.model.period else self.table
 
     @property
     def max_drafts(self) -> int:
@@ -91,7 +103,8 @@ class Session:
         layout = self.model.layout.together()
         if layout == self.model.layout:
             return self.model
-        return abstract(self.config, dtype=self.dtype, mtp=bool(self.model.mtp), layout=layout)
+        looped = self.model.period is not None
+        return abstract(self.config, dtype=self.dtype, mtp=bool(self.model.mtp), layout=layout, looped=looped)
 
     @cached_property
     def grammars(self) -> Grammars:
@@ -105,7 +118,7 @@ class Session:
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Next-token logits of one sequence: float32 [T, V]; row t has seen tokens 0 … t."""
-        hidden, _ = self._score(self.params, self._padded(ids), mtp=False)
+        hidden, _ = self._score(self.table, self._padded(ids), mtp=False)
         return self._head(hidden, len(ids), None)
 
     def mtp_logits(self, ids: Sequence[int]) -> list[np.ndarray]:
@@ -114,7 +127,7 @@ class Session:
 
     def score(self, ids: Sequence[int]) -> tuple[np.ndarray, list[np.ndarray]]:
         """`logits` and `mtp_logits` from one pass."""
-        hidden, states = self._score(self.params, self._padded(ids), mtp=True)
+        hidden, states = self._score(self.table, self._padded(ids), mtp=True)
         depths = [self._head(state, max(len(ids) - k, 0), k - 1) for k, state in enumerate(states, start=1)]
         return self._head(hidden, len(ids), None), depths
 
@@ -194,7 +207,7 @@ class Session:
         """Logits of the first ``rows`` rows, a block at a time."""
         out = np.empty((rows, self.config.vocab_size), np.float32)
         for start in range(0, rows, HEAD_ROWS):
-            block = self._logits(self.params, hidden_BTD, np.int32(start), depth)
+            block = self._logits(self.table, hidden_BTD, np.int32(start), depth)
             out[start : start + HEAD_ROWS] = np.asarray(block)[: rows - start]
         return out
 

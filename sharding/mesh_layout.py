@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from stepjax.model.cache import CacheView, Chunk
+from stepjax.model.cache import CacheView, Chunk, cache_axes
 from stepjax.model.layout import Routed
 from stepjax.ops.attention import Heads, KeyValues
 from stepjax.ops.expert_choice import Formulation
@@ -24,6 +24,7 @@ from stepjax.sharding.context_parallel import Split, attend_split
 from stepjax.sharding.expert_parallel import EXCHANGED, GATHERED, REPLICATED, ExpertBody, Group, exchange_pays
 from stepjax.sharding.rules import GROUP, Axes, ShardingRules
 from stepjax.weights.adapted import Adapted, factor_axes
+from stepjax.weights.stacked import LayerWeight
 
 T = TypeVar("T")
 Leaves = dict[Any, Any]  # path → parameter
@@ -89,11 +90,11 @@ class MeshLayout:
         chunk_spec = jax.tree.map(lambda x: PartitionSpec(*q_spec[: x.ndim]), chunk)
         if chunk.page_BN is not None:
             chunk_spec = replace(chunk_spec, page_BN=PartitionSpec(q_spec[0], None))
-        cache_spec = None if cache is None else jax.tree.map(lambda x: self._fit(x.shape, *cache.axes), cache)
+        cache_spec = None if cache is None else jax.tree.map(lambda x: self._fit(x.shape, *cache_axes(cache, x)), cache)
         split = Split(
             self.rules.mesh.context,
             tokens=q_spec[1] is not None,
-            rows=any(spec[1] is not None for spec in jax.tree.leaves(cache_spec)),
+            rows=any(spec[-3] is not None for spec in jax.tree.leaves(cache_spec)),
         )
         group = heads.q_BTNH.shape[2] // heads.k_BTKH.shape[2]
         local_heads = LocalHeads(group, _axes(q_spec[2]), _axes(kv_spec[2]))
@@ -200,11 +201,13 @@ class LocalHeads:
 
 def placed(value: Any, axes: tuple[str, ...], place: Callable[..., Any], *, batch: Any = None) -> Any:
     """A parameter's placement by its logical axes: an adapter's factors lie as the axes that they have in common."""
+    if isinstance(value, LayerWeight):
+        return LayerWeight(PartitionSpec(None, *place(*axes)), PartitionSpec())
     if not isinstance(value, Adapted):
         return place(*axes)
     of_a, of_b = factor_axes(axes, a_ndim=value.a.ndim, b_ndim=value.b.ndim)
     slot = None if value.slot is None else PartitionSpec(batch)
-    return replace(value, base=place(*axes), a=place(*of_a), b=place(*of_b), slot=slot)
+    return replace(value, base=placed(value.base, axes, place), a=place(*of_a), b=place(*of_b), slot=slot)
 
 
 def _gather(value: Any, spec: Any) -> Any:
@@ -212,6 +215,10 @@ def _gather(value: Any, spec: Any) -> Any:
     if isinstance(value, Adapted):
         base, a, b = (_gather(x, place) for x, place in ((value.base, spec.base), (value.a, spec.a), (value.b, spec.b)))
         return replace(value, base=base, a=a, b=b)
+    if isinstance(value, LayerWeight):
+        if not any(axis not in GROUP for entry in spec.stack for axis in _axes(entry)):
+            return value
+        value, spec = value.sliced(), PartitionSpec(*spec.stack[1:])
     for dimension, entry in enumerate(spec):
         if storage := tuple(axis for axis in _axes(entry) if axis not in GROUP):
             gather = functools.partial(jax.lax.all_gather, axis_name=storage, axis=dimension, tiled=True)

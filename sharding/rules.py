@@ -75,8 +75,8 @@ class ShardingRules:
 
     def spec(self, *axes: str | None) -> PartitionSpec:
         """Placement of a parameter with these logical axes. Vectors are small: every device holds them whole."""
-        if len(axes) == 1:
-            return PartitionSpec(None)
+        if len([axis for axis in axes if axis != "layers"]) == 1:
+            return PartitionSpec(*(None for _ in axes))
         return self._spec([self.table.get(axis or "", ()) for axis in axes])
 
     def gathered(self, *axes: str | None) -> PartitionSpec:

@@ -52,6 +52,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("tensor", "expert", "expert_tensor", "fsdp"),
         help="which weights --mesh splits over which axis (default: %(default)s)",
     )
+    parser.add_argument(
+        "--layers",
+        default="auto",
+        choices=("auto", "looped", "unrolled"),
+        help="compile the repeated layers once, as a loop, or each by itself; auto: unrolled (default: %(default)s)",
+    )
 
 
 def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
@@ -155,6 +161,7 @@ def open_session(
             group=args.group,
             mesh=mesh,
             strategy=args.strategy,
+            layers=args.layers,
             progress=stage.advance,
             program_cache=cache,
         )

@@ -22,6 +22,7 @@ import numpy as np
 
 from stepjax.adapters.lora import TARGETS, LoraConfig, adapted_paths, check_fit, targets
 from stepjax.errors import RequestError
+from stepjax.model.layer_tables import flat_paths, stacked_path
 from stepjax.model.step3p5 import axes_of
 from stepjax.weights.adapted import Adapted, factor_axes
 
@@ -48,16 +49,21 @@ class AdapterStack:
         lora = LoraConfig(rank=size.rank, targets=_targets(session), experts="per_expert", expert_rank=size.expert_rank)
         self._targets = {target.path: target for target in targets(session.config, lora)}
         axes, layout = axes_of(session.model), session.model.layout
-        self.params: dict[str, Any] = dict(session.params)
-        for path, target in self._targets.items():
-            *lead, rank, size_in = target.a_shape
-            shapes = (*lead, size.num_slots * rank, size_in), (*target.b_shape[:-1], size.num_slots * rank)
+        self._period = session.model.period
+        self.params: dict[str, Any] = dict(session.table)
+        for path, weight in session.table.items():
+            flat = flat_paths(path, self._period)
+            if (target := self._targets.get(flat[0])) is None:
+                continue
+            stack = (len(flat),) if path != flat[0] else ()
+            *lead, rank, size_in = (*stack, *target.a_shape)
+            shapes = (*lead, size.num_slots * rank, size_in), (*stack, *target.b_shape[:-1], size.num_slots * rank)
             axes_of_factors = factor_axes(axes[path], a_ndim=len(shapes[0]), b_ndim=len(shapes[1]))
             a, b = (
                 _zeros(shape, session.dtype, layout.parameter(*names))
                 for shape, names in zip(shapes, axes_of_factors, strict=True)
             )
-            self.params[path] = Adapted(session.params[path], a, b, slots=size.num_slots)
+            self.params[path] = Adapted(weight, a, b, slots=size.num_slots)
 
     @property
     def num_bytes(self) -> int:
@@ -88,7 +94,8 @@ class AdapterStack:
                 rank = adapter[f"{path}.a"].shape[-2]
                 a[..., :rank, :] = np.asarray(adapter[f"{path}.a"], np.float32)
                 b[..., :rank] = np.asarray(adapter[f"{path}.b"], np.float32) * np.float32(lora.scale(rank))
-            self.params = self.params | {path: self._written(path, slot, a, b)}
+            held = stacked_path(path, self._period)
+            self.params = self.params | {held.path if held else path: self._written(path, slot, a, b)}
 
     def warm(self) -> None:
         """Compile what `write` runs; no slot is changed."""
@@ -97,12 +104,16 @@ class AdapterStack:
 
     def _written(self, path: str, slot: int, a: np.ndarray, b: np.ndarray) -> Adapted:
         """A weight with these factors in a slot; the stack keeps its own."""
-        weight, first = self.params[path], slot * self._targets[path].rank
+        held = stacked_path(path, self._period)
+        weight, first = self.params[held.path if held else path], slot * self._targets[path].rank
+        layer = 0
+        if held:
+            a, b, layer = a[None], b[None], held.turn
         put_a, put_b = _put(weight.a, axis=-2), _put(weight.b, axis=-1)
         return dataclasses.replace(
             weight,
-            a=put_a(weight.a, _placed(a, weight.a), first),
-            b=put_b(weight.b, _placed(b, weight.b), first),
+            a=put_a(weight.a, _placed(a, weight.a), layer, first),
+            b=put_b(weight.b, _placed(b, weight.b), layer, first),
         )
 
 
@@ -228,8 +239,10 @@ def _placed(value: np.ndarray, like: jax.Array) -> jax.Array:
 
 @functools.cache
 def _putter(axis: int, where: Any) -> Callable[..., jax.Array]:
-    def put(stack: jax.Array, value: jax.Array, start: Any) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(stack, value, start, axis=stack.ndim + axis)
+    def put(stack: jax.Array, value: jax.Array, layer: Any, start: Any) -> jax.Array:
+        at = [jnp.int32(0)] * stack.ndim
+        at[0], at[axis] = jnp.int32(layer), jnp.int32(start)
+        return jax.lax.dynamic_update_slice(stack, value, at)
 
     return jax.jit(put, out_shardings=where)
 

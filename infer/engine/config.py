@@ -91,11 +91,20 @@ class EngineConfig:
         return StackSize(self.adapter_slots, self.adapter_rank, of_experts)
 
     def executor(self, session: Session) -> Executor:
-        """The executor of an engine. Every process of a cluster makes an equal one."""
+        """The executor of an engine. Every process of a cluster makes an equal one.
+
+        Raises:
+          ConfigError: the model's layers run in a loop, which host memory for prompts does not know.
+        """
+        if self.host_cache_bytes and session.model.period:
+            raise ConfigError(
+                f"host_cache_bytes: is {self.host_cache_bytes}, expected 0 for a model whose layers run in a loop, whose "
+                "caches are stacks; load it with layers unrolled"
+            )
         runner = session.runner(self.speculate, routing=self.routing)
         stack_size = self.stack_size(session)
         stack = AdapterStack(session, stack_size) if stack_size else None  # before the cache, which takes what is left
-        params = stack.params if stack else session.params
+        params = stack.params if stack else session.table
         eos_ids = session.config.eos_ids
         return Executor(runner, params, self.sizes(session), dtype=session.dtype, eos_ids=eos_ids, adapters=stack)
 

@@ -86,7 +86,7 @@ class Engine:
         self._runner = self.executor.runner
         self._leader = Leader(self.executor, channels) if channels else None
         drafts = self._runner.drafts
-        self._policy = DraftPolicy(StepBytes.of(session.config, session.params), most=drafts)
+        self._policy = DraftPolicy(StepBytes.of(session.config, session.table), most=drafts)
         fixed = config.speculate if config.speculate is not None else drafts if config.deterministic else None
         self._fixed_drafts = fixed
         self.scheduler = Scheduler(config.scheduler(self.executor), drafts=self._drafts)
@@ -282,7 +282,8 @@ class Engine:
             yield from self.step()
 
     def restart(self, params: Params) -> None:
-        """Continue with other parameters of the same shapes, like a new engine: all cached pages are forgotten.
+        """Continue with another table of parameters of the same shapes, like a new engine: all cached pages are
+        forgotten.
 
         The parameters are not copied. No request may be running.
         """

@@ -14,7 +14,6 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from stepjax.adapters.lora import LoraConfig
@@ -28,7 +27,8 @@ from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.sampling.state import Sampling, SlotSampling
 from stepjax.infer.steps.program import Program
 from stepjax.infer.steps.runner import Runner
-from stepjax.infer.steps.state import Emitted, Pieces, State, slot_parts
+from stepjax.infer.steps.state import Emitted, Pieces, State, slot_parts, with_slot_parts
+from stepjax.model.cache import Ring
 from stepjax.model.step3p5 import Params
 from stepjax.program_cache import compile_program
 
@@ -332,9 +332,7 @@ class Executor:
 
     def _no_snapshots(self) -> Any:
         def create() -> Any:
-            return jax.tree.map(
-                lambda x: jnp.zeros((self.size.num_snapshots, *x.shape[1:]), x.dtype), slot_parts(self.state)
-            )
+            return slot_parts(self.state).snapshots(self.size.num_snapshots)
 
         where = jax.tree.map(lambda x: x.sharding, slot_parts(self.state))
         snapshots = jax.jit(create, out_shardings=where)()
@@ -347,7 +345,7 @@ class Executor:
     @cached_property
     def _saver(self) -> Callable[..., Any]:
         def save(snapshots: Any, state: State, slot: jax.Array, snapshot: jax.Array) -> Any:
-            return jax.tree.map(lambda kept, x: kept.at[snapshot].set(x[slot]), snapshots, slot_parts(state))
+            return snapshots.copied(snapshot, slot_parts(state), slot)
 
         return self._copier(save, self._snapshots, self.state)
 
@@ -364,15 +362,9 @@ class Executor:
         return self._copier(self._restored, self.state, self._snapshot_tree(self.host.snapshot_shapes))
 
     def _restored(self, state: State, snapshots: Any, slot: jax.Array, snapshot: jax.Array) -> State:
-        put = jax.tree.map(lambda x, kept: x.at[slot].set(kept[snapshot]), slot_parts(state), snapshots)
-        layers, mtp, tails = put
-        rings = iter(layers)
-        own = tuple(
-            next(rings) if is_ring else view for view, is_ring in zip(state.cache.layers, self._is_ring, strict=True)
-        )
+        state = with_slot_parts(state, slot_parts(state).copied(slot, snapshots, snapshot))
         first = state.progress.first_SK.at[slot].set(0)
-        progress = state.progress._replace(tails=tails, first_SK=first)
-        return State(type(state.cache)(own, mtp), progress, state.sampling)
+        return state._replace(progress=state.progress._replace(first_SK=first))
 
     def _move(self, moves: Sequence[HostMove]) -> None:
         """Copies between the device and host memory, before anything of the step overwrites what they read."""
@@ -386,14 +378,13 @@ class Executor:
         return jax.tree.unflatten(jax.tree.structure(slot_parts(self.state)), leaves)
 
     def _page_arrays(self) -> list[jax.Array]:
-        layers = zip(self.state.cache.layers, self._is_ring, strict=True)
-        return jax.tree.leaves([view for view, is_ring in layers if not is_ring])
+        return jax.tree.leaves([view for view in self.state.cache.layers if not isinstance(view, Ring)])
 
     def _set_pages(self, arrays: Sequence[jax.Array]) -> None:
         rest = iter(arrays)
         layers = tuple(
-            view if is_ring else jax.tree.map(lambda _: next(rest), view)
-            for view, is_ring in zip(self.state.cache.layers, self._is_ring, strict=True)
+            view if isinstance(view, Ring) else jax.tree.map(lambda _: next(rest), view)
+            for view in self.state.cache.layers
         )
         self.state = self.state._replace(cache=replace(self.state.cache, layers=layers))
 
@@ -411,10 +402,6 @@ class Executor:
         )
         log.info("prepared %s in %.1f s", function.__name__, time.perf_counter() - began)
         return compiled
-
-    @cached_property
-    def _is_ring(self) -> tuple[bool, ...]:
-        return tuple(layer.window is not None for layer in self.runner.model.config.layers)
 
 
 def _no_report(done: int, total: int) -> None:

@@ -6,9 +6,9 @@ R. Caches of full layers are rows, one per slot, or pages that a table given wit
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -110,9 +110,16 @@ class Runner:
         """Empty slots that share ``pages``: their number and size."""
         return self._placed(functools.partial(self._empty, slots, 0, dtype, pages), sampling)
 
-    def shapes(self, batch: int, length: int, dtype: DTypeLike, sampling: Sampling) -> State:
-        """The state that `start` makes, as shapes with shardings."""
-        state = jax.eval_shape(functools.partial(self._empty, batch, length, dtype, None), sampling)
+    def shapes(
+        self,
+        batch: int,
+        length: int,
+        dtype: DTypeLike,
+        sampling: Sampling,
+        pages: tuple[int, int] | None = None,
+    ) -> State:
+        """The state that `start` makes, or with ``pages`` `start_paged`, as shapes with shardings."""
+        state = jax.eval_shape(functools.partial(self._empty, batch, length, dtype, pages), sampling)
         where = placement(state, self.model.layout)
         return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, where)
 
@@ -124,8 +131,9 @@ class Runner:
         self, batch: int, length: int, dtype: DTypeLike, pages: tuple[int, int] | None, sampling: Sampling
     ) -> State:
         config = self.model.config
-        cache = empty_cache(config, batch=batch, length=length, dtype=dtype, pages=pages)
-        cache = Cache(cache.layers, cache.mtp[: self.drafts])
+        period = self.model.period
+        cache = empty_cache(config, batch=batch, length=length, dtype=dtype, pages=pages, period=period)
+        cache = replace(cache, mtp=cache.mtp[: self.drafts])
         tails = tuple(jnp.zeros((batch, config.hidden_size), dtype) for _ in range(self.drafts))
         zero, per_depth = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch, self.drafts), jnp.int32)
         return State(cache, SlotProgress(tails, per_depth, zero, zero, per_depth), jax.tree.map(jnp.asarray, sampling))
@@ -276,7 +284,7 @@ class Runner:
             last_B,
             jnp.concatenate([guess, mine.draft_SK[:, drafts:]], axis=1),
         )
-        return Cache(out.cache.layers, (*rings, *out.cache.mtp[drafts:])), after
+        return replace(out.cache, mtp=(*rings, *out.cache.mtp[drafts:])), after
 
     def _committed(
         self,
@@ -330,6 +338,5 @@ def with_slots(params: Params, slot_B: jax.Array | None) -> Params:
     if slot_B is None:
         return params
     return {
-        path: dataclasses.replace(weight, slot=slot_B) if isinstance(weight, Adapted) else weight
-        for path, weight in params.items()
+        path: replace(weight, slot=slot_B) if isinstance(weight, Adapted) else weight for path, weight in params.items()
     }

@@ -66,12 +66,14 @@ def draft(
 
     Returns: drafts int32 [B, depths] and the new state.
     """
-    live = count_B > 0
+    live, depths = count_B > 0, len(drafter.caches)
+    # As wide for every depth as the last one needs: XLA then compiles the same kernels for all of them, once on a GPU.
+    hidden_BAD = jnp.pad(hidden_BAD, [(0, 0), (0, depths - 1), (0, 0)])
+    tokens_BA = jnp.pad(tokens_BA, [(0, 0), (0, depths - 1)])
     caches, tails, drafts = [], [], []
-    for depth, layer in enumerate(model.mtp[: len(drafter.caches)]):
+    for depth, layer in enumerate(model.mtp[:depths]):
         if depth:
-            hidden_BAD = jnp.concatenate([drafter.tails[depth - 1][:, None, :], hidden_BAD], axis=1)
-            tokens_BA = jnp.pad(tokens_BA, [(0, 0), (0, 1)])
+            hidden_BAD = jnp.concatenate([drafter.tails[depth - 1][:, None, :], hidden_BAD[:, :-1]], axis=1)
             tokens_BA = put_row(tokens_BA, count_B + depth - 1, drafts[-1])
         total = jnp.where(live, count_B + depth, 0)
         first = None if first_BK is None else first_BK[:, depth]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from stepjax.infer.sampling.sampler import Logprobs
 from stepjax.infer.sampling.state import Sampling
-from stepjax.model.cache import Cache, CacheView, Ring
+from stepjax.model.cache import Cache, CacheView, Ring, cache_axes
 from stepjax.model.layout import Layout
 
 
@@ -59,19 +60,61 @@ def placement(state: State, layout: Layout) -> State:
     """The placement of each array of a state: caches by their own axes, the rest by sequence."""
 
     def view(cache: CacheView) -> CacheView:
-        return jax.tree.map(lambda x: layout.sharding(x.shape, *cache.axes), cache)
+        return jax.tree.map(lambda x: layout.sharding(x.shape, *cache_axes(cache, x)), cache)
 
     def by_sequence(x: jax.Array) -> Any:
         return layout.sharding(x.shape, "batch", *(None,) * (x.ndim - 1))
 
-    cache = Cache(tuple(map(view, state.cache.layers)), tuple(map(view, state.cache.mtp)))
+    cache = Cache(*(tuple(map(view, views)) for views in (state.cache.layers, state.cache.mtp, state.cache.looped)))
     return State(cache, *jax.tree.map(by_sequence, (state.progress, state.sampling)))
 
 
-def slot_parts(state: State) -> Any:
-    """The state of slots that a snapshot must copy: rings, and the drafter's tails."""
-    rings = tuple(view for view in state.cache.layers if isinstance(view, Ring))
-    return rings, state.cache.mtp, state.progress.tails
+class SlotParts(NamedTuple):
+    """The state of slots that a snapshot must copy."""
+
+    rings: tuple[Ring, ...]
+    mtp: tuple[CacheView, ...]
+    tails: tuple[jax.Array, ...]  # of the drafter
+    looped: tuple[Ring, ...]  # stacks: the slots are the second axis
+
+    def snapshots(self, count: int) -> SlotParts:
+        """Zeros for ``count`` snapshots."""
+
+        def zeros(x: jax.Array, axis: int) -> jax.Array:
+            return jnp.zeros((*x.shape[:axis], count, *x.shape[axis + 1 :]), x.dtype)
+
+        return jax.tree.map(zeros, self, self._axes())
+
+    def copied(self, slot: jax.Array, source: SlotParts, source_slot: jax.Array) -> SlotParts:
+        """These parts with the entry ``source_slot`` of others in the entry ``slot``."""
+
+        def put(x: jax.Array, source: jax.Array, axis: int) -> jax.Array:
+            entry = jax.lax.dynamic_index_in_dim(source, source_slot, axis)
+            return jax.lax.dynamic_update_slice_in_dim(x, entry, slot, axis)
+
+        return jax.tree.map(put, self, source, self._axes())
+
+    def _axes(self) -> SlotParts:
+        parts = [jax.tree.map(lambda _: 0, part) for part in self]
+        return SlotParts(*parts)._replace(looped=jax.tree.map(lambda _: 1, self.looped))
+
+
+def slot_parts(state: State) -> SlotParts:
+    """What a snapshot copies of a state."""
+    cache = state.cache
+    rings, looped = (tuple(view for view in views if isinstance(view, Ring)) for views in (cache.layers, cache.looped))
+    return SlotParts(rings, cache.mtp, state.progress.tails, looped)
+
+
+def with_slot_parts(state: State, parts: SlotParts) -> State:
+    """The state with these in the place of `slot_parts`."""
+
+    def own(views: tuple[CacheView, ...], rings: tuple[Ring, ...]) -> tuple[CacheView, ...]:
+        remaining = iter(rings)
+        return tuple(next(remaining) if isinstance(view, Ring) else view for view in views)
+
+    cache = Cache(own(state.cache.layers, parts.rings), parts.mtp, own(state.cache.looped, parts.looped))
+    return state._replace(cache=cache, progress=state.progress._replace(tails=parts.tails))
 
 
 NO_EXPERT = 0xFFFF  # stands for a token that did not run; no router has so many experts

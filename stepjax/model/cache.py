@@ -17,7 +17,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from stepjax.config import LayerSpec, ModelConfig
+from stepjax.model.period import Period
 from stepjax.ops.attention import Heads, KeyValues, Partial, attention_to, empty_partial, finish, merge
+from stepjax.weights.stacked import layer_of
 
 MAX_DRAFTS = 3
 SPARE_ROWS = MAX_DRAFTS + 1  # a rejected draft must not overwrite a key that the next query still sees
@@ -39,6 +41,7 @@ class Chunk:
     slot_B: jax.Array | None = None  # int32: the cache's entry of each sequence, past the end: none; None: the first B
     page_BN: jax.Array | None = None  # int32: the pages of each sequence, in order; for `Pages` only
     first_B: jax.Array | None = None  # int32: cached positions before it are void too
+    layer: jax.Array | None = None  # int32 []: of a stack of caches, whose arrays have an axis of layers in front
 
     @classmethod
     def at(
@@ -124,9 +127,10 @@ class RowCache:
 
     def prefix(self, chunk: Chunk, stripe: Stripe = EVERYTHING) -> KeyValues:
         """The keys before the chunk, with their positions."""
-        position = stripe.position(jnp.arange(self.k_BSKH.shape[1], dtype=jnp.int32))[None, :]
+        k, v = (x if chunk.layer is None else layer_of(x, chunk.layer) for x in (self.k_BSKH, self.v_BSKH))
+        position = stripe.position(jnp.arange(k.shape[1], dtype=jnp.int32))[None, :]
         position = jnp.where(position < chunk.start_B[:, None], position, -1)
-        return KeyValues(self.k_BSKH, self.v_BSKH, position, in_order=stripe is EVERYTHING)
+        return KeyValues(k, v, position, in_order=stripe is EVERYTHING)
 
     def look(
         self,
@@ -141,8 +145,8 @@ class RowCache:
 
     def write(self, chunk: Chunk, k_BTKH: jax.Array, v_BTKH: jax.Array, *, stripe: Stripe = EVERYTHING) -> RowCache:
         row = stripe.row(chunk.position_BT)
-        row = jnp.where(row >= 0, row, self.k_BSKH.shape[1])
-        return RowCache(store(self.k_BSKH, row, k_BTKH), store(self.v_BSKH, row, v_BTKH))
+        row = jnp.where(row >= 0, row, self.k_BSKH.shape[-3])
+        return RowCache(store(self.k_BSKH, row, k_BTKH, chunk.layer), store(self.v_BSKH, row, v_BTKH, chunk.layer))
 
 
 class PageBlocks(NamedTuple):
@@ -191,8 +195,10 @@ class Pages:
         A sequence's own length decides which of its pages go into large blocks and which into small ones, so that its
         sums never depend on its neighbours.
         """
-        table, size = _table(chunk), self.k_PRKH.shape[1]
+        table, size = _table(chunk), self.k_PRKH.shape[-3]
         batch, num_pages = table.shape
+        first_page = 0 if chunk.layer is None else chunk.layer * self.k_PRKH.shape[-4]
+        k_PRKH, v_PRKH = _joined(self.k_PRKH), _joined(self.v_PRKH)
         small = max(1, min(num_pages, SMALL_BLOCK // size))
         large = min(num_pages, LARGE_BLOCK // size, GATHERED_ROWS // (batch * size)) // small * small
         table = jnp.pad(table, [(0, 0), (0, -num_pages % small)])
@@ -201,7 +207,7 @@ class Pages:
             """Attention to ``count`` pages of each sequence from ``first`` on, up to the position ``end``."""
             place = first_B[:, None] + jnp.arange(count, dtype=jnp.int32)[None, :]
             ids = jnp.take_along_axis(table, place, axis=1, mode="clip").reshape(-1)
-            k, v = (jnp.take(x, ids, axis=0, mode="clip") for x in (self.k_PRKH, self.v_PRKH))
+            k, v = (jnp.take(x, first_page + ids, axis=0, mode="clip") for x in (k_PRKH, v_PRKH))
             row = (place * size)[..., None] + jnp.arange(size, dtype=jnp.int32)[None, None, :]
             position = stripe.position(row.reshape(batch, -1))
             position = jnp.where(position < end_B[:, None], position, -1)
@@ -226,15 +232,16 @@ class Pages:
         return jax.lax.fori_loop(0, blocks.num_small, near, part)
 
     def write(self, chunk: Chunk, k_BTKH: jax.Array, v_BTKH: jax.Array, *, stripe: Stripe = EVERYTHING) -> Pages:
-        table, (num_pages, size) = _table(chunk), self.k_PRKH.shape[:2]
+        table, (num_pages, size) = _table(chunk), self.k_PRKH.shape[-4:-2]
         row = stripe.row(chunk.position_BT)
         entry = row // size
         known = (row >= 0) & (entry < table.shape[1])
         page = jnp.take_along_axis(table, jnp.clip(entry, 0, table.shape[1] - 1), axis=1)
-        page = jnp.where(known, page, num_pages)
+        page = _entry(jnp.where(known, page, num_pages), self.k_PRKH, chunk.layer)
 
         def put(cache: jax.Array, new: jax.Array) -> jax.Array:
-            return cache.at[page, row % size].set(new.astype(cache.dtype), mode="drop")
+            joined = _joined(cache).at[page, row % size].set(new.astype(cache.dtype), mode="drop")
+            return joined.reshape(cache.shape)
 
         return Pages(put(self.k_PRKH, k_BTKH), put(self.v_PRKH, v_BTKH))
 
@@ -250,7 +257,7 @@ class Ring:
 
     def prefix(self, chunk: Chunk) -> KeyValues:
         """The keys before the chunk, with their positions."""
-        size = self.k_SRKH.shape[1]
+        size = self.k_SRKH.shape[-3]
         last = chunk.start_B[:, None] - 1
         row = jnp.arange(size, dtype=jnp.int32)[None, :]
         position = last - (last - row) % size  # the newest position before the chunk that falls on this row
@@ -273,16 +280,18 @@ class Ring:
 
     def write(self, chunk: Chunk, k_BTKH: jax.Array, v_BTKH: jax.Array, *, stripe: Stripe = EVERYTHING) -> Ring:
         assert stripe is EVERYTHING, "a ring is never shared"
-        size, position = self.k_SRKH.shape[1], chunk.position_BT
+        size, position = self.k_SRKH.shape[-3], chunk.position_BT
         newest = jnp.max(position, axis=1, keepdims=True)
         keep = (position >= 0) & (position > newest - size)  # a chunk longer than the ring stores its tail
         row = jnp.where(keep, position % size, size)
 
         def put(cache: jax.Array, new: jax.Array) -> jax.Array:
-            if chunk.slot_B is None and cache.shape[0] == new.shape[0]:
-                return store(cache, row, new)
-            slot = jnp.arange(new.shape[0]) if chunk.slot_B is None else chunk.slot_B
-            return cache.at[slot[:, None], row].set(new.astype(cache.dtype), mode="drop")
+            if chunk.slot_B is None and cache.shape[-4] == new.shape[0]:
+                return store(cache, row, new, chunk.layer)
+            slot = jnp.arange(new.shape[0], dtype=jnp.int32) if chunk.slot_B is None else chunk.slot_B
+            entry = _entry(slot, cache, chunk.layer)
+            joined = _joined(cache).at[entry[:, None], row].set(new.astype(cache.dtype), mode="drop")
+            return joined.reshape(cache.shape)
 
         return Ring(put(self.k_SRKH, k_BTKH), put(self.v_SRKH, v_BTKH))
 
@@ -297,6 +306,11 @@ def after(seen: Partial, chunk: Chunk) -> Chunk:
     return replace(chunk, position_BT=chunk.position_BT + never_B[:, None])
 
 
+def cache_axes(view: CacheView, array: jax.Array) -> tuple[str | None, ...]:
+    """Logical axes of a view's array, which may be a stack of layers'."""
+    return (*(None for _ in range(array.ndim - len(view.axes))), *view.axes)
+
+
 def _table(chunk: Chunk) -> jax.Array:
     assert chunk.page_BN is not None, "pages are found by a table"
     return chunk.page_BN
@@ -304,16 +318,41 @@ def _table(chunk: Chunk) -> jax.Array:
 
 def _entries(cache_SRKH: jax.Array, chunk: Chunk) -> jax.Array:
     """The rings of a chunk's sequences."""
+    num_slots, batch = cache_SRKH.shape[-4], chunk.position_BT.shape[0]
+    first = None if chunk.layer is None else chunk.layer * num_slots
     if chunk.slot_B is not None:
-        return jnp.take(cache_SRKH, chunk.slot_B, axis=0, mode="clip")
-    return cache_SRKH[: chunk.position_BT.shape[0]]
+        slot = chunk.slot_B if first is None else first + jnp.clip(chunk.slot_B, 0, num_slots - 1)
+        return jnp.take(_joined(cache_SRKH), slot, axis=0, mode="clip")
+    if first is None:
+        return cache_SRKH[:batch]
+    return jax.lax.dynamic_slice_in_dim(_joined(cache_SRKH), first, min(batch, num_slots))
 
 
-def store(cache_BSKH: jax.Array, row_BT: jax.Array, new_BTKH: jax.Array) -> jax.Array:
+def _joined(cache: jax.Array) -> jax.Array:
+    """The caches of a stack of layers one after the other along the first axis; one layer's cache as it is."""
+    return cache.reshape(-1, *cache.shape[-3:])
+
+
+def _entry(index: jax.Array, cache: jax.Array, layer: jax.Array | None) -> jax.Array:
+    """An index into the first axis of a layer's cache as one into `_joined`; one past the end stays past the end."""
+    if layer is None:
+        return index
+    layers, size = cache.shape[:2]
+    return jnp.where(index < size, layer * size + index, layers * size)
+
+
+def store(cache_BSKH: jax.Array, row_BT: jax.Array, new_BTKH: jax.Array, layer: jax.Array | None = None) -> jax.Array:
     """The cache with new rows in place; a row past the end is dropped.
 
     Mapped over the batch, so that a partitioner sees that no sequence writes into another's rows.
+
+    Args:
+      layer: int32 [], if the cache is a stack of layers' caches [L, B, S, K, H].
     """
+    if layer is not None:
+        entry = _entry(jnp.arange(new_BTKH.shape[0], dtype=jnp.int32), cache_BSKH, layer)
+        new = new_BTKH.astype(cache_BSKH.dtype)
+        return _joined(cache_BSKH).at[entry[:, None], row_BT].set(new, mode="drop").reshape(cache_BSKH.shape)
 
     def one(cache: jax.Array, row: jax.Array, new: jax.Array) -> jax.Array:
         return cache.at[row].set(new, mode="drop")
@@ -339,8 +378,9 @@ def attend(
 class Cache:
     """The caches of all layers of a batch."""
 
-    layers: tuple[CacheView, ...]
+    layers: tuple[CacheView, ...]  # those that do not run in a loop
     mtp: tuple[CacheView, ...]
+    looped: tuple[CacheView, ...] = ()  # by place in the period: the caches of its layers, stacked
 
 
 def empty_cache(
@@ -351,6 +391,7 @@ def empty_cache(
     dtype: DTypeLike,
     mtp: bool = True,
     pages: tuple[int, int] | None = None,
+    period: Period | None = None,
 ) -> Cache:
     """A cache for ``batch`` sequences of up to ``length`` positions, zeros throughout.
 
@@ -358,15 +399,20 @@ def empty_cache(
 
     Args:
       pages: their number and positions each; full layers then share them, and ``length`` is ignored.
+      period: of the layers that run in a loop.
     """
 
-    def view(layer: LayerSpec) -> CacheView:
+    def view(layer: LayerSpec, *stack: int) -> CacheView:
         def pair(*lead: int) -> tuple[jax.Array, jax.Array]:
-            shape = (*lead, layer.num_kv_heads, layer.head_dim)
+            shape = (*stack, *lead, layer.num_kv_heads, layer.head_dim)
             return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
         if layer.window is not None:
             return Ring(*pair(batch, layer.window + SPARE_ROWS))
         return Pages(*pair(*pages)) if pages else RowCache(*pair(batch, length))
 
-    return Cache(tuple(map(view, config.layers)), tuple(map(view, config.mtp_layers)) if mtp else ())
+    beside = [layer for i, layer in enumerate(config.layers) if period is None or i not in period.layers]
+    looped = (
+        [view(config.layers[period.first + place], period.count) for place in range(period.length)] if period else []
+    )
+    return Cache(tuple(map(view, beside)), tuple(map(view, config.mtp_layers)) if mtp else (), tuple(looped))

@@ -33,6 +33,7 @@ AXES = (
     "router",  # experts, as the router scores them
     "expert",  # experts, as their weights lie
     "expert_mlp",  # hidden width of one routed expert
+    "layers",  # of a stack, which a loop runs through
 )
 
 

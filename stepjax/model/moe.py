@@ -17,6 +17,8 @@ from stepjax.ops.expert_choice import Formulation
 from stepjax.ops.expert_dense import ExpertWeights
 from stepjax.ops.experts import held_ids, routed_experts
 from stepjax.weights.adapted import by_token
+from stepjax.weights.products import stacked_product
+from stepjax.weights.stacked import LayerWeight
 
 BIAS = "moe.router.bias"  # end of the path of every router bias
 
@@ -45,8 +47,10 @@ class Router(nnx.Module):
 
     def scores(self, x_TD: jax.Array) -> jax.Array:
         """How well each expert suits each token, float32 [T, E] in (0, 1)."""
-        weight = self.weight.get_value().astype(jnp.float32)
-        return jax.nn.sigmoid(jnp.einsum("td,ed->te", x_TD.astype(jnp.float32), weight, precision="highest"))
+        weight, x_TD = self.weight.get_value(), x_TD.astype(jnp.float32)
+        if isinstance(weight, LayerWeight):
+            return jax.nn.sigmoid(stacked_product(x_TD, weight.stack, weight.layer, jnp.float32))
+        return jax.nn.sigmoid(jnp.einsum("td,ed->te", x_TD, weight.astype(jnp.float32), precision="highest"))
 
     def choose(self, scores_TE: jax.Array) -> jax.Array:
         """Ids of the best under the bias, best first."""

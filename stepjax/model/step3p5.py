@@ -16,9 +16,11 @@ from jax.typing import DTypeLike
 from stepjax.config import LayerSpec, ModelConfig
 from stepjax.model.attention import Attention
 from stepjax.model.cache import Cache, CacheView, Chunk
+from stepjax.model.layer_loop import run_looped, stacked_blocks
 from stepjax.model.layers import Embed, Linear, RMSNorm, SwiGLU
 from stepjax.model.layout import Layout, SingleDevice
 from stepjax.model.moe import MoE
+from stepjax.model.period import period_of
 
 KEPT_LAYERS = 8  # whose activations fine-tuning keeps; of a deeper model each layer runs again in the backward pass
 Params = Mapping[str, Any]  # dotted path → array (or block-scaled array)
@@ -122,12 +124,21 @@ class Step3p5(nnx.Module):
         dtype: DTypeLike = jnp.bfloat16,
         layout: Layout | None = None,
         mtp: bool = True,
+        looped: bool = False,
     ):
+        """
+        Args:
+          looped: hold the repeated layers as stacks and run them in a loop (`stepjax.model.layer_loop`).
+        """
         layout = layout or SingleDevice()
         self.config, self.layout = config, layout
+        self.period = period_of(config) if looped else None
         size, vocab = config.hidden_size, config.vocab_size
         self.embed = Embed(vocab, size, rngs=rngs, dtype=dtype)
-        self.layers = nnx.List([Block(spec, config, rngs=rngs, dtype=dtype, layout=layout) for spec in config.layers])
+        blocks = [Block(spec, config, rngs=rngs, dtype=dtype, layout=layout) for spec in config.layers]
+        self.looped = nnx.List(stacked_blocks(blocks, self.period) if self.period else [])
+        within = self.period.layers if self.period else range(0)
+        self.layers = nnx.List([None if i in within else block for i, block in enumerate(blocks)])
         self.norm = RMSNorm(size, eps=config.norm_eps, dtype=dtype)
         self.lm_head = Linear(size, vocab, axes=("vocab", "embed"), rngs=rngs, dtype=dtype, scale=0.5)
         specs = config.mtp_layers if mtp else ()
@@ -150,15 +161,22 @@ class Step3p5(nnx.Module):
           recompute: for gradients: keep each layer's input alone, and run the layer again in the backward pass.
         """
         x = self.layout.constrain(self.embed(ids_BT), "batch", "stream", "embed")
-        views, expert_ids = [], []
+        caches, views, expert_ids = iter(cache.layers if cache else ()), [], []
+        looped = cache.looped if cache else ()
         for i, layer in enumerate(self.layers):
+            if self.period and i == self.period.first:
+                moe = [] if recorded_BTLA is None else [recorded_BTLA[:, :, len(expert_ids) :]]
+                x, looped, ids = run_looped(self.looped, self.period, x, chunk, looped, *moe, recompute=recompute)
+                expert_ids += ids
+            if layer is None:
+                continue
             recorded = None if recorded_BTLA is None or not layer.is_moe else recorded_BTLA[:, :, len(expert_ids)]
             with jax.named_scope(f"layer_{i}"):
                 run = jax.checkpoint(layer) if recompute else layer
-                x, view, ids = run(x, chunk, cache.layers[i] if cache else None, recorded)
+                x, view, ids = run(x, chunk, next(caches, None), recorded)
             views.append(view)
             expert_ids += [] if ids is None else [ids]
-        return Hidden(x, Cache(tuple(views), cache.mtp) if cache else None, tuple(expert_ids))
+        return Hidden(x, Cache(tuple(views), cache.mtp, looped) if cache else None, tuple(expert_ids))
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Next-token logits, float32 [B, T, V], from the pre-norm hidden state.
@@ -189,16 +207,23 @@ def initialise(
     dtype: DTypeLike = jnp.float32,
     layout: Layout | None = None,
     mtp: bool = True,
+    looped: bool = False,
 ) -> Step3p5:
     """A freshly drawn model, for training from scratch and for tests."""
-    return Step3p5(config, rngs=nnx.Rngs(params=key), dtype=dtype, layout=layout, mtp=mtp)
+    return Step3p5(config, rngs=nnx.Rngs(params=key), dtype=dtype, layout=layout, mtp=mtp, looped=looped)
 
 
 def abstract(
-    config: ModelConfig, *, dtype: DTypeLike = jnp.bfloat16, layout: Layout | None = None, mtp: bool = True
+    config: ModelConfig,
+    *,
+    dtype: DTypeLike = jnp.bfloat16,
+    layout: Layout | None = None,
+    mtp: bool = True,
+    looped: bool = False,
 ) -> Step3p5:
     """The model with shapes in place of arrays: nothing is allocated."""
-    return nnx.eval_shape(lambda: initialise(config, jax.random.key(0), dtype=dtype, layout=layout, mtp=mtp))
+    key = jax.random.key(0)
+    return nnx.eval_shape(lambda: initialise(config, key, dtype=dtype, layout=layout, mtp=mtp, looped=looped))
 
 
 def params_of(model: Step3p5) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from stepjax.weights.adapted import (
     widen,
 )
 from stepjax.weights.quantised import format_of
+from stepjax.weights.stacked import LayerWeight
 
 Slot = jax.Array | None  # int32 [T], adapter of each token
 
@@ -95,30 +96,30 @@ def tiled(
 
     if tile == num_experts:
         return widened(weights, *rows)
-    leaves, tree = jax.tree.flatten(weights)
-    by_expert = [leaf.ndim > 2 for leaf in leaves]  # all but an adapter's factors that experts share
+    leaves, tree = jax.tree.flatten(weights, is_leaf=lambda leaf: isinstance(leaf, LayerWeight))
+    stacked = [isinstance(leaf, LayerWeight) for leaf in leaves]  # cut by index; the others are the scan's inputs
+    # All but an adapter's factors that experts share.
+    by_expert = [leaf.ndim > 2 and not whole for leaf, whole in zip(leaves, stacked, strict=True)]
 
     def tiles(arrays: Any) -> Any:
         return jax.tree.map(lambda a: a.reshape(num_experts // tile, tile, *a.shape[1:]), arrays)
 
-    def one_tile(expert_leaves: list[jax.Array], rows: Any) -> jax.Array:
+    def one_tile(index: jax.Array, expert_leaves: list[jax.Array], rows: Any) -> jax.Array:
         remaining = iter(expert_leaves)
-        return widened(
-            tree.unflatten(
-                [next(remaining) if varies else leaf for leaf, varies in zip(leaves, by_expert, strict=True)]
-            ),
-            *rows,
-        )
+        cut = [next(remaining) if varies else leaf for leaf, varies in zip(leaves, by_expert, strict=True)]
+        cut = [leaf.part(index, tile) if isinstance(leaf, LayerWeight) else leaf for leaf in cut]
+        return widened(tree.unflatten(cut), *rows)
 
     def write(out: jax.Array, tile: Any) -> tuple[jax.Array, None]:
         index, *held = tile
-        return jax.lax.dynamic_update_index_in_dim(out, one_tile(*held), index, 0), None
+        return jax.lax.dynamic_update_index_in_dim(out, one_tile(index, *held), index, 0), None
 
     expert_leaves = tiles([leaf for leaf, varies in zip(leaves, by_expert, strict=True) if varies])
     rows = tiles(rows)
-    shape = jax.eval_shape(one_tile, *jax.tree.map(lambda a: a[0], (expert_leaves, rows))).shape
+    indices = jnp.arange(num_experts // tile)
+    shape = jax.eval_shape(one_tile, *jax.tree.map(lambda a: a[0], (indices, expert_leaves, rows))).shape
     start = zeros_after(count, (num_experts // tile, *shape), x)
-    out, _ = jax.lax.scan(write, start, (jnp.arange(num_experts // tile), expert_leaves, rows))
+    out, _ = jax.lax.scan(write, start, (indices, expert_leaves, rows))
     return out.reshape(num_experts, *shape[1:])
 
 

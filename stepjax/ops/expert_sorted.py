@@ -13,6 +13,7 @@ from stepjax.ops.grouped_matmul import DEPTH, Tiles, grouped_product, tiles_for
 from stepjax.ops.manual_axes import vary_with, zeros_after
 from stepjax.ops.swiglu import swiglu
 from stepjax.weights.adapted import buffer_product, choose, cotangent, expert_product, moved, moving, widen
+from stepjax.weights.stacked import LayerWeight
 
 
 def _by_expert(
@@ -75,7 +76,8 @@ def grouped(
 
 def grouped_fits(x: jax.Array, weights: ExpertWeights) -> bool:
     """Whether `grouped` can take these."""
-    plain = all(isinstance(w, jax.Array) and w.dtype == jnp.bfloat16 for w in weights)
+    held = [w.stack if isinstance(w, LayerWeight) else w for w in weights]
+    plain = all(isinstance(w, jax.Array) and w.dtype == jnp.bfloat16 for w in held)
     return plain and x.dtype == jnp.bfloat16 and not any(size % DEPTH for size in weights.gate.shape[1:])
 
 
@@ -235,7 +237,10 @@ def _kernel_forward(plan: _Plan, x: jax.Array, combine: jax.Array, weights: Expe
         count = jnp.minimum(used - index * plan.blocks, plan.blocks)[None]
 
         def product(x: jax.Array, w: Any, tiles: Tiles) -> jax.Array:
-            return grouped_product(x, w, expert, count, tiles=tiles, interpret=plan.interpret)
+            matrix = expert
+            if isinstance(w, LayerWeight):
+                matrix, w = w.layer * num_experts + expert, w.joined()
+            return grouped_product(x, w, matrix, count, tiles=tiles, interpret=plan.interpret)
 
         taken = x[token]
         gate, up = (product(taken, w, plan.inner) for w in (weights.gate, weights.up))

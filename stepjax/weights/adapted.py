@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from stepjax.weights.products import linear_product, wide_einsum
+from stepjax.weights.products import linear_product, stacked_product, wide_einsum
 from stepjax.weights.quantised import Weight, dequantize, take
+from stepjax.weights.stacked import LayerWeight
 
 T = TypeVar("T")
 
@@ -116,8 +117,14 @@ def linear(w: AnyWeight, x: jax.Array, dtype: DTypeLike) -> jax.Array:
     Rounding belongs to the base's product: were the contracted axis split, a later cast would leave the devices to
     exchange float32.
     """
-    w = widen(w, x.dtype)
-    y = linear_product(x, _array(w), dtype)
+    base = plain(w)
+    if isinstance(base, LayerWeight) and isinstance(base.stack, jax.Array):
+        y = stacked_product(x, base.stack, base.layer, dtype)
+        if isinstance(w, Adapted):
+            w = dataclasses.replace(w, a=w.a.astype(x.dtype), b=w.b.astype(x.dtype))
+    else:
+        w = widen(w, x.dtype)
+        y = linear_product(x, _array(w), dtype)
     if not isinstance(w, Adapted):
         return y
     low = w.scale * wide_einsum("...i,ri->...r", x, w.a)

@@ -8,9 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from stepjax.weights.stacked import layer_of
+
 FEW_ROWS = 64  # up to here a CPU's time goes into reading the matrix
 BLOCKS = 64  # that a CPU cuts a matrix into: a number that the devices of a mesh divide
 LEAST = 2**16  # values of a matrix that is worth cutting
+SUMMED_ROWS = 8  # up to here XLA reads a layer's matrix once, in its stack, in one kernel for all rows (H200)
 
 
 def wide_einsum(form: str, a: jax.Array, b: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
@@ -41,3 +44,24 @@ def linear_product(x: jax.Array, w: jax.Array, dtype: DTypeLike) -> jax.Array:
 def plain_product(x: jax.Array, w: jax.Array, dtype: DTypeLike) -> jax.Array:
     """`linear_product` as one product, its slow twin."""
     return wide_einsum("...i,oi->...o", x, w, dtype)
+
+
+def stacked_product(x: jax.Array, stack_LOI: jax.Array, layer: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """`linear_product` by layer ``layer`` of a stack, int32 [].
+
+    A GPU's matrix products want a matrix of its own: XLA copies it out of the stack, which takes longer than the
+    product does for a few rows. These are multiplied and summed instead, a kernel that reads it where it lies.
+    """
+    rows = math.prod(x.shape[:-1])
+    w = layer_of(stack_LOI, layer)
+    if rows > SUMMED_ROWS:
+        return linear_product(x, w.astype(x.dtype), dtype)
+
+    def summed(x: jax.Array, w: jax.Array) -> jax.Array:
+        wide = w.astype(jnp.float32)  # once for all rows, so that XLA makes one kernel of their sums
+        sums = [jnp.sum(wide * row[None].astype(jnp.float32), axis=-1) for row in x.reshape(rows, -1)]
+        return jnp.stack(sums).astype(dtype).reshape(*x.shape[:-1], -1)
+
+    return jax.lax.platform_dependent(
+        x, w, cpu=lambda x, w: linear_product(x, w.astype(x.dtype), dtype), default=summed
+    )

@@ -12,6 +12,7 @@ import numpy as np
 
 from stepjax.weights.expert_format import ExpertFormat
 from stepjax.weights.plain import PLAIN
+from stepjax.weights.stacked import LayerWeight
 
 
 @jax.tree_util.register_dataclass
@@ -56,7 +57,7 @@ class Quantised:
         return Quantised(_take(self.q, ids), _take(self.scale, ids), self.format)
 
 
-Weight = jax.Array | Quantised
+Weight = jax.Array | Quantised | LayerWeight
 
 
 def quantise(w: Any, format: ExpertFormat) -> Quantised:
@@ -78,11 +79,14 @@ def abstract_quantised(shape: Sequence[int], format: ExpertFormat, sharding: jax
 
 def format_of(w: Weight) -> ExpertFormat:
     """How a weight is held."""
+    w = w.stack if isinstance(w, LayerWeight) else w
     return w.format if isinstance(w, Quantised) else PLAIN
 
 
 def dequantize(w: Weight, dtype: Any) -> jax.Array:
     """Any weight as an array of ``dtype``."""
+    if isinstance(w, LayerWeight):
+        return dequantize(w.sliced(), dtype)
     return w.dequantize(dtype) if isinstance(w, Quantised) else w.astype(dtype)
 
 
@@ -90,9 +94,11 @@ def dequantize(w: Weight, dtype: Any) -> jax.Array:
 def take(w: Quantised, ids: jax.Array) -> Quantised: ...
 @overload
 def take(w: jax.Array, ids: jax.Array) -> jax.Array: ...
+@overload
+def take(w: LayerWeight, ids: jax.Array) -> Weight: ...
 def take(w: Weight, ids: jax.Array) -> Weight:
     """Entries of any weight's leading axis, which the axes of ``ids`` replace; ids are clamped into range."""
-    return w.take(ids) if isinstance(w, Quantised) else _take(w, ids)
+    return w.take(ids) if isinstance(w, Quantised | LayerWeight) else _take(w, ids)
 
 
 def _take(array: jax.Array, ids: jax.Array) -> jax.Array:

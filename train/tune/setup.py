@@ -112,6 +112,7 @@ def open_model(settings: ModelSettings, path: str) -> Session:
         quantize=settings.quantize or None,
         mesh=settings.mesh or None,
         strategy=settings.strategy,
+        layers="unrolled",  # what learns is named by layer
     )
 
 
