@@ -119,7 +119,7 @@ def resident_bytes() -> int:
 
 
 def trim_heap() -> None:
-    """Gives freed pages of the heap back to the system, where the C library can: a compiler leaves hundreds of megabytes."""
+    """Gives freed pages of the heap back to the system, where the C library can. A compiler leaves hundreds of MB."""
     if malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         malloc_trim(0)
 

@@ -169,6 +169,8 @@ def test_bfloat16_is_within_rounding_of_float32(cases):
         a, b = bind(wide, params), bind(narrow, narrow_params)
         chunk, x, layers = Chunk.whole(*ids.shape), a.embed(ids), []
         for one, other in zip(a.layers, b.layers, strict=True):
+            assert one is not None, "no layer is in a loop"
+            assert other is not None
             rounded = x.astype(jnp.bfloat16)
             x, _, experts = one(rounded.astype(jnp.float32), chunk, None)
             y, _, others = other(rounded, chunk, None)
