@@ -141,8 +141,8 @@ def test_others_are_answered_while_a_large_body_is_read(server):
 @pytest.mark.slow
 def test_no_field_of_any_endpoint_takes_more_than_linear_time(reader, capsys):
     """The fuzzer's long form: every field with every value, by processor time at n and 4 n. Prints the worst power of
-    each endpoint. Values that stay below 20 ms at any allowed size are not judged. Caches and the collection of garbage make linear
-    work grow with a power of up to 1.6 on a busy machine; quadratic work has 2.
+    each endpoint. Values that stay below 20 ms at any allowed size are not judged. Caches and the collection of garbage
+    make linear work grow with a power of up to 1.6 on a busy machine; quadratic work has 2.
     """
     worst: dict[str, tuple[float, str]] = {}
 
