@@ -114,7 +114,7 @@ class Transcript:
         self._reasoning: list[str] = []
         self._content: list[str] = []
         self._num_ids = 0  # without an end token
-        self._new = Delta()
+        self._new_reasoning, self._new_parts = "", list[Part]()
 
     @property
     def text(self) -> str:
@@ -184,7 +184,7 @@ class Transcript:
     def _sort(self, reasoning: str, content: str) -> None:
         if reasoning:
             self._reasoning.append(reasoning)
-            self._new = self._new.join(Delta(reasoning))
+            self._new_reasoning += reasoning
         if content:
             self._record(self._tools.push(content) if self._tools else [ContentDelta(content)])
 
@@ -210,10 +210,11 @@ class Transcript:
             self._add(ContentDelta(text))
 
     def _add(self, event: ToolEvent) -> None:
-        self._new = self._new.join(Delta("", (Part(event, self._num_ids),)))
+        _append(self._new_parts, Part(event, self._num_ids))
 
     def _take_new(self) -> Delta:
-        new, self._new = self._new, Delta()
+        new = Delta(self._new_reasoning, tuple(self._new_parts))
+        self._new_reasoning, self._new_parts = "", []
         return new
 
     def _cut_text(self) -> None:
