@@ -98,8 +98,8 @@ class EngineConfig:
         """
         if self.host_cache_bytes and session.model.period:
             raise ConfigError(
-                f"host_cache_bytes: is {self.host_cache_bytes}, expected 0 for a model whose layers run in a loop, whose "
-                "caches are stacks; load it with layers unrolled"
+                f"host_cache_bytes: is {self.host_cache_bytes}, expected 0 for a model whose layers run in a loop, "
+                "whose caches are stacks; load it with layers unrolled"
             )
         runner = session.runner(self.speculate, routing=self.routing)
         stack_size = self.stack_size(session)
