@@ -178,7 +178,12 @@ def test_rows_past_the_last_are_dropped():
 def test_no_two_keys_are_written_to_one_row(monkeypatch):
     """Which of them stayed would be the device's choice."""
     stored = []
-    monkeypatch.setattr(stepjax.model.cache, "store", lambda cache, row, new: stored.append(np.asarray(row)) or cache)
+
+    def store(cache, row, new, layer):
+        stored.append(np.asarray(row))
+        return cache
+
+    monkeypatch.setattr(stepjax.model.cache, "store", store)
     ring = Ring(jnp.zeros((B, 9, K, H)), jnp.zeros((B, 9, K, H)))
     ring.write(Chunk.at(jnp.array([2, 0]), jnp.array([30, 17]), 30), *drawn(30)[1:])
     for row in stored[0]:
