@@ -21,10 +21,10 @@ from stepjax.infer.serve.errors import ApiError, Dialect
 from stepjax.infer.serve.formats import wants_grammar
 from stepjax.infer.serve.middleware import ApiKeys
 from stepjax.infer.serve.replies import json_response
-from stepjax.infer.serve.requests import ignore_priority, read_chat
+from stepjax.infer.serve.requests import read_chat
 from stepjax.infer.serve.routes import header_value
 from stepjax.infer.serve.schemas import Body, ChatRequest, SampledRequest
-from stepjax.infer.serve.service import Service
+from stepjax.infer.serve.service import EngineRequest, Service
 from stepjax.infer.serve.sse import EventStream, unless_disconnected
 from stepjax.infer.session import Session
 
@@ -117,7 +117,11 @@ class Api:
         pin = self.pin(getattr(body, "model", None))
         chat = await asyncio.to_thread(as_chat, body)
         request, options = await self.read(functools.partial(in_clients_words, chat.client, read_chat), chat)
-        return chat, Answers(self.service, [request._replace(adapter=pin)], options)
+        return chat, Answers(self.service, [self.accepted(request, pin)], options)
+
+    def accepted(self, request: EngineRequest, pin: AdapterPin | None) -> EngineRequest:
+        """A request with its adapter, and with its priority if the operator lets clients go before others."""
+        return request._replace(adapter=pin, priority=request.priority if self.options.priorities else 0)
 
     async def read(self, read: Callable[..., T], body: SampledRequest) -> T:
         """``read(engine, session, body)`` in a thread, so that a grammar that takes long does not hold up others.
@@ -125,8 +129,6 @@ class Api:
         Raises:
           QueueFullError: too many grammars wait to be compiled.
         """
-        if not self.options.priorities:
-            ignore_priority(body)
         if not wants_grammar(body):
             return await asyncio.to_thread(read, self.service.engine, self.session, body)
         if self._num_compiling >= MAX_COMPILING:
@@ -153,7 +155,8 @@ class Api:
         left_out = body.client.left_out if isinstance(body, ChatRequest) else ()
         if left_out:
             log.info("request left out: %s", header_value(left_out))
-        request.state.ignored = [*left_out, *({"priority"} & set(body.model_extra or ()))]
+        unheeded = ["priority"] if body.priority and not self.options.priorities else []
+        request.state.ignored = [*left_out, *unheeded]
         if body.stream:
             close = functools.partial(self.service.close, answers.submission)
             return EventStream(writer.events(), close=close, dialect=dialect)

@@ -111,12 +111,6 @@ def continues(body: ChatRequest) -> bool:
     return last.get("role") == "assistant" and bool(is_begun) and not last.get("tool_calls")
 
 
-def ignore_priority(body: SampledRequest) -> None:
-    """Make a priority an unknown field, for a server whose operator does not let clients go before others."""
-    if body.priority and body.model_extra is not None:
-        body.model_extra["priority"], body.priority = body.priority, None
-
-
 def offered_tools(tools: list[dict[str, Any]] | None, choice: Any) -> list[dict[str, Any]] | None:
     """The tools that go into the prompt; None if none may be called."""
     if not tools or choice == "none":

@@ -173,16 +173,19 @@ class ChatAnswer:
     def _logprobs(self, ids: Sequence[int], scores: Sequence[TokenScore]) -> dict[str, Any] | None:
         if not self._body.logprobs:
             return None
-        content = [
-            token_logprob(self._tokenizer, token, score.logprob)
-            | {"top_logprobs": [token_logprob(self._tokenizer, *candidate) for candidate in score.top]}
-            for token, score in zip(ids, scores, strict=True)
-        ]
-        return {"content": content, "refusal": None}
+        return {"content": listed_logprobs(self._tokenizer, ids, scores), "refusal": None}
 
 
-def token_logprob(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
-    """One entry of OpenAI's list of log-probabilities."""
+def listed_logprobs(tokenizer: Tokenizer, ids: Sequence[int], scores: Sequence[TokenScore]) -> list[dict[str, Any]]:
+    """OpenAI's list of log-probabilities: those of the tokens, each with the likeliest at its place."""
+    return [
+        _token_logprob(tokenizer, token, score.logprob)
+        | {"top_logprobs": [_token_logprob(tokenizer, *candidate) for candidate in score.top]}
+        for token, score in zip(ids, scores, strict=True)
+    ]
+
+
+def _token_logprob(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
     data = tokenizer.token_bytes([token])
     return {"token": data.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(data)}
 

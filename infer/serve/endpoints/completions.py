@@ -106,7 +106,7 @@ def router(api: Api) -> APIRouter:
         api.service.check_open()
         pin = api.pin(body.model)
         requests, options = await api.read(read_completion, body)
-        answers = Answers(api.service, [prompt._replace(adapter=pin) for prompt in requests], options)
+        answers = Answers(api.service, [api.accepted(prompt, pin) for prompt in requests], options)
         writer = CompletionAnswer(body, answers, model)
         return await api.respond(request, body, answers, writer, dialect="completions")
 
@@ -144,7 +144,8 @@ class CompletionAnswer:
                 continue
             answer, ids, scores = answers.all[piece.index], piece.ids, piece.scores
             begins = len(ids) == len(answer.transcript.ids)
-            chunk = {"choices": [self._text(answer, piece.delta.content, ids, scores, begins=begins)]}
+            choice = self._text(answer, piece.delta.content, ids, scores, begins=begins)
+            chunk: dict[str, Any] = {"choices": [choice]}
             if wanted is not None and wanted.continuous:
                 chunk["usage"] = self._usage()
             yield event(self._head | chunk)

@@ -18,7 +18,7 @@ from stepjax.infer.serve.conversations.client_form import ClientForm, call_argum
 from stepjax.infer.serve.conversations.reading import chat_request
 from stepjax.infer.serve.conversations.response_items import ROLES, offered_in_items, read_items, sealed
 from stepjax.infer.serve.conversations.tools import read_choice, read_functions
-from stepjax.infer.serve.endpoints.chat import token_logprob
+from stepjax.infer.serve.endpoints.chat import listed_logprobs
 from stepjax.infer.serve.errors import ApiError
 from stepjax.infer.serve.fields.dialects import RESPONSES
 from stepjax.infer.serve.limits import listed, number, sized
@@ -300,11 +300,7 @@ class ResponsesAnswer:
         first, self._num_scored = max(self._num_scored, transcript.num_thinking), num_ids
         if not self._body.wants_logprobs or tokenizer is None:
             return []
-        return [
-            token_logprob(tokenizer, token, score.logprob)
-            | {"top_logprobs": [token_logprob(tokenizer, *candidate) for candidate in score.top]}
-            for token, score in zip(transcript.ids[first:num_ids], scores[first:num_ids], strict=True)
-        ]
+        return listed_logprobs(tokenizer, transcript.ids[first:num_ids], scores[first:num_ids])
 
     def _write(self, delta: Delta) -> Iterator[bytes]:
         """The events for new text, item by item in the order of the text."""
