@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,6 +33,7 @@ class Prompt:
     new_environment: Callable[[], Environment]  # begins an episode
     messages: Sequence[ChatMessage]  # empty for raw text
     tools: ToolSchemas | None = None
+    row: Mapping[str, Any] = field(default_factory=dict)  # the row of the file, with columns that only rewards read
 
 
 class Source(Protocol):
@@ -192,21 +193,20 @@ def open_source(name: str, settings: DataSettings, session: Session, *, split: S
 
 
 def read_row(name: str, index: int, row: Mapping[str, Any], session: Session, *, where: str) -> Prompt:
-    """A prompt from a row of a file. ConfigError: a field is missing, unknown or of another type."""
-    unknown = set(row) - {"messages", "tools", "prompt", "completion", "answer"}
-    if unknown or ("messages" in row) == ("prompt" in row):
+    """A prompt from a row of a file; other columns are kept. ConfigError: a column is missing or of another type."""
+    if ("messages" in row) == ("prompt" in row):
         keys = ", ".join(map(repr, sorted(row)))
         raise ConfigError(f"{where}: has {keys}; expected messages (and tools) or prompt (and completion), and answer")
     answer = row.get("answer")
-    for field in ("prompt", "completion", "answer"):
-        if not isinstance(row.get(field, ""), str):
-            raise ConfigError(f"{where}: {field} is {row[field]!r}, expected text")
+    for column in ("prompt", "completion", "answer"):
+        if not isinstance(row.get(column, ""), str):
+            raise ConfigError(f"{where}: {column} is {row[column]!r}, expected text")
     if "prompt" in row:
         ids = tuple(session.encode(row["prompt"]))
         text = row.get("completion")
         eos = session.config.eos_ids[0]
         completion = None if text is None else (*session.encode(text)[1:], eos)
-        return Prompt(name, index, ids, completion, lambda: ExactMatch((), None, answer), ())
+        return Prompt(name, index, ids, completion, lambda: ExactMatch((), None, answer), (), row=row)
     messages, tools = list(row["messages"]), row.get("tools")
     completion = None
     if messages and messages[-1].get("role") == "assistant":
@@ -215,7 +215,7 @@ def read_row(name: str, index: int, row: Mapping[str, Any], session: Session, *,
         answer = target.get("content") if answer is None else answer
     else:
         ids = tuple(session.encode_chat(messages, tools=tools))
-    return Prompt(name, index, ids, completion, lambda: ExactMatch(messages, tools, answer), messages, tools)
+    return Prompt(name, index, ids, completion, lambda: ExactMatch(messages, tools, answer), messages, tools, row)
 
 
 def turn_ids(
