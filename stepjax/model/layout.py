@@ -42,7 +42,7 @@ class Routes(NamedTuple):
 
     ids_BTA: jax.Array  # int32: the experts that run, E for padding
     combine_BTA: jax.Array  # float32: their weights
-    own_BTA: jax.Array  # int32: what the router chose, which is ``ids`` unless recorded ids took its place
+    chosen_BTA: jax.Array  # int32: what the router chose, which is ``ids`` unless recorded ids took its place
 
 
 class Routed(Protocol):

@@ -124,8 +124,8 @@ class MoE(nnx.Module):
         own_TA = self.router.choose(scores_TE)
         given_TA = recorded_BTA.reshape(own_TA.shape).astype(own_TA.dtype)
         ids_TA = jnp.where(given_TA < self.num_experts, given_TA, own_TA)
-        ids_BTA, own_BTA = self._unpadded(ids_TA, real_BT), self._unpadded(own_TA, real_BT)
-        return Routes(ids_BTA, self.router.weigh(scores_TE, ids_TA).reshape(ids_BTA.shape), own_BTA)
+        ids_BTA, chosen_BTA = self._unpadded(ids_TA, real_BT), self._unpadded(own_TA, real_BT)
+        return Routes(ids_BTA, self.router.weigh(scores_TE, ids_TA).reshape(ids_BTA.shape), chosen_BTA)
 
     def _unpadded(self, ids_TA: jax.Array, real_BT: jax.Array) -> jax.Array:
         return jnp.where(real_BT.reshape(-1, 1), ids_TA, self.num_experts).reshape(*real_BT.shape, -1)

@@ -1,9 +1,9 @@
-"""Conversations in OpenAI's form to prompts, through the checkpoint's own chat template.
+"""Turns conversations in OpenAI's form into prompts, with the checkpoint's own chat template.
 
-What a caller writes cannot act as a control token: wherever a message, a tool or an argument spells one, the prompt
-holds that spelling as ordinary text. One thing in a caller's text keeps its meaning for the template: in an assistant
+Nothing that a caller writes acts as a control token: where a message, a tool or an argument spells one, the prompt
+holds the spelling as ordinary text. There is one exception: in an assistant
 message without `reasoning_content`, the first `</think>` (and the first `<think>` before it) separates thinking from
-answer, since many clients send the model's raw output back. A template that does not look for it prints it, as a
+answer, since many clients send the model's raw output back. A template that does not look for it prints it as a
 control token, inside the assistant's own turn.
 """
 
@@ -24,10 +24,10 @@ _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant"
 _MAX_DEPTH = 64  # of JSON in arguments and tools
 _MAX_INT_BITS = 1024  # as large as floats go; Python refuses to print some far larger ones
 _MAX_SOURCE_BYTES = 1 << 20
-# A template sees these names from tokenizer_config.json; ours writes bos itself.
+# Names of tokenizer_config.json that a template can read. The official template writes bos itself.
 _TOKEN_VARIABLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 THINKING_KWARGS = ("enable_thinking", "thinking")
-# What the server itself passes to a template, and what a conversation consists of.
+# Variables that the server sets, which a caller cannot.
 _SERVER_VARIABLES = frozenset(
     [*_TOKEN_VARIABLES, *THINKING_KWARGS, "messages", "tools", "add_generation_prompt", "documents", "chat_template"]
 )
@@ -81,15 +81,15 @@ class ChatTemplate:
 
         enable_thinking=False closes the thinking that the generation prompt opens. The official template has no such
         switch and the model was not trained with it (it is also passed on, for templates that have one).
-        continue_final_message=True takes the last message as the begin of the answer: the prompt ends with its text,
-        behind the generation prompt, as if the model had written it.
+        continue_final_message=True takes the last message as the beginning of the answer: the prompt ends with its
+        text, after the generation prompt, as if the model had written it.
         variables are a caller's values for names of `options`, JSON data.
         Raises RequestError naming the message and field at fault, TemplateError if the template fails.
         """
         conversation, functions = read_messages(messages), read_tools(tools)
-        begun = None
+        unfinished = None
         if continue_final_message:
-            begun, add_generation_prompt = _begun_answer(conversation), True
+            unfinished, add_generation_prompt = _unfinished_answer(conversation), True
             conversation = conversation[:-1]
         given = {name: _plain_data(value, f"chat_template_kwargs.{name}") for name, value in (variables or {}).items()}
         texts = json.dumps([conversation, functions, given, self._variables, self._source], ensure_ascii=False)
@@ -104,8 +104,8 @@ class ChatTemplate:
         }
         segments = guard.split(self._process.render(variables))
         is_open = segments[-2:] == [Segment(THINK_OPEN, True), Segment("\n", False)]
-        if begun is not None:
-            return segments + _begun_segments(begun, is_open=is_open, enable_thinking=enable_thinking)
+        if unfinished is not None:
+            return segments + _unfinished_segments(unfinished, is_open=is_open, enable_thinking=enable_thinking)
         if add_generation_prompt and not enable_thinking and is_open:
             segments += [Segment(THINK_CLOSE, True), Segment("\n", False)]
         return segments
@@ -118,7 +118,7 @@ class ChatTemplate:
         return "".join(segment.text for segment in self.segments(messages, **options))
 
     def close(self) -> None:
-        """Ends the rendering process, which otherwise ends with the object."""
+        """End the rendering process, which otherwise ends with the object."""
         self._process.close()
 
 
@@ -313,7 +313,7 @@ def _is_list(value: Any) -> TypeGuard[Sequence[Any]]:
 
 
 def _short(value: Any) -> str:
-    """Enough of a value to recognise it, in ASCII, since it may not be valid Unicode."""
+    """The beginning of a value, for errors. In ASCII, since it may not be valid Unicode."""
     if value is None:
         return "nothing"
     if isinstance(value, int) and value.bit_length() > _MAX_INT_BITS:
@@ -324,22 +324,22 @@ def _short(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def _begun_answer(conversation: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The last message, if an answer can go on from it."""
+def _unfinished_answer(conversation: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The last message, which the answer continues. RequestError: it is no such message."""
     last = conversation[-1]
     where = f"messages[{len(conversation) - 1}]"
     if last["role"] != "assistant" or last.get("tool_calls"):
-        raise RequestError(f"{where}: expected a begun answer to continue: an assistant's message without tool_calls")
+        raise RequestError(f"{where}: expected an answer to continue: a message of the assistant without tool_calls")
     if not last["content"] and not last.get("reasoning_content"):
-        raise RequestError(f"{where}: is empty, expected the begin of an answer to continue")
+        raise RequestError(f"{where}: is empty, expected the beginning of an answer to continue")
     if len(conversation) < 2:
-        raise RequestError(f"{where}: expected a message before the begun answer")
+        raise RequestError(f"{where}: expected a message before the answer to continue")
     return last
 
 
-def _begun_segments(message: Mapping[str, Any], *, is_open: bool, enable_thinking: bool) -> list[Segment]:
-    """The text of a begun answer in the form in which the model writes it. It is text as a whole: nothing in it acts
-    as a control token, except that its first `</think>` ends the thinking, as in `_protect_thinking`.
+def _unfinished_segments(message: Mapping[str, Any], *, is_open: bool, enable_thinking: bool) -> list[Segment]:
+    """The beginning of an answer in the form in which the model writes it. All of it is text: nothing in it acts as a
+    control token, except that its first `</think>` ends the thinking, as in `_protect_thinking`.
 
     is_open: whether the generation prompt has opened the thinking. Thinking without content goes on.
     """

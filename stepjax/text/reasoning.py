@@ -1,6 +1,6 @@
 """Separates the model's thinking from its answer, in text as it streams and in whole texts.
 
-The prompt ends with `<think>`, so output begins inside the thinking. `split_reasoning` is the rule, written plainly;
+The prompt ends with `<think>`, so output begins inside the thinking. `split_reasoning` is the reference;
 `ReasoningParser` gives the same result for the text in any pieces (speculative decoding delivers several tokens at
 once, with markers anywhere in them).
 
@@ -65,12 +65,12 @@ class ReasoningParser:
     """
 
     def __init__(self, *, in_reasoning: bool = True, verbatim: bool = False):
-        """in_reasoning=False where the prompt already closed the thinking; verbatim drops nothing behind it, where a
-        grammar has seen to it that what looks like a marker is text.
+        """in_reasoning=False where the prompt already closed the thinking; verbatim=True drops nothing after it:
+        a grammar ensures that what looks like a marker is text.
         """
         self._verbatim = verbatim
         self._held = ""
-        self._start = 0  # of what is unsettled in _held; past 0 only within a push
+        self._start = 0  # of the text in _held that no step has consumed; above 0 only within a push
         self._step = self._at_start if in_reasoning else self._in_content
         self._eat_newline = False
         self._out: tuple[list[str], list[str]] = ([], [])
@@ -81,14 +81,14 @@ class ReasoningParser:
         return self._step in (self._at_start, self._in_reasoning)
 
     def push(self, delta: str) -> ReasoningDelta:
-        """Takes the next piece of output and returns what it settled."""
+        """Take the next piece of output, and return the text that is now certain."""
         self._held += delta
         while self._start < len(self._held) and self._step():
             pass
         return self._take()
 
     def flush(self) -> ReasoningDelta:
-        """Ends the stream: what was held back is what it looks like."""
+        """End the stream: withheld text is returned as it is."""
         self._emit(0 if self.in_reasoning else 1, len(self._held))
         return self._take()
 
@@ -102,7 +102,7 @@ class ReasoningParser:
         self._out[kind].append(self._held[self._start : end])
         self._start = end
 
-    # Each step settles text from _start on, and returns whether another step may go on with the rest.
+    # Each step consumes text from _start on, and returns whether another step may consume more.
 
     def _at_start(self) -> bool:
         if len(self._held) < len(THINK_OPEN) and THINK_OPEN.startswith(self._held):

@@ -1,8 +1,8 @@
-"""A script in a process of its own, asked in lines of JSON and killed when an answer takes too long.
+"""Runs a script in a child process, which reads requests as lines of JSON and is killed when a reply takes too long.
 
-What counts is the processor's time, since a busy machine makes nobody's request a bad one. The system keeps the script
-to it: `setitimer(ITIMER_PROF)` around what is asked, and SIGPROF ends it. A limit of wall time, many times as long, is
-the parent's: for a script that waits, that has broken out of its own limit, or a system without such timers.
+The limit is on processor time, so that a busy machine fails no request. The script sets `setitimer(ITIMER_PROF)` around
+each request, and SIGPROF ends it. The parent has a limit on wall time, many times as long: for a script that waits, for
+one that has removed its own limit, and for systems without such timers.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from typing import Any
 
 from stepjax.errors import StepjaxError
 
-# All the child gets to see of the environment: what breaks out there should find no credentials in it.
+# The only environment variables of the child. A template that escapes its sandbox must find no credentials.
 _ENVIRONMENT = ("PATH", "PYTHONHOME", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ", "SYSTEMROOT")
 
 
 class ChildProcess:
-    """Starts on first use, and is replaced when it had to be killed.
+    """A child process that starts on first use, and is started again after it was killed.
 
-    Safe to share between threads, which take turns, and across a fork. A subclass says what is asked.
+    Safe to share between threads, which take turns, and across a fork. A subclass defines the requests.
     """
 
-    _work = "the process"  # what errors call it
+    _work = "the process"  # its name in errors
 
     def __init__(self, script: Path, arguments: Sequence[str], *, start_s: float, cpu_s: float):
         """Starts nothing yet.
 
         Args:
-          arguments: of the script, behind the first, which is ``cpu_s``.
+          arguments: of the script, after the first, which is ``cpu_s``.
           start_s: wall time that starting may take.
-          cpu_s: processor time that the script gives one request.
+          cpu_s: processor time of one request.
         """
         self._script, self._arguments = script, [str(cpu_s), *arguments]
         self._start_s, self._cpu_s = start_s, cpu_s
@@ -49,7 +49,7 @@ class ChildProcess:
         self._owner = os.getpid()
 
     def close(self) -> None:
-        """Ends the child; a later question starts another."""
+        """End the child. A later request starts another."""
         with self._lock:
             self._end()
 
@@ -58,11 +58,11 @@ class ChildProcess:
         raise NotImplementedError
 
     def _prepare(self) -> None:
-        """Asks of a new child what must come first."""
+        """Send what a new child needs before its first request."""
 
     def _turn(self) -> threading.Lock:
-        """What a thread holds while it asks."""
-        if os.getpid() != self._owner:  # a forked copy must not share the parent's pipes, nor a lock someone held
+        """The lock that a thread holds during a request."""
+        if os.getpid() != self._owner:  # a forked copy must not share the parent's pipes or a lock that is taken
             self._lock, self._owner = threading.Lock(), os.getpid()
             self._process = self._stop = None
         return self._lock
@@ -107,11 +107,11 @@ class ChildProcess:
         try:
             process.stdin.write(line)
             process.stdin.flush()
-            # A character takes at most 6 bytes of JSON (\u0000); a child that sends more is not ours any more.
+            # A character takes at most 6 bytes of JSON (\u0000); a child that sends more is not running our script.
             reply = process.stdout.readline(6 * max_chars + 65536)
         except OSError:
             reply = b""
-        except BaseException:  # an interrupt: a reply that nobody read would answer the next request
+        except BaseException:  # an interrupt: the unread reply would be taken for that of the next request
             self._end()
             raise
         finally:
@@ -124,7 +124,7 @@ class ChildProcess:
         return self._read_reply(reply)
 
     def _exceeded(self, process: subprocess.Popen[bytes], seconds: float | None) -> str:
-        """The limit of time that a child reached; "" if it ended by itself."""
+        """The time limit that the child exceeded; "" if it ended by itself."""
         if seconds is not None:
             return f"{seconds} s"
         spent = hasattr(signal, "SIGPROF") and process.returncode == -signal.SIGPROF
@@ -135,7 +135,7 @@ class ChildProcess:
         return f"{self._work} took more than {limit}" if limit else f"{self._work} ended by itself"
 
     def _read_reply(self, line: bytes) -> dict[str, Any]:
-        """The child is not to be trusted once a stranger's program runs in it."""
+        """The reply as an object. The child runs a stranger's program, so its output is not trusted."""
         try:
             reply = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -149,7 +149,7 @@ class ChildProcess:
 
 
 def _reap(process: subprocess.Popen[bytes], owner: int) -> None:
-    """Kills and collects the child, unless this is a forked copy of the process that it belongs to."""
+    """Kill the child and wait for it, unless this is a forked copy of the process that started it."""
     if os.getpid() != owner:
         return
     process.kill()

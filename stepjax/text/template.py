@@ -1,4 +1,4 @@
-"""Runs a chat template in a child process that can be killed, and keeps callers' text from spelling control tokens."""
+"""Renders a chat template in a child process, and keeps callers' text from spelling control tokens."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class TemplateLimits:
     """What one rendering may use."""
 
     render_s: float = 1.0  # of processor time; real templates take about a millisecond
-    wall_s: float = 30.0  # until the text is there, on a machine that does much else
+    wall_s: float = 30.0  # of wall time, on a machine that is busy
     start_s: float = 60.0  # of the child; a fraction of a second unless the machine is overloaded
     output_factor: int = 4  # output characters per character of template and variables
-    output_chars: int = 65536  # and on top of that
+    output_chars: int = 65536  # in addition
     memory_bytes: int = 1 << 30  # address space of the child
 
     def __post_init__(self):
@@ -56,7 +56,7 @@ class TemplateProcess(ChildProcess):
     _work = "the process that renders chat templates"
 
     def __init__(self, source: str, *, limits: TemplateLimits | None = None):
-        """Starts nothing yet."""
+        """The child starts with the first rendering."""
         self._source = source
         self._limits = limits = limits or TemplateLimits()
         arguments = [str(limits.memory_bytes), str(2 * max(limits.wall_s, limits.start_s))]
@@ -105,7 +105,7 @@ def template_literals(source: str) -> frozenset[str]:
 
 
 def template_variables(source: str) -> frozenset[str]:
-    """Names that a template reads and nowhere sets: what can be passed to it. Raises TemplateError."""
+    """Names that a template reads and does not set, which can be passed to it. Raises TemplateError."""
     with _parsed(source) as tree:
         names = [*tree.find_all(jinja2.nodes.Name)]
         stored = {name.name for name in names if name.ctx != "load"}
@@ -126,7 +126,7 @@ def _parsed(source: str) -> Iterator[jinja2.nodes.Template]:
 
 
 class Guard:
-    """Tells control tokens that the template wrote from text that only looks like them.
+    """Separates control tokens that the template wrote from text that only looks like them.
 
     `protect` puts a mark, a private-use character found nowhere else in the rendering, behind every character of a
     caller's string that could begin a control token's spelling, and before a string that starts with the rest of one.
@@ -167,7 +167,7 @@ class Guard:
 
 @dataclass(frozen=True)
 class _Spellings:
-    """What the guard looks for: the same for all renderings, and costly with the model's 800 control tokens."""
+    """What the guard looks for. The same for all renderings, and costly to make for the model's 800 control tokens."""
 
     controls: frozenset[str]
     lengths: list[int]  # of the controls, longest first
@@ -190,7 +190,7 @@ def _spellings(controls: tuple[str, ...], literals: frozenset[str]) -> _Spelling
     spellings = _Spellings(frozenset(controls), lengths, rests, re.compile(begins), re.compile(f"(?P<begin>{begins})"))
 
     def is_kept(literal: str) -> bool:
-        """Whether a literal begins like a control token, and can yet be no part of one."""
+        """Whether a literal begins like a control token but cannot be part of one."""
         return bool(spellings.begin.match(literal)) and not any(
             literal[k:] in prefixes or spellings.control_at(literal, k) for k in range(len(literal))
         )

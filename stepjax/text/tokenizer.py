@@ -1,9 +1,9 @@
 """The checkpoint's tokenizer: text to ids and back, with control tokens that text alone can never produce.
 
-A *control token* is one that steers the model instead of saying something: every added token marked special in the
-files, and the entries of `CONTROL_NAMES` whatever their mark (DeepSeek-family files leave `<think>` unmarked). Plain
-text is encoded by a second instance from which the control tokens were removed, so that no spelling of one inside a
-prompt, a tool result or a file becomes its id. Control ids come only from `Segment`s that say so.
+A *control token* steers the model and is no text: every added token marked special in the files, and the entries of
+`CONTROL_NAMES` whatever their mark (DeepSeek-family files leave `<think>` unmarked). Plain text is encoded by a second
+instance from which the control tokens were removed, so that no spelling of one inside a prompt, a tool result or a
+file becomes its id. Control ids come only from `Segment`s that say so.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ class IncrementalDetokenizer:
         return self._decoder.decode(self._tokenizer.token_bytes(ids, skip_special=self._skip_special))
 
     def flush(self) -> str:
-        """Ends the stream: an unfinished character becomes U+FFFD. The object can then start another stream."""
+        """End the stream: an unfinished character becomes U+FFFD. The object can then start another stream."""
         tail = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return tail
@@ -222,7 +222,7 @@ def _read_json(file: Path, remedy: str) -> dict[str, Any]:
 def _load(spec: Mapping[str, Any], origin: str) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(spec, ensure_ascii=False))
-    except Exception as error:  # the Rust side raises bare Exception for whatever it dislikes
+    except Exception as error:  # the Rust side raises bare Exception for every fault
         raise TokenizerError(
             f"{origin}: damaged, tokenizers {tokenizers.__version__} says: {error}. "
             "Copy the file again from the repository that holds the weights."
@@ -263,7 +263,7 @@ def _without(spec: Mapping[str, Any], spellings: set[str]) -> dict[str, Any]:
 
 
 def _byte_of_char() -> dict[str, int]:
-    """GPT-2's printable stand-ins for bytes: visible Latin-1 characters stand for themselves, the rest from U+0100."""
+    """GPT-2's printable characters for bytes: visible Latin-1 stands for itself, the rest begins at U+0100."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}

@@ -10,13 +10,13 @@
 
 A block holds one or more functions; a lone `<function=…>…</function>` is accepted without its wrapper. Whitespace
 between calls, before the first one and after the last is dropped. All other text is content, and so is a block that
-never closes or names no function. A tag in prose is content at once, since nothing that a call goes on with follows.
+never closes or names no function. A tag in prose is content at once, because what follows it cannot be part of a call.
 
-VALUE is verbatim but for one newline at each end. Code may contain the very tags that delimit it, so a tag inside a
-value ends it only where the grammar goes on behind it: `</parameter>` before another tag or the end, `<parameter=KEY>`
+VALUE is verbatim except for one newline at each end. Code may contain the tags that delimit it, so a tag inside a
+value ends it only if what follows fits the grammar: `</parameter>` before another tag or the end, `<parameter=KEY>`
 for a KEY that the function declares (any KEY if it declares none), `</tool_call>` before another call or the end.
 
-`parse` is the rule; `ToolCallParser` gives the same result for the text in any pieces.
+`parse` is the reference; `ToolCallParser` gives the same result for the text in any pieces.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _FUNCTION_CLOSE = "</function>"
 _PARAMETER = "<parameter="
 _PARAMETER_CLOSE = "</parameter>"
 
-# Bounds on a header, so that text which merely looks like the beginning of a call is let go soon.
+# Bounds on a header, so that text that only looks like the beginning of a call is not withheld for long.
 _MAX_NAME = 256
 _MAX_SPACE = 64
 _SPACE = rf"\s{{0,{_MAX_SPACE}}}"
@@ -110,18 +110,18 @@ class ToolCallParser:
         """tools are the request's, in OpenAI's form; whatever in them cannot be read types nothing."""
         self._schemas = _schemas(tools)
         self._held = ""
-        self._start = 0  # of what is unsettled in _held; past 0 only within a push
+        self._start = 0  # of the text in _held that is not emitted; above 0 only within a push
         self._block: _Block | None = None  # at _start
         self._space: str | None = ""  # whitespace that a call would drop; None once other text came after the last call
         self._calls = 0
 
     def push(self, delta: str) -> list[ToolEvent]:
-        """Takes the next piece of the answer and returns what it settled."""
+        """Take the next piece of the answer, and return the events that are now certain."""
         self._held += delta
         return self._advance(final=False)
 
     def flush(self) -> list[ToolEvent]:
-        """Ends the answer: an unclosed block is content."""
+        """End the answer: an unclosed block is content."""
         events = self._advance(final=True)
         if self._space and not self._calls:
             events.append(ContentDelta(self._space))
@@ -262,8 +262,8 @@ class _Block:
 
 def _may_open(rest: str) -> bool:
     """Whether too little of what follows has arrived to tell text from whitespace and another call's opening."""
-    begun = _GAP.sub("", rest, count=1)
-    return len(begun) < len(TOOL_OPEN) and TOOL_OPEN.startswith(begun)
+    opening = _GAP.sub("", rest, count=1)
+    return len(opening) < len(TOOL_OPEN) and TOOL_OPEN.startswith(opening)
 
 
 def _after_space(text: str, position: int, tags: Sequence[str]) -> int | None:
@@ -440,7 +440,7 @@ def _structure(text: str) -> Any:
 
 
 def _nearest(text: str) -> float:
-    """A number of JSON that floats do not reach is the last that they do; a string would break the whole structure."""
+    """A number of JSON that floats do not reach is the last that they do; infinity has no JSON form."""
     return max(-sys.float_info.max, min(float(text), sys.float_info.max))
 
 
