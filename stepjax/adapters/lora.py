@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from stepjax.config import ModelConfig
 from stepjax.errors import ConfigError
 from stepjax.model.step3p5 import abstract, axes_of
+from stepjax.ranges import Range, check_ranges
 from stepjax.weights.adapted import Adapted, factor_axes, merged
 from stepjax.weights.inventory import TensorSpec, inventory
 
@@ -48,19 +49,16 @@ class LoraConfig:
       ('q', 'k', 'v', 'o', 'dense', 'shared')
     """
 
-    rank: int = 32
-    alpha: float = 32.0
+    rank: Annotated[int, Range(1, 2**16)] = 32
+    alpha: Annotated[float, Range(above=0, most=1e9)] = 32.0
     targets: tuple[str, ...] = ("q", "k", "v", "o", "dense", "shared")  # of `TARGETS`
     experts: ExpertForm | None = "per_expert"  # shared_outer: the factors on the model's width are one for all experts
-    expert_rank: int | None = None  # None: rank // experts per token, so that a token meets as much as in a dense layer
+    # None: rank // experts per token, so that a token meets as much as in a dense layer
+    expert_rank: Annotated[int, Range(1, 2**16)] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))
-        for name, value in (("rank", self.rank), ("expert_rank", self.expert_rank)):
-            if value is not None and value < 1:
-                raise ConfigError(f"lora: {name} is {value}, expected at least 1")
-        if not 0 < self.alpha < float("inf"):
-            raise ConfigError(f"lora: alpha is {self.alpha}, expected a positive number")
+        check_ranges(self, "lora")
         for target in self.targets:
             if target not in TARGETS:
                 raise ConfigError(f"lora: target {target!r} is unknown, expected some of {', '.join(TARGETS)}")

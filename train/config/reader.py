@@ -8,11 +8,15 @@ import tomllib
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from stepjax.errors import ConfigError
+from stepjax.ranges import SHOWN, annotations_of, range_of, shown
 
 T = TypeVar("T")
+
+_NOUNS = {str: "text", bool: "true or false", int: "whole number", float: "number"}
+_PLURALS = {"text": "texts", "number": "numbers", "whole number": "whole numbers"}
 
 
 def read_settings(
@@ -31,7 +35,7 @@ def read_settings(
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, a number of thousands of digits
         raise ConfigError(f"{path}: not valid TOML ({error})") from None
     for override in overrides:
         _override(table, override)
@@ -50,7 +54,7 @@ def change_settings(settings: T, changes: Mapping[str, Any]) -> T:
 
 def build(kind: type[T], table: Mapping[str, Any], *, where: str = "settings", prefix: str = "") -> T:
     """An instance of ``kind`` from a parsed table. ConfigError: a key is unknown, or a value has the wrong type."""
-    hints = get_type_hints(kind)
+    hints = annotations_of(kind)
     values: dict[str, Any] = {}
     for name, value in table.items():
         if name not in hints:
@@ -107,9 +111,10 @@ def _override(table: dict[str, Any], text: str) -> None:
         if not equals or not name.rpartition(".")[2].strip():
             raise ValueError
         parsed = tomllib.loads(f"value = {value}")["value"]
-    except ValueError:
+    except (ValueError, RecursionError):
+        given = text if len(text) <= 2 * SHOWN else f"{text[: 2 * SHOWN]}…"
         raise ConfigError(
-            f"""--set {text}: expected name=value with a value in TOML, such as optim.lr=1e-3. Text needs """
+            f"""--set {given}: expected name=value with a value in TOML, such as optim.lr=1e-3. Text needs """
             """quotes that the shell leaves in place: --set 'model.path="step-tiny"'"""
         ) from None
     _set(table, name, parsed)
@@ -127,16 +132,19 @@ def _set(table: dict[str, Any], name: str, value: Any) -> None:
 
 def _typed(name: str, value: Any, kind: Any, where: str) -> Any:
     """The value as the type of its setting. An integer is accepted for a float."""
+    limits = range_of(kind)
+    if limits:
+        return limits[0].checked(name, value, whole=limits[1])
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         for option in inner:
             if option is not type(None) and _fits(value, option):
                 return _typed(name, value, option, where)
-        raise ConfigError(f"{name}: is {value!r}, expected a {_name(kind)}")
+        raise ConfigError(f"{name}: is {shown(value)}, expected a {_name(kind)}")
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         return build(kind, value, where=where, prefix=f"{name}.")  # type: ignore[arg-type]
     if not _fits(value, kind):
-        raise ConfigError(f"{name}: is {value!r}, expected {_name(kind)}")
+        raise ConfigError(f"{name}: is {shown(value)}, expected {_name(kind)}")
     if origin is dict:
         return {key: _typed(f"{name}.{key}", entry, inner[1], where) for key, entry in value.items()}
     if origin is tuple:
@@ -144,7 +152,7 @@ def _typed(name: str, value: Any, kind: Any, where: str) -> Any:
         if len(kinds) != len(value):
             raise ConfigError(f"{name}: has {len(value)} entries, expected {len(kinds)}")
         return tuple(_typed(name, entry, kind, where) for entry, kind in zip(value, kinds, strict=True))
-    return float(value) if kind is float else value
+    return value
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -156,15 +164,16 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, dict)
     if origin is tuple:
         return isinstance(value, list)
-    if kind is float:
-        return type(value) in (int, float)
     return type(value) is kind
 
 
 def _name(kind: Any) -> str:
     origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _name(inner[0])
     if origin is Literal:
         return "one of " + ", ".join(map(repr, inner))
     if origin in (tuple, dict):
-        return f"a {'list' if origin is tuple else 'table'} of {getattr(inner[-2], '__name__', inner[-2])}"
-    return f"a {getattr(kind, '__name__', kind)}"
+        entries = _name(inner[0] if origin is tuple else inner[1]).removeprefix("a ")
+        return f"a {'list' if origin is tuple else 'table'} of {_PLURALS.get(entries, entries)}"
+    return f"a {_NOUNS.get(kind, getattr(kind, '__name__', kind))}"

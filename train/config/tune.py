@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from stepjax.errors import ConfigError
+from stepjax.ranges import Range, check_ranges
 from stepjax.train.config.mix import MIX
 from stepjax.train.objectives.objective import LossSettings, Objective, Verb
 from stepjax.train.objectives.table import OBJECTIVES
 from stepjax.weights.formats import made_while_loading
+
+MAX_ANSWERS = 2**20  # of a step
+MAX_TOKENS = 2**26  # of a micro-batch, and of the caches of all slots
+
+# The range of every number stands in its type. 0 is in the range of a switch, and its comment says what 0 means.
 
 
 @dataclass(frozen=True)
@@ -35,9 +42,10 @@ class DataSettings:
 
     kind: Literal["tasks", "jsonl", "array_record"] = "tasks"
     path: str = ""  # of the file; "array_record" takes a pattern such as rows-*.array_record too
-    weight: float = 1.0  # share of the prompts, relative to the other sources
+    weight: Annotated[float, Range(0, 10**6)] = 1.0  # share of the prompts, relative to the other sources
     teacher: str = ""  # a name in [teachers]; "": the only teacher
-    shares: dict[str, float] = field(default_factory=lambda: dict(MIX))  # of the generated tasks
+    # of the generated tasks
+    shares: dict[str, Annotated[float, Range(0, 10**6)]] = field(default_factory=lambda: dict(MIX))
     tools: bool = False  # tasks only: tools answer the model's calls, over several turns
 
     def __post_init__(self) -> None:
@@ -45,8 +53,7 @@ class DataSettings:
             raise ConfigError(
                 f"data: kind {self.kind!r} with path {self.path!r}; expected a path for a file and none for tasks"
             )
-        if self.weight < 0:
-            raise ConfigError(f"data: weight is {self.weight}, expected 0 or more")
+        check_ranges(self, "data")
         if self.kind == "tasks" and (set(self.shares) - set(MIX) or not sum(self.shares.values()) > 0):
             raise ConfigError(f"data: shares are {self.shares}, expected shares of {', '.join(MIX)}")
 
@@ -63,12 +70,14 @@ class TeacherSettings:
     model: str = ""  # remote: the model's name on the server
     key_variable: str = ""  # remote: environment variable with the API key
     tokenizer: str = ""  # remote: folder of the server's tokenizer, which is compared with the student's
-    timeout_s: float = 60.0  # remote: of one request
-    retries: int = 4  # remote: of a failed request; the wait doubles each time
-    workers: int = 8  # remote: concurrent requests
-    top_k: int = 0  # remote and stored: likeliest tokens that are used; 0: 20 of a server, all of a file
+    timeout_s: Annotated[float, Range(0.01, 86_400)] = 60.0  # remote: of one request
+    retries: Annotated[int, Range(0, 20)] = 4  # remote: of a failed request; the wait doubles each time
+    workers: Annotated[int, Range(1, 1024)] = 8  # remote: concurrent requests
+    # remote and stored: likeliest tokens that are used; 0: 20 of a server, all of a file
+    top_k: Annotated[int, Range(0, 1000)] = 0
 
     def __post_init__(self) -> None:
+        check_ranges(self, "teachers")
         needs = {"checkpoint": ("path",), "stored": ("path",), "remote": ("url", "tokenizer"), "base": ()}[self.kind]
         for name in needs:
             if not getattr(self, name):
@@ -90,82 +99,89 @@ class RolloutSettings:
 
     source: Literal["student", "teacher", "data"] = "student"
     otherwise: Literal["teacher", "data"] = "data"  # who writes the batches that the student does not write
-    on_policy: float = 1.0  # source "student": probability that the student writes a batch
-    prompts: int = 32  # of a step
-    samples: int = 1  # answers to each prompt
-    max_tokens: int = 96  # of an answer, all turns together
-    turns: int = 4  # most turns of the model where tools answer
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    slots: int = 32  # answers that are written at the same time
-    context: int = 0  # tokens of the longest conversation; 0: optim.length
-    speculate: int = 0  # MTP drafts per step; they change only the speed
-    ahead: int = 0  # 1: write the next step's answers during this step's update, with the policy before the update
+    on_policy: Annotated[float, Range(0, 1)] = 1.0  # source "student": probability that the student writes a batch
+    prompts: Annotated[int, Range(1, 65_536)] = 32  # of a step
+    samples: Annotated[int, Range(1, 4096)] = 1  # answers to each prompt
+    max_tokens: Annotated[int, Range(1, 2**20)] = 96  # of an answer, all turns together
+    turns: Annotated[int, Range(1, 1000)] = 4  # most turns of the model where tools answer
+    temperature: Annotated[float, Range(0, 100)] = 1.0
+    top_p: Annotated[float, Range(1e-6, 1)] = 1.0
+    top_k: Annotated[int, Range(0, 2**30)] = 0
+    slots: Annotated[int, Range(1, 4096)] = 32  # answers that are written at the same time
+    context: Annotated[int, Range(0, 2**20)] = 0  # tokens of the longest conversation; 0: optim.length
+    speculate: Annotated[int, Range(0, 3)] = 0  # MTP drafts per step; they change only the speed
+    # 1: write the next step's answers during this step's update, with the policy before the update
+    ahead: Annotated[int, Range(0, 1)] = 0
     replay: bool = False  # train with the experts that the sampler chose, so that both run the same model
-    max_gap: float = 0.0  # largest mean |log π − log μ| of a step, else the run ends; 0: 0.01 in float32, 0.1 in others
+    # largest mean |log π − log μ| of a step, else the run ends; 0: 0.01 in float32, 0.1 in others
+    max_gap: Annotated[float, Range(0, 10**6)] = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "samples", "max_tokens", "slots", "turns"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"rollout.{name}: is {getattr(self, name)}, expected at least 1")
-        if not 0 <= self.on_policy <= 1:
-            raise ConfigError(f"rollout.on_policy: is {self.on_policy}, expected a probability")
-        if self.ahead not in (0, 1):
-            raise ConfigError(f"rollout.ahead: is {self.ahead}, expected 0 or 1")
+        check_ranges(self, "rollout")
+        _check_product("rollout", {"prompts": self.prompts, "samples": self.samples}, most=MAX_ANSWERS, of="answers")
 
 
 @dataclass(frozen=True)
 class OptimSettings:
     """AdamW on float32 leaves."""
 
-    steps: int = 200
-    lr: float = 1e-4
-    warmup_steps: int = 10
-    decay_from: int = 0  # step at which a linear decay begins; 0: none
-    lr_floor: float = 0.0  # of lr, at the last step of the decay
-    b1: float = 0.9
-    b2: float = 0.98
-    weight_decay: float = 0.0  # on matrices
-    clip: float = 1.0  # global norm of the gradient
-    rows: int = 8  # packed rows of a micro-batch
-    length: int = 256  # tokens of a row
-    max_skips: int = 10  # successive batches without a finite gradient or a token that end a run
+    steps: Annotated[int, Range(1, 10**8)] = 200
+    lr: Annotated[float, Range(1e-12, 10)] = 1e-4
+    warmup_steps: Annotated[int, Range(0, 10**8)] = 10  # of a linear warm-up; 0: none
+    decay_from: Annotated[int, Range(0, 10**8)] = 0  # step at which a linear decay begins; 0: none
+    lr_floor: Annotated[float, Range(0, 1)] = 0.0  # of lr, at the last step of the decay
+    b1: Annotated[float, Range(0, 0.99999)] = 0.9
+    b2: Annotated[float, Range(0, 0.999999)] = 0.98
+    weight_decay: Annotated[float, Range(0, 10)] = 0.0  # on matrices
+    clip: Annotated[float, Range(1e-6, 10**6, zero="off")] = 1.0  # largest global norm of the gradient
+    rows: Annotated[int, Range(1, 65_536)] = 8  # packed rows of a micro-batch
+    length: Annotated[int, Range(2, 2**20)] = 256  # tokens of a row
+    # successive batches without a finite gradient or a token that end a run
+    max_skips: Annotated[int, Range(1, 10**6)] = 10
 
     def __post_init__(self) -> None:
-        for name in ("steps", "warmup_steps", "rows", "length", "max_skips"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"optim.{name}: is {getattr(self, name)}, expected at least 1")
+        check_ranges(self, "optim")
+        _check_product("optim", {"rows": self.rows, "length": self.length}, most=MAX_TOKENS, of="tokens")
         if self.decay_from and not self.warmup_steps <= self.decay_from < self.steps:
-            raise ConfigError(f"optim.decay_from: is {self.decay_from}, expected between warmup_steps and steps")
+            raise ConfigError(
+                f"optim.decay_from: is {self.decay_from}, expected 0 (no decay) or a step from warmup_steps = "
+                f"{self.warmup_steps} to before steps = {self.steps}"
+            )
 
 
 @dataclass(frozen=True)
 class EvalSettings:
     """What is measured on held-out items during a run. Answers are greedy unless a comment says otherwise."""
 
-    every: int = 50  # steps; 0: never
-    items: int = 64  # of each task
+    every: Annotated[int, Range(0, 10**8)] = 50  # steps; 0: never
+    items: Annotated[int, Range(0, 100_000)] = 64  # of each task
     tasks: tuple[str, ...] = ()  # (): the tasks that are trained
     forgetting: tuple[str, ...] = ()  # tasks that are not trained, to measure forgetting
-    kl_prompts: int = 32  # held-out prompts; the divergence from the teacher is measured on sampled answers
+    # held-out prompts; the divergence from the teacher is measured on sampled answers
+    kl_prompts: Annotated[int, Range(0, 65_536)] = 32
     file: str = ""  # questions and answers for exact match, as a jsonl source of [data]
-    seed: int = 10_000
-    speculate: int = 3  # MTP drafts per step, whose acceptance is measured
+    seed: Annotated[int, Range(0, 2**32 - 2)] = 10_000
+    speculate: Annotated[int, Range(0, 3)] = 3  # MTP drafts per step, whose acceptance is measured
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "eval")
 
 
 @dataclass(frozen=True)
 class RunSettings:
     """The seed, and what a run writes."""
 
-    seed: int = 0  # of adapters, prompts and samples
-    save_every: int = 20  # steps between checkpoints
-    keep: int = 3  # newest checkpoints that are kept
-    log_every: int = 1
-    transcripts_every: int = 50  # steps; 0: never
-    transcripts: int = 4  # answers in a transcript
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0  # of adapters, prompts and samples
+    save_every: Annotated[int, Range(0, 10**8)] = 20  # steps between checkpoints; 0: one at the end
+    keep: Annotated[int, Range(0, 10**6)] = 3  # newest checkpoints that are kept; 0: all
+    log_every: Annotated[int, Range(0, 10**8)] = 1  # steps between records; 0: one at the end
+    transcripts_every: Annotated[int, Range(0, 10**8)] = 50  # steps; 0: never
+    transcripts: Annotated[int, Range(0, 4096)] = 4  # answers in a transcript
     tensorboard: bool = False  # needs the extra of that name
     wandb: str = ""  # name of the project; "": off; needs the extra of that name
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "run")
 
 
 @dataclass(frozen=True)
@@ -174,12 +190,15 @@ class LoraSettings:
 
     # "mtp": the prediction heads; "full": all weights except router biases and prediction heads
     kind: Literal["lora", "mtp", "full"] = "lora"
-    rank: int = 32
-    alpha: float = 32.0
+    rank: Annotated[int, Range(1, 8192)] = 32
+    alpha: Annotated[float, Range(1e-6, 10**6)] = 32.0
     targets: tuple[str, ...] = ("q", "k", "v", "o", "dense", "shared")
     experts: Literal["per_expert", "shared_outer", "none"] = "per_expert"
-    expert_rank: int = 0  # 0: rank divided by the experts of a token
+    expert_rank: Annotated[int, Range(0, 8192)] = 0  # 0: rank divided by the experts of a token
     start_from: str = ""  # adapter or leaves of an earlier run, or a PEFT folder; "": random factors
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "lora")
 
 
 @dataclass(frozen=True)
@@ -199,6 +218,8 @@ class TuneConfig:
 
     def __post_init__(self) -> None:
         name, rollout = self.loss.objective, self.rollout
+        caches = {"slots": rollout.slots, "context": rollout.context or self.optim.length}
+        _check_product("rollout", caches, most=MAX_TOKENS, of="tokens")
         if name not in OBJECTIVES:
             raise ConfigError(f"loss.objective: is {name!r}, expected one of {', '.join(map(repr, OBJECTIVES))}")
         objective = OBJECTIVES[name]
@@ -217,6 +238,11 @@ class TuneConfig:
         if self.needs_teacher and not self.teachers:
             raise ConfigError(f"teachers: {name} needs a teacher; add a section such as [teachers.main]")
         self._check_sampling(objective, rollout)
+        if objective.group_baseline and rollout.samples < 2:
+            raise ConfigError(
+                f"rollout.samples: is {rollout.samples}, but {name} learns from the differences between answers to one "
+                "prompt; expected at least 2"
+            )
         if rollout.replay and (rollout.source != "student" or objective.trains_heads):
             raise ConfigError(
                 f"rollout.replay: is on with source {rollout.source!r} and objective {name!r}; only answers "
@@ -260,3 +286,10 @@ class TuneConfig:
                     f"rollout.{name}: is {getattr(rollout, name)}, but {objective.name} is unbiased only at {neutral}, "
                     "where tokens are drawn from the distribution whose log-probabilities are used"
                 )
+
+
+def _check_product(section: str, factors: dict[str, int], *, most: int, of: str) -> None:
+    """ConfigError if the product is too large for any machine; nothing was allocated yet."""
+    if math.prod(factors.values()) > most:
+        given = " × ".join(f"{name} {value:,}" for name, value in factors.items())
+        raise ConfigError(f"{section}.{next(iter(factors))}: {given} is more than {most:,} {of}; lower one of them")

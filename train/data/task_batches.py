@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from tokenizers import Tokenizer
 
+from stepjax.errors import ConfigError
 from stepjax.train.data import tasks
 from stepjax.train.data.words import Split
 from stepjax.train.packing.rows import Bins, Example, PackedRows
 
 MAX_MISSES = 4  # a batch is complete once this many examples had no room; they are dropped
+MAX_TOO_LONG = 1000  # successive examples that are longer than a row
 
 
 def encode(item: tasks.Item, tokenizer: Tokenizer, template: tasks.Template) -> Example:
@@ -37,14 +39,23 @@ def batch(tokenizer: Tokenizer, template: tasks.Template, settings: BatchSetting
 
     Items are drawn until ``MAX_MISSES`` of them had no room. Dropping these favours short examples slightly, so
     the shares in a batch differ a little from the mix.
+
+    Raises:
+      ConfigError: no example fits in a row.
     """
     rng = np.random.default_rng([settings.seed, step])
     bins = Bins(settings.length, limit=settings.rows)
-    misses = 0
+    misses, too_long = 0, 0
     while misses < MAX_MISSES:
         example = encode(tasks.draw(rng, settings.split, settings.mix), tokenizer, template)
-        if example.num_tokens <= settings.length:  # a longer one is skipped, not cut; they are rare
-            misses += not bins.add(example)
+        if example.num_tokens <= settings.length:
+            misses, too_long = misses + (not bins.add(example)), 0
+        else:  # skipped, not cut; such examples are rare
+            too_long += 1
+        if too_long == MAX_TOO_LONG:
+            raise ConfigError(
+                f"length: is {settings.length} tokens, in which none of {too_long} successive examples fits; raise it"
+            )
     return bins.arrays()
 
 

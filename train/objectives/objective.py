@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stepjax.errors import ConfigError
 from stepjax.model.step3p5 import KEPT_LAYERS, Params, Step3p5, bind
+from stepjax.ranges import Range, check_ranges
 from stepjax.train.losses.logprobs import HiddenScores, TokenScores, TopScores, token_scores
 from stepjax.train.packing.rows import PackedRows, packed_chunk
 
@@ -25,26 +25,25 @@ class LossSettings:
 
     objective: str = "exact"  # a name in `stepjax.train.objectives.table`
     divergence: Literal["reverse", "forward", "jsd"] = "reverse"
-    beta: float = 0.5  # of "jsd": the teacher's share of the mixture
-    filter: Literal["none", "tis", "icepop", "mispo"] = (
-        "none"  # for tokens whose probability differs between trainer and sampler
-    )
-    cap: float = 2.0  # of "tis": largest ratio
-    token_low: float = 0.5  # bounds of "icepop" and "mispo" for a token's ratio
-    token_high: float = 2.0
-    sequence_low: float = 0.996  # bounds of "mispo" for the geometric mean over a trajectory
-    sequence_high: float = 1.001
-    clip: float = 0.0  # grpo: a token is dropped if its ratio is outside 1 ± clip and would move further out; 0: off
-    discount: float = 0.0  # of the advantages that later tokens get from a teacher
+    # of "jsd": the teacher's share of the mixture
+    beta: Annotated[float, Range(0.001, 0.999, note="the ends are reverse and forward")] = 0.5
+    # for tokens whose probability differs between trainer and sampler
+    filter: Literal["none", "tis", "icepop", "mispo"] = "none"
+    cap: Annotated[float, Range(1e-6, 10**6)] = 2.0  # of "tis": largest ratio
+    token_low: Annotated[float, Range(0, 1)] = 0.5  # bounds of "icepop" and "mispo" for a token's ratio
+    token_high: Annotated[float, Range(1, 10**6)] = 2.0
+    sequence_low: Annotated[float, Range(0, 1)] = 0.996  # bounds of "mispo" for the geometric mean over a trajectory
+    sequence_high: Annotated[float, Range(1, 10**6)] = 1.001
+    # grpo: a token is dropped if its ratio is outside 1 ± clip and would move further out; 0: off
+    clip: Annotated[float, Range(1e-6, 1, zero="off")] = 0.0
+    discount: Annotated[float, Range(0, 1)] = 0.0  # of the advantages that later tokens get from a teacher
     scaled: bool = True  # rl: divide advantages by the standard deviation of their group
-    teacher_weight: float = 0.0  # rl: weight of the sampled reverse KL to a teacher, added to the reward's advantage
-    chunk: int = 512  # positions whose logits are in memory at once
+    # rl: weight of the sampled reverse KL to a teacher, added to the reward's advantage
+    teacher_weight: Annotated[float, Range(0, 1000)] = 0.0
+    chunk: Annotated[int, Range(1, 2**20)] = 512  # positions whose logits are in memory at once
 
     def __post_init__(self) -> None:
-        if not 0 < self.beta < 1:
-            raise ConfigError(f"loss.beta: is {self.beta}, expected between 0 and 1; the ends are reverse and forward")
-        if self.chunk < 1:
-            raise ConfigError(f"loss.chunk: is {self.chunk}, expected at least 1")
+        check_ranges(self, "loss")
 
 
 class Batch(NamedTuple):
@@ -162,6 +161,7 @@ class Objective:
     refused_teachers: ClassVar[Mapping[str, str]] = {}  # kind of teacher → why it cannot be used
     on_policy: ClassVar[bool] = False  # correct only for samples of the policy
     rewarded: ClassVar[bool] = False  # uses rewards, and optionally a teacher (loss.teacher_weight)
+    group_baseline: ClassVar[bool] = False  # learns from the differences between the answers to one prompt
     trains_heads: ClassVar[bool] = False  # trains the prediction heads only (lora.kind "mtp")
 
     def scored(self, settings: LossSettings) -> bool:

@@ -34,6 +34,7 @@ class Grpo(Objective):
     verbs = ("rl",)
     on_policy = True
     rewarded = True
+    group_baseline = True
 
     def advantages(self, rewards: np.ndarray, groups: np.ndarray, settings: LossSettings) -> np.ndarray:
         return group_advantages(rewards, groups, scaled=settings.scaled)
@@ -51,6 +52,7 @@ class Mispo(Objective):
     verbs = ("rl",)
     on_policy = True
     rewarded = True
+    group_baseline = True
 
     def advantages(self, rewards: np.ndarray, groups: np.ndarray, settings: LossSettings) -> np.ndarray:
         return group_advantages(rewards, groups, scaled=settings.scaled)

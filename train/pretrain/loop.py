@@ -27,7 +27,7 @@ from stepjax.train.data.words import Split
 from stepjax.train.losses.next_token import Losses
 from stepjax.train.packing.rows import PackedRows
 from stepjax.train.pretrain.step import Placement, StepReport, TrainState, make_held_out, make_step, split_biases
-from stepjax.train.runs.folder import MetricsFile, claim, progress, resume
+from stepjax.train.runs.folder import MetricsFile, claim, is_due, progress, resume
 from stepjax.train.runs.optimizer import adamw, learning_rate
 
 # With step-tiny's shapes a step took 0.37 s on two cores with tokens sorted by expert, and 0.47 s with every expert on
@@ -86,19 +86,19 @@ def pretrain(config: PretrainConfig, out: Path) -> TrainState:
                 if pending:  # one step late, so that the device never waits for the host
                     advance(f"loss {_finite(*pending):.3f}")
                 pending, done = (step, report), step + 1
-                if step % config.log_every == 0 or done == config.steps:
+                if is_due(config.log_every, step) or done == config.steps:
                     record = _record(step, report, learning_rate=float(np.asarray(schedule(step))))
                     record["tokens_per_s"] = round(tokens / (time.perf_counter() - began), 1)
                     metrics.write(record)
                     began, tokens = time.perf_counter(), 0
-                if config.held_out_every and (done % config.held_out_every == 0 or done == config.steps):
+                if config.held_out_every and (is_due(config.held_out_every, done) or done == config.steps):
                     metrics.write(_held_out_record(step, measure(state, held_out)))
                 keep = done in config.keep or done == config.steps
-                if keep or done % config.save_every == 0:
+                if keep or is_due(config.save_every, done):
                     _finite(step, report)  # a checkpoint must not hold weights that are not finite
                 if keep:
                     save_weights(out, done, state)
-                if done % config.save_every == 0 or done == config.steps:
+                if is_due(config.save_every, done) or done == config.steps:
                     checkpointer.save(done, state)
             if pending:
                 advance(f"loss {_finite(*pending):.3f}")

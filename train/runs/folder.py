@@ -66,6 +66,11 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
 
 
+def is_due(every: int, count: int) -> bool:
+    """Whether something that happens every so many steps is due; 0: never."""
+    return every > 0 and count % every == 0
+
+
 def resume(checkpointer: Any, initial: T) -> T:
     """The newest complete checkpoint with the shardings of ``initial``, or ``initial`` if there is none."""
     latest = checkpointer.latest

@@ -11,34 +11,33 @@ import optax
 
 def learning_rate(peak: float, *, warmup: int, decay_from: int, steps: int, floor: float) -> optax.Schedule:
     """Linear from 0 over ``warmup`` steps, ``peak`` until ``decay_from``, linear to ``floor`` × peak at ``steps``."""
-    return optax.join_schedules(
-        [
-            optax.linear_schedule(peak / warmup, peak, warmup - 1),
-            optax.constant_schedule(peak),
-            optax.linear_schedule(peak, floor * peak, steps - decay_from),
-        ],
-        [warmup, decay_from],
-    )
+    decay = optax.linear_schedule(peak, floor * peak, steps - decay_from)
+    return _after_warmup(peak, warmup, [optax.constant_schedule(peak), decay], [decay_from])
 
 
 def constant(peak: float, *, warmup: int) -> optax.Schedule:
     """Linear from 0 over ``warmup`` steps, then ``peak``."""
-    return optax.join_schedules(
-        [optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1)), optax.constant_schedule(peak)], [warmup]
-    )
+    return _after_warmup(peak, warmup, [optax.constant_schedule(peak)], [])
+
+
+def _after_warmup(peak: float, warmup: int, schedules: list[optax.Schedule], boundaries: list[int]) -> optax.Schedule:
+    """The schedules from step ``warmup`` on, in which the first begins, and each other at its boundary."""
+    if not warmup:
+        return optax.join_schedules(schedules, boundaries)
+    rise = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
+    return optax.join_schedules([rise, *schedules], [warmup, *boundaries])
 
 
 def adamw(
     schedule: optax.Schedule, *, b1: float, b2: float, weight_decay: float, clip: float
 ) -> optax.GradientTransformation:
-    """AdamW after clipping by the global norm. Weight decay applies to matrices only."""
+    """AdamW after clipping by the global norm; clip 0: without clipping. Weight decay applies to matrices only."""
 
     def matrices(params: Mapping[str, Any]) -> dict[str, bool]:
         return {name: value.ndim > 1 for name, value in params.items()}
 
-    return optax.chain(
-        optax.clip_by_global_norm(clip), optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=matrices)
-    )
+    clipped = optax.clip_by_global_norm(clip) if clip else optax.identity()
+    return optax.chain(clipped, optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=matrices))
 
 
 def state_shardings(state: Any, shardings: Mapping[str, Any], *, otherwise: Any) -> Any:

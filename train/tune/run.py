@@ -21,7 +21,7 @@ from stepjax.train.config.tune import RunSettings, TuneConfig
 from stepjax.train.data.sources import Prompt, open_stream
 from stepjax.train.rollouts.sampler import Rollout, Sampler, data_rollout
 from stepjax.train.rollouts.transcripts import write_transcripts
-from stepjax.train.runs.folder import MetricsFile, claim, progress, resume
+from stepjax.train.runs.folder import MetricsFile, claim, is_due, progress, resume
 from stepjax.train.runs.sinks import Sink, open_sinks
 from stepjax.train.teachers.resident import Resident
 from stepjax.train.tune.evaluation import Evaluation
@@ -46,7 +46,7 @@ def tune(config: TuneConfig, out: Path) -> TuneState:
     out = out.resolve()  # orbax takes absolute paths only
     claim(config, out, same=_fixed_settings)
     setup = open_run(config)
-    newest: Any = ocp.training.preservation_policies.LatestN(config.run.keep)
+    newest: Any = ocp.training.preservation_policies.LatestN(config.run.keep or None)  # None: all
     folder = str(out / "checkpoints")
     with ocp.training.Checkpointer(folder, preservation_policy=newest, cleanup_tmp_directories=True) as checkpointer:
         _check_base(checkpointer, setup, out)
@@ -56,7 +56,7 @@ def tune(config: TuneConfig, out: Path) -> TuneState:
             for step in range(run.start, config.optim.steps):
                 state, note = run.step(step, state)
                 done = step + 1
-                if done % config.run.save_every == 0 or done == config.optim.steps:
+                if is_due(config.run.save_every, done) or done == config.optim.steps:
                     about = {"base": setup.fingerprint, "config": dataclasses.asdict(config)}
                     checkpointer.save(done, state, custom_metadata=about)
                 advance(note)
@@ -122,7 +122,7 @@ class _Run:
             self._evaluate(0, state.leaves)
         rollouts, write_s = self._rollouts(step, state)
         prepared = setup.scoring.prepare(rollouts, objective=setup.objective)
-        if step == self.start or (config.run.transcripts_every and step % config.run.transcripts_every == 0):
+        if config.run.transcripts_every and (step == self.start or is_due(config.run.transcripts_every, step)):
             self._write_transcripts(step, rollouts)
         began = time.perf_counter()
         residents = {name: params for name, params in setup.scoring.residents.items() if name in prepared.batches}
@@ -131,11 +131,11 @@ class _Run:
         update_s = time.perf_counter() - began
         record = self._step_metrics.record(step, report, prepared, rollouts)
         record |= {"write_s": write_s, "score_s": prepared.score_s, "update_s": update_s}
-        if step % config.run.log_every == 0 or report.skipped or step + 1 == config.optim.steps:
+        if is_due(config.run.log_every, step) or report.skipped or step + 1 == config.optim.steps:
             self._write(record)
         self._step_metrics.check(step, report, record)
         done = step + 1
-        if config.eval.every and (done % config.eval.every == 0 or done == config.optim.steps):
+        if config.eval.every and (is_due(config.eval.every, done) or done == config.optim.steps):
             self._evaluate(done, state.leaves)
         return state, note(record)
 
