@@ -126,7 +126,7 @@ class OptimSettings:
     """AdamW on float32 leaves."""
 
     steps: Annotated[int, Range(1, 10**8)] = 200
-    lr: Annotated[float, Range(1e-12, 10)] = 1e-4
+    lr: Annotated[float, Range(1e-12, 10, zero="a control: nothing is trained")] = 1e-4
     warmup_steps: Annotated[int, Range(0, 10**8)] = 10  # of a linear warm-up; 0: none
     decay_from: Annotated[int, Range(0, 10**8)] = 0  # step at which a linear decay begins; 0: none
     lr_floor: Annotated[float, Range(0, 1)] = 0.0  # of lr, at the last step of the decay
