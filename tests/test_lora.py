@@ -271,9 +271,9 @@ def test_factors_name_the_axes_that_they_share_with_their_weight():
     ("fields", "message"),
     [
         ({"targets": ("q", "router")}, "target 'router' is unknown"),
-        ({"rank": 0}, "rank is 0"),
-        ({"expert_rank": 0}, "expert_rank is 0"),
-        ({"alpha": float("nan")}, "alpha is nan"),
+        ({"rank": 0}, "lora.rank: is 0"),
+        ({"expert_rank": 0}, "lora.expert_rank: is 0"),
+        ({"alpha": float("nan")}, "lora.alpha: is nan"),
         ({"experts": "each"}, "experts is 'each'"),
         ({"targets": (), "experts": None}, "no target"),
     ],

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
+import hypothesis
 import pytest
+from hypothesis import given, strategies as st
 
 from stepjax.adapters.lora import LoraConfig
 from stepjax.errors import ConfigError
 from stepjax.ranges import Range, annotations_of, check_ranges, range_of
 from stepjax.train.config.pretrain import PretrainConfig, read_pretrain
-from stepjax.train.config.reader import change_settings, read_settings
+from stepjax.train.config.reader import change_settings, read_settings, write_settings
 from stepjax.train.config.tune import (
     DataSettings,
     EvalSettings,
@@ -38,7 +41,7 @@ SECTIONS = {
     "eval": EvalSettings,
     "run": RunSettings,
 }
-CLASSES = [*SECTIONS.values(), PretrainConfig, LoraConfig]
+CLASSES: list[type[Any]] = [*SECTIONS.values(), PretrainConfig, LoraConfig]
 NEEDED: dict[type, dict[str, Any]] = {DataSettings: {"path": "x", "kind": "jsonl"}, TeacherSettings: {"path": "x"}}
 # What is no number, or is one that no setting can mean. In TOML, as --set gives them.
 NEVER = [
@@ -195,3 +198,84 @@ def test_zero_is_a_switch():
     assert dataclasses.asdict(OptimSettings(**zeros)).items() >= zeros.items()
     RunSettings(save_every=0, keep=0, log_every=0, transcripts_every=0, transcripts=0)
     EvalSettings(every=0, items=0, kl_prompts=0)
+
+
+# --- what can be written can be read
+
+TEXTS = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\0"), max_size=12)
+AWKWARD = st.sampled_from(
+    [
+        "",
+        " ",
+        "a.b",
+        'a"b',
+        "a'b",
+        "a\\b",
+        "a\nb",
+        "a\r\nb",
+        "\t",
+        "\x01\x7f",
+        "é",
+        "日本",
+        "𝄞",
+        "[x]",
+        "=",
+        "#",
+        "'''",
+        '"""',
+    ]
+)
+WORDS = TEXTS | AWKWARD
+
+
+def a_number(kind: Any) -> Any:
+    """Any number of a range, its ends included."""
+    limits, whole = range_of(kind) or (Range(), False)
+    low, high = limits.least, limits.most
+    assert low is not None
+    assert high is not None
+    ends = st.sampled_from([low, high, *([0] if limits.zero else [])])
+    inside = st.integers(int(low), int(high)) if whole else st.floats(low, high, allow_subnormal=False)
+    return ends | inside
+
+
+@st.composite
+def settings(draw: Any) -> TuneConfig:
+    """Settings of which no two contradict each other, with any text and any number elsewhere."""
+
+    def some(kind: type, **fixed: Any) -> Any:
+        numeric = {name: a for name, a in annotations_of(kind).items() if range_of(a) and name not in fixed}
+        return kind(**fixed | {name: draw(a_number(annotation)) for name, annotation in numeric.items()})
+
+    data = {name: DataSettings("jsonl", path=draw(WORDS) or "x", weight=1) for name in draw(st.sets(WORDS, min_size=1))}
+    return TuneConfig(
+        verb="sft",
+        model=ModelSettings(path=draw(WORDS), keep_fp8=draw(st.booleans())),
+        lora=some(LoraSettings, targets=("q",), start_from=draw(WORDS)),
+        data={name: dataclasses.replace(source, shares={draw(WORDS): 0.5}) for name, source in data.items()},
+        rollout=some(RolloutSettings, source="data", prompts=7, samples=3, slots=2, context=9),
+        loss=some(LossSettings, objective="sft", teacher_weight=0.0),
+        optim=some(OptimSettings, rows=2, length=10, decay_from=0),
+        eval=some(EvalSettings, tasks=tuple(draw(st.lists(WORDS, max_size=2)))),
+        run=some(RunSettings, wandb=draw(WORDS)),
+    )
+
+
+@given(settings())
+@hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
+def test_what_can_be_written_can_be_read(config):
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.toml"
+        write_settings(config, file)
+        assert read_settings(TuneConfig, file) == config
+        assert list(Path(folder).iterdir()) == [file]
+    assert change_settings(config, {"optim.steps": 3}).optim.steps == 3
+
+
+@pytest.mark.parametrize("text", ["\\u0000", "a\\u0000b"])
+def test_text_that_no_path_can_be_is_refused(tmp_path, text):
+    (tmp_path / "x.toml").write_text(f'verb = "sft"\n[model]\npath = "{text}"\n')
+    with pytest.raises(ConfigError, match=r"model\.path: is .*expected text without NUL"):
+        read_settings(TuneConfig, tmp_path / "x.toml")
+    with pytest.raises(ConfigError, match=r"lone surrogates"):
+        change_settings(TuneConfig(teachers={"main": TeacherSettings(path="x")}), {"model.path": "\udcff"})

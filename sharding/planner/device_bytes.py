@@ -25,7 +25,7 @@ from stepjax.model.step3p5 import abstract, axes_of, params_of
 from stepjax.sharding.mesh import AXES, MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.rules import ShardingRules
-from stepjax.weights.dtypes import DTYPES
+from stepjax.weights.dtypes import ITEM_BYTES
 from stepjax.weights.expert_format import ExpertFormat
 from stepjax.weights.inventory import counted_as, inventory, quantized
 from stepjax.weights.plain import PLAIN
@@ -146,7 +146,7 @@ def _parameters(key: ById, experts: ExpertFormat, depths: int, dtype: str) -> tu
                 experts.check_shape(value.shape)
             except ConfigError as error:
                 raise MeshError(str(error)) from None
-            shapes = [(tensor.shape, DTYPES[tensor.dtype].itemsize) for tensor in quantized(spec, experts)]
+            shapes = [(tensor.shape, ITEM_BYTES[tensor.dtype]) for tensor in quantized(spec, experts)]
         for shape, itemsize in shapes:
             kinds[ArrayKind(part, kind_path(path), shape, itemsize, axes[path], 1)] += counts[spec.layer]
     return tuple(kind._replace(count=count) for kind, count in kinds.items() if count)

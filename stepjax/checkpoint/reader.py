@@ -17,7 +17,7 @@ from stepjax.checkpoint.safetensors_file import Entry, regular_size
 from stepjax.checkpoint.weight_files import inside, open_shards
 from stepjax.config import ModelConfig
 from stepjax.errors import CheckpointError
-from stepjax.weights.dtypes import DTYPES
+from stepjax.weights.dtypes import ITEM_BYTES
 from stepjax.weights.expert_format import ExpertFormat
 from stepjax.weights.formats import FORMATS
 from stepjax.weights.plain import PLAIN
@@ -93,11 +93,11 @@ class Checkpoint:
         recipe = self._recipe(path)
         where = _absolute(index, recipe.spec.shape)
         if not recipe.scales:
-            return _size(where) * DTYPES[self._entry(recipe.parts[0].name).dtype].itemsize
+            return _size(where) * ITEM_BYTES[self._entry(recipe.parts[0].name).dtype]
         format = self._formats[path]
         unit = format.unit_of(recipe.spec.shape)
         cover, _ = _cover(where, recipe.spec.shape, unit)
-        scales = _size(_scale_index(cover, unit)) * DTYPES[self._entry(recipe.scales[0]).dtype].itemsize
+        scales = _size(_scale_index(cover, unit)) * ITEM_BYTES[self._entry(recipe.scales[0]).dtype]
         return _size(cover) * format.bits // 8 + scales
 
     def format(self, path: str) -> ExpertFormat:

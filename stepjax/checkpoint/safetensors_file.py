@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from stepjax.errors import CheckpointError
-from stepjax.weights.dtypes import DTYPES
+from stepjax.weights.dtypes import DTYPES, ITEM_BYTES
 
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_ENTRIES = 2**16
@@ -36,7 +36,7 @@ class Entry:
 
     @property
     def num_bytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 class SafetensorsFile:

@@ -30,7 +30,7 @@ from stepjax.checkpoint.reader import Checkpoint, ProgressCallback, read_config
 from stepjax.checkpoint.weight_files import INDEX, inside, read_json
 from stepjax.config import ModelConfig
 from stepjax.errors import CheckpointError
-from stepjax.weights.dtypes import DTYPES
+from stepjax.weights.dtypes import DTYPES, ITEM_BYTES
 from stepjax.weights.expert_format import ExpertFormat
 from stepjax.weights.inventory import TensorSpec, inventory, quantized
 from stepjax.weights.plain import PLAIN
@@ -69,7 +69,7 @@ class ShardWriter:
     def __init__(self, path: Path, tensors: Sequence[TensorSpec]):
         self.path = path
         # Wide dtypes first: then every tensor begins at a multiple of its element size, as readers that map it like.
-        ordered = sorted(tensors, key=lambda tensor: -DTYPES[tensor.dtype].itemsize)
+        ordered = sorted(tensors, key=lambda tensor: -ITEM_BYTES[tensor.dtype])
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
         self._starts: dict[str, int] = {}
         position = 0

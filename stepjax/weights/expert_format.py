@@ -19,7 +19,7 @@ import numpy as np
 
 from stepjax.config import OWN_FORMAT, ModelConfig
 from stepjax.errors import ConfigError
-from stepjax.weights.dtypes import DTYPES
+from stepjax.weights.dtypes import DTYPES, ITEM_BYTES
 
 Unit = tuple[int | None, int | None]  # rows and columns that share a scale; None: all of the axis
 Shapes = tuple[tuple[int, ...], tuple[int, ...]]  # of the values and of the scales
@@ -83,7 +83,7 @@ class ExpertFormat(ABC):
 
     @property
     def values_per_element(self) -> int:
-        return 8 * DTYPES[self.value_dtype].itemsize // self.bits
+        return 8 * ITEM_BYTES[self.value_dtype] // self.bits
 
     @property
     def gathered_scale_bytes(self) -> float:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stepjax.config import LayerSpec, ModelConfig
-from stepjax.weights.dtypes import DTYPES
+from stepjax.weights.dtypes import ITEM_BYTES
 from stepjax.weights.expert_format import ExpertFormat
 from stepjax.weights.plain import PLAIN
 
@@ -38,7 +38,7 @@ class TensorSpec:
 
     @property
     def num_bytes(self) -> int:
-        return self.num_elements * DTYPES[self.dtype].itemsize
+        return self.num_elements * ITEM_BYTES[self.dtype]
 
     def may_be(self, format: ExpertFormat) -> bool:
         """Whether a checkpoint may hold the weight in a format."""

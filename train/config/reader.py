@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import tomllib
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
+import tomli_w
+
 from stepjax.errors import ConfigError
 from stepjax.ranges import SHOWN, annotations_of, range_of, shown
+from stepjax.whole_file import write_whole
 
 T = TypeVar("T")
 
@@ -46,7 +48,7 @@ def read_settings(
 
 def change_settings(settings: T, changes: Mapping[str, Any]) -> T:
     """The settings with these values, by dotted name. ConfigError as `build`."""
-    table = tomllib.loads("\n".join(_lines(settings, "")))
+    table = dataclasses.asdict(settings)  # type: ignore[call-overload]
     for name, value in changes.items():
         _set(table, name, value)
     return build(type(settings), table)
@@ -65,43 +67,7 @@ def build(kind: type[T], table: Mapping[str, Any], *, where: str = "settings", p
 
 def write_settings(settings: Any, path: Path) -> None:
     """Write the settings as TOML that `read_settings` reads. The file appears only once it is complete."""
-    partial = path.with_suffix(".partial")
-    partial.write_text("\n".join(_lines(settings, "")) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
-def _lines(settings: Any, prefix: str) -> Iterator[str]:
-    """Lines of TOML: plain values first, as TOML requires, then sections."""
-    fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
-    for name, value in fields.items():
-        if not _sections(value):
-            yield f"{name} = {_toml(value)}"
-    for name, value in fields.items():
-        for key, section in _sections(value).items():
-            header = f"{prefix}{name}{key}"
-            yield f"\n[{header}]"
-            yield from _lines(section, f"{header}.")
-
-
-def _sections(value: Any) -> dict[str, Any]:
-    """The sections that a value holds, by the last part of their headers."""
-    if dataclasses.is_dataclass(value):
-        return {"": value}
-    if isinstance(value, dict) and value and all(map(dataclasses.is_dataclass, value.values())):
-        return {f".{_key(name)}": section for name, section in value.items()}
-    return {}
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{_key(name)} = {_toml(entry)}" for name, entry in value.items()) + "}"
-    if isinstance(value, tuple):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _key(name: str) -> str:
-    return name if name and all(c.isascii() and (c.isalnum() or c in "_-") for c in name) else json.dumps(name)
+    write_whole(path, tomli_w.dumps(dataclasses.asdict(settings)).encode())
 
 
 def _override(table: dict[str, Any], text: str) -> None:
@@ -152,7 +118,18 @@ def _typed(name: str, value: Any, kind: Any, where: str) -> Any:
         if len(kinds) != len(value):
             raise ConfigError(f"{name}: has {len(value)} entries, expected {len(kinds)}")
         return tuple(_typed(name, entry, kind, where) for entry, kind in zip(value, kinds, strict=True))
+    if kind is str and not _is_writable(value):
+        raise ConfigError(f"{name}: is {shown(value)}, expected text without NUL characters and lone surrogates")
     return value
+
+
+def _is_writable(text: str) -> bool:
+    """Whether a file can hold the text, and a path can be it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -163,7 +140,7 @@ def _fits(value: Any, kind: Any) -> bool:
     if origin is dict or dataclasses.is_dataclass(kind):
         return isinstance(value, dict)
     if origin is tuple:
-        return isinstance(value, list)
+        return isinstance(value, list | tuple)
     return type(value) is kind
 
 

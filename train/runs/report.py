@@ -8,6 +8,7 @@ from typing import Any
 
 from stepjax.errors import ConfigError
 from stepjax.train.runs.sinks import flat
+from stepjax.whole_file import whole_file
 
 # Panels: title, and names or prefixes of names of the metrics in it.
 PANELS = (
@@ -72,7 +73,6 @@ def plot(records: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> lis
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.legend(fontsize=6)
-    partial = path.with_suffix(".partial")
-    figure.savefig(partial, format="png", dpi=110)
-    partial.replace(path)
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)
     return [title_of_panel for title_of_panel, _ in panels]

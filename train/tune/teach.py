@@ -18,6 +18,7 @@ from stepjax.train.teachers.resident import Resident, Scored
 from stepjax.train.teachers.scoring import cut_to_rows
 from stepjax.train.teachers.stored import FORM, Stored
 from stepjax.train.tune.setup import open_model, open_teachers
+from stepjax.whole_file import whole_file
 
 CHUNK = 256  # rows of one call of a teacher
 
@@ -35,9 +36,8 @@ def store(path: Path, rows: Iterable[tuple[Prompt, Sequence[int], Scored]], *, a
         "top_id": np.concatenate([score.top_ids for score in scores if score.top_ids is not None]),
         "top_logprob": np.concatenate([score.top_logprobs for score in scores if score.top_logprobs is not None]),
     }
-    partial = path.with_suffix(".partial")
-    save_file(arrays, partial, metadata={"form": FORM, "about": json.dumps(about)})
-    partial.replace(path)
+    with whole_file(path) as partial:
+        save_file(arrays, partial, metadata={"form": FORM, "about": json.dumps(about)})
     return len(scored_rows)
 
 

@@ -24,6 +24,7 @@ from stepjax.model.moe import BIAS
 from stepjax.model.step3p5 import Params, axes_of
 from stepjax.sharding.sharded_checkpoint import is_adapter, restore_adapter
 from stepjax.train.config.tune import LoraSettings
+from stepjax.whole_file import whole_file
 
 FORM = "stepjax leaves 1"
 
@@ -109,9 +110,8 @@ def save_leaves(path: Path, leaves: Leaves, about: Mapping[str, Any]) -> None:
     arrays = {name: np.asarray(_replicated(leaf)) for name, leaf in leaves.items()}
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file(arrays, partial, metadata={"form": FORM, "about": json.dumps(dict(about))})
-        partial.replace(path)
+        with whole_file(path) as partial:
+            save_file(arrays, partial, metadata={"form": FORM, "about": json.dumps(dict(about))})
 
 
 def load_leaves(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
