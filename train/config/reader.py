@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from stepjax.errors import ConfigError
 from stepjax.ranges import SHOWN, annotations_of, range_of, shown
+from stepjax.train.config.references import anchor_references
 
 T = TypeVar("T")
 
@@ -37,10 +38,12 @@ def read_settings(
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, a number of thousands of digits
         raise ConfigError(f"{path}: not valid TOML ({error})") from None
+    anchor_references(kind, table, path.parent)
     for override in overrides:
         _override(table, override)
     for name, value in (changes or {}).items():
         _set(table, name, value)
+    anchor_references(kind, table, Path.cwd())
     return build(kind, table, where=str(path))
 
 
@@ -49,6 +52,7 @@ def change_settings(settings: T, changes: Mapping[str, Any]) -> T:
     table = tomllib.loads("\n".join(_lines(settings, "")))
     for name, value in changes.items():
         _set(table, name, value)
+    anchor_references(type(settings), table, Path.cwd())
     return build(type(settings), table)
 
 
@@ -95,7 +99,7 @@ def _sections(value: Any) -> dict[str, Any]:
 def _toml(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{_key(name)} = {_toml(entry)}" for name, entry in value.items()) + "}"
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return "[" + ", ".join(map(_toml, value)) + "]"
     return json.dumps(value, ensure_ascii=False)
 
@@ -140,7 +144,7 @@ def _typed(name: str, value: Any, kind: Any, where: str) -> Any:
         for option in inner:
             if option is not type(None) and _fits(value, option):
                 return _typed(name, value, option, where)
-        raise ConfigError(f"{name}: is {shown(value)}, expected a {_name(kind)}")
+        raise ConfigError(f"{name}: is {shown(value)}, expected {_name(kind)}")
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         return build(kind, value, where=where, prefix=f"{name}.")  # type: ignore[arg-type]
     if not _fits(value, kind):
@@ -164,13 +168,15 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, dict)
     if origin is tuple:
         return isinstance(value, list)
-    return type(value) is kind
+    return kind is Any or type(value) is kind
 
 
 def _name(kind: Any) -> str:
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return _name(inner[0])
+    if origin in (Union, types.UnionType):
+        return "a " + " or ".join(_name(option).removeprefix("a ") for option in inner)
     if origin is Literal:
         return "one of " + ", ".join(map(repr, inner))
     if origin in (tuple, dict):
