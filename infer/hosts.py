@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+import json
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -28,3 +29,14 @@ def least(number: int) -> int:
     halves = np.asarray([number >> 31, number & (2**31 - 1)], np.int32)  # jax has no 64-bit integers by default
     halves_of_all = multihost_utils.process_allgather(halves)
     return min((int(high) << 31) + int(low) for high, low in halves_of_all)
+
+
+def agreed_json(value: Any) -> Any:
+    """A value of JSON of process 0, on every process. The other processes give any value."""
+    if jax.process_count() == 1:
+        return value
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8) if jax.process_index() == 0 else np.zeros(0, np.uint8)
+    length = int(agreed(np.asarray(len(text), np.int32)))
+    padded = np.zeros(length, np.uint8)
+    padded[: len(text)] = text
+    return json.loads(agreed(padded).tobytes())

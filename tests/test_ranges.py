@@ -17,6 +17,7 @@ from stepjax.errors import ConfigError
 from stepjax.ranges import Range, annotations_of, check_ranges, range_of
 from stepjax.train.config.pretrain import PretrainConfig, read_pretrain
 from stepjax.train.config.reader import change_settings, read_settings, write_settings
+from stepjax.train.config.rewards import RewardSettings
 from stepjax.train.config.tune import (
     DataSettings,
     EvalSettings,
@@ -40,6 +41,7 @@ SECTIONS = {
     "optim": OptimSettings,
     "eval": EvalSettings,
     "run": RunSettings,
+    "rewards": RewardSettings,
 }
 CLASSES: list[type[Any]] = [*SECTIONS.values(), PretrainConfig, LoraConfig]
 NEEDED: dict[type, dict[str, Any]] = {DataSettings: {"path": "x", "kind": "jsonl"}, TeacherSettings: {"path": "x"}}

@@ -18,9 +18,10 @@ from stepjax.infer.session import Session
 from stepjax.train.config.reader import read_settings, write_settings
 from stepjax.train.config.tune import DataSettings, RunSettings, TuneConfig
 from stepjax.train.data import tasks
-from stepjax.train.data.environment import ExactMatch, Turn, environment
+from stepjax.train.data.environment import ExactMatch, environment
 from stepjax.train.data.sources import ArrayRecordSource, JsonLinesSource, Stream, TaskSource, reply_ids, turn_ids
 from stepjax.train.data.text_checks import mixes_languages, repeats
+from stepjax.train.environments.episode import Turn
 from stepjax.train.rollouts.sampler import Rollout, data_rollout
 from stepjax.train.runs.sinks import TensorBoard, flat, open_sinks
 from stepjax.train.teachers.scoring import cut_to_rows, make_batch

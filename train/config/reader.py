@@ -13,6 +13,7 @@ import tomli_w
 
 from stepjax.errors import ConfigError
 from stepjax.ranges import SHOWN, annotations_of, range_of, shown
+from stepjax.train.config.references import anchor_references
 from stepjax.whole_file import write_whole
 
 T = TypeVar("T")
@@ -39,10 +40,12 @@ def read_settings(
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, a number of thousands of digits
         raise ConfigError(f"{path}: not valid TOML ({error})") from None
+    anchor_references(kind, table, path.parent)
     for override in overrides:
         _override(table, override)
     for name, value in (changes or {}).items():
         _set(table, name, value)
+    anchor_references(kind, table, Path.cwd())
     return build(kind, table, where=str(path))
 
 
@@ -51,6 +54,7 @@ def change_settings(settings: T, changes: Mapping[str, Any]) -> T:
     table = dataclasses.asdict(settings)  # type: ignore[call-overload]
     for name, value in changes.items():
         _set(table, name, value)
+    anchor_references(type(settings), table, Path.cwd())
     return build(type(settings), table)
 
 
@@ -106,7 +110,7 @@ def _typed(name: str, value: Any, kind: Any, where: str) -> Any:
         for option in inner:
             if option is not type(None) and _fits(value, option):
                 return _typed(name, value, option, where)
-        raise ConfigError(f"{name}: is {shown(value)}, expected a {_name(kind)}")
+        raise ConfigError(f"{name}: is {shown(value)}, expected {_name(kind)}")
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         return build(kind, value, where=where, prefix=f"{name}.")  # type: ignore[arg-type]
     if not _fits(value, kind):
@@ -141,13 +145,15 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, dict)
     if origin is tuple:
         return isinstance(value, list | tuple)
-    return type(value) is kind
+    return kind is Any or type(value) is kind
 
 
 def _name(kind: Any) -> str:
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return _name(inner[0])
+    if origin in (Union, types.UnionType):
+        return "a " + " or ".join(_name(option).removeprefix("a ") for option in inner)
     if origin is Literal:
         return "one of " + ", ".join(map(repr, inner))
     if origin in (tuple, dict):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from stepjax.errors import ConfigError
 from stepjax.ranges import Range, check_ranges
 from stepjax.train.config.mix import MIX
+from stepjax.train.config.references import REFERENCE
+from stepjax.train.config.rewards import RewardSettings, Weight, reward_weights
 from stepjax.train.objectives.objective import LossSettings, Objective, Verb
 from stepjax.train.objectives.table import OBJECTIVES
+from stepjax.train.plugins.reference import check_form
 from stepjax.weights.formats import made_while_loading
 
 MAX_ANSWERS = 2**20  # of a step
@@ -40,22 +43,64 @@ class ModelSettings:
 class DataSettings:
     """One source of prompts, some with completions."""
 
-    kind: Literal["tasks", "jsonl", "array_record"] = "tasks"
+    kind: Literal["tasks", "jsonl", "array_record", "environment"] = "tasks"
     path: str = ""  # of the file; "array_record" takes a pattern such as rows-*.array_record too
     weight: Annotated[float, Range(0, 10**6)] = 1.0  # share of the prompts, relative to the other sources
     teacher: str = ""  # a name in [teachers]; "": the only teacher
     # of the generated tasks
     shares: dict[str, Annotated[float, Range(0, 10**6)]] = field(default_factory=lambda: dict(MIX))
     tools: bool = False  # tasks only: tools answer the model's calls, over several turns
+    # Code of your own, as FILE.py:NAME, package.module:NAME or an entry point (docs/own-rewards.md).
+    reward: str | tuple[str, ...] | dict[str, Weight] = field(default="", metadata=REFERENCE)  # a table gives weights
+    environment: str = field(default="", metadata=REFERENCE)  # a class that answers the turns of the model
+    environment_options: dict[str, Any] = field(default_factory=dict)  # handed to the environment
+    tool_functions: str | tuple[str, ...] = field(default="", metadata=REFERENCE)  # functions that the model may call
 
     def __post_init__(self) -> None:
-        if (self.kind == "tasks") == bool(self.path):
+        if (self.kind in ("tasks", "environment")) == bool(self.path):
             raise ConfigError(
-                f"data: kind {self.kind!r} with path {self.path!r}; expected a path for a file and none for tasks"
+                f"data: kind {self.kind!r} with path {self.path!r}; expected a path for a file and none for tasks or "
+                "an environment"
             )
         check_ranges(self, "data")
+        self._check_code()
         if self.kind == "tasks" and (set(self.shares) - set(MIX) or not sum(self.shares.values()) > 0):
             raise ConfigError(f"data: shares are {self.shares}, expected shares of {', '.join(MIX)}")
+
+    @property
+    def reward_weights(self) -> dict[str, float]:
+        """The weight of each reward by its reference."""
+        return reward_weights(self.reward, setting="data.reward")
+
+    @property
+    def tool_references(self) -> tuple[str, ...]:
+        """The references of the tools."""
+        tools = self.tool_functions
+        return tools if isinstance(tools, tuple) else (tools,) if tools else ()
+
+    @property
+    def has_code(self) -> bool:
+        """Whether code of a user rewards or answers."""
+        return bool(self.reward or self.environment or self.tool_functions)
+
+    def _check_code(self) -> None:
+        """ConfigError: a reference has another form, or the settings of an environment contradict each other."""
+        _ = self.reward_weights
+        for name in self.tool_references:
+            check_form(name, setting="data.tool_functions")
+        if self.environment:
+            check_form(self.environment, setting="data.environment")
+        if self.kind == "environment" and not self.environment:
+            raise ConfigError("data: kind 'environment' needs environment, such as my_env.py:Shop")
+        if self.environment and self.tool_functions:
+            raise ConfigError("data: both environment and tool_functions; list the functions in its attribute tools")
+        if self.environment_options and not self.environment:
+            raise ConfigError("data: environment_options without environment; leave it out")
+        if self.kind == "tasks" and (self.environment or self.tool_functions):
+            raise ConfigError(
+                "data: generated tasks have their own tools; use environment and tool_functions with a file, or kind "
+                "'environment'"
+            )
 
 
 @dataclass(frozen=True)
@@ -215,6 +260,7 @@ class TuneConfig:
     optim: OptimSettings = field(default_factory=OptimSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
     run: RunSettings = field(default_factory=RunSettings)
+    rewards: RewardSettings = field(default_factory=RewardSettings)
 
     def __post_init__(self) -> None:
         name, rollout = self.loss.objective, self.rollout

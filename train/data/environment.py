@@ -1,42 +1,14 @@
-"""Environments of an episode: they answer the turns of a model, and give a reward at the end."""
+"""Environments of the data that needs no code of the user: exact match, and generated tasks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 from stepjax.text.tool_calls import ToolSchemas
 from stepjax.train.data import tasks
 from stepjax.train.data.tasks import ChatMessage
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One parsed turn of the model."""
-
-    reasoning: str
-    content: str
-    calls: tuple[dict[str, Any], ...]  # tool calls as {"name": …, "arguments": {…}}
-    finished: bool  # False: cut off at the token limit
-
-
-class Environment(Protocol):
-    """One episode. `messages` and `tools` are what the model sees at its beginning."""
-
-    @property
-    def messages(self) -> Sequence[ChatMessage]: ...
-
-    @property
-    def tools(self) -> ToolSchemas | None: ...
-
-    def respond(self, turn: Turn) -> Sequence[ChatMessage]:
-        """Messages that answer a turn, for the model to go on from. An empty sequence ends the episode."""
-        ...
-
-    def reward(self) -> float:
-        """Reward of the whole episode, once it is over."""
-        ...
+from stepjax.train.environments.episode import Environment, Turn
 
 
 @dataclass

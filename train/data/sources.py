@@ -17,9 +17,11 @@ from stepjax.text.tokenizer import IM_END
 from stepjax.text.tool_calls import ToolSchemas
 from stepjax.train.config.tune import DataSettings
 from stepjax.train.data import tasks
-from stepjax.train.data.environment import Environment, ExactMatch, environment
+from stepjax.train.data.environment import ExactMatch, environment
 from stepjax.train.data.tasks import ChatMessage
 from stepjax.train.data.words import Split
+from stepjax.train.environments.episode import Environment
+from stepjax.train.workers.code import CodeEpisode, SourceCode
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,11 @@ class Prompt:
     index: int  # of the row in its source
     ids: tuple[int, ...]
     completion: tuple[int, ...] | None  # of the data, up to and including the token that ends the turn
-    new_environment: Callable[[], Environment]  # begins an episode
+    new_environment: Callable[[], Environment | CodeEpisode]  # begins an episode
     messages: Sequence[ChatMessage]  # empty for raw text
     tools: ToolSchemas | None = None
     row: Mapping[str, Any] = field(default_factory=dict)  # the row of the file, with columns that only rewards read
+    code: SourceCode | None = None  # rewards, environment and tools of the user
 
 
 class Source(Protocol):
@@ -64,7 +67,18 @@ class TaskSource:
         else:  # the tool answers during the episode
             ids = tuple(self._session.encode_chat(episode.messages, tools=item.tools))
             completion = None
-        return Prompt(self._name, index, ids, completion, new_environment, episode.messages, item.tools)
+        row = {"task": item.task, "answer": item.answer}
+        return Prompt(self._name, index, ids, completion, new_environment, episode.messages, item.tools, row)
+
+
+class EnvironmentSource:
+    """Episodes without a file: the environment of the user makes the prompt from index and seed."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def row(self, seed: int, index: int) -> Prompt:
+        return Prompt(self._name, index, (), None, lambda: ExactMatch(()), ())
 
 
 class JsonLinesSource:
@@ -187,6 +201,8 @@ def open_stream(data: Mapping[str, DataSettings], session: Session, *, seed: int
 def open_source(name: str, settings: DataSettings, session: Session, *, split: Split = "train") -> Source:
     if settings.kind == "tasks":
         return TaskSource(name, settings, session, split=split)
+    if settings.kind == "environment":
+        return EnvironmentSource(name)
     if settings.kind == "jsonl":
         return JsonLinesSource(name, Path(settings.path), session)
     return ArrayRecordSource(name, settings.path, session)

@@ -168,6 +168,11 @@ class Objective:
         """Whether a teacher scores the answers."""
         return self.needs_teacher or (self.rewarded and settings.teacher_weight != 0)
 
+    @property
+    def uses_rewards(self) -> bool:
+        """Whether it needs the reward of each answer, so that answers without one are left out."""
+        return self.rewarded or type(self).advantages is not Objective.advantages
+
     def advantages(self, rewards: np.ndarray, groups: np.ndarray, settings: LossSettings) -> np.ndarray:
         """Advantage of each answer, float32 [N].
 

@@ -7,7 +7,8 @@ So a resumed run samples the same tokens as an uninterrupted one, bit for bit.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,9 +24,12 @@ from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.session import Session
 from stepjax.infer.transcript import Transcript, begins_in_reasoning
 from stepjax.model.step3p5 import Params
-from stepjax.train.data.environment import Environment, Turn
 from stepjax.train.data.sources import Prompt, reply_ids
 from stepjax.train.data.tasks import ChatMessage
+from stepjax.train.environments.episode import Environment, Turn
+from stepjax.train.rollouts.grading import Exchange, Grade, begin_grade, environment_name, finished_grades
+from stepjax.train.workers.code import CodeEpisode, results_of, runs_alone
+from stepjax.train.workers.plugin import UserCodeError
 
 PAGE = 64  # tokens
 WIDTHS = (64, 512)  # of prefill pieces
@@ -44,7 +48,9 @@ class Rollout:
     text: str = ""
     turns: int = 0
     truncated: bool = False
-    reward: float = 0.0
+    reward: float = 0.0  # NaN if it failed
+    parts: Mapping[str, float] = field(default_factory=dict)  # of the reward, by name
+    failure: str = ""  # why there is no reward
     writer: Literal["student", "teacher", "data"] = "student"
     experts: np.ndarray | None = None  # uint16 [prompt and answer, MoE layers, A]: the sampler's, for router replay
 
@@ -58,9 +64,10 @@ class _Episode:
     """A rollout that is not finished."""
 
     rollout: Rollout
-    environment: Environment
-    messages: list[ChatMessage]
+    environment: Environment | CodeEpisode
+    conversation: Exchange = field(default_factory=Exchange)
     stream: AnswerStream | None = None  # of the current turn
+    grade: Grade | None = None  # once it is over
     routing: ExpertRecord = field(default_factory=ExpertRecord)
 
 
@@ -112,6 +119,7 @@ class Sampler:
             routing=routing,
         )
         self._engine = Engine(session, config)
+        self._replies: dict[str, Future] = {}  # of environments that are not known yet, by episode
 
     @property
     def stats(self) -> Stats:
@@ -144,12 +152,14 @@ class Sampler:
         for group, prompt in enumerate(prompts):
             for sample in range(samples):
                 rollout = Rollout(prompt, group, policy_step)
-                episode = _Episode(rollout, prompt.new_environment(), list(prompt.messages))
+                episode = _Episode(rollout, prompt.new_environment())
                 episodes[str(group * samples + sample)] = episode
+        self._replies.clear()
         for name, episode in episodes.items():
             self._request_turn(name, episode, seed=_seed(seed, int(name), 0))
-        while self._engine.has_work:
-            for update in self._engine.step():
+        while self._engine.has_work or self._replies:
+            self._take_replies(episodes, seed)
+            for update in self._engine.step() if self._engine.has_work else ():
                 episode = episodes[update.id]
                 if update.finish_reason == "error":
                     raise TrainingError(
@@ -165,9 +175,10 @@ class Sampler:
                     if stream.experts is not None:
                         episode.routing.take(0, stream.experts)
                     self._end_turn(update.id, episode, seed)
-        for episode in episodes.values():
+        rewards = finished_grades([episode.grade for episode in episodes.values() if episode.grade])
+        for episode, reward in zip(episodes.values(), rewards, strict=True):
             rollout = episode.rollout
-            rollout.reward = float(episode.environment.reward())
+            rollout.reward, rollout.parts, rollout.failure = reward.total, reward.parts, reward.failure
             rollout.experts = episode.routing.first(len(rollout.prompt.ids) + len(rollout.ids))
         return [episode.rollout for episode in episodes.values()]
 
@@ -179,6 +190,7 @@ class Sampler:
         context = self._engine.scheduler.config.context - len(prompt)
         if min(room, context) < 1:
             rollout.truncated = True
+            self._end(episode)
             return
         params = self._batch_params.replace(max_tokens=min(room, context), seed=seed)
         tokenizer = session.tokenizer
@@ -204,25 +216,63 @@ class Sampler:
         rollout.text += transcript.text
         calls = tuple({"name": call.name, "arguments": _arguments(call.arguments)} for call in transcript.calls)
         turn = Turn(transcript.reasoning, transcript.content, calls, finished)
-        replies = list(episode.environment.respond(turn))
-        if not finished:
-            rollout.truncated = True
-            return
-        if not replies or rollout.turns == self._turns:
-            return
         message: ChatMessage = {"role": "assistant", "reasoning_content": turn.reasoning, "content": turn.content}
         if calls:
             message["tool_calls"] = [
                 {"id": f"call_{number}", "type": "function", "function": call} for number, call in enumerate(calls)
             ]
-        ids = reply_ids(self._session, [*episode.messages, message], replies, tools=rollout.prompt.tools)
-        episode.messages += [message, *replies]
+        episode.conversation.turns.append(turn)
+        episode.conversation.messages.append(message)
+        replies = episode.environment.respond(turn)
+        if isinstance(replies, Future):
+            self._replies[name] = replies
+        else:
+            self._go_on(name, episode, replies, seed)
+
+    def _take_replies(self, episodes: Mapping[str, _Episode], seed: int) -> None:
+        """Go on with the episodes whose environments have replied. Wait for one if the engine has nothing else to do.
+
+        On several hosts all replies are waited for, since which came first is not the same on all.
+        """
+        if not self._replies:
+            return
+        if runs_alone():
+            done, _ = wait(self._replies.values(), None if not self._engine.has_work else 0.0, FIRST_COMPLETED)
+            names = [name for name, future in self._replies.items() if future in done]
+        else:
+            names = list(self._replies)
+        replies = results_of([self._replies.pop(name) for name in names])
+        for name, reply in zip(names, replies, strict=True):
+            self._go_on(name, episodes[name], reply, seed)
+
+    def _go_on(self, name: str, episode: _Episode, replies: Sequence[ChatMessage] | UserCodeError, seed: int) -> None:
+        """Give the replies to the model as its next prompt, or end the episode."""
+        rollout = episode.rollout
+        if isinstance(replies, UserCodeError):
+            self._end(episode, failure=f"{environment_name(rollout.prompt)} failed: {replies}")
+            return
+        if not episode.conversation.turns[-1].finished:
+            rollout.truncated = True
+            self._end(episode)
+            return
+        if not replies or rollout.turns == self._turns:
+            self._end(episode)
+            return
+        before = [*rollout.prompt.messages, *episode.conversation.messages]
+        ids = reply_ids(self._session, before, replies, tools=rollout.prompt.tools)
+        episode.conversation.messages += replies
         rollout.ids += ids
         rollout.answer_mask += [False] * len(ids)
         rollout.logprobs += [0.0] * len(ids)
         assert self._session.tokenizer is not None
         rollout.text += self._session.tokenizer.decode(ids, skip_special=False)
         self._request_turn(name, episode, seed=_seed(seed, int(name), rollout.turns))
+
+    def _end(self, episode: _Episode, *, failure: str = "") -> None:
+        """Ask for the reward, which is computed while the engine goes on with other episodes."""
+        rollout = episode.rollout
+        answer = episode.conversation.answer(raw=rollout.text, ids=rollout.ids)
+        episode.grade = begin_grade(rollout.prompt, episode.environment, answer, self._session, failure=failure)
 
 
 def _seed(batch: int, number: int, turn: int) -> int:

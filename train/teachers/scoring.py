@@ -57,9 +57,10 @@ class Scoring:
         return (source.teacher if source else "") or next(iter(self.teachers))
 
     def prepare(self, rollouts: Sequence[Rollout], *, objective: Objective) -> Prepared:
-        """The batches of these rollouts for an objective."""
+        """The batches of these rollouts for an objective. If it uses rewards, answers without one are left out."""
         optim, loss = self._config.optim, self._config.loss
-        kept, lost = cut_to_rows(rollouts, optim.length)
+        graded = [rollout for rollout in rollouts if not (objective.uses_rewards and rollout.failure)]
+        kept, lost = cut_to_rows(graded, optim.length)
         prepared = Prepared({}, lost, rollouts=kept)
         rewards, groups = (np.asarray([getattr(rollout, name) for rollout in kept]) for name in ("reward", "group"))
         advantages = objective.advantages(rewards, groups, loss)

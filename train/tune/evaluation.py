@@ -13,12 +13,15 @@ from stepjax.infer.session import Session
 from stepjax.model.step3p5 import Params
 from stepjax.train.config.tune import DataSettings, TuneConfig
 from stepjax.train.data import tasks
+from stepjax.train.data.coded import coded
 from stepjax.train.data.sources import JsonLinesSource, Prompt, Source, TaskSource, open_source
 from stepjax.train.data.text_checks import mixes_languages, repeats
 from stepjax.train.objectives.objective import Sums
 from stepjax.train.objectives.table import OBJECTIVES
+from stepjax.train.rollouts.failures import reward_record
 from stepjax.train.rollouts.sampler import Rollout, Sampler
 from stepjax.train.teachers.scoring import Scoring
+from stepjax.train.workers.code import UserCode
 
 # (parameters, batches by teacher, parameters of the teachers in this process) → sums over the tokens
 Measure = Callable[[Params, Any, dict[str, Params]], Sums]
@@ -27,8 +30,15 @@ Measure = Callable[[Params, Any, dict[str, Params]], Sums]
 class Evaluation:
     """Held-out questions of one run, the same at every evaluation."""
 
-    def __init__(self, config: TuneConfig, session: Session, scoring: Scoring, measure: Measure):
+    def __init__(
+        self, config: TuneConfig, session: Session, scoring: Scoring, measure: Measure, code: UserCode | None = None
+    ):
+        """
+        Args:
+          code: rewards and environments of the user; those of a source grade its held-out prompts too.
+        """
         self._config, self._session, self._scoring, self._measure = config, session, scoring, measure
+        self._code = code
         rollout, settings = config.rollout, config.eval
         context = rollout.context or config.optim.length
         self._sampler = Sampler(
@@ -45,6 +55,12 @@ class Evaluation:
         if settings.file:
             rows = JsonLinesSource("eval", Path(settings.file), session)
             self._questions["file"] = [rows.line(i) for i in range(min(settings.items, len(rows)))]
+        self._rewarded = [
+            prompt
+            for name, data in config.data.items()
+            if code and data.weight and code.of_source(name)
+            for prompt in self._held_out(name, settings.items)
+        ]
 
     def run(self, params: Params) -> dict[str, Any]:
         """The numbers of one evaluation, by name."""
@@ -62,6 +78,8 @@ class Evaluation:
             record["forgetting"] = {name: accuracy[name] for name in forgetting}
         if rollouts:
             record |= self._text_record(rollouts)
+        if self._rewarded:
+            record |= reward_record(self._answers(params, self._rewarded))
         drafted = [after - start for after, start in zip(stats.drafted, before[0], strict=True)]
         accepted = [after - start for after, start in zip(stats.accepted, before[1], strict=True)]
         if drafted[0]:
@@ -116,6 +134,8 @@ class Evaluation:
     def _held_out(self, name: str, count: int) -> list[Prompt]:
         settings = self._config.data[name]
         rows: Source = open_source(name, settings, self._session, split="test")
+        if self._code:
+            rows = coded(name, rows, self._code, self._session, split="test")
         return [rows.row(self._config.eval.seed, i) for i in range(count)]
 
     def _items(self, task: str) -> list[Prompt]:

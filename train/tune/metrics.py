@@ -11,6 +11,7 @@ import numpy as np
 
 from stepjax.errors import TrainingError
 from stepjax.train.config.tune import TuneConfig
+from stepjax.train.rollouts.failures import reward_record
 from stepjax.train.rollouts.sampler import Rollout
 from stepjax.train.teachers.scoring import Prepared
 from stepjax.train.tune.setup import Setup
@@ -39,10 +40,10 @@ class StepMetrics:
             "student_tokens": _written_by("student", rollouts),
             "teacher_tokens": _written_by("teacher", rollouts),
             "scored_tokens": prepared.scored_tokens,
-            "reward": float(np.mean([rollout.reward for rollout in rollouts])),
             "answer_length": float(np.mean([rollout.num_answer_tokens for rollout in rollouts])),
             "truncated": float(np.mean([rollout.truncated for rollout in rollouts])),
         }
+        record |= reward_record(rollouts)
         return record | self._setup.objective.metrics(
             report.sums, scored_tokens=prepared.scored_tokens, sampled_tokens=sampled_tokens
         )
@@ -81,7 +82,8 @@ class StepMetrics:
 def note(record: dict[str, Any]) -> str:
     """The text beside the progress bar."""
     value = record.get("divergence", record["loss"])
-    return f"loss {value:.4f} reward {record['reward']:.2f}"
+    reward = f" reward {record['reward']:.2f}" if "reward" in record else ""
+    return f"loss {value:.4f}{reward}"
 
 
 def _written_by(writer: str, rollouts: Sequence[Rollout]) -> int:

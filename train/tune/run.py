@@ -18,7 +18,9 @@ from stepjax.errors import ConfigError
 from stepjax.model.step3p5 import Params
 from stepjax.sharding.sharded_checkpoint import save_adapter
 from stepjax.train.config.tune import RunSettings, TuneConfig
+from stepjax.train.data.coded import with_code
 from stepjax.train.data.sources import Prompt, open_stream
+from stepjax.train.rollouts.failures import RewardFailures
 from stepjax.train.rollouts.sampler import Rollout, Sampler, data_rollout
 from stepjax.train.rollouts.transcripts import write_transcripts
 from stepjax.train.runs.folder import MetricsFile, claim, is_due, progress, resume
@@ -29,6 +31,7 @@ from stepjax.train.tune.metrics import StepMetrics, note
 from stepjax.train.tune.setup import Setup, open_run, with_params
 from stepjax.train.tune.trainable import Leaves, lora_config, save_leaves
 from stepjax.train.tune.update import TuneState
+from stepjax.train.workers.code import UserCode
 
 
 def tune(config: TuneConfig, out: Path) -> TuneState:
@@ -40,10 +43,17 @@ def tune(config: TuneConfig, out: Path) -> TuneState:
     same bits.
 
     Raises:
-      ConfigError: the folder belongs to another run, or the settings contradict each other.
-      TrainingError: sampler and trainer disagree, or too many batches in a row have no finite gradient.
+      ConfigError: the folder belongs to another run, the settings contradict each other, or code that they name cannot
+        be loaded.
+      TrainingError: sampler and trainer disagree, too many batches in a row have no finite gradient, or too many
+        rewards of a batch failed.
     """
-    out = out.resolve()  # orbax takes absolute paths only
+    with UserCode(config.data, config.rewards) as code:  # before the folder is made: its files may not be there
+        return _tune(config, out.resolve(), code)  # orbax takes absolute paths only
+
+
+def _tune(config: TuneConfig, out: Path, code: UserCode) -> TuneState:
+    """As `tune`, with the user's code at hand."""
     claim(config, out, same=_fixed_settings)
     setup = open_run(config)
     newest: Any = ocp.training.preservation_policies.LatestN(config.run.keep or None)  # None: all
@@ -51,7 +61,7 @@ def tune(config: TuneConfig, out: Path) -> TuneState:
     with ocp.training.Checkpointer(folder, preservation_policy=newest, cleanup_tmp_directories=True) as checkpointer:
         _check_base(checkpointer, setup, out)
         state = resume(checkpointer, setup.initial)
-        run = _Run(config, setup, out, start=int(state.step))
+        run = _Run(config, setup, out, code, start=int(state.step))
         with contextlib.closing(run), progress(config.optim.steps, run.start, what=config.verb) as advance:
             for step in range(run.start, config.optim.steps):
                 state, note = run.step(step, state)
@@ -76,7 +86,8 @@ def _fixed_settings(config: TuneConfig) -> TuneConfig:
     """The settings that a resumed run must keep: all but mesh, evaluation and logging."""
     run = RunSettings(seed=config.run.seed)
     model = dataclasses.replace(config.model, mesh="", strategy="expert_tensor")
-    return dataclasses.replace(config, run=run, model=model, eval=type(config.eval)())
+    rewards = type(config.rewards)()  # how rewards run, not what they are
+    return dataclasses.replace(config, run=run, model=model, eval=type(config.eval)(), rewards=rewards)
 
 
 def _check_base(checkpointer: Any, setup: Setup, out: Path) -> None:
@@ -95,9 +106,11 @@ def _check_base(checkpointer: Any, setup: Setup, out: Path) -> None:
 class _Run:
     """What the steps of a run share, apart from its state."""
 
-    def __init__(self, config: TuneConfig, setup: Setup, out: Path, *, start: int):
-        self.start, self._config, self._setup, self._out = start, config, setup, out
-        self._stream = open_stream(config.data, setup.student, seed=config.run.seed, prompts=config.rollout.prompts)
+    def __init__(self, config: TuneConfig, setup: Setup, out: Path, code: UserCode, *, start: int):
+        self.start, self._config, self._setup, self._out, self._code = start, config, setup, out, code
+        stream = open_stream(config.data, setup.student, seed=config.run.seed, prompts=config.rollout.prompts)
+        self._stream = with_code(stream, code, setup.student)
+        self._failures = RewardFailures(config.rewards.max_failed)
         self._student = self._make_sampler(setup.student, routing=config.rollout.replay)
         self._writers: dict[str, Sampler] = {}
         self._evaluation: Evaluation | None = None
@@ -121,6 +134,7 @@ class _Run:
         if step == 0:
             self._evaluate(0, state.leaves)
         rollouts, write_s = self._rollouts(step, state)
+        self._failures.check(step, rollouts, fatal=setup.objective.uses_rewards)
         prepared = setup.scoring.prepare(rollouts, objective=setup.objective)
         if config.run.transcripts_every and (step == self.start or is_due(config.run.transcripts_every, step)):
             self._write_transcripts(step, rollouts)
@@ -213,7 +227,7 @@ class _Run:
         if not config.eval.every:
             return
         if self._evaluation is None:
-            self._evaluation = Evaluation(config, setup.student, setup.scoring, setup.measure)
+            self._evaluation = Evaluation(config, setup.student, setup.scoring, setup.measure, self._code)
         params: Params = setup.params(leaves)
         record = self._evaluation.run(params)
         self._write(

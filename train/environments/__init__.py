@@ -1,0 +1,1 @@
+"""Episodes of several turns: the protocol, tools from functions, adapters of other libraries."""

@@ -1,0 +1,1 @@
+"""Code of a user that the settings name: files, modules, entry points."""

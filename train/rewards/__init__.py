@@ -1,0 +1,1 @@
+"""What a reward is given and what it may return."""
