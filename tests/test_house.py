@@ -227,6 +227,12 @@ def test_dependencies_are_few_and_all_that_is_imported():
         assert at_once & asked_for == set(), f"{name} needs an extra as soon as it is imported"
 
 
+def test_types_of_every_room_are_checked():
+    """pyright follows no link in stepjax/ by itself, so a room that is not listed is not read."""
+    included = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pyright"]["include"]
+    assert {"stepjax", *(f"stepjax/{room}" for room in ROOMS[1:]), "tests", "benchmarks"} == set(included)
+
+
 def test_text_names_no_machine_and_no_registry():
     for path in FILES:
         try:

@@ -271,7 +271,7 @@ class GivenAdapters:
 
 def _keys(args: argparse.Namespace) -> list[str]:
     """All keys that the flags, the file and the environment name."""
-    keys = list(args.api_key or ())
+    keys: list[str] = list(args.api_key or ())
     if args.api_key_file is not None:
         try:
             keys += args.api_key_file.read_text(encoding="utf-8").split()

@@ -305,6 +305,7 @@ class Admission:
             return
         for i in range(len(run.nodes), end // self.config.page_size):
             node = self.prefix.insert(run.nodes[-1] if run.nodes else run.sequence.owner, run.keys[i], run.pages[i])
+            assert node.page is not None, "a node that was just entered lies on the device"
             if node.page != run.pages[i]:
                 run.pages[i] = node.page
                 self.changes.page_updates.append(PageUpdate(run.slot, i, (node.page,)))

@@ -92,10 +92,10 @@ class Answer:
     def take_prompt(self, row: Row, logprobs: Any) -> None:
         """Record the scores of the prompt tokens that follow the tokens of a piece."""
         prompt, top = self.sequence.prompt, self.sequence.params.prompt_logprobs
-        if self._prompt is None:
-            self._prompt = [None] * (len(prompt) - 1)
+        scores: list[TokenScore | None] = [None] * (len(prompt) - 1) if self._prompt is None else self._prompt
         for position in range(row.start, min(row.start + row.count, len(prompt) - 1)):
-            self._prompt[position] = _score(logprobs, position - row.start, top or 0)
+            scores[position] = _score(logprobs, position - row.start, top or 0)
+        self._prompt = scores
 
     def give_prompt(self) -> tuple[TokenScore, ...]:
         """The scores of the whole prompt, once."""

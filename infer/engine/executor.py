@@ -320,7 +320,9 @@ class Executor:
             waiting = [(at, rows[1:]) for at, rows in waiting if rows[1:]]
 
     def _guide(self, masks: Sequence[Mask]) -> None:
-        shape = self.state.sampling.rules.mask_BTW.shape[1:]
+        rules = self.state.sampling.rules
+        assert rules is not None, "an engine's slots have rules"
+        shape = rules.mask_BTW.shape[1:]
         rows = next(each for each in self.row_buckets if each >= len(masks))
         slot, on = np.full((rows,), self.size.num_slots, np.int32), np.zeros((rows,), bool)
         words = np.zeros((rows, *shape), np.uint32)

@@ -230,9 +230,11 @@ def decode(content: dict[str, Any]) -> Order:
             "plan": StepPlan(
                 **{
                     **plan,
-                    "rows": tuple(Row(*row[:4], tuple(row[4]), row[5]) for row in plan["rows"]),
+                    "rows": tuple(Row._make([*row[:4], tuple(row[4]), row[5]]) for row in plan["rows"]),
                     "resets": tuple(plan["resets"]),
-                    "page_updates": tuple(PageUpdate(*update[:2], tuple(update[2])) for update in plan["page_updates"]),
+                    "page_updates": tuple(
+                        PageUpdate._make([*update[:2], tuple(update[2])]) for update in plan["page_updates"]
+                    ),
                     "restores": tuple(RingCopy(*copy) for copy in plan["restores"]),
                     "saves": tuple(RingCopy(*copy) for copy in plan["saves"]),
                     "moves": tuple(HostMove(*move) for move in plan["moves"]),

@@ -230,7 +230,8 @@ def _placed(shape: jax.ShapeDtypeStruct, count: int, rows: Sequence[dict[Part, n
     """Rows on the devices, [count, ...], padded with zeros; each process sends its own parts."""
     stacked: dict[Part, np.ndarray] = {}
 
-    def part(index: Sequence[slice]) -> np.ndarray:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None, "every part of an array has a place in it"
         key = _part(index, shape.shape)
         if key not in stacked:
             stacked[key] = np.zeros((count, *(end - start for start, end in key)), shape.dtype)

@@ -243,8 +243,8 @@ class PrefixCache:
                 assert node.page is None or node.parent.page is not None, "a page's predecessor is not on the device"
                 assert self._nodes[node.parent.parent, node.parent.tokens] is node.parent, "a page cannot be reached"
                 unused = order.get(node.parent)
-                gone = node.page is None or unused is None
-                assert gone or order.get(node, unused) < unused, "a page would go before its successor"
+                if node.page is not None and unused is not None:
+                    assert order.get(node, unused) < unused, "a page would go before its successor"
         owned = [node.snapshot for node in self._nodes.values() if node.snapshot is not None]
         assert {node for node in self._nodes.values() if node.snapshot is not None} == set(self._snapshots)
         assert len({*owned, *self._free_snapshots}) + num_reserved == self._num_snapshots

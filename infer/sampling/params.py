@@ -98,6 +98,12 @@ class SamplingParams:
         """Whether penalties, biases, allowed ids or a least length change the logits."""
         return bool(self.has_penalties or self.logit_bias or self.allowed_ids or self.min_tokens)
 
+    @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """``logit_bias`` as it is kept: sorted pairs of a token and what its logit gains."""
+        assert isinstance(self.logit_bias, tuple), "it is made so when the parameters are"
+        return self.logit_bias
+
     def ends(self, eos_ids: Iterable[int]) -> tuple[int, ...]:
         """Ids that end the answer, each once."""
         return tuple(dict.fromkeys([*self.stop_ids, *(() if self.ignore_eos else eos_ids)]))
@@ -110,7 +116,7 @@ class SamplingParams:
             may be sampled before ``min_tokens``.
         """
         named = {"stop_ids": self.stop_ids, "allowed_ids": self.allowed_ids}
-        for name, ids in (named | {"logit_bias": [token for token, _ in self.logit_bias]}).items():
+        for name, ids in (named | {"logit_bias": [token for token, _ in self.biases]}).items():
             for token in ids:
                 _token(name, token, num_tokens)
         ends = self.ends(eos_ids)

@@ -7,6 +7,7 @@ that a request does not use leaves its logits exactly unchanged, so the options 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -53,7 +54,8 @@ def sample(
     def with_options() -> jax.Array:
         logits = mask_padding(logits_BTV, num_tokens)
         if rules is not None:
-            logits = jax.lax.cond(ruled, lambda: _ruled(logits, position_BT, rules, draft_BK), lambda: logits)
+            changed = functools.partial(_ruled, logits, position_BT, rules, draft_BK)
+            logits = jax.lax.cond(ruled, changed, lambda: logits)
         greedy = _argmax(logits)
         drawn = jax.lax.cond(jnp.any(random_B), lambda: _draw(logits, position_BT, sampling), lambda: greedy)
         return jnp.where(random_B[:, None], drawn, greedy)

@@ -128,25 +128,25 @@ class SlotSampling(NamedTuple):
     1.2 MB, and every request would have to send it.
     """
 
-    temperature: np.ndarray
-    top_p: np.ndarray
-    top_k: np.ndarray
-    min_p: np.ndarray
-    seed: np.ndarray
-    repetition: np.ndarray
-    presence: np.ndarray
-    frequency: np.ndarray
-    end_I: np.ndarray
-    first_end: np.ndarray
-    scored: np.ndarray
-    biased: np.ndarray
-    allowed_W: np.ndarray  # uint32: a bit for each token that may be sampled
-    bias_id_M: np.ndarray  # int32 [MAX_BIASES], padded with `PAST`
-    bias_M: np.ndarray  # float32
-    prompt_W: np.ndarray  # uint32: a bit for each token of the prompt; none unless a penalty asks for them
-    continues: np.ndarray  # bool: the counts below are added to those that the slot has
-    counted_id_C: np.ndarray  # int32 [MAX_COUNTS], padded with `PAST`: tokens of the answer
-    count_C: np.ndarray  # int32: their numbers of occurrences
+    temperature: Any  # float32
+    top_p: Any  # float32
+    top_k: Any  # int32
+    min_p: Any  # float32
+    seed: Any  # uint32
+    repetition: Any  # float32
+    presence: Any  # float32
+    frequency: Any  # float32
+    end_I: Any  # int32
+    first_end: Any  # int32
+    scored: Any  # bool
+    biased: Any  # bool
+    allowed_W: Any  # uint32: a bit for each token that may be sampled
+    bias_id_M: Any  # int32 [MAX_BIASES], padded with `PAST`
+    bias_M: Any  # float32
+    prompt_W: Any  # uint32: a bit for each token of the prompt; none unless a penalty asks for them
+    continues: Any  # bool: the counts below are added to those that the slot has
+    counted_id_C: Any  # int32 [MAX_COUNTS], padded with `PAST`: tokens of the answer
+    count_C: Any  # int32: their numbers of occurrences
 
     @classmethod
     def rows(
@@ -182,8 +182,8 @@ class SlotSampling(NamedTuple):
             np.bool_(params.logprobs is not None),
             np.bool_(bool(params.logit_bias or params.allowed_ids)),
             packed(params.allowed_ids, vocab) if params.allowed_ids else ~packed((), vocab),
-            _filled([token for token, _ in params.logit_bias], MAX_BIASES, PAST, np.int32),
-            _filled([bias for _, bias in params.logit_bias], MAX_BIASES, 0, np.float32),
+            _filled([token for token, _ in params.biases], MAX_BIASES, PAST, np.int32),
+            _filled([bias for _, bias in params.biases], MAX_BIASES, 0, np.float32),
             packed(prompt if penalised else (), vocab),
             np.bool_(False),
             _filled(counted[:MAX_COUNTS], MAX_COUNTS, PAST, np.int32),
@@ -202,7 +202,7 @@ class SlotSampling(NamedTuple):
     @classmethod
     def stack(cls, rows: Sequence[SlotSampling], *, count: int) -> SlotSampling:
         """Rows with a leading axis of ``count``; the last row fills the missing ones."""
-        rows = [*rows, *rows[-1:] * (count - len(rows))]
+        rows = [*rows, *[rows[-1]] * (count - len(rows))]
         return cls(*map(np.stack, zip(*rows, strict=True)))
 
 
