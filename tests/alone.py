@@ -13,6 +13,7 @@ from stepjax.infer.session import Session
 from stepjax.infer.steps.runner import Runner
 from stepjax.infer.steps.state import Pieces, State
 from stepjax.model.cache import SPARE_ROWS
+from stepjax.model.step3p5 import Params
 
 
 class Batch:
@@ -64,9 +65,16 @@ class Batch:
         return [tokens[row, : counts[row]].tolist() for row in range(len(active))]
 
 
-def alone(session: Session, prompt: Sequence[int], params: SamplingParams, *, speculate: int = 3) -> list[int]:
-    """All ``max_tokens`` tokens of one answer."""
-    batch = Batch(session.runner(speculate), session.params, [prompt], [params], dtype=session.dtype)
+def alone(
+    session: Session, prompt: Sequence[int], params: SamplingParams, *, weights: Params | None = None
+) -> list[int]:
+    """All ``max_tokens`` tokens of one answer, without drafts.
+
+    Args:
+      weights: in place of the session's.
+    """
+    given = session.params if weights is None else weights
+    batch = Batch(session.runner(0), given, [prompt], [params], dtype=session.dtype)
     tokens = batch.prefill()
     while len(tokens) < params.max_tokens:
         tokens += batch.step([True])[0]

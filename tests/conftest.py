@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from stepjax.infer.session import Session
     from stepjax.train.data.tasks import TinyTemplate
+    from stepjax.train.rollouts.sampler import Rollout
+    from stepjax.train.tune.setup import Setup
 
 assert "jax" not in sys.modules, "a pytest plugin imported jax before its settings were made"
 
@@ -93,7 +95,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 MAX_MAPS = 30_000  # of the 65,530 that Linux gives a process; XLA:CPU maps every kernel by itself
-MAX_RESIDENT = 1_000_000_000  # bytes of a worker between two files; a file may need that much more
+MAX_RESIDENT = 1_000_000_000  # bytes of a worker between two files
+MAX_RESIDENT_IN_FILE = 1_500_000_000  # and between two tests of a file; a test may need 1 GB more
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -104,13 +107,30 @@ def _forget_programs() -> Iterator[None]:
         return
     trim_heap()
     if resident_bytes() > MAX_RESIDENT or len(Path("/proc/self/maps").read_bytes().splitlines()) > MAX_MAPS:
-        import jax
         from tiny import tiny_session
 
         tiny_session.cache_clear()
-        jax.clear_caches()
-        gc.collect()
-        trim_heap()
+        forget_programs()
+
+
+@pytest.fixture(autouse=True)
+def _forget_programs_in_file() -> Iterator[None]:
+    """The same between tests, for files that compile much. What a fixture or a session holds stays."""
+    yield
+    if "jax" not in sys.modules or not Path("/proc/self/statm").exists() or resident_bytes() < MAX_RESIDENT_IN_FILE:
+        return
+    trim_heap()
+    if resident_bytes() > MAX_RESIDENT_IN_FILE:
+        forget_programs()
+
+
+def forget_programs() -> None:
+    """Drops all that jax keeps of earlier calls."""
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
+    trim_heap()
 
 
 def resident_bytes() -> int:
@@ -148,6 +168,24 @@ def step_tiny() -> Session:
     from stepjax.infer.load import load
 
     return load("step-tiny", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def setup() -> Setup:
+    """What a short run of fine-tuning opens."""
+    from tuning import SHORT
+
+    from stepjax.train.tune.setup import open_run
+
+    return open_run(SHORT)
+
+
+@pytest.fixture(scope="module")
+def rollouts(setup) -> list[Rollout]:
+    """Answers of its untrained student."""
+    from tuning import answers
+
+    return answers(setup)
 
 
 @pytest.fixture(scope="session")

@@ -18,9 +18,9 @@ import pytest
 from checkpoints import (
     COMPANIONS,
     random_tensors,
+    short_hub_config,
     sparse,
     speaking_folder,
-    tiny_hub_config,
     without_mtp,
     write_folder,
 )
@@ -44,7 +44,7 @@ TOKENS = [[0, 3, 5, 90], [7]]
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory) -> Path:
     """A random checkpoint without tokenizer, as outside checks make one; its path is not a plain word."""
-    hub = tiny_hub_config()
+    hub = short_hub_config()
     return without_companions(write_folder(tmp_path_factory.mktemp("bare") / "mödel 名", hub, random_tensors(hub)))
 
 
@@ -55,7 +55,8 @@ def whole(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def session(bare) -> Session:
-    return load(bare, dtype="float32")
+    """With the programs of the commands."""
+    return load(bare, dtype="float32", program_cache=use_caches())
 
 
 @pytest.fixture
@@ -311,7 +312,7 @@ def test_score_without_mtp(bare, session, tokens, tmp_path):
 
 
 def test_a_checkpoint_without_mtp_layers(capsys, tokens, tmp_path):
-    hub = tiny_hub_config()
+    hub = short_hub_config()
     folder = without_companions(write_folder(tmp_path / "model", hub, without_mtp(random_tensors(hub), hub)))
     score = ("score", "--model", folder, "--tokens", tokens, "--out", tmp_path / "o.npz")
     assert "has no MTP layers" in refused(capsys, *score, "--mtp")
@@ -422,11 +423,11 @@ def test_a_prompt_of_text(capsys):
 
 
 @pytest.mark.parametrize("prompt", ["", "<|im_end|></think><tool_call>", "\0\x1b[31m", "é" * 50])
-def test_strange_prompts_are_text(capsys, prompt):
-    flags = ["--max-tokens", "1", "--speculate", "0", "--temperature", "0", "--json"]
-    assert run("generate", "--prompt", prompt, *flags) == 0
-    assert run("generate", "--prompt", prompt, "--raw", *flags) == 0
-    assert run("generate", "--prompt", prompt, "--no-thinking", "--system", prompt, *flags) == 0
+def test_strange_prompts_are_text(capsys, whole, prompt):
+    ask = ["generate", "--model", whole, "--max-tokens", "1", "--speculate", "0", "--temperature", "0", "--json"]
+    assert run(*ask, "--prompt", prompt) == 0
+    assert run(*ask, "--prompt", prompt, "--raw") == 0
+    assert run(*ask, "--prompt", prompt, "--no-thinking", "--system", prompt) == 0
     assert len(lines(capsys)) == 3
 
 

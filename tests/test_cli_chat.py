@@ -118,7 +118,7 @@ class Terminal:
 
 @pytest.fixture
 def terminal(whole) -> Iterator[Terminal]:
-    one = Terminal("chat", "--model", whole, "--temperature", "0", "--max-tokens", "4000")
+    one = Terminal("chat", "--model", whole, "--temperature", "0", "--max-tokens", "4000", "--speculate", "0")
     yield one
     one.close()
 

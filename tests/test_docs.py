@@ -26,7 +26,8 @@ LINKED = (
 BLOCK = re.compile(
     r"(?:<!-- (?P<mark>[^\n]*) -->\n)?```(?P<language>[\w{}-]+)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE
 )
-MARK = re.compile(r"ci: (test|generate)|(client|agent): \w+|output|not run: .+")
+MARK = re.compile(r"ci: (test|generate)|(client|agent): \w+|output|not run: .+|slow: tests/test_\w+\.py")
+SLOW = "slow: "  # the block runs with --slow, and what it shows has the quick tests of the file that is named
 LINK = re.compile(r"\]\((?P<target>[^)\s]+)\)")
 NAMED = re.compile(r"`(?P<path>[\w/.-]+\.py)`(?: `(?P<name>[A-Za-z_][\w.]*)`)?")
 HEADING_OF = re.compile(r"docs/architecture\.md,\s+([^.;:)\n]+)")
@@ -46,7 +47,11 @@ def blocks(page: str) -> list[Block]:
 
 
 def runnable(page: str) -> list[Block]:
-    return [block for block in blocks(page) if block.language in ("bash", "python") and not block.mark]
+    return [block for block in blocks(page) if block.language in ("bash", "python") and runs(block)]
+
+
+def runs(block: Block) -> bool:
+    return not block.mark or block.mark.startswith(SLOW)
 
 
 RUN = [(page, block) for page in PAGES for block in runnable(page)]
@@ -90,14 +95,21 @@ def test_every_block_runs_or_says_why_not(page):
 def test_a_page_begins_with_a_command_that_runs(page):
     first = blocks(page)[0]
     assert first.language in ("bash", "python")
-    assert not first.mark
-    assert PAGES[page].read_text(encoding="utf-8").split("\n\n")[1].startswith("```")
+    assert runs(first)
+    assert BLOCK.match(PAGES[page].read_text(encoding="utf-8").partition("\n\n")[2])
 
 
 @pytest.mark.parametrize(
     ("page", "block"),
-    RUN,
-    ids=[f"{page} {i}: {block.code.splitlines()[0][:40]}" for i, (page, block) in enumerate(RUN)],
+    [
+        pytest.param(
+            page,
+            block,
+            id=f"{page} {i}: {block.code.splitlines()[0][:40]}",
+            marks=pytest.mark.slow if block.mark else (),
+        )
+        for i, (page, block) in enumerate(RUN)
+    ],
 )
 def test_a_block_runs(folders, page, block):
     folder = folders[page]

@@ -231,11 +231,12 @@ OPTIONS["all"] = {name: value for changes in OPTIONS.values() for name, value in
 
 
 def test_every_option_with_drafts_is_as_without():
-    """All options run together, in slots of one engine: the same answers with three drafts and with none."""
+    """All options together, in slots of one engine and with three drafts: the same answers as one by one with none."""
     prompt = np.random.default_rng(3).integers(8, 128, 12).tolist()
     found = []
-    for speculate in (0, 3):
-        engine = Engine(tiny_session(), EngineConfig(**{**SMALL.__dict__, "speculate": speculate}))
+    for speculate, slots in ((0, 1), (3, 4)):
+        config = dataclasses.replace(SMALL, speculate=speculate, num_slots=slots)
+        engine = Engine(tiny_session(), config)
         for name, changes in OPTIONS.items():
             engine.add(prompt, GREEDY.replace(max_tokens=30, **changes), id=name)
         found.append(collect(engine))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from adapters import lora_config, trained
-from alone import Batch
+from alone import alone as answer_alone
 from tiny import tiny_session
 
 from stepjax.adapters.lora import LoraConfig, merge
@@ -26,7 +26,7 @@ CONFIG = EngineConfig(
     num_snapshots=6,
     widths=(32,),
     token_budget=32,
-    speculate=3,
+    speculate=1,
     adapter_slots=3,
     adapter_rank=6,
 )
@@ -46,12 +46,7 @@ def adapter(name: str, seed: int = 0) -> tuple[dict[str, Any], LoraConfig]:
 def alone(prompt: list[int], params: SamplingParams, given: tuple[dict[str, Any], LoraConfig] | None) -> list[int]:
     """The answer of the model with the adapter in its weights, without an engine."""
     session = tiny_session()
-    weights = merge(session.params, *given) if given else session.params
-    batch = Batch(session.runner(3), weights, [prompt], [params], dtype=session.dtype)
-    tokens = batch.prefill()
-    while len(tokens) < params.max_tokens:
-        tokens += batch.step([True])[0]
-    return tokens[: params.max_tokens]
+    return answer_alone(session, prompt, params, weights=merge(session.params, *given) if given else None)
 
 
 def collect(engine: Engine) -> dict[str, list[int]]:

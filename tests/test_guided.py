@@ -99,13 +99,14 @@ CASES: dict[str, tuple[SamplingParams, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.parametrize("drafts", [(3, 0), pytest.param((1, 2), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_answers_are_those_of_the_slow_twin_with_any_number_of_drafts(session, name):
+def test_answers_are_those_of_the_slow_twin_with_any_number_of_drafts(session, name, drafts):
     params, options = CASES[name]
     options = dict(options)
     form = options.pop("form")
     expected = slowly(session, PROMPT, params, held(session, form, **options))
-    for speculate in (3, 1, 0):
+    for speculate in drafts:
         found, reason = run(session, PROMPT, params, held(session, form, **options), speculate)
         assert found == expected, f"{speculate} drafts"
         assert reason == ("length" if len(found) == params.max_tokens else "stop")

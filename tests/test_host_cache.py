@@ -22,7 +22,7 @@ from stepjax.infer.sampling.params import SamplingParams
 PAGE, OWNER = 4, ("", "")
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True, seed=0, logprobs=2)
 LARGE = EngineConfig(
-    num_slots=2, context=128, num_pages=200, page_size=8, num_snapshots=64, widths=(8, 32), token_budget=32, speculate=3
+    num_slots=2, context=128, num_pages=200, page_size=8, num_snapshots=64, widths=(8, 32), token_budget=32, speculate=1
 )
 SMALL = dataclasses.replace(LARGE, num_pages=18, num_snapshots=4)
 HOST = dataclasses.replace(SMALL, host_cache_bytes=2**26)
@@ -71,7 +71,10 @@ def test_answers_after_a_restore_are_those_of_a_cache_that_holds_everything():
     assert hits["large"].host_hit_tokens == 0 < hits["host"].host_hit_tokens
 
 
-@pytest.mark.parametrize("mesh", ["tensor=2", "context=2", pytest.param("data=2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "mesh",
+    ["tensor=2", pytest.param("context=2", marks=pytest.mark.slow), pytest.param("data=2", marks=pytest.mark.slow)],
+)
 def test_each_device_of_a_mesh_gets_its_own_part_back(tmp_path_factory, mesh):
     """Pages are divided by heads or by positions, or every device has all of them."""
     session = load(speaking_folder(tmp_path_factory.mktemp("mesh")), dtype="float32", mesh=mesh)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -171,15 +173,42 @@ SHORT = PretrainConfig(
 )
 
 
+Jitted = dict[tuple[str, float], Any]
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> tuple[Path, TrainState]:
+def jitted() -> Jitted:
+    """The jitted functions of runs of `SHORT`, by name and MTP weight."""
+    return {}
+
+
+def share(monkeypatch: pytest.MonkeyPatch, jitted: Jitted) -> None:
+    """Runs of `SHORT` take the functions of the first, since most of their time goes into tracing them."""
+
+    def once(name: str, make: Callable[..., Any]) -> Callable[..., Any]:
+        def made(*args: Any, mtp_weight: float, **options: Any) -> Any:
+            if (name, mtp_weight) not in jitted:
+                jitted[name, mtp_weight] = make(*args, mtp_weight=mtp_weight, **options)
+            return jitted[name, mtp_weight]
+
+        return made
+
+    for name in ("make_step", "make_held_out"):
+        monkeypatch.setattr(loop, name, once(name, getattr(loop, name)))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, jitted) -> tuple[Path, TrainState]:
     out = tmp_path_factory.mktemp("runs") / "whole"
-    return out, loop.pretrain(SHORT, out)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        share(monkeypatch, jitted)
+        return out, loop.pretrain(SHORT, out)
 
 
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(finished, tmp_path, monkeypatch):
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(finished, jitted, tmp_path, monkeypatch):
     """Killed after the save at step 2, in the middle of step 4 (the MTP heads have joined), and finished."""
     whole, expected = finished
+    share(monkeypatch, jitted)
     monkeypatch.chdir(tmp_path)  # a relative folder is what people type
     out, real, calls = Path("parts"), loop.task_batches.batch, []
 
@@ -207,8 +236,9 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(finished, tmp_path, monk
     assert all(0 < record["held_out_loss"] < 10 for record in held_out)
 
 
-def test_a_run_whose_loss_is_no_number_stops_and_keeps_its_checkpoints(tmp_path, monkeypatch):
+def test_a_run_whose_loss_is_no_number_stops_and_keeps_its_checkpoints(jitted, tmp_path, monkeypatch):
     """The step that ruins the weights reports a good loss; the next one finds out."""
+    share(monkeypatch, jitted)
     real = loop.make_step
 
     def ruining(*args, **kwargs):

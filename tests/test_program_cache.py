@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checkpoints import speaking_folder
 
 from stepjax.cache_folder import ABANDONED_S, TEMPORARY, CacheFolder, cache_root
 from stepjax.cli import main
@@ -181,11 +182,13 @@ def test_the_command_shows_and_empties(cache, root, capsys):
 
 
 @pytest.fixture
-def answers():
+def answers(tmp_path):
+    folder = speaking_folder(tmp_path / "model")
+
     def run(program_cache, mesh=None):
-        session = load("step-tiny", program_cache=program_cache, mesh=mesh)
+        session = load(folder, dtype="float32", program_cache=program_cache, mesh=mesh)
         params = SamplingParams(max_tokens=12, seed=3, temperature=0.8, logprobs=3)
-        return [completion.ids for completion in generate(session, [[0, 5, 6, 7]], params)]
+        return [completion.ids for completion in generate(session, [[0, 5, 6, 7]], params, speculate=1)]
 
     return run
 

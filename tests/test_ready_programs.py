@@ -5,11 +5,11 @@ import threading
 import time
 
 import pytest
+from tiny import tiny_session
 
 from stepjax.infer.engine.config import EngineConfig
 from stepjax.infer.engine.engine import Engine
 from stepjax.infer.engine.ready_programs import WANTED, ProgramShape, ReadyPrograms
-from stepjax.infer.load import load
 from stepjax.infer.sampling.params import SamplingParams
 
 SLOTS, ROWS, LIMITS = (1, 2, 4), {16: (1, 4), 64: (1, 4), 256: (1,)}, {16: 4, 64: 4, 256: 2}
@@ -100,8 +100,8 @@ def test_a_program_that_fails_is_left_out(caplog):
 
 
 def test_answers_do_not_depend_on_the_programs():
-    session = load("step-tiny")
-    config = EngineConfig(num_slots=2, context=128, num_snapshots=0, widths=(16, 64))
+    session = tiny_session()
+    config = EngineConfig(num_slots=2, context=128, num_snapshots=0, widths=(16, 64), speculate=1)
     requests = [([0, *range(5, 5 + n)], SamplingParams(max_tokens=40, seed=n, ignore_eos=True)) for n in (3, 30, 70)]
 
     def answers(engine):
@@ -124,7 +124,7 @@ def test_answers_do_not_depend_on_the_programs():
 
 def test_a_deterministic_engine_compiles_everything_first():
     config = EngineConfig(num_slots=2, context=128, num_snapshots=0, widths=(16,), deterministic=True)
-    engine = Engine(load("step-tiny"), config)
+    engine = Engine(tiny_session(), config)
     engine.start()
     assert engine.programs.num_there is None
     assert not engine.programs.compiling

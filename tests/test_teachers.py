@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from serving import Serving
-from tuning import SHORT, answers
+from tuning import SHORT
 
 from stepjax.config import ASSETS
 from stepjax.errors import CheckpointError, TokenizerError, TrainingError
@@ -28,7 +28,6 @@ from stepjax.train.config.tune import (
 )
 from stepjax.train.objectives.objective import LossSettings
 from stepjax.train.objectives.table import OBJECTIVES
-from stepjax.train.rollouts.sampler import Rollout
 from stepjax.train.teachers import remote as remote_teacher
 from stepjax.train.teachers.remote import Remote
 from stepjax.train.teachers.resident import Resident
@@ -37,17 +36,6 @@ from stepjax.train.teachers.scoring import Scoring
 from stepjax.train.teachers.stored import Stored
 from stepjax.train.tune.setup import Setup, open_run
 from stepjax.train.tune.teach import store
-
-
-@pytest.fixture(scope="module")
-def setup() -> Setup:
-    return open_run(SHORT)
-
-
-@pytest.fixture(scope="module")
-def rollouts(setup) -> list[Rollout]:
-    return answers(setup)
-
 
 # --- teachers
 

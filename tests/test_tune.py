@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from adapters import trained
 from safetensors.numpy import load_file, save_file
-from tuning import SHORT, answers, assert_same, changed, history, update_of
+from tuning import SHORT, answers, assert_same, changed, history, interrupt, update_of
 
 from stepjax.adapters.lora import LoraConfig, merge
 from stepjax.adapters.peft import WEIGHTS, export_adapter, import_adapter
@@ -37,26 +37,18 @@ LORA = LoraConfig(rank=2, alpha=2.0, targets=("q",), experts=None)
 
 
 @pytest.fixture(scope="module")
-def setup() -> Setup:
-    return open_run(SHORT)
-
-
-@pytest.fixture(scope="module")
-def rollouts(setup) -> list[Rollout]:
-    return answers(setup)
-
-
-@pytest.fixture(scope="module")
 def recorded(setup) -> list[Rollout]:
     """The same with the experts of each token."""
     return answers(setup, routing=True)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, setup):
     """An uninterrupted run."""
     out = tmp_path_factory.mktemp("tune") / "run"
-    return out, tune(SHORT, out)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(loop, "open_run", lambda config: setup)  # it is compiled already
+        return out, tune(SHORT, out)
 
 
 # --- the loop
@@ -80,18 +72,13 @@ def test_a_run_starts_from_a_peft_folder_that_adapts_few_layers(tmp_path):
         np.testing.assert_array_equal(found[path], expected[path])
 
 
-def test_an_interrupted_run_ends_bitwise_as_the_other(finished, tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_bitwise_as_the_other(finished, setup, tmp_path, monkeypatch):
+    """The run that goes on opens everything anew."""
     whole, expected = finished
-    out, real = tmp_path / "run", loop._Run.step
-
-    def failing(self, step, state):
-        if step == 3 and self.start == 0:
-            raise KeyboardInterrupt
-        return real(self, step, state)
-
-    monkeypatch.setattr(loop._Run, "step", failing)
-    with pytest.raises(KeyboardInterrupt):
-        tune(SHORT, out)
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "open_run", lambda config: setup)
+        interrupt(SHORT, out, step=3)
     assert_same(expected, tune(SHORT, out))
     assert history(out) == history(whole)
     assert [each["step"] for each in history(out)] == [0, 1, 2, 3]
@@ -252,20 +239,11 @@ def test_sampler_and_trainer_that_disagree_end_a_run(tmp_path, monkeypatch, setu
 
 
 @pytest.mark.slow
-def test_rollouts_ahead_are_of_the_policy_before(tmp_path, monkeypatch):
+def test_rollouts_ahead_are_of_the_policy_before(tmp_path):
     """And a resumed run writes the same ones."""
     config = changed(SHORT, rollout={"ahead": 1})
     expected = tune(config, tmp_path / "whole")
-    real = loop._Run.step
-
-    def failing(self, step, state):
-        if step == 3 and self.start == 0:
-            raise KeyboardInterrupt
-        return real(self, step, state)
-
-    monkeypatch.setattr(loop._Run, "step", failing)
-    with pytest.raises(KeyboardInterrupt):
-        tune(config, tmp_path / "run")
+    interrupt(config, tmp_path / "run", step=3)
     assert_same(expected, tune(config, tmp_path / "run"))
     gaps = [record["gap"] for record in history(tmp_path / "run")]
     assert gaps[0] < 1e-4 < gaps[2]  # π has moved on from μ

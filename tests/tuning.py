@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 from stepjax.train.config.tune import (
     DataSettings,
@@ -22,6 +23,7 @@ from stepjax.train.data.sources import TaskSource
 from stepjax.train.objectives.table import OBJECTIVES
 from stepjax.train.rollouts.sampler import Rollout, Sampler
 from stepjax.train.runs.folder import read_metrics
+from stepjax.train.tune import run
 from stepjax.train.tune.setup import Setup
 
 SHORT = TuneConfig(
@@ -51,11 +53,26 @@ def assert_same(a, b) -> None:
         np.testing.assert_array_equal(x, y)
 
 
+def interrupt(config: TuneConfig, folder: Path, *, step: int) -> None:
+    """A run that is killed in the middle of a step."""
+    real = run._Run.step
+
+    def failing(self, at, state):
+        if at == step:
+            raise KeyboardInterrupt
+        return real(self, at, state)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(run._Run, "step", failing)
+        with pytest.raises(KeyboardInterrupt):
+            run.tune(config, folder)
+
+
 def answers(setup: Setup, *, routing: bool = False) -> list[Rollout]:
     """Four answers of the untrained student, as step 0 has them."""
-    run = Sampler(setup.student, slots=4, context=96, max_tokens=12, routing=routing)
+    sampler = Sampler(setup.student, slots=4, context=96, max_tokens=12, routing=routing)
     prompts = [TaskSource("tasks", SHORT.data["tasks"], setup.student).row(0, i) for i in range(4)]
-    return run.run(setup.student.params, prompts, samples=1, seed=1, policy_step=0)
+    return sampler.run(setup.student.params, prompts, samples=1, seed=1, policy_step=0)
 
 
 def update_of(setup: Setup, rollouts, objective="exact", state=None):

@@ -51,7 +51,7 @@ def serve(folder: str, mesh: str) -> int:
         page_size=8,
         widths=(32,),
         token_budget=32,
-        speculate=3,
+        speculate=1,
         num_snapshots=4,
         host_cache_bytes=2**26,
     )
