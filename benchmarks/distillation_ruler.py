@@ -23,7 +23,7 @@ from stepjax.train.rollouts.sampler import Rollout, Sampler
 from stepjax.train.teachers.resident import Resident
 from stepjax.train.tune.setup import open_run, with_params
 from stepjax.train.tune.trainable import Leaves
-from stepjax.train.tune.update import make_measure
+from stepjax.train.tune.update import LossProgram, Measure
 
 LEARNT, UNTOUCHED = ("add", "sub"), ("compare", "copy", "reverse", "tool_call")
 VALIDATION, TEST = 20_000, 30_000  # seeds of items
@@ -56,7 +56,7 @@ class Ruler:
         context = LossContext(
             replace(config.loss, divergence="forward"), self.setup.base.model, num_tokens_of(self.setup.base), models
         )
-        self._forward = make_measure(partial(OBJECTIVES["exact"].loss, context), None)
+        self._forward = Measure(LossProgram(partial(OBJECTIVES["exact"].loss, context), "", dict.fromkeys(models, "")))
         self._student = _sampler(self.setup.student)
         session = self.setup.student
         known: set[str] = set()

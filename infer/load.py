@@ -21,7 +21,7 @@ from stepjax.model.layer_tables import stack_layers
 from stepjax.model.layout import Layout, SingleDevice
 from stepjax.model.period import period_of
 from stepjax.model.step3p5 import abstract, axes_of
-from stepjax.program_cache import ProgramCache
+from stepjax.program_cache import ProgramCache, everywhere
 from stepjax.sharding.devices import want_virtual_devices
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
@@ -172,6 +172,7 @@ def use_caches(*, programs: bool = True, max_gib: float = MAX_GIB) -> ProgramCac
       max_gib: of each of the two; what was not used for longest goes first.
     """
     if not programs:
+        everywhere([False])  # other processes may want a cache
         jax.config.update("jax_enable_compilation_cache", False)
         return None
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ and (folder := CacheFolder.open("compiled")):

@@ -21,6 +21,7 @@ from stepjax.model.layout import Layout
 from stepjax.model.step3p5 import Params, Step3p5, abstract, bind
 from stepjax.program_cache import ProgramCache
 from stepjax.sharding.sharded_load import LoadReport
+from stepjax.stored_function import StoredFunction
 from stepjax.text.chat import ChatTemplate, encode_chat
 from stepjax.text.tokenizer import Tokenizer
 
@@ -63,6 +64,7 @@ class Session:
         self.generation_config, self.load_report = dict(generation_config or {}), load_report
         self.model: Step3p5 = abstract(config, dtype=dtype, mtp=mtp, layout=layout, looped=looped)
         self._runners: dict[tuple[int, bool], Runner] = {}
+        self._functions: dict[str, StoredFunction] = {}
 
     @cached_property
     def params(self) -> Params:
@@ -118,7 +120,7 @@ class Session:
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Next-token logits of one sequence: float32 [T, V]; row t has seen tokens 0 … t."""
-        hidden, _ = self._score(self.table, self._padded(ids), mtp=False)
+        hidden, _ = self._forward(mtp=False)(self.table, self._padded(ids))
         return self._head(hidden, len(ids), None)
 
     def mtp_logits(self, ids: Sequence[int]) -> list[np.ndarray]:
@@ -127,7 +129,7 @@ class Session:
 
     def score(self, ids: Sequence[int]) -> tuple[np.ndarray, list[np.ndarray]]:
         """`logits` and `mtp_logits` from one pass."""
-        hidden, states = self._score(self.table, self._padded(ids), mtp=True)
+        hidden, states = self._forward(mtp=True)(self.table, self._padded(ids))
         depths = [self._head(state, max(len(ids) - k, 0), k - 1) for k, state in enumerate(states, start=1)]
         return self._head(hidden, len(ids), None), depths
 
@@ -184,32 +186,49 @@ class Session:
         width = max(16, 1 << (len(ids) - 1).bit_length())
         return np.asarray([[*ids, *[0] * (width - len(ids))]], np.int32)
 
-    @cached_property
-    def _score(self) -> Callable[..., tuple[jax.Array, list[jax.Array]]]:
-        def run(params: Params, ids_BT: jax.Array, *, mtp: bool) -> tuple[jax.Array, list[jax.Array]]:
+    def _forward(self, *, mtp: bool) -> StoredFunction:
+        """``(params, ids) → (hidden states, those of each MTP depth)``."""
+
+        def run(params: Params, ids_BT: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
             model, chunk = bind(self.model, params), Chunk.whole(*ids_BT.shape)
             hidden = model.forward(ids_BT, chunk).hidden_BTD
             return hidden, model.mtp_hidden(ids_BT, hidden, chunk) if mtp else []
 
-        return jax.jit(run, static_argnames="mtp")
+        return self.stored(f"score {mtp}", run)
 
-    @cached_property
-    def _logits(self) -> Callable[[Params, jax.Array, np.int32, int | None], jax.Array]:
-        def run(params: Params, hidden_BTD: jax.Array, start: jax.Array, depth: int | None) -> jax.Array:
+    def _logits(self, depth: int | None) -> StoredFunction:
+        """``(params, hidden states, first row) → logits``; depth None is the backbone's head."""
+
+        def run(params: Params, hidden_BTD: jax.Array, start: jax.Array) -> jax.Array:
             model, rows = bind(self.model, params), min(HEAD_ROWS, hidden_BTD.shape[1])
             block = jax.lax.dynamic_slice_in_dim(hidden_BTD, start, rows, axis=1)
             logits = model.logits(block) if depth is None else model.mtp[depth].logits(block)
             return logits[0]
 
-        return jax.jit(run, static_argnums=3, out_shardings=self.model.layout.replicated)
+        return self.stored(f"logits {depth}", run, out_shardings=self.model.layout.replicated)
+
+    def stored(self, name: str, function: Callable[..., Any], **options: Any) -> StoredFunction:
+        """A function that closes over the session's model alone, the same for each call with this name."""
+        if name not in self._functions:
+            self._functions[name] = StoredFunction(
+                name, function, identity=model_identity(self), cache=self.program_cache, **options
+            )
+        return self._functions[name]
 
     def _head(self, hidden_BTD: jax.Array, rows: int, depth: int | None) -> np.ndarray:
         """Logits of the first ``rows`` rows, a block at a time."""
         out = np.empty((rows, self.config.vocab_size), np.float32)
         for start in range(0, rows, HEAD_ROWS):
-            block = self._logits(self.table, hidden_BTD, np.int32(start), depth)
+            block = self._logits(depth)(self.table, hidden_BTD, np.int32(start))
             out[start : start + HEAD_ROWS] = np.asarray(block)[: rows - start]
         return out
+
+
+def model_identity(session: Session) -> str:
+    """What a program depends on that closes over the session's model, for `stepjax.program_cache`."""
+    model = session.model
+    period = "looped" if model.period else "unrolled"
+    return f"{session.config} in {np.dtype(session.dtype)}, mtp {len(model.mtp)}, {period}, {model.layout!r}"
 
 
 def num_tokens_of(session: Session) -> int:

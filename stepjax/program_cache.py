@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
 from stepjax.cache_folder import MAX_GIB, CacheFolder
@@ -47,15 +48,11 @@ class ProgramCache:
 
     @classmethod
     def open(cls, *, max_gib: float = MAX_GIB) -> ProgramCache | None:
-        """The user's cache; None if no folder can be trusted, or several processes run.
-
-        Processes of one cluster compile together, so either all of them load a program or none may.
-        """
-        if jax.process_count() > 1:
-            log.info("several processes run: programs are compiled, and only XLA's own cache is used")
-            return None
+        """The user's cache; None if no folder can be trusted. Of several processes each has a folder, or none has."""
         folder = CacheFolder.open("programs")
-        return None if folder is None else cls(folder, max_bytes=int(max_gib * 2**30))
+        if not everywhere([folder is not None])[0] or folder is None:
+            return None
+        return cls(folder, max_bytes=int(max_gib * 2**30))
 
     def compiled(
         self,
@@ -68,18 +65,41 @@ class ProgramCache:
     ) -> jax.stages.Compiled:
         """``function``, jitted with ``options``, for arguments of these shapes.
 
+        Of several processes all call this at the same point. They compile unless each of them has the entry.
+
         Args:
           identity: what the function depends on beside our sources and its arguments: its name, closure, donation.
           types: NamedTuples in its result that are no argument's.
         """
+        executable = self.load(arguments, identity=identity, types=types)
+        if everywhere([executable is not None])[0] and executable is not None:
+            return executable
+        return self.build(function, arguments, identity=identity, types=types, **options)
+
+    def load(
+        self, arguments: Sequence[Any], *, identity: str, types: Iterable[type] = ()
+    ) -> jax.stages.Compiled | None:
+        """The executable of an earlier run, of this process alone; None if there is none."""
         name = digest(identity, arguments) + SUFFIX
-        known = {kind.__name__: kind for kind in types}
-        if (found := self._load(name, arguments, known)) is not None:
+        executable = self._load(name, arguments, {kind.__name__: kind for kind in types})
+        if executable is not None:
             log.debug("program cache: loaded %s", name)
-            return found
+        return executable
+
+    def build(
+        self,
+        function: Callable[..., Any],
+        arguments: Sequence[Any],
+        *,
+        identity: str,
+        types: Iterable[type] = (),
+        **options: Any,
+    ) -> jax.stages.Compiled:
+        """Compile, and keep the executable for later runs."""
+        name = digest(identity, arguments) + SUFFIX
         compiled = _compile_anew(function, arguments, options)
         log.debug("program cache: compiled %s", name)
-        self._save(name, compiled, arguments, known)
+        self._save(name, compiled, arguments, {kind.__name__: kind for kind in types})
         return compiled
 
     def _load(self, name: str, arguments: Sequence[Any], types: dict[str, type]) -> jax.stages.Compiled | None:
@@ -148,6 +168,15 @@ def _compile_anew(
         for path in Path(folder).glob(f"*{token}*"):
             path.unlink(missing_ok=True)
     return compiled
+
+
+def everywhere(flags: Sequence[bool]) -> list[bool]:
+    """Whether each flag is set on all processes, which call this at the same point with as many flags."""
+    if jax.process_count() == 1:
+        return list(flags)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(np.asarray(flags, bool))).all(axis=0).tolist()
 
 
 def digest(identity: str, arguments: Sequence[Any]) -> str:

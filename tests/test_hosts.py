@@ -106,6 +106,24 @@ def test_an_engine_that_the_others_follow_answers_as_one_device(folder, tmp_path
     session.grammars.close()
 
 
+@pytest.mark.slow
+def test_processes_take_a_stored_program_together_or_not_at_all(tmp_path):
+    """Each has a folder of its own. One whose entry is missing or damaged makes both compile it, and nothing hangs."""
+
+    def compiled() -> list[int]:
+        results = [json.loads(out.splitlines()[-1]) for out in together("programs", tmp_path, cwd=tmp_path)]
+        assert [result["sums"] for result in results] == [[120.0, 240.0, 360.0]] * 2
+        return [result["compiled"] for result in results]
+
+    assert compiled() == [3, 3]
+    assert compiled() == [0, 0]
+    gone, damaged, _ = sorted((tmp_path / "1" / "programs").iterdir())
+    gone.unlink()
+    damaged.write_bytes(damaged.read_bytes()[:-10])
+    assert compiled() == [2, 2]
+    assert compiled() == [0, 0]
+
+
 def test_processes_without_accelerators_make_the_devices_of_the_mesh(folder, tmp_path):
     (tmp_path / "in.json").write_text("[[7, 8]]")
     flags = ["--model", folder, "--tokens", "in.json", "--out", "o.npz", "--mesh", "expert=4"]

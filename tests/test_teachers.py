@@ -187,13 +187,10 @@ def test_stored_scores(setup, rollouts, tmp_path):
             loss=LossSettings(objective="top_k"),
             optim=SHORT.optim,
         )
-        batch = (
-            Scoring(config, setup.base, {"main": found})
-            .prepare(rollouts, objective=OBJECTIVES["top_k"])
-            .batches["main"]
-        )
-        assert batch.top is not None
-        assert batch.top.id_BTK.shape[-1] == counted
+        scoring = Scoring(config, setup.base, {"main": found})
+        for micro in scoring.prepare(rollouts, objective=OBJECTIVES["top_k"]).batches["main"]:
+            assert micro.top is not None
+            assert micro.top.id_BTK.shape[-1] == counted
     other = dataclasses.replace(rollouts[0], ids=[5, *rollouts[0].ids[1:]])
     with pytest.raises(TrainingError, match="scored with another completion"):
         found.score([other], top=3)

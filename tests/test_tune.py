@@ -123,8 +123,8 @@ def test_a_run_leaves_the_base_and_the_teacher_as_they_were(config, tmp_path, mo
     """Each tensor has the bits of its file, after steps that moved every adapter."""
     opened, real = [], loop.open_run
 
-    def watched(config: TuneConfig) -> Setup:
-        opened.append(real(config))
+    def watched(config: TuneConfig, **options) -> Setup:
+        opened.append(real(config, **options))
         return opened[-1]
 
     monkeypatch.setattr(loop, "open_run", watched)
@@ -145,7 +145,7 @@ def test_a_run_is_refused_on_another_base_or_with_other_settings(finished, setup
     out, _ = finished
     with pytest.raises(ConfigError, match="other settings"):
         tune(changed(SHORT, optim={"lr": 1.0}), out)
-    monkeypatch.setattr(loop, "open_run", lambda config: dataclasses.replace(setup, fingerprint="0"))
+    monkeypatch.setattr(loop, "open_run", lambda config, **_: dataclasses.replace(setup, fingerprint="0"))
     with pytest.raises(ConfigError, match="begun on a base with fingerprint"):
         tune(SHORT, out)
 
@@ -193,8 +193,8 @@ def test_the_split_into_micro_batches_changes_nothing(setup, rollouts):
 def test_bad_batches_change_nothing_and_are_counted(setup, rollouts):
     """One without a token, one whose loss is no number; a good one afterwards ends the row of misses."""
     good = setup.scoring.prepare(rollouts, objective=OBJECTIVES["exact"]).batches["main"]
-    empty = good._replace(rows=good.rows._replace(loss_mask=jnp.zeros_like(good.rows.loss_mask)))
-    broken = good._replace(hidden=good.hidden * jnp.nan)
+    empty = [micro._replace(rows=micro.rows._replace(loss_mask=jnp.zeros_like(micro.rows.loss_mask))) for micro in good]
+    broken = [micro._replace(hidden=micro.hidden * jnp.nan) for micro in good]
     state = setup.initial
     for count, batch in enumerate((empty, broken), start=1):
         state, report = setup.update(state, setup.base.params, setup.scoring.residents, {"main": batch})
@@ -232,7 +232,7 @@ def test_sampler_and_trainer_that_disagree_end_a_run(tmp_path, monkeypatch, setu
         return found
 
     monkeypatch.setattr(Sampler, "run", off)
-    monkeypatch.setattr(loop, "open_run", lambda config: setup)
+    monkeypatch.setattr(loop, "open_run", lambda config, **_: setup)
     with pytest.raises(TrainingError, match=r"step 0: sampler and trainer disagree: .* is 0\.05"):
         tune(SHORT, tmp_path / "run")
     assert list((tmp_path / "run" / "checkpoints").glob("[0-9]*")) == []

@@ -3,6 +3,7 @@
 load FOLDER MESH          what loading read, and what this process must hold
 answer FOLDER MESH        the answers of an engine that process 0 leads
 restore FOLDER BASE MESH  how many weights of a converted base differ from the folder it came from
+programs ROOT             which programs were compiled, by processes with a folder of programs each
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ GUIDED = "[a-z]{6,9}-[0-9]{3}"  # what one answer must be
 
 def main(port: str, process: str, task: str, *args: str) -> int:
     jax.distributed.initialize(f"localhost:{port}", 2, int(process))
-    return {"load": report, "restore": restore, "answer": serve}[task](*args)
+    return {"load": report, "restore": restore, "answer": serve, "programs": programs}[task](*args)
 
 
 def report(folder: str, mesh: str) -> int:
@@ -123,6 +124,45 @@ def restore(folder: str, base: str, mesh: str) -> int:
         assert isinstance(value, jax.Array)
         different += any((np.asarray(part.data) != stored[part.index]).any() for part in value.addressable_shards)
     print(json.dumps({"restored": len(params), "different": different}))
+    return 0
+
+
+def programs(root: str) -> int:
+    """Three functions of an array on the devices of both: those that were compiled, and what they return."""
+    import logging
+    import os
+
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from stepjax.program_cache import ProgramCache
+    from stepjax.stored_function import StoredFunction, compile_together
+
+    os.environ["STEPJAX_CACHE_DIR"] = f"{root}/{jax.process_index()}"
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("stepjax.program_cache")
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    cache = ProgramCache.open()
+    assert cache is not None
+    mesh = jax.make_mesh((jax.device_count(),), ("data",))
+    split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+    x = jax.make_array_from_callback((16,), split, lambda index: np.arange(16, dtype=np.float32)[index])
+
+    def scaled(by: int) -> StoredFunction:
+        def scale(x: Any) -> Any:
+            return x * by, jnp.sum(x * by)
+
+        return StoredFunction("scale", scale, identity=f"by {by}", cache=cache, out_shardings=(split, whole))
+
+    functions = [scaled(by) for by in (1, 2, 3)]
+    compile_together([(function, (x,)) for function in functions[:2]])
+    sums = [float(np.asarray(function(x)[1])) for function in functions]
+    compiled = sum(" compiled " in message for message in messages)
+    print(json.dumps({"compiled": compiled, "sums": sums}))
     return 0
 
 

@@ -15,7 +15,12 @@ def shown_startup() -> Startup:
     console = Console(stderr=True)
     if console.is_terminal:
         return Startup(StartBars(console))
-    return Startup(StartLines(lambda line: print(f"stepjax: {line}", file=sys.stderr, flush=True)))
+    return Startup(StartLines(write_line))
+
+
+def write_line(line: str) -> None:
+    """One line about the command on standard error."""
+    print(f"stepjax: {line}", file=sys.stderr, flush=True)
 
 
 class StartBars:

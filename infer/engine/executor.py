@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -31,6 +30,7 @@ from stepjax.infer.steps.state import Emitted, Pieces, State, slot_parts, with_s
 from stepjax.model.cache import Ring
 from stepjax.model.step3p5 import Params
 from stepjax.program_cache import compile_program
+from stepjax.stored_function import StoredFunction, compile_together
 
 log = logging.getLogger(__name__)
 
@@ -212,15 +212,16 @@ class Executor:
 
     def compile_together(self, shapes: Sequence[ProgramShape], *, progress: Progress | None = None) -> None:
         """Compile programs, several at once."""
-        report = progress or _no_report
-        report(0, len(shapes))
-        calls = [self._idle_call(shape) for shape in shapes]
-        with ThreadPoolExecutor(max_workers=4, thread_name_prefix="compile") as pool:
-            jobs = [pool.submit(program.compiled, self.params, self.state, *rest) for program, rest in calls]
-            for done, job in enumerate(as_completed(jobs), start=1):
-                job.result()
-                report(done, len(shapes))
+        compile_together(self.calls(shapes), progress=progress)
+        for shape in shapes:
+            program, rest = self._idle_call(shape)
+            program.compiled(self.params, self.state, *rest)
         trim_heap()
+
+    def calls(self, shapes: Sequence[ProgramShape]) -> list[tuple[StoredFunction, tuple[Any, ...]]]:
+        """The functions of programs and their arguments, for `stepjax.stored_function.compile_together`."""
+        calls = [self._idle_call(shape) for shape in shapes]
+        return [program.stored(self.params, self.state, *rest) for program, rest in calls]
 
     def missing(self, shapes: Sequence[ProgramShape]) -> list[ProgramShape]:
         """Those of the programs that are not compiled."""

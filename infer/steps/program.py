@@ -13,7 +13,8 @@ from stepjax.infer.sampling.sampler import Logprobs
 from stepjax.infer.steps.state import Emitted, State, placement
 from stepjax.model.layout import Layout
 from stepjax.model.step3p5 import Params
-from stepjax.program_cache import ProgramCache, compile_program
+from stepjax.program_cache import ProgramCache
+from stepjax.stored_function import StoredFunction
 
 log = logging.getLogger(__name__)
 
@@ -40,38 +41,48 @@ class Program:
         self.name, self._function, self._layout = name, function, layout
         self._identity, self._cache = f"{name}\0{identity}\0{layout!r}", cache
         self._executables: dict[tuple[tuple[int, ...], ...], Any] = {}
-        self.compile_s = 0.0
+        self._functions: dict[Any, StoredFunction] = {}
+
+    @property
+    def compile_s(self) -> float:
+        """Seconds spent compiling so far."""
+        return sum(function.compile_s for function in [*self._functions.values()])
 
     def compiled(self, params: Params, state: State, *rest: Any) -> Callable[..., Any]:
         """The executable for arguments of these shapes. Compiling one is logged: someone may be waiting."""
         key = _shapes(state, rest)
         if key not in self._executables:
             began = time.perf_counter()
-            self._executables[key] = self._compile(params, state, *rest)
+            function, arguments = self.stored(params, state, *rest)
+            executable = function.compiled(*arguments)
+            self._executables[key] = lambda params, *others: executable(tuple(params.values()), *others)
             shapes = " ".join(str(list(leaf.shape)) for leaf in jax.tree.leaves(rest) if leaf.ndim)
             took = time.perf_counter() - began
-            self.compile_s += took
             log.info("prepared %s for %s in %.1f s", self.name, shapes, took)
         return self._executables[key]
 
-    def _compile(self, params: Params, state: State, *rest: Any) -> Callable[..., Any]:
-        """The executable takes the parameters as a list: to sort hundreds of names costs 0.4 ms a call."""
+    def stored(self, params: Params, state: State, *rest: Any) -> tuple[StoredFunction, tuple[Any, ...]]:
+        """What is compiled for arguments of these shapes, and its arguments.
+
+        It takes the parameters as a list: to sort hundreds of names costs 0.4 ms a call.
+        """
         names = tuple(params)
+        key = names, _shapes(state)
+        if key not in self._functions:
 
-        def run(values: Sequence[Any], state: State, *rest: Any) -> Any:
-            return self._function(dict(zip(names, values, strict=True)), state, *rest)
+            def run(values: Sequence[Any], state: State, *rest: Any) -> Any:
+                return self._function(dict(zip(names, values, strict=True)), state, *rest)
 
-        placed = (placement(state, self._layout), self._layout.replicated)
-        executable = compile_program(
-            self._cache,
-            run,
-            (tuple(params.values()), state, *rest),
-            identity=f"{self._identity}\0{names}",
-            types=(Emitted, Logprobs),
-            donate_argnums=(1,),
-            out_shardings=placed,
-        )
-        return lambda params, *arguments: executable(tuple(params.values()), *arguments)
+            self._functions[key] = StoredFunction(
+                self.name,
+                run,
+                identity=f"{self._identity}\0{names}",
+                cache=self._cache,
+                types=(Emitted, Logprobs),
+                donate_argnums=(1,),
+                out_shardings=(placement(state, self._layout), self._layout.replicated),
+            )
+        return self._functions[key], (tuple(params.values()), state, *rest)
 
     def has(self, state: State, *rest: Any) -> bool:
         """Whether the executable for arguments of these shapes is there."""

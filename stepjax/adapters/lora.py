@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from stepjax.config import ModelConfig
 from stepjax.errors import ConfigError
@@ -123,8 +124,8 @@ def init(config: ModelConfig, lora: LoraConfig, key: jax.Array) -> Adapter:
     """Fresh factors: A uniform within ±1/√in, B zero, so that the model answers as before, to the bit."""
     adapter: Adapter = {}
     for number, target in enumerate(targets(config, lora)):
-        adapter[f"{target.path}.a"] = _fresh(target, jax.random.fold_in(key, number))
-        adapter[f"{target.path}.b"] = jnp.zeros(target.b_shape, jnp.float32)
+        adapter[f"{target.path}.a"] = _fresh(target, key, number)
+        adapter[f"{target.path}.b"] = jnp.asarray(np.zeros(target.b_shape, np.float32))
     return adapter
 
 
@@ -139,7 +140,7 @@ def filled(config: ModelConfig, lora: LoraConfig, adapter: Mapping[str, Any], ke
     left, out = set(adapted_paths(adapter)), {}
     for number, target in enumerate(targets(config, lora)):
         path = target.path
-        a, b = _fresh(target, jax.random.fold_in(key, number)), jnp.zeros(target.b_shape, jnp.float32)
+        a, b = _fresh(target, key, number), jnp.zeros(target.b_shape, jnp.float32)
         if path in left:
             given_a, given_b = (jnp.asarray(adapter[f"{path}.{factor}"], jnp.float32) for factor in "ab")
             rank = given_a.shape[-2]
@@ -159,7 +160,11 @@ def filled(config: ModelConfig, lora: LoraConfig, adapter: Mapping[str, Any], ke
 
 def shapes(config: ModelConfig, lora: LoraConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """What `init` makes, as shapes."""
-    return jax.eval_shape(lambda: init(config, lora, jax.random.key(0)))
+    return {
+        f"{target.path}.{factor}": jax.ShapeDtypeStruct(shape, jnp.float32)
+        for target in targets(config, lora)
+        for factor, shape in (("a", target.a_shape), ("b", target.b_shape))
+    }
 
 
 def axes(config: ModelConfig, lora: LoraConfig) -> dict[str, tuple[str | None, ...]]:
@@ -242,9 +247,11 @@ def check_fit(path: str, shape: tuple[int, ...], a: tuple[int, ...], b: tuple[in
         )
 
 
-def _fresh(target: Target, key: jax.Array) -> jax.Array:
+def _fresh(target: Target, key: jax.Array, number: int) -> jax.Array:
+    """Drawn on the host: jax would compile a program for each shape, 4 s for step-tiny."""
     bound = target.shape[-1] ** -0.5
-    return jax.random.uniform(key, target.a_shape, jnp.float32, -bound, bound)
+    random = np.random.default_rng([*map(int, jax.random.key_data(key)), number])
+    return jnp.asarray(random.uniform(-bound, bound, target.a_shape).astype(np.float32))
 
 
 def _target(spec: TensorSpec, lora: LoraConfig, rank: int) -> Target:

@@ -8,6 +8,8 @@ import dataclasses
 from pathlib import Path
 
 from stepjax.errors import ConfigError
+from stepjax.infer.commands.options import add_cache_arguments
+from stepjax.infer.commands.progress import shown_startup, write_line
 from stepjax.train.config.pretrain import PretrainConfig, read_pretrain
 
 
@@ -27,19 +29,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="override a setting, e.g. steps=20; may be repeated (default: none)",
     )
+    add_cache_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train all stages. With several, stage n has the folder RUN/n and starts from the last weights of stage n − 1."""
     stages = _stages([read_pretrain(path, args.set) for path in args.config], args.out)
-    import jax
+    startup = shown_startup()
+    with startup.stage("importing", "starting jax"):
+        import jax
 
-    with contextlib.suppress(RuntimeError):  # jax is initialised already; the loop checks the number of devices
-        jax.config.update("jax_num_cpu_devices", max(config.devices for config, _ in stages))
-    from stepjax.train.pretrain.loop import pretrain
+        with contextlib.suppress(RuntimeError):  # jax is initialised already; the loop checks the number of devices
+            jax.config.update("jax_num_cpu_devices", max(config.devices for config, _ in stages))
+        from stepjax.infer.load import use_caches
+        from stepjax.train.pretrain.loop import pretrain
 
+        cache = use_caches(programs=not args.no_program_cache, max_gib=args.program_cache_gib)
     for config, out in stages:
-        pretrain(config, out)
+        pretrain(config, out, cache=cache, startup=startup, write=write_line)
         print(f"{out}: {config.steps} steps done; weights in {out / 'weights'}")
     return 0
 

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 
 from stepjax.errors import ConfigError
+from stepjax.infer.commands.options import add_cache_arguments
+from stepjax.infer.commands.progress import shown_startup
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="override a setting, e.g. model.path=step-tiny; may be repeated (default: none)",
     )
+    add_cache_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,10 +36,12 @@ def run(args: argparse.Namespace) -> int:
     name = args.data or next(iter(config.data))
     if config.data.get(name) is None or config.data[name].kind != "jsonl":
         raise ConfigError(f"data.{name}: expected a source of kind jsonl, whose rows are scored")
-    from stepjax.infer.load import use_caches
-    from stepjax.train.tune.teach import teach
+    startup = shown_startup()
+    with startup.stage("importing", "starting jax"):
+        from stepjax.infer.load import use_caches
+        from stepjax.train.tune.teach import teach
 
-    use_caches()
-    count, tokens = teach(config, name, args.out, top_k=args.top_k)
+        cache = use_caches(programs=not args.no_program_cache, max_gib=args.program_cache_gib)
+    count, tokens = teach(config, name, args.out, top_k=args.top_k, cache=cache, startup=startup)
     print(f"{args.out}: {count} rows, {tokens} tokens, {args.top_k} likeliest of each")
     return 0

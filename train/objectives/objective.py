@@ -47,15 +47,15 @@ class LossSettings:
 
 
 class Batch(NamedTuple):
-    """M micro-batches of R rows of T tokens. Arrays are [M, R, T] where no other shape is given."""
+    """A micro-batch of R rows of T tokens. Arrays are [R, T] where no other shape is given."""
 
     rows: PackedRows  # ``loss_mask``: the tokens of the answers
     sampler: Any  # float32: log μ of the token
     advantage: Any  # float32: from the reward
     teacher_logprob: Any = None  # float32: log q of the token
-    top: TopScores | None = None  # [M, R, T, K]: the teacher's likeliest tokens in place of the token
-    hidden: Any = None  # [M, R, T, D]: the teacher's hidden states, each at the position before the token
-    experts: Any = None  # uint16 [M, R, T, L, A]: the sampler's, for the token as an input; for router replay
+    top: TopScores | None = None  # [R, T, K]: the teacher's likeliest tokens in place of the token
+    hidden: Any = None  # [R, T, D]: the teacher's hidden states, each at the position before the token
+    experts: Any = None  # uint16 [R, T, L, A]: the sampler's, for the token as an input; for router replay
 
 
 class TokenInputs(NamedTuple):
@@ -124,14 +124,9 @@ class Sums(NamedTuple):
 
     @classmethod
     def over(cls, micro_batches: Sums) -> Sums:
-        """The total of sums that are stacked along a first axis."""
-        total: Sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), micro_batches)
-        return total._replace(largest_gap=jnp.max(micro_batches.largest_gap))
-
-    def plus(self, other: Sums) -> Sums:
-        """The total of two."""
-        total: Sums = jax.tree.map(jnp.add, self, other)
-        return total._replace(largest_gap=jnp.maximum(self.largest_gap, other.largest_gap))
+        """The total of sums that are stacked along a first axis, as numpy."""
+        total: Sums = jax.tree.map(lambda x: np.sum(x, axis=0), micro_batches)
+        return total._replace(largest_gap=np.max(micro_batches.largest_gap))
 
 
 # (parameters, micro-batch, tokens of the global batch, a teacher's name and parameters) → (loss, sums)

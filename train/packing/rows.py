@@ -109,13 +109,12 @@ class PackedSequences:
 def pack_sequences(
     prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], *, rows: int, length: int
 ) -> PackedSequences:
-    """First fit into micro-batches of ``rows`` rows; their number is a power of two, for few compiled programs."""
+    """First fit into micro-batches of ``rows`` rows, one at least."""
     bins = Bins(length)
     for prompt, answer in zip(prompts, answers, strict=True):
         fits = bins.add(Example(list(prompt), list(answer)))
         assert fits, "a sequence is longer than a row"
-    count = max(1, -(-len(bins.rows) // rows))
-    micro = 1 << (count - 1).bit_length()
+    micro = max(1, -(-len(bins.rows) // rows))
     packed = bins.arrays(num_rows=micro * rows)
     return PackedSequences(PackedRows(*(x.reshape(micro, rows, length) for x in packed)), tuple(bins.places))
 

@@ -192,18 +192,17 @@ def planned(config: ModelConfig, workload: Workload, mesh: MeshSpec, strategy: s
 
 
 def _lora(config: ModelConfig, workload: Workload, layout: MeshLayout, weight_bytes: int) -> Planned:
-    """Leaves and their two moments are arguments and outputs, because the state is not donated."""
+    """Leaves, their two moments and the gradients are arguments; the gradients are donated."""
     factors = placed(adapter_factors(config, LoraConfig()), layout)
     training = training_bytes(layout, training_shape(workload.batch, workload.context), factors)
     rows, tokens = local_shape(layout, (workload.batch, workload.context), "batch", "length")
     state = training.adapter + training.moments
     counts = 4 * (2 + 1 + 2)  # of Adam and of the schedule, the step, the skipped batches
-    sampler = 4 * rows * tokens  # log-probabilities; advantages are not used by this objective
+    inputs = 2 * 4 * rows * tokens + 4  # the sampler's log-probabilities, advantages; the number of tokens
     return Planned(
-        argument_bytes=weight_bytes + state + counts + _rows_bytes(layout, workload) + sampler,
+        argument_bytes=weight_bytes + state + training.gradients + counts + _rows_bytes(layout, workload) + inputs,
         temp_bytes=training.gradients + training.activations,
         payloads=None,
-        output_bytes=state,
     )
 
 

@@ -30,7 +30,7 @@ from stepjax.train.packing.rows import PackedRows
 from stepjax.train.pretrain.step import Placement, TrainState, make_step, split_biases
 from stepjax.train.runs.optimizer import adamw, constant, learning_rate
 from stepjax.train.tune.setup import abstract_state
-from stepjax.train.tune.update import Leaves, make_update
+from stepjax.train.tune.update import COMPILER_OPTIONS, Leaves, TuneState, accumulation
 from stepjax.weights.expert_format import ExpertFormat
 from stepjax.weights.plain import PLAIN
 
@@ -173,7 +173,10 @@ def train_step(model: Step3p5, params: Params, layout: MeshLayout, *, batch: int
 
 
 def lora_step(model: Step3p5, params: Params, layout: MeshLayout, *, batch: int, length: int) -> Step:
-    """An update of a default adapter by likelihood, from one micro-batch of ``batch`` rows of ``length`` tokens."""
+    """The gradients of a default adapter by likelihood, from a micro-batch of ``batch`` rows of ``length`` tokens.
+
+    They are the largest program of an update. The optimiser's state lies beside it, so it is an argument here.
+    """
     config, adapter, optim = model.config, LoraConfig(), OptimSettings()
     schedule = constant(optim.lr, warmup=optim.warmup_steps)  # the result does not depend on these
     optimizer = adamw(schedule, b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay, clip=optim.clip)
@@ -184,18 +187,28 @@ def lora_step(model: Step3p5, params: Params, layout: MeshLayout, *, batch: int,
     state = jax.tree.map(_sharded, state, state_shardings)
 
     def tokens(dtype: Any) -> jax.ShapeDtypeStruct:
-        shape = (1, batch, length)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(shape, None, "batch", "length"))
+        shape = (batch, length)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(shape, "batch", "length"))
 
     rows = PackedRows(*(tokens(jnp.int32) for _ in PackedRows._fields))
-    batches = {"": Batch(rows, sampler=tokens(jnp.float32), advantage=tokens(jnp.float32))}
+    micro = Batch(rows, sampler=tokens(jnp.float32), advantage=tokens(jnp.float32))
+    total = jax.ShapeDtypeStruct((), jnp.float32, sharding=layout.replicated)
 
     def assemble(base: Params, leaves: Leaves) -> Params:
         return attach(base, leaves, adapter)
 
     likelihood = OBJECTIVES["sft"]
     context = LossContext(LossSettings(likelihood.name), model, config.vocab_size, {})
-    loss = functools.partial(likelihood.loss, context)
-    out_shardings = state_shardings, layout.replicated
-    function = make_update(loss, optimizer, assemble, keep_previous=False, out_shardings=out_shardings)
-    return Step(function, (state, params, {}, batches), params=params, optimizer=state)
+    accumulate = accumulation(functools.partial(likelihood.loss, context), assemble, "")
+
+    def run(gradients: Leaves, state: TuneState, params: Params, micro: Batch, total: jax.Array) -> Any:
+        return accumulate(gradients, state.leaves, params, micro, total, None)
+
+    function = jax.jit(
+        run,
+        donate_argnums=0,
+        keep_unused=True,
+        out_shardings=(state_shardings.leaves, layout.replicated),
+        compiler_options=COMPILER_OPTIONS,
+    )
+    return Step(function, (state.leaves, state, params, micro, total), params=params, optimizer=state)

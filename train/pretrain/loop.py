@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from stepjax.config import ASSETS, ModelConfig
 from stepjax.errors import ConfigError, TrainingError
 from stepjax.model.layout import SingleDevice
 from stepjax.model.step3p5 import abstract, initialise, params_of
+from stepjax.program_cache import ProgramCache
+from stepjax.startup import Startup
+from stepjax.stored_function import StoredFunction, compile_together
 from stepjax.train.config.pretrain import PretrainConfig
 from stepjax.train.data import task_batches
 from stepjax.train.data.words import Split
@@ -36,12 +39,24 @@ from stepjax.whole_file import whole_file
 LAYOUT = SingleDevice(form="capacity")
 
 
-def pretrain(config: PretrainConfig, out: Path) -> TrainState:
+def pretrain(
+    config: PretrainConfig,
+    out: Path,
+    *,
+    cache: ProgramCache | None = None,
+    startup: Startup | None = None,
+    write: Callable[[str], object] | None = None,
+) -> TrainState:
     """Train in the run folder ``out``, or resume the run that is there.
 
     The folder holds ``config.toml`` (the resolved settings), ``metrics.jsonl``, ``checkpoints/`` (the newest three,
     each of which appears only once it is complete) and ``weights/STEP.safetensors``. A resumed run gives the same bits
     as an uninterrupted one, since a batch depends on seed and step only.
+
+    Args:
+      cache: executables of earlier runs.
+      startup: shows what is done before the first step.
+      write: called with a line now and then that says how far the run is, if standard error is no terminal.
 
     Raises:
       ConfigError: the folder belongs to a run with other settings, or there are too few devices.
@@ -65,9 +80,15 @@ def pretrain(config: PretrainConfig, out: Path) -> TrainState:
     initial = jax.device_put(initial, placement.state)
 
     def functions(mtp_weight: float) -> tuple[Any, Any]:
+        rate = config.balance_rate
+        step = make_step(model, optimizer, schedule, placement, mtp_weight=mtp_weight, balance_rate=rate)
+        held_out = make_held_out(model, placement, mtp_weight=mtp_weight)
+        options = {"identity": f"{config} {mtp_weight}", "cache": cache, "types": (Losses, StepReport)}
+        on_state, on_report = placement.state, placement.report
+        placed = {"in_shardings": (on_state, placement.rows)}
         return (
-            make_step(model, optimizer, schedule, placement, mtp_weight=mtp_weight, balance_rate=config.balance_rate),
-            make_held_out(model, placement, mtp_weight=mtp_weight),
+            StoredFunction("step", step, **options, **placed, donate_argnums=0, out_shardings=(on_state, on_report)),
+            StoredFunction("held out", held_out, **options, **placed, out_shardings=on_report),
         )
 
     plain, with_mtp = functions(0.0), functions(config.mtp_weight)
@@ -76,8 +97,12 @@ def pretrain(config: PretrainConfig, out: Path) -> TrainState:
         state = resume(checkpointer, initial)
         start = int(state.step)
         stream, held_out = _stream(config, start), _held_out_rows(config)
+        if start < config.steps:
+            with (startup or Startup()).stage("compiling", "preparing programs", unit="programs") as stage:
+                update = (with_mtp if start >= config.mtp_from else plain)[0]
+                compile_together([(update, (state, held_out))], progress=stage.advance)
         metrics = MetricsFile(out / "metrics.jsonl", start)
-        with progress(config.steps, start) as advance, contextlib.closing(metrics):
+        with progress(config.steps, start, write=write) as advance, contextlib.closing(metrics):
             began, tokens, pending = time.perf_counter(), 0, None
             for step in range(start, config.steps):
                 rows = next(stream)

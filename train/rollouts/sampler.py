@@ -19,11 +19,13 @@ from stepjax.infer.answer_stream import AnswerStream
 from stepjax.infer.engine.answer import ExpertRecord
 from stepjax.infer.engine.config import EngineConfig
 from stepjax.infer.engine.engine import Engine
+from stepjax.infer.engine.ready_programs import ProgramShape
 from stepjax.infer.engine.stats import Stats
 from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.session import Session
 from stepjax.infer.transcript import Transcript, begins_in_reasoning
 from stepjax.model.step3p5 import Params
+from stepjax.stored_function import StoredFunction
 from stepjax.train.data.sources import Prompt, reply_ids
 from stepjax.train.data.tasks import ChatMessage
 from stepjax.train.environments.episode import Environment, Turn
@@ -125,6 +127,14 @@ class Sampler:
     def stats(self) -> Stats:
         """Sums over all batches up to now: drafts, accepted drafts, seconds, tokens."""
         return self._engine.stats
+
+    @property
+    def calls(self) -> list[tuple[StoredFunction, tuple[Any, ...]]]:
+        """The programs that batches use with their arguments, so that they can be compiled ahead."""
+        config, limits = self._engine.config, self._engine.scheduler.piece_limits
+        decode = ProgramShape("decode", config.num_slots, config.speculate or 0)
+        prefill = [ProgramShape("prefill", limits[width], width) for width in limits]
+        return self._engine.executor.calls([decode, *prefill])
 
     def run(
         self,

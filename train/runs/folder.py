@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from stepjax.errors import ConfigError
+from stepjax.startup import QUIET_S
 from stepjax.train.config.reader import read_settings, write_settings
 
 T = TypeVar("T")
@@ -77,13 +83,47 @@ def resume(checkpointer: Any, initial: T) -> T:
     if latest is None:
         return initial
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), initial)
-    return checkpointer.load(latest.step, shapes)
+    return jax.tree.map(_committed_alike, checkpointer.load(latest.step, shapes), initial)
+
+
+def _committed_alike(array: jax.Array, like: jax.Array) -> jax.Array:
+    """Restored arrays are bound to their device. An executable for arrays that are not is stored under another name."""
+    return array if like.committed else jnp.asarray(np.asarray(array))
+
+
+class StepLines:
+    """How far a run is, as lines."""
+
+    def __init__(self, total: int, start: int, what: str, write: Callable[[str], object]):
+        self._total, self._done, self._what, self._write = total, start, what, write
+        self._first, self._began = start, time.monotonic()
+        self._written = -math.inf
+
+    def advance(self, note: str) -> None:
+        """Count one step. Says so if it is the first or the last, or if nothing was said for long."""
+        self._done += 1
+        now = time.monotonic()
+        if self._done < self._total and now - self._written < QUIET_S:
+            return
+        self._written = now
+        left = (now - self._began) / (self._done - self._first) * (self._total - self._done)
+        rest = f", about {timedelta(seconds=round(left))} left" if self._done < self._total else ""
+        self._write(f"{self._what}: step {self._done} of {self._total}, {note}{rest}")
 
 
 @contextlib.contextmanager
-def progress(total: int, start: int, *, what: str = "training") -> Iterator[Callable[[str], None]]:
-    """A progress bar if stderr is a terminal. Each call of the returned function counts one step and shows its note."""
+def progress(
+    total: int, start: int, *, what: str = "training", write: Callable[[str], object] | None = None
+) -> Iterator[Callable[[str], None]]:
+    """A progress bar if stderr is a terminal. Each call of the returned function counts one step and shows its note.
+
+    Args:
+      write: called with lines instead, if stderr is no terminal: after the first step, the last, and now and then.
+    """
     console = Console(stderr=True)
+    if write is not None and not console.is_terminal:
+        yield StepLines(total, start, what, write).advance
+        return
     columns = (
         TextColumn(what),
         BarColumn(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,6 +14,7 @@ from stepjax.errors import ConfigError
 from stepjax.infer.sampling.sampler import mask_padding
 from stepjax.infer.session import Session
 from stepjax.model.step3p5 import Params, Step3p5, bind
+from stepjax.stored_function import StoredFunction
 from stepjax.train.config.tune import TeacherSettings
 from stepjax.train.data.sources import Prompt
 from stepjax.train.losses.logprobs import TopScores
@@ -48,29 +48,31 @@ class Resident:
     params: Params
     system: str = ""  # a system text that the student does not see
 
-    @functools.cached_property
-    def hidden(self) -> Callable[[Params, PackedRows], jax.Array]:
-        """``(params, rows [M, R, T]) → [M, R, T, D]``, one micro-batch at a time."""
+    @property
+    def hidden(self) -> StoredFunction:
+        """``(params, rows [R, T]) → [R, T, D]``."""
         model = self.session.model
 
         def run(params: Params, rows: PackedRows) -> jax.Array:
-            bound = bind(model, params)
-            return jax.lax.map(lambda micro: bound.forward(micro.ids, packed_chunk(micro)).hidden_BTD, rows)
+            return bind(model, params).forward(rows.ids, packed_chunk(rows)).hidden_BTD
 
-        return jax.jit(run)
+        return self.session.stored("hidden states", run)
 
     def top(self, rows: PackedRows, *, k: int, num_tokens: int) -> TopScores:
-        """The ``k`` likeliest tokens in place of each token, and then the token itself: numpy [M, R, T, k + 1]."""
-        hidden = self.hidden(self.params, rows)
-        ids = jnp.roll(jnp.asarray(rows.ids), -1, axis=2)
-        scores = self._top(self.params, hidden, ids, k, num_tokens)
-        return TopScores(*(np.roll(np.asarray(x), 1, axis=2) for x in scores))
+        """The ``k`` likeliest tokens in place of each token, and then the token itself: numpy [R, T, k + 1].
 
-    @functools.cached_property
-    def _top(self) -> Callable[..., tuple[jax.Array, jax.Array]]:
+        Args:
+          rows: numpy [R, T].
+        """
+        hidden = self.hidden(self.params, rows)
+        scores = self._top(k, num_tokens)(self.params, hidden, np.roll(rows.ids, -1, axis=1))
+        return TopScores(*(np.roll(np.asarray(x), 1, axis=1) for x in scores))
+
+    def _top(self, k: int, num_tokens: int) -> StoredFunction:
+        """``(params, hidden states [R, T, D], labels [R, T]) → ids and log-probabilities [R, T, k + 1]``."""
         model = self.session.model
 
-        def run(params: Params, hidden: jax.Array, label: jax.Array, k: int, num_tokens: int) -> Any:
+        def run(params: Params, hidden: jax.Array, label: jax.Array) -> Any:
             bound = bind(model, params)
 
             def row(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -80,10 +82,9 @@ class Resident:
                 label_logprob = jnp.take_along_axis(logprobs, label[:, None], axis=-1)
                 return jnp.concatenate([ids, label[:, None]], axis=-1), jnp.concatenate([top, label_logprob], axis=-1)
 
-            flat = jax.lax.map(row, (hidden.reshape(-1, *hidden.shape[2:]), label.reshape(-1, label.shape[2])))
-            return jax.tree.map(lambda x: x.reshape(*label.shape, k + 1), flat)
+            return jax.lax.map(row, (hidden, label))
 
-        return jax.jit(run, static_argnums=(3, 4))
+        return self.session.stored(f"{k} likeliest of {num_tokens} tokens", run)
 
     def score(self, rollouts: Sequence[Rollout], *, top: int, rows: int, length: int, num_tokens: int) -> list[Scored]:
         """As `Scorer.score`, for rollouts that `stepjax.train.teachers.scoring.cut_to_rows` returned.
@@ -95,8 +96,9 @@ class Resident:
         """
         prompts = [self.prompt_ids(rollout.prompt) for rollout in rollouts]
         packed = pack_sequences(prompts, [rollout.ids for rollout in rollouts], rows=rows, length=length)
-        scores = self.top(packed.rows, k=top, num_tokens=num_tokens)
-        ids, values = (x.reshape(-1, length, top + 1) for x in scores)
+        micros = [jax.tree.map(lambda x, i=index: x[i], packed.rows) for index in range(len(packed.rows.ids))]
+        scores = [self.top(micro, k=top, num_tokens=num_tokens) for micro in micros]
+        ids, values = (np.concatenate(parts) for parts in zip(*scores, strict=True))
         scored = []
         for (row, first), prompt, rollout in zip(packed.places, prompts, rollouts, strict=True):
             start = first + len(prompt)

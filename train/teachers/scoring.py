@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,9 @@ import numpy as np
 from stepjax.infer.session import Session
 from stepjax.infer.steps.state import NO_EXPERT
 from stepjax.model.step3p5 import Params
+from stepjax.stored_function import StoredFunction
 from stepjax.train.config.tune import TuneConfig
+from stepjax.train.data.sources import Prompt
 from stepjax.train.losses.logprobs import TopScores
 from stepjax.train.objectives.objective import Batch, Objective
 from stepjax.train.packing.rows import PackedRows, PackedSequences, pack_sequences
@@ -25,13 +28,16 @@ from stepjax.train.teachers.stored import Stored
 
 REMOTE_TOP_K = 20  # likeliest tokens that a server is asked for
 LENGTH_STEP = 64  # tokens; longer rows of a teacher are a multiple of it, for few compiled programs
+CHAT_TOKENS = 16  # that a template may put around a system text
+
+T = TypeVar("T")
 
 
 @dataclass
 class Prepared:
-    """Batches by teacher ("" for none), and their cost."""
+    """Micro-batches by teacher ("" for none), and their cost."""
 
-    batches: dict[str, Batch]
+    batches: dict[str, list[Batch]]
     num_left_out: int = 0  # answers that have no room in a row
     scored_tokens: int = 0  # tokens that teachers scored
     score_s: float = 0.0
@@ -66,62 +72,153 @@ class Scoring:
         advantages = objective.advantages(rewards, groups, loss)
         scored = objective.scored(loss)
         names = [self.teacher_of(rollout) if scored else "" for rollout in kept]
-        for name in sorted(set(names)) or [""]:
+        for name in sorted(set(names)):
             indices = [index for index, teacher in enumerate(names) if teacher == name]
             chosen = [kept[index] for index in indices]
             began = time.perf_counter()
-            batch = self._batch(chosen, advantages[indices], name, objective)
+            batches = self._batches(chosen, advantages[indices], name, objective)
             if name:
                 prepared.scored_tokens += sum(len(rollout.ids) for rollout in chosen)
                 prepared.score_s += time.perf_counter() - began
-            prepared.batches[name] = batch
+            prepared.batches[name] = batches
         return prepared
 
-    def _batch(self, rollouts: list[Rollout], advantages: np.ndarray, name: str, objective: Objective) -> Batch:
-        optim = self._config.optim
+    def _batches(self, rollouts: list[Rollout], advantages: np.ndarray, name: str, objective: Objective) -> list[Batch]:
         teacher = self.teachers[name] if name else None
-        make = functools.partial(make_batch, rollouts, advantages, rows=optim.rows, length=optim.length)
-        if teacher is None or isinstance(teacher, Resident):
-            batch, packed = make()
-            placed = self.place(batch)
-            return (
-                placed if teacher is None else placed._replace(hidden=self._hidden(teacher, rollouts, placed, packed))
-            )
-        top = self._config.teachers[name].top_k or (teacher.top_k if isinstance(teacher, Stored) else REMOTE_TOP_K)
-        top = top if objective.reads_top_k else 0
-        return self.place(make(scored=teacher.score(rollouts, top=top))[0])
+        if teacher is not None and not isinstance(teacher, Resident):
+            scored = teacher.score(rollouts, top=self._top(name, objective))
+            return self.place(self._made(rollouts, advantages, scored)[0])
+        batch, packed = self._made(rollouts, advantages)
+        placed = self.place(batch)
+        if teacher is None:
+            return placed
+        hidden = self._hidden(teacher, rollouts, placed, packed)
+        return [micro._replace(hidden=states) for micro, states in zip(placed, hidden, strict=True)]
 
-    def _hidden(self, teacher: Resident, rollouts: list[Rollout], batch: Batch, packed: PackedSequences) -> jax.Array:
-        """The teacher's hidden states where the student predicts: [M, R, T, D]."""
+    def _made(
+        self, rollouts: Sequence[Rollout], advantages: np.ndarray, scored: Sequence[Scored] | None = None
+    ) -> tuple[Batch, PackedSequences]:
+        optim, model = self._config.optim, self._session.config
+        choices = (len(model.moe_layers), model.top_k) if self._config.rollout.replay else None
+        return make_batch(
+            rollouts, advantages, rows=optim.rows, length=optim.length, scored=scored, num_choices=choices
+        )
+
+    def _top(self, name: str, objective: Objective) -> int:
+        """Likeliest tokens that a server or a file is asked for."""
+        if not objective.reads_top_k:
+            return 0
+        teacher = self.teachers[name]
+        return self._config.teachers[name].top_k or (teacher.top_k if isinstance(teacher, Stored) else REMOTE_TOP_K)
+
+    def shapes(self, prompt: Prompt, *, objective: Objective) -> dict[str, Batch]:
+        """Shapes of a micro-batch of each teacher that may score answers, as `prepare` makes them.
+
+        A teacher in this process that is on a mesh compiles its program here, which decides where its states lie.
+
+        Args:
+          prompt: any.
+        """
+        optim, model = self._config.optim, self._session.config
+        rollout = Rollout(dataclasses.replace(prompt, ids=prompt.ids[:1]), 0, -1, [0], [True], [0.0])
+        shapes = {}
+        for name in self.teachers if objective.scored(self._config.loss) else ("",):
+            teacher, scored = self.teachers.get(name), None
+            if teacher is not None and not isinstance(teacher, Resident):
+                top = self._top(name, objective)
+                likeliest = (np.zeros((1, top), np.int32), np.zeros((1, top), np.float32)) if top else ()
+                scored = [Scored(np.zeros((1,), np.float32), *likeliest)]
+            batch, _ = self._made([rollout], np.zeros((1,), np.float32), scored)
+            micro = jax.tree.map(lambda x: self._shape(x.shape[1:], x.dtype), batch)
+            if isinstance(teacher, Resident):
+                shape = (optim.rows, optim.length, model.hidden_size)
+                states = self._shape(shape, teacher.session.dtype)
+                if states.sharding is not None and not teacher.system:
+                    states = _placed(states, teacher.hidden.compiled(teacher.params, micro.rows).output_shardings)
+                micro = micro._replace(hidden=states)
+            shapes[name] = micro
+        return shapes
+
+    def calls(self, shapes: Mapping[str, Batch]) -> list[tuple[StoredFunction, tuple[Any, ...]]]:
+        """The programs of the teachers in this process with their arguments, so that they can be compiled ahead."""
+        calls: list[tuple[StoredFunction, tuple[Any, ...]]] = []
+        for name, micro in shapes.items():
+            teacher = self.teachers.get(name)
+            if isinstance(teacher, Resident):
+                length = self._teacher_length(teacher) if teacher.system else self._config.optim.length
+                rows = [self._shape((self._config.optim.rows, length), x.dtype) for x in micro.rows]
+                calls.append((teacher.hidden, (teacher.params, PackedRows(*rows))))
+        return calls
+
+    def _shape(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.sharding(shape))
+
+    def _hidden(
+        self, teacher: Resident, rollouts: list[Rollout], batches: list[Batch], packed: PackedSequences
+    ) -> list[jax.Array]:
+        """The teacher's hidden states where the student predicts, [R, T, D] for each micro-batch."""
         if not teacher.system:
-            return teacher.hidden(teacher.params, batch.rows)
-        optim = self._config.optim
+            return [teacher.hidden(teacher.params, micro.rows) for micro in batches]
         prompts = [teacher.prompt_ids(rollout.prompt) for rollout in rollouts]
-        longest = max(len(ids) + len(rollout.ids) for ids, rollout in zip(prompts, rollouts, strict=True))
-        length = max(optim.length, -(-longest // LENGTH_STEP) * LENGTH_STEP)
-        teacher_packed = pack_sequences(prompts, [r.ids for r in rollouts], rows=optim.rows, length=length)
+        answers = [rollout.ids for rollout in rollouts]
+        longest = max(len(ids) + len(answer) for ids, answer in zip(prompts, answers, strict=True))
+        length = max(self._teacher_length(teacher), -(-longest // LENGTH_STEP) * LENGTH_STEP)
+        teacher_packed = pack_sequences(prompts, answers, rows=self._config.optim.rows, length=length)
         positions = teacher_positions(packed, teacher_packed, rollouts, [len(ids) for ids in prompts])
-        hidden = teacher.hidden(teacher.params, self._place_rows(teacher_packed.rows))
-        return _take(hidden, self._place_array(positions))
+        rows = [jax.tree.map(self._place_array, rows) for rows in _split(teacher_packed.rows)]
+        return self._moved([teacher.hidden(teacher.params, micro) for micro in rows], positions)
 
-    def place(self, batch: Batch) -> Batch:
-        """A batch of numpy arrays on the devices."""
-        return jax.tree.map(self._place_array, batch)
+    def _teacher_length(self, teacher: Resident) -> int:
+        """Tokens of a row of a teacher with a system text: enough for the longest row of the student."""
+        assert self._session.tokenizer is not None
+        text = len(self._session.tokenizer.encode(teacher.system)) + CHAT_TOKENS
+        return -(-(self._config.optim.length + text) // LENGTH_STEP) * LENGTH_STEP
 
-    def _place_rows(self, rows: PackedRows) -> PackedRows:
-        return jax.tree.map(self._place_array, rows)
+    def _moved(self, hidden: list[jax.Array], positions: np.ndarray) -> list[jax.Array]:
+        """Hidden states from the places of the teacher's rows to those of the student's.
+
+        Both are packed in the same order, so that a micro-batch of the student meets few of the teacher.
+
+        Args:
+          hidden: of each micro-batch of the teacher.
+          positions: as `teacher_positions` gives them.
+        """
+        size = int(np.prod(hidden[0].shape[:2]))
+        moved = []
+        for micro in positions:
+            shape = (*micro.shape, hidden[0].shape[2])
+            states = jnp.zeros(shape, hidden[0].dtype, device=self.sharding(shape))
+            for number in np.unique(micro[micro >= 0] // size):
+                inside = np.where(micro // size == number, micro - number * size, -1).astype(np.int32)
+                states = self._move(states, hidden[number], self._place_array(inside))
+            moved.append(states)
+        return moved
+
+    @functools.cached_property
+    def _move(self) -> StoredFunction:
+        """``(states [R, T, D], a teacher's [R, T', D], positions [R, T]) → states``; position −1 leaves a state."""
+
+        def move(states: jax.Array, hidden: jax.Array, positions: jax.Array) -> jax.Array:
+            taken = jnp.take(hidden.reshape(-1, hidden.shape[-1]), jnp.maximum(positions, 0), axis=0)
+            moved = jnp.where(positions[..., None] >= 0, taken, states)
+            return self._session.model.layout.constrain(moved, "batch", "length", None)
+
+        return self._session.stored("move", move, donate_argnums=(0,))
+
+    def place(self, batch: Batch) -> list[Batch]:
+        """The micro-batches of a batch of numpy arrays, on the devices."""
+        return [jax.tree.map(self._place_array, micro) for micro in _split(batch)]
 
     def _place_array(self, x: np.ndarray) -> jax.Array:
-        """An array [M, R, T, …] on the devices, sharded by rows and tokens."""
-        sharding = self._session.model.layout.sharding(x.shape, None, "batch", "length", *(None,) * (x.ndim - 3))
+        """An array [R, T, …] on the devices, sharded by rows and tokens."""
+        sharding = self.sharding(x.shape)
         if sharding is None:
             return jnp.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
-
-@jax.jit
-def _take(hidden: jax.Array, positions: jax.Array) -> jax.Array:
-    return jnp.take(hidden.reshape(-1, hidden.shape[-1]), positions, axis=0)
+    def sharding(self, shape: tuple[int, ...]) -> Any:
+        """Where an array [R, T, …] lies; None on one device."""
+        return self._session.model.layout.sharding(shape, "batch", "length", *(None,) * (len(shape) - 2))
 
 
 def cut_to_rows(rollouts: Sequence[Rollout], length: int) -> tuple[list[Rollout], int]:
@@ -145,12 +242,14 @@ def make_batch(
     rows: int,
     length: int,
     scored: Sequence[Scored] | None = None,
+    num_choices: tuple[int, int] | None = None,
 ) -> tuple[Batch, PackedSequences]:
     """The batch of rollouts that `cut_to_rows` returned.
 
     Args:
       advantages: of each rollout, float32 [N].
       scored: a teacher's scores of each rollout.
+      num_choices: MoE layers and experts of a token, for a batch that has experts even if nobody recorded them.
     """
     prompts, answers = [rollout.prompt.ids for rollout in rollouts], [rollout.ids for rollout in rollouts]
     packed = pack_sequences(prompts, answers, rows=rows, length=length)
@@ -173,6 +272,8 @@ def make_batch(
     if experts:
         assert len(experts) == len(rollouts), "the rollouts of a batch have one writer"
         batch = batch._replace(experts=packed.column(experts, [0] * len(experts), np.uint16, fill=NO_EXPERT))
+    elif num_choices:
+        batch = batch._replace(experts=np.full((*mask.shape, *num_choices), NO_EXPERT, np.uint16))
     if scored:
         batch = batch._replace(teacher_logprob=column([scores.logprobs for scores in scored], np.float32))
     if scored and scored[0].top_ids is not None:
@@ -190,7 +291,7 @@ def teacher_positions(
     """Indices into a teacher's rows, laid end to end, for each position of the student's rows.
 
     For a teacher whose prompts differ from the student's. Int32 [M, R, T]: set at the position before each token of an
-    answer, 0 elsewhere.
+    answer, −1 elsewhere.
 
     Args:
       starts: lengths of the teacher's prompts.
@@ -200,4 +301,13 @@ def teacher_positions(
     for (row, first), rollout, start in zip(teacher.places, rollouts, starts, strict=True):
         begin = row * length + first + start - 1
         values.append(np.arange(begin, begin + len(rollout.ids), dtype=np.int32))
-    return student.column(values, [len(rollout.prompt.ids) - 1 for rollout in rollouts], np.int32)
+    return student.column(values, [len(rollout.prompt.ids) - 1 for rollout in rollouts], np.int32, fill=-1)
+
+
+def _placed(shape: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+
+def _split(batch: T) -> list[T]:
+    """The micro-batches of arrays [M, …]."""
+    return [jax.tree.map(lambda x, i=index: x[i], batch) for index in range(len(jax.tree.leaves(batch)[0]))]

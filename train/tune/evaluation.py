@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,12 @@ from stepjax.train.data import tasks
 from stepjax.train.data.coded import coded
 from stepjax.train.data.sources import JsonLinesSource, Prompt, Source, TaskSource, open_source
 from stepjax.train.data.text_checks import mixes_languages, repeats
-from stepjax.train.objectives.objective import Sums
 from stepjax.train.objectives.table import OBJECTIVES
 from stepjax.train.rollouts.failures import reward_record
 from stepjax.train.rollouts.sampler import Rollout, Sampler
 from stepjax.train.teachers.scoring import Scoring
+from stepjax.train.tune.update import Measure
 from stepjax.train.workers.code import UserCode
-
-# (parameters, batches by teacher, parameters of the teachers in this process) → sums over the tokens
-Measure = Callable[[Params, Any, dict[str, Params]], Sums]
 
 
 class Evaluation:

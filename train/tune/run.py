@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,10 @@ import orbax.checkpoint.experimental.v1 as ocp
 
 from stepjax.errors import ConfigError
 from stepjax.model.step3p5 import Params
+from stepjax.program_cache import ProgramCache
 from stepjax.sharding.sharded_checkpoint import save_adapter
+from stepjax.startup import Startup
+from stepjax.stored_function import compile_together
 from stepjax.train.config.tune import RunSettings, TuneConfig
 from stepjax.train.data.coded import with_code
 from stepjax.train.data.sources import Prompt, open_stream
@@ -34,13 +37,25 @@ from stepjax.train.tune.update import TuneState
 from stepjax.train.workers.code import UserCode
 
 
-def tune(config: TuneConfig, out: Path) -> TuneState:
+def tune(
+    config: TuneConfig,
+    out: Path,
+    *,
+    cache: ProgramCache | None = None,
+    startup: Startup | None = None,
+    write: Callable[[str], object] | None = None,
+) -> TuneState:
     """Fine-tune in the run folder ``out``, or resume the run that is there.
 
     The folder holds ``config.toml`` (the resolved settings), ``metrics.jsonl``, ``transcripts/``, ``checkpoints/`` (the
     newest few, each of which appears only once it is complete), and at the end ``leaves/STEP.safetensors`` and, of an
     adapter, ``adapter``. A resumed run gives the same bits as an uninterrupted one; on another mesh it begins with the
     same bits.
+
+    Args:
+      cache: executables of earlier runs.
+      startup: shows what is done before the first step.
+      write: called with a line now and then that says how far the run is, if standard error is no terminal.
 
     Raises:
       ConfigError: the folder belongs to another run, the settings contradict each other, or code that they name cannot
@@ -49,20 +64,32 @@ def tune(config: TuneConfig, out: Path) -> TuneState:
         rewards of a batch failed.
     """
     with UserCode(config.data, config.rewards) as code:  # before the folder is made: its files may not be there
-        return _tune(config, out.resolve(), code)  # orbax takes absolute paths only
+        out = out.resolve()  # orbax takes absolute paths only
+        return _tune(config, out, code, cache=cache, startup=startup or Startup(), write=write)
 
 
-def _tune(config: TuneConfig, out: Path, code: UserCode) -> TuneState:
+def _tune(
+    config: TuneConfig,
+    out: Path,
+    code: UserCode,
+    *,
+    cache: ProgramCache | None,
+    startup: Startup,
+    write: Callable[[str], object] | None,
+) -> TuneState:
     """As `tune`, with the user's code at hand."""
     claim(config, out, same=_fixed_settings)
-    setup = open_run(config)
+    setup = open_run(config, cache=cache, startup=startup)
     newest: Any = ocp.training.preservation_policies.LatestN(config.run.keep or None)  # None: all
     folder = str(out / "checkpoints")
     with ocp.training.Checkpointer(folder, preservation_policy=newest, cleanup_tmp_directories=True) as checkpointer:
         _check_base(checkpointer, setup, out)
         state = resume(checkpointer, setup.initial)
         run = _Run(config, setup, out, code, start=int(state.step))
-        with contextlib.closing(run), progress(config.optim.steps, run.start, what=config.verb) as advance:
+        if run.start < config.optim.steps:
+            run.prepare(state, startup)
+        steps = progress(config.optim.steps, run.start, what=config.verb, write=write)
+        with contextlib.closing(run), steps as advance:
             for step in range(run.start, config.optim.steps):
                 state, note = run.step(step, state)
                 done = step + 1
@@ -128,11 +155,21 @@ class _Run:
             if sink:
                 sink.close()
 
+    def prepare(self, state: TuneState, startup: Startup) -> None:
+        """Compile what a step needs, several programs at once. An evaluation's come with the first one."""
+        setup, scoring = self._setup, self._setup.scoring
+        shapes = scoring.shapes(self._stream.batch(self.start)[0], objective=setup.objective)
+        residents = {name: params for name, params in scoring.residents.items() if name in shapes}
+        calls = setup.update.calls(state, setup.base.params, residents, shapes)
+        if self._config.rollout.source == "student":
+            calls += self._student.calls
+        with startup.stage("compiling", "preparing programs", unit="programs") as stage:
+            compile_together([*calls, *scoring.calls(shapes)], progress=stage.advance)
+
     def step(self, step: int, state: TuneState) -> tuple[TuneState, str]:
         """One update, and the evaluations that are due. Returns the new state and a note for the progress bar."""
         config, setup = self._config, self._setup
-        if step == 0:
-            self._evaluate(0, state.leaves)
+        before = state
         rollouts, write_s = self._rollouts(step, state)
         self._failures.check(step, rollouts, fatal=setup.objective.uses_rewards)
         prepared = setup.scoring.prepare(rollouts, objective=setup.objective)
@@ -141,13 +178,14 @@ class _Run:
         began = time.perf_counter()
         residents = {name: params for name, params in setup.scoring.residents.items() if name in prepared.batches}
         state, report = setup.update(state, setup.base.params, residents, prepared.batches)
-        report = jax.tree.map(np.asarray, report)
         update_s = time.perf_counter() - began
         record = self._step_metrics.record(step, report, prepared, rollouts)
         record |= {"write_s": write_s, "score_s": prepared.score_s, "update_s": update_s}
         if is_due(config.run.log_every, step) or report.skipped or step + 1 == config.optim.steps:
             self._write(record)
         self._step_metrics.check(step, report, record)
+        if step == 0:  # after the first update, so that nobody waits longer for that
+            self._evaluate(0, before.leaves)
         done = step + 1
         if config.eval.every and (is_due(config.eval.every, done) or done == config.optim.steps):
             self._evaluate(done, state.leaves)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,9 +16,11 @@ import optax
 from stepjax.adapters.lora import LoraConfig, filled
 from stepjax.errors import ConfigError
 from stepjax.infer.load import load
-from stepjax.infer.session import Session, num_tokens_of
+from stepjax.infer.session import Session, model_identity, num_tokens_of
 from stepjax.model.layout import Layout
 from stepjax.model.step3p5 import Params
+from stepjax.program_cache import ProgramCache
+from stepjax.startup import Startup
 from stepjax.train.config.tune import ModelSettings, TeacherSettings, TuneConfig
 from stepjax.train.objectives.objective import LossContext, Objective
 from stepjax.train.objectives.table import OBJECTIVES
@@ -27,8 +30,9 @@ from stepjax.train.teachers.resident import Resident, Teacher, resident
 from stepjax.train.teachers.same_ids import check_same_ids
 from stepjax.train.teachers.scoring import Scoring
 from stepjax.train.teachers.stored import Stored
-from stepjax.train.tune.trainable import Leaves, Trainable, adapted, fingerprint, place, read_leaves, trainable
-from stepjax.train.tune.update import TuneState, UpdateReport, make_measure, make_update
+from stepjax.train.tune.fingerprint import fingerprint
+from stepjax.train.tune.trainable import Leaves, Trainable, adapted, place, read_leaves, trainable
+from stepjax.train.tune.update import LossProgram, Measure, TuneState, TuneUpdate
 
 EVALUATED = OBJECTIVES["exact"]  # its sums have the divergence from the teacher, which evaluation reports
 
@@ -44,8 +48,8 @@ class Setup:
     trained: Trainable
     objective: Objective
     schedule: optax.Schedule
-    update: Callable[..., tuple[TuneState, UpdateReport]]
-    measure: Callable[..., Any]
+    update: TuneUpdate
+    measure: Measure
     initial: TuneState
     fingerprint: str  # of the base
 
@@ -54,9 +58,14 @@ class Setup:
         return self.trained.assemble(self.base.params, leaves)
 
 
-def open_run(config: TuneConfig) -> Setup:
-    """The parts of a run. Raises what `load` raises, and ConfigError where the parts do not match."""
-    base = open_model(config.model, config.model.path)
+def open_run(config: TuneConfig, *, cache: ProgramCache | None = None, startup: Startup | None = None) -> Setup:
+    """The parts of a run. Raises what `load` raises, and ConfigError where the parts do not match.
+
+    Args:
+      cache: executables of earlier runs.
+      startup: shows what is loaded.
+    """
+    base = open_model(config.model, config.model.path, cache=cache, startup=startup)
     trained = trainable(base, config.lora, jax.random.key(config.run.seed))
     if config.lora.start_from:
         trained = _start_from(trained, Path(config.lora.start_from), base)
@@ -64,7 +73,7 @@ def open_run(config: TuneConfig) -> Setup:
     mesh = layout if layout.replicated else None
     leaves = {name: place(leaf, trained.shardings[name]) for name, leaf in trained.leaves.items()}
     student = with_params(base, trained.assemble(base.params, leaves))
-    teachers = open_teachers(config, base)
+    teachers = open_teachers(config, base, startup=startup)
     scoring = Scoring(config, base, teachers)
     optim = config.optim
     schedule = (
@@ -81,12 +90,8 @@ def open_run(config: TuneConfig) -> Setup:
     optimizer = adamw(schedule, b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay, clip=optim.clip)
     keep_previous = config.rollout.ahead > 0
     initial, shardings = _initial_state(leaves, optimizer, trained, mesh, keep_previous=keep_previous)
-    models = {name: teacher.session.model for name, teacher in teachers.items() if isinstance(teacher, Resident)}
-    num_tokens = num_tokens_of(base)
     objective = OBJECTIVES[config.loss.objective]
-    context = LossContext(config.loss, base.model, num_tokens, models)
-    loss = functools.partial(objective.loss, context)
-    evaluated = functools.partial(EVALUATED.loss, context)
+    programs = functools.partial(_loss_program, config, base, teachers, cache=cache)
     out = None if mesh is None else (shardings, mesh.replicated)
     return Setup(
         base,
@@ -96,24 +101,71 @@ def open_run(config: TuneConfig) -> Setup:
         trained,
         objective,
         schedule,
-        make_update(loss, optimizer, trained.assemble, keep_previous=keep_previous, out_shardings=out),
-        make_measure(evaluated, mesh),
+        TuneUpdate(
+            programs(objective, shardings=out),
+            optimizer,
+            trained.assemble,
+            identity=f"{optim} {keep_previous} {base.model.layout!r}",
+            keep_previous=keep_previous,
+        ),
+        Measure(programs(EVALUATED, shardings=out)),
         initial,
         fingerprint(base.params),
     )
 
 
-def open_model(settings: ModelSettings, path: str) -> Session:
-    """The checkpoint at ``path``, with the dtype, format and mesh of the settings."""
-    return load(
-        path,
-        dtype=settings.dtype,
-        keep_fp8=settings.keep_fp8,
-        quantize=settings.quantize or None,
-        mesh=settings.mesh or None,
-        strategy=settings.strategy,
-        layers="unrolled",  # what learns is named by layer
+def _loss_program(
+    config: TuneConfig,
+    base: Session,
+    teachers: Mapping[str, Teacher],
+    objective: Objective,
+    *,
+    cache: ProgramCache | None,
+    shardings: Any,
+) -> LossProgram:
+    """The loss of an objective. One that is not ours is compiled anew by each run, since its code is in no key."""
+    models = {name: teacher.session for name, teacher in teachers.items() if isinstance(teacher, Resident)}
+    num_tokens = num_tokens_of(base)
+    context = LossContext(
+        config.loss, base.model, num_tokens, {name: session.model for name, session in models.items()}
     )
+    kind = type(objective)
+    ours = all(parent.__module__.startswith("stepjax.") for parent in kind.__mro__[:-1])
+    lora = dataclasses.replace(config.lora, start_from="")
+    return LossProgram(
+        functools.partial(objective.loss, context),
+        f"{kind.__qualname__} {vars(objective)} {config.loss} {lora} of {num_tokens}\0{model_identity(base)}",
+        {name: model_identity(session) for name, session in models.items()},
+        cache if ours else None,
+        shardings,
+    )
+
+
+def open_model(
+    settings: ModelSettings,
+    path: str,
+    *,
+    cache: ProgramCache | None = None,
+    startup: Startup | None = None,
+) -> Session:
+    """The checkpoint at ``path``, with the dtype, format and mesh of the settings.
+
+    Args:
+      cache: executables of earlier runs.
+      startup: shows how far it is.
+    """
+    with (startup or Startup()).stage("loading", f"loading {path}", unit="bytes") as stage:
+        return load(
+            path,
+            dtype=settings.dtype,
+            keep_fp8=settings.keep_fp8,
+            quantize=settings.quantize or None,
+            mesh=settings.mesh or None,
+            strategy=settings.strategy,
+            layers="unrolled",  # what learns is named by layer
+            progress=stage.advance,
+            program_cache=cache,
+        )
 
 
 def with_params(session: Session, params: Params) -> Session:
@@ -127,15 +179,22 @@ def with_params(session: Session, params: Params) -> Session:
         template=session.template,
         generation_config=session.generation_config,
         layout=session.model.layout,
+        program_cache=session.program_cache,
     )
 
 
-def open_teachers(config: TuneConfig, base: Session) -> dict[str, Teacher]:
+def open_teachers(config: TuneConfig, base: Session, *, startup: Startup | None = None) -> dict[str, Teacher]:
     """The teachers of the settings, by name. ConfigError or TokenizerError: one does not fit the base."""
-    return {name: _open_teacher(name, settings, config, base) for name, settings in config.teachers.items()}
+
+    def open_checkpoint(path: str) -> Session:
+        return open_model(config.model, path, cache=base.program_cache, startup=startup)
+
+    return {name: _open_teacher(name, settings, base, open_checkpoint) for name, settings in config.teachers.items()}
 
 
-def _open_teacher(name: str, settings: TeacherSettings, config: TuneConfig, base: Session) -> Teacher:
+def _open_teacher(
+    name: str, settings: TeacherSettings, base: Session, open_checkpoint: Callable[[str], Session]
+) -> Teacher:
     if settings.kind == "stored":
         return Stored(Path(settings.path))
     if settings.kind == "remote":
@@ -144,7 +203,7 @@ def _open_teacher(name: str, settings: TeacherSettings, config: TuneConfig, base
             raise ConfigError(f"teachers.{name}: the student has no tokenizer.json to compare with the server's")
         check_same_ids(base.tokenizer, tokenizer, who=f"teachers.{name} ({settings.tokenizer})")
         return Remote(settings, base, name=name)
-    return resident(settings, base, load=lambda path: open_model(config.model, path), adapted=adapted, name=name)
+    return resident(settings, base, load=open_checkpoint, adapted=adapted, name=name)
 
 
 def open_tokenizer(name_or_path: str) -> Any:

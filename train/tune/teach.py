@@ -11,6 +11,8 @@ from safetensors.numpy import save_file
 
 from stepjax.errors import ConfigError
 from stepjax.infer.session import num_tokens_of
+from stepjax.program_cache import ProgramCache
+from stepjax.startup import Startup
 from stepjax.train.config.tune import TuneConfig
 from stepjax.train.data.sources import JsonLinesSource, Prompt
 from stepjax.train.rollouts.sampler import data_rollout
@@ -41,15 +43,28 @@ def store(path: Path, rows: Iterable[tuple[Prompt, Sequence[int], Scored]], *, a
     return len(scored_rows)
 
 
-def teach(config: TuneConfig, name: str, path: Path, *, top_k: int) -> tuple[int, int]:
+def teach(
+    config: TuneConfig,
+    name: str,
+    path: Path,
+    *,
+    top_k: int,
+    cache: ProgramCache | None = None,
+    startup: Startup | None = None,
+) -> tuple[int, int]:
     """Score all rows of a jsonl source with its teacher, store the scores, and return the numbers of rows and tokens.
+
+    Args:
+      cache: executables of earlier runs.
+      startup: shows how far it is.
 
     Raises:
       ConfigError: the teacher cannot score data, or a row has no completion or is longer than optim.length.
     """
-    session = open_model(config.model, config.model.path)
+    startup = startup or Startup()
+    session = open_model(config.model, config.model.path, cache=cache, startup=startup)
     source = JsonLinesSource(name, Path(config.data[name].path), session)
-    teachers = open_teachers(config, session)
+    teachers = open_teachers(config, session, startup=startup)
     teacher_name = config.data[name].teacher or next(iter(teachers), "")
     if teacher_name not in teachers or isinstance(teachers[teacher_name], Stored):
         raise ConfigError(f"data.{name}.teacher: expected a teacher of kind base, checkpoint or remote")
@@ -59,6 +74,7 @@ def teach(config: TuneConfig, name: str, path: Path, *, top_k: int) -> tuple[int
     def rows() -> Iterator[tuple[Prompt, Sequence[int], Scored]]:
         nonlocal tokens
         for begin in range(0, len(source), CHUNK):
+            stage.advance(begin, len(source))
             rollouts = [data_rollout(source.line(i), group=i) for i in range(begin, min(begin + CHUNK, len(source)))]
             kept, lost = cut_to_rows(rollouts, optim.length)
             if lost:
@@ -71,4 +87,7 @@ def teach(config: TuneConfig, name: str, path: Path, *, top_k: int) -> tuple[int
             tokens += sum(len(rollout.ids) for rollout in kept)
             yield from ((rollout.prompt, rollout.ids, score) for rollout, score in zip(kept, scored, strict=True))
 
-    return store(path, rows(), about={"teacher": teacher_name, "source": name}), tokens
+    with startup.stage("scoring", f"scoring data.{name}", unit="rows") as stage:
+        count = store(path, rows(), about={"teacher": teacher_name, "source": name})
+        stage.advance(count, count)
+    return count, tokens

@@ -165,39 +165,3 @@ def _replicated(leaf: jax.Array) -> jax.Array:
     assert isinstance(sharding, jax.sharding.NamedSharding)
     replicated = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
     return jax.jit(lambda x: x, out_shardings=replicated)(leaf)
-
-
-def fingerprint(params: Params) -> str:
-    """A digest of every bit of a model's parameters, on any mesh: 32 hexadecimal digits.
-
-    Each leaf is summed on its devices, with odd weights by position, modulo 2³². The order of the sum does not matter.
-    """
-
-    def digest(tree: Any) -> jax.Array:
-        return jnp.stack([_digest(leaf) for leaf in jax.tree.leaves(tree)])
-
-    sharding = next(iter(jax.tree.leaves(dict(params)))).sharding
-    replicated = None
-    if isinstance(sharding, jax.sharding.NamedSharding):  # every process reads all sums
-        replicated = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-    with jax.numpy_dtype_promotion("standard"):
-        sums = np.asarray(jax.jit(digest, out_shardings=replicated)(dict(params)))
-    mixed = [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344]
-    names = sorted(
-        f"{name}{leaf.shape}{leaf.dtype}" for name, value in params.items() for leaf in jax.tree.leaves(value)
-    )
-    for index, value in enumerate([*map(int, sums), *b"".join(map(str.encode, names))]):
-        mixed[index % 4] = ((mixed[index % 4] ^ value) * 0x01000193 + index) & 0xFFFFFFFF
-    return "".join(f"{word:08x}" for word in mixed)
-
-
-def _digest(leaf: jax.Array) -> jax.Array:
-    if leaf.dtype.itemsize < 1 or jnp.issubdtype(leaf.dtype, jnp.bool_):
-        bits = leaf.astype(jnp.uint32)
-    else:
-        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
-        bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
-    index = jnp.zeros(bits.shape, jnp.uint32)
-    for axis, size in enumerate(bits.shape):
-        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    return jnp.sum(bits * (2 * index + 1) + (bits >> 7) * (index ^ jnp.uint32(0x9E3779B1)), dtype=jnp.uint32)

@@ -1,17 +1,22 @@
-"""The compiled update of fine-tuning: gradients of the trained leaves over all micro-batches, then a step of AdamW."""
+"""The compiled update of fine-tuning: gradients of the trained leaves over all micro-batches, then a step of AdamW.
+
+The host launches one program for each micro-batch, so that no program depends on how many there are.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from stepjax.model.layout import Layout
 from stepjax.model.step3p5 import Params
-from stepjax.train.objectives.objective import Batch, LossFunction, Sums
+from stepjax.program_cache import ProgramCache
+from stepjax.stored_function import StoredFunction
+from stepjax.train.objectives.objective import Agreement, Batch, LossFunction, Sums
 from stepjax.train.runs.optimizer import apply
 
 # Each layer's loop over blocks of queries starts from zeros. With this pass, XLA's GPU compiler makes the zeros of all
@@ -21,6 +26,7 @@ COMPILER_OPTIONS = {"xla_disable_hlo_passes": "copy_fusion"}
 
 Leaves = dict[str, jax.Array]  # trained, float32 by path
 Assemble = Callable[[Params, Leaves], Params]  # base and trained leaves → the model's parameters
+Batches = Mapping[str, Sequence[Batch]]  # micro-batches by teacher, "" for none
 
 
 class TuneState(NamedTuple):
@@ -33,53 +39,175 @@ class TuneState(NamedTuple):
     previous: Leaves  # before the last update, with rollout.ahead; else empty
 
 
-class UpdateReport(NamedTuple):
-    """What one step measured, with the parameters before its update."""
+class Applied(NamedTuple):
+    """What the last program of an update measured."""
 
-    sums: Sums
     gradient_norm: jax.Array
     skipped: jax.Array  # bool
     num_skipped: jax.Array  # int32 [2], as `TuneState.skipped`
 
 
-def make_update(
-    loss_function: LossFunction,
-    optimizer: optax.GradientTransformation,
-    assemble: Assemble,
-    *,
-    keep_previous: bool,
-    out_shardings: Any = None,
-) -> jax.stages.Wrapped:
-    """``(state, base, teachers, batches) → (state, report)``, compiled once for each set of shapes.
+class UpdateReport(NamedTuple):
+    """What one step measured, with the parameters before its update. All numpy."""
+
+    sums: Sums
+    gradient_norm: np.ndarray
+    skipped: np.ndarray  # bool
+    num_skipped: np.ndarray  # int32 [2], as `TuneState.skipped`
+
+
+class LossProgram(NamedTuple):
+    """A loss, and what its programs are called in the cache."""
+
+    function: LossFunction
+    identity: str  # of objective, settings and student: all that the function closes over
+    teachers: Mapping[str, str]  # identity of each teacher in this process; equal ones share a program
+    cache: ProgramCache | None = None  # executables of earlier runs
+    shardings: tuple[Any, Any] | None = None  # of the state, and of what every device has; None on one device
+
+    def by_teacher(self, name: str, make: Callable[[str], Callable[..., Any]], **options: Any) -> dict[str, Any]:
+        """A program for each teacher in this process, and one ("") for batches without.
+
+        Args:
+          name: of the programs.
+          make: returns the function for the teacher of a name.
+        """
+
+        def stored(teacher: str) -> StoredFunction:
+            identity = f"{self.identity}\0{self.teachers.get(teacher, 'no teacher')}"
+            return StoredFunction(
+                name, make(teacher), identity=identity, cache=self.cache, types=(Sums, Agreement), **options
+            )
+
+        shared = {identity: stored(teacher) for teacher, identity in self.teachers.items()}
+        return {"": stored(""), **{teacher: shared[identity] for teacher, identity in self.teachers.items()}}
+
+
+class TuneUpdate:
+    """``(state, base, teachers, batches) → (state, report)``, compiled once however many micro-batches there are."""
+
+    def __init__(
+        self,
+        loss: LossProgram,
+        optimizer: optax.GradientTransformation,
+        assemble: Assemble,
+        *,
+        identity: str,
+        keep_previous: bool,
+    ):
+        """
+        Args:
+          identity: of the optimiser's settings.
+          keep_previous: keep the leaves before the update in the state too.
+        """
+        state, replicated = loss.shardings or (None, None)
+        leaves = None if state is None else state.leaves
+
+        def stored(name: str, function: Callable[..., Any], out: Any, **options: Any) -> StoredFunction:
+            options["out_shardings"] = None if loss.shardings is None else out
+            return StoredFunction(name, function, identity=identity, cache=loss.cache, types=(Applied,), **options)
+
+        self._zeros = stored("zeros", _zeros, leaves)
+        self._count = stored("count", _count, replicated)
+        self.gradients = loss.by_teacher(
+            "gradients",
+            lambda teacher: accumulation(loss.function, assemble, teacher),
+            donate_argnums=(0,),
+            compiler_options=COMPILER_OPTIONS,
+            out_shardings=None if loss.shardings is None else (leaves, replicated),
+        )
+        self._apply = stored(
+            "apply", application(optimizer, keep_previous=keep_previous), (state, replicated), donate_argnums=(1,)
+        )
+
+    def __call__(
+        self, state: TuneState, base: Params, teachers: Mapping[str, Params], batches: Batches
+    ) -> tuple[TuneState, UpdateReport]:
+        """Only teachers in this process have parameters in ``teachers``. Without a token the update is skipped."""
+        micros = list(_micro_batches(batches))
+        total = np.float32(max(1.0, sum(float(self._count(micro.rows.loss_mask)) for _, micro in micros)))
+        gradients, parts = self._zeros(state.leaves), []
+        for name, micro in micros:
+            run = self.gradients.get(name, self.gradients[""])
+            gradients, sums = run(gradients, state.leaves, base, micro, total, teachers.get(name))
+            parts.append(sums)
+        sums = added_up(parts)
+        usable = np.isfinite(sums.loss) & (sums.tokens > 0)
+        state, applied = self._apply(state, gradients, np.asarray(usable))
+        return state, UpdateReport(sums, *(np.asarray(value) for value in applied))
+
+    def calls(
+        self, state: TuneState, base: Params, teachers: Mapping[str, Params], micros: Mapping[str, Batch]
+    ) -> list[tuple[StoredFunction, tuple[Any, ...]]]:
+        """The programs of an update with their arguments, the largest first, so that they can be compiled ahead.
+
+        Args:
+          micros: shapes of a micro-batch, by teacher.
+        """
+        leaves, total = state.leaves, np.float32(1)
+        masks = {micro.rows.loss_mask.shape: micro.rows.loss_mask for micro in micros.values()}
+        return [
+            *(
+                (self.gradients.get(name, self.gradients[""]), (leaves, leaves, base, micro, total, teachers.get(name)))
+                for name, micro in micros.items()
+            ),
+            (self._apply, (state, leaves, np.asarray(True))),
+            (self._zeros, (leaves,)),
+            *((self._count, (mask,)) for mask in masks.values()),
+        ]
+
+
+class Measure:
+    """``(params, batches, teachers) → Sums`` without an update."""
+
+    def __init__(self, loss: LossProgram):
+        def make(teacher: str) -> Callable[..., Sums]:
+            def measure(params: Params, micro: Batch, teacher_params: Params | None) -> Sums:
+                return loss.function(params, micro, jnp.ones(()), _teacher(teacher, teacher_params))[1]
+
+            return measure
+
+        out = None if loss.shardings is None else loss.shardings[1]
+        self._programs = loss.by_teacher("measure", make, out_shardings=out)
+
+    def __call__(self, params: Params, batches: Batches, teachers: Mapping[str, Params]) -> Sums:
+        """The sums as numpy, all 0 without a batch."""
+        return added_up(
+            [
+                self._programs.get(name, self._programs[""])(params, micro, teachers.get(name))
+                for name, micro in _micro_batches(batches)
+            ]
+        )
+
+
+def accumulation(loss_function: LossFunction, assemble: Assemble, teacher: str) -> Callable[..., tuple[Leaves, Sums]]:
+    """``(gradients, leaves, base, micro-batch, total, teacher's parameters) → (gradients, sums)``: adds those of the
+    micro-batch.
 
     Args:
-      keep_previous: keep the leaves before the update in the state too.
-      out_shardings: of state and report; None: as the compiler chooses.
+      teacher: name of the teacher in this process whose parameters are given; "" for none.
     """
 
-    def update(
-        state: TuneState, base: Params, teachers: dict[str, Params], batches: dict[str, Batch]
-    ) -> tuple[TuneState, UpdateReport]:
-        """Batches are by teacher, "" for none. Only teachers in this process have parameters in ``teachers``."""
-        total = sum(jnp.sum((batch.rows.loss_mask > 0).astype(jnp.float32)) for batch in batches.values())
-        total = jnp.maximum(total, 1.0)
-        gradients, sums = jax.tree.map(jnp.zeros_like, state.leaves), None
-        for name, batch in sorted(batches.items()):
-            teacher = (name, teachers[name]) if name in teachers else None
+    def accumulate(
+        gradients: Leaves, leaves: Leaves, base: Params, micro: Batch, total: jax.Array, teacher_params: Params | None
+    ) -> tuple[Leaves, Sums]:
+        def loss(leaves: Leaves) -> Any:
+            return loss_function(assemble(base, leaves), micro, total, _teacher(teacher, teacher_params))
 
-            def loss(leaves: Leaves, micro: Batch, teacher: Any = teacher) -> Any:
-                return loss_function(assemble(base, leaves), micro, total, teacher)
+        gradient, sums = jax.grad(loss, has_aux=True)(leaves)
+        return jax.tree.map(jnp.add, gradients, gradient), sums
 
-            def body(total_gradient: Leaves, micro: Batch, loss: Any = loss) -> tuple[Leaves, Sums]:
-                gradient, micro_sums = jax.grad(loss, has_aux=True)(state.leaves, micro)
-                return jax.tree.map(jnp.add, total_gradient, gradient), micro_sums
+    return accumulate
 
-            gradients, stacked = jax.lax.scan(body, gradients, batch)
-            batch_sums = Sums.over(stacked)
-            sums = batch_sums if sums is None else sums.plus(batch_sums)
-        assert sums is not None
+
+def application(
+    optimizer: optax.GradientTransformation, *, keep_previous: bool
+) -> Callable[..., tuple[TuneState, Applied]]:
+    """``(state, gradients, usable) → (state, applied)``: a step of the optimiser, skipped unless all is finite."""
+
+    def finish(state: TuneState, gradients: Leaves, usable: jax.Array) -> tuple[TuneState, Applied]:
         norm = optax.tree.norm(gradients)
-        finite = jnp.isfinite(norm) & jnp.isfinite(sums.loss) & (sums.tokens > 0)
+        finite = jnp.isfinite(norm) & usable
         leaves, inner = apply(optimizer, gradients, state.optimizer, state.leaves)
         leaves, inner = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (leaves, inner), (state.leaves, state.optimizer)
@@ -87,26 +215,34 @@ def make_update(
         skip = (~finite).astype(jnp.int32)
         skipped = jnp.stack([state.skipped[0] + skip, (state.skipped[1] + 1) * skip])
         previous = state.leaves if keep_previous else {}
-        return TuneState(leaves, inner, state.step + 1, skipped, previous), UpdateReport(sums, norm, ~finite, skipped)
+        return TuneState(leaves, inner, state.step + 1, skipped, previous), Applied(norm, ~finite, skipped)
 
-    return jax.jit(update, out_shardings=out_shardings, compiler_options=COMPILER_OPTIONS)
+    return finish
 
 
-def make_measure(loss_function: LossFunction, layout: Layout | None) -> Callable[..., Sums]:
-    """``(params, batches, teachers) → Sums`` without an update."""
+def added_up(parts: Sequence[Sums]) -> Sums:
+    """The sums of several micro-batches as numpy; all 0 if there are none."""
+    if not parts:
+        zero, none = np.zeros((), np.float32), np.zeros((0,), np.float32)
+        fields = {name: zero for name in Sums._fields if name not in Sums._field_defaults}
+        return Sums(**fields | {"depth_loss": none, "depth_tokens": none})
+    return Sums.over(jax.tree.map(lambda *values: np.stack([np.asarray(value) for value in values]), *parts))
 
-    def measure(params: Params, batches: dict[str, Batch], teachers: dict[str, Params]) -> Sums:
-        sums = None
-        for name, batch in sorted(batches.items()):
-            teacher = (name, teachers[name]) if name in teachers else None
 
-            def body(carry: None, micro: Batch, teacher: Any = teacher) -> tuple[None, Sums]:
-                return carry, loss_function(params, micro, jnp.ones(()), teacher)[1]
+def _micro_batches(batches: Batches) -> Iterator[tuple[str, Batch]]:
+    for name, micros in sorted(batches.items()):
+        for micro in micros:
+            yield name, micro
 
-            _, stacked = jax.lax.scan(body, None, batch)
-            batch_sums = Sums.over(stacked)
-            sums = batch_sums if sums is None else sums.plus(batch_sums)
-        assert sums is not None
-        return sums
 
-    return jax.jit(measure, out_shardings=None if layout is None else layout.replicated)
+def _teacher(name: str, params: Params | None) -> tuple[str, Params] | None:
+    return None if params is None else (name, params)
+
+
+def _zeros(leaves: Leaves) -> Leaves:
+    return jax.tree.map(jnp.zeros_like, leaves)
+
+
+def _count(mask: jax.Array) -> jax.Array:
+    """The tokens that count in a micro-batch."""
+    return jnp.sum((mask > 0).astype(jnp.float32))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stepjax.infer.load import use_caches
+from stepjax.program_cache import ProgramCache
+from stepjax.startup import Startup
 from stepjax.train.config.reader import change_settings, read_settings
 from stepjax.train.config.tune import TuneConfig
 from stepjax.train.objectives.objective import Verb
@@ -88,13 +90,23 @@ def _tuned(
         config = change_settings(config, changes)
     else:
         config = read_settings(TuneConfig, recipe(config), changes=changes)
-    return run_tuning(config, Path(out))
+    return run_tuning(config, Path(out), cache=use_caches())
 
 
-def run_tuning(config: TuneConfig, folder: Path) -> TuneResult:
-    """Train with these settings. Compiled programs of earlier runs are reused."""
-    use_caches()
-    tune(config, folder)
+def run_tuning(
+    config: TuneConfig,
+    folder: Path,
+    *,
+    cache: ProgramCache | None,
+    startup: Startup | None = None,
+    write: Callable[[str], object] | None = None,
+) -> TuneResult:
+    """Train with these settings.
+
+    Args:
+      cache, startup, write: as `tune` takes them.
+    """
+    tune(config, folder, cache=cache, startup=startup, write=write)
     return TuneResult(
         folder=folder,
         steps=config.optim.steps,

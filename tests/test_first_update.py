@@ -1,0 +1,98 @@
+"""What a training run compiles: everything before the first update, and nothing twice."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+import numpy as np
+import pytest
+from compilations import counted
+from tuning import SHORT, answers, assert_same, changed, history
+
+from stepjax.program_cache import ProgramCache
+from stepjax.train.objectives.table import OBJECTIVES
+from stepjax.train.teachers.scoring import Scoring
+from stepjax.train.tune import run as loop
+from stepjax.train.tune.run import tune
+from stepjax.train.tune.setup import open_run
+
+LONG = changed(
+    SHORT,
+    rollout={"prompts": 5},
+    optim={"rows": 1, "length": 64, "steps": 5},
+    eval={"every": 3, "items": 1, "kl_prompts": 2, "speculate": 0},
+)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("STEPJAX_CACHE_DIR", str(tmp_path / "cache"))
+    return ProgramCache.open()
+
+
+def test_nothing_is_compiled_after_the_first_update_and_evaluation(tmp_path, monkeypatch):
+    """Whatever the lengths of answers and the number of micro-batches."""
+    counts: list[Counter[str]] = []
+    micro_batches: list[int] = []
+    real_step, real_prepare = loop._Run.step, Scoring.prepare
+
+    def step(self, number, state):
+        with counted() as count:
+            result = real_step(self, number, state)
+        counts.append(count)
+        return result
+
+    def prepare(self, rollouts, **options):
+        prepared = real_prepare(self, rollouts[: 5 - 2 * len(micro_batches) % 5], **options)
+        micro_batches.append(sum(map(len, prepared.batches.values())))
+        return prepared
+
+    monkeypatch.setattr(loop._Run, "step", step)
+    monkeypatch.setattr(Scoring, "prepare", prepare)
+    tune(LONG, tmp_path / "run")
+    assert len(set(micro_batches)) > 2, micro_batches
+    assert counts[1:] == [Counter()] * 4
+
+
+def test_the_split_into_micro_batches_is_exact():
+    """Gradients over one, two and four micro-batches are those of all rows at once, to 1e-5 of the norm."""
+    whole = open_run(changed(SHORT, optim={"rows": 4}))
+    rollouts = answers(whole)
+    reports = []
+    for rows in (4, 2, 1):
+        setup = open_run(changed(SHORT, optim={"rows": rows}))
+        batches = setup.scoring.prepare(rollouts, objective=OBJECTIVES["exact"]).batches
+        _, report = setup.update(setup.initial, setup.base.params, setup.scoring.residents, batches)
+        reports.append((len(batches["main"]), report))
+    counts, (one, *others) = [count for count, _ in reports], [report for _, report in reports]
+    assert counts == sorted(counts)
+    assert counts[-1] > 1
+    for other in others:
+        np.testing.assert_allclose(other.gradient_norm, one.gradient_norm, rtol=1e-5)
+        np.testing.assert_allclose(other.sums.divergence, one.sums.divergence, rtol=1e-5)
+        assert other.sums.tokens == one.sums.tokens
+
+
+def run_twice(config, tmp_path, cache, caplog):
+    """Two runs on one folder of programs: the same records, and the second compiles none of them."""
+    with caplog.at_level(logging.DEBUG, logger="stepjax.program_cache"):
+        first = tune(config, tmp_path / "first", cache=cache)
+        names = {record.getMessage().split()[-1] for record in caplog.records if "compiled" in record.getMessage()}
+        assert len(names) >= 8
+        caplog.clear()
+        again = tune(config, tmp_path / "again", cache=ProgramCache.open())
+        messages = [record.getMessage() for record in caplog.records]
+    assert [message for message in messages if "loaded" not in message] == []
+    assert {message.split()[-1] for message in messages} == names
+    assert_same(first, again)
+    assert history(tmp_path / "first") == history(tmp_path / "again")
+
+
+def test_a_second_run_compiles_nothing(tmp_path, cache, caplog):
+    run_twice(changed(LONG, optim={"steps": 3}), tmp_path, cache, caplog)
+
+
+@pytest.mark.slow
+def test_a_second_run_on_a_mesh_compiles_nothing(tmp_path, cache, caplog):
+    run_twice(changed(LONG, model={"mesh": "data=2,expert=4"}, optim={"steps": 3, "rows": 2}), tmp_path, cache, caplog)
