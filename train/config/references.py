@@ -32,7 +32,7 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
     """The value with its references changed: one, a list of them, or a table with a weight for each."""
     if isinstance(value, str):
         return change(value)
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_mapped(entry, change) for entry in value]
     if isinstance(value, dict):
         return {change(name): weight for name, weight in value.items()}
