@@ -89,7 +89,7 @@ class DataSettings:
         for name in self.tool_references:
             check_form(name, setting="data.tool_functions")
         if self.environment:
-            check_form(self.environment, setting="data.environment")
+            check_form(self.environment, setting="data.environment", adapters=True)
         if self.kind == "environment" and not self.environment:
             raise ConfigError("data: kind 'environment' needs environment, such as my_env.py:Shop")
         if self.environment and self.tool_functions:
