@@ -277,7 +277,7 @@ def make_counter(row, split):
 
 def weather(city: str) -> dict:
     """Weather of a city."""
-    return {"temperature": 21, "sky": "sunny"}
+    return {"temp": 21, "sky": "sunny"}
 
 
 weather.__name__ = "get_weather"

@@ -9,8 +9,6 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from stepjax.train.plugins.reference import anchored
 
-REFERENCE = {"reference": True}  # metadata of a field that holds references
-
 
 def anchor_references(kind: type, table: dict[str, Any], folder: Path) -> None:
     """Make relative files of a parsed table absolute where they are in ``folder``. Values of wrong types are left."""

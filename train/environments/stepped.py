@@ -149,8 +149,8 @@ def _stepped(result: Any, what: str) -> tuple[Any, float, bool]:
     if all(hasattr(result, name) for name in ("observation", "reward", "done")):
         return result.observation, float(result.reward or 0.0), bool(result.done)
     raise TypeError(
-        f"{what}: step returned {type(result).__name__}, expected (observation, reward, terminated, truncated, info) or "
-        "an object with observation, reward and done"
+        f"{what}: step returned {type(result).__name__}, expected (observation, reward, terminated, truncated, info) "
+        "or an object with observation, reward and done"
     )
 
 

@@ -18,6 +18,7 @@ from stepjax.train.plugins.failure import described
 
 FORMS = "expected FILE.py:NAME, package.module:NAME or the name of an entry point"
 ADAPTED = ("gymnasium", "verifiers")  # libraries whose environments are named as gymnasium:NAME
+REFERENCE = {"reference": True}  # metadata of a setting that holds references
 
 
 def parted(text: str) -> tuple[str, str]:
@@ -143,8 +144,13 @@ def _module(name: str, *, setting: str) -> ModuleType:
         raise ConfigError(f"{setting}: module {name} cannot be loaded: {described(error)}") from None
 
 
+def entry_points(group: str) -> dict[str, importlib.metadata.EntryPoint]:
+    """The entry points that installed packages have in a group, by name."""
+    return {point.name: point for point in importlib.metadata.entry_points(group=group)}
+
+
 def _entry_point(name: str, *, setting: str, group: str) -> Any:
-    points = {point.name: point for point in importlib.metadata.entry_points(group=group)}
+    points = entry_points(group)
     if name not in points:
         offered = f"there are {', '.join(sorted(points))}" if points else "there are none"
         raise ConfigError(f"{setting}: {name!r} is no entry point of {group} ({offered}); {FORMS}")

@@ -20,7 +20,7 @@ from stepjax.model.layout import Layout
 from stepjax.model.step3p5 import Params
 from stepjax.train.config.tune import ModelSettings, TeacherSettings, TuneConfig
 from stepjax.train.objectives.objective import LossContext, Objective
-from stepjax.train.objectives.table import OBJECTIVES
+from stepjax.train.objectives.table import OBJECTIVES, find_objective
 from stepjax.train.runs.optimizer import adamw, constant, learning_rate, state_shardings
 from stepjax.train.teachers.remote import Remote
 from stepjax.train.teachers.resident import Resident, Teacher, resident
@@ -83,7 +83,7 @@ def open_run(config: TuneConfig) -> Setup:
     initial, shardings = _initial_state(leaves, optimizer, trained, mesh, keep_previous=keep_previous)
     models = {name: teacher.session.model for name, teacher in teachers.items() if isinstance(teacher, Resident)}
     num_tokens = num_tokens_of(base)
-    objective = OBJECTIVES[config.loss.objective]
+    objective = find_objective(config.loss.objective)
     context = LossContext(config.loss, base.model, num_tokens, models)
     loss = functools.partial(objective.loss, context)
     evaluated = functools.partial(EVALUATED.loss, context)
