@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -192,15 +196,13 @@ def test_environments_that_cannot_begin_are_refused(session, name, reason):
         play(session, settings)
 
 
-def test_libraries_that_are_not_installed_are_named(session, monkeypatch):
-    for name in ("gymnasium", "verifiers"):
-        monkeypatch.setenv("PYTHONPATH", "")
-        try:
-            __import__(name)
-        except ImportError:
-            settings = DataSettings(kind="environment", environment=f"{name}:Taxi-v3")
-            with pytest.raises(ConfigError, match=rf"needs {name}; install"):
-                play(session, settings)
+@pytest.mark.parametrize("library", ["gymnasium", "verifiers"])
+def test_libraries_that_are_not_installed_are_named(library, tmp_path, monkeypatch, session):
+    (tmp_path / f"{library}.py").write_text(f'raise ModuleNotFoundError("No module named {library}")')
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = DataSettings(kind="environment", environment=f"{library}:Taxi-v3")
+    with pytest.raises(ConfigError, match=rf"needs {library}; install the extra as pip install 'stepjax\[{library}\]'"):
+        play(session, settings)
 
 
 def answers(session: Session, settings: DataSettings, *, samples: int = 1) -> list[Rollout]:
@@ -258,3 +260,89 @@ def test_the_episodes_of_a_process_that_ends_fail(session, rows):
         again = prompt.new_environment()
         assert isinstance(again, CodeEpisode)
         assert results_of([again.respond(said(""))]) == [[]]
+
+
+@pytest.fixture
+def fake_verifiers(tmp_path, monkeypatch):
+    """The interface of the library, whether it is installed or not; worker processes look in the same places."""
+    shutil.copy(Path(__file__).parent / "fake_verifiers.py", tmp_path / "verifiers.py")
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def verifier(**options) -> DataSettings:
+    return DataSettings(kind="environment", environment="verifiers:echo", environment_options=options)
+
+
+def test_an_environment_of_verifiers_plays_its_own_rollout(session, fake_verifiers):
+    prompt, replies, reward = play(session, verifier(), said("I say a and b"), said("a b", finished=False))
+    word = prompt.messages[0]["content"].removeprefix("Say ").removesuffix(".")
+    assert word in "ab"
+    assert replies == [[{"role": "user", "content": "More?"}], []]
+    assert reward == {"total": 1.2, "parts": {"told": 1.0, "turns": 2.0}}
+    # out of room after one turn: the request that is open is refused, and what there is is scored
+    reward = play(session, verifier(), said("a b"))[2]
+    assert reward == {"total": pytest.approx(0.1), "parts": {"told": 0.0, "turns": 1.0}}
+
+
+def test_what_verifiers_would_hide_is_told(session, fake_verifiers):
+    """An exception in a rubric is no 0, and earlier messages cannot change."""
+    reward = play(session, verifier(fails=True), said("a b"), said("a b"))[2]
+    assert isinstance(reward, UserCodeError)
+    assert re.search(r"turns: ZeroDivisionError: division by zero \(verifiers\.py:\d+\)", str(reward))
+    replies = play(session, verifier(rewrites=True), said("a b"))[1]
+    assert "its next request changes earlier messages" in str(replies[0])
+    with pytest.raises(ConfigError, match="scores all answers to a prompt together"):
+        play(session, verifier(grouped=True))
+    missing = DataSettings(kind="environment", environment="verifiers:other")
+    with pytest.raises(ConfigError, match="verifiers:other: cannot be loaded: ValueError: Could not import 'other'"):
+        play(session, missing)
+
+
+REAL = '''
+import verifiers as vf
+from datasets import Dataset
+
+def shout(text: str) -> str:
+    """Say it loudly.
+
+    Args:
+        text: what to say
+    """
+    return text.upper()
+
+def told(completion, answer):
+    return answer in completion[-1].content
+
+def load_environment(times: int = 1):
+    rows = Dataset.from_list([{"question": "Shout a.", "answer": "A"}])
+    return vf.ToolEnv(dataset=rows, rubric=vf.Rubric(funcs=[told], weights=[float(times)]), tools=[shout])
+'''
+
+
+@pytest.mark.skipif(importlib.util.find_spec("verifiers") is None, reason="verifiers is not installed")
+def test_the_real_verifiers(session, tmp_path, monkeypatch):
+    (tmp_path / "vf_shout.py").write_text(REAL)
+    # tests/agents.py hides the package `agents`, which the library needs
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *(entry for entry in sys.path if Path(entry).name != "tests")])
+    settings = DataSettings(kind="environment", environment="verifiers:vf-shout", environment_options={"times": 2})
+    prompt, replies, reward = play(session, settings, said("", ("shout", {"text": "a"})), said("It says A."))
+    assert prompt.tools
+    assert prompt.tools[0]["function"]["name"] == "shout"
+    assert replies == [[{"role": "tool", "tool_call_id": "call_0", "content": "A"}], []]
+    assert reward["total"] == 2
+    assert reward["parts"]["told"] == 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gymnasium") is None, reason="gymnasium is not installed")
+def test_the_real_gymnasium(session):
+    settings = DataSettings(
+        kind="environment", environment="gymnasium:FrozenLake-v1", environment_options={"is_slippery": False}
+    )
+    prompt, replies, reward = play(session, settings, said("1"), said("1"), said("7"))
+    assert [message["content"] for message in prompt.messages] == [
+        "Answer each message with one whole number from 0 to 3.",
+        "0",
+    ]
+    assert [reply[0]["content"] for reply in replies[:2]] == ["4", "8"]
+    assert "no action" in replies[2][0]["content"]
+    assert reward == {"total": 0.0, "parts": {"steps": 2.0, "ended": 0.0}}

@@ -12,7 +12,7 @@ from stepjax.train.config.mix import MIX
 from stepjax.train.config.rewards import RewardSettings, Weight, reward_weights
 from stepjax.train.objectives.objective import LossSettings, Objective, Verb
 from stepjax.train.objectives.table import OBJECTIVES, find_objective
-from stepjax.train.plugins.reference import REFERENCE, check_form
+from stepjax.train.plugins.reference import REFERENCE, adapted, check_form
 from stepjax.weights.formats import made_while_loading
 
 MAX_ANSWERS = 2**20  # of a step
@@ -89,6 +89,8 @@ class DataSettings:
             check_form(name, setting="data.tool_functions")
         if self.environment:
             check_form(self.environment, setting="data.environment", adapters=True)
+        if adapted(self.environment) and self.kind != "environment":
+            raise ConfigError(f"data: {self.environment} brings its own prompts; use kind 'environment' without a path")
         if self.kind == "environment" and not self.environment:
             raise ConfigError("data: kind 'environment' needs environment, such as my_env.py:Shop")
         if self.environment and self.tool_functions:

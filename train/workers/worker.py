@@ -22,6 +22,7 @@ from stepjax.errors import ConfigError
 from stepjax.train.environments.episode import OPENING_KEYWORDS, Turn
 from stepjax.train.environments.session import ObjectSession, ToolSession, settled
 from stepjax.train.environments.stepped import SteppedSession, gymnasium_factory, is_stepped
+from stepjax.train.environments.verifiers import VerifiersSource
 from stepjax.train.plugins.failure import described
 from stepjax.train.plugins.parameters import keywords_of
 from stepjax.train.plugins.reference import adapted, load_named, source_file
@@ -103,9 +104,16 @@ class LoadedTools:
         return ToolSession(self._functions, what=self._what)
 
 
+def _environment(plugin: Plugin) -> LoadedEnvironment | VerifiersSource:
+    library = adapted(plugin.references[0])
+    if library and library[0] == "verifiers":
+        return VerifiersSource(library[1], plugin.options, what=plugin.what)
+    return LoadedEnvironment(plugin)
+
+
 KINDS: dict[str, Callable[[Plugin], Any]] = {
     "reward": LoadedReward,
-    "environment": LoadedEnvironment,
+    "environment": _environment,
     "tools": LoadedTools,
 }
 
