@@ -102,3 +102,54 @@ def test_objectives_are_compared_nowhere_else():
                 compared = {each.value for each in ast.walk(node) if isinstance(each, ast.Constant)}
                 names = compared & (OBJECTIVES.keys() - {"mtp", "sft", "top_k"})  # these name other settings as well
                 assert not names, f"{path}:{node.lineno} compares {names}"
+
+
+OWN = """
+from stepjax.train.objectives.objective import Objective, TokenLoss
+
+
+class Doubt(Objective):
+    name = "doubt"
+    verbs = ("sft",)
+    options = {"factor": 2.0}
+
+    def token_loss(self, inputs, settings):
+        return TokenLoss.of_all(-self.option(settings, "factor") * inputs.scores.logprob)
+
+
+class Nameless(Objective):
+    pass
+"""
+
+
+def test_an_objective_from_a_file_with_an_option_of_its_own(tmp_path):
+    (tmp_path / "my_loss.py").write_text(OWN)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE.replace("rewarded_likelihood", "my_loss.py:Doubt") + "[loss.options]\nfactor = 4\n")
+    config = read_settings(TuneConfig, recipe)
+    tune(config, tmp_path / "run")
+    for record in history(tmp_path / "run"):
+        assert record["objective"] == "doubt"
+        np.testing.assert_allclose(record["loss"], 4 * record["nll"], rtol=1e-5)  # float32 sums
+    assert read_settings(TuneConfig, tmp_path / "run" / "config.toml") == config
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ('loss.objective="my_loss.py:Doubts"', r"has no 'Doubts'; it defines Doubt, Nameless\. Did you mean Doubt\?"),
+        ('loss.objective="my_loss.py:Nameless"', "has no name and no verbs"),
+        ('loss.objective="my_loss.py:OBJECT"', "expected a subclass of"),
+        ("loss.options.other=1", r"loss\.options\.other: is no option of objective 'doubt'; there are factor"),
+        ('loss.options.factor="much"', r"loss\.options\.factor: is 'much', expected float"),
+    ],
+)
+def test_an_own_objective_that_cannot_train_is_refused(change, reason, tmp_path, monkeypatch):
+    (tmp_path / "my_loss.py").write_text(OWN + "\nOBJECT = 3\n")
+    monkeypatch.chdir(tmp_path)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE.replace("rewarded_likelihood", "my_loss.py:Doubt"))
+    with pytest.raises(ConfigError, match=reason):
+        read_settings(TuneConfig, recipe, [change])
+    with pytest.raises(ConfigError, match=r"no option of objective 'sft'; it has none"):
+        read_settings(TuneConfig, recipe, ['loss.objective="sft"', "loss.options.factor=1.0"])

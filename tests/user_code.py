@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import sys
 import time
@@ -220,3 +221,84 @@ class Mute:
     """Has nothing to answer with."""
 
     messages = ({"role": "user", "content": "Hello"},)
+
+
+@dataclasses.dataclass
+class Result:
+    """As OpenEnv's clients return it."""
+
+    observation: object
+    reward: float | None
+    done: bool
+
+
+class Guess:
+    """Guess a number: as OpenEnv's clients are, asynchronous."""
+
+    instructions = "Guess."
+
+    def __init__(self):
+        self.number = None
+
+    async def reset(self):
+        self.number = 3
+        return Result({"text": "Guess a number.", "done": False}, None, False)
+
+    async def step(self, action):
+        right = action == str(self.number)
+        return Result({"text": "Right." if right else "Wrong."}, float(right), right)
+
+
+class Counter:
+    """As Gymnasium's are: count to the number that the seed gives."""
+
+    class action_space:
+        n, start = 3, 1
+
+        @staticmethod
+        def contains(action):
+            return 1 <= action <= 3
+
+    def reset(self, *, seed=None, options=None):
+        self.left = 4 + seed % 2
+        return np.asarray([self.left]), {}
+
+    def step(self, action):
+        self.left -= action
+        return np.asarray([self.left]), float(self.left == 0), self.left <= 0, False, {}
+
+    def close(self):
+        pass
+
+
+def make_counter(row, split):
+    return Counter()
+
+
+def weather(city: str) -> dict:
+    """Weather of a city."""
+    return {"temp": 21, "sky": "sunny"}
+
+
+weather.__name__ = "get_weather"
+
+
+def told(answer):
+    """Whether a tool was called and its answer told."""
+    return {"called": bool(answer.tool_calls), "told": "21" in answer.text, "turns": answer.turns}
+
+
+class Weather:
+    """Makes its own prompts."""
+
+    def __init__(self, index, split):
+        self.messages = [{"role": "user", "content": f"What is the weather in {('Paris', 'Rome')[index % 2]}?"}]
+        self.tools = [weather]
+        self.split = split
+
+    def respond(self, turn):
+        self.text = turn.content
+        return None
+
+    def reward(self):
+        return {"told": "21" in self.text, "test": self.split == "test"}

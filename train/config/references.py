@@ -9,8 +9,6 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from stepjax.train.plugins.reference import anchored
 
-REFERENCE = {"reference": True}  # metadata of a field that holds references
-
 
 def anchor_references(kind: type, table: dict[str, Any], folder: Path) -> None:
     """Make relative files of a parsed table absolute where they are in ``folder``. Values of wrong types are left."""
@@ -32,7 +30,7 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
     """The value with its references changed: one, a list of them, or a table with a weight for each."""
     if isinstance(value, str):
         return change(value)
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_mapped(entry, change) for entry in value]
     if isinstance(value, dict):
         return {change(name): weight for name, weight in value.items()}

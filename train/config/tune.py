@@ -9,11 +9,10 @@ from typing import Annotated, Any, Literal
 from stepjax.errors import ConfigError
 from stepjax.ranges import Range, check_ranges
 from stepjax.train.config.mix import MIX
-from stepjax.train.config.references import REFERENCE
 from stepjax.train.config.rewards import RewardSettings, Weight, reward_weights
 from stepjax.train.objectives.objective import LossSettings, Objective, Verb
-from stepjax.train.objectives.table import OBJECTIVES
-from stepjax.train.plugins.reference import check_form
+from stepjax.train.objectives.table import OBJECTIVES, find_objective
+from stepjax.train.plugins.reference import REFERENCE, adapted, check_form
 from stepjax.weights.formats import made_while_loading
 
 MAX_ANSWERS = 2**20  # of a step
@@ -89,7 +88,9 @@ class DataSettings:
         for name in self.tool_references:
             check_form(name, setting="data.tool_functions")
         if self.environment:
-            check_form(self.environment, setting="data.environment")
+            check_form(self.environment, setting="data.environment", adapters=True)
+        if adapted(self.environment) and self.kind != "environment":
+            raise ConfigError(f"data: {self.environment} brings its own prompts; use kind 'environment' without a path")
         if self.kind == "environment" and not self.environment:
             raise ConfigError("data: kind 'environment' needs environment, such as my_env.py:Shop")
         if self.environment and self.tool_functions:
@@ -266,9 +267,8 @@ class TuneConfig:
         name, rollout = self.loss.objective, self.rollout
         caches = {"slots": rollout.slots, "context": rollout.context or self.optim.length}
         _check_product("rollout", caches, most=MAX_TOKENS, of="tokens")
-        if name not in OBJECTIVES:
-            raise ConfigError(f"loss.objective: is {name!r}, expected one of {', '.join(map(repr, OBJECTIVES))}")
-        objective = OBJECTIVES[name]
+        objective = find_objective(name)
+        objective.check_options(self.loss)
         if self.verb not in objective.verbs:
             offered = ", ".join(other.name for other in OBJECTIVES.values() if self.verb in other.verbs)
             raise ConfigError(f"loss.objective: is {name!r}, but stepjax {self.verb} expects one of {offered}")
@@ -312,7 +312,7 @@ class TuneConfig:
 
     @property
     def needs_teacher(self) -> bool:
-        objective, rollout = OBJECTIVES[self.loss.objective], self.rollout
+        objective, rollout = find_objective(self.loss.objective), self.rollout
         teacher_writes = "teacher" in (rollout.source, rollout.otherwise if rollout.on_policy < 1 else "")
         return objective.needs_teacher or self.loss.teacher_weight != 0 or teacher_writes
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stepjax.errors import ConfigError
 from stepjax.model.step3p5 import KEPT_LAYERS, Params, Step3p5, bind
 from stepjax.ranges import Range, check_ranges
 from stepjax.train.losses.logprobs import HiddenScores, TokenScores, TopScores, token_scores
 from stepjax.train.packing.rows import PackedRows, packed_chunk
+from stepjax.train.plugins.reference import REFERENCE
 
 Verb = Literal["distill", "sft", "rl"]
 
@@ -23,7 +25,9 @@ Verb = Literal["distill", "sft", "rl"]
 class LossSettings:
     """The objective, and the settings of all objectives."""
 
-    objective: str = "exact"  # a name in `stepjax.train.objectives.table`
+    # a name in `stepjax.train.objectives.table`, or a class of your own: FILE.py:NAME, package.module:NAME, entry point
+    objective: str = field(default="exact", metadata=REFERENCE)
+    options: dict[str, Any] = field(default_factory=dict)  # of an objective of your own
     divergence: Literal["reverse", "forward", "jsd"] = "reverse"
     # of "jsd": the teacher's share of the mixture
     beta: Annotated[float, Range(0.001, 0.999, note="the ends are reverse and forward")] = 0.5
@@ -157,7 +161,22 @@ class Objective:
     on_policy: ClassVar[bool] = False  # correct only for samples of the policy
     rewarded: ClassVar[bool] = False  # uses rewards, and optionally a teacher (loss.teacher_weight)
     group_baseline: ClassVar[bool] = False  # learns from the differences between the answers to one prompt
+    options: ClassVar[Mapping[str, Any]] = {}  # settings of its own in loss.options, with their defaults
     trains_heads: ClassVar[bool] = False  # trains the prediction heads only (lora.kind "mtp")
+
+    def option(self, settings: LossSettings, name: str) -> Any:
+        """The value of one of its own settings."""
+        return settings.options.get(name, self.options[name])
+
+    def check_options(self, settings: LossSettings) -> None:
+        """ConfigError: loss.options has a name that is not this objective's, or a value of another type."""
+        for name, value in settings.options.items():
+            if name not in self.options:
+                there = f"there are {', '.join(self.options)}" if self.options else "it has none"
+                raise ConfigError(f"loss.options.{name}: is no option of objective {self.name!r}; {there}")
+            kind = type(self.options[name])
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                raise ConfigError(f"loss.options.{name}: is {value!r}, expected {kind.__name__}")
 
     def scored(self, settings: LossSettings) -> bool:
         """Whether a teacher scores the answers."""

@@ -17,12 +17,20 @@ from stepjax.errors import ConfigError
 from stepjax.train.plugins.failure import described
 
 FORMS = "expected FILE.py:NAME, package.module:NAME or the name of an entry point"
+ADAPTED = ("gymnasium", "verifiers")  # libraries whose environments are named as gymnasium:NAME
+REFERENCE = {"reference": True}  # metadata of a setting that holds references
 
 
 def parted(text: str) -> tuple[str, str]:
     """Place and name of a reference. The place of an entry point is empty."""
     place, _, name = text.rpartition(":")
     return place, name
+
+
+def adapted(text: str) -> tuple[str, str] | None:
+    """Library and name of a reference such as ``gymnasium:Taxi-v3``; None if it is another reference."""
+    library, _, name = text.partition(":")
+    return (library, name) if library in ADAPTED and name else None
 
 
 def is_file(text: str) -> bool:
@@ -39,8 +47,14 @@ def anchored(text: str, folder: Path) -> str:
     return f"{os.path.abspath(folder / path)}:{name}"
 
 
-def check_form(text: str, *, setting: str) -> None:
-    """ConfigError unless the text can be a reference."""
+def check_form(text: str, *, setting: str, adapters: bool = False) -> None:
+    """ConfigError unless the text can be a reference.
+
+    Args:
+      adapters: environments of other libraries are accepted too.
+    """
+    if adapters and adapted(text):
+        return
     place, name = parted(text)
     parts = [name] if not place or is_file(text) else [name, *place.split(".")]
     entry_point = not place and ":" not in text and text.strip() == text and text
@@ -130,8 +144,13 @@ def _module(name: str, *, setting: str) -> ModuleType:
         raise ConfigError(f"{setting}: module {name} cannot be loaded: {described(error)}") from None
 
 
+def entry_points(group: str) -> dict[str, importlib.metadata.EntryPoint]:
+    """The entry points that installed packages have in a group, by name."""
+    return {point.name: point for point in importlib.metadata.entry_points(group=group)}
+
+
 def _entry_point(name: str, *, setting: str, group: str) -> Any:
-    points = {point.name: point for point in importlib.metadata.entry_points(group=group)}
+    points = entry_points(group)
     if name not in points:
         offered = f"there are {', '.join(sorted(points))}" if points else "there are none"
         raise ConfigError(f"{setting}: {name!r} is no entry point of {group} ({offered}); {FORMS}")

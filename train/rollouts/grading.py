@@ -18,7 +18,7 @@ from stepjax.train.workers.plugin import UserCodeError
 
 
 @dataclass
-class Exchange:
+class Dialogue:
     """What was said in an episode after its prompt."""
 
     turns: list[Turn] = field(default_factory=list)

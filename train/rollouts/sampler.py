@@ -29,7 +29,7 @@ from stepjax.stored_function import StoredFunction
 from stepjax.train.data.sources import Prompt, reply_ids
 from stepjax.train.data.tasks import ChatMessage
 from stepjax.train.environments.episode import Environment, Turn
-from stepjax.train.rollouts.grading import Exchange, Grade, begin_grade, environment_name, finished_grades
+from stepjax.train.rollouts.grading import Dialogue, Grade, begin_grade, environment_name, finished_grades
 from stepjax.train.workers.code import CodeEpisode, results_of, runs_alone
 from stepjax.train.workers.plugin import UserCodeError
 
@@ -67,7 +67,7 @@ class _Episode:
 
     rollout: Rollout
     environment: Environment | CodeEpisode
-    conversation: Exchange = field(default_factory=Exchange)
+    conversation: Dialogue = field(default_factory=Dialogue)
     stream: AnswerStream | None = None  # of the current turn
     grade: Grade | None = None  # once it is over
     routing: ExpertRecord = field(default_factory=ExpertRecord)

@@ -23,7 +23,7 @@ from stepjax.program_cache import ProgramCache
 from stepjax.startup import Startup
 from stepjax.train.config.tune import ModelSettings, TeacherSettings, TuneConfig
 from stepjax.train.objectives.objective import LossContext, Objective
-from stepjax.train.objectives.table import OBJECTIVES
+from stepjax.train.objectives.table import OBJECTIVES, find_objective
 from stepjax.train.runs.optimizer import adamw, constant, learning_rate, state_shardings
 from stepjax.train.teachers.remote import Remote
 from stepjax.train.teachers.resident import Resident, Teacher, resident
@@ -90,7 +90,7 @@ def open_run(config: TuneConfig, *, cache: ProgramCache | None = None, startup: 
     optimizer = adamw(schedule, b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay, clip=optim.clip)
     keep_previous = config.rollout.ahead > 0
     initial, shardings = _initial_state(leaves, optimizer, trained, mesh, keep_previous=keep_previous)
-    objective = OBJECTIVES[config.loss.objective]
+    objective = find_objective(config.loss.objective)
     programs = functools.partial(_loss_program, config, base, teachers, cache=cache)
     out = None if mesh is None else (shardings, mesh.replicated)
     return Setup(

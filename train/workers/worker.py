@@ -21,9 +21,11 @@ from typing import Any
 from stepjax.errors import ConfigError
 from stepjax.train.environments.episode import OPENING_KEYWORDS, Turn
 from stepjax.train.environments.session import ObjectSession, ToolSession, settled
+from stepjax.train.environments.stepped import SteppedSession, gymnasium_factory, is_stepped
+from stepjax.train.environments.verifiers import VerifiersSource
 from stepjax.train.plugins.failure import described
 from stepjax.train.plugins.parameters import keywords_of
-from stepjax.train.plugins.reference import load_named, source_file
+from stepjax.train.plugins.reference import adapted, load_named, source_file
 from stepjax.train.rewards.answer import KEYWORDS
 from stepjax.train.rewards.value import RewardValueError, parts_of
 from stepjax.train.workers.plugin import CodeCall, Plugin, UserCodeError, short
@@ -60,7 +62,11 @@ class LoadedEnvironment:
         (reference,) = plugin.references
         self._what, self._options = plugin.what, plugin.options
         self.file = source_file(reference)
-        self._factory = load_named(reference, setting=plugin.setting, group=GROUPS[plugin.kind])
+        library = adapted(reference)
+        if library:
+            self._factory = gymnasium_factory(library[1], what=self._what)
+        else:
+            self._factory = load_named(reference, setting=plugin.setting, group=GROUPS[plugin.kind])
         if not callable(self._factory):
             raise ConfigError(f"{self._what}: is {self._factory!r}, expected a class or a function that makes one")
         self._keywords = keywords_of(self._factory, OPENING_KEYWORDS, what=self._what)
@@ -70,7 +76,11 @@ class LoadedEnvironment:
     async def open(self, values: Mapping[str, Any]) -> Any:
         offered = {**values, "options": dict(self._options)}
         given = copy.deepcopy({name: offered[name] for name in self._keywords})
-        return ObjectSession(await settled(self._factory(**given)), what=self._what)
+        made = await settled(self._factory(**given))
+        if is_stepped(made):
+            instructions = str(self._options.get("instructions", getattr(made, "instructions", "") or ""))
+            return SteppedSession(made, seed=values["seed"], instructions=instructions, what=self._what)
+        return ObjectSession(made, what=self._what)
 
 
 class LoadedTools:
@@ -94,9 +104,16 @@ class LoadedTools:
         return ToolSession(self._functions, what=self._what)
 
 
+def _environment(plugin: Plugin) -> LoadedEnvironment | VerifiersSource:
+    library = adapted(plugin.references[0])
+    if library and library[0] == "verifiers":
+        return VerifiersSource(library[1], plugin.options, what=plugin.what)
+    return LoadedEnvironment(plugin)
+
+
 KINDS: dict[str, Callable[[Plugin], Any]] = {
     "reward": LoadedReward,
-    "environment": LoadedEnvironment,
+    "environment": _environment,
     "tools": LoadedTools,
 }
 
