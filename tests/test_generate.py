@@ -21,6 +21,7 @@ def test_greedy_equals_argmax_of_recomputed_logits(length):
     assert logits[length - 1 : -1].argmax(-1).tolist() == answer
 
 
+@pytest.mark.slow
 def test_a_prompt_longer_than_a_chunk_is_prefilled_in_pieces(monkeypatch):
     session = tiny_session()
     prompt = RNG.integers(8, 128, 75).tolist()

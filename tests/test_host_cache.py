@@ -22,7 +22,7 @@ from stepjax.infer.sampling.params import SamplingParams
 PAGE, OWNER = 4, ("", "")
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True, seed=0, logprobs=2)
 LARGE = EngineConfig(
-    num_slots=2, context=128, num_pages=200, page_size=8, num_snapshots=64, widths=(8, 32), token_budget=32, speculate=1
+    num_slots=2, context=128, num_pages=200, page_size=8, num_snapshots=64, widths=(32,), token_budget=32, speculate=1
 )
 SMALL = dataclasses.replace(LARGE, num_pages=18, num_snapshots=4)
 HOST = dataclasses.replace(SMALL, host_cache_bytes=2**26)

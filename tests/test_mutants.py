@@ -346,7 +346,12 @@ def change_of(
     return difference(found, golden, " ".join(found))
 
 
-@pytest.mark.parametrize("name", BACKBONE)
+def some(table: dict[str, Any]) -> list[Any]:
+    """Every third mutant; the others go with --slow."""
+    return [pytest.param(name, marks=() if at % 3 == 0 else pytest.mark.slow) for at, name in enumerate(table)]
+
+
+@pytest.mark.parametrize("name", some(BACKBONE))
 def test_backbone_mutant_is_caught(name, monkeypatch, params, golden):
     change, _, noted = BACKBONE[name]
     found = change_of(change, monkeypatch, backbone, params, golden)
@@ -354,7 +359,7 @@ def test_backbone_mutant_is_caught(name, monkeypatch, params, golden):
     assert noted / 2 < found < noted * 2
 
 
-@pytest.mark.parametrize("name", DRAFTING)
+@pytest.mark.parametrize("name", some(DRAFTING))
 def test_drafting_mutant_is_caught(name, monkeypatch, params, golden):
     change, noted = DRAFTING[name]
     found = change_of(change, monkeypatch, drafts, params, golden)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -75,9 +76,14 @@ def test_processes_that_finish_end_with_0(cluster, task):
     assert outs == ["sum 4.0\n", ""]
 
 
-@pytest.mark.parametrize("task", ["collect", "idle"])
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP])
+LOSSES = [*itertools.product((signal.SIGKILL, signal.SIGSTOP), (0, 1), ("collect", "idle"))]
+ALWAYS = (0, 3, 5, 6)  # every pair of two of the three; the others go with --slow
+
+
+@pytest.mark.parametrize(
+    ("kind", "victim", "task"),
+    [pytest.param(*loss, marks=() if at in ALWAYS else pytest.mark.slow) for at, loss in enumerate(LOSSES)],
+)
 def test_a_lost_process_takes_the_other_with_it(cluster, task, victim, kind):
     group = cluster(task, timeout_s=3)
     group.until_ready()
