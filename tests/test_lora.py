@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from adapters import EVERYTHING, lora_config, trained
 from checkpoints import small_hub_config
-from tiny import random_params, small_config
+from tiny import random_params, short_config
 
 from stepjax.adapters.lora import LoraConfig, attach, axes, describe, init, merge, shapes, split, targets
 from stepjax.config import ModelConfig
@@ -27,7 +27,7 @@ from stepjax.weights.quantised import quantise
 
 FORMS = ("gathered", "batched", "capacity", "blocked", "in_turn")
 T, A, E, D, F, R = 48, 2, 4, 24, 16, 3
-CONFIG = small_config()
+CONFIG = short_config()
 TOKENS = np.random.default_rng(0).integers(0, 128, (2, 40)).astype(np.int32)
 # Two ways to the same float32 sum of at most 96 products through five layers.
 TOLERANCE = 2e-4
@@ -224,7 +224,7 @@ def test_targets_are_the_named_projections_and_nothing_else():
     assert {name.rpartition(".")[2] for name in left_out if name.endswith("bias")} == {"bias"}
     assert not any("mtp" in path for path in found)
     only = targets(CONFIG, LoraConfig(targets=("o",), experts=None))
-    assert [target.path for target in only] == [f"layers.{i}.attn.o_proj.weight" for i in range(5)]
+    assert [target.path for target in only] == [f"layers.{i}.attn.o_proj.weight" for i in range(len(CONFIG.layers))]
 
 
 def test_experts_share_the_rank_that_a_token_meets():

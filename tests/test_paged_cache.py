@@ -148,7 +148,7 @@ def test_a_gap_hides_what_lies_before_it():
     assert early.position_BT.tolist() == [[-1, -1, 7, 8]]
 
 
-@pytest.mark.parametrize("slots", [3, 2], ids=["all slots", "the first slots"])
+@pytest.mark.parametrize("slots", [pytest.param(3, marks=pytest.mark.slow), 2], ids=["all slots", "the first slots"])
 def test_no_program_copies_a_cache(slots):
     """Keys are written in place although they are read in the same step; a copy would cost more than attention."""
     session = tiny_session()

@@ -88,7 +88,9 @@ def test_what_cannot_be_held_is_refused():
             quantise(broken, FORMATS[name].with_group(64))
 
 
-@pytest.mark.parametrize(("name", "group"), CASES)
+@pytest.mark.parametrize(
+    ("name", "group"), [pytest.param(*case, marks=pytest.mark.slow if case == ("int4", 64) else ()) for case in CASES]
+)
 @pytest.mark.parametrize("form", ["gathered", "batched", "capacity", "blocked", "in_turn"])
 def test_every_form_agrees_with_the_widened_weights(monkeypatch, name, group, form):
     """Some experts at a time, as where they are large."""
@@ -115,7 +117,7 @@ def folder(tmp_path_factory):
     return speaking_folder(tmp_path_factory.mktemp("groups") / "model")
 
 
-@pytest.mark.parametrize("mesh", [None, "expert=8", "expert=4,tensor=2"])
+@pytest.mark.parametrize("mesh", [None, pytest.param("expert=8", marks=pytest.mark.slow), "expert=4,tensor=2"])
 def test_a_checkpoint_is_quantised_as_it_is_read(folder, mesh):
     """Experts only, split by whole experts or between groups; the logits are those of the widened weights."""
     session = load(folder, dtype="float32", quantize="int4", group=16, mesh=mesh)

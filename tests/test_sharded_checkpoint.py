@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checkpoints import fp8_hub_config, fp8_tensors, random_tensors, speaking_folder, tiny_hub_config, write_folder
+from checkpoints import fp8_hub_config, fp8_tensors, random_tensors, short_hub_config, speaking_folder, write_folder
 from jax.sharding import NamedSharding, PartitionSpec
 from test_hosts import together
 
@@ -53,7 +53,7 @@ def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", ["bf16", "fp8", "int8"])
 def test_weights_saved_on_eight_devices_are_restored_on_fewer(tmp_path, name):
     fp8 = name == "fp8"
-    hub = fp8_hub_config() if fp8 else tiny_hub_config()
+    hub = short_hub_config(**({"quantization_config": fp8_hub_config()["quantization_config"]} if fp8 else {}))
     tensors = random_tensors(hub)
     checkpoint = Checkpoint(write_folder(tmp_path / "model", hub, fp8_tensors(tensors) if fp8 else tensors))
     experts = FORMATS[name].for_model(checkpoint.config)

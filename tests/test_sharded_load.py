@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoints import fp8_hub_config, fp8_tensors, random_tensors, speaking_folder, tiny_hub_config, write_folder
+from checkpoints import fp8_hub_config, fp8_tensors, random_tensors, small_hub_config, speaking_folder, write_folder
 
 from stepjax.checkpoint.reader import Checkpoint, load_params
 from stepjax.errors import RequestError
@@ -36,13 +36,13 @@ MESHES = [
 
 @pytest.fixture(scope="module")
 def bf16(tmp_path_factory) -> Path:
-    hub = tiny_hub_config()
+    hub = small_hub_config()
     return write_folder(tmp_path_factory.mktemp("bf16"), hub, random_tensors(hub))
 
 
 @pytest.fixture(scope="module")
 def fp8(tmp_path_factory) -> Path:
-    hub = fp8_hub_config()
+    hub = small_hub_config(quantization_config=fp8_hub_config()["quantization_config"])
     return write_folder(tmp_path_factory.mktemp("fp8"), hub, fp8_tensors(random_tensors(hub)))
 
 
@@ -124,7 +124,7 @@ def test_progress_ends_at_the_total(bf16, monkeypatch):
 
 
 def test_loaded_arrays_do_not_change_with_the_file(tmp_path):
-    hub = tiny_hub_config()
+    hub = small_hub_config()
     folder = write_folder(tmp_path / "model", hub, random_tensors(hub), num_shards=1)
     checkpoint = Checkpoint(folder)
     found, _ = load_sharded(checkpoint, placement(checkpoint, "expert=8", "expert"), jnp.bfloat16)
