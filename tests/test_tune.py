@@ -48,7 +48,7 @@ def finished(tmp_path_factory, setup):
     """An uninterrupted run."""
     out = tmp_path_factory.mktemp("tune") / "run"
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(loop, "open_run", lambda config: setup)  # it is compiled already
+        monkeypatch.setattr(loop, "open_run", lambda config, **_: setup)  # it is compiled already
         return out, tune(SHORT, out)
 
 
@@ -78,7 +78,7 @@ def test_an_interrupted_run_ends_bitwise_as_the_other(finished, setup, tmp_path,
     whole, expected = finished
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "open_run", lambda config: setup)
+        patch.setattr(loop, "open_run", lambda config, **_: setup)
         interrupt(SHORT, out, step=3)
     assert_same(expected, tune(SHORT, out))
     assert history(out) == history(whole)

@@ -116,8 +116,6 @@ def _pretrain(
     with Checkpoints(out, keep=3) as checkpoints:
         state = checkpoints.resume(initial)
         start = int(state.step)
-        if config.steps < start:
-            raise ConfigError(f"steps: is {config.steps}, but the run has made {start} steps; give at least {start}")
         update_settings(config, previous, out)
         stream, held_out = _stream(config, start), _held_out_rows(config)
         if start < config.steps:
