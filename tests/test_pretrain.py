@@ -327,7 +327,7 @@ def test_the_shipped_recipe_reads():
     ("text", "message"),
     [
         ("sped = 3", "sped is not a setting"),
-        ("steps = 'many'", "steps: is 'many', expected a int"),
+        ("steps = 'many'", "steps: is 'many', expected a whole number from 1"),
         ("steps = true", "steps: is True"),
         ("keep = [1.5]", "keep"),
         ("model = 'llama'", "model: is 'llama'"),

@@ -276,7 +276,7 @@ def test_numbers_go_to_weights_and_biases(tmp_path, monkeypatch):
     folders = tmp_path / "a" / "run", tmp_path / "b" / "run"
     for folder in (*folders, folders[0]):
         folder.mkdir(parents=True, exist_ok=True)
-        (sink,) = open_sinks(RunSettings(wandb="mine"), folder, 0, {"optim": {"lr": 1e-3}})
+        sink = open_sinks(RunSettings(wandb="mine"), folder, 0, {"optim": {"lr": 1e-3}})["wandb"]
         sink.write({"step": 3, "loss": 0.5, "eval_accuracy": {"add": 1.0}, "objective": "exact"})
         sink.close()
     given = [options for name, options in calls if name == "init"]

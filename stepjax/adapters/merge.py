@@ -20,6 +20,7 @@ from stepjax.checkpoint.writer import MAX_SHARD_BYTES, Share, save
 from stepjax.errors import CheckpointError
 from stepjax.weights.dtypes import DTYPES
 from stepjax.weights.expert_format import ExpertFormat
+from stepjax.weights.finite import not_finite
 
 
 @dataclass(frozen=True)
@@ -109,12 +110,12 @@ class Merged(Mapping[str, Any]):
     def matrix(self, path: str, lead: tuple[int, ...]) -> np.ndarray:
         """One matrix of a weight, float32 [out, in]: that of an expert, or the weight itself."""
         base, delta = self._parts(path, lead)
-        return base + delta
+        return _finite(path, base + delta)
 
     def rounded(self, path: str, lead: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """`matrix` in ``dtype``; what rounding takes is counted."""
         base, delta = self._parts(path, lead)
-        out = (base + delta).astype(dtype)
+        out = _finite(path, (base + delta).astype(dtype))
         self._rounded += float(np.square(out.astype(np.float32) - base - delta, dtype=np.float64).sum())
         self._changed += float(np.square(delta, dtype=np.float64).sum())
         return out
@@ -126,6 +127,12 @@ class Merged(Mapping[str, Any]):
         a, b = (self._adapter[f"{path}.{factor}"] for factor in "ab")
         a, b = (np.asarray(x[lead] if x.ndim > 2 else x, np.float32) for x in (a, b))
         return base.astype(np.float32, copy=False), np.float32(self._lora.scale(a.shape[-2])) * (b @ a)
+
+
+def _finite(path: str, matrix: np.ndarray) -> np.ndarray:
+    if not_finite({path: matrix}):
+        raise CheckpointError(f"merge: the sum of {path} and its adapter has values that are not finite")
+    return matrix
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from stepjax.checkpoint.safetensors_file import SafetensorsFile
 from stepjax.checkpoint.weight_files import inside
 from stepjax.config import ModelConfig
 from stepjax.errors import CheckpointError, ConfigError
+from stepjax.weights.finite import not_finite
 from stepjax.weights.inventory import inventory
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -83,6 +84,8 @@ def export_adapter(
             raise ConfigError(f"lora: the adapter has factors of {path}, which is no weight of this model")
         check_fit(path, shapes[path], a.shape, b.shape)
         factors[path] = a, b * np.float32(lora.scale(a.shape[-2]))
+        if bad := not_finite({f"{path}.a": a, f"{path}.b": factors[path][1]}):
+            raise CheckpointError(f"lora: {bad} of the adapter has values that are not finite; nothing was written")
     if not _leads():
         return folder
     tensors: dict[str, np.ndarray] = {}
@@ -137,7 +140,7 @@ def import_adapter(
         name = name_of(stem, stems, about.names_parameter)
         with np.errstate(over="ignore"):
             pairs[name] = a, b * about.scale(name, _rank(name, a, config))
-        if not np.isfinite(pairs[name][1]).all():
+        if not_finite({"a": pairs[name][0], "b": pairs[name][1]}):
             raise CheckpointError(f"{file.path}: {stem} with its scale of lora_alpha has values that are not finite")
     known = True if ours is not None else about.stacked_as_linear
     factors = read(config, pairs, where=str(file.path), stacked_as_linear=known)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint.experimental.v1 as ocp
 import tokenizers
 from jax.sharding import AxisType, Mesh
 from safetensors.numpy import load_file, save_file
@@ -26,17 +26,23 @@ from stepjax.startup import Startup
 from stepjax.stored_function import StoredFunction, compile_together
 from stepjax.train.config.pretrain import PretrainConfig
 from stepjax.train.data import task_batches
+from stepjax.train.data.fingerprint import file_digest
 from stepjax.train.data.words import Split
 from stepjax.train.losses.next_token import Losses
 from stepjax.train.packing.rows import PackedRows
 from stepjax.train.pretrain.step import Placement, StepReport, TrainState, make_held_out, make_step, split_biases
-from stepjax.train.runs.folder import MetricsFile, claim, is_due, progress, resume
+from stepjax.train.runs.checkpoints import Checkpoints
+from stepjax.train.runs.folder import MetricsFile, check_finite, is_due, progress
+from stepjax.train.runs.identity import claim, claim_content, update_settings
+from stepjax.train.runs.lock import locked
 from stepjax.train.runs.optimizer import adamw, learning_rate
 from stepjax.whole_file import whole_file
 
 # With step-tiny's shapes a step took 0.37 s on two cores with tokens sorted by expert, and 0.47 s with every expert on
 # every token.
 LAYOUT = SingleDevice(form="capacity")
+
+FREE = ("start_from", "log_every", "save_every", "held_out_every", "keep")  # a resumed run may change them
 
 
 def pretrain(
@@ -63,7 +69,21 @@ def pretrain(
       TrainingError: the loss is not finite.
     """
     out = out.resolve()  # orbax takes absolute paths only
-    claim(config, out)
+    with locked(out):
+        previous = claim(config, out, free=FREE)
+        return _pretrain(config, previous, out, cache=cache, startup=startup or Startup(), write=write)
+
+
+def _pretrain(
+    config: PretrainConfig,
+    previous: PretrainConfig,
+    out: Path,
+    *,
+    cache: ProgramCache | None,
+    startup: Startup,
+    write: Callable[[str], object] | None,
+) -> TrainState:
+    """As `pretrain`, in a folder that is this process's own."""
     model_config = ModelConfig.preset(config.model)
     placement = Placement.data_parallel(_mesh(config.devices))
     schedule = learning_rate(
@@ -92,13 +112,14 @@ def pretrain(
         )
 
     plain, with_mtp = functions(0.0), functions(config.mtp_weight)
-    newest: Any = ocp.training.preservation_policies.LatestN(3)
-    with ocp.training.Checkpointer(str(out / "checkpoints"), preservation_policy=newest) as checkpointer:
-        state = resume(checkpointer, initial)
+    claim_content(out, {"start_from": file_digest(Path(config.start_from))} if config.start_from else {})
+    with Checkpoints(out, keep=3) as checkpoints:
+        state = checkpoints.resume(initial)
         start = int(state.step)
+        update_settings(config, previous, out)
         stream, held_out = _stream(config, start), _held_out_rows(config)
         if start < config.steps:
-            with (startup or Startup()).stage("compiling", "preparing programs", unit="programs") as stage:
+            with startup.stage("compiling", "preparing programs", unit="programs") as stage:
                 update = (with_mtp if start >= config.mtp_from else plain)[0]
                 compile_together([(update, (state, held_out))], progress=stage.advance)
         metrics = MetricsFile(out / "metrics.jsonl", start)
@@ -122,10 +143,11 @@ def pretrain(
                 keep = done in config.keep or done == config.steps
                 if keep or is_due(config.save_every, done):
                     _finite(step, report)  # a checkpoint must not hold weights that are not finite
+                    check_finite(done, weights_of(state))
                 if keep:
                     save_weights(out, done, state)
                 if is_due(config.save_every, done) or done == config.steps:
-                    checkpointer.save(done, state)
+                    checkpoints.save(done, state, {"config": dataclasses.asdict(config)})
             if pending:
                 advance(f"loss {_finite(*pending):.3f}")
     return state

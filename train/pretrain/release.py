@@ -20,6 +20,7 @@ from stepjax.infer.load import load
 from stepjax.train.config.pretrain import PretrainConfig, read_pretrain
 from stepjax.train.pretrain.accuracy import evaluate
 from stepjax.train.pretrain.loop import load_weights, weights_file
+from stepjax.weights.finite import not_finite
 
 ITEMS = 512  # fresh held-out items per task
 SEED = 20_000  # of these items; training does not measure them
@@ -43,6 +44,8 @@ def release(
     step = config.steps if step is None else step
     model_config = ModelConfig.preset(config.model)
     weights = load_weights(run, step)
+    if bad := not_finite(weights):
+        raise TrainingError(f"{weights_file(run, step)}: {bad} has values that are not finite; give an earlier --step")
     check_target(folder, overwrite=True)
 
     def write(to: Path) -> None:

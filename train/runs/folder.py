@@ -1,64 +1,51 @@
-"""The folder of a run: settings, metrics, and checkpoints to resume from. Used by all training commands."""
+"""What all training commands share: the metrics of a run, its progress bar, and checks of a step."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from stepjax.errors import ConfigError
+from stepjax.errors import ConfigError, TrainingError
 from stepjax.startup import QUIET_S
-from stepjax.train.config.reader import read_settings, write_settings
-
-T = TypeVar("T")
-
-
-def claim(settings: T, out: Path, *, same: Callable[[T], Any] = lambda settings: settings) -> None:
-    """Write the settings into a new run folder, or compare them with those of the run that is there.
-
-    Args:
-      same: returns the part of the settings that a resumed run must keep.
-
-    Raises:
-      ConfigError: the run there has other settings.
-    """
-    file = out / "config.toml"
-    if file.exists():
-        if same(read_settings(type(settings), file)) != same(settings):
-            raise ConfigError(f"{file}: the run there has other settings; choose another folder or the same settings")
-    elif (
-        not jax.distributed.is_initialized() or jax.process_index() == 0
-    ):  # process_index() would open the devices before the model does
-        out.mkdir(parents=True, exist_ok=True)
-        write_settings(settings, file)
+from stepjax.weights.finite import not_finite
+from stepjax.whole_file import write_whole
 
 
 class MetricsFile:
     """``metrics.jsonl``. Records from step ``start`` on are removed first, so that a resumed run logs no step twice."""
 
     def __init__(self, path: Path, start: int):
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < start]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        partial.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        kept = [record for record in _records(path) if record["step"] < start] if path.exists() else []
+        write_whole(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+        self._path = path
+        self._file = path.open("ab", buffering=0)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a record as one line of JSON."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """Append a record as one line of JSON: all of it or nothing.
+
+        Raises:
+          OSError: the disk is full.
+        """
+        line, size = json.dumps(record).encode() + b"\n", self._file.tell()
+        try:
+            written = self._file.write(line)
+            if written != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(size)
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
 
     def close(self) -> None:
         self._file.close()
@@ -69,7 +56,18 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
     file = out / "metrics.jsonl"
     if not file.exists():
         raise ConfigError(f"{file}: does not exist; expected the folder of a run")
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    return _records(file)
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """The whole records of a metrics file. What a crash leaves, half a line or zeros in place of lines, is left out."""
+    records = []
+    for line in path.read_bytes().split(b"\n"):
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line.strip(b"\0 \r\t"))
+            if isinstance(record, dict) and type(record.get("step")) is int:
+                records.append(record)
+    return records
 
 
 def is_due(every: int, count: int) -> bool:
@@ -77,18 +75,10 @@ def is_due(every: int, count: int) -> bool:
     return every > 0 and count % every == 0
 
 
-def resume(checkpointer: Any, initial: T) -> T:
-    """The newest complete checkpoint with the shardings of ``initial``, or ``initial`` if there is none."""
-    latest = checkpointer.latest
-    if latest is None:
-        return initial
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), initial)
-    return jax.tree.map(_committed_alike, checkpointer.load(latest.step, shapes), initial)
-
-
-def _committed_alike(array: jax.Array, like: jax.Array) -> jax.Array:
-    """Restored arrays are bound to their device. An executable for arrays that are not is stored under another name."""
-    return array if like.committed else jnp.asarray(np.asarray(array))
+def check_finite(step: int, leaves: Mapping[str, Any]) -> None:
+    """TrainingError: a leaf is not finite. It is not written, neither as a checkpoint nor as a result."""
+    if bad := not_finite(leaves):
+        raise TrainingError(f"step {step}: {bad} has values that are not finite, and is not written")
 
 
 class StepLines:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import secrets
+import socket
+import struct
+import time
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -10,6 +14,7 @@ from typing import Any, Protocol
 
 from stepjax.errors import ConfigError
 from stepjax.train.config.tune import RunSettings
+from stepjax.whole_file import write_whole
 
 
 class Sink(Protocol):
@@ -21,23 +26,42 @@ class Sink(Protocol):
 
 
 class TensorBoard:
-    """Event files in a folder, written by tensorboardX."""
+    """An event file in a folder, of tensorboardX's messages.
+
+    A record is in the file when `write` returns. tensorboardX's own ``SummaryWriter`` writes in a thread, which ends
+    when the disk is full. The eleventh record after that waits without end.
+    """
 
     def __init__(self, folder: Path, start: int):
         try:
-            from tensorboardX import SummaryWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
+            from tensorboardX.record_writer import masked_crc32c
+            from tensorboardX.summary import scalar
         except ImportError:
             raise ConfigError(
                 "run.tensorboard: needs tensorboardX; install the extra as pip install 'stepjax[tensorboard]'"
             ) from None
-        self._writer = SummaryWriter(str(folder), purge_step=start)
+        folder.mkdir(exist_ok=True)
+        self._event, self._scalar, self._checksum = Event, scalar, masked_crc32c
+        name = f"events.out.tfevents.{time.time_ns() // 10**9}.{socket.gethostname()}.{os.getpid()}"
+        self._file = (folder / name).open("ab", buffering=0)
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        # From here on, what an earlier process wrote of these steps does not count.
+        self._write(Event(wall_time=time.time(), step=start, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, record: Mapping[str, Any]) -> None:
         for name, value in flat(record):
-            self._writer.add_scalar(name, value, record["step"])
+            self._write(self._event(wall_time=time.time(), step=record["step"], summary=self._scalar(name, value)))
 
     def close(self) -> None:
-        self._writer.close()
+        self._file.close()
+
+    def _write(self, event: Any) -> None:
+        """Append a message in TFRecord's frame: length, its checksum, the message, its checksum."""
+        data = event.SerializeToString()
+        head = struct.pack("<Q", len(data))
+        parts = head, struct.pack("<I", self._checksum(head)), data, struct.pack("<I", self._checksum(data))
+        self._file.write(b"".join(parts))
 
 
 class Wandb:
@@ -53,8 +77,8 @@ class Wandb:
         except ImportError:
             raise ConfigError("run.wandb: needs wandb; install the extra as pip install 'stepjax[wandb]'") from None
         id_file = out / "wandb_id"
-        if not id_file.exists():
-            id_file.write_text(secrets.token_hex(8))
+        if not (id_file.exists() and id_file.read_text().strip()):
+            write_whole(id_file, secrets.token_hex(8).encode())
         about = {"name": out.name, "id": id_file.read_text(), "dir": str(out), "config": dict(settings)}
         self._run = wandb.init(project=project, resume="allow", **about)
 
@@ -65,13 +89,13 @@ class Wandb:
         self._run.finish()
 
 
-def open_sinks(settings: RunSettings, out: Path, start: int, about: Mapping[str, Any]) -> list[Sink]:
-    """The sinks of the settings. ConfigError: a package that one needs is not installed."""
-    sinks: list[Sink] = []
+def open_sinks(settings: RunSettings, out: Path, start: int, about: Mapping[str, Any]) -> dict[str, Sink]:
+    """The sinks of the settings by their names. ConfigError: a package that one needs is not installed."""
+    sinks: dict[str, Sink] = {}
     if settings.tensorboard:
-        sinks.append(TensorBoard(out / "tensorboard", start))
+        sinks["tensorboard"] = TensorBoard(out / "tensorboard", start)
     if settings.wandb:
-        sinks.append(Wandb(settings.wandb, out, about))
+        sinks["wandb"] = Wandb(settings.wandb, out, about)
     return sinks
 
 

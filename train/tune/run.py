@@ -4,34 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint.experimental.v1 as ocp
 
-from stepjax.errors import ConfigError
+from stepjax.errors import ConfigError, TrainingError
 from stepjax.model.step3p5 import Params
 from stepjax.program_cache import ProgramCache
 from stepjax.sharding.sharded_checkpoint import save_adapter
 from stepjax.startup import Startup
 from stepjax.stored_function import compile_together
-from stepjax.train.config.tune import RunSettings, TuneConfig
+from stepjax.train.config.tune import OptimSettings, RunSettings, TuneConfig
 from stepjax.train.data.coded import with_code
 from stepjax.train.data.sources import Prompt, open_stream
 from stepjax.train.rollouts.failures import RewardFailures
 from stepjax.train.rollouts.sampler import Rollout, Sampler, data_rollout
 from stepjax.train.rollouts.transcripts import write_transcripts
-from stepjax.train.runs.folder import MetricsFile, claim, is_due, progress, resume
+from stepjax.train.runs.checkpoints import Checkpoints
+from stepjax.train.runs.folder import MetricsFile, check_finite, is_due, progress
+from stepjax.train.runs.identity import claim, claim_content, is_first_process, update_settings
+from stepjax.train.runs.lock import locked
 from stepjax.train.runs.sinks import Sink, open_sinks
 from stepjax.train.teachers.resident import Resident
 from stepjax.train.tune.evaluation import Evaluation
 from stepjax.train.tune.metrics import StepMetrics, note
-from stepjax.train.tune.setup import Setup, open_run, with_params
+from stepjax.train.tune.setup import Setup, content_of, open_run, schedule_of, with_params
 from stepjax.train.tune.trainable import Leaves, lora_config, save_leaves
 from stepjax.train.tune.update import TuneState
 from stepjax.train.workers.code import UserCode
@@ -78,29 +82,60 @@ def _tune(
     write: Callable[[str], object] | None,
 ) -> TuneState:
     """As `tune`, with the user's code at hand."""
-    claim(config, out, same=_fixed_settings)
-    setup = open_run(config, cache=cache, startup=startup)
-    newest: Any = ocp.training.preservation_policies.LatestN(config.run.keep or None)  # None: all
-    folder = str(out / "checkpoints")
-    with ocp.training.Checkpointer(folder, preservation_policy=newest, cleanup_tmp_directories=True) as checkpointer:
-        _check_base(checkpointer, setup, out)
-        state = resume(checkpointer, setup.initial)
-        run = _Run(config, setup, out, code, start=int(state.step))
-        if run.start < config.optim.steps:
-            run.prepare(state, startup)
-        steps = progress(config.optim.steps, run.start, what=config.verb, write=write)
-        with contextlib.closing(run), steps as advance:
-            for step in range(run.start, config.optim.steps):
-                state, note = run.step(step, state)
-                done = step + 1
-                if is_due(config.run.save_every, done) or done == config.optim.steps:
-                    about = {"base": setup.fingerprint, "config": dataclasses.asdict(config)}
-                    checkpointer.save(done, state, custom_metadata=about)
-                advance(note)
+    with locked(out) if is_first_process() else contextlib.nullcontext():
+        previous = claim(config, out, free=FREE)
+        setup = open_run(config, cache=cache, startup=startup)
+        claim_content(out, content_of(config, setup))
+        with Checkpoints(out, keep=config.run.keep) as checkpoints:
+            state = checkpoints.resume(setup.initial, check=lambda about: _check_base(about, setup, out))
+            check_steps(previous.optim, config.optim, done=int(state.step))
+            update_settings(config, previous, out)
+            run = functools.partial(_Run, config, setup, out, code, start=int(state.step))
+            state = _train(config, run, state, checkpoints, startup=startup, write=write)
+        check_finite(config.optim.steps, state.leaves)
         save_leaves(leaves_file(out, config.optim.steps), state.leaves, setup.trained.about)
         if config.lora.kind == "lora":  # as `stepjax export-adapter` reads it
             settings = lora_config(config.lora)
             save_adapter(out / "adapter", setup.base.config, state.leaves, settings, overwrite=True)
+    return state
+
+
+def _train(
+    config: TuneConfig,
+    open_steps: Callable[[], _Run],
+    state: TuneState,
+    checkpoints: Checkpoints,
+    *,
+    startup: Startup,
+    write: Callable[[str], object] | None,
+) -> TuneState:
+    """The state after the last step. TrainingError: also if no step has changed a leaf."""
+    start, total = int(state.step), config.optim.steps
+    try:
+        with contextlib.closing(open_steps()) as run:
+            if start < total:
+                run.prepare(state, startup)
+            with progress(total, start, what=config.verb, write=write) as advance:
+                for step in range(start, total):
+                    state, note = run.step(step, state)
+                    done = step + 1
+                    if is_due(config.run.save_every, done) or done == total:
+                        check_finite(done, state.leaves)
+                        checkpoints.save(done, state, run.about)
+                    advance(note)
+        if int(state.skipped[0]) >= total:
+            raise TrainingError(
+                f"none of {total} steps had a token and a finite gradient, so nothing was learned; read the transcripts"
+            )
+    except (TrainingError, OSError) as error:
+        raise TrainingError(f"{error}; {checkpoints.kept()}") from None
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise TrainingError(
+            f"out of memory ({_first_line(error)}); lower optim.rows, optim.length, rollout.slots or loss.chunk; "
+            f"{checkpoints.kept()}"
+        ) from None
     return state
 
 
@@ -109,23 +144,42 @@ def leaves_file(out: Path, step: int) -> Path:
     return out / "leaves" / f"{step}.safetensors"
 
 
-def _fixed_settings(config: TuneConfig) -> TuneConfig:
-    """The settings that a resumed run must keep: all but mesh, evaluation and logging."""
-    run = RunSettings(seed=config.run.seed)
-    model = dataclasses.replace(config.model, mesh="", strategy="expert_tensor")
-    rewards = type(config.rewards)()  # how rewards run, not what they are
-    return dataclasses.replace(config, run=run, model=model, eval=type(config.eval)(), rewards=rewards)
+# What a resumed run may change: where things lie, as long as they are the same, how fast it goes, what it measures.
+FREE = (
+    *("model.path", "model.mesh", "model.strategy", "lora.start_from", "data.*.path"),
+    *("teachers.*.path", "teachers.*.adapter", "teachers.*.tokenizer", "teachers.*.key_variable"),
+    *("teachers.*.timeout_s", "teachers.*.retries", "teachers.*.workers", "eval.*", "optim.steps", "rewards.*"),
+    *(f"run.{field.name}" for field in dataclasses.fields(RunSettings) if field.name != "seed"),
+)
 
 
-def _check_base(checkpointer: Any, setup: Setup, out: Path) -> None:
-    """ConfigError if the run began with other base weights."""
-    latest = checkpointer.latest
-    if latest is None:
+def check_steps(previous: OptimSettings, optim: OptimSettings, *, done: int) -> None:
+    """Say what other numbers of steps mean for a run that has made ``done`` of them.
+
+    Raises:
+      ConfigError: there are fewer than these.
+    """
+    if optim.steps < done:
+        raise ConfigError(f"optim.steps: is {optim.steps}, but the run has made {done} steps; give at least {done}")
+    if optim.steps == previous.steps or not is_first_process():
         return
-    fingerprint = (checkpointer.metadata(latest.step).custom_metadata or {}).get("base")
-    if fingerprint != setup.fingerprint:
+    counts = np.arange(done)
+    before, now = (np.broadcast_to(np.asarray(schedule_of(each)(counts)), done) for each in (previous, optim))
+    other = np.flatnonzero(before != now)
+    effect = "as if they had been given at the beginning"
+    if other.size:
+        effect = (
+            f"the decay of the learning rate now ends there, but {other.size} of the {done} steps that were made "
+            f"(from step {other[0]}) had the rates of {previous.steps} steps"
+        )
+    print(f"stepjax: optim.steps: {previous.steps} → {optim.steps}; {effect}", file=sys.stderr)
+
+
+def _check_base(about: Mapping[str, Any], setup: Setup, out: Path) -> None:
+    """ConfigError if the run began with other base weights."""
+    if about.get("base") != setup.fingerprint:
         raise ConfigError(
-            f"{out}: the run was begun on a base with fingerprint {fingerprint}, but model.path has "
+            f"{out}: the run was begun on a base with fingerprint {about.get('base')}, but model.path has "
             f"{setup.fingerprint}; give the same checkpoint, or choose another folder"
         )
 
@@ -145,15 +199,24 @@ class _Run:
         self._is_first_process = jax.process_index() == 0
         self._metrics_file = MetricsFile(out / "metrics.jsonl", start) if self._is_first_process else None
         about = dataclasses.asdict(config)
-        self._sinks: list[Sink] = open_sinks(config.run, out, start, about) if self._is_first_process else []
+        self._sinks: dict[str, Sink] = open_sinks(config.run, out, start, about) if self._is_first_process else {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
         self._next_rollouts: Future[list[Rollout]] | None = None  # with rollout.ahead
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """The description of a checkpoint."""
+        return {"base": self._setup.fingerprint, "config": dataclasses.asdict(self._config)}
+
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
-        for sink in (self._metrics_file, *self._sinks):
-            if sink:
+        if self._metrics_file:
+            self._metrics_file.close()
+        for name, sink in self._sinks.items():
+            try:
                 sink.close()
+            except Exception as error:  # the numbers are in metrics.jsonl, and the result does not depend on it
+                print(f"stepjax: run.{name}: was not closed ({_first_line(error)})", file=sys.stderr)
 
     def prepare(self, state: TuneState, startup: Startup) -> None:
         """Compile what a step needs, several programs at once. An evaluation's come with the first one."""
@@ -273,11 +336,23 @@ class _Run:
         )
 
     def _write(self, record: dict[str, Any]) -> None:
-        for sink in (self._metrics_file, *self._sinks):
-            if sink:
+        if self._metrics_file:
+            self._metrics_file.write(record)
+        for name, sink in self._sinks.items():
+            try:
                 sink.write(record)
+            except Exception as error:  # of another package, whose errors have no common class
+                raise TrainingError(
+                    f"run.{name}: does not take the numbers of step {record['step']} ({_first_line(error)}), which are "
+                    f"in metrics.jsonl; a run without run.{name} goes on"
+                ) from None
 
     def _write_transcripts(self, step: int, rollouts: Sequence[Rollout]) -> None:
         shown = list(rollouts)[: self._config.run.transcripts]
         if self._is_first_process and shown:
             write_transcripts(self._out / "transcripts" / f"{step}.md", shown, self._setup.base)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0][:160] if lines else type(error).__name__

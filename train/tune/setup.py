@@ -21,9 +21,12 @@ from stepjax.model.layout import Layout
 from stepjax.model.step3p5 import Params
 from stepjax.program_cache import ProgramCache
 from stepjax.startup import Startup
-from stepjax.train.config.tune import ModelSettings, TeacherSettings, TuneConfig
+from stepjax.train.config.tune import ModelSettings, OptimSettings, TeacherSettings, TuneConfig
+from stepjax.train.data.fingerprint import file_digest, fingerprint as data_fingerprint
 from stepjax.train.objectives.objective import LossContext, Objective
 from stepjax.train.objectives.table import OBJECTIVES, find_objective
+from stepjax.train.plugins.reference import fingerprint_of, is_file
+from stepjax.train.runs.digest import host_digest
 from stepjax.train.runs.optimizer import adamw, constant, learning_rate, state_shardings
 from stepjax.train.teachers.remote import Remote
 from stepjax.train.teachers.resident import Resident, Teacher, resident
@@ -33,6 +36,7 @@ from stepjax.train.teachers.stored import Stored
 from stepjax.train.tune.fingerprint import fingerprint
 from stepjax.train.tune.trainable import Leaves, Trainable, adapted, place, read_leaves, trainable
 from stepjax.train.tune.update import LossProgram, Measure, TuneState, TuneUpdate
+from stepjax.train.workers.plugin import short
 
 EVALUATED = OBJECTIVES["exact"]  # its sums have the divergence from the teacher, which evaluation reports
 
@@ -52,6 +56,7 @@ class Setup:
     measure: Measure
     initial: TuneState
     fingerprint: str  # of the base
+    started_from: str = ""  # digest of the leaves that lora.start_from gave
 
     def params(self, leaves: Leaves) -> Params:
         """The model's parameters with these leaves. Arrays are shared, not copied."""
@@ -75,18 +80,7 @@ def open_run(config: TuneConfig, *, cache: ProgramCache | None = None, startup: 
     student = with_params(base, trained.assemble(base.params, leaves))
     teachers = open_teachers(config, base, startup=startup)
     scoring = Scoring(config, base, teachers)
-    optim = config.optim
-    schedule = (
-        learning_rate(
-            optim.lr,
-            warmup=optim.warmup_steps,
-            decay_from=optim.decay_from,
-            steps=optim.steps,
-            floor=optim.lr_floor,
-        )
-        if optim.decay_from
-        else constant(optim.lr, warmup=optim.warmup_steps)
-    )
+    optim, schedule = config.optim, schedule_of(config.optim)
     optimizer = adamw(schedule, b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay, clip=optim.clip)
     keep_previous = config.rollout.ahead > 0
     initial, shardings = _initial_state(leaves, optimizer, trained, mesh, keep_previous=keep_previous)
@@ -111,7 +105,37 @@ def open_run(config: TuneConfig, *, cache: ProgramCache | None = None, startup: 
         Measure(programs(EVALUATED, shardings=out)),
         initial,
         fingerprint(base.params),
+        (host_digest(leaves) or "") if config.lora.start_from else "",
     )
+
+
+def schedule_of(optim: OptimSettings) -> optax.Schedule:
+    """The learning rate of each step."""
+    if not optim.decay_from:
+        return constant(optim.lr, warmup=optim.warmup_steps)
+    return learning_rate(
+        optim.lr,
+        warmup=optim.warmup_steps,
+        decay_from=optim.decay_from,
+        steps=optim.steps,
+        floor=optim.lr_floor,
+    )
+
+
+def content_of(config: TuneConfig, setup: Setup) -> dict[str, str]:
+    """What the settings name, by the name of the setting: digests, and the dtype that the base has on this device."""
+    content = {"model": setup.fingerprint, "model.dtype": jnp.dtype(setup.base.dtype).name}
+    content |= {f"data.{name}": data_fingerprint(data) for name, data in config.data.items() if data.kind != "tasks"}
+    for name, data in config.data.items():
+        code = (*data.reward_weights, data.environment, *data.tool_references)
+        content |= {f"data.{name} ({short(text)})": fingerprint_of(text) for text in code if is_file(text)}
+    for name, teacher in setup.teachers.items():
+        if isinstance(teacher, Stored):
+            content[f"teachers.{name}"] = file_digest(Path(config.teachers[name].path))
+        elif isinstance(teacher, Resident):
+            same = teacher.params is setup.base.params
+            content[f"teachers.{name}"] = setup.fingerprint if same else fingerprint(teacher.params)
+    return content | ({"lora.start_from": setup.started_from} if setup.started_from else {})
 
 
 def _loss_program(

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from stepjax.errors import ConfigError
+from stepjax.errors import ConfigError, TrainingError
 from stepjax.infer.session import num_tokens_of
 from stepjax.program_cache import ProgramCache
 from stepjax.startup import Startup
@@ -20,6 +20,7 @@ from stepjax.train.teachers.resident import Resident, Scored
 from stepjax.train.teachers.scoring import cut_to_rows
 from stepjax.train.teachers.stored import FORM, Stored
 from stepjax.train.tune.setup import open_model, open_teachers
+from stepjax.weights.finite import not_finite
 from stepjax.whole_file import whole_file
 
 CHUNK = 256  # rows of one call of a teacher
@@ -38,6 +39,8 @@ def store(path: Path, rows: Iterable[tuple[Prompt, Sequence[int], Scored]], *, a
         "top_id": np.concatenate([score.top_ids for score in scores if score.top_ids is not None]),
         "top_logprob": np.concatenate([score.top_logprobs for score in scores if score.top_logprobs is not None]),
     }
+    if bad := not_finite(arrays):
+        raise TrainingError(f"{path}: {bad} of the teacher has values that are not finite; nothing was written")
     with whole_file(path) as partial:
         save_file(arrays, partial, metadata={"form": FORM, "about": json.dumps(about)})
     return len(scored_rows)

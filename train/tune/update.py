@@ -209,6 +209,7 @@ def application(
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm) & usable
         leaves, inner = apply(optimizer, gradients, state.optimizer, state.leaves)
+        finite &= jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(leaves)]))
         leaves, inner = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (leaves, inner), (state.leaves, state.optimizer)
         )

@@ -1,0 +1,181 @@
+"""The checkpoints of a run: written whole or not at all, and taken up from the newest that is not damaged."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
+
+from stepjax.errors import CheckpointError, StepjaxError
+from stepjax.train.runs.digest import host_digest
+
+T = TypeVar("T")
+
+DIGEST = "digest"  # of the arrays, in a checkpoint's description
+
+
+class Checkpoints:
+    """The folder ``checkpoints`` of a run. A context manager; every process of the run makes one."""
+
+    def __init__(self, out: Path, *, keep: int):
+        """
+        Args:
+          keep: newest checkpoints that are kept; 0: all.
+        """
+        self._out, self._folder, self._keep = out, out / "checkpoints", keep
+        logging.getLogger("absl").addFilter(_ORBAX_ERRORS)  # for good: threads of a failed save log after it
+        self._manager = self._open()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that are there, in order."""
+        return [int(checkpoint.step) for checkpoint in self._manager.checkpoints]
+
+    def resume(self, initial: T, *, check: Callable[[Mapping[str, Any]], None] = lambda about: None) -> T:
+        """The newest checkpoint that can be read, with the shardings of ``initial``; ``initial`` if there is none.
+
+        Damaged ones that are newer move to the folder ``damaged`` of the run, and stderr says so.
+
+        Args:
+          check: raises an error if a checkpoint's description does not fit the run.
+
+        Raises:
+          CheckpointError: all are damaged, or the newest is and several processes run.
+        """
+        damaged: dict[int, str] = {}
+        state: T | None = None
+        for step in reversed(self.steps):
+            try:
+                state = self._load(step, initial, check)
+                break
+            except (StepjaxError, MemoryError, PermissionError):
+                raise
+            except Exception as error:  # orbax has one of its own for each part that can be damaged
+                if "RESOURCE_EXHAUSTED" in str(error):  # no memory, which says nothing about the file
+                    raise
+                damaged[step] = _reason(error)
+        if not damaged:
+            return initial if state is None else state
+        newest, reason = next(iter(damaged.items()))
+        if state is None or jax.process_count() > 1:
+            raise CheckpointError(
+                f"{self._folder / str(newest)}: the checkpoint is damaged ({reason})"
+                + ("; so are all before it" if len(damaged) > 1 else "")
+                + "; move it out of the folder to go on from the one before, or begin again in another folder"
+            )
+        self._set_aside(damaged)
+        steps = self.steps
+        names = ", ".join(f"{step} ({reason})" for step, reason in damaged.items())
+        print(
+            f"stepjax: {self._folder}: damaged: {names}; moved to {self._out / 'damaged'}; the run goes on from the "
+            f"checkpoint of step {steps[-1]}",
+            file=sys.stderr,
+        )
+        return state
+
+    def save(self, step: int, state: Any, about: Mapping[str, Any]) -> None:
+        """Write the checkpoint of ``step``. After an error the checkpoints that were there are as they were.
+
+        Raises:
+          CheckpointError: it cannot be written, because the disk is full or may not be written to.
+        """
+        about = dict(about) | {DIGEST: host_digest(state)}
+        try:
+            self._manager.save(step, state, custom_metadata=about)
+        except Exception as error:  # orbax and tensorstore report a full disk as ValueError
+            self._discard(step)
+            raise CheckpointError(
+                f"{self._folder / str(step)}: the checkpoint cannot be written ({_reason(error)}); {self.kept()}"
+            ) from None
+
+    def kept(self) -> str:
+        """What a later run can begin with, as a part of a message."""
+        steps = [int(path.name) for path in self._folder.glob("[0-9]*") if path.name.isdecimal()]
+        if not steps:
+            return "there is no checkpoint yet"
+        return f"{self._folder / str(max(steps))} is the last one, from which the same command goes on"
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):  # what failed was reported by `save`
+            self._manager.close()
+
+    def _open(self) -> Any:
+        newest: Any = ocp.training.preservation_policies.LatestN(self._keep or None)  # None: all
+        try:
+            return ocp.training.Checkpointer(
+                str(self._folder), preservation_policy=newest, cleanup_tmp_directories=True
+            )
+        except OSError as error:
+            raise CheckpointError(f"{self._folder}: cannot be opened ({error.strerror or error})") from None
+
+    def _load(self, step: int, initial: T, check: Callable[[Mapping[str, Any]], None]) -> T:
+        about = self._manager.metadata(step).custom_metadata
+        if not about:
+            raise ValueError("its description is missing")
+        check(about)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), initial)
+        state = jax.tree.map(_committed_alike, self._manager.load(step, shapes), initial)
+        wanted, digest = about.get(DIGEST), host_digest(state)
+        if wanted and digest and wanted != digest:
+            raise ValueError("its arrays are not those that were written")
+        return state
+
+    def _set_aside(self, damaged: Mapping[int, str]) -> None:
+        self.close()
+        for step in damaged:
+            target = self._out / "damaged" / str(step)
+            target.parent.mkdir(exist_ok=True)
+            for number in range(1, 10**6):
+                if not target.exists():
+                    break
+                target = target.with_name(f"{step}-{number}")
+            (self._folder / str(step)).rename(target)
+        self._manager = self._open()
+
+    def _discard(self, step: int) -> None:
+        """Remove what a failed save left, which may fill the disk."""
+        for part in self._folder.glob(f"{step}.*"):
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _committed_alike(array: jax.Array, like: jax.Array) -> jax.Array:
+    """Restored arrays are bound to their device. An executable for arrays that are not is stored under another name."""
+    return array if like.committed else jnp.asarray(np.asarray(array))
+
+
+class _OrbaxErrors(logging.Filter):
+    """Drops the tracebacks that orbax logs, one for each of its threads, beside the error that it raises."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+_ORBAX_ERRORS = _OrbaxErrors()
+
+
+def _reason(error: BaseException) -> str:
+    """The cause in a few words: orbax wraps it in its own errors, with the settings of its drivers."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    text = lines[0] if lines else type(error).__name__
+    for part in ("No space left on device", "Read-only file system", "Permission denied", "File too large"):
+        if part in str(error):
+            return part
+    return text if len(text) <= 160 else f"{text[:160]}…"
