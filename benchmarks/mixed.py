@@ -62,6 +62,7 @@ def measured(pid: int, count: int) -> dict[str, Any]:
         with ThreadPoolExecutor(clients) as pool:
             times = list(pool.map(chunk_times, bodies[number :: len(CLIENTS)]))
         gaps[f"{clients} clients"] = gaps_of(times)
+        print(f"{len(times)} requests of {clients} clients: {memory_mb(pid, 'VmRSS'):,.0f} MB", file=sys.stderr)
     time.sleep(5)
     return {
         "hardware": f"{cpu_name()}, {os.cpu_count()} cores",

@@ -100,6 +100,7 @@ class TuneUpdate:
           identity: of the optimiser's settings.
           keep_previous: keep the leaves before the update in the state too.
         """
+        self.loss = loss
         state, replicated = loss.shardings or (None, None)
         leaves = None if state is None else state.leaves
 
