@@ -60,6 +60,13 @@ def test_parameter_table_is_the_inventory(name, flash):
         assert {spec.hub_name: spec.shape for spec in expected.values()} == hub_shapes(cases[name].hub)
 
 
+def test_shapes_are_those_of_a_drawn_model(drawn):
+    """No key is drawn for them."""
+    found, expected = params_of(abstract(ModelConfig.from_hf(SHORT), dtype=jnp.float32)), drawn(0)
+    assert list(found) == list(expected)
+    assert all((found[path].shape, found[path].dtype) == (leaf.shape, leaf.dtype) for path, leaf in expected.items())
+
+
 def test_parameters_of_the_real_model(flash):
     sizes = {path: leaf.size for path, leaf in params_of(flash).items()}
     assert (len(sizes), sum(sizes.values())) == (804, 199_384_301_376)

@@ -433,7 +433,7 @@ def test_a_server_with_keys(session):
 
 def test_a_full_queue_and_the_end(session):
     """Few places; then a drain that ends what runs, refuses what comes, and fails what takes too long."""
-    config = dataclasses.replace(CONFIG, num_slots=1, max_waiting=1)
+    config = dataclasses.replace(CONFIG, num_slots=1, max_waiting=1, speculate=0)
     body = {**GREEDY, "stream": True, "max_tokens": 30000, "ignore_eos": True}
     with (
         Serving(session, config, drain_seconds=3) as server,
