@@ -255,9 +255,9 @@ def settings(draw: Any) -> TuneConfig:
         model=ModelSettings(path=draw(WORDS), keep_fp8=draw(st.booleans())),
         lora=some(LoraSettings, targets=("q",), start_from=draw(WORDS)),
         data={name: dataclasses.replace(source, shares={draw(WORDS): 0.5}) for name, source in data.items()},
-        rollout=some(RolloutSettings, source="data", prompts=7, samples=3, slots=2, context=9),
-        loss=some(LossSettings, objective="sft", teacher_weight=0.0),
-        optim=some(OptimSettings, rows=2, length=10, decay_from=0),
+        rollout=some(RolloutSettings, source="data", prompts=7, samples=3, slots=2, context=9, resample=0),
+        loss=LossSettings(objective="sft", chunk=draw(st.integers(1, 10_000))),
+        optim=some(OptimSettings, rows=2, length=10, decay_from=0, warmup_share=0.0, minibatches=3),
         eval=some(EvalSettings, tasks=tuple(draw(st.lists(WORDS, max_size=2)))),
         run=some(RunSettings, wandb=draw(WORDS)),
     )
