@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
+
+from stepjax import errors
 
 T = TypeVar("T")
 
@@ -18,6 +21,33 @@ def agreed(tree: T) -> T:
     from jax.experimental import multihost_utils
 
     return multihost_utils.broadcast_one_to_all(tree)
+
+
+def of_first_process(make: Callable[[], bytes]) -> bytes:
+    """What ``make`` returns on process 0, on every process. Only process 0 calls it. All processes have to call this.
+
+    For what only one process should ask or may reach: a server, a file.
+
+    Raises:
+      StepjaxError: what ``make`` raised, with its class and message, on every process; other errors as RuntimeError.
+    """
+    if jax.process_count() == 1:
+        return make()
+    outcome = _outcome(make) if jax.process_index() == 0 else b""
+    data = np.zeros(int(agreed(np.asarray(len(outcome), np.int32))), np.uint8)
+    data[: len(outcome)] = np.frombuffer(outcome, np.uint8)
+    kind, _, result = np.asarray(agreed(data)).tobytes().partition(b"\n")
+    if not kind:
+        return result
+    raise getattr(errors, kind.decode(), RuntimeError)(result.decode())
+
+
+def _outcome(make: Callable[[], bytes]) -> bytes:
+    """An empty line and the result, or a line with the class of the error and its message."""
+    try:
+        return b"\n" + make()
+    except Exception as error:
+        return f"{type(error).__name__}\n{error}".encode()
 
 
 def least(number: int) -> int:

@@ -305,8 +305,8 @@ def test_rows_of_data_are_rollouts_too(setup):
 
 def test_rewards_move_what_was_said(rollouts):
     """GRPO: the better answer of each pair becomes likelier, the other less so; a pair of equals teaches nothing."""
-    config = dataclasses.replace(SHORT, verb="rl", loss=LossSettings(objective="grpo"), teachers={})
-    setup = open_run(changed(config, optim={"lr": 1e-2}))
+    pairs = changed(SHORT, rollout={"samples": 2}, optim={"lr": 1e-2})
+    setup = open_run(dataclasses.replace(pairs, verb="rl", loss=LossSettings(objective="grpo"), teachers={}))
     rated = [
         dataclasses.replace(each, reward=reward, group=at // 2)
         for at, (each, reward) in enumerate(zip(rollouts, (1.0, 0.0, 0.0, 1.0), strict=True))

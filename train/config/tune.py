@@ -108,9 +108,11 @@ class DataSettings:
 class TeacherSettings:
     """A model that scores the student's answers."""
 
-    kind: Literal["base", "checkpoint", "remote", "stored"] = "checkpoint"
+    # "average": the moving average of the student's trained weights
+    kind: Literal["base", "checkpoint", "average", "remote", "stored"] = "checkpoint"
     path: str = ""  # checkpoint: the folder; stored: the file
     adapter: str = ""  # base and checkpoint: a run's adapter or a PEFT folder, which the teacher uses
+    decay: Annotated[float, Range(0, 0.999999)] = 0.99  # average: the part of it that stays at an update
     system: str = ""  # a system text that only the teacher sees (context distillation)
     url: str = ""  # remote: an OpenAI-compatible server, such as http://host:8000/v1
     model: str = ""  # remote: the model's name on the server
@@ -124,7 +126,7 @@ class TeacherSettings:
 
     def __post_init__(self) -> None:
         check_ranges(self, "teachers")
-        needs = {"checkpoint": ("path",), "stored": ("path",), "remote": ("url", "tokenizer"), "base": ()}[self.kind]
+        needs = {"checkpoint": ("path",), "stored": ("path",), "remote": ("url", "tokenizer")}.get(self.kind, ())
         for name in needs:
             if not getattr(self, name):
                 raise ConfigError(f"teachers: kind {self.kind!r} needs {name}")
@@ -132,6 +134,7 @@ class TeacherSettings:
             "base": ("adapter", "system"),
             "checkpoint": ("path", "adapter", "system"),
             "stored": ("path", "top_k"),
+            "average": ("decay", "system"),
         }
         remote = ("url", "model", "key_variable", "tokenizer", "timeout_s", "retries", "workers", "top_k", "system")
         for name in set(self.__dataclass_fields__) - {"kind", *allowed.get(self.kind, remote)}:
@@ -148,6 +151,8 @@ class RolloutSettings:
     on_policy: Annotated[float, Range(0, 1)] = 1.0  # source "student": probability that the student writes a batch
     prompts: Annotated[int, Range(1, 65_536)] = 32  # of a step
     samples: Annotated[int, Range(1, 4096)] = 1  # answers to each prompt
+    # rl: times that new prompts replace groups whose rewards are all equal; 0: such groups stay, with advantages of 0
+    resample: Annotated[int, Range(0, 1000)] = 0
     max_tokens: Annotated[int, Range(1, 2**20)] = 96  # of an answer, all turns together
     turns: Annotated[int, Range(1, 1000)] = 4  # most turns of the model where tools answer
     temperature: Annotated[float, Range(0, 100)] = 1.0
@@ -157,7 +162,7 @@ class RolloutSettings:
     context: Annotated[int, Range(0, 2**20)] = 0  # tokens of the longest conversation; 0: optim.length
     speculate: Annotated[int, Range(0, 3)] = 0  # MTP drafts per step; they change only the speed
     # 1: write the next step's answers during this step's update, with the policy before the update
-    ahead: Annotated[int, Range(0, 1)] = 0
+    ahead: Annotated[int, Range(0, 1, note="an older policy's answers come no sooner: both use the same devices")] = 0
     replay: bool = False  # train with the experts that the sampler chose, so that both run the same model
     # largest mean |log π − log μ| of a step, else the run ends; 0: 0.01 in float32, 0.1 in others
     max_gap: Annotated[float, Range(0, 10**6)] = 0.0
@@ -174,12 +179,19 @@ class OptimSettings:
     steps: Annotated[int, Range(1, 10**8)] = 200
     lr: Annotated[float, Range(1e-12, 10, zero="a control: nothing is trained")] = 1e-4
     warmup_steps: Annotated[int, Range(0, 10**8)] = 10  # of a linear warm-up; 0: none
-    decay_from: Annotated[int, Range(0, 10**8)] = 0  # step at which a linear decay begins; 0: none
-    lr_floor: Annotated[float, Range(0, 1)] = 0.0  # of lr, at the last step of the decay
+    # of steps, in place of warmup_steps; 0: warmup_steps counts
+    warmup_share: Annotated[float, Range(0, 0.99)] = 0.0
+    # of the learning rate after the warm-up; "": linear if decay_from is set, else constant
+    schedule: Literal["", "constant", "linear", "cosine"] = ""
+    decay_from: Annotated[int, Range(0, 10**8)] = 0  # step at which the decay begins; 0: at the end of the warm-up
+    lr_floor: Annotated[float, Range(0, 1)] = 0.0  # of lr, at the end of the decay
     b1: Annotated[float, Range(0, 0.99999)] = 0.9
     b2: Annotated[float, Range(0, 0.999999)] = 0.98
     weight_decay: Annotated[float, Range(0, 10)] = 0.0  # on matrices
     clip: Annotated[float, Range(1e-6, 10**6, zero="off")] = 1.0  # largest global norm of the gradient
+    # updates that share the answers of a step: each learns from its part
+    minibatches: Annotated[int, Range(1, 65_536)] = 1
+    passes: Annotated[int, Range(1, 1000)] = 1  # times that each part is learned from; ratios weigh the later ones
     rows: Annotated[int, Range(1, 65_536)] = 8  # packed rows of a micro-batch
     length: Annotated[int, Range(2, 2**20)] = 256  # tokens of a row
     # successive batches without a finite gradient or a token that end a run
@@ -188,11 +200,27 @@ class OptimSettings:
     def __post_init__(self) -> None:
         check_ranges(self, "optim")
         _check_product("optim", {"rows": self.rows, "length": self.length}, most=MAX_TOKENS, of="tokens")
-        if self.decay_from and not self.warmup_steps <= self.decay_from < self.steps:
+        if self.warmup_share and self.warmup_steps != type(self).warmup_steps:
             raise ConfigError(
-                f"optim.decay_from: is {self.decay_from}, expected 0 (no decay) or a step from warmup_steps = "
-                f"{self.warmup_steps} to before steps = {self.steps}"
+                f"optim.warmup_share: is {self.warmup_share} and warmup_steps {self.warmup_steps}; give one of them"
             )
+        if self.decay_from and not self.num_warmup_steps <= self.decay_from < self.steps:
+            raise ConfigError(
+                f"optim.decay_from: is {self.decay_from}, expected 0 or a step from the end of the warm-up, "
+                f"{self.num_warmup_steps}, to before steps = {self.steps}"
+            )
+        if self.schedule == "constant" and (self.decay_from or self.lr_floor):
+            raise ConfigError("optim.schedule: is 'constant', but decay_from or lr_floor is set; leave one out")
+
+    @property
+    def num_warmup_steps(self) -> int:
+        """Steps of the warm-up."""
+        return math.ceil(self.warmup_share * self.steps) if self.warmup_share else self.warmup_steps
+
+    @property
+    def updates(self) -> int:
+        """Updates of a step."""
+        return self.minibatches * self.passes
 
 
 @dataclass(frozen=True)
@@ -241,10 +269,16 @@ class LoraSettings:
     targets: tuple[str, ...] = ("q", "k", "v", "o", "dense", "shared")
     experts: Literal["per_expert", "shared_outer", "none"] = "per_expert"
     expert_rank: Annotated[int, Range(0, 8192)] = 0  # 0: rank divided by the experts of a token
+    # "lora": share of its inputs that an adapter does not see in an update; off while answers are sampled
+    dropout: Annotated[float, Range(0, 0.99)] = 0.0
     start_from: str = ""  # adapter or leaves of an earlier run, or a PEFT folder; "": random factors
 
     def __post_init__(self) -> None:
         check_ranges(self, "lora")
+        if self.dropout and self.kind != "lora":
+            raise ConfigError(
+                f"lora.dropout: is {self.dropout} with kind {self.kind!r}, but only adapters have dropout"
+            )
 
 
 @dataclass(frozen=True)
@@ -272,6 +306,7 @@ class TuneConfig:
         if self.verb not in objective.verbs:
             offered = ", ".join(other.name for other in OBJECTIVES.values() if self.verb in other.verbs)
             raise ConfigError(f"loss.objective: is {name!r}, but stepjax {self.verb} expects one of {offered}")
+        objective.check(self.loss)
         if not self.data or not sum(source.weight for source in self.data.values()) > 0:
             raise ConfigError("data: all sources have weight 0, expected at least one above 0")
         for source_name, source in self.data.items():
@@ -294,10 +329,15 @@ class TuneConfig:
                 f"rollout.replay: is on with source {rollout.source!r} and objective {name!r}; only answers "
                 "of the student have recorded experts, and prediction heads have no experts"
             )
+        self._check_groups(objective, rollout)
         if objective.trains_heads != (self.lora.kind == "mtp"):
             raise ConfigError(
                 f"lora.kind: is {self.lora.kind!r} with objective {name!r}; kind mtp and objective mtp need each other"
             )
+        self._check_teachers(objective, rollout)
+
+    def _check_teachers(self, objective: Objective, rollout: RolloutSettings) -> None:
+        """ConfigError if a teacher cannot be used with the objective, or not with these answers."""
         kinds = {teacher.kind for teacher in self.teachers.values()}
         for kind, reason in objective.refused_teachers.items():
             if kind in kinds:
@@ -308,6 +348,30 @@ class TuneConfig:
             raise ConfigError(
                 f"rollout.source: is {rollout.source!r}, but a stored teacher has scores of a file's completions only; "
                 "expected 'data', from files"
+            )
+        for name, teacher in self.teachers.items():
+            if teacher.kind == "average" and objective.needs_teacher and not teacher.system:
+                raise ConfigError(
+                    f"teachers.{name}: an average of the student is the student itself at the start, from which "
+                    f"{objective.name} alone learns nothing; give it a system text, or add it to rewards with "
+                    "stepjax rl and loss.teacher_weight"
+                )
+        if "average" in kinds and rollout.ahead and rollout.source == "teacher":
+            raise ConfigError(
+                "rollout.ahead: is 1, but a teacher of kind 'average' writes; its answers need the last update"
+            )
+
+    def _check_groups(self, objective: Objective, rollout: RolloutSettings) -> None:
+        """ConfigError if answers are compared in groups that cannot differ, or shared out where none are compared."""
+        if rollout.resample and (not objective.rewarded or rollout.samples < 2):
+            raise ConfigError(
+                f"rollout.resample: is {rollout.resample} with objective {objective.name!r} and samples "
+                f"{rollout.samples}; only rewards of two or more answers to a prompt can differ"
+            )
+        if self.optim.minibatches > rollout.prompts * rollout.samples:
+            raise ConfigError(
+                f"optim.minibatches: is {self.optim.minibatches}, but a step has {rollout.prompts * rollout.samples} "
+                "answers (rollout.prompts × rollout.samples)"
             )
 
     @property
@@ -322,6 +386,11 @@ class TuneConfig:
             raise ConfigError("rollout.source: is 'student', but sft learns from answers of 'data' or 'teacher'")
         if not objective.on_policy:
             return
+        if self.lora.dropout:
+            raise ConfigError(
+                f"lora.dropout: is {self.lora.dropout}, but {objective.name} compares the trained policy with the "
+                "sampler, which has no dropout; expected 0"
+            )
         if rollout.source != "student" or rollout.on_policy < 1:
             raise ConfigError(
                 f"rollout.source: {objective.name} learns from the student's answers; expected 'student', on_policy 1"

@@ -34,7 +34,7 @@ class TokenScores(NamedTuple):
     """Scores of each position by the student, float32 [B, T], in nats."""
 
     logprob: jax.Array  # of the label
-    entropy: jax.Array  # no gradient
+    entropy: jax.Array  # has a gradient where that is asked for
     divergence: jax.Array  # from the teacher; 0 without a teacher
     teacher_logprob: jax.Array  # of the label; 0 unless hidden states of the teacher are given; no gradient
 
@@ -49,6 +49,7 @@ def token_scores(
     kind: Kind = "reverse",
     beta: float = 0.5,
     chunk: int = CHUNK,
+    entropy_gradient: bool = False,
 ) -> TokenScores:
     """Scores of every position. Blocks are computed again in the backward pass, so no logits are kept.
 
@@ -56,6 +57,7 @@ def token_scores(
       head: of the student. Parameters that it closes over get gradients too.
       num_tokens: entries of the tokenizer; padding entries of the vocabulary have probability 0, as in the sampler.
       chunk: positions of a block, over all sequences.
+      entropy_gradient: let gradients flow through the entropy, which costs one more product as wide as the vocabulary.
     """
     batch, length = label_BT.shape
     width = max(1, min(length, chunk // batch))
@@ -72,7 +74,7 @@ def token_scores(
     @jax.checkpoint
     def block(hidden: jax.Array, label: jax.Array, teacher_block: Any) -> TokenScores:
         logits = masked(head(hidden))
-        logprobs = jax.nn.log_softmax(jax.lax.stop_gradient(logits))
+        logprobs = jax.nn.log_softmax(logits if entropy_gradient else jax.lax.stop_gradient(logits))
         entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
         distance = teacher_logprob = jnp.zeros_like(entropy)
         if isinstance(teacher, HiddenScores):

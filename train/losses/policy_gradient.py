@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Filter = Literal["none", "tis", "icepop", "mispo"]
+KlEstimator = Literal["k1", "k2", "k3"]
 
 # MIS-PO of Step 3.5 (arXiv 2602.10604): bounds of a token's ratio and of the geometric mean over its trajectory.
 MISPO_TOKEN = (0.5, 2.0)
@@ -74,20 +75,72 @@ def _sequence_mean(value: jax.Array, mask: jax.Array, sequence: jax.Array | None
     return jnp.take_along_axis(mean, segment, axis=1)
 
 
-def policy_gradient(
-    logprob: jax.Array, advantage: jax.Array, weight: jax.Array, *, clip: tuple[float, float] | None = None
-) -> jax.Array:
-    """Loss of each token, whose gradient is −w·A·∇log π.
+def policy_gradient(logprob: jax.Array, advantage: jax.Array, weight: jax.Array) -> jax.Array:
+    """Loss of each token, −w·A·log π with w and A as constants: its gradient is −w·A·∇log π."""
+    return -jax.lax.stop_gradient(weight * advantage) * logprob
+
+
+class Clipped(NamedTuple):
+    """The loss of each token, and which ratios were at a bound. All [B, T]."""
+
+    loss: jax.Array
+    outside: jax.Array  # bool: the token has no gradient
+
+
+def clipped_surrogate(
+    logprob: jax.Array, advantage: jax.Array, weight: jax.Array, *, clip: tuple[float, float]
+) -> Clipped:
+    """The loss −min(w·A, clip(w)·A) of PPO, in which w has the gradient w·∇``logprob``.
+
+    PPO, arXiv 1707.06347, equation 7, with the two bounds of DAPO ("clip-higher", arXiv 2503.14476, equation 8). A
+    token has no gradient if w is outside the bounds and would move further out.
 
     Args:
-      clip: bounds of w, with which ``weight`` must be w itself. A token is dropped if w is outside and would move
-        further out (PPO).
+      logprob: whose gradient the ratio has: log π of a token, or its mean over an answer.
+      weight: the value of the ratio, which may have been filtered. It is a constant.
+      clip: the lowest and the highest ratio.
     """
-    scale = jax.lax.stop_gradient(weight * advantage)
-    if clip is not None:
-        outside = ((weight > clip[1]) & (advantage > 0)) | ((weight < clip[0]) & (advantage < 0))
-        scale = jnp.where(outside, 0.0, scale)
-    return -scale * logprob
+    weight, advantage = jax.lax.stop_gradient((weight, advantage))
+    low, high = map(np.float32, clip)
+    outside = ((weight > high) & (advantage > 0)) | ((weight < low) & (advantage < 0))
+    change = jnp.exp(logprob - jax.lax.stop_gradient(logprob))  # 1, with the gradient of logprob
+    return Clipped(-jnp.where(outside, jnp.clip(weight, low, high), weight * change) * advantage, outside)
+
+
+def sequence_ratio(
+    logprob: jax.Array, sampler: jax.Array, mask: jax.Array, *, sequence: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """log s and s, at each token the geometric mean of π/μ over the n tokens of its answer, s = (π(y)/μ(y))^(1/n).
+
+    GSPO, arXiv 2507.18071, equation 7. The first has a gradient, the second none.
+
+    Args:
+      sequence: of packed rows, the number of each token's answer in its row, int32 [B, T]; None: one answer a row.
+    """
+    mean = _sequence_mean(jnp.where(mask, logprob - sampler, 0.0), mask, sequence)
+    return mean, jnp.exp(jax.lax.stop_gradient(mean))
+
+
+def kl_penalty(
+    logprob: jax.Array, sampler: jax.Array, reference: jax.Array, mask: jax.Array, *, estimator: KlEstimator
+) -> tuple[jax.Array, jax.Array]:
+    """Loss of each token for the KL to a reference, and the estimate KL(π‖reference) that is logged.
+
+    With d = log π − log π_ref of the sampled token (J. Schulman, "Approximating KL divergence", 2020):
+
+    "k1" is d. As a loss its gradient would be 0 on average, so it has the gradient of an advantage, w·d·∇log π with
+    the ratio w = π/μ: that of the reverse KL, also for tokens of an earlier policy.
+    "k2" is d²/2, whose gradient d·∇log π is that of the reverse KL for tokens of π itself.
+    "k3" is exp(−d) − 1 + d, as in GRPO (arXiv 2402.03300, equation 4). It is never negative. Its gradient,
+    (1 − exp(−d))·∇log π, is that of the forward KL for tokens of π itself.
+    """
+    difference = jnp.where(mask, logprob - reference, 0.0)
+    constant = jax.lax.stop_gradient(difference)
+    if estimator == "k1":
+        ratio = jnp.exp(jax.lax.stop_gradient(jnp.where(mask, logprob - sampler, 0.0)))
+        return constant + ratio * constant * (logprob - jax.lax.stop_gradient(logprob)), constant
+    penalty = difference**2 / 2 if estimator == "k2" else jnp.exp(-difference) - 1 + difference
+    return penalty, jax.lax.stop_gradient(penalty)
 
 
 def teacher_advantage(
@@ -123,16 +176,35 @@ def teacher_advantage(
 def group_advantages(rewards: np.ndarray, groups: np.ndarray, *, scaled: bool = True) -> np.ndarray:
     """Advantages of GRPO: each reward minus the mean of its group, divided by the group's standard deviation.
 
-    Where all rewards of a group are equal, its advantages are 0.
+    arXiv 2402.03300, section 4.1.2; without the division as in Dr. GRPO, arXiv 2503.20783, section 3.2. Where all
+    rewards of a group are equal, its advantages are 0. An answer without a reward has advantage NaN, and the others of
+    its group are compared without it.
 
     Args:
+      rewards: float [N]; NaN: no reward.
       groups: the prompt of each answer, int [N].
       scaled: divide by the standard deviation.
     """
-    advantages = np.zeros(len(rewards), np.float32)
+    advantages = np.full(len(rewards), np.nan, np.float32)
+    known = np.isfinite(rewards)
     for group in np.unique(groups):
-        members = groups == group
+        members = (groups == group) & known
+        if not members.any():
+            continue
         centred = rewards[members] - rewards[members].mean()
         deviation = rewards[members].std()
         advantages[members] = centred / (deviation + 1e-6) if scaled and deviation > 0 else centred
     return advantages
+
+
+def differing(rewards: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Whether the rewards of each answer's group differ, bool [N]. NaN, an answer without a reward, does not count.
+
+    Only such groups have a gradient: the condition of DAPO's dynamic sampling, arXiv 2503.14476, equation 11.
+    """
+    differ = np.zeros(len(rewards), bool)
+    for group in np.unique(groups):
+        members = groups == group
+        known = rewards[members & np.isfinite(rewards)]
+        differ[members] = known.size > 0 and known.max() > known.min()
+    return differ

@@ -11,6 +11,7 @@ class Exact(Objective):
     name = "exact"
     verbs = ("distill", "sft")
     needs_teacher = True
+    settings = ("divergence", "beta")
     refused_teachers = dict.fromkeys(
         ("remote", "stored"), "exact needs a teacher in this process; use top_k or sampled"
     )
@@ -26,6 +27,7 @@ class TopK(Objective):
     verbs = ("distill", "sft")
     needs_teacher = True
     reads_top_k = True
+    settings = ("divergence", "beta")
     refused_teachers = dict.fromkeys(
         ("base", "checkpoint"), "top_k needs a remote or stored teacher; use exact for one in this process"
     )

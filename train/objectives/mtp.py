@@ -38,12 +38,12 @@ class PredictionHeads(Objective):
             losses.append(jnp.sum(jnp.where(mask, -scores.logprob, 0.0)))
             counts.append(jnp.sum(mask.astype(jnp.float32)))
         depth_loss, zero = jnp.stack(losses), jnp.zeros(())
-        fields = dict.fromkeys(set(Sums._fields) - {"agreement"}, zero)
+        fields: dict[str, Any] = dict.fromkeys(set(Sums._fields) - Sums._field_defaults.keys(), zero)
         loss = jnp.sum(depth_loss) / len(losses)
         tokens = jnp.sum((rows.loss_mask > 0).astype(jnp.float32))
-        known = {"loss": loss, "tokens": tokens, "depth_loss": depth_loss, "depth_tokens": jnp.stack(counts)}
-        return loss / total, jax.lax.stop_gradient(Sums(**(fields | known), agreement=None))
+        fields |= {"loss": loss, "tokens": tokens, "depth_loss": depth_loss, "depth_tokens": jnp.stack(counts)}
+        return loss / total, jax.lax.stop_gradient(Sums(**fields))
 
-    def metrics(self, sums: Sums, *, scored_tokens: int, sampled_tokens: int) -> dict[str, Any]:
+    def metrics(self, sums: Sums, *, sampled_tokens: int) -> dict[str, Any]:
         depth_loss = sums.depth_loss / np.maximum(sums.depth_tokens, 1)
         return {"loss": float(np.mean(depth_loss)), "depth_loss": [float(loss) for loss in depth_loss]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -14,11 +14,14 @@ import numpy as np
 from stepjax.errors import ConfigError
 from stepjax.model.step3p5 import KEPT_LAYERS, Params, Step3p5, bind
 from stepjax.ranges import Range, check_ranges
+from stepjax.train.losses.divergence import Kind
 from stepjax.train.losses.logprobs import HiddenScores, TokenScores, TopScores, token_scores
+from stepjax.train.losses.policy_gradient import Filter, KlEstimator
 from stepjax.train.packing.rows import PackedRows, packed_chunk
 from stepjax.train.plugins.reference import REFERENCE
 
 Verb = Literal["distill", "sft", "rl"]
+Averaging = Literal["tokens", "answers", "constant"]
 
 
 @dataclass(frozen=True)
@@ -28,26 +31,44 @@ class LossSettings:
     # a name in `stepjax.train.objectives.table`, or a class of your own: FILE.py:NAME, package.module:NAME, entry point
     objective: str = field(default="exact", metadata=REFERENCE)
     options: dict[str, Any] = field(default_factory=dict)  # of an objective of your own
-    divergence: Literal["reverse", "forward", "jsd"] = "reverse"
+    divergence: Kind = "reverse"
     # of "jsd": the teacher's share of the mixture
     beta: Annotated[float, Range(0.001, 0.999, note="the ends are reverse and forward")] = 0.5
-    # for tokens whose probability differs between trainer and sampler
-    filter: Literal["none", "tis", "icepop", "mispo"] = "none"
+    filter: Filter = "none"  # for tokens whose probability differs between trainer and sampler
     cap: Annotated[float, Range(1e-6, 10**6)] = 2.0  # of "tis": largest ratio
     token_low: Annotated[float, Range(0, 1)] = 0.5  # bounds of "icepop" and "mispo" for a token's ratio
     token_high: Annotated[float, Range(1, 10**6)] = 2.0
     sequence_low: Annotated[float, Range(0, 1)] = 0.996  # bounds of "mispo" for the geometric mean over a trajectory
     sequence_high: Annotated[float, Range(1, 10**6)] = 1.001
-    # grpo: a token is dropped if its ratio is outside 1 ± clip and would move further out; 0: off
-    clip: Annotated[float, Range(1e-6, 1, zero="off")] = 0.0
+    # rl: the lowest ratio is 1 − clip_low, the highest 1 + clip_high; 0: the objective's default, for grpo no bound
+    clip_low: Annotated[float, Range(1e-6, 1, zero="the objective's default")] = 0.0
+    clip_high: Annotated[float, Range(1e-6, 10**6, zero="the objective's default")] = 0.0
+    average: Averaging = "tokens"  # rl: what the sum over an answer's tokens is divided by
     discount: Annotated[float, Range(0, 1)] = 0.0  # of the advantages that later tokens get from a teacher
     scaled: bool = True  # rl: divide advantages by the standard deviation of their group
     # rl: weight of the sampled reverse KL to a teacher, added to the reward's advantage
     teacher_weight: Annotated[float, Range(0, 1000)] = 0.0
+    mask_truncated: bool = False  # rl: answers that were cut off count in their group's baseline and not in the loss
+    reference_kl: Annotated[float, Range(0, 1000)] = 0.0  # rl: weight of the KL to the base without the adapter
+    kl_estimator: KlEstimator = "k3"  # of that KL
+    entropy_bonus: Annotated[float, Range(0, 1000)] = 0.0  # rl: weight of the policy's entropy, which is maximised
     chunk: Annotated[int, Range(1, 2**20)] = 512  # positions whose logits are in memory at once
 
     def __post_init__(self) -> None:
         check_ranges(self, "loss")
+
+
+# Settings that have an effect only where another one has one of these values.
+DEPENDENT: Mapping[str, tuple[str, tuple[Any, ...]]] = {
+    "beta": ("divergence", ("jsd",)),
+    "cap": ("filter", ("tis",)),
+    "token_low": ("filter", ("icepop", "mispo")),
+    "token_high": ("filter", ("icepop", "mispo")),
+    "sequence_low": ("filter", ("mispo",)),
+    "sequence_high": ("filter", ("mispo",)),
+}
+# The same for weights: no effect where the other one is 0.
+WEIGHTED: Mapping[str, str] = {"kl_estimator": "reference_kl", "discount": "teacher_weight"}
 
 
 class Batch(NamedTuple):
@@ -59,6 +80,8 @@ class Batch(NamedTuple):
     teacher_logprob: Any = None  # float32: log q of the token
     top: TopScores | None = None  # [R, T, K]: the teacher's likeliest tokens in place of the token
     hidden: Any = None  # [R, T, D]: the teacher's hidden states, each at the position before the token
+    reference_logprob: Any = None  # float32: log-probability of the token in the base without the adapter
+    weight: Any = None  # float32: factor of the token's loss, constant in an answer; None: 1
     experts: Any = None  # uint16 [R, T, L, A]: the sampler's, for the token as an input; for router replay
 
 
@@ -71,14 +94,17 @@ class TokenInputs(NamedTuple):
     teacher_logprob: jax.Array  # float32: log q of the token, 0 where it is unknown
     mask: jax.Array  # bool: the tokens that count
     segment_ids: jax.Array  # int32: the number of the token's answer in its row
+    reference_logprob: jax.Array  # float32: of the base without the adapter, 0 unless `Objective.uses_reference`
 
 
 class TokenLoss(NamedTuple):
-    """The loss of each token, and which tokens and answers the filter kept. All [R, T]."""
+    """The loss of each token, and which tokens and answers have a gradient. All [R, T]."""
 
     loss: jax.Array
     kept_tokens: jax.Array
     kept_sequences: jax.Array
+    clipped: jax.Array | None = None  # bool: whether the ratio was at a bound of the objective
+    reference_kl: jax.Array | None = None  # the estimate of the KL to the reference, before its weight
 
     @classmethod
     def of_all(cls, loss: jax.Array) -> TokenLoss:
@@ -113,7 +139,9 @@ class Sums(NamedTuple):
     loss: jax.Array
     tokens: jax.Array
     divergence: jax.Array  # from the teacher, over all tokens or over the top k
+    divergence_tokens: jax.Array  # the tokens for which that was computed
     sampled_kl: jax.Array  # log π − log q, where q is known
+    sampled_kl_tokens: jax.Array  # the tokens for which that was computed
     nll: jax.Array  # −log π
     entropy: jax.Array
     gap: jax.Array  # |log π − log μ|, where μ is known
@@ -125,6 +153,8 @@ class Sums(NamedTuple):
     depth_loss: jax.Array  # [depths]: of the prediction heads; length 0 unless they are trained
     depth_tokens: jax.Array
     agreement: Agreement | None = None  # with router replay
+    clipped: jax.Array | None = None  # of objectives that bound ratios
+    reference_kl: jax.Array | None = None  # with loss.reference_kl
 
     @classmethod
     def over(cls, micro_batches: Sums) -> Sums:
@@ -163,6 +193,32 @@ class Objective:
     group_baseline: ClassVar[bool] = False  # learns from the differences between the answers to one prompt
     options: ClassVar[Mapping[str, Any]] = {}  # settings of its own in loss.options, with their defaults
     trains_heads: ClassVar[bool] = False  # trains the prediction heads only (lora.kind "mtp")
+    settings: ClassVar[tuple[str, ...]] = ()  # fields of LossSettings that it uses beside objective, options and chunk
+
+    def check(self, settings: LossSettings) -> None:
+        """ConfigError: a setting has no effect with this objective and the other settings."""
+        for setting in fields(settings):
+            name, value = setting.name, getattr(settings, setting.name)
+            if name in ("objective", "options", "chunk") or value == setting.default:
+                continue
+            if name not in self.settings:
+                used = ", ".join(("chunk", *self.settings))
+                raise ConfigError(f"loss.{name}: is {value!r}, but {self.name} does not use it; it uses {used}")
+            other, values = DEPENDENT.get(name, ("", ()))
+            if other in self.settings and getattr(settings, other) not in values:
+                needed = " or ".join(map(repr, values))
+                raise ConfigError(f"loss.{name}: is {value!r}, but has an effect only where loss.{other} is {needed}")
+            weight = WEIGHTED.get(name, "")
+            if weight in self.settings and not getattr(settings, weight):
+                raise ConfigError(f"loss.{name}: is {value!r}, but has no effect while loss.{weight} is 0")
+
+    def uses_reference(self, settings: LossSettings) -> bool:
+        """Whether the loss reads the log-probabilities of the base without the adapter."""
+        return False
+
+    def averaging(self, settings: LossSettings) -> Averaging:
+        """What the sum of the losses of an answer's tokens is divided by."""
+        return "tokens"
 
     def option(self, settings: LossSettings, name: str) -> Any:
         """The value of one of its own settings."""
@@ -188,10 +244,10 @@ class Objective:
         return self.rewarded or type(self).advantages is not Objective.advantages
 
     def advantages(self, rewards: np.ndarray, groups: np.ndarray, settings: LossSettings) -> np.ndarray:
-        """Advantage of each answer, float32 [N].
+        """Advantage of each answer, float32 [N]. An answer whose advantage is NaN is left out of the loss.
 
         Args:
-          rewards: of each answer, [N].
+          rewards: of each answer, float64 [N]. NaN: the answer has no reward.
           groups: the number of the prompt of each answer, int [N].
         """
         return np.zeros(len(rewards), np.float32)
@@ -218,18 +274,24 @@ class Objective:
         sampler, advantage = _ahead(batch.sampler), _ahead(batch.advantage)
         known = scores.teacher_logprob if batch.teacher_logprob is None else _ahead(batch.teacher_logprob)
         has_teacher = batch.teacher_logprob is not None or batch.hidden is not None
-        inputs = TokenInputs(scores, sampler, advantage, known, mask, rows.segment_ids)
+        has_divergence = batch.top is not None or batch.hidden is not None
+        reference = jnp.zeros_like(known) if batch.reference_logprob is None else _ahead(batch.reference_logprob)
+        inputs = TokenInputs(scores, sampler, advantage, known, mask, rows.segment_ids, reference)
         tokens = self.token_loss(inputs, context.settings)
+        token_loss = tokens.loss if batch.weight is None else tokens.loss * _ahead(batch.weight)
         gap = jax.lax.stop_gradient(jnp.where(mask & (sampler != 0), scores.logprob - sampler, 0.0))
 
         def summed(x: jax.Array) -> jax.Array:
             return jnp.sum(jnp.where(mask, jax.lax.stop_gradient(x).astype(jnp.float32), 0.0))
 
+        count, zero = jnp.sum(mask.astype(jnp.float32)), jnp.zeros(())
         sums = Sums(
-            loss=summed(tokens.loss),
-            tokens=jnp.sum(mask.astype(jnp.float32)),
+            loss=summed(token_loss),
+            tokens=count,
             divergence=summed(scores.divergence),
-            sampled_kl=summed(scores.logprob - known) if has_teacher else jnp.zeros(()),
+            divergence_tokens=count if has_divergence else zero,
+            sampled_kl=summed(scores.logprob - known) if has_teacher else zero,
+            sampled_kl_tokens=count if has_teacher else zero,
             nll=summed(-scores.logprob),
             entropy=summed(scores.entropy),
             gap=summed(jnp.abs(gap)),
@@ -240,17 +302,18 @@ class Objective:
             kept_sequences=summed(tokens.kept_sequences),
             depth_loss=jnp.zeros((0,)),
             depth_tokens=jnp.zeros((0,)),
+            clipped=None if tokens.clipped is None else summed(tokens.clipped),
+            reference_kl=None if tokens.reference_kl is None else summed(tokens.reference_kl),
         )
         if batch.experts is not None:
             agreement = Agreement.of(out.expert_ids, batch.experts, context.model.config.num_experts)
             sums = sums._replace(agreement=agreement)
-        return jnp.sum(jnp.where(mask, tokens.loss, 0.0)) / total, sums
+        return jnp.sum(jnp.where(mask, token_loss, 0.0)) / total, sums
 
-    def metrics(self, sums: Sums, *, scored_tokens: int, sampled_tokens: int) -> dict[str, Any]:
-        """The numbers that are logged of a step, by name.
+    def metrics(self, sums: Sums, *, sampled_tokens: int) -> dict[str, Any]:
+        """The numbers that are logged of a step, by name. A number that was not computed is not among them.
 
         Args:
-          scored_tokens: tokens that a teacher scored.
           sampled_tokens: tokens whose log-probability in the sampler is known.
         """
         count = max(float(sums.tokens), 1.0)
@@ -259,8 +322,13 @@ class Objective:
             "nll": float(sums.nll) / count,
             "entropy": float(sums.entropy) / count,
         }
-        if scored_tokens:
-            record |= {"divergence": float(sums.divergence) / count, "sampled_kl": float(sums.sampled_kl) / count}
+        for name in ("divergence", "sampled_kl"):
+            tokens = float(getattr(sums, f"{name}_tokens"))
+            if tokens:
+                record[name] = float(getattr(sums, name)) / tokens
+        for name in ("clipped", "reference_kl"):
+            if getattr(sums, name) is not None:
+                record[name] = float(getattr(sums, name)) / count
         if sums.agreement is not None:
             record["router_agreement"] = float(sums.agreement.agreed) / max(float(sums.agreement.tokens), 1.0)
         if sampled_tokens:
@@ -299,4 +367,5 @@ def _scores(
         kind=settings.divergence,
         beta=settings.beta,
         chunk=settings.chunk,
+        entropy_gradient=settings.entropy_bonus != 0,
     )

@@ -28,8 +28,8 @@ from stepjax.train.objectives.objective import Batch, LossContext, LossSettings
 from stepjax.train.objectives.table import OBJECTIVES
 from stepjax.train.packing.rows import PackedRows
 from stepjax.train.pretrain.step import Placement, TrainState, make_step, split_biases
-from stepjax.train.runs.optimizer import adamw, constant, learning_rate
-from stepjax.train.tune.setup import abstract_state
+from stepjax.train.runs.optimizer import adamw, learning_rate
+from stepjax.train.tune.setup import abstract_state, schedule_of
 from stepjax.train.tune.update import COMPILER_OPTIONS, Leaves, TuneState, accumulation
 from stepjax.weights.expert_format import ExpertFormat
 from stepjax.weights.plain import PLAIN
@@ -178,7 +178,7 @@ def lora_step(model: Step3p5, params: Params, layout: MeshLayout, *, batch: int,
     They are the largest program of an update. The optimiser's state lies beside it, so it is an argument here.
     """
     config, adapter, optim = model.config, LoraConfig(), OptimSettings()
-    schedule = constant(optim.lr, warmup=optim.warmup_steps)  # the result does not depend on these
+    schedule = schedule_of(optim)  # the result does not depend on it
     optimizer = adamw(schedule, b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay, clip=optim.clip)
     leaf_shardings = shardings(config, adapter, layout)
     state, state_shardings = abstract_state(
@@ -202,7 +202,7 @@ def lora_step(model: Step3p5, params: Params, layout: MeshLayout, *, batch: int,
     accumulate = accumulation(functools.partial(likelihood.loss, context), assemble, "")
 
     def run(gradients: Leaves, state: TuneState, params: Params, micro: Batch, total: jax.Array) -> Any:
-        return accumulate(gradients, state.leaves, params, micro, total, None)
+        return accumulate(gradients, state.leaves, params, micro, total, None, None)
 
     function = jax.jit(
         run,

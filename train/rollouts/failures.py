@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -69,7 +70,7 @@ def reward_record(rollouts: Sequence[Rollout]) -> dict[str, Any]:
 
 
 def _means(rollouts: Sequence[Rollout], name: str) -> dict[str, float]:
-    graded = [rollout for rollout in rollouts if not rollout.failure]
+    graded = [rollout for rollout in rollouts if not rollout.failure and math.isfinite(rollout.reward)]
     values: dict[str, list[float]] = {}
     for rollout in graded:
         for part, value in rollout.parts.items():

@@ -7,6 +7,7 @@ So a resumed run samples the same tokens as an uninterrupted one, bit for bit.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
@@ -50,7 +51,7 @@ class Rollout:
     text: str = ""
     turns: int = 0
     truncated: bool = False
-    reward: float = 0.0  # NaN if it failed
+    reward: float = 0.0  # NaN if it failed, and for a completion of the data
     parts: Mapping[str, float] = field(default_factory=dict)  # of the reward, by name
     failure: str = ""  # why there is no reward
     writer: Literal["student", "teacher", "data"] = "student"
@@ -308,4 +309,4 @@ def data_rollout(prompt: Prompt, *, group: int) -> Rollout:
             "let the student or a teacher write it (rollout.source)"
         )
     ids = list(prompt.completion)
-    return Rollout(prompt, group, -1, ids, [True] * len(ids), [0.0] * len(ids), writer="data")
+    return Rollout(prompt, group, -1, ids, [True] * len(ids), [0.0] * len(ids), reward=math.nan, writer="data")

@@ -1,31 +1,45 @@
-"""AdamW, with learning rates that have a warm-up, a plateau and optionally a linear decay."""
+"""AdamW, with learning rates that have a warm-up, a plateau and optionally a decay."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import optax
 
-
-def learning_rate(peak: float, *, warmup: int, decay_from: int, steps: int, floor: float) -> optax.Schedule:
-    """Linear from 0 over ``warmup`` steps, ``peak`` until ``decay_from``, linear to ``floor`` × peak at ``steps``."""
-    decay = optax.linear_schedule(peak, floor * peak, steps - decay_from)
-    return _after_warmup(peak, warmup, [optax.constant_schedule(peak), decay], [decay_from])
+Shape = Literal["constant", "linear", "cosine"]
 
 
-def constant(peak: float, *, warmup: int) -> optax.Schedule:
-    """Linear from 0 over ``warmup`` steps, then ``peak``."""
-    return _after_warmup(peak, warmup, [optax.constant_schedule(peak)], [])
+def learning_rate(
+    peak: float, *, warmup: int, decay_from: int, steps: int, floor: float, shape: Shape = "linear"
+) -> optax.Schedule:
+    """Learning rate of update t = 0, 1, …: peak·(t + 1)/warmup, then ``peak`` until ``decay_from``, then a decay.
+
+    With x = (t − decay_from) / (steps − decay_from): "linear" is peak·(1 − (1 − floor)·x), "cosine" is
+    peak·(floor + (1 − floor)·(1 + cos πx)/2) (SGDR, arXiv 1608.03983, equation 5), "constant" stays at the peak.
+
+    Args:
+      warmup: updates; 0 and 1: none.
+      floor: of the peak, at ``steps``.
+    """
+    rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
+    flat = optax.constant_schedule(peak)
+    if shape == "constant":
+        return optax.join_schedules([rise, flat], [warmup])
+    length = max(steps - decay_from, 1)
+    decay = (
+        optax.linear_schedule(peak, floor * peak, length)
+        if shape == "linear"
+        else optax.cosine_decay_schedule(peak, length, alpha=floor)
+    )
+    return optax.join_schedules([rise, flat, decay], [warmup, decay_from])
 
 
-def _after_warmup(peak: float, warmup: int, schedules: list[optax.Schedule], boundaries: list[int]) -> optax.Schedule:
-    """The schedules from step ``warmup`` on, in which the first begins, and each other at its boundary."""
-    if not warmup:
-        return optax.join_schedules(schedules, boundaries)
-    rise = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
-    return optax.join_schedules([rise, *schedules], [warmup, *boundaries])
+def update_count(state: optax.OptState) -> jax.Array:
+    """Updates that an optimiser of `adamw` has made: the argument of its schedule. Skipped ones do not count."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return next(leaf for path, leaf in leaves if getattr(path[-1], "name", None) == "count")
 
 
 def adamw(

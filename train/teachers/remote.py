@@ -21,6 +21,7 @@ from stepjax.train.rollouts.sampler import Rollout
 from stepjax.train.teachers.resident import Scored, prompt_with
 
 FIRST_WAIT_S = 0.5  # before the second try; each further wait is twice as long
+TOP_K = 20  # likeliest tokens that a server is asked for
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
 
 
@@ -40,6 +41,11 @@ class Remote:
             self._headers["Authorization"] = f"Bearer {key}"
         # No proxy of the environment is used: it could reach another server than the one in the settings.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    @property
+    def top_k(self) -> int:
+        """Likeliest tokens that a server is asked for."""
+        return TOP_K
 
     def score(self, rollouts: Sequence[Rollout], *, top: int) -> list[Scored]:
         """As `stepjax.train.teachers.resident.Scorer.score`, with several requests at a time.

@@ -35,14 +35,22 @@ class Scored:
 class Scorer(Protocol):
     """A teacher that gives log-probabilities: a server or a file."""
 
+    @property
+    def top_k(self) -> int:
+        """Likeliest tokens that it gives where the settings do not say how many."""
+        ...
+
     def score(self, rollouts: Sequence[Rollout], *, top: int) -> list[Scored]:
         """Scores of each token after the prompt, and of the ``top`` likeliest tokens in its place (0: none)."""
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Resident:
-    """A teacher in this process. It gives hidden states; the loss computes its logits from them."""
+    """A teacher in this process. It gives hidden states; the loss computes its logits from them.
+
+    The parameters of a moving average of the student are replaced at each step.
+    """
 
     session: Session
     params: Params

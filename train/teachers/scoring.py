@@ -13,20 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stepjax.infer.session import Session
+from stepjax.infer.session import Session, num_tokens_of
 from stepjax.infer.steps.state import NO_EXPERT
-from stepjax.model.step3p5 import Params
+from stepjax.model.step3p5 import Params, bind
 from stepjax.stored_function import StoredFunction
 from stepjax.train.config.tune import TuneConfig
 from stepjax.train.data.sources import Prompt
-from stepjax.train.losses.logprobs import TopScores
-from stepjax.train.objectives.objective import Batch, Objective
-from stepjax.train.packing.rows import PackedRows, PackedSequences, pack_sequences
+from stepjax.train.losses.logprobs import TopScores, token_scores
+from stepjax.train.objectives.objective import Averaging, Batch, Objective
+from stepjax.train.packing.rows import PackedRows, PackedSequences, pack_sequences, packed_chunk
 from stepjax.train.rollouts.sampler import Rollout
 from stepjax.train.teachers.resident import Resident, Scored, Teacher
-from stepjax.train.teachers.stored import Stored
 
-REMOTE_TOP_K = 20  # likeliest tokens that a server is asked for
 LENGTH_STEP = 64  # tokens; longer rows of a teacher are a multiple of it, for few compiled programs
 CHAT_TOKENS = 16  # that a template may put around a system text
 
@@ -39,6 +37,7 @@ class Prepared:
 
     batches: dict[str, list[Batch]]
     num_left_out: int = 0  # answers that have no room in a row
+    num_masked: int = 0  # answers that were cut off and are in no batch (loss.mask_truncated)
     scored_tokens: int = 0  # tokens that teachers scored
     score_s: float = 0.0
     rollouts: list[Rollout] = field(default_factory=list)  # those in the batches
@@ -63,53 +62,122 @@ class Scoring:
         return (source.teacher if source else "") or next(iter(self.teachers))
 
     def prepare(self, rollouts: Sequence[Rollout], *, objective: Objective) -> Prepared:
-        """The batches of these rollouts for an objective. If it uses rewards, answers without one are left out."""
+        """The batches of one update with these rollouts. If it uses rewards, answers without one are left out."""
+        return self.prepare_parts(rollouts, objective=objective, parts=1, seed=())[0]
+
+    def prepare_parts(
+        self, rollouts: Sequence[Rollout], *, objective: Objective, parts: int, seed: Sequence[int]
+    ) -> list[Prepared]:
+        """The batches of several updates, each with a part of the answers. Advantages are those of whole groups.
+
+        The first has the counts of the answers that are in no batch.
+
+        Args:
+          parts: their number. With fewer answers there are fewer.
+          seed: of the division into parts of almost equal size.
+        """
         optim, loss = self._config.optim, self._config.loss
         graded = [rollout for rollout in rollouts if not (objective.uses_rewards and rollout.failure)]
         kept, lost = cut_to_rows(graded, optim.length)
-        prepared = Prepared({}, lost, rollouts=kept)
         rewards, groups = (np.asarray([getattr(rollout, name) for rollout in kept]) for name in ("reward", "group"))
         advantages = objective.advantages(rewards, groups, loss)
-        scored = objective.scored(loss)
-        names = [self.teacher_of(rollout) if scored else "" for rollout in kept]
+        trained = np.isfinite(advantages)
+        masked = trained & np.asarray([loss.mask_truncated and rollout.truncated for rollout in kept], bool)
+        chosen = np.flatnonzero(trained & ~masked)
+        if parts > 1:
+            chosen = np.random.default_rng(list(seed)).permutation(chosen)
+        prepared = [
+            self._prepare([kept[i] for i in part], advantages[part], objective)
+            for part in map(np.sort, np.array_split(chosen, max(1, min(parts, len(chosen)))))
+        ]
+        prepared[0].num_left_out, prepared[0].num_masked = lost, int(masked.sum())
+        return prepared
+
+    def _prepare(self, rollouts: list[Rollout], advantages: np.ndarray, objective: Objective) -> Prepared:
+        """The batches of these rollouts."""
+        prepared = Prepared({}, rollouts=rollouts)
+        scored = objective.scored(self._config.loss)
+        names = [self.teacher_of(rollout) if scored else "" for rollout in rollouts]
+        weights = self._weights(rollouts, objective)
         for name in sorted(set(names)):
             indices = [index for index, teacher in enumerate(names) if teacher == name]
-            chosen = [kept[index] for index in indices]
+            chosen = [rollouts[index] for index in indices]
             began = time.perf_counter()
-            batches = self._batches(chosen, advantages[indices], name, objective)
+            given = None if weights is None else weights[indices]
+            batches = self._batches(chosen, advantages[indices], given, name, objective)
             if name:
                 prepared.scored_tokens += sum(len(rollout.ids) for rollout in chosen)
                 prepared.score_s += time.perf_counter() - began
             prepared.batches[name] = batches
         return prepared
 
-    def _batches(self, rollouts: list[Rollout], advantages: np.ndarray, name: str, objective: Objective) -> list[Batch]:
-        teacher = self.teachers[name] if name else None
+    def _weights(self, rollouts: Sequence[Rollout], objective: Objective) -> np.ndarray | None:
+        """Factors of the answers' losses, as `answer_weights`."""
+        averaging, longest = objective.averaging(self._config.loss), self._config.rollout.max_tokens
+        return answer_weights([rollout.num_answer_tokens for rollout in rollouts], averaging, longest=longest)
+
+    def _batches(
+        self,
+        rollouts: list[Rollout],
+        advantages: np.ndarray,
+        weights: np.ndarray | None,
+        name: str,
+        objective: Objective,
+    ) -> list[Batch]:
+        teacher, scored = self.teachers[name] if name else None, None
         if teacher is not None and not isinstance(teacher, Resident):
             scored = teacher.score(rollouts, top=self._top(name, objective))
-            return self.place(self._made(rollouts, advantages, scored)[0])
-        batch, packed = self._made(rollouts, advantages)
+        batch, packed = self._made(rollouts, advantages, weights, scored)
         placed = self.place(batch)
-        if teacher is None:
+        if objective.uses_reference(self._config.loss):
+            base = self._session.params
+            placed = [micro._replace(reference_logprob=self._reference(base, micro.rows)) for micro in placed]
+        if not isinstance(teacher, Resident):
             return placed
         hidden = self._hidden(teacher, rollouts, placed, packed)
         return [micro._replace(hidden=states) for micro, states in zip(placed, hidden, strict=True)]
 
     def _made(
-        self, rollouts: Sequence[Rollout], advantages: np.ndarray, scored: Sequence[Scored] | None = None
+        self,
+        rollouts: Sequence[Rollout],
+        advantages: np.ndarray,
+        weights: np.ndarray | None,
+        scored: Sequence[Scored] | None = None,
     ) -> tuple[Batch, PackedSequences]:
         optim, model = self._config.optim, self._session.config
         choices = (len(model.moe_layers), model.top_k) if self._config.rollout.replay else None
         return make_batch(
-            rollouts, advantages, rows=optim.rows, length=optim.length, scored=scored, num_choices=choices
+            rollouts,
+            advantages,
+            rows=optim.rows,
+            length=optim.length,
+            scored=scored,
+            weights=weights,
+            num_choices=choices,
         )
+
+    @property
+    def _reference(self) -> StoredFunction:
+        """``(parameters of the base, rows [R, T]) → log-probability of each token [R, T]``, 0 of first tokens."""
+        model, chunk, num_tokens = self._session.model, self._config.loss.chunk, num_tokens_of(self._session)
+
+        def run(params: Params, rows: PackedRows) -> jax.Array:
+            bound = bind(model, params)
+            hidden = bound.forward(rows.ids, packed_chunk(rows)).hidden_BTD
+            label = jnp.roll(rows.ids, -1, axis=1)
+            scores = token_scores(hidden, label, bound.logits, num_tokens=num_tokens, chunk=chunk)
+            logprobs = jnp.roll(scores.logprob, 1, axis=1).at[:, 0].set(0.0)
+            return model.layout.constrain(logprobs, "batch", "length")
+
+        return self._session.stored(f"log-probabilities of {num_tokens} tokens by {chunk}", run)
 
     def _top(self, name: str, objective: Objective) -> int:
         """Likeliest tokens that a server or a file is asked for."""
         if not objective.reads_top_k:
             return 0
         teacher = self.teachers[name]
-        return self._config.teachers[name].top_k or (teacher.top_k if isinstance(teacher, Stored) else REMOTE_TOP_K)
+        assert not isinstance(teacher, Resident)
+        return self._config.teachers[name].top_k or teacher.top_k
 
     def shapes(self, prompt: Prompt, *, objective: Objective) -> dict[str, Batch]:
         """Shapes of a micro-batch of each teacher that may score answers, as `prepare` makes them.
@@ -128,8 +196,10 @@ class Scoring:
                 top = self._top(name, objective)
                 likeliest = (np.zeros((1, top), np.int32), np.zeros((1, top), np.float32)) if top else ()
                 scored = [Scored(np.zeros((1,), np.float32), *likeliest)]
-            batch, _ = self._made([rollout], np.zeros((1,), np.float32), scored)
+            batch, _ = self._made([rollout], np.zeros((1,), np.float32), self._weights([rollout], objective), scored)
             micro = jax.tree.map(lambda x: self._shape(x.shape[1:], x.dtype), batch)
+            if objective.uses_reference(self._config.loss):
+                micro = micro._replace(reference_logprob=micro.sampler)
             if isinstance(teacher, Resident):
                 shape = (optim.rows, optim.length, model.hidden_size)
                 states = self._shape(shape, teacher.session.dtype)
@@ -143,6 +213,8 @@ class Scoring:
         """The programs of the teachers in this process with their arguments, so that they can be compiled ahead."""
         calls: list[tuple[StoredFunction, tuple[Any, ...]]] = []
         for name, micro in shapes.items():
+            if micro.reference_logprob is not None:
+                calls.append((self._reference, (self._session.params, micro.rows)))
             teacher = self.teachers.get(name)
             if isinstance(teacher, Resident):
                 length = self._teacher_length(teacher) if teacher.system else self._config.optim.length
@@ -221,6 +293,18 @@ class Scoring:
         return self._session.model.layout.sharding(shape, "batch", "length", *(None,) * (len(shape) - 2))
 
 
+def answer_weights(counts: Sequence[int], averaging: Averaging, *, longest: int) -> np.ndarray | None:
+    """Factors of the losses of N answers, float32 [N]. The update divides by T, the number of tokens of all answers.
+
+    "tokens", the mean over all tokens: 1 (returned as None). "answers", the mean over answers of their means over n
+    tokens: T / (N·n). "constant", the mean over answers of their sums divided by ``longest``: T / (N·longest).
+    """
+    if averaging == "tokens" or not counts:
+        return None
+    lengths = np.asarray(counts, np.float64) if averaging == "answers" else np.full(len(counts), longest)
+    return (sum(counts) / (len(counts) * lengths)).astype(np.float32)
+
+
 def cut_to_rows(rollouts: Sequence[Rollout], length: int) -> tuple[list[Rollout], int]:
     """The rollouts cut to ``length`` tokens, and how many were left out because no token of an answer had room."""
     kept = []
@@ -242,6 +326,7 @@ def make_batch(
     rows: int,
     length: int,
     scored: Sequence[Scored] | None = None,
+    weights: np.ndarray | None = None,
     num_choices: tuple[int, int] | None = None,
 ) -> tuple[Batch, PackedSequences]:
     """The batch of rollouts that `cut_to_rows` returned.
@@ -249,6 +334,7 @@ def make_batch(
     Args:
       advantages: of each rollout, float32 [N].
       scored: a teacher's scores of each rollout.
+      weights: factors of the rollouts' losses, float32 [N]; None: 1.
       num_choices: MoE layers and experts of a token, for a batch that has experts even if nobody recorded them.
     """
     prompts, answers = [rollout.prompt.ids for rollout in rollouts], [rollout.ids for rollout in rollouts]
@@ -258,12 +344,18 @@ def make_batch(
     def column(values: Sequence[Any], dtype: Any) -> np.ndarray:
         return packed.column([np.asarray(value, dtype) for value in values], starts, dtype)
 
+    def spread(values: np.ndarray) -> np.ndarray:
+        """A column with one value for all tokens of a rollout."""
+        return column([np.full(len(ids), value) for ids, value in zip(answers, values, strict=True)], np.float32)
+
     mask = column([rollout.answer_mask for rollout in rollouts], np.int32)
     batch = Batch(
         packed.rows._replace(loss_mask=mask),
         column([rollout.logprobs for rollout in rollouts], np.float32),
-        column([np.full(len(ids), advantage) for ids, advantage in zip(answers, advantages, strict=True)], np.float32),
+        spread(advantages),
     )
+    if weights is not None:
+        batch = batch._replace(weight=spread(weights))
     experts = [
         rollout.experts[: len(rollout.prompt.ids) + len(rollout.ids)]
         for rollout in rollouts

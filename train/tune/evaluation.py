@@ -113,20 +113,16 @@ class Evaluation:
         prompts = [prompt for name in names for prompt in self._held_out(name, count)]
         rollouts = self._sampler.run(params, prompts, samples=1, seed=settings.seed + 1, policy_step=-1)
         residents = self._scoring.residents
-        total: dict[str, float] = {"tokens": 0.0, "divergence": 0.0, "sampled_kl": 0.0}
+        names, total = ("divergence", "sampled_kl"), dict[str, float]()
         for in_this_process, objective in ((True, OBJECTIVES["exact"]), (False, OBJECTIVES["sampled"])):
             scored = [r for r in rollouts if (self._scoring.teacher_of(r) in residents) == in_this_process]
             if not scored:
                 continue
             sums = self._measure(params, self._scoring.prepare(scored, objective=objective).batches, residents)
-            total["tokens"] += float(sums.tokens)
-            total["divergence"] += float(sums.divergence)
-            total["sampled_kl"] += float(sums.sampled_kl)
-        tokens = max(total["tokens"], 1.0)
-        return {
-            "held_out_divergence": total["divergence"] / tokens,
-            "held_out_sampled_kl": total["sampled_kl"] / tokens,
-        }
+            for name in (*names, *(f"{name}_tokens" for name in names)):
+                total[name] = total.get(name, 0.0) + float(getattr(sums, name))
+        # A server gives log-probabilities of the sampled tokens, from which there is no divergence over all tokens.
+        return {f"held_out_{name}": total[name] / total[f"{name}_tokens"] for name in names if total[f"{name}_tokens"]}
 
     def _held_out(self, name: str, count: int) -> list[Prompt]:
         settings = self._config.data[name]

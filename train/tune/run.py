@@ -16,7 +16,6 @@ import jax
 import numpy as np
 
 from stepjax.errors import ConfigError, TrainingError
-from stepjax.model.step3p5 import Params
 from stepjax.program_cache import ProgramCache
 from stepjax.sharding.sharded_checkpoint import save_adapter
 from stepjax.startup import Startup
@@ -25,19 +24,22 @@ from stepjax.train.config.tune import OptimSettings, RunSettings, TuneConfig
 from stepjax.train.data.coded import with_code
 from stepjax.train.data.sources import Prompt, open_stream
 from stepjax.train.rollouts.failures import RewardFailures
+from stepjax.train.rollouts.resampling import StepAnswers, differing_groups
 from stepjax.train.rollouts.sampler import Rollout, Sampler, data_rollout
 from stepjax.train.rollouts.transcripts import write_transcripts
 from stepjax.train.runs.checkpoints import Checkpoints
 from stepjax.train.runs.folder import MetricsFile, check_finite, is_due, progress
 from stepjax.train.runs.identity import claim, claim_content, is_first_process, update_settings
 from stepjax.train.runs.lock import locked
+from stepjax.train.runs.optimizer import update_count
 from stepjax.train.runs.sinks import Sink, open_sinks
 from stepjax.train.teachers.resident import Resident
+from stepjax.train.teachers.scoring import Prepared
 from stepjax.train.tune.evaluation import Evaluation
-from stepjax.train.tune.metrics import StepMetrics, note
+from stepjax.train.tune.metrics import StepMetrics, accumulation, note
 from stepjax.train.tune.setup import Setup, content_of, open_run, schedule_of, with_params
 from stepjax.train.tune.trainable import Leaves, lora_config, save_leaves
-from stepjax.train.tune.update import TuneState
+from stepjax.train.tune.update import TuneState, UpdateReport
 from stepjax.train.workers.code import UserCode
 
 
@@ -123,7 +125,7 @@ def _train(
                         check_finite(done, state.leaves)
                         checkpoints.save(done, state, run.about)
                     advance(note)
-        if int(state.skipped[0]) >= total:
+        if int(state.skipped[0]) >= total * config.optim.updates:
             raise TrainingError(
                 f"none of {total} steps had a token and a finite gradient, so nothing was learned; read the transcripts"
             )
@@ -163,7 +165,7 @@ def check_steps(previous: OptimSettings, optim: OptimSettings, *, done: int) -> 
         raise ConfigError(f"optim.steps: is {optim.steps}, but the run has made {done} steps; give at least {done}")
     if optim.steps == previous.steps or not is_first_process():
         return
-    counts = np.arange(done)
+    counts = optim.updates * np.arange(done)
     before, now = (np.broadcast_to(np.asarray(schedule_of(each)(counts)), done) for each in (previous, optim))
     other = np.flatnonzero(before != now)
     effect = "as if they had been given at the beginning"
@@ -201,7 +203,10 @@ class _Run:
         about = dataclasses.asdict(config)
         self._sinks: dict[str, Sink] = open_sinks(config.run, out, start, about) if self._is_first_process else {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
-        self._next_rollouts: Future[list[Rollout]] | None = None  # with rollout.ahead
+        self._next_answers: Future[StepAnswers] | None = None  # with rollout.ahead
+        # Two threads would launch collectives in an order that devices and processes do not agree on, which can block
+        # all of them. On a mesh this thread launches everything.
+        self._one_launcher = bool(setup.base.model.layout.replicated)
 
     @property
     def about(self) -> dict[str, Any]:
@@ -222,6 +227,7 @@ class _Run:
         """Compile what a step needs, several programs at once. An evaluation's come with the first one."""
         setup, scoring = self._setup, self._setup.scoring
         shapes = scoring.shapes(self._stream.batch(self.start)[0], objective=setup.objective)
+        setup.follow(state)
         residents = {name: params for name, params in scoring.residents.items() if name in shapes}
         calls = setup.update.calls(state, setup.base.params, residents, shapes)
         if self._config.rollout.source == "student":
@@ -233,58 +239,101 @@ class _Run:
         """One update, and the evaluations that are due. Returns the new state and a note for the progress bar."""
         config, setup = self._config, self._setup
         before = state
-        rollouts, write_s = self._rollouts(step, state)
-        self._failures.check(step, rollouts, fatal=setup.objective.uses_rewards)
-        prepared = setup.scoring.prepare(rollouts, objective=setup.objective)
+        setup.follow(state)
+        answers, write_s = self._answers(step, state)
+        self._failures.check(step, answers.sampled, fatal=setup.objective.uses_rewards)
+        prepared = setup.scoring.prepare_parts(
+            answers.trained, objective=setup.objective, parts=config.optim.minibatches, seed=(config.run.seed, step, 5)
+        )
         if config.run.transcripts_every and (step == self.start or is_due(config.run.transcripts_every, step)):
-            self._write_transcripts(step, rollouts)
+            self._write_transcripts(step, answers.sampled)
+        if step == self.start and self._is_first_process:
+            print(accumulation(config, prepared), file=sys.stderr)
         began = time.perf_counter()
-        residents = {name: params for name, params in setup.scoring.residents.items() if name in prepared.batches}
-        state, report = setup.update(state, setup.base.params, residents, prepared.batches)
+        rate = float(np.asarray(setup.schedule(np.asarray(update_count(state.optimizer)))))
+        state, reports = self._updates(state, prepared)
         update_s = time.perf_counter() - began
-        record = self._step_metrics.record(step, report, prepared, rollouts)
-        record |= {"write_s": write_s, "score_s": prepared.score_s, "update_s": update_s}
-        if is_due(config.run.log_every, step) or report.skipped or step + 1 == config.optim.steps:
+        write_s += self._sample_next(step, before.leaves)
+        record = self._step_metrics.record(step, reports, prepared, answers)
+        score_s = sum(part.score_s for part in prepared)
+        record |= {"learning_rate": rate, "write_s": write_s, "score_s": score_s, "update_s": update_s}
+        skipped = any(report.skipped for report in reports)
+        if is_due(config.run.log_every, step) or skipped or step + 1 == config.optim.steps:
             self._write(record)
-        self._step_metrics.check(step, report, record)
+        self._step_metrics.check(step, reports, record)
         if step == 0:  # after the first update, so that nobody waits longer for that
-            self._evaluate(0, before.leaves)
+            self._evaluate(0, before)
         done = step + 1
         if config.eval.every and (is_due(config.eval.every, done) or done == config.optim.steps):
-            self._evaluate(done, state.leaves)
+            self._evaluate(done, state)
         return state, note(record)
 
-    def _rollouts(self, step: int, state: TuneState) -> tuple[list[Rollout], float]:
+    def _updates(self, state: TuneState, parts: Sequence[Prepared]) -> tuple[TuneState, list[UpdateReport]]:
+        """The updates of a step: each part of its answers in turn, ``optim.passes`` times. They count as one step."""
+        setup, begin, reports = self._setup, state, []
+        for prepared in [*parts] * self._config.optim.passes:
+            residents = {name: params for name, params in setup.scoring.residents.items() if name in prepared.batches}
+            state, report = setup.update(state, setup.base.params, residents, prepared.batches)
+            reports.append(report)
+        if len(reports) > 1:
+            state = state._replace(step=begin.step + 1)
+            state = state._replace(previous=begin.leaves) if state.previous else state
+        return state, reports
+
+    def _answers(self, step: int, state: TuneState) -> tuple[StepAnswers, float]:
         """The answers of a step, and the seconds spent waiting for them."""
         began = time.perf_counter()
         if not self._config.rollout.ahead:
-            rollouts = self._sample(step, state.leaves, policy_step=step)
-            return rollouts, time.perf_counter() - began
-        future = self._next_rollouts
-        if future is None:  # the first step, or the first after an interruption
-            future = self._pool.submit(self._sample, step, state.previous, policy_step=max(step - 1, 0))
-        rollouts = future.result()
+            return self._sample(step, state.leaves, policy_step=step), time.perf_counter() - began
+        if self._next_answers is not None:
+            answers = self._next_answers.result()
+        else:  # the first step, or the first after an interruption
+            answers = self._sample(step, state.previous, policy_step=max(step - 1, 0))
         wait_s = time.perf_counter() - began
-        self._next_rollouts = None
-        if step + 1 < self._config.optim.steps:
-            self._next_rollouts = self._pool.submit(self._sample, step + 1, state.leaves, policy_step=step)
-        return rollouts, wait_s
+        self._next_answers = None
+        if step + 1 < self._config.optim.steps and not self._one_launcher:
+            self._next_answers = self._pool.submit(self._sample, step + 1, state.leaves, policy_step=step)
+        return answers, wait_s
 
-    def _sample(self, step: int, leaves: Leaves, *, policy_step: int) -> list[Rollout]:
+    def _sample_next(self, step: int, leaves: Leaves) -> float:
+        """With rollout.ahead on a mesh, the answers of the next step, after the updates of this one. Seconds."""
+        began = time.perf_counter()
+        if self._config.rollout.ahead and self._one_launcher and step + 1 < self._config.optim.steps:
+            self._next_answers = Future()
+            self._next_answers.set_result(self._sample(step + 1, leaves, policy_step=step))
+        return time.perf_counter() - began
+
+    def _sample(self, step: int, leaves: Leaves, *, policy_step: int) -> StepAnswers:
         """Answers to the prompts of a step, by the student, the teachers or the data."""
-        rollout = self._config.rollout
-        prompts = self._stream.batch(step)
+        rollout, prompts = self._config.rollout, self._stream.batch(step)
         source = rollout.source
         if source == "student" and rollout.on_policy < 1:
             chance = np.random.default_rng([self._config.run.seed, step, 3]).random()
             source = source if chance < rollout.on_policy else rollout.otherwise
         if source == "data":
-            return [data_rollout(prompt, group=group) for group, prompt in enumerate(prompts)]
+            return StepAnswers.all_of([data_rollout(prompt, group=group) for group, prompt in enumerate(prompts)])
         seed = (self._config.run.seed * 0x01000193 + step) & 0xFFFFFFFF
-        if source == "student":
-            params = self._setup.params(leaves)
-            return self._student.run(params, prompts, samples=rollout.samples, seed=seed, policy_step=policy_step)
-        return self._sample_teachers(prompts, seed)
+        if source == "teacher":
+            return StepAnswers.all_of(self._sample_teachers(prompts, seed))
+        params = self._setup.params(leaves)
+
+        def answer(prompts: Sequence[Prompt], time: int) -> list[Rollout]:
+            time_seed = (seed + time * 0x9E3779B1) & 0xFFFFFFFF
+            return self._student.run(params, prompts, samples=rollout.samples, seed=time_seed, policy_step=policy_step)
+
+        if not rollout.resample:
+            return StepAnswers.all_of(answer(prompts, 0))
+        return differing_groups(
+            prompts, more=lambda time: self._more_prompts(step, time), answer=answer, times=rollout.resample
+        )
+
+    def _more_prompts(self, step: int, time: int) -> list[Prompt]:
+        """Prompts for ``rollout.resample``, in an order of their own, so that they move no prompt of a later step."""
+        config = self._config
+        stream = dataclasses.replace(self._stream, seed=config.run.seed ^ 0x5A17C0DE)
+        prompts = stream.batch(step * config.rollout.resample + time - 1)
+        order = np.random.default_rng([config.run.seed, step, 6, time]).permutation(len(prompts))
+        return [prompts[i] for i in order]
 
     def _sample_teachers(self, prompts: Sequence[Prompt], seed: int) -> list[Rollout]:
         """An answer to each prompt by its teacher, with log-probabilities 0: the student did not sample it."""
@@ -322,17 +371,18 @@ class _Run:
             routing=routing,
         )
 
-    def _evaluate(self, done: int, leaves: Leaves) -> None:
-        """Evaluate after ``done`` updates, and write the record."""
+    def _evaluate(self, done: int, state: TuneState) -> None:
+        """Evaluate after ``done`` steps, and write the record."""
         config, setup = self._config, self._setup
         if not config.eval.every:
             return
         if self._evaluation is None:
             self._evaluation = Evaluation(config, setup.student, setup.scoring, setup.measure, self._code)
-        params: Params = setup.params(leaves)
-        record = self._evaluation.run(params)
+        setup.follow(state)
+        record = self._evaluation.run(setup.params(state.leaves))
+        updates = done * config.optim.updates
         self._write(
-            {f"eval_{name}": value for name, value in record.items()} | {"step": max(done - 1, 0), "updates": done}
+            {f"eval_{name}": value for name, value in record.items()} | {"step": max(done - 1, 0), "updates": updates}
         )
 
     def _write(self, record: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import optax
 
 from stepjax.adapters.lora import LoraConfig, filled
 from stepjax.errors import ConfigError
+from stepjax.infer.hosts import of_first_process
 from stepjax.infer.load import load
 from stepjax.infer.session import Session, model_identity, num_tokens_of
 from stepjax.model.layout import Layout
@@ -27,15 +28,16 @@ from stepjax.train.objectives.objective import LossContext, Objective
 from stepjax.train.objectives.table import OBJECTIVES, find_objective
 from stepjax.train.plugins.reference import fingerprint_of, is_file
 from stepjax.train.runs.digest import host_digest
-from stepjax.train.runs.optimizer import adamw, constant, learning_rate, state_shardings
+from stepjax.train.runs.optimizer import adamw, learning_rate, state_shardings
 from stepjax.train.teachers.remote import Remote
 from stepjax.train.teachers.resident import Resident, Teacher, resident
 from stepjax.train.teachers.same_ids import check_same_ids
 from stepjax.train.teachers.scoring import Scoring
+from stepjax.train.teachers.shared import Shared
 from stepjax.train.teachers.stored import Stored
 from stepjax.train.tune.fingerprint import fingerprint
 from stepjax.train.tune.trainable import Leaves, Trainable, adapted, place, read_leaves, trainable
-from stepjax.train.tune.update import LossProgram, Measure, TuneState, TuneUpdate
+from stepjax.train.tune.update import Dropout, LossProgram, Measure, TuneState, TuneUpdate
 from stepjax.train.workers.plugin import short
 
 EVALUATED = OBJECTIVES["exact"]  # its sums have the divergence from the teacher, which evaluation reports
@@ -62,6 +64,13 @@ class Setup:
         """The model's parameters with these leaves. Arrays are shared, not copied."""
         return self.trained.assemble(self.base.params, leaves)
 
+    def follow(self, state: TuneState) -> None:
+        """Give the teachers of kind "average" the averages of this state."""
+        for name, average in state.averages.items():
+            teacher = self.teachers[name]
+            assert isinstance(teacher, Resident)
+            teacher.params = self.params(average)
+
 
 def open_run(config: TuneConfig, *, cache: ProgramCache | None = None, startup: Startup | None = None) -> Setup:
     """The parts of a run. Raises what `load` raises, and ConfigError where the parts do not match.
@@ -78,12 +87,19 @@ def open_run(config: TuneConfig, *, cache: ProgramCache | None = None, startup: 
     mesh = layout if layout.replicated else None
     leaves = {name: place(leaf, trained.shardings[name]) for name, leaf in trained.leaves.items()}
     student = with_params(base, trained.assemble(base.params, leaves))
-    teachers = open_teachers(config, base, startup=startup)
+    given = open_teachers(config, base, startup=startup)
+    teachers = {
+        name: given[name] if name in given else Resident(student, student.params, settings.system)
+        for name, settings in config.teachers.items()
+    }
+    decays = {name: settings.decay for name, settings in config.teachers.items() if settings.kind == "average"}
     scoring = Scoring(config, base, teachers)
     optim, schedule = config.optim, schedule_of(config.optim)
     optimizer = adamw(schedule, b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay, clip=optim.clip)
     keep_previous = config.rollout.ahead > 0
-    initial, shardings = _initial_state(leaves, optimizer, trained, mesh, keep_previous=keep_previous)
+    initial, shardings = _initial_state(
+        leaves, optimizer, trained, mesh, keep_previous=keep_previous, averages=tuple(decays)
+    )
     objective = find_objective(config.loss.objective)
     programs = functools.partial(_loss_program, config, base, teachers, cache=cache)
     out = None if mesh is None else (shardings, mesh.replicated)
@@ -99,8 +115,10 @@ def open_run(config: TuneConfig, *, cache: ProgramCache | None = None, startup: 
             programs(objective, shardings=out),
             optimizer,
             trained.assemble,
-            identity=f"{optim} {keep_previous} {base.model.layout!r}",
+            identity=f"{optim} {keep_previous} {decays} {base.model.layout!r}",
             keep_previous=keep_previous,
+            decays=decays,
+            dropout=Dropout(config.lora.dropout, config.run.seed) if config.lora.dropout else None,
         ),
         Measure(programs(EVALUATED, shardings=out)),
         initial,
@@ -110,16 +128,16 @@ def open_run(config: TuneConfig, *, cache: ProgramCache | None = None, startup: 
 
 
 def schedule_of(optim: OptimSettings) -> optax.Schedule:
-    """The learning rate of each step."""
-    if not optim.decay_from:
-        return constant(optim.lr, warmup=optim.warmup_steps)
-    return learning_rate(
+    """The learning rate by the number of updates before. All updates of a step have the same."""
+    schedule = learning_rate(
         optim.lr,
-        warmup=optim.warmup_steps,
-        decay_from=optim.decay_from,
+        warmup=optim.num_warmup_steps,
+        decay_from=optim.decay_from or optim.num_warmup_steps,
         steps=optim.steps,
         floor=optim.lr_floor,
+        shape=optim.schedule or ("linear" if optim.decay_from else "constant"),
     )
+    return schedule if optim.updates == 1 else lambda count: schedule(jnp.asarray(count) // optim.updates)
 
 
 def content_of(config: TuneConfig, setup: Setup) -> dict[str, str]:
@@ -130,9 +148,11 @@ def content_of(config: TuneConfig, setup: Setup) -> dict[str, str]:
         code = (*data.reward_weights, data.environment, *data.tool_references)
         content |= {f"data.{name} ({short(text)})": fingerprint_of(text) for text in code if is_file(text)}
     for name, teacher in setup.teachers.items():
-        if isinstance(teacher, Stored):
-            content[f"teachers.{name}"] = file_digest(Path(config.teachers[name].path))
-        elif isinstance(teacher, Resident):
+        settings = config.teachers[name]
+        if settings.kind == "stored":
+            digest = functools.partial(file_digest, Path(settings.path))
+            content[f"teachers.{name}"] = of_first_process(lambda digest=digest: digest().encode()).decode()
+        elif isinstance(teacher, Resident) and settings.kind != "average":
             same = teacher.params is setup.base.params
             content[f"teachers.{name}"] = setup.fingerprint if same else fingerprint(teacher.params)
     return content | ({"lora.start_from": setup.started_from} if setup.started_from else {})
@@ -208,26 +228,38 @@ def with_params(session: Session, params: Params) -> Session:
 
 
 def open_teachers(config: TuneConfig, base: Session, *, startup: Startup | None = None) -> dict[str, Teacher]:
-    """The teachers of the settings, by name. ConfigError or TokenizerError: one does not fit the base."""
+    """The teachers of the settings, by name, but for averages of the student, which only a run has.
+
+    Raises:
+      ConfigError, TokenizerError: one does not fit the base.
+    """
 
     def open_checkpoint(path: str) -> Session:
         return open_model(config.model, path, cache=base.program_cache, startup=startup)
 
-    return {name: _open_teacher(name, settings, base, open_checkpoint) for name, settings in config.teachers.items()}
+    return {
+        name: _open_teacher(name, settings, base, open_checkpoint)
+        for name, settings in config.teachers.items()
+        if settings.kind != "average"
+    }
 
 
 def _open_teacher(
     name: str, settings: TeacherSettings, base: Session, open_checkpoint: Callable[[str], Session]
 ) -> Teacher:
     if settings.kind == "stored":
-        return Stored(Path(settings.path))
+        return Shared(lambda: Stored(Path(settings.path)))
     if settings.kind == "remote":
-        tokenizer = open_tokenizer(settings.tokenizer)
-        if base.tokenizer is None:
-            raise ConfigError(f"teachers.{name}: the student has no tokenizer.json to compare with the server's")
-        check_same_ids(base.tokenizer, tokenizer, who=f"teachers.{name} ({settings.tokenizer})")
-        return Remote(settings, base, name=name)
+        return Shared(lambda: _open_remote(name, settings, base))
     return resident(settings, base, load=open_checkpoint, adapted=adapted, name=name)
+
+
+def _open_remote(name: str, settings: TeacherSettings, base: Session) -> Remote:
+    tokenizer = open_tokenizer(settings.tokenizer)
+    if base.tokenizer is None:
+        raise ConfigError(f"teachers.{name}: the student has no tokenizer.json to compare with the server's")
+    check_same_ids(base.tokenizer, tokenizer, who=f"teachers.{name} ({settings.tokenizer})")
+    return Remote(settings, base, name=name)
 
 
 def open_tokenizer(name_or_path: str) -> Any:
@@ -260,10 +292,14 @@ def abstract_state(
     mesh: Layout,
     *,
     keep_previous: bool,
+    averages: Sequence[str] = (),
 ) -> tuple[TuneState, TuneState]:
     """Shapes and shardings of the initial state. The optimiser's state of a leaf has the sharding of the leaf."""
 
-    shapes = jax.eval_shape(lambda leaves: _make_state(leaves, optimizer, keep_previous=keep_previous), leaves)
+    def create(leaves: Any) -> TuneState:
+        return _make_state(leaves, optimizer, keep_previous=keep_previous, averages=averages)
+
+    shapes = jax.eval_shape(create, leaves)
     return shapes, state_shardings(shapes, shardings, otherwise=mesh.replicated)
 
 
@@ -274,19 +310,25 @@ def _initial_state(
     mesh: Layout | None,
     *,
     keep_previous: bool,
+    averages: Sequence[str],
 ) -> tuple[TuneState, Any]:
     """The state before the first update, and its shardings (None on one device)."""
 
     def create(leaves: Leaves) -> TuneState:
-        return _make_state(leaves, optimizer, keep_previous=keep_previous)
+        return _make_state(leaves, optimizer, keep_previous=keep_previous, averages=averages)
 
     if mesh is None:
         return jax.jit(create)(leaves), None
-    _, shardings = abstract_state(leaves, optimizer, trained.shardings, mesh, keep_previous=keep_previous)
+    _, shardings = abstract_state(
+        leaves, optimizer, trained.shardings, mesh, keep_previous=keep_previous, averages=averages
+    )
     return jax.jit(create, out_shardings=shardings)(leaves), shardings
 
 
-def _make_state(leaves: Leaves, optimizer: optax.GradientTransformation, *, keep_previous: bool) -> TuneState:
+def _make_state(
+    leaves: Leaves, optimizer: optax.GradientTransformation, *, keep_previous: bool, averages: Sequence[str]
+) -> TuneState:
     zero = jnp.zeros((), jnp.int32)
     previous = jax.tree.map(jnp.copy, leaves) if keep_previous else {}
-    return TuneState(leaves, optimizer.init(leaves), zero, jnp.zeros((2,), jnp.int32), previous)
+    means = {name: jax.tree.map(jnp.copy, leaves) for name in averages}
+    return TuneState(leaves, optimizer.init(leaves), zero, jnp.zeros((2,), jnp.int32), previous, means)

@@ -18,7 +18,7 @@ from stepjax.train.data.sources import JsonLinesSource, Prompt
 from stepjax.train.rollouts.sampler import data_rollout
 from stepjax.train.teachers.resident import Resident, Scored
 from stepjax.train.teachers.scoring import cut_to_rows
-from stepjax.train.teachers.stored import FORM, Stored
+from stepjax.train.teachers.stored import FORM
 from stepjax.train.tune.setup import open_model, open_teachers
 from stepjax.weights.finite import not_finite
 from stepjax.whole_file import whole_file
@@ -69,7 +69,7 @@ def teach(
     source = JsonLinesSource(name, Path(config.data[name].path), session)
     teachers = open_teachers(config, session, startup=startup)
     teacher_name = config.data[name].teacher or next(iter(teachers), "")
-    if teacher_name not in teachers or isinstance(teachers[teacher_name], Stored):
+    if teacher_name not in teachers or config.teachers[teacher_name].kind == "stored":
         raise ConfigError(f"data.{name}.teacher: expected a teacher of kind base, checkpoint or remote")
     teacher, optim = teachers[teacher_name], config.optim
     tokens = 0

@@ -6,6 +6,7 @@ The host launches one program for each micro-batch, so that no program depends o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from stepjax.model.step3p5 import Params
 from stepjax.program_cache import ProgramCache
 from stepjax.stored_function import StoredFunction
 from stepjax.train.objectives.objective import Agreement, Batch, LossFunction, Sums
-from stepjax.train.runs.optimizer import apply
+from stepjax.train.runs.optimizer import apply, update_count
 
 # Each layer's loop over blocks of queries starts from zeros. With this pass, XLA's GPU compiler makes the zeros of all
 # layers in one kernel before the first layer and keeps them: 11 GiB for four rows of 1,024 tokens on eight GPUs. The
@@ -37,6 +38,37 @@ class TuneState(NamedTuple):
     step: jax.Array  # int32: number of updates, skipped ones included
     skipped: jax.Array  # int32 [2]: batches without a finite gradient or a token: of the run, and the latest in a row
     previous: Leaves  # before the last update, with rollout.ahead; else empty
+    averages: dict[str, Leaves]  # moving averages of the leaves, by the name of the teacher of kind "average"
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Dropout of an adapter's inputs: columns of A are 0 with probability ``rate``, the others divided by 1 − rate.
+
+    One feature of the input is multiplied with one column of A, so this is dropout of the input, as in PEFT, with one
+    mask for all tokens of a micro-batch and another for each weight (the mask of A in LoRA Dropout, arXiv 2404.09610).
+    The masks follow from the seed, the step and the micro-batch, on any mesh.
+    """
+
+    rate: float
+    seed: int
+
+    def masked(self, leaves: Leaves, key: Any) -> Leaves:
+        """The leaves with masks of a key of `key_of`. Those that are no A are as they were."""
+        dropped, key = dict(leaves), jax.random.wrap_key_data(key)
+        for number, name in enumerate(sorted(leaves)):
+            if name.endswith(".a"):
+                shape = (*leaves[name].shape[:-2], 1, leaves[name].shape[-1])
+                kept = jax.random.bernoulli(jax.random.fold_in(key, number), 1 - self.rate, shape)
+                dropped[name] = jnp.where(kept, leaves[name] / (1 - self.rate), 0.0)
+        return dropped
+
+    def key_of(self, state: TuneState, micro: int) -> np.ndarray:
+        """The key of a micro-batch of the next update, uint32 [2]. The updates of one step have other keys too."""
+        key = jax.random.key(self.seed)
+        for number in (int(state.step), int(update_count(state.optimizer)), micro):
+            key = jax.random.fold_in(key, number)
+        return np.asarray(jax.random.key_data(key))
 
 
 class Applied(NamedTuple):
@@ -94,12 +126,17 @@ class TuneUpdate:
         *,
         identity: str,
         keep_previous: bool,
+        decays: Mapping[str, float] | None = None,
+        dropout: Dropout | None = None,
     ):
         """
         Args:
-          identity: of the optimiser's settings.
+          identity: of the optimiser's settings and of ``decays``.
           keep_previous: keep the leaves before the update in the state too.
+          decays: of the moving averages in the state, by name.
+          dropout: of an adapter; None: none.
         """
+        self._dropout = dropout
         state, replicated = loss.shardings or (None, None)
         leaves = None if state is None else state.leaves
 
@@ -111,13 +148,16 @@ class TuneUpdate:
         self._count = stored("count", _count, replicated)
         self.gradients = loss.by_teacher(
             "gradients",
-            lambda teacher: accumulation(loss.function, assemble, teacher),
+            lambda teacher: accumulation(loss.function, assemble, teacher, dropout=dropout),
             donate_argnums=(0,),
             compiler_options=COMPILER_OPTIONS,
             out_shardings=None if loss.shardings is None else (leaves, replicated),
         )
         self._apply = stored(
-            "apply", application(optimizer, keep_previous=keep_previous), (state, replicated), donate_argnums=(1,)
+            "apply",
+            application(optimizer, keep_previous=keep_previous, decays=decays or {}),
+            (state, replicated),
+            donate_argnums=(1,),
         )
 
     def __call__(
@@ -127,9 +167,10 @@ class TuneUpdate:
         micros = list(_micro_batches(batches))
         total = np.float32(max(1.0, sum(float(self._count(micro.rows.loss_mask)) for _, micro in micros)))
         gradients, parts = self._zeros(state.leaves), []
-        for name, micro in micros:
+        for number, (name, micro) in enumerate(micros):
             run = self.gradients.get(name, self.gradients[""])
-            gradients, sums = run(gradients, state.leaves, base, micro, total, teachers.get(name))
+            key = self._dropout.key_of(state, number) if self._dropout else None
+            gradients, sums = run(gradients, state.leaves, base, micro, total, teachers.get(name), key)
             parts.append(sums)
         sums = added_up(parts)
         usable = np.isfinite(sums.loss) & (sums.tokens > 0)
@@ -145,10 +186,14 @@ class TuneUpdate:
           micros: shapes of a micro-batch, by teacher.
         """
         leaves, total = state.leaves, np.float32(1)
+        key = self._dropout.key_of(state, 0) if self._dropout else None
         masks = {micro.rows.loss_mask.shape: micro.rows.loss_mask for micro in micros.values()}
         return [
             *(
-                (self.gradients.get(name, self.gradients[""]), (leaves, leaves, base, micro, total, teachers.get(name)))
+                (
+                    self.gradients.get(name, self.gradients[""]),
+                    (leaves, leaves, base, micro, total, teachers.get(name), key),
+                )
                 for name, micro in micros.items()
             ),
             (self._apply, (state, leaves, np.asarray(True))),
@@ -180,18 +225,28 @@ class Measure:
         )
 
 
-def accumulation(loss_function: LossFunction, assemble: Assemble, teacher: str) -> Callable[..., tuple[Leaves, Sums]]:
-    """``(gradients, leaves, base, micro-batch, total, teacher's parameters) → (gradients, sums)``: adds those of the
-    micro-batch.
+def accumulation(
+    loss_function: LossFunction, assemble: Assemble, teacher: str, *, dropout: Dropout | None = None
+) -> Callable[..., tuple[Leaves, Sums]]:
+    """``(gradients, leaves, base, micro-batch, total, teacher's parameters, key) → (gradients, sums)``: adds those of
+    the micro-batch.
 
     Args:
       teacher: name of the teacher in this process whose parameters are given; "" for none.
+      dropout: whose key is given; None: the key is None.
     """
 
     def accumulate(
-        gradients: Leaves, leaves: Leaves, base: Params, micro: Batch, total: jax.Array, teacher_params: Params | None
+        gradients: Leaves,
+        leaves: Leaves,
+        base: Params,
+        micro: Batch,
+        total: jax.Array,
+        teacher_params: Params | None,
+        key: Any,
     ) -> tuple[Leaves, Sums]:
         def loss(leaves: Leaves) -> Any:
+            leaves = dropout.masked(leaves, key) if dropout else leaves
             return loss_function(assemble(base, leaves), micro, total, _teacher(teacher, teacher_params))
 
         gradient, sums = jax.grad(loss, has_aux=True)(leaves)
@@ -201,9 +256,13 @@ def accumulation(loss_function: LossFunction, assemble: Assemble, teacher: str) 
 
 
 def application(
-    optimizer: optax.GradientTransformation, *, keep_previous: bool
+    optimizer: optax.GradientTransformation, *, keep_previous: bool, decays: Mapping[str, float]
 ) -> Callable[..., tuple[TuneState, Applied]]:
-    """``(state, gradients, usable) → (state, applied)``: a step of the optimiser, skipped unless all is finite."""
+    """``(state, gradients, usable) → (state, applied)``: a step of the optimiser, skipped unless all is finite.
+
+    Args:
+      decays: of the moving averages, average ← decay·average + (1 − decay)·leaves (mean teacher, arXiv 1703.01780).
+    """
 
     def finish(state: TuneState, gradients: Leaves, usable: jax.Array) -> tuple[TuneState, Applied]:
         norm = optax.tree.norm(gradients)
@@ -216,7 +275,16 @@ def application(
         skip = (~finite).astype(jnp.int32)
         skipped = jnp.stack([state.skipped[0] + skip, (state.skipped[1] + 1) * skip])
         previous = state.leaves if keep_previous else {}
-        return TuneState(leaves, inner, state.step + 1, skipped, previous), Applied(norm, ~finite, skipped)
+        averages = {
+            name: jax.tree.map(
+                lambda mean, leaf, decay=decay: jnp.where(finite, decay * mean + (1 - decay) * leaf, mean),
+                state.averages[name],
+                leaves,
+            )
+            for name, decay in decays.items()
+        }
+        new = TuneState(leaves, inner, state.step + 1, skipped, previous, averages)
+        return new, Applied(norm, ~finite, skipped)
 
     return finish
 
@@ -224,9 +292,9 @@ def application(
 def added_up(parts: Sequence[Sums]) -> Sums:
     """The sums of several micro-batches as numpy; all 0 if there are none."""
     if not parts:
-        zero, none = np.zeros((), np.float32), np.zeros((0,), np.float32)
-        fields = {name: zero for name in Sums._fields if name not in Sums._field_defaults}
-        return Sums(**fields | {"depth_loss": none, "depth_tokens": none})
+        fields: dict[str, Any] = dict.fromkeys(Sums._fields, np.zeros((), np.float32))
+        fields |= dict.fromkeys(("depth_loss", "depth_tokens"), np.zeros((0,), np.float32))
+        return Sums(**(fields | Sums._field_defaults))
     return Sums.over(jax.tree.map(lambda *values: np.stack([np.asarray(value) for value in values]), *parts))
 
 
