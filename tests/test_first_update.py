@@ -40,7 +40,7 @@ def test_nothing_is_compiled_after_the_first_update_and_evaluation(tmp_path, mon
     """Whatever the lengths of answers and the number of micro-batches."""
     counts: list[Counter[str]] = []
     micro_batches: list[int] = []
-    real_step, real_prepare = loop._Run.step, Scoring.prepare
+    real_step, real_prepare = loop._Run.step, Scoring.prepare_parts
 
     def step(self, number, state):
         with counted() as count:
@@ -49,12 +49,12 @@ def test_nothing_is_compiled_after_the_first_update_and_evaluation(tmp_path, mon
         return result
 
     def prepare(self, rollouts, **options):
-        prepared = real_prepare(self, rollouts[: 5 - 2 * len(micro_batches) % 5], **options)
-        micro_batches.append(sum(map(len, prepared.batches.values())))
-        return prepared
+        parts = real_prepare(self, rollouts[: 5 - 2 * len(micro_batches) % 5], **options)
+        micro_batches.extend(sum(map(len, prepared.batches.values())) for prepared in parts)
+        return parts
 
     monkeypatch.setattr(loop._Run, "step", step)
-    monkeypatch.setattr(Scoring, "prepare", prepare)
+    monkeypatch.setattr(Scoring, "prepare_parts", prepare)
     tune(LONG, tmp_path / "run")
     assert len(set(micro_batches)) > 2, micro_batches
     assert counts[1:] == [Counter()] * 4
