@@ -108,7 +108,7 @@ def chunk_times(body: dict[str, Any]) -> list[float]:
         return [time.perf_counter() for line in response if line.startswith(b"data: {")]
 
 
-def gaps_of(streams: Sequence[Sequence[float]]) -> dict[str, float]:
+def gaps_of(streams: Sequence[Sequence[float]]) -> dict[str, Any]:
     """The median gap of all streams, and how much longer the longest of a stream is than its own median."""
     gaps = [[b - a for a, b in pairwise(times)] for times in streams if len(times) >= LEAST_CHUNKS]
     ratios = sorted(max(stream) / median(stream) for stream in gaps)
