@@ -15,6 +15,7 @@ import optax
 
 from stepjax.adapters.lora import LoraConfig, filled
 from stepjax.errors import ConfigError
+from stepjax.infer.hosts import of_first_process
 from stepjax.infer.load import load
 from stepjax.infer.session import Session, model_identity, num_tokens_of
 from stepjax.model.layout import Layout
@@ -147,9 +148,11 @@ def content_of(config: TuneConfig, setup: Setup) -> dict[str, str]:
         code = (*data.reward_weights, data.environment, *data.tool_references)
         content |= {f"data.{name} ({short(text)})": fingerprint_of(text) for text in code if is_file(text)}
     for name, teacher in setup.teachers.items():
-        if isinstance(teacher, Stored):
-            content[f"teachers.{name}"] = file_digest(Path(config.teachers[name].path))
-        elif isinstance(teacher, Resident):
+        settings = config.teachers[name]
+        if settings.kind == "stored":
+            digest = functools.partial(file_digest, Path(settings.path))
+            content[f"teachers.{name}"] = of_first_process(lambda digest=digest: digest().encode()).decode()
+        elif isinstance(teacher, Resident) and settings.kind != "average":
             same = teacher.params is setup.base.params
             content[f"teachers.{name}"] = setup.fingerprint if same else fingerprint(teacher.params)
     return content | ({"lora.start_from": setup.started_from} if setup.started_from else {})

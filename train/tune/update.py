@@ -293,9 +293,9 @@ def application(
 def added_up(parts: Sequence[Sums]) -> Sums:
     """The sums of several micro-batches as numpy; all 0 if there are none."""
     if not parts:
-        zero, none = np.zeros((), np.float32), np.zeros((0,), np.float32)
-        fields: dict[str, Any] = dict.fromkeys(Sums._fields, zero)
-        return Sums(**(fields | {"depth_loss": none, "depth_tokens": none} | Sums._field_defaults))
+        fields: dict[str, Any] = dict.fromkeys(Sums._fields, np.zeros((), np.float32))
+        fields |= dict.fromkeys(("depth_loss", "depth_tokens"), np.zeros((0,), np.float32))
+        return Sums(**(fields | Sums._field_defaults))
     return Sums.over(jax.tree.map(lambda *values: np.stack([np.asarray(value) for value in values]), *parts))
 
 
