@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import os
 import re
 import sys
@@ -15,13 +16,18 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from stepjax.errors import ClusterError
-from stepjax.sharding.watchdog import Watchdog, listen
+from stepjax.sharding.listener import Listener, is_loopback
+from stepjax.sharding.watchdog import Watchdog
 
 SILENCE_S = 15  # after which the watchdog takes a process for lost
 HEARTBEAT_S = 20  # after which jax would; it ends the process without a message
 JOIN_S = 300  # how long processes wait for each other at the start
 FLAGS = ("coordinator", "processes", "process_id")
 
+_LOCAL_RANKS = ("MPI_LOCALRANKID", "PMI_LOCAL_RANK", "PALS_LOCAL_RANKID")
+_LOCAL_SIZES = ("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE", "PALS_LOCAL_SIZE")
+_JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "COBALT_JOBID")
+_BRACKET = r"\[\d+(?:[-x]\d+)?(?:,\d+(?:[-x]\d+)?)*\]"  # of a SLURM node list
 _PORTS = range(61440, 65530, 2)  # of SLURM jobs, by job id; each takes a pair
 
 
@@ -34,6 +40,7 @@ class ClusterSpec:
     process_id: int
     local_device_ids: tuple[int, ...] | None = None  # None: all devices of the host
     source: str = "flags"
+    job: str = ""  # what tells the launcher's jobs apart, if there is such a thing
 
     def __post_init__(self) -> None:
         host, _, port = self.coordinator.rpartition(":")
@@ -52,6 +59,14 @@ class ClusterSpec:
         """Where process 0's watchdog listens."""
         host, _, port = self.coordinator.rpartition(":")
         return host.strip("[]"), int(port) + 1
+
+    def key(self, environ: Mapping[str, str] = os.environ) -> bytes:
+        """The key with which processes show each other that they are of one cluster: from STEPJAX_KEY, a secret.
+
+        Without it the key comes from the launcher's job, which keeps out only processes that took a wrong address.
+        """
+        secret = environ.get("STEPJAX_KEY", "") or f"{self.job} of {self.num_processes}"
+        return hashlib.sha256(b"stepjax cluster\0" + secret.encode(errors="surrogateescape")).digest()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,12 +99,12 @@ def find(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> C
 
 
 def detect(environ: Mapping[str, str]) -> ClusterSpec | None:
-    """The cluster that environment variables describe: our own, an indexed Kubernetes job's, Open MPI's or SLURM's.
+    """The cluster that variables describe: our own, an indexed Kubernetes job's, an MPI's or SLURM's.
 
-    Open MPI goes before SLURM: in an allocation mpirun starts its daemons by srun, and the processes that these start
-    inherit srun's variables, which count daemons.
+    MPI goes before SLURM: in an allocation mpirun starts its daemons by srun, and the processes that these start
+    inherit srun's variables, which count daemons. Under srun itself the variables of PMI are SLURM's own.
     """
-    for look in (_own, _open_mpi, _slurm):
+    for look in (_own, _open_mpi, _hydra, _slurm, _pmi):
         if spec := look(environ):
             return _unless_alone(spec)
     if "STEPJAX_COORDINATOR" in environ:
@@ -101,11 +116,22 @@ def detect(environ: Mapping[str, str]) -> ClusterSpec | None:
 
 
 def refuse(verb: str, environ: Mapping[str, str] = os.environ) -> None:
-    """Refuse to start an interactive command in several processes: each would wait for the terminal."""
-    if spec := detect(environ):
+    """Refuse to start a command in several processes that one process runs: each would write what the others do.
+
+    Raises:
+      ClusterError: there are several.
+    """
+    try:
+        spec = detect(environ)
+    except ClusterError:  # half a description: nothing started several
+        if verb in ("chat", "serve"):
+            raise
+        return
+    if spec:
+        instead = "use generate" if verb in ("chat", "serve") else "as one task (srun -n 1)"
         raise ClusterError(
             f"{verb}: runs in one process, found {spec.num_processes} ({spec.source}); start it without srun or "
-            "mpirun, or use generate"
+            f"mpirun, or {instead}"
         )
 
 
@@ -119,7 +145,15 @@ def run(args: argparse.Namespace, command: Callable[[], int]) -> int:
     if spec is None:
         return command()
     _take_stdout(quiet=spec.process_id > 0)
-    with Watchdog(spec.watch_address, spec.num_processes, spec.process_id, timeout_s=SILENCE_S, join_s=JOIN_S) as watch:
+    watchdog = Watchdog(
+        spec.watch_address,
+        spec.num_processes,
+        spec.process_id,
+        timeout_s=SILENCE_S,
+        join_s=JOIN_S,
+        key=spec.key(),
+    )
+    with watchdog as watch:
         _start(spec, mesh=getattr(args, "mesh", None))
         try:
             code = command()
@@ -144,8 +178,9 @@ def _start(spec: ClusterSpec, *, mesh: str | None) -> None:
 
     if mesh is not None and -1 not in (requested := MeshSpec.parse(mesh)).sizes.values():
         want_virtual_devices(max(1, requested.num_devices // spec.num_processes))
+    host, _, port = spec.coordinator.rpartition(":")
     if spec.process_id == 0:  # jaxlib 0.10 may crash on a port that is taken
-        listen(int(spec.coordinator.rpartition(":")[2]), 1).close()
+        Listener(host, int(port), 1).close()
     try:
         with _no_proxy():
             jax.distributed.initialize(
@@ -155,6 +190,7 @@ def _start(spec: ClusterSpec, *, mesh: str | None) -> None:
                 local_device_ids=None if spec.local_device_ids is None else list(spec.local_device_ids),
                 initialization_timeout=JOIN_S,
                 heartbeat_timeout_seconds=HEARTBEAT_S,
+                coordinator_bind_address=spec.coordinator if is_loopback(host.strip("[]")) else None,
             )
     except (RuntimeError, ValueError) as error:
         reason = re.sub(r"\s+", " ", str(error))[:300]
@@ -214,6 +250,7 @@ def _slurm(environ: Mapping[str, str]) -> ClusterSpec | None:
         _number(environ, "SLURM_PROCID"),
         _device(environ, "SLURM_LOCALID") if shared else None,
         source=f"SLURM ({count}, SLURM_PROCID)",
+        job=f"SLURM {environ['SLURM_JOB_ID']}.{step}",
     )
 
 
@@ -228,6 +265,53 @@ def _open_mpi(environ: Mapping[str, str]) -> ClusterSpec | None:
         _number(environ, "OMPI_COMM_WORLD_RANK"),
         _device(environ, "OMPI_COMM_WORLD_LOCAL_RANK") if shared else None,
         source="Open MPI (OMPI_COMM_WORLD_SIZE, OMPI_COMM_WORLD_RANK)",
+        job=environ.get("OMPI_MCA_orte_hnp_uri") or environ.get("PMIX_NAMESPACE", ""),
+    )
+
+
+def _hydra(environ: Mapping[str, str]) -> ClusterSpec | None:
+    """MPICH's mpiexec and those made from it (Intel MPI, MVAPICH): srun does not set MPI_LOCALRANKID."""
+    return _of_pmi(environ) if {"PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"} <= environ.keys() else None
+
+
+def _pmi(environ: Mapping[str, str]) -> ClusterSpec | None:
+    """Another launcher with PMI (Cray PALS)."""
+    return _of_pmi(environ) if {"PMI_RANK", "PMI_SIZE"} <= environ.keys() else None
+
+
+def _of_pmi(environ: Mapping[str, str]) -> ClusterSpec:
+    size = _number(environ, "PMI_SIZE")
+    local_rank = next((name for name in _LOCAL_RANKS if name in environ), "")
+    local_size = next((_number(environ, name) for name in _LOCAL_SIZES if name in environ), 0)
+    return ClusterSpec(
+        (environ.get("STEPJAX_COORDINATOR") or _first_of_job(environ, size, local_size)) if size > 1 else "localhost:1",
+        size,
+        _number(environ, "PMI_RANK"),
+        _device(environ, local_rank) if local_rank and local_size != 1 else None,
+        source="MPI (PMI_SIZE, PMI_RANK)",
+        job=_job(environ),
+    )
+
+
+def _job(environ: Mapping[str, str]) -> str:
+    """The batch job, by the first scheduler that names one."""
+    return next((f"{name} {environ[name]}" for name in _JOBS if environ.get(name)), "")
+
+
+def _first_of_job(environ: Mapping[str, str], size: int, local_size: int) -> str:
+    """Where process 0 of an mpiexec without an address of its own runs: here, or on the first host of the batch job."""
+    number = re.search(r"\d+", _job(environ))
+    port = _PORTS[int(number[0]) % len(_PORTS) if number else 0]
+    if local_size == size:
+        return f"localhost:{port}"
+    for name in ("SLURM_JOB_NODELIST", "SLURM_STEP_NODELIST"):
+        if environ.get(name):
+            return f"{first_host(environ[name], name)}:{port}"
+    if hosts := environ.get("LSB_MCPU_HOSTS", environ.get("LSB_HOSTS", "")).split():
+        return f"{hosts[0]}:{port}"
+    raise ClusterError(
+        "MPI: its variables do not tell where process 0 runs; set STEPJAX_COORDINATOR=HOST:PORT or pass "
+        "--coordinator, --processes and --process-id"
     )
 
 
@@ -238,26 +322,43 @@ def _device(environ: Mapping[str, str], name: str) -> tuple[int] | None:
 
 
 def _launcher(environ: Mapping[str, str]) -> str:
-    """Where mpirun runs, and process 0 with it: ``1531576320.0;tcp://10.96.0.1,10.148.0.1:34911``."""
+    """Where mpirun runs, and process 0 with it.
+
+    Open MPI 4 says ``1531576320.0;tcp://10.96.0.1,10.148.0.1:34911``, Open MPI 5 ``prterun-HOST-PID@1``. Where all
+    processes are on one host, that is the place.
+    """
     uri = environ.get("OMPI_MCA_orte_hnp_uri", "")
     address = re.search(r"tcp://([^,:]+)", uri) or re.search(r"tcp6://\[([^\],]+)", uri)
     number = re.match(r"\d+", uri)
-    if not address or not number:
-        raise ClusterError(
-            "Open MPI: its variables do not tell where process 0 runs; set STEPJAX_COORDINATOR=HOST:PORT or pass "
-            "--coordinator, --processes and --process-id"
-        )
-    host = f"[{address[1]}]" if ":" in address[1] else address[1]
-    return f"{host}:{_PORTS[int(number[0]) % len(_PORTS)]}"
+    if address and number:
+        host = f"[{address[1]}]" if ":" in address[1] else address[1]
+        return f"{host}:{_PORTS[int(number[0]) % len(_PORTS)]}"
+    namespace = re.fullmatch(r"(?:prterun|prte)-(.+)-(\d+)(?:@\d+)?", environ.get("PMIX_NAMESPACE", ""))
+    port = _PORTS[int(namespace[2]) % len(_PORTS) if namespace else 0]
+    if environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == environ.get("OMPI_COMM_WORLD_SIZE"):
+        return f"localhost:{port}"
+    if namespace:
+        return f"{namespace[1]}:{port}"
+    raise ClusterError(
+        "Open MPI: its variables do not tell where process 0 runs; set STEPJAX_COORDINATOR=HOST:PORT or pass "
+        "--coordinator, --processes and --process-id"
+    )
 
 
-def first_host(nodelist: str) -> str:
-    """The first host of a SLURM node list: ``gpu[003-006,010],login1`` begins with gpu003."""
-    match = re.match(r"([^,\[]+)(?:\[([^\]]+)\])?([^,\[]*)", nodelist.strip())
+def first_host(nodelist: str, variable: str = "SLURM_STEP_NODELIST") -> str:
+    """The first host of a SLURM node list: ``rack[0-1]blade[02-3],login1`` begins with rack0blade02.
+
+    The grammar is that of ``scontrol show hostnames``: names with commas or blanks between them, each with any number
+    of brackets, and in a bracket numbers and ranges with commas between them. Leading zeros count. ``bgl[000x133]`` is
+    a block of a torus, from its first corner on.
+
+    Raises:
+      ClusterError: the text is not of this form.
+    """
+    match = re.match(rf"[\s,]*((?:[\w.-]|{_BRACKET})+)(?=[\s,]|$)", nodelist, re.ASCII)
     if not match:
-        raise ClusterError(f"SLURM_STEP_NODELIST: is {nodelist!r}, expected host names, as gpu[003-006]")
-    prefix, numbers, suffix = match[1], match[2], match[3]
-    return prefix if numbers is None else prefix + re.split("[-,]", numbers)[0] + suffix
+        raise ClusterError(f"{variable}: is {nodelist!r}, expected host names, as gpu[003-006]")
+    return re.sub(_BRACKET, lambda bracket: re.split("[-,x]", bracket[0][1:-1])[0], match[1])
 
 
 def _text(environ: Mapping[str, str], name: str, expected: str) -> str:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import hmac
 import os
+import secrets
 import selectors
 import socket
 import sys
@@ -19,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from stepjax.errors import ClusterError
+from stepjax.sharding.listener import Listener
 
 EXIT_CODE = 75  # of a process that ends because another was lost (EX_TEMPFAIL: starting all of them again may help)
 BEAT_S = 1.0
@@ -26,7 +29,7 @@ GRACE_S = 3.0  # that a process has to end by itself after another said why it g
 LAST_WORDS_S = 3.0  # at most, to print the reason: stderr may be a pipe that nobody reads
 STARVED_S = 5.0  # beyond the timeout, after which a process whose lock this thread never gets ends, too
 
-_HELLO = 16  # bytes in which a process says its number
+_HELLO, _NONCE, _PROOF = 16, 16, 32  # bytes of a process's number, of a random number and of a proof of the key
 _ALIVE, _BYE, _FAILED = b".", b"bye", b"failed "
 
 
@@ -38,6 +41,11 @@ class _Peer:
     process: int
     heard: float = field(default_factory=time.monotonic)
     unread: bytes = b""
+    welcome: bytes = b""  # by which process 0 shows that it has the key, too
+
+
+class _Refused(ConnectionResetError):
+    """The other side hung up, or showed that it lacks the key. That tells more than a timeout after it."""
 
 
 class Watchdog:
@@ -51,8 +59,22 @@ class Watchdog:
       ClusterError: on entry, when the processes do not find each other within ``join_s``.
     """
 
-    def __init__(self, address: tuple[str, int], num_processes: int, process: int, *, timeout_s: float, join_s: float):
-        self.process, self._num_processes = process, num_processes
+    def __init__(
+        self,
+        address: tuple[str, int],
+        num_processes: int,
+        process: int,
+        *,
+        timeout_s: float,
+        join_s: float,
+        key: bytes = b"",
+    ):
+        """
+        Args:
+          address: where process 0 listens.
+          key: of the cluster. A process that does not have it cannot join.
+        """
+        self.process, self.key, self._num_processes = process, key, num_processes
         self._address, self._timeout_s, self._join_s = address, timeout_s, join_s
         self._peers: list[_Peer] = []
         self._lock = threading.Lock()  # of the sockets' sending side
@@ -91,14 +113,13 @@ class Watchdog:
     def _accept(self) -> list[_Peer]:
         peers: list[_Peer] = []
         deadline = time.monotonic() + self._join_s
-        with listen(self._address[1], self._num_processes) as server:
+        with Listener(*self._address, self._num_processes) as server:
             while missing := {*range(1, self._num_processes)} - {peer.process for peer in peers}:
-                server.settimeout(max(0.01, deadline - time.monotonic()))
                 try:
-                    connection, _ = server.accept()
+                    connection = server.accept(deadline - time.monotonic())
                 except TimeoutError:
                     raise TimeoutError(f"missing: process {', '.join(map(str, sorted(missing)))}") from None
-                if peer := _introduced(connection, {*range(1, self._num_processes)}):
+                if peer := _introduced(connection, {*range(1, self._num_processes)}, self.key):
                     for old in [other for other in peers if other.process == peer.process]:  # that was started again
                         old.socket.close()
                         peers.remove(old)
@@ -107,25 +128,37 @@ class Watchdog:
         for peer in peers:
             peer.heard = now
             with contextlib.suppress(OSError):
-                peer.socket.sendall(_ALIVE + b"\n")  # tells it that all are here
+                peer.socket.sendall(peer.welcome + _ALIVE + b"\n")  # tells it that all are here
         return peers
 
     def _connect(self) -> _Peer:
         deadline = time.monotonic() + self._join_s
+        refusal: OSError | None = None
         while True:
             try:
                 connection = socket.create_connection(self._address, timeout=5)
-                connection.sendall(f"{self.process:<{_HELLO}}".encode())
-                connection.settimeout(max(0.01, deadline - time.monotonic()))
-                welcome = connection.recv(len(_ALIVE) + 1)  # when all are here, which may take longer than the timeout
-                if not welcome:
-                    raise ConnectionResetError("process 0 turned this one away")
-                connection.settimeout(5)
-                return _Peer(connection, 0, unread=welcome)
-            except OSError:
-                if time.monotonic() > deadline:
+                try:
+                    self._introduce(connection, deadline)
+                except OSError:
+                    connection.close()
                     raise
+                return _Peer(connection, 0)
+            except OSError as error:
+                refusal = error if isinstance(error, _Refused) else refusal
+                if time.monotonic() > deadline:
+                    raise refusal or error from None
                 time.sleep(0.2)
+
+    def _introduce(self, connection: socket.socket, deadline: float) -> None:
+        """Join process 0, which answers when all are here. OSError: it does not, or either side lacks the key."""
+        name, nonce = f"{self.process:<{_HELLO}}".encode(), secrets.token_bytes(_NONCE)
+        theirs = _exactly(connection, _NONCE)
+        connection.sendall(name + nonce + _proof(self.key, b"join", theirs, nonce, name))
+        connection.settimeout(max(0.01, deadline - time.monotonic()))
+        welcome = _exactly(connection, _PROOF)
+        if not hmac.compare_digest(welcome, _proof(self.key, b"welcome", nonce, theirs, name)):
+            raise _Refused("who listens there is not process 0 of this job")
+        connection.settimeout(5)
 
     def _watch(self) -> None:
         try:
@@ -227,22 +260,9 @@ def deadline(what: str, within_s: float) -> Iterator[None]:
             watchdog.expect(None)
 
 
-def listen(port: int, backlog: int) -> socket.socket:
-    """A socket that listens to both kinds of addresses where the host has both.
-
-    Raises:
-      ClusterError: something else listens there.
-    """
-    try:
-        if socket.has_dualstack_ipv6():
-            with contextlib.suppress(OSError):  # switched off on this host; a port in use fails again below
-                return socket.create_server(("", port), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True)
-        return socket.create_server(("", port), backlog=backlog)
-    except OSError as error:
-        raise ClusterError(
-            f"port {port}: process 0 cannot listen there ({error.strerror}); choose a free pair, the "
-            "coordinator's and the next, by STEPJAX_COORDINATOR or --coordinator"
-        ) from error
+def key() -> bytes:
+    """The key of the cluster that this process is one of; empty if it is alone."""
+    return _running[0].key if _running else b""
 
 
 def _hang_up(connection: socket.socket, within_s: float = 1.0) -> None:
@@ -262,14 +282,31 @@ def _end_after(seconds: float) -> None:
     os._exit(EXIT_CODE)
 
 
-def _introduced(connection: socket.socket, missing: set[int]) -> _Peer | None:
-    """The process that connected, if it is one of those that are missing."""
+def _introduced(connection: socket.socket, expected: set[int], key: bytes) -> _Peer | None:
+    """The process that connected, if it is one of those that are expected and has the key."""
     connection.settimeout(5)
     with contextlib.suppress(OSError, ValueError):
-        hello = b""
-        while len(hello) < _HELLO and (more := connection.recv(_HELLO - len(hello))):
-            hello += more
-        if int(hello) in missing:
-            return _Peer(connection, int(hello))
+        nonce = secrets.token_bytes(_NONCE)
+        connection.sendall(nonce)
+        hello = _exactly(connection, _HELLO + _NONCE + _PROOF)
+        name, theirs, proof = hello[:_HELLO], hello[_HELLO : _HELLO + _NONCE], hello[_HELLO + _NONCE :]
+        if hmac.compare_digest(proof, _proof(key, b"join", nonce, theirs, name)) and int(name) in expected:
+            return _Peer(connection, int(name), welcome=_proof(key, b"welcome", theirs, nonce, name))
     connection.close()
     return None
+
+
+def _proof(key: bytes, what: bytes, *parts: bytes) -> bytes:
+    """What only a process with the key can say: a digest of both sides' random numbers, which no other join has."""
+    return hmac.digest(key, what + b"".join(parts), "sha256")
+
+
+def _exactly(connection: socket.socket, size: int) -> bytes:
+    """So many bytes. ConnectionResetError: the other side hung up."""
+    data = b""
+    while len(data) < size:
+        more = connection.recv(size - len(data))
+        if not more:
+            raise _Refused("process 0 turned this one away; do both have the same STEPJAX_KEY, of one job?")
+        data += more
+    return data

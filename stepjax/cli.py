@@ -148,7 +148,6 @@ VERBS = {
 }
 
 SEVERAL_HOSTS = ("generate", "score", "merge", "distill", "sft", "rl")  # verbs that several processes may run together
-ALONE = ("chat", "serve")  # verbs that only one process may run
 CLUSTER = "stepjax.sharding.cluster"
 
 
@@ -162,9 +161,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: list[str]) -> int:
     verb = argv[0] if argv else None
     args = _parser(verb).parse_args(argv)
-    if verb in ALONE:
+    if verb not in SEVERAL_HOSTS:  # the others run in one process only
         import_module(CLUSTER).refuse(verb)
-    if verb not in SEVERAL_HOSTS:
         return args.run(args)
     return import_module(CLUSTER).run(args, lambda: _guarded(lambda: args.run(args)))
 

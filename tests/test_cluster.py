@@ -18,7 +18,7 @@ import yaml
 from devices import with_devices
 from ports import two_free_ports
 
-from stepjax.cli import main
+from stepjax.cli import SEVERAL_HOSTS, VERBS, main
 from stepjax.errors import ClusterError
 from stepjax.sharding.cluster import ClusterSpec, detect, first_host
 from stepjax.sharding.watchdog import EXIT_CODE
@@ -42,6 +42,10 @@ MPI = {
     "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
     "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
 }
+MPI_5 = {name: value for name, value in MPI.items() if name != "OMPI_MCA_orte_hnp_uri"}
+MPI_5 |= {"PMIX_RANK": "3", "PMIX_NAMESPACE": "prterun-gpu-07.cluster-4247@1"}
+HYDRA = {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "3", "MPI_LOCALNRANKS": "4", "PMI_FD": "9"}
+SPREAD = HYDRA | {"MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}  # over two hosts
 POD = {"STEPJAX_COORDINATOR": "stepjax-0.stepjax:61440", "STEPJAX_PROCESSES": "4", "JOB_COMPLETION_INDEX": "2"}
 
 
@@ -79,6 +83,26 @@ FOUND: list[tuple[dict[str, str], tuple[str, int, int, Any] | None]] = [
     (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, ("gpu003:61590", 32, 9, (1,))),
     (MPI | {"CUDA_VISIBLE_DEVICES": "3"}, ("10.96.0.1:61750", 4, 3, None)),
     ({"JOB_COMPLETION_INDEX": "2"}, None),  # an indexed job of independent pods
+    # MPICH and Intel MPI on one host, in a SLURM allocation (their daemons were started by srun), under LSF and PBS
+    (HYDRA, ("localhost:61440", 4, 3, (3,))),
+    (HYDRA | {"STEPJAX_COORDINATOR": "h:1234"}, ("h:1234", 4, 3, (3,))),
+    (HYDRA | {"CUDA_VISIBLE_DEVICES": "3"}, ("localhost:61440", 4, 3, None)),
+    (HYDRA | {"PMI_SIZE": "1", "PMI_RANK": "0"}, None),
+    (SPREAD | {"SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "rack[2-3]n[01-04]"}, ("rack2n01:61590", 4, 3, (1,))),
+    (SPREAD | SLURM | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, ("gpu003:61590", 4, 3, (1,))),
+    (SPREAD | {"LSB_JOBID": "12345", "LSB_MCPU_HOSTS": "h7 2 h8 2"}, ("h7:61590", 4, 3, (1,))),
+    (HYDRA | {"PBS_JOBID": "12345.server"}, ("localhost:61590", 4, 3, (3,))),
+    (SPREAD | {"MPI_LOCALNRANKS": "1", "STEPJAX_COORDINATOR": "h:1234"}, ("h:1234", 4, 3, None)),
+    # srun --mpi=pmi2 sets PMI's variables too, and they are SLURM's numbers
+    (SLURM | {"PMI_RANK": "9", "PMI_SIZE": "32"}, ("gpu003:61590", 32, 9, (1,))),
+    # another launcher with PMI
+    (
+        {"PMI_RANK": "1", "PMI_SIZE": "2", "PALS_LOCAL_RANKID": "1", "STEPJAX_COORDINATOR": "h:1"},
+        ("h:1", 2, 1, (1,)),
+    ),
+    # Open MPI 5: its namespace has mpirun's host
+    (MPI_5, ("gpu-07.cluster:61754", 4, 3, (1,))),
+    (MPI_5 | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, ("localhost:61754", 4, 3, (1,))),
 ]
 
 REFUSED: list[tuple[dict[str, str], str]] = [
@@ -101,6 +125,10 @@ REFUSED: list[tuple[dict[str, str], str]] = [
     (SLURM | {"SLURM_STEP_NODELIST": "[]"}, "SLURM_STEP_NODELIST: is '[]', expected host names"),
     (without(MPI, "OMPI_COMM_WORLD_RANK"), "OMPI_COMM_WORLD_RANK: is not set"),
     (without(MPI, "OMPI_MCA_orte_hnp_uri"), "set STEPJAX_COORDINATOR=HOST:PORT"),
+    (SPREAD, "MPI: its variables do not tell where process 0 runs; set STEPJAX_COORDINATOR=HOST:PORT"),
+    (HYDRA | {"PMI_RANK": "4"}, "MPI (PMI_SIZE, PMI_RANK): this is process 4, expected one of 0 to 3"),
+    (HYDRA | {"PMI_SIZE": "four"}, "PMI_SIZE: is 'four', expected an integer"),
+    (SPREAD | {"SLURM_JOB_NODELIST": "a[1"}, "SLURM_JOB_NODELIST: is 'a[1', expected host names"),
 ]
 
 
@@ -125,10 +153,27 @@ def test_half_a_cluster_is_refused_by_the_variable_s_name(environ, message):
         ("gpu[003-006,010],login1", "gpu003"),
         ("gpu[7]", "gpu7"),
         ("rack1-n[10-20]-ib", "rack1-n10-ib"),
+        ("rack[0-1]blade[2-3]", "rack0blade2"),
+        ("a[01-03,7],b", "a01"),
+        ("x[3,1-2]y[009-010]z[5]-ib0.site,other", "x3y009z5-ib0.site"),
+        ("[7-9]", "7"),
+        ("[1-2]n[3-4]", "1n3"),
+        (" a[1-2], b", "a1"),
+        ("a b", "a"),
+        ("bgl[123x456]", "bgl123"),
+        ("tux[0-1][2-3]", "tux02"),
     ],
 )
 def test_the_first_host_of_a_node_list(nodelist, host):
     assert first_host(nodelist) == host
+
+
+@pytest.mark.parametrize(
+    "nodelist", ["", "a[", "a[]", "a[1", "a]1[", "a[1-]", "a[-1]", "a[1,]", "a[1]]", "a[b]", "a[[1]]", "a;b", "[]", ","]
+)
+def test_what_is_no_node_list_is_refused(nodelist):
+    with pytest.raises(ClusterError, match="expected host names"):
+        first_host(nodelist)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +198,64 @@ def test_a_conversation_has_one_process(capsys, monkeypatch):
         monkeypatch.setenv(name, value)
     assert main(["chat"]) == 1
     assert "chat: runs in one process, found 32 (SLURM" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("launcher", [SLURM, MPI, HYDRA, MPI_5, POD])
+def test_commands_of_one_process_are_refused_in_several(capsys, monkeypatch, launcher):
+    """Else each process would write the same folder, or train a model of its own."""
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    for verb in sorted(set(VERBS) - set(SEVERAL_HOSTS)):
+        with pytest.raises(SystemExit) as wrong:  # its arguments are read first
+            main([verb, "--no-such-flag"])
+        assert wrong.value.code == 2
+    capsys.readouterr()
+    commands = [
+        ["pretrain", "x.toml", "--out", "run"],
+        ["teach", "x.toml", "--out", "scores"],
+        ["convert", "a", "b", "--experts", "int8"],
+        ["release", "run", "--out", "folder"],
+        ["info", "step-tiny"],
+        ["report", "run"],
+        ["export-adapter", "a", "b", "--model", "step-tiny"],
+        ["import-adapter", "a", "b", "--model", "step-tiny"],
+        ["cache"],
+    ]
+    for command in commands:
+        assert main(command) == 1
+        said = capsys.readouterr().err
+        assert f"{command[0]}: runs in one process, found " in said
+        assert said.count("\n") == 1
+        assert "start it without srun or mpirun, or as one task" in said
+
+
+def test_half_a_description_stops_no_command_of_one_process(capsys, monkeypatch):
+    monkeypatch.setenv("STEPJAX_COORDINATOR", "h:1")
+    assert main(["info", "step-tiny", "--json"]) == 0
+    assert main(["chat"]) == 1
+
+
+def test_keys_of_clusters():
+    """From a secret that all have; else from the job, as the launcher names it."""
+
+    def key(environ: dict[str, str]) -> bytes:
+        spec = detect(environ)
+        assert spec
+        return spec.key(environ)
+
+    jobs = [
+        SLURM,
+        SLURM | {"SLURM_JOB_ID": "6"},
+        SLURM | {"SLURM_STEP_ID": "1"},
+        MPI,
+        MPI_5,
+        HYDRA | {"PBS_JOBID": "5"},
+    ]
+    assert len({key(job) for job in jobs}) == len(jobs)
+    assert key(SLURM) == key(SLURM | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"})
+    secret = {"STEPJAX_KEY": "s3cret"}
+    assert key(SLURM | secret) == key(MPI | secret) != key(SLURM)
+    assert key(SLURM | secret) != key(SLURM | {"STEPJAX_KEY": "other"})
 
 
 @pytest.mark.parametrize("after", [0, 1])

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
@@ -14,7 +15,10 @@ from pathlib import Path
 import pytest
 from ports import two_free_ports
 
-from stepjax.sharding.watchdog import EXIT_CODE
+from stepjax.errors import ClusterError
+from stepjax.sharding import watchdog
+from stepjax.sharding.listener import Listener, addresses
+from stepjax.sharding.watchdog import EXIT_CODE, Watchdog
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -107,3 +111,67 @@ def test_addresses_of_six(group):
     """The listener takes both kinds."""
     processes = [group.start(0, of=3), group.start(1, of=3, host="::1"), group.start(2, of=3, host="127.0.0.1")]
     ready(*processes)
+
+
+def joined(port: int, key: bytes) -> Watchdog:
+    return Watchdog(("localhost", port), 2, 1, timeout_s=5, join_s=1, key=key)
+
+
+def test_who_has_another_key_cannot_join():
+    """And does not take the place of the process that has it."""
+    port = two_free_ports()
+    leader = Watchdog(("localhost", port), 2, 0, timeout_s=5, join_s=20, key=b"right")
+    entered: list[Watchdog] = []
+    thread = threading.Thread(target=lambda: entered.append(leader.__enter__()))
+    thread.start()
+    for stranger in (b"wrong", b""):
+        with pytest.raises(ClusterError, match=r"turned this one away; do both have the same STEPJAX_KEY"):
+            joined(port, stranger).__enter__()
+    for noise in (b"", b"1".ljust(16), b"1".ljust(16) + bytes(48), b"GET / HTTP/1.1\r\n\r\n" * 9):
+        with socket.create_connection(("localhost", port)) as connection:
+            connection.sendall(noise)
+    follower = joined(port, b"right")
+    follower.__enter__()
+    thread.join(10)
+    assert entered == [leader]
+    assert watchdog.key() == b"right"
+    for side in (follower, leader):
+        side.__exit__(None, None, None)
+    assert watchdog.key() == b""
+
+
+def test_who_listens_without_the_key_is_not_process_0():
+    with Listener("localhost", 0, 1) as server:
+
+        def impostor() -> None:
+            connection = server.accept(10)
+            connection.sendall(bytes(16))
+            connection.recv(64)
+            connection.sendall(bytes(32) + b".\n")
+            connection.close()
+
+        thread = threading.Thread(target=impostor)
+        thread.start()
+        lonely = Watchdog(("localhost", server.port), 2, 1, timeout_s=5, join_s=1, key=b"right")
+        with pytest.raises(ClusterError, match="who listens there is not process 0 of this job"):
+            lonely.__enter__()
+        thread.join()
+
+
+def test_process_0_listens_only_where_it_must():
+    with Listener("localhost", 0, 1) as server:
+        assert set(server.hosts) <= {"127.0.0.1", "::1"}
+        assert server.port > 0
+    with Listener("127.0.0.1", 0, 1) as server:
+        assert set(server.hosts) <= {"127.0.0.1", "::1"}
+    with Listener("no-such-host.invalid", 0, 1) as server:  # a name that only the others know
+        assert server.hosts in (["::"], ["0.0.0.0"])
+    assert addresses("192.0.2.1") == ["192.0.2.1"]
+    with Listener("192.0.2.1", 0, 1) as server:  # an address that this host does not have, as behind a service
+        assert server.hosts in (["::"], ["0.0.0.0"])
+
+
+def test_a_name_of_this_host_that_means_a_loopback_address_means_all(monkeypatch):
+    """As in the /etc/hosts of some distributions; from the others it could not be reached."""
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(2, 1, 6, "", ("127.0.1.1", 0))])
+    assert addresses("this-host") == []

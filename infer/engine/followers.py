@@ -31,7 +31,8 @@ from stepjax.infer.engine.sequence import HostMove, PageUpdate, RingCopy, Row, S
 from stepjax.infer.hosts import agreed
 from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.steps.state import Emitted
-from stepjax.sharding.watchdog import listen
+from stepjax.sharding import watchdog
+from stepjax.sharding.listener import Listener
 
 JOIN_S = 300.0  # time limit for all processes to connect, and to compile an announced program
 MAX_BYTES = 64 * 2**20  # of a message
@@ -169,20 +170,24 @@ def connect(host: str, identity: str) -> list[Channel]:
       ClusterError: a process does not connect in time, or has different settings.
     """
     if jax.process_index() == 0:
-        with listen(0, jax.process_count()) as server:
-            key = secrets.token_bytes(32)
-            agreed(np.frombuffer(server.getsockname()[1].to_bytes(4, "big") + key, np.uint8))
-            return _accept(server, key, identity)
+        with Listener(host, 0, jax.process_count()) as server:
+            drawn = secrets.token_bytes(32)
+            agreed(np.frombuffer(server.port.to_bytes(4, "big") + drawn, np.uint8))
+            return _accept(server, _key(drawn), identity)
     shared = bytes(np.asarray(agreed(np.zeros(36, np.uint8))))
-    return [_join((host, int.from_bytes(shared[:4], "big")), shared[4:], identity)]
+    return [_join((host, int.from_bytes(shared[:4], "big")), _key(shared[4:]), identity)]
 
 
-def _accept(server: socket.socket, key: bytes, identity: str) -> list[Channel]:
+def _key(drawn: bytes) -> bytes:
+    """The key of this engine's channels, from that of the cluster, with which its processes joined."""
+    return hmac.digest(watchdog.key(), drawn, _DIGEST)
+
+
+def _accept(server: Listener, key: bytes, identity: str) -> list[Channel]:
     channels: dict[int, Channel] = {}
-    server.settimeout(JOIN_S)
     while len(channels) < jax.process_count() - 1:
         try:
-            connection, _ = server.accept()
+            connection = server.accept(JOIN_S)
         except TimeoutError:
             raise ClusterError(f"replay: {len(channels)} of {jax.process_count() - 1} processes connected") from None
         connection.settimeout(JOIN_S)
