@@ -202,9 +202,9 @@ def test_a_user_who_replies_leaves_the_reasoning_in_the_episode(session):
     turn = {"role": "assistant", "reasoning_content": "Three is odd.", "content": "3"}
     replies = [{"role": "user", "content": "Wrong."}]
     prompt, said = turn_ids(session, asked, turn, tools=None)
-    text = session.tokenizer.decode(
-        [*prompt, *said, *reply_ids(session, [*asked, turn], replies, tools=None)], skip_special=False
-    )
+    reply = reply_ids(session, [*asked, turn], replies, tools=None)
+    assert session.tokenizer
+    text = session.tokenizer.decode([*prompt, *said, *reply], skip_special=False)
     assert text.endswith("3<|im_end|>\n<|im_start|>user\nWrong.<|im_end|>\n<|im_start|>assistant\n<think>\n")
     assert text.count("Three is odd.") == 1
     second = [*asked, turn, *replies, turn]
