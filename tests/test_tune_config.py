@@ -196,6 +196,21 @@ def test_turns_are_rendered_as_the_template_does(session):
     assert [*prompt, *said, *reply] == whole
 
 
+def test_a_user_who_replies_leaves_the_reasoning_in_the_episode(session):
+    """The template drops it from earlier turns. What the model wrote stays, and the reply is rendered after it."""
+    asked = [{"role": "user", "content": "Guess."}]
+    turn = {"role": "assistant", "reasoning_content": "Three is odd.", "content": "3"}
+    replies = [{"role": "user", "content": "Wrong."}]
+    prompt, said = turn_ids(session, asked, turn, tools=None)
+    reply = reply_ids(session, [*asked, turn], replies, tools=None)
+    assert session.tokenizer
+    text = session.tokenizer.decode([*prompt, *said, *reply], skip_special=False)
+    assert text.endswith("3<|im_end|>\n<|im_start|>user\nWrong.<|im_end|>\n<|im_start|>assistant\n<think>\n")
+    assert text.count("Three is odd.") == 1
+    second = [*asked, turn, *replies, turn]
+    assert reply_ids(session, second, replies, tools=None) == reply
+
+
 def test_environments_grade(session):
     item = tasks.make("tool_round_trip", np.random.default_rng(1), "test")
     call = item.messages[-2]["tool_calls"][0]["function"]

@@ -251,12 +251,23 @@ def turn_ids(
 def reply_ids(
     session: Session, messages: Sequence[ChatMessage], replies: Sequence[ChatMessage], *, tools: ToolSchemas | None
 ) -> tuple[int, ...]:
-    """Ids between the assistant's turn that ends ``messages`` and the assistant's next turn."""
+    """Ids between the assistant's turn that ends ``messages`` and the assistant's next turn.
+
+    The template leaves out the reasoning of earlier turns once a user speaks again. In an episode the model goes on
+    from what it wrote, reasoning included, so only what stands behind the turn is taken.
+
+    Raises:
+      ConfigError: the template renders fewer messages than there are.
+    """
     assert session.tokenizer is not None
     end = session.tokenizer.id_of(IM_END)
     before = session.encode_chat(messages, tools=tools, add_generation_prompt=False)
     whole = session.encode_chat([*messages, *replies], tools=tools)
     after = len(before) - before[::-1].index(end)
-    if whole[:after] != before[:after]:
-        raise ConfigError("chat template: a tool's answer changes how the turns before it are rendered")
-    return tuple(whole[after:])
+    if whole[:after] == before[:after]:
+        return tuple(whole[after:])
+    ends = [position for position, token in enumerate(whole) if token == end]
+    num_turns = before[:after].count(end)  # one end for each message, whatever is left out of it
+    if len(ends) <= num_turns:
+        raise ConfigError("chat template: a reply changes how many turns before it are rendered")
+    return tuple(whole[ends[num_turns - 1] + 1 :])

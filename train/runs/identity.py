@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import json
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,19 +53,20 @@ def claim(settings: T, out: Path, *, free: Collection[str] = ()) -> T:
     return previous
 
 
-def claim_content(out: Path, content: Mapping[str, str]) -> None:
+def claim_content(out: Path, content: Mapping[str, str], *, code: Mapping[str, str] | None = None) -> None:
     """Compare what the settings name with what the run in the folder began with, or write it down for a new run.
 
     Args:
       content: by a name for messages, such as ``data.mine``: a digest, or another short text.
+      code: the same of files with code of the user. One that has changed is told and accepted, since a reward that
+        failed is mended in the middle of a run.
 
     Raises:
       ConfigError: something has other content; each is named with both digests.
     """
-    file = out / CONTENT
+    file, code = out / CONTENT, dict(code or {})
     if not file.exists():
-        if is_first_process():
-            write_whole(file, (json.dumps(dict(content), indent=1) + "\n").encode())
+        _write_content(file, {**content, **code})
         return
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
@@ -75,10 +77,24 @@ def claim_content(out: Path, content: Mapping[str, str]) -> None:
         ) from None
     changes = [
         f"{name} {__named(before.get(name))} → {__named(content.get(name))}"
-        for name in sorted(before.keys() | content.keys())
+        for name in sorted((before.keys() | content.keys()) - code.keys())
         if before.get(name) != content.get(name)
     ]
     _refuse(out, "began with other content", changes)
+    changed = [name for name, digest in sorted(code.items()) if before.get(name) != digest]
+    if changed and is_first_process():
+        for name in changed:
+            print(
+                f"stepjax: {name}: the file has changed since the run began ({__named(before.get(name))} → "
+                f"{__named(code[name])}); steps from here on use it as it is now",
+                file=sys.stderr,
+            )
+        _write_content(file, {**content, **code})
+
+
+def _write_content(file: Path, content: Mapping[str, str]) -> None:
+    if is_first_process():
+        write_whole(file, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def update_settings(settings: Any, previous: Any, out: Path) -> None:

@@ -37,7 +37,7 @@ from stepjax.train.teachers.resident import Resident
 from stepjax.train.teachers.scoring import Prepared
 from stepjax.train.tune.evaluation import Evaluation
 from stepjax.train.tune.metrics import StepMetrics, accumulation, note
-from stepjax.train.tune.setup import Setup, content_of, open_run, schedule_of, with_params
+from stepjax.train.tune.setup import Setup, code_of, content_of, open_run, schedule_of, with_params
 from stepjax.train.tune.trainable import Leaves, lora_config, save_leaves
 from stepjax.train.tune.update import TuneState, UpdateReport
 from stepjax.train.workers.code import UserCode
@@ -87,7 +87,7 @@ def _tune(
     with locked(out) if is_first_process() else contextlib.nullcontext():
         previous = claim(config, out, free=FREE)
         setup = open_run(config, cache=cache, startup=startup)
-        claim_content(out, content_of(config, setup))
+        claim_content(out, content_of(config, setup), code=code_of(config))
         with Checkpoints(out, keep=config.run.keep) as checkpoints:
             state = checkpoints.resume(setup.initial, check=lambda about: _check_base(about, setup, out))
             check_steps(previous.optim, config.optim, done=int(state.step))

@@ -144,9 +144,6 @@ def content_of(config: TuneConfig, setup: Setup) -> dict[str, str]:
     """What the settings name, by the name of the setting: digests, and the dtype that the base has on this device."""
     content = {"model": setup.fingerprint, "model.dtype": jnp.dtype(setup.base.dtype).name}
     content |= {f"data.{name}": data_fingerprint(data) for name, data in config.data.items() if data.kind != "tasks"}
-    for name, data in config.data.items():
-        code = (*data.reward_weights, data.environment, *data.tool_references)
-        content |= {f"data.{name} ({short(text)})": fingerprint_of(text) for text in code if is_file(text)}
     for name, teacher in setup.teachers.items():
         settings = config.teachers[name]
         if settings.kind == "stored":
@@ -156,6 +153,19 @@ def content_of(config: TuneConfig, setup: Setup) -> dict[str, str]:
             same = teacher.params is setup.base.params
             content[f"teachers.{name}"] = setup.fingerprint if same else fingerprint(teacher.params)
     return content | ({"lora.start_from": setup.started_from} if setup.started_from else {})
+
+
+def code_of(config: TuneConfig) -> dict[str, str]:
+    """Digests of the files with code of the user, by the setting and the name in it."""
+    named = {"loss.objective": (config.loss.objective,)}
+    for name, data in config.data.items():
+        named[f"data.{name}"] = (*data.reward_weights, data.environment, *data.tool_references)
+    return {
+        f"{setting} ({short(text)})": fingerprint_of(text)
+        for setting, texts in named.items()
+        for text in texts
+        if is_file(text)
+    }
 
 
 def _loss_program(
