@@ -46,7 +46,8 @@ from provenance import commit, cpu_name
 from stepjax.infer.load import use_caches
 from stepjax.text.reasoning import split_reasoning
 from stepjax.text.tokenizer import IM_END
-from stepjax.train.data.sources import open_stream, turn_ids
+from stepjax.train.data.sources import open_stream
+from stepjax.train.data.turns import turn_ids
 from stepjax.train.runs.folder import read_metrics
 from stepjax.train.tune.run import tune
 

@@ -16,7 +16,8 @@ from stepjax.infer.session import Session, num_tokens_of
 from stepjax.model.step3p5 import Params
 from stepjax.train.config.tune import DataSettings, TuneConfig
 from stepjax.train.data import tasks
-from stepjax.train.data.sources import Prompt, TaskSource
+from stepjax.train.data.prompts import Prompt
+from stepjax.train.data.sources import TaskSource
 from stepjax.train.objectives.objective import LossContext
 from stepjax.train.objectives.table import OBJECTIVES
 from stepjax.train.rollouts.sampler import Rollout, Sampler

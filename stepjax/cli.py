@@ -115,6 +115,12 @@ VERBS = {
         "train a model from scratch, as step-tiny was",
         "stepjax pretrain train/recipes/step-tiny.toml --out runs/step-tiny",
     ),
+    "data": Verb(
+        _TRAIN,
+        "stepjax.train.commands.data",
+        "check training data: bad rows, lengths, what is trained",
+        "stepjax data check rows.jsonl --model step-tiny --length 256",
+    ),
     "report": Verb(
         _TRAIN,
         "stepjax.train.commands.report",

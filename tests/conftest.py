@@ -86,6 +86,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out.add("litellm")
     if JAX < (0, 11):  # its interpreter knows no transposed references
         left_out.add("mosaic")
+    if not find_spec("pyarrow"):
+        left_out.add("parquet")
     if not find_spec("schemathesis"):
         left_out.add("fuzz")
     deselected = [item for item in items if left_out & {mark.name for mark in item.iter_markers()}]

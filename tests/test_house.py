@@ -216,7 +216,9 @@ def test_dependencies_are_few_and_all_that_is_imported():
     importable = {"orbax" if name == "orbax_checkpoint" else name for name in declared}
     extras = project["optional-dependencies"]
     asked_for = {"tensorboardX"} | {
-        requirement_name(each) for name in ("plots", "tensorboard", "wandb", "grain") for each in extras[name]
+        requirement_name(each)
+        for name in ("plots", "tensorboard", "wandb", "grain", "parquet", "hub")
+        for each in extras[name]
     }
     for name in PACKAGE:
         tree = parse(name)

@@ -12,7 +12,7 @@ from tuning import SHORT, changed, history
 from stepjax.errors import ConfigError, TrainingError
 from stepjax.train.config.rewards import RewardSettings
 from stepjax.train.config.tune import DataSettings, TuneConfig
-from stepjax.train.data.sources import Prompt
+from stepjax.train.data.prompts import Prompt
 from stepjax.train.objectives.objective import LossSettings
 from stepjax.train.objectives.table import OBJECTIVES
 from stepjax.train.rollouts.failures import RewardFailures, reward_record

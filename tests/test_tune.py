@@ -26,7 +26,7 @@ from stepjax.train.config.tune import (
 from stepjax.train.data.sources import TaskSource
 from stepjax.train.objectives.objective import LossSettings
 from stepjax.train.objectives.table import OBJECTIVES
-from stepjax.train.rollouts.sampler import Rollout, Sampler, data_rollout
+from stepjax.train.rollouts.sampler import Rollout, Sampler, data_rollouts
 from stepjax.train.runs.checkpoints import Checkpoints
 from stepjax.train.teachers.resident import Resident
 from stepjax.train.tune import run as loop
@@ -293,11 +293,11 @@ def test_a_report_of_a_run(finished, tmp_path, capsys):
 
 def test_rows_of_data_are_rollouts_too(setup):
     prompt = TaskSource("tasks", SHORT.data["tasks"], setup.student).row(0, 0)
-    found = data_rollout(prompt, group=0)
+    (found,) = data_rollouts(prompt, group=0)
     assert setup.base.tokenizer is not None
     assert setup.base.tokenizer.decode(found.ids, skip_special=False).endswith("<|im_end|>")
     with pytest.raises(ConfigError, match="has no completion"):
-        data_rollout(dataclasses.replace(prompt, completion=None), group=0)
+        data_rollouts(dataclasses.replace(prompt, completion=None), group=0)
 
 
 # --- other objectives

@@ -19,10 +19,11 @@ from stepjax.train.config.reader import read_settings, write_settings
 from stepjax.train.config.tune import DataSettings, RunSettings, TuneConfig
 from stepjax.train.data import tasks
 from stepjax.train.data.environment import ExactMatch, environment
-from stepjax.train.data.sources import ArrayRecordSource, JsonLinesSource, Stream, TaskSource, reply_ids, turn_ids
+from stepjax.train.data.sources import FileSource, Stream, TaskSource
 from stepjax.train.data.text_checks import mixes_languages, repeats
+from stepjax.train.data.turns import reply_ids, turn_ids
 from stepjax.train.environments.episode import Turn
-from stepjax.train.rollouts.sampler import Rollout, data_rollout
+from stepjax.train.rollouts.sampler import Rollout, data_rollouts
 from stepjax.train.runs.sinks import TensorBoard, flat, open_sinks
 from stepjax.train.teachers.scoring import cut_to_rows, make_batch
 
@@ -117,7 +118,7 @@ def lines(tmp_path_factory) -> Path:
 
 
 def test_rows_of_a_file(lines, session):
-    rows = JsonLinesSource("rows", lines, session)
+    rows = FileSource("rows", DataSettings(path=str(lines)), session)
     assert len(rows) == 7
     for turn in range(2):
         found = [rows.row(0, 7 * turn + i) for i in range(7)]
@@ -144,7 +145,7 @@ def test_rows_of_a_file(lines, session):
     [
         ("{", "rows.jsonl:1: not readable as JSON"),
         ("[]", "holds a JSON list"),
-        ('{"text": "x"}', "has 'text'; expected messages"),
+        ('{"words": "x"}', "has 'words'; expected messages"),
         ('{"prompt": 3}', "prompt is 3, expected text"),
     ],
 )
@@ -152,11 +153,11 @@ def test_bad_rows_are_refused_by_place(tmp_path, session, row, message):
     file = tmp_path / "rows.jsonl"
     file.write_text(row)
     with pytest.raises(ConfigError) as error:
-        JsonLinesSource("rows", file, session).line(0)
+        FileSource("rows", DataSettings(path=str(file)), session).line(0)
     assert message in str(error.value)
     file.write_text("")
     with pytest.raises(ConfigError, match="holds no rows"):
-        JsonLinesSource("rows", file, session)
+        FileSource("rows", DataSettings(path=str(file)), session)
 
 
 def test_array_records(tmp_path, session):
@@ -167,12 +168,12 @@ def test_array_records(tmp_path, session):
         for i in range(3):
             writer.write(json.dumps({"prompt": f"{part} {i}"}).encode())
         writer.close()
-    rows = ArrayRecordSource("rows", str(tmp_path / "part-*.array_record"), session)
+    rows = FileSource("rows", DataSettings(path=str(tmp_path / "part-*.array_record")), session)
     found = [rows.row(0, i).ids for i in range(12)]
     assert len(set(found[:6])) == 6
     assert sorted(found[:6]) == sorted(found[6:])
-    with pytest.raises(ConfigError, match="no such files"):
-        ArrayRecordSource("rows", str(tmp_path / "none-*"), session)
+    with pytest.raises(ConfigError, match="does not exist"):
+        FileSource("rows", DataSettings(path=str(tmp_path / "none-*")), session)
 
 
 def test_a_batch_is_a_function_of_its_step(session):
@@ -232,7 +233,7 @@ def test_environments_grade(session):
 
 def test_rollouts_become_rows(session):
     prompt = TaskSource("a", DataSettings(shares={"add": 1.0}), session).row(0, 0)
-    one = data_rollout(prompt, group=0)
+    (one,) = data_rollouts(prompt, group=0)
     two = Rollout(prompt, 1, 0, [9, 8, 7], [True, False, True], [-1.0, 0.0, -3.0])
     kept, lost = cut_to_rows(
         [one, two, dataclasses.replace(two, prompt=dataclasses.replace(prompt, ids=(1,) * 99))], 96

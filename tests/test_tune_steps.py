@@ -16,7 +16,7 @@ from tuning import SHORT, answers, assert_same, changed, history
 from stepjax.errors import ConfigError
 from stepjax.train.config.tune import OptimSettings, TeacherSettings, TuneConfig
 from stepjax.train.data.environment import ExactMatch
-from stepjax.train.data.sources import Prompt
+from stepjax.train.data.prompts import Prompt
 from stepjax.train.losses.policy_gradient import group_advantages
 from stepjax.train.objectives.objective import LossSettings
 from stepjax.train.objectives.table import OBJECTIVES

@@ -20,7 +20,8 @@ from stepjax.infer.session import Session
 from stepjax.train.config.rewards import RewardSettings
 from stepjax.train.config.tune import DataSettings
 from stepjax.train.data.coded import coded
-from stepjax.train.data.sources import Prompt, open_source
+from stepjax.train.data.prompts import Prompt
+from stepjax.train.data.sources import open_source
 from stepjax.train.environments.episode import Turn
 from stepjax.train.environments.functions import FunctionTool, described_parameters
 from stepjax.train.environments.stepped import ActionError, action_of, text_of

@@ -12,7 +12,7 @@ from stepjax.infer.commands.progress import shown_startup
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "config", type=Path, metavar="CONFIG.toml", help="settings with a jsonl data source and a teacher"
+        "config", type=Path, metavar="CONFIG.toml", help="settings with a source of files and a teacher"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write")
     parser.add_argument("--data", metavar="NAME", help="source of [data] to score (default: the first)")
@@ -34,8 +34,8 @@ def run(args: argparse.Namespace) -> int:
 
     config = read_settings(TuneConfig, args.config, [*args.set, 'verb="sft"', 'rollout.source="data"'])
     name = args.data or next(iter(config.data))
-    if config.data.get(name) is None or config.data[name].kind != "jsonl":
-        raise ConfigError(f"data.{name}: expected a source of kind jsonl, whose rows are scored")
+    if config.data.get(name) is None or config.data[name].kind in ("tasks", "environment"):
+        raise ConfigError(f"data.{name}: expected a source of files, whose rows are scored")
     startup = shown_startup()
     with startup.stage("importing", "starting jax"):
         from stepjax.infer.load import use_caches

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from typing import Annotated, Any, Literal
 
 from stepjax.errors import ConfigError
@@ -38,17 +38,32 @@ class ModelSettings:
             raise ConfigError(f"model: quantize is {self.quantize!r}, expected {' or '.join(names)}, or nothing")
 
 
+def _default(kind: Any, name: str) -> Any:
+    about = kind.__dataclass_fields__[name]
+    return about.default_factory() if about.default is MISSING else about.default
+
+
 @dataclass(frozen=True)
 class DataSettings:
     """One source of prompts, some with completions."""
 
-    kind: Literal["tasks", "jsonl", "array_record", "environment"] = "tasks"
-    path: str = ""  # of the file; "array_record" takes a pattern such as rows-*.array_record too
+    # "auto": "file" with a path, else "tasks". Files are what their endings say, or JSON lines with "jsonl"
+    kind: Literal["auto", "tasks", "file", "jsonl", "array_record", "hub", "environment"] = "auto"
+    path: str = ""  # a file, a folder or a pattern such as data/*.jsonl.gz; "hub": the name of a data set
     weight: Annotated[float, Range(0, 10**6)] = 1.0  # share of the prompts, relative to the other sources
     teacher: str = ""  # a name in [teachers]; "": the only teacher
     # of the generated tasks
     shares: dict[str, Annotated[float, Range(0, 10**6)]] = field(default_factory=lambda: dict(MIX))
     tools: bool = False  # tasks only: tools answer the model's calls, over several turns
+    form: Literal["auto", "messages", "completion", "text", "sharegpt", "alpaca"] = (
+        "auto"  # of rows; "auto": by columns
+    )
+    columns: dict[str, str] = field(default_factory=dict)  # our name of a column → the file's, as prompt = "question"
+    train_on: Literal["last", "all", "marked"] = "last"  # turns of the data that are trained; "marked": of weight 1
+    held_out: Annotated[float, Range(0, 0.99)] = 0.0  # share of the rows that are not trained: evaluation uses them
+    held_out_path: str = ""  # file of such rows, instead of a share
+    split: str = "train"  # hub only
+    subset: str = ""  # hub only; "": the data set's default
     # Code of your own, as FILE.py:NAME, package.module:NAME or an entry point (docs/own-rewards.md).
     reward: str | tuple[str, ...] | dict[str, Weight] = field(default="", metadata=REFERENCE)  # a table gives weights
     environment: str = field(default="", metadata=REFERENCE)  # a class that answers the turns of the model
@@ -56,6 +71,8 @@ class DataSettings:
     tool_functions: str | tuple[str, ...] = field(default="", metadata=REFERENCE)  # functions that the model may call
 
     def __post_init__(self) -> None:
+        if self.kind == "auto":  # written as what it is, so that a finished run says what it read
+            object.__setattr__(self, "kind", "file" if self.path else "tasks")
         if (self.kind in ("tasks", "environment")) == bool(self.path):
             raise ConfigError(
                 f"data: kind {self.kind!r} with path {self.path!r}; expected a path for a file and none for tasks or "
@@ -63,6 +80,12 @@ class DataSettings:
             )
         check_ranges(self, "data")
         self._check_code()
+        if self.held_out and self.held_out_path:
+            raise ConfigError("data: both held_out and held_out_path are given; expected one of them")
+        if self.kind in ("tasks", "environment"):
+            for name in ("form", "columns", "train_on", "held_out", "held_out_path"):
+                if getattr(self, name) != _default(type(self), name):
+                    raise ConfigError(f"data: {name} does not apply to kind {self.kind!r}; leave it out")
         if self.kind == "tasks" and (set(self.shares) - set(MIX) or not sum(self.shares.values()) > 0):
             raise ConfigError(f"data: shares are {self.shares}, expected shares of {', '.join(MIX)}")
 
@@ -233,7 +256,8 @@ class EvalSettings:
     forgetting: tuple[str, ...] = ()  # tasks that are not trained, to measure forgetting
     # held-out prompts; the divergence from the teacher is measured on sampled answers
     kl_prompts: Annotated[int, Range(0, 65_536)] = 32
-    file: str = ""  # questions and answers for exact match, as a jsonl source of [data]
+    loss_rows: Annotated[int, Range(0, 65_536)] = 256  # sft: held-out rows of a source whose loss is measured
+    file: str = ""  # questions and answers for exact match, as a source of [data]
     seed: Annotated[int, Range(0, 2**32 - 2)] = 10_000
     speculate: Annotated[int, Range(0, 3)] = 3  # MTP drafts per step, whose acceptance is measured
 
@@ -253,9 +277,28 @@ class RunSettings:
     transcripts: Annotated[int, Range(0, 4096)] = 4  # answers in a transcript
     tensorboard: bool = False  # needs the extra of that name
     wandb: str = ""  # name of the project; "": off; needs the extra of that name
+    best: str = ""  # a metric whose best checkpoint is kept too, such as "eval_held_out_loss"
+    best_is: Literal["auto", "min", "max"] = "auto"  # "auto": as the metric's name says
+    patience: Annotated[int, Range(0, 10**6)] = 0  # measurements without a better one that end a run; 0: no end
+    export: Literal["last", "best"] = "last"  # the step whose leaves and adapter are written at the end
 
     def __post_init__(self) -> None:
         check_ranges(self, "run")
+        if not self.best and (self.patience or self.export == "best"):
+            raise ConfigError("run.best: is empty, but patience or export = 'best' needs a metric")
+        if self.best:
+            _ = self.direction
+
+    @property
+    def direction(self) -> Literal["min", "max"]:
+        """Whether a smaller or a greater value of the metric is better. ConfigError: its name does not say."""
+        if self.best_is != "auto":
+            return self.best_is
+        smaller = any(word in self.best for word in ("loss", "nll", "divergence", "kl", "failed", "repetition"))
+        greater = any(word in self.best for word in ("accuracy", "reward", "acceptance", "tokens_per_step"))
+        if smaller == greater:
+            raise ConfigError(f"run.best_is: is 'auto', but {self.best!r} may be either; expected 'min' or 'max'")
+        return "min" if smaller else "max"
 
 
 @dataclass(frozen=True)
@@ -318,6 +361,8 @@ class TuneConfig:
                 raise ConfigError(f"data.{source_name}.teacher: is empty, expected one of {', '.join(self.teachers)}")
         if self.needs_teacher and not self.teachers:
             raise ConfigError(f"teachers: {name} needs a teacher; add a section such as [teachers.main]")
+        if self.run.best.startswith("eval_") and not self.eval.every:
+            raise ConfigError(f"run.best: is {self.run.best!r}, but eval.every = 0 measures nothing")
         self._check_sampling(objective, rollout)
         if objective.group_baseline and rollout.samples < 2:
             raise ConfigError(

@@ -10,7 +10,8 @@ import numpy as np
 
 from stepjax.errors import ConfigError
 from stepjax.infer.session import Session
-from stepjax.train.data.sources import Prompt, Source, Stream
+from stepjax.train.data.prompts import Prompt
+from stepjax.train.data.sources import Source, Stream
 from stepjax.train.data.words import Split
 from stepjax.train.workers.code import CodeEpisode, SourceCode, UserCode
 
@@ -36,12 +37,12 @@ class CodedSource:
     def __init__(self, name: str, rows: Source, code: SourceCode, session: Session, *, split: Split):
         self._name, self._rows, self._code, self._session, self._split = name, rows, code, session, split
 
-    def row(self, seed: int, index: int) -> Prompt:
+    def row(self, seed: int, index: int, *, window: int = 1) -> Prompt:
         """
         Raises:
           ConfigError: the environment cannot be made, or the row has no messages to begin with.
         """
-        return self.coded(self._rows.row(seed, index), seed, index)
+        return self.coded(self._rows.row(seed, index, window=window), seed, index)
 
     def coded(self, prompt: Prompt, seed: int, index: int) -> Prompt:
         """A prompt of the source with the code."""

@@ -2,57 +2,43 @@
 
 from __future__ import annotations
 
-import json
-import mmap
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 
 from stepjax.errors import ConfigError
-from stepjax.infer.session import Session
-from stepjax.text.tokenizer import IM_END
-from stepjax.text.tool_calls import ToolSchemas
 from stepjax.train.config.tune import DataSettings
 from stepjax.train.data import tasks
 from stepjax.train.data.environment import ExactMatch, environment
-from stepjax.train.data.tasks import ChatMessage
+from stepjax.train.data.files.records import Records, counted, read_row_at
+from stepjax.train.data.order import RowOrder
+from stepjax.train.data.prompts import Prompt, read_prompt
+from stepjax.train.data.quotas import Quotas
+from stepjax.train.data.survey import MAX_FAULTS, RowReader, Survey, fault_lines, known_survey, open_records
+from stepjax.train.data.turns import Encoder, turn_ids
 from stepjax.train.data.words import Split
 from stepjax.train.environments.episode import Environment
-from stepjax.train.workers.code import CodeEpisode, SourceCode
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What a rollout begins with."""
-
-    source: str  # name of its data source
-    index: int  # of the row in its source
-    ids: tuple[int, ...]
-    completion: tuple[int, ...] | None  # of the data, up to and including the token that ends the turn
-    new_environment: Callable[[], Environment | CodeEpisode]  # begins an episode
-    messages: Sequence[ChatMessage]  # empty for raw text
-    tools: ToolSchemas | None = None
-    row: Mapping[str, Any] = field(default_factory=dict)  # the row of the file, with columns that only rewards read
-    code: SourceCode | None = None  # rewards, environment and tools of the user
 
 
 class Source(Protocol):
     """Rows by index, without end."""
 
-    def row(self, seed: int, index: int) -> Prompt: ...
+    def row(self, seed: int, index: int, *, window: int = 1) -> Prompt:
+        """The row at an index. Rows of a file do not recur within ``window`` successive indices."""
+        ...
 
 
 class TaskSource:
     """Generated items. Row i depends on seed and i only."""
 
-    def __init__(self, name: str, settings: DataSettings, session: Session, *, split: Split = "train"):
+    def __init__(self, name: str, settings: DataSettings, session: Encoder, *, split: Split = "train"):
         self._name, self._settings, self._session = name, settings, session
         self._split: Split = split
 
-    def row(self, seed: int, index: int) -> Prompt:
+    def row(self, seed: int, index: int, *, window: int = 1) -> Prompt:
         rng = np.random.default_rng([seed, index, 1])
         shares = {name: share for name, share in self._settings.shares.items() if share}
         return self.prompt(tasks.draw(rng, self._split, shares), index)
@@ -77,89 +63,97 @@ class EnvironmentSource:
     def __init__(self, name: str):
         self._name = name
 
-    def row(self, seed: int, index: int) -> Prompt:
+    def row(self, seed: int, index: int, *, window: int = 1) -> Prompt:
         return Prompt(self._name, index, (), None, lambda: ExactMatch(()), ())
 
 
-class JsonLinesSource:
-    """A file of one JSON object a line, in a new order each epoch. Lines are read by offset, so the file stays on disk.
+class FileSource:
+    """Rows of files, in a new order each epoch. They are read by place, so the files stay on disk."""
 
-    A row has ``messages`` in OpenAI form and optionally ``tools``, or ``prompt`` and optionally ``completion`` as raw
-    text. If the last message is the assistant's, it is the completion. ``answer`` is the text that exact match and
-    rewards compare with.
-    """
-
-    def __init__(self, name: str, path: Path, session: Session):
-        self._name, self._path, self._session = name, path, session
-        try:
-            with path.open("rb") as file:
-                size = path.stat().st_size
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-        self._offsets = self._line_starts()
-        if not len(self._offsets):
-            raise ConfigError(f"{path}: holds no rows, expected one JSON object a line")
+    def __init__(self, name: str, settings: DataSettings, session: Encoder, *, split: Split = "train"):
+        """
+        Raises:
+          ConfigError: a file cannot be read, or rows are bad; they are named.
+        """
+        self._name, self._session = name, session
+        self._reader = RowReader(settings)
+        self.rows = SplitRows.open(name, settings)
+        self._records = self.rows.held_out_records if split == "test" else self.rows.records
+        self._numbers = self.rows.held_out if split == "test" else self.rows.trained
+        self._orders: dict[tuple[int, int], RowOrder] = {}
 
     def __len__(self) -> int:
-        return len(self._offsets)
+        return len(self._numbers)
 
-    def row(self, seed: int, index: int) -> Prompt:
-        epoch, position = divmod(index, len(self))
-        order = np.random.default_rng([seed, epoch, 2]).permutation(len(self)) if len(self) > 1 else np.zeros(1, int)
-        return self.line(int(order[position]))
+    def row(self, seed: int, index: int, *, window: int = 1) -> Prompt:
+        if (seed, window) not in self._orders:
+            self._orders[seed, window] = RowOrder(len(self), seed, window=window)
+        return self.line(int(self._numbers[self._orders[seed, window][index]]))
+
+    def at(self, number: int) -> Prompt:
+        """Row ``number`` of the split, in the order of the files."""
+        return self.line(int(self._numbers[number]))
 
     def line(self, number: int) -> Prompt:
-        """The row of a line, counted from 0 and without empty lines."""
-        where = f"{self._path}:{number + 1}"
-        begin, end = self._offsets[number]
-        try:
-            row = json.loads(self._map[begin:end])
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{where}: not readable as JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise ConfigError(f"{where}: holds a JSON {type(row).__name__}, expected an object")
-        return read_row(self._name, number, row, self._session, where=where)
-
-    def _line_starts(self) -> np.ndarray:
-        """Begin and end of each line that is not empty: int64 [N, 2]."""
-        raw = np.frombuffer(self._map, np.uint8)
-        ends = np.flatnonzero(raw == ord("\n")).astype(np.int64)
-        ends = np.concatenate([ends, [len(raw)]]) if len(raw) and (not len(ends) or ends[-1] + 1 < len(raw)) else ends
-        starts = np.concatenate([[0], ends[:-1] + 1]) if len(ends) else ends
-        pairs = np.stack([starts, ends], axis=1) if len(ends) else np.zeros((0, 2), np.int64)
-        return pairs[pairs[:, 1] > pairs[:, 0]]
+        """A row by its number in the files, counted from 0, whatever the split."""
+        row, where = read_row_at(self._records, number), self._records.where(number)
+        return read_prompt(self._name, number, row, self._session, where=where, reader=self._reader)
 
 
-class ArrayRecordSource:
-    """Rows as in `JsonLinesSource`, in ArrayRecord files that grain reads, for a corpus of several files."""
+@dataclass(frozen=True)
+class SplitRows:
+    """The rows of a source that are trained, and those that are held out."""
 
-    def __init__(self, name: str, pattern: str, session: Session):
-        try:
-            import grain
-        except ImportError:
+    records: Records
+    survey: Survey  # of all rows of the path
+    trained: np.ndarray  # int64: numbers of rows
+    held_out: np.ndarray  # int64: numbers of rows, of ``held_out_records``
+    held_out_records: Records
+    num_shared: int = 0  # rows of the path that are left out, since held_out_path asks the same
+
+    @classmethod
+    def open(cls, name: str, settings: DataSettings) -> SplitRows:
+        """ConfigError: a file cannot be read, rows are bad, or nothing is left to train."""
+        records, survey = _surveyed(name, settings, settings.path)
+        everything = survey.numbers
+        if settings.held_out_path:
+            others, asked = _surveyed(name, settings, settings.held_out_path)
+            shared = np.isin(survey.questions, asked.questions)
+            rows = cls(records, survey, everything[~shared], np.arange(len(asked)), others, int(shared.sum()))
+        else:
+            held = held_out_rows(survey.questions, settings.held_out)
+            rows = cls(records, survey, everything[~held], everything[held], records)
+        if not len(rows.trained):
             raise ConfigError(
-                f"data.{name}: array_record needs grain; install the extra as pip install 'stepjax[grain]'"
-            ) from None
-        root = Path(pattern)
-        files = sorted(str(path) for path in root.parent.glob(root.name))
-        if not files:
-            raise ConfigError(f"{pattern}: no such files")
-        self._grain, self._name, self._session, self._pattern = grain, name, session, pattern
-        self._rows: Any = grain.sources.ArrayRecordDataSource(files)
-        self._shuffled: dict[int, Any] = {}
+                f"data.{name}: no row is left to train: {settings.path} has {counted(len(survey))}, all of them held "
+                "out; rows that ask the same are held out together"
+            )
+        return rows
 
-    def row(self, seed: int, index: int) -> Prompt:
-        if seed not in self._shuffled:
-            order = self._grain.MapDataset.range(len(self._rows)).seed(seed).shuffle().repeat()
-            self._shuffled[seed] = order
-        number = int(self._shuffled[seed][index])
-        where = f"{self._pattern}, record {number}"
-        try:
-            row = json.loads(self._rows[number])
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{where}: not readable as JSON ({error})") from None
-        return read_row(self._name, number, row, self._session, where=where)
+
+def held_out_rows(questions: np.ndarray, share: float) -> np.ndarray:
+    """Which rows are held out, bool [N]: those whose questions have the smallest hashes.
+
+    Rows that ask the same are all held out or all trained, wherever they stand, so at least ``share`` of the rows and
+    at least one of them are held out.
+
+    Args:
+      questions: a hash of what each row asks, uint64 [N].
+    """
+    if not share:
+        return np.zeros(len(questions), bool)
+    count = max(1, round(share * len(questions)))
+    return questions <= np.partition(questions, count - 1)[count - 1]
+
+
+def _surveyed(name: str, settings: DataSettings, path: str) -> tuple[Records, Survey]:
+    """Rows that are all good, and what they are. ConfigError: some are bad; the first of them are named."""
+    records = open_records(settings, path)
+    survey = known_survey(settings, records, path)
+    if survey.faults:
+        lines = "\n  ".join(fault_lines(survey.faults, MAX_FAULTS))
+        raise ConfigError(f"data.{name}: {counted(len(survey.faults), 'bad row')}\n  {lines}")
+    return records, survey
 
 
 @dataclass(frozen=True)
@@ -172,102 +166,40 @@ class Stream:
     prompts: int  # of a step
 
     def batch(self, step: int) -> list[Prompt]:
-        """The prompts of one step. Each source is read in its own order and goes on where the steps before it ended."""
-        names = [name for name, weight in self.weights.items() if weight]
-        if len(names) == 1:
-            first = step * self.prompts
-            return [self.sources[names[0]].row(self.seed, first + i) for i in range(self.prompts)]
-        shares = np.asarray([self.weights[name] for name in names])
-        drawn = self._quotas(shares / shares.sum(), step + 1) - self._quotas(shares / shares.sum(), step)
-        before = self._quotas(shares / shares.sum(), step)
+        """The prompts of one step. Each source is read in its own order and goes on where the steps before it ended.
+
+        There are exactly ``prompts`` of them, no row twice, and after any step each source has given its share of all
+        rows to within one. A source with fewer rows than its part of a batch gives each of them equally often.
+        """
+        before, after = self._quotas.after(step * self.prompts), self._quotas.after((step + 1) * self.prompts)
         prompts = []
-        for name, start, count in zip(names, before, drawn, strict=True):
-            prompts += [self.sources[name].row(self.seed, int(start + i)) for i in range(count)]
+        for name, start, end, window in zip(self._names, before, after, self._windows, strict=True):
+            source = self.sources[name]
+            prompts += [source.row(self.seed, index, window=window) for index in range(start, end)]
         return prompts
 
-    def _quotas(self, shares: np.ndarray, steps: int) -> np.ndarray:
-        """Rows of each source in the first ``steps`` steps. They add up, and each is within one row of its share."""
-        ends = np.floor(np.cumsum(shares) * steps * self.prompts + 1e-6).astype(np.int64)
-        ends[-1] = steps * self.prompts
-        return np.diff(ends, prepend=0)
+    @cached_property
+    def _names(self) -> list[str]:
+        return [name for name, weight in self.weights.items() if weight]
+
+    @cached_property
+    def _quotas(self) -> Quotas:
+        return Quotas([self.weights[name] for name in self._names])
+
+    @cached_property
+    def _windows(self) -> list[int]:
+        return self._quotas.most(self.prompts)
 
 
-def open_stream(data: Mapping[str, DataSettings], session: Session, *, seed: int, prompts: int) -> Stream:
-    """The stream of these settings. ConfigError: a file is missing or cannot be read."""
-    sources = {name: open_source(name, settings, session) for name, settings in data.items()}
+def open_stream(data: Mapping[str, DataSettings], session: Encoder, *, seed: int, prompts: int) -> Stream:
+    """The stream of these settings. ConfigError: a file is missing or cannot be read, or rows are bad."""
+    sources = {name: open_source(name, settings, session) for name, settings in data.items() if settings.weight}
     return Stream(sources, {name: settings.weight for name, settings in data.items()}, seed, prompts)
 
 
-def open_source(name: str, settings: DataSettings, session: Session, *, split: Split = "train") -> Source:
+def open_source(name: str, settings: DataSettings, session: Encoder, *, split: Split = "train") -> Source:
     if settings.kind == "tasks":
         return TaskSource(name, settings, session, split=split)
     if settings.kind == "environment":
         return EnvironmentSource(name)
-    if settings.kind == "jsonl":
-        return JsonLinesSource(name, Path(settings.path), session)
-    return ArrayRecordSource(name, settings.path, session)
-
-
-def read_row(name: str, index: int, row: Mapping[str, Any], session: Session, *, where: str) -> Prompt:
-    """A prompt from a row of a file; other columns are kept. ConfigError: a column is missing or of another type."""
-    if ("messages" in row) == ("prompt" in row):
-        keys = ", ".join(map(repr, sorted(row)))
-        raise ConfigError(f"{where}: has {keys}; expected messages (and tools) or prompt (and completion), and answer")
-    answer = row.get("answer")
-    for column in ("prompt", "completion", "answer"):
-        if not isinstance(row.get(column, ""), str):
-            raise ConfigError(f"{where}: {column} is {row[column]!r}, expected text")
-    if "prompt" in row:
-        ids = tuple(session.encode(row["prompt"]))
-        text = row.get("completion")
-        eos = session.config.eos_ids[0]
-        completion = None if text is None else (*session.encode(text)[1:], eos)
-        return Prompt(name, index, ids, completion, lambda: ExactMatch((), None, answer), (), row=row)
-    messages, tools = list(row["messages"]), row.get("tools")
-    completion = None
-    if messages and messages[-1].get("role") == "assistant":
-        *messages, target = messages
-        ids, completion = turn_ids(session, messages, target, tools=tools)
-        answer = target.get("content") if answer is None else answer
-    else:
-        ids = tuple(session.encode_chat(messages, tools=tools))
-    return Prompt(name, index, ids, completion, lambda: ExactMatch(messages, tools, answer), messages, tools, row)
-
-
-def turn_ids(
-    session: Session, messages: Sequence[ChatMessage], turn: ChatMessage, *, tools: ToolSchemas | None
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Ids of the prompt, and of the assistant's turn after it up to and including the token that ends it."""
-    prompt = session.encode_chat(messages, tools=tools)
-    whole = session.encode_chat([*messages, turn], tools=tools, add_generation_prompt=False)
-    if whole[: len(prompt)] != prompt:
-        raise ConfigError("chat template: renders a past turn differently from the prompt that it was generated from")
-    assert session.tokenizer is not None
-    end = session.tokenizer.id_of(IM_END)
-    rest = whole[len(prompt) :]
-    return tuple(prompt), tuple(rest[: len(rest) - rest[::-1].index(end)] if end in rest else rest)
-
-
-def reply_ids(
-    session: Session, messages: Sequence[ChatMessage], replies: Sequence[ChatMessage], *, tools: ToolSchemas | None
-) -> tuple[int, ...]:
-    """Ids between the assistant's turn that ends ``messages`` and the assistant's next turn.
-
-    The template leaves out the reasoning of earlier turns once a user speaks again. In an episode the model goes on
-    from what it wrote, reasoning included, so only what stands behind the turn is taken.
-
-    Raises:
-      ConfigError: the template renders fewer messages than there are.
-    """
-    assert session.tokenizer is not None
-    end = session.tokenizer.id_of(IM_END)
-    before = session.encode_chat(messages, tools=tools, add_generation_prompt=False)
-    whole = session.encode_chat([*messages, *replies], tools=tools)
-    after = len(before) - before[::-1].index(end)
-    if whole[:after] == before[:after]:
-        return tuple(whole[after:])
-    ends = [position for position, token in enumerate(whole) if token == end]
-    num_turns = before[:after].count(end)  # one end for each message, whatever is left out of it
-    if len(ends) <= num_turns:
-        raise ConfigError("chat template: a reply changes how many turns before it are rendered")
-    return tuple(whole[ends[num_turns - 1] + 1 :])
+    return FileSource(name, settings, session, split=split)

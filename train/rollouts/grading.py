@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stepjax.infer.session import Session
-from stepjax.train.data.sources import Prompt
+from stepjax.train.data.prompts import Prompt
 from stepjax.train.environments.episode import Environment, Message, Turn
 from stepjax.train.rewards.answer import RewardAnswer, RewardPrompt
 from stepjax.train.rewards.value import Reward

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stepjax.train.data.sources import Prompt
+from stepjax.train.data.prompts import Prompt
 from stepjax.train.losses.policy_gradient import differing
 from stepjax.train.rollouts.sampler import Rollout
 

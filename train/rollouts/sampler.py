@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -27,8 +27,9 @@ from stepjax.infer.session import Session
 from stepjax.infer.transcript import Transcript, begins_in_reasoning
 from stepjax.model.step3p5 import Params
 from stepjax.stored_function import StoredFunction
-from stepjax.train.data.sources import Prompt, reply_ids
+from stepjax.train.data.prompts import Prompt
 from stepjax.train.data.tasks import ChatMessage
+from stepjax.train.data.turns import reply_ids
 from stepjax.train.environments.episode import Environment, Turn
 from stepjax.train.rollouts.grading import Dialogue, Grade, begin_grade, environment_name, finished_grades
 from stepjax.train.workers.code import CodeEpisode, results_of, runs_alone
@@ -301,12 +302,17 @@ def _arguments(text: str) -> dict[str, Any]:
     return arguments if isinstance(arguments, dict) else {"": arguments}
 
 
-def data_rollout(prompt: Prompt, *, group: int) -> Rollout:
-    """The completion of the data as a rollout. ConfigError: the row has no completion."""
-    if prompt.completion is None:
+def data_rollouts(prompt: Prompt, *, group: int) -> list[Rollout]:
+    """What the data has written, a rollout for each sequence that trains the row. ConfigError: there is none."""
+    if not prompt.trained:
         raise ConfigError(
-            f"data.{prompt.source}: row {prompt.index} has no completion to learn from; add the assistant's turn, or "
-            "let the student or a teacher write it (rollout.source)"
+            f"{prompt.where or f'data.{prompt.source}, row {prompt.index}'}: has no completion to learn from; add the "
+            "assistant's turn, or let the student or a teacher write it (rollout.source)"
         )
-    ids = list(prompt.completion)
-    return Rollout(prompt, group, -1, ids, [True] * len(ids), [0.0] * len(ids), reward=math.nan, writer="data")
+    rollouts = []
+    for part, sequence in enumerate(prompt.trained):
+        start = replace(prompt, ids=sequence.prompt, part=part)
+        logprobs = [0.0] * len(sequence.ids)
+        ids, mask = list(sequence.ids), list(sequence.mask)
+        rollouts.append(Rollout(start, group, -1, ids, mask, logprobs, reward=math.nan, writer="data"))
+    return rollouts

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -27,12 +27,13 @@ DIGEST = "digest"  # of the arrays, in a checkpoint's description
 class Checkpoints:
     """The folder ``checkpoints`` of a run. A context manager; every process of the run makes one."""
 
-    def __init__(self, out: Path, *, keep: int):
+    def __init__(self, out: Path, *, keep: int, also: Callable[[], int] = lambda: 0):
         """
         Args:
           keep: newest checkpoints that are kept; 0: all.
+          also: returns the step of one more that is kept; 0: none.
         """
-        self._out, self._folder, self._keep = out, out / "checkpoints", keep
+        self._out, self._folder, self._keep, self._also = out, out / "checkpoints", keep, _OneMore(also)
         logging.getLogger("absl").addFilter(_ORBAX_ERRORS)  # for good: threads of a failed save log after it
         self._manager = self._open()
 
@@ -89,6 +90,13 @@ class Checkpoints:
         )
         return state
 
+    def load(self, step: int, like: T) -> T:
+        """The checkpoint of ``step`` with the shardings of ``like``. CheckpointError: it cannot be read."""
+        try:
+            return self._load(step, like, lambda about: None)
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{self._folder / str(step)}: cannot be read ({_reason(error)})") from None
+
     def save(self, step: int, state: Any, about: Mapping[str, Any]) -> None:
         """Write the checkpoint of ``step``. After an error the checkpoints that were there are as they were.
 
@@ -116,11 +124,10 @@ class Checkpoints:
             self._manager.close()
 
     def _open(self) -> Any:
-        newest: Any = ocp.training.preservation_policies.LatestN(self._keep or None)  # None: all
+        policies: Any = ocp.training.preservation_policies
+        kept = policies.AnyPreservationPolicy([policies.LatestN(self._keep or None), self._also])  # None: all
         try:
-            return ocp.training.Checkpointer(
-                str(self._folder), preservation_policy=newest, cleanup_tmp_directories=True
-            )
+            return ocp.training.Checkpointer(str(self._folder), preservation_policy=kept, cleanup_tmp_directories=True)
         except OSError as error:
             raise CheckpointError(f"{self._folder}: cannot be opened ({error.strerror or error})") from None
 
@@ -152,6 +159,16 @@ class Checkpoints:
         """Remove what a failed save left, which may fill the disk."""
         for part in self._folder.glob(f"{step}.*"):
             shutil.rmtree(part, ignore_errors=True)
+
+
+class _OneMore:
+    """A rule of orbax that keeps the checkpoint of one step."""
+
+    def __init__(self, step: Callable[[], int]):
+        self._step = step
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        return [checkpoint.step == self._step() for checkpoint in checkpoints]
 
 
 def _committed_alike(array: jax.Array, like: jax.Array) -> jax.Array:

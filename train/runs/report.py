@@ -12,8 +12,11 @@ from stepjax.whole_file import whole_file
 
 # Panels: title, and names or prefixes of names of the metrics in it.
 PANELS = (
-    ("loss", ("loss", "held_out_loss")),
-    ("divergence from the teacher, nats per token", ("divergence", "sampled_kl", "eval_held_out")),
+    ("loss", ("loss", "held_out_loss", "eval_held_out_loss")),
+    (
+        "divergence from the teacher, nats per token",
+        ("divergence", "sampled_kl", "eval_held_out_divergence", "eval_held_out_sampled_kl"),
+    ),
     ("held-out accuracy", ("eval_accuracy/", "eval_mean_accuracy", "eval_forgetting/")),
     ("reward, and its parts", ("reward", "reward/", "eval_reward", "eval_reward/")),
     ("reward by source", ("source/", "eval_source/")),

@@ -16,7 +16,7 @@ from stepjax.infer.session import Session
 from stepjax.model.step3p5 import Params, Step3p5, bind
 from stepjax.stored_function import StoredFunction
 from stepjax.train.config.tune import TeacherSettings
-from stepjax.train.data.sources import Prompt
+from stepjax.train.data.prompts import Prompt
 from stepjax.train.losses.logprobs import TopScores
 from stepjax.train.packing.rows import PackedRows, pack_sequences, packed_chunk
 from stepjax.train.rollouts.sampler import Rollout

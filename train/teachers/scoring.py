@@ -18,7 +18,7 @@ from stepjax.infer.steps.state import NO_EXPERT
 from stepjax.model.step3p5 import Params, bind
 from stepjax.stored_function import StoredFunction
 from stepjax.train.config.tune import TuneConfig
-from stepjax.train.data.sources import Prompt
+from stepjax.train.data.prompts import Prompt
 from stepjax.train.losses.logprobs import TopScores, token_scores
 from stepjax.train.objectives.objective import Averaging, Batch, Objective
 from stepjax.train.packing.rows import PackedRows, PackedSequences, pack_sequences, packed_chunk

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from stepjax.errors import CheckpointError, TrainingError
@@ -17,7 +18,8 @@ FORM = "stepjax teacher scores 1"
 class Stored:
     """Scores of completions by the number of their row.
 
-    The file is safetensors. It has ``index`` [N] and ``offset`` [N + 1] of the rows, and of all tokens in one sequence
+    The file is safetensors. It has ``index`` [N], ``part`` [N] (of the row's sequences) and ``offset`` [N + 1] of the
+    sequences that train, and of all tokens in one sequence
     ``token``, ``logprob``, ``top_id`` [·, K] and ``top_logprob`` [·, K].
     """
 
@@ -31,7 +33,9 @@ class Stored:
                 self._arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: cannot be read ({error})") from None
-        self._place = {int(index): place for place, index in enumerate(self._arrays["index"])}
+        index = self._arrays["index"]
+        parts = self._arrays.get("part", np.zeros_like(index))  # earlier files have one sequence a row
+        self._place = {pair: place for place, pair in enumerate(zip(index.tolist(), parts.tolist(), strict=True))}
 
     def score(self, rollouts: Sequence[Rollout], *, top: int) -> list[Scored]:
         """As `stepjax.train.teachers.resident.Scorer.score`. TrainingError: the file has no scores of an answer."""
@@ -39,9 +43,9 @@ class Stored:
 
     def _score(self, rollout: Rollout, top: int) -> Scored:
         arrays, index = self._arrays, rollout.prompt.index
-        if index not in self._place:
+        if (index, rollout.prompt.part) not in self._place:
             raise TrainingError(f"{self._path}: has no scores of row {index}; write them for the whole file")
-        place = self._place[index]
+        place = self._place[index, rollout.prompt.part]
         span = slice(int(arrays["offset"][place]), int(arrays["offset"][place + 1]))
         span = slice(span.start, min(span.stop, span.start + len(rollout.ids)))
         if arrays["token"][span].tolist() != list(rollout.ids):

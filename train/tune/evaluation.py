@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,12 @@ from stepjax.model.step3p5 import Params
 from stepjax.train.config.tune import DataSettings, TuneConfig
 from stepjax.train.data import tasks
 from stepjax.train.data.coded import coded
-from stepjax.train.data.sources import JsonLinesSource, Prompt, Source, TaskSource, open_source
+from stepjax.train.data.prompts import Prompt
+from stepjax.train.data.sources import FileSource, Source, TaskSource, open_source
 from stepjax.train.data.text_checks import mixes_languages, repeats
 from stepjax.train.objectives.table import OBJECTIVES
 from stepjax.train.rollouts.failures import reward_record
-from stepjax.train.rollouts.sampler import Rollout, Sampler
+from stepjax.train.rollouts.sampler import Rollout, Sampler, data_rollouts
 from stepjax.train.teachers.scoring import Scoring
 from stepjax.train.tune.update import Measure
 from stepjax.train.workers.code import UserCode
@@ -36,6 +36,7 @@ class Evaluation:
         """
         self._config, self._session, self._scoring, self._measure = config, session, scoring, measure
         self._code = code
+        self._sources: dict[str, tuple[Source, int | None]] = {}  # held-out rows, and how many there are
         rollout, settings = config.rollout, config.eval
         context = rollout.context or config.optim.length
         self._sampler = Sampler(
@@ -50,8 +51,8 @@ class Evaluation:
         self._tasks = settings.tasks or tuple(dict.fromkeys(trained))
         self._questions = {name: self._items(name) for name in dict.fromkeys((*self._tasks, *settings.forgetting))}
         if settings.file:
-            rows = JsonLinesSource("eval", Path(settings.file), session)
-            self._questions["file"] = [rows.line(i) for i in range(min(settings.items, len(rows)))]
+            rows = FileSource("eval", DataSettings(path=settings.file), session)
+            self._questions["file"] = [rows.at(i) for i in range(min(settings.items, len(rows)))]
         self._rewarded = [
             prompt
             for name, data in config.data.items()
@@ -82,7 +83,7 @@ class Evaluation:
         if drafted[0]:
             record["acceptance"] = [a / d if d else 0.0 for a, d in zip(accepted, drafted, strict=True)]
             record["tokens_per_step"] = 1 + sum(accepted) / drafted[0]
-        return record | self._divergence(params)
+        return record | self._divergence(params) | self._held_out_loss(params)
 
     def _answers(self, params: Params, prompts: Sequence[Prompt]) -> list[Rollout]:
         return self._sampler.run(params, prompts, samples=1, seed=self._config.eval.seed, policy_step=-1, greedy=True)
@@ -104,7 +105,7 @@ class Evaluation:
         config, settings = self._config, self._config.eval
         if not self._scoring.teachers or not settings.kl_prompts:
             return {}
-        names = [name for name, data in config.data.items() if data.weight and data.kind != "array_record"]
+        names = [name for name, data in config.data.items() if data.weight and self._held_out(name, 1)]
         stored = {name for name, teacher in config.teachers.items() if teacher.kind == "stored"}
         names = [name for name in names if (config.data[name].teacher or next(iter(config.teachers))) not in stored]
         if not names:
@@ -124,11 +125,31 @@ class Evaluation:
         # A server gives log-probabilities of the sampled tokens, from which there is no divergence over all tokens.
         return {f"held_out_{name}": total[name] / total[f"{name}_tokens"] for name in names if total[f"{name}_tokens"]}
 
+    def _held_out_loss(self, params: Params) -> dict[str, float]:
+        """Negative log-likelihood of the data's answers in rows that are not trained, in nats per token."""
+        config = self._config
+        if config.verb != "sft" or not config.eval.loss_rows:
+            return {}
+        names = [name for name, data in config.data.items() if data.weight]
+        prompts = [prompt for name in names for prompt in self._held_out(name, config.eval.loss_rows)]
+        prompts = [prompt for prompt in prompts if prompt.trained]
+        rollouts = [rollout for group, prompt in enumerate(prompts) for rollout in data_rollouts(prompt, group=group)]
+        prepared = self._scoring.prepare(rollouts, objective=OBJECTIVES["sft"])
+        if not prepared.rollouts:
+            return {}
+        sums = self._measure(params, prepared.batches, {})
+        return {"held_out_loss": float(sums.nll) / float(sums.tokens), "held_out_tokens": float(sums.tokens)}
+
     def _held_out(self, name: str, count: int) -> list[Prompt]:
-        settings = self._config.data[name]
-        rows: Source = open_source(name, settings, self._session, split="test")
-        if self._code:
-            rows = coded(name, rows, self._code, self._session, split="test")
+        """Prompts that are not trained: all that the source has held out, or so many of them."""
+        if name not in self._sources:
+            rows: Source = open_source(name, self._config.data[name], self._session, split="test")
+            size = len(rows) if isinstance(rows, FileSource) else None
+            if self._code:
+                rows = coded(name, rows, self._code, self._session, split="test")
+            self._sources[name] = rows, size
+        rows, size = self._sources[name]
+        count = count if size is None else min(count, size)
         return [rows.row(self._config.eval.seed, i) for i in range(count)]
 
     def _items(self, task: str) -> list[Prompt]:

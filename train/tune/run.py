@@ -22,10 +22,11 @@ from stepjax.startup import Startup
 from stepjax.stored_function import compile_together
 from stepjax.train.config.tune import OptimSettings, RunSettings, TuneConfig
 from stepjax.train.data.coded import with_code
-from stepjax.train.data.sources import Prompt, open_stream
+from stepjax.train.data.prompts import Prompt
+from stepjax.train.data.sources import open_stream
 from stepjax.train.rollouts.failures import RewardFailures
 from stepjax.train.rollouts.resampling import StepAnswers, differing_groups
-from stepjax.train.rollouts.sampler import Rollout, Sampler, data_rollout
+from stepjax.train.rollouts.sampler import Rollout, Sampler, data_rollouts
 from stepjax.train.rollouts.transcripts import write_transcripts
 from stepjax.train.runs.checkpoints import Checkpoints
 from stepjax.train.runs.folder import MetricsFile, check_finite, is_due, progress
@@ -35,7 +36,11 @@ from stepjax.train.runs.optimizer import update_count
 from stepjax.train.runs.sinks import Sink, open_sinks
 from stepjax.train.teachers.resident import Resident
 from stepjax.train.teachers.scoring import Prepared
+from stepjax.train.tune.best import Best
+from stepjax.train.tune.data_check import check_data, tell
+from stepjax.train.tune.ending import Ending
 from stepjax.train.tune.evaluation import Evaluation
+from stepjax.train.tune.left_out import LeftOut
 from stepjax.train.tune.metrics import StepMetrics, accumulation, note
 from stepjax.train.tune.setup import Setup, code_of, content_of, open_run, schedule_of, with_params
 from stepjax.train.tune.trainable import Leaves, lora_config, save_leaves
@@ -69,6 +74,18 @@ def tune(
       TrainingError: sampler and trainer disagree, too many batches in a row have no finite gradient, or too many
         rewards of a batch failed.
     """
+    return tune_to_end(config, out, cache=cache, startup=startup, write=write)[0]
+
+
+def tune_to_end(
+    config: TuneConfig,
+    out: Path,
+    *,
+    cache: ProgramCache | None = None,
+    startup: Startup | None = None,
+    write: Callable[[str], object] | None = None,
+) -> tuple[TuneState, Ending]:
+    """As `tune`, and what of the run is its result."""
     with UserCode(config.data, config.rewards) as code:  # before the folder is made: its files may not be there
         out = out.resolve()  # orbax takes absolute paths only
         return _tune(config, out, code, cache=cache, startup=startup or Startup(), write=write)
@@ -82,24 +99,38 @@ def _tune(
     cache: ProgramCache | None,
     startup: Startup,
     write: Callable[[str], object] | None,
-) -> TuneState:
+) -> tuple[TuneState, Ending]:
     """As `tune`, with the user's code at hand."""
+    check_data(config)
     with locked(out) if is_first_process() else contextlib.nullcontext():
         previous = claim(config, out, free=FREE)
         setup = open_run(config, cache=cache, startup=startup)
         claim_content(out, content_of(config, setup), code=code_of(config))
-        with Checkpoints(out, keep=config.run.keep) as checkpoints:
-            state = checkpoints.resume(setup.initial, check=lambda about: _check_base(about, setup, out))
+        best = Best(config.run)
+
+        def check(about: Mapping[str, Any]) -> None:
+            _check_base(about, setup, out)
+            best.restore(about.get("best"))
+
+        with Checkpoints(out, keep=config.run.keep, also=lambda: best.step) as checkpoints:
+            state = checkpoints.resume(setup.initial, check=check)
             check_steps(previous.optim, config.optim, done=int(state.step))
             update_settings(config, previous, out)
-            run = functools.partial(_Run, config, setup, out, code, start=int(state.step))
-            state = _train(config, run, state, checkpoints, startup=startup, write=write)
-        check_finite(config.optim.steps, state.leaves)
-        save_leaves(leaves_file(out, config.optim.steps), state.leaves, setup.trained.about)
+            run = functools.partial(_Run, config, setup, out, code, best, start=int(state.step))
+            state = _train(config, run, state, checkpoints, best, startup=startup, write=write)
+            ending = Ending.of(int(state.step), best)
+            leaves = state.leaves
+            if ending.exported != ending.steps:
+                leaves = checkpoints.load(ending.exported, setup.initial).leaves
+        tell(ending.about)
+        check_finite(ending.exported, leaves)
+        save_leaves(leaves_file(out, ending.exported), leaves, setup.trained.about)
         if config.lora.kind == "lora":  # as `stepjax export-adapter` reads it
             settings = lora_config(config.lora)
-            save_adapter(out / "adapter", setup.base.config, state.leaves, settings, overwrite=True)
-    return state
+            save_adapter(out / "adapter", setup.base.config, leaves, settings, overwrite=True)
+        if is_first_process():
+            ending.write(out)
+    return state, ending
 
 
 def _train(
@@ -107,6 +138,7 @@ def _train(
     open_steps: Callable[[], _Run],
     state: TuneState,
     checkpoints: Checkpoints,
+    best: Best,
     *,
     startup: Startup,
     write: Callable[[str], object] | None,
@@ -115,19 +147,22 @@ def _train(
     start, total = int(state.step), config.optim.steps
     try:
         with contextlib.closing(open_steps()) as run:
-            if start < total:
+            if start < total and not best.is_over:
                 run.prepare(state, startup)
             with progress(total, start, what=config.verb, write=write) as advance:
                 for step in range(start, total):
+                    if best.is_over:  # also of a run that is resumed after it has ended
+                        break
                     state, note = run.step(step, state)
                     done = step + 1
-                    if is_due(config.run.save_every, done) or done == total:
+                    if done in (total, best.step) or is_due(config.run.save_every, done) or best.is_over:
                         check_finite(done, state.leaves)
                         checkpoints.save(done, state, run.about)
                     advance(note)
-        if int(state.skipped[0]) >= total * config.optim.updates:
+        done = int(state.step)
+        if done and int(state.skipped[0]) >= done * config.optim.updates:
             raise TrainingError(
-                f"none of {total} steps had a token and a finite gradient, so nothing was learned; read the transcripts"
+                f"none of {done} steps had a token and a finite gradient, so nothing was learned; read the transcripts"
             )
     except (TrainingError, OSError) as error:
         raise TrainingError(f"{error}; {checkpoints.kept()}") from None
@@ -148,7 +183,7 @@ def leaves_file(out: Path, step: int) -> Path:
 
 # What a resumed run may change: where things lie, as long as they are the same, how fast it goes, what it measures.
 FREE = (
-    *("model.path", "model.mesh", "model.strategy", "lora.start_from", "data.*.path"),
+    *("model.path", "model.mesh", "model.strategy", "lora.start_from", "data.*.path", "data.*.held_out_path"),
     *("teachers.*.path", "teachers.*.adapter", "teachers.*.tokenizer", "teachers.*.key_variable"),
     *("teachers.*.timeout_s", "teachers.*.retries", "teachers.*.workers", "eval.*", "optim.steps", "rewards.*"),
     *(f"run.{field.name}" for field in dataclasses.fields(RunSettings) if field.name != "seed"),
@@ -191,8 +226,9 @@ def _check_base(about: Mapping[str, Any], setup: Setup, out: Path) -> None:
 class _Run:
     """What the steps of a run share, apart from its state."""
 
-    def __init__(self, config: TuneConfig, setup: Setup, out: Path, code: UserCode, *, start: int):
+    def __init__(self, config: TuneConfig, setup: Setup, out: Path, code: UserCode, best: Best, *, start: int):
         self.start, self._config, self._setup, self._out, self._code = start, config, setup, out, code
+        self._best = best
         stream = open_stream(config.data, setup.student, seed=config.run.seed, prompts=config.rollout.prompts)
         self._stream = with_code(stream, code, setup.student)
         self._failures = RewardFailures(config.rewards.max_failed)
@@ -200,6 +236,7 @@ class _Run:
         self._writers: dict[str, Sampler] = {}
         self._evaluation: Evaluation | None = None
         self._step_metrics = StepMetrics(config, setup)
+        self._left_out = LeftOut(config.optim.length, tell)
         self._is_first_process = jax.process_index() == 0
         self._metrics_file = MetricsFile(out / "metrics.jsonl", start) if self._is_first_process else None
         about = dataclasses.asdict(config)
@@ -213,10 +250,11 @@ class _Run:
     @property
     def about(self) -> dict[str, Any]:
         """The description of a checkpoint."""
-        return {"base": self._setup.fingerprint, "config": dataclasses.asdict(self._config)}
+        return {"base": self._setup.fingerprint, "config": dataclasses.asdict(self._config), "best": self._best.state()}
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
+        self._left_out.close()
         if self._metrics_file:
             self._metrics_file.close()
         for name, sink in self._sinks.items():
@@ -258,7 +296,8 @@ class _Run:
         write_s += self._sample_next(step, before.leaves)
         record = self._step_metrics.record(step, reports, prepared, answers)
         score_s = sum(part.score_s for part in prepared)
-        record |= {"learning_rate": rate, "write_s": write_s, "score_s": score_s, "update_s": update_s}
+        cut = self._left_out.count(step, answers.trained, prepared)
+        record |= {"cut": cut, "learning_rate": rate, "write_s": write_s, "score_s": score_s, "update_s": update_s}
         skipped = any(report.skipped for report in reports)
         if is_due(config.run.log_every, step) or skipped or step + 1 == config.optim.steps:
             self._write(record)
@@ -266,6 +305,8 @@ class _Run:
         if step == 0:  # after the first update, so that nobody waits longer for that
             self._evaluate(0, before)
         done = step + 1
+        if not self._best.is_evaluated and (is_due(config.run.save_every, done) or done == config.optim.steps):
+            self._best.offer(record, done)
         if config.eval.every and (is_due(config.eval.every, done) or done == config.optim.steps):
             self._evaluate(done, state)
         return state, note(record)
@@ -313,7 +354,10 @@ class _Run:
             chance = np.random.default_rng([self._config.run.seed, step, 3]).random()
             source = source if chance < rollout.on_policy else rollout.otherwise
         if source == "data":
-            return StepAnswers.all_of([data_rollout(prompt, group=group) for group, prompt in enumerate(prompts)])
+            written = [
+                rollout for group, prompt in enumerate(prompts) for rollout in data_rollouts(prompt, group=group)
+            ]
+            return StepAnswers.all_of(written)
         seed = (self._config.run.seed * 0x01000193 + step) & 0xFFFFFFFF
         if source == "teacher":
             return StepAnswers.all_of(self._sample_teachers(prompts, seed))
@@ -381,11 +425,13 @@ class _Run:
         if self._evaluation is None:
             self._evaluation = Evaluation(config, setup.student, setup.scoring, setup.measure, self._code)
         setup.follow(state)
-        record = self._evaluation.run(setup.params(state.leaves))
-        updates = done * config.optim.updates
-        self._write(
-            {f"eval_{name}": value for name, value in record.items()} | {"step": max(done - 1, 0), "updates": updates}
-        )
+        record = {f"eval_{name}": value for name, value in self._evaluation.run(setup.params(state.leaves)).items()}
+        self._write(record | {"step": max(done - 1, 0), "updates": done * config.optim.updates})
+        if self._best.is_evaluated:
+            if done:
+                self._best.offer(record, done)
+            else:
+                self._best.check(record)
 
     def _write(self, record: dict[str, Any]) -> None:
         if self._metrics_file:

@@ -14,8 +14,9 @@ from stepjax.infer.session import num_tokens_of
 from stepjax.program_cache import ProgramCache
 from stepjax.startup import Startup
 from stepjax.train.config.tune import TuneConfig
-from stepjax.train.data.sources import JsonLinesSource, Prompt
-from stepjax.train.rollouts.sampler import data_rollout
+from stepjax.train.data.prompts import Prompt
+from stepjax.train.data.sources import FileSource
+from stepjax.train.rollouts.sampler import data_rollouts
 from stepjax.train.teachers.resident import Resident, Scored
 from stepjax.train.teachers.scoring import cut_to_rows
 from stepjax.train.teachers.stored import FORM
@@ -33,6 +34,7 @@ def store(path: Path, rows: Iterable[tuple[Prompt, Sequence[int], Scored]], *, a
     lengths = [len(ids) for _, ids, _ in scored_rows]
     arrays = {
         "index": np.asarray([prompt.index for prompt, _, _ in scored_rows], np.int64),
+        "part": np.asarray([prompt.part for prompt, _, _ in scored_rows], np.int64),
         "offset": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         "token": np.concatenate([np.asarray(ids, np.int32) for _, ids, _ in scored_rows]),
         "logprob": np.concatenate([score.logprobs for score in scores]),
@@ -55,7 +57,7 @@ def teach(
     cache: ProgramCache | None = None,
     startup: Startup | None = None,
 ) -> tuple[int, int]:
-    """Score all rows of a jsonl source with its teacher, store the scores, and return the numbers of rows and tokens.
+    """Score all rows of a source with its teacher, store the scores, and return the numbers of rows and tokens.
 
     Args:
       cache: executables of earlier runs.
@@ -66,7 +68,8 @@ def teach(
     """
     startup = startup or Startup()
     session = open_model(config.model, config.model.path, cache=cache, startup=startup)
-    source = JsonLinesSource(name, Path(config.data[name].path), session)
+    source = FileSource(name, config.data[name], session)
+    num_rows = len(source.rows.survey)  # held out or not
     teachers = open_teachers(config, session, startup=startup)
     teacher_name = config.data[name].teacher or next(iter(teachers), "")
     if teacher_name not in teachers or config.teachers[teacher_name].kind == "stored":
@@ -76,9 +79,10 @@ def teach(
 
     def rows() -> Iterator[tuple[Prompt, Sequence[int], Scored]]:
         nonlocal tokens
-        for begin in range(0, len(source), CHUNK):
-            stage.advance(begin, len(source))
-            rollouts = [data_rollout(source.line(i), group=i) for i in range(begin, min(begin + CHUNK, len(source)))]
+        for begin in range(0, num_rows, CHUNK):
+            stage.advance(begin, num_rows)
+            numbers = range(begin, min(begin + CHUNK, num_rows))
+            rollouts = [rollout for i in numbers for rollout in data_rollouts(source.line(i), group=i)]
             kept, lost = cut_to_rows(rollouts, optim.length)
             if lost:
                 raise ConfigError(f"data.{name}: {lost} rows are longer than optim.length = {optim.length}; raise it")

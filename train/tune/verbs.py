@@ -14,7 +14,7 @@ from stepjax.train.config.reader import change_settings, read_settings
 from stepjax.train.config.tune import TuneConfig
 from stepjax.train.objectives.objective import Verb
 from stepjax.train.runs.folder import read_metrics
-from stepjax.train.tune.run import leaves_file, tune
+from stepjax.train.tune.run import leaves_file, tune_to_end
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -106,12 +106,12 @@ def run_tuning(
     Args:
       cache, startup, write: as `tune` takes them.
     """
-    tune(config, folder, cache=cache, startup=startup, write=write)
+    _, ending = tune_to_end(config, folder, cache=cache, startup=startup, write=write)
     return TuneResult(
         folder=folder,
-        steps=config.optim.steps,
+        steps=ending.steps,
         metrics=tuple(read_metrics(folder)),
-        leaves=leaves_file(folder, config.optim.steps),
+        leaves=leaves_file(folder, ending.exported),
         adapter=folder / "adapter" if config.lora.kind == "lora" else None,
     )
 

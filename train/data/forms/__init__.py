@@ -1,0 +1,1 @@
+"""The forms that a row may have, one file each."""
