@@ -211,9 +211,9 @@ def test_prompts_without_room_are_left_out(setup, rollouts):
     assert found[0].truncated
     assert found[0].ids == []
     assert found[1].ids
-    assert setup.scoring.prepare(found, objective=OBJECTIVES["exact"]).num_left_out == 1
+    assert len(setup.scoring.prepare(found, objective=OBJECTIVES["exact"]).left_out) == 1
     nothing = setup.scoring.prepare(found[:1], objective=OBJECTIVES["exact"])
-    assert nothing.num_left_out == 1
+    assert len(nothing.left_out) == 1
     _, report = setup.update(setup.initial, setup.base.params, {}, nothing.batches)
     assert bool(report.skipped)
 

@@ -36,7 +36,7 @@ class Prepared:
     """Micro-batches by teacher ("" for none), and their cost."""
 
     batches: dict[str, list[Batch]]
-    num_left_out: int = 0  # answers that have no room in a row
+    left_out: list[Rollout] = field(default_factory=list)  # answers that have no room in a row
     num_masked: int = 0  # answers that were cut off and are in no batch (loss.mask_truncated)
     scored_tokens: int = 0  # tokens that teachers scored
     score_s: float = 0.0
@@ -70,7 +70,7 @@ class Scoring:
     ) -> list[Prepared]:
         """The batches of several updates, each with a part of the answers. Advantages are those of whole groups.
 
-        The first has the counts of the answers that are in no batch.
+        The first names the answers that have no room, and counts those that are masked.
 
         Args:
           parts: their number. With fewer answers there are fewer.
@@ -78,7 +78,7 @@ class Scoring:
         """
         optim, loss = self._config.optim, self._config.loss
         graded = [rollout for rollout in rollouts if not (objective.uses_rewards and rollout.failure)]
-        kept, lost = cut_to_rows(graded, optim.length)
+        kept, _ = cut_to_rows(graded, optim.length)
         rewards, groups = (np.asarray([getattr(rollout, name) for rollout in kept]) for name in ("reward", "group"))
         advantages = objective.advantages(rewards, groups, loss)
         trained = np.isfinite(advantages)
@@ -90,7 +90,9 @@ class Scoring:
             self._prepare([kept[i] for i in part], advantages[part], objective)
             for part in map(np.sort, np.array_split(chosen, max(1, min(parts, len(chosen)))))
         ]
-        prepared[0].num_left_out, prepared[0].num_masked = lost, int(masked.sum())
+        with_room = set(map(id, kept))
+        prepared[0].left_out = [rollout for rollout in graded if id(rollout) not in with_room]
+        prepared[0].num_masked = int(masked.sum())
         return prepared
 
     def _prepare(self, rollouts: list[Rollout], advantages: np.ndarray, objective: Objective) -> Prepared:

@@ -22,9 +22,8 @@ class LeftOut:
 
     def count(self, step: int, rollouts: Sequence[Rollout], parts: Sequence[Prepared]) -> int:
         """Count the answers of a step, and return how many of the data's were cut."""
-        prepared = [rollout for part in parts for rollout in part.rollouts]
-        kept = set(map(id, prepared))
-        left_out = [rollout for rollout in rollouts if id(rollout) not in kept]
+        left_out = [rollout for part in parts for rollout in part.left_out]
+        prepared = (rollout for part in parts for rollout in part.rollouts)
         cut = [rollout for rollout in prepared if rollout.truncated and rollout.writer == "data"]
         if left_out and not self.num_left_out:
             self._say(step, left_out[0], "is left out")

@@ -43,7 +43,7 @@ class StepMetrics:
             "tokens": tokens,
             "gradient_norm": float(np.mean([report.gradient_norm for report in reports])),
             "skipped": int(reports[-1].num_skipped[0]),
-            "left_out": parts[0].num_left_out,
+            "left_out": len(parts[0].left_out),
             "masked": parts[0].num_masked,
             "student_tokens": _written_by("student", rollouts),
             "teacher_tokens": _written_by("teacher", rollouts),
