@@ -37,7 +37,9 @@ ROWS = [{"messages": [{"role": "user", "content": f"What is {a} + 3?"}], "answer
 def config(tmp_path) -> TuneConfig:
     (tmp_path / "mine.py").write_text(CODE)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    data = DataSettings(kind="jsonl", path=str(tmp_path / "rows.jsonl"), reward=f"{tmp_path}/mine.py:length")
+    data = DataSettings(
+        kind="jsonl", path=str(tmp_path / "rows.jsonl"), reward=f"{tmp_path}/mine.py:length", held_out=0.25
+    )
     short = changed(SHORT, rollout={"prompts": 2, "samples": 2}, optim={"steps": 2})
     return TuneConfig(
         verb="rl",
