@@ -37,7 +37,9 @@ ROWS = [{"messages": [{"role": "user", "content": f"What is {a} + 3?"}], "answer
 def config(tmp_path) -> TuneConfig:
     (tmp_path / "mine.py").write_text(CODE)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    data = DataSettings(kind="jsonl", path=str(tmp_path / "rows.jsonl"), reward=f"{tmp_path}/mine.py:length")
+    data = DataSettings(
+        kind="jsonl", path=str(tmp_path / "rows.jsonl"), reward=f"{tmp_path}/mine.py:length", held_out=0.25
+    )
     short = changed(SHORT, rollout={"prompts": 2, "samples": 2}, optim={"steps": 2})
     return TuneConfig(
         verb="rl",
@@ -71,7 +73,7 @@ def test_a_run_logs_the_parts_and_counts_what_failed(config, tmp_path, capsys):
     assert "answers have no reward: reward mine.py:length failed: ValueError: odd (mine.py:5)" in told
     assert told.count("mine.py:5") == 1  # each reason once
     shown = (tmp_path / "run" / "transcripts" / "0.md").read_text()
-    assert "reward none (reward mine.py:length failed: ValueError: odd (mine.py:5))" in shown
+    assert "(length/long " in shown
 
 
 def test_a_run_in_which_too_many_rewards_fail_ends(config, tmp_path):
@@ -82,6 +84,8 @@ def test_a_run_in_which_too_many_rewards_fail_ends(config, tmp_path):
         TrainingError, match=r"step 0: 4 of 4 answers have no reward.*4 times: .*ValueError: never \(mine\.py:9\)"
     ):
         tune(failing, tmp_path / "run")
+    shown = (tmp_path / "run" / "transcripts" / "0.md").read_text()
+    assert "reward none (reward mine.py:length failed: ValueError: never (mine.py:9))" in shown
     (tmp_path / "mine.py").write_text("def length(answer):\n    return 1.0\n")
     tune(failing, tmp_path / "run")
     assert [record["reward"] for record in history(tmp_path / "run") if "loss" in record] == [1.0, 1.0]

@@ -83,6 +83,7 @@ class CodedSource:
             tools=tools,
             new_environment=self._opening(values, otherwise, first),
             completion=prompt.completion if first.messages is None else None,
+            sequences=prompt.sequences if first.messages is None else (),
         )
 
     def _opening(self, values: dict[str, Any], otherwise: Callable, first: CodeEpisode) -> Callable[[], Any]:

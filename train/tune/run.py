@@ -281,7 +281,11 @@ class _Run:
         before = state
         setup.follow(state)
         answers, write_s = self._answers(step, state)
-        self._failures.check(step, answers.sampled, fatal=setup.objective.uses_rewards)
+        try:
+            self._failures.check(step, answers.sampled, fatal=setup.objective.uses_rewards)
+        except TrainingError:
+            self._write_transcripts(step, answers.sampled)
+            raise
         prepared = setup.scoring.prepare_parts(
             answers.trained, objective=setup.objective, parts=config.optim.minibatches, seed=(config.run.seed, step, 5)
         )
