@@ -62,6 +62,7 @@ def measured(pid: int, count: int) -> dict[str, Any]:
         with ThreadPoolExecutor(clients) as pool:
             times = list(pool.map(chunk_times, bodies[number :: len(CLIENTS)]))
         gaps[f"{clients} clients"] = gaps_of(times)
+        print(f"{len(times)} requests of {clients} clients: {memory_mb(pid, 'VmRSS'):,.0f} MB", file=sys.stderr)
     time.sleep(5)
     return {
         "hardware": f"{cpu_name()}, {os.cpu_count()} cores",
@@ -107,7 +108,7 @@ def chunk_times(body: dict[str, Any]) -> list[float]:
         return [time.perf_counter() for line in response if line.startswith(b"data: {")]
 
 
-def gaps_of(streams: Sequence[Sequence[float]]) -> dict[str, float]:
+def gaps_of(streams: Sequence[Sequence[float]]) -> dict[str, Any]:
     """The median gap of all streams, and how much longer the longest of a stream is than its own median."""
     gaps = [[b - a for a, b in pairwise(times)] for times in streams if len(times) >= LEAST_CHUNKS]
     ratios = sorted(max(stream) / median(stream) for stream in gaps)

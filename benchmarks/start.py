@@ -1,4 +1,4 @@
-"""The first minute: how long `generate`, `serve` and `sft` take from an empty and from a full cache of programs.
+"""The first minute: how long `generate`, `serve`, `sft` and `distill` take from an empty and a full cache of programs.
 
     python benchmarks/start.py --peer-python .venv-oracle/bin/python --json benchmarks/results/start.json
 
@@ -117,6 +117,7 @@ def main() -> None:
             "generate": cold_and_warm(generate, folder, args.rounds),
             "serve": cold_and_warm(serve, folder, args.rounds),
             "sft": cold_and_warm(sft, folder, args.rounds),
+            "distill": cold_and_warm(distill, folder, args.rounds),
         }
     text = json.dumps(rounded(result), indent=2)
     print(text)
@@ -205,6 +206,17 @@ def sft(environment: dict[str, str], folder: Path) -> dict[str, Any]:
     running, metrics = Measured(command, environment, folder), out / "metrics.jsonl"
     first = running.wait_for(lambda: metrics.is_file() and metrics.read_text().count("\n"))
     ended = running.end()
+    return {"wall_s": first["wall_s"], "cpu_s": first["cpu_s"], "peak_mb": ended["peak_mb"]}
+
+
+def distill(environment: dict[str, str], folder: Path) -> dict[str, Any]:
+    """The built-in recipe with its defaults, until the first update is logged."""
+    out = folder / "distilled"
+    shutil.rmtree(out, ignore_errors=True)
+    command = [sys.executable, "-m", "stepjax", "distill", "step-tiny-distill", "--out", str(out)]
+    running, metrics = Measured(command, environment, folder), out / "metrics.jsonl"
+    first = running.wait_for(lambda: metrics.is_file() and '"gradient_norm"' in metrics.read_text())
+    ended = running.end(stop=True)
     return {"wall_s": first["wall_s"], "cpu_s": first["cpu_s"], "peak_mb": ended["peak_mb"]}
 
 

@@ -176,7 +176,8 @@ def everywhere(flags: Sequence[bool]) -> list[bool]:
         return list(flags)
     from jax.experimental import multihost_utils
 
-    return np.asarray(multihost_utils.process_allgather(np.asarray(flags, bool))).all(axis=0).tolist()
+    of_all = np.asarray(multihost_utils.process_allgather(np.asarray(flags, bool)))
+    return [bool(column.all()) for column in of_all.T]
 
 
 def digest(identity: str, arguments: Sequence[Any]) -> str:

@@ -16,7 +16,7 @@ EVENTS = {
 _counts: list[Counter[str]] = []  # of the blocks that are open
 
 
-def _listen(event: str, duration: float, **_: object) -> None:
+def _listen(event: str, duration_secs: float, **_: object) -> None:
     for count in _counts:
         if event in EVENTS:
             count[EVENTS[event]] += 1

@@ -5,15 +5,20 @@ from __future__ import annotations
 import logging
 from collections import Counter
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from compilations import counted
 from tuning import SHORT, answers, assert_same, changed, history
 
 from stepjax.program_cache import ProgramCache
+from stepjax.train.objectives.distillation import Exact
 from stepjax.train.objectives.table import OBJECTIVES
+from stepjax.train.runs import folder
 from stepjax.train.teachers.scoring import Scoring
-from stepjax.train.tune import run as loop
+from stepjax.train.tune import fingerprint as module, run as loop
+from stepjax.train.tune.fingerprint import device_digests, fingerprint, host_digest
 from stepjax.train.tune.run import tune
 from stepjax.train.tune.setup import open_run
 
@@ -87,6 +92,56 @@ def run_twice(config, tmp_path, cache, caplog):
     assert {message.split()[-1] for message in messages} == names
     assert_same(first, again)
     assert history(tmp_path / "first") == history(tmp_path / "again")
+
+
+class Foreign(Exact):
+    """An objective that is not ours."""
+
+
+def test_an_objective_of_the_user_is_compiled_by_each_run(cache, monkeypatch):
+    """Its code may change between two runs, and no key would tell."""
+    setup = open_run(SHORT, cache=cache)
+    assert setup.update.loss.cache is cache
+    monkeypatch.setitem(OBJECTIVES, "exact", Foreign())
+    assert open_run(SHORT, cache=cache).update.loss.cache is None
+    others = [changed(SHORT, loss={"beta": 0.25, "divergence": "jsd"}), changed(SHORT, lora={"alpha": 3.0})]
+    monkeypatch.undo()
+    identities = {open_run(config, cache=cache).update.loss.identity for config in (SHORT, *others)}
+    assert len(identities) == 3
+
+
+def test_the_hosts_fingerprint_is_the_devices(monkeypatch):
+    rng = np.random.default_rng(0)
+    params = {
+        "a": jnp.asarray(rng.normal(size=(3, 5, 7)), jnp.float32),
+        "b": jnp.asarray(rng.normal(size=(33,)), jnp.bfloat16),
+        "c": jnp.asarray(rng.integers(0, 256, (9, 2)), jnp.uint8),
+        "d": jnp.asarray(rng.integers(0, 2, (4, 4)), bool),
+        "e": jnp.asarray(1.5, jnp.float32),
+    }
+    expected = [host_digest(np.asarray(leaf)) for leaf in params.values()]
+    np.testing.assert_array_equal(device_digests(params), expected)
+    monkeypatch.setattr(module, "PART", 5)
+    assert [host_digest(np.asarray(leaf)) for leaf in params.values()] == expected
+    split = {name: jax.device_put(leaf, jax.devices()[1]) for name, leaf in params.items()}
+    assert fingerprint(split) == fingerprint(params)
+    assert fingerprint(params | {"c": params["c"].at[0, 0].add(1)}) != fingerprint(params)
+
+
+def test_a_run_says_how_far_it_is(monkeypatch):
+    """After the first step, the last, and otherwise when nothing was said for ten seconds."""
+    now = [0.0]
+    monkeypatch.setattr(folder.time, "monotonic", lambda: now[0])
+    lines: list[str] = []
+    with folder.progress(6, 1, what="sft", write=lines.append) as advance:
+        for _ in range(5):
+            now[0] += 6
+            advance("loss 1.0")
+    assert lines == [
+        "sft: step 2 of 6, loss 1.0, about 0:00:24 left",
+        "sft: step 4 of 6, loss 1.0, about 0:00:12 left",
+        "sft: step 6 of 6, loss 1.0",
+    ]
 
 
 def test_a_second_run_compiles_nothing(tmp_path, cache, caplog):

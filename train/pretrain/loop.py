@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -103,12 +104,17 @@ def _pretrain(
         rate = config.balance_rate
         step = make_step(model, optimizer, schedule, placement, mtp_weight=mtp_weight, balance_rate=rate)
         held_out = make_held_out(model, placement, mtp_weight=mtp_weight)
-        options = {"identity": f"{config} {mtp_weight}", "cache": cache, "types": (Losses, StepReport)}
         on_state, on_report = placement.state, placement.report
-        placed = {"in_shardings": (on_state, placement.rows)}
+        stored = functools.partial(
+            StoredFunction,
+            identity=f"{config} {mtp_weight}",
+            cache=cache,
+            types=(Losses, StepReport),
+            in_shardings=(on_state, placement.rows),
+        )
         return (
-            StoredFunction("step", step, **options, **placed, donate_argnums=0, out_shardings=(on_state, on_report)),
-            StoredFunction("held out", held_out, **options, **placed, out_shardings=on_report),
+            stored("step", step, donate_argnums=0, out_shardings=(on_state, on_report)),
+            stored("held out", held_out, out_shardings=on_report),
         )
 
     plain, with_mtp = functions(0.0), functions(config.mtp_weight)

@@ -100,6 +100,7 @@ class TuneUpdate:
           identity: of the optimiser's settings.
           keep_previous: keep the leaves before the update in the state too.
         """
+        self.loss = loss
         state, replicated = loss.shardings or (None, None)
         leaves = None if state is None else state.leaves
 
@@ -225,7 +226,7 @@ def added_up(parts: Sequence[Sums]) -> Sums:
     """The sums of several micro-batches as numpy; all 0 if there are none."""
     if not parts:
         zero, none = np.zeros((), np.float32), np.zeros((0,), np.float32)
-        fields = {name: zero for name in Sums._fields if name not in Sums._field_defaults}
+        fields: dict[str, Any] = {name: zero for name in Sums._fields if name not in Sums._field_defaults}
         return Sums(**fields | {"depth_loss": none, "depth_tokens": none})
     return Sums.over(jax.tree.map(lambda *values: np.stack([np.asarray(value) for value in values]), *parts))
 
