@@ -153,6 +153,17 @@ def test_a_process_reads_its_own_part(folder, mesh):
         assert report["bytes_read"] == whole if mesh.startswith("data") else report["bytes_read"] < 0.75 * whole
 
 
+def test_one_process_asks_a_teacher_and_all_have_its_scores():
+    """Equal to the bit, and an error of the one that asks ends both with its class and message."""
+    first, second = (json.loads(out.splitlines()[-1]) for out in together("scores", cwd=ROOT, devices=1))
+    assert first["results"] == second["results"]
+    assert (first["asked"], second["asked"]) == (3, 0)
+    values = (np.arange(3, dtype=np.float32) / 3).tolist()
+    assert first["results"][:2] == [7, [values, None, None]]
+    assert first["results"][4] == [[0.0], [[0, 1]], [[0.0, 0.0]]]
+    assert first["results"][5] == "no answer\nin 3 tries"
+
+
 def test_a_merge_is_written_file_by_file_by_both(folder, tmp_path):
     """The bytes of one process, in files that two wrote."""
     config = Checkpoint(folder).config

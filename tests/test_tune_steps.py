@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from stepjax.train.config.tune import OptimSettings, TeacherSettings, TuneConfig
 from stepjax.train.data.environment import ExactMatch
 from stepjax.train.data.prompts import Prompt
 from stepjax.train.losses.policy_gradient import group_advantages
-from stepjax.train.objectives.objective import LossSettings
+from stepjax.train.objectives.objective import LossContext, LossSettings, Sums
 from stepjax.train.objectives.table import OBJECTIVES
 from stepjax.train.rollouts.resampling import StepAnswers, differing_groups
 from stepjax.train.rollouts.sampler import Rollout, Sampler
@@ -351,3 +353,47 @@ def test_only_what_was_computed_is_shown():
     """Of a server's log-probabilities there is no divergence over all tokens, and data has no reward."""
     assert note({"loss": 0.5, "sampled_kl": 0.25, "reward": 1.0}) == "loss 0.5000 sampled_kl 0.2500 reward 1.0000"
     assert note({"loss": 0.5}) == "loss 0.5000"
+
+
+def test_means_are_over_the_tokens_for_which_a_number_was_computed(setup, scored):
+    """A server gives log-probabilities of the sampled tokens only: there is a sampled KL and no divergence (not 0)."""
+    objective, micro = OBJECTIVES["sampled"], setup.scoring.prepare(scored, objective=OBJECTIVES["sft"]).batches[""][0]
+    context = LossContext(LossSettings("sampled"), setup.base.model, len(setup.base.tokenizer or ()), {})
+    far = micro._replace(teacher_logprob=micro.sampler - 0.25)
+    run = jax.jit(lambda params, batch: objective.loss(context, params, batch, jnp.ones(()), None)[1])
+    record = objective.metrics(run(setup.student.params, far), sampled_tokens=0)
+    assert record["sampled_kl"] == pytest.approx(0.25, abs=1e-4)
+    assert "divergence" not in record
+
+
+def test_two_kinds_of_teachers_have_means_of_their_own():
+    """Of 10 tokens, one teacher scored 4 over all entries and another 6 by their log-probabilities."""
+    zero = np.zeros((), np.float32)
+    sums = Sums(**(dict.fromkeys(Sums._fields, zero) | Sums._field_defaults | {"tokens": np.float32(10)}))
+    one = sums._replace(divergence=np.float32(2), divergence_tokens=np.float32(4), sampled_kl_tokens=np.float32(10))
+    record = OBJECTIVES["sampled"].metrics(one._replace(sampled_kl=np.float32(5)), sampled_tokens=0)
+    assert (record["divergence"], record["sampled_kl"]) == (0.5, 0.5)
+
+
+# --- answers ahead
+
+
+@pytest.mark.slow
+def test_answers_ahead_on_a_mesh_are_launched_by_one_thread(tmp_path, monkeypatch):
+    """The run has the answers that it has on one device, where a thread writes them during the update."""
+    config = changed(SHORT, rollout={"ahead": 1}, optim={"steps": 3, "lr": 1e-2})
+    tune(config, tmp_path / "one")
+    threads, real = [], Sampler.run
+
+    def watched(self: Sampler, *args: Any, **options: Any) -> list[Rollout]:
+        threads.append(threading.current_thread())
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(Sampler, "run", watched)
+    tune(changed(config, model={"mesh": "data=2,expert=2"}), tmp_path / "mesh")
+    assert set(threads) == {threading.main_thread()}
+    assert len(threads) == 3
+    for one, other in zip(history(tmp_path / "one"), history(tmp_path / "mesh"), strict=True):
+        assert one["tokens"] == other["tokens"]
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)  # float32 sums in another order
+        assert one["gap"] == pytest.approx(other["gap"], abs=1e-4)

@@ -2,6 +2,7 @@
 
 load FOLDER MESH          what loading read, and what this process must hold
 answer FOLDER MESH        the answers of an engine that process 0 leads
+scores                    what a scorer that only process 0 has gives, and its error
 restore FOLDER BASE MESH  how many weights of a converted base differ from the folder it came from
 programs ROOT             which programs were compiled, by processes with a folder of programs each
 """
@@ -20,7 +21,50 @@ GUIDED = "[a-z]{6,9}-[0-9]{3}"  # what one answer must be
 
 def main(port: str, process: str, task: str, *args: str) -> int:
     jax.distributed.initialize(f"localhost:{port}", 2, int(process))
-    return {"load": report, "restore": restore, "answer": serve, "programs": programs}[task](*args)
+    return {"load": report, "restore": restore, "answer": serve, "programs": programs, "scores": scores}[task](*args)
+
+
+def scores() -> int:
+    """The scores of two answers by a teacher that only process 0 has, how often it was asked, and how it fails."""
+    import numpy as np
+
+    from stepjax.errors import TrainingError
+    from stepjax.train.rollouts.sampler import Rollout
+    from stepjax.train.teachers.resident import Scored
+    from stepjax.train.teachers.shared import Shared
+
+    asked: list[int] = []
+
+    class Server:
+        top_k = 7
+
+        def score(self, rollouts: Any, *, top: int) -> list[Scored]:
+            asked.append(len(rollouts))
+            if top > self.top_k:
+                raise TrainingError("no answer\nin 3 tries")
+            logprobs = [np.arange(len(rollout.ids), dtype=np.float32) / 3 - jax.process_index() for rollout in rollouts]
+            if not top:
+                return [Scored(values) for values in logprobs]
+            top_ids = np.arange(top, dtype=np.int32)
+            return [Scored(x, np.tile(top_ids, (len(x), 1)), np.tile(x[:, None], (1, top))) for x in logprobs]
+
+    def opened() -> Server:
+        assert jax.process_index() == 0
+        return Server()
+
+    teacher: Any = Shared(opened)
+    answers = [Rollout(Any, 0, 0, ids=list(range(size))) for size in (3, 1)]  # type: ignore[arg-type]
+    results: list[Any] = [teacher.top_k]
+    for top in (0, 2):
+        for scored in teacher.score(answers, top=top):
+            arrays = scored.logprobs, scored.top_ids, scored.top_logprobs
+            results.append([None if array is None else array.tolist() for array in arrays])
+    try:
+        teacher.score(answers, top=8)
+    except TrainingError as error:
+        results.append(str(error))
+    print(json.dumps({"results": results, "asked": len(asked)}))
+    return 0
 
 
 def report(folder: str, mesh: str) -> int:
