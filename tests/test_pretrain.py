@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +171,21 @@ SHORT = PretrainConfig(
     held_out_every=3,
     keep=(4,),
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _two_layers() -> Iterator[None]:
+    """Runs train a model with step-tiny's tokenizer and fewer layers, for the sake of compiling."""
+    real = ModelConfig.preset
+
+    def preset(name: str) -> ModelConfig:
+        whole = real(name)
+        head = dataclasses.replace(whole.mtp_layers[0], index=2)
+        return dataclasses.replace(whole, layers=whole.layers[:2], mtp_layers=(head,))
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(ModelConfig, "preset", preset)
+        yield
 
 
 Jitted = dict[tuple[str, float], Any]
