@@ -134,6 +134,7 @@ def test_a_bench_with_known_efficiencies_gives_them_back(tmp_path: Path, mesh, e
     assert all(ratio == pytest.approx(1, rel=0.02) for _, ratio in found.held_out)
 
 
+@pytest.mark.slow
 def test_a_real_bench_is_read(tmp_path: Path):
     """Each program of an engine on one CPU, with its time and all that its work is counted from."""
     session = tiny_session()

@@ -381,20 +381,22 @@ def lines(capsys) -> list[dict]:
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-@pytest.mark.parametrize("temperature", [pytest.param("0", marks=pytest.mark.slow), "1.5"])
+@pytest.mark.parametrize(
+    ("temperature", "drafts"),
+    [("1.5", "0"), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("1.5", "3"), ("0", "0"), ("0", "3")))],
+)
 def test_generate_from_tokens_is_the_sessions_answer_with_any_number_of_drafts(
-    capsys, bare, session, tokens, temperature
+    capsys, bare, session, tokens, temperature, drafts
 ):
     flags = ["--max-tokens", "9", "--temperature", temperature, "--seed", "3", "--dtype", "float32", "--json"]
     params = SamplingParams(max_tokens=9, temperature=float(temperature), seed=3)
-    expected = [generate(session, [ids], params)[0].ids for ids in TOKENS]
-    for drafts in ("0", "3"):
-        assert run("generate", "--model", bare, "--tokens", tokens, "--speculate", drafts, *flags) == 0
-        found = lines(capsys)
-        assert [line["ids"] for line in found] == expected
-        assert {frozenset(line) for line in found} == {frozenset(LINE)}
-        assert {line["text"] for line in found} == {""}
-        assert all(line["finish_reason"] in ("length", "stop") for line in found)
+    expected = [generate(session, [ids], params, speculate=0)[0].ids for ids in TOKENS]
+    assert run("generate", "--model", bare, "--tokens", tokens, "--speculate", drafts, *flags) == 0
+    found = lines(capsys)
+    assert [line["ids"] for line in found] == expected
+    assert {frozenset(line) for line in found} == {frozenset(LINE)}
+    assert {line["text"] for line in found} == {""}
+    assert all(line["finish_reason"] in ("length", "stop") for line in found)
 
 
 def test_one_token(capsys, bare, tokens):

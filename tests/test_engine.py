@@ -256,7 +256,7 @@ def probe(engine: Engine, prompt: list[int], neighbours: list[tuple[list[int], S
 
 
 def test_deterministic_log_probabilities_are_bitwise_those_of_any_company():
-    config = EngineConfig(**{**SMALL.__dict__, "deterministic": True, "num_snapshots": 0, "num_pages": 60})
+    config = dataclasses.replace(SMALL, deterministic=True, num_snapshots=0, num_pages=60, speculate=1)
     engine = Engine(tiny_session(), config)
     prompt = np.random.default_rng(11).integers(8, 128, 37).tolist()
 

@@ -41,11 +41,11 @@ def cases():
     ("name", "batch", "form"),
     [
         ("tiny", 0, None),  # what the token count chooses
-        ("tiny", 1, "capacity"),
+        pytest.param("tiny", 1, "capacity", marks=pytest.mark.slow),
         ("tiny", 2, "gathered"),
         ("other", 0, "capacity"),
-        ("other", 1, None),
-        ("other", 2, "gathered"),
+        pytest.param("other", 1, None, marks=pytest.mark.slow),
+        pytest.param("other", 2, "gathered", marks=pytest.mark.slow),
         ("short", 1, None),
     ],
 )

@@ -71,10 +71,8 @@ def test_answers_after_a_restore_are_those_of_a_cache_that_holds_everything():
     assert hits["large"].host_hit_tokens == 0 < hits["host"].host_hit_tokens
 
 
-@pytest.mark.parametrize(
-    "mesh",
-    ["tensor=2", pytest.param("context=2", marks=pytest.mark.slow), pytest.param("data=2", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["tensor=2", "context=2", "data=2"])
 def test_each_device_of_a_mesh_gets_its_own_part_back(tmp_path_factory, mesh):
     """Pages are divided by heads or by positions, or every device has all of them."""
     session = load(speaking_folder(tmp_path_factory.mktemp("mesh")), dtype="float32", mesh=mesh)

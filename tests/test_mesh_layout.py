@@ -201,12 +201,13 @@ def answers(session: Session, drafts: int, temperature: float) -> list[list[int]
     return [done.ids for done in generate(session, PROMPTS, params, speculate=drafts)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "strategy"),
     [
         ("expert=4,tensor=2", "expert_tensor"),
-        pytest.param("expert=2,tensor=2,context=2", "expert", marks=pytest.mark.slow),
-        pytest.param("context=4,data=2", "tensor", marks=pytest.mark.slow),
+        ("expert=2,tensor=2,context=2", "expert"),
+        ("context=4,data=2", "tensor"),
     ],
 )
 def test_answers_are_those_of_one_device(mesh, strategy):

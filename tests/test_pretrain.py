@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from jax.sharding import AxisType
 from tiny import random_params, small_config
 
 from stepjax.cli import main
-from stepjax.config import ModelConfig
+from stepjax.config import ASSETS, ModelConfig
 from stepjax.errors import ConfigError, TrainingError
 from stepjax.model.cache import Chunk
 from stepjax.model.step3p5 import abstract, axes_of, bind
@@ -173,17 +174,26 @@ SHORT = PretrainConfig(
 )
 
 
-Jitted = dict[tuple[str, float], Any]
+def two_layers(folder: Path) -> Path:
+    """A folder of assets in which step-tiny has a dense layer, one with experts and one head."""
+    name = SHORT.model
+    shutil.copytree(ASSETS / name, folder / name, ignore=shutil.ignore_patterns("*.safetensors*"))
+    file = folder / name / "config.json"
+    hub = json.loads(file.read_text())
+    for field in ("layer_types", "rope_theta", "partial_rotary_factors", "swiglu_limits", "swiglu_limits_shared"):
+        hub[field] = [hub[field][layer] for layer in (0, 1, hub["num_hidden_layers"])]
+    fewer = {"num_hidden_layers": 2, "num_nextn_predict_layers": 1, "moe_layers_enum": "1"}
+    file.write_text(json.dumps(hub | fewer))
+    return folder
 
 
 @pytest.fixture(scope="module")
-def jitted() -> Jitted:
-    """The jitted functions of runs of `SHORT`, by name and MTP weight."""
-    return {}
-
-
-def share(monkeypatch: pytest.MonkeyPatch, jitted: Jitted) -> None:
-    """Runs of `SHORT` take the functions of the first, since most of their time goes into tracing them."""
+def brief(tmp_path_factory) -> Callable[[pytest.MonkeyPatch], None]:
+    """Has runs of `SHORT` train two layers, with the jitted functions of the first run: nearly all of their time goes
+    into tracing and compiling.
+    """
+    assets = two_layers(tmp_path_factory.mktemp("assets"))
+    jitted: dict[tuple[str, float], Any] = {}
 
     def once(name: str, make: Callable[..., Any]) -> Callable[..., Any]:
         def made(*args: Any, mtp_weight: float, **options: Any) -> Any:
@@ -193,22 +203,27 @@ def share(monkeypatch: pytest.MonkeyPatch, jitted: Jitted) -> None:
 
         return made
 
-    for name in ("make_step", "make_held_out"):
-        monkeypatch.setattr(loop, name, once(name, getattr(loop, name)))
+    def patch(monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("make_step", "make_held_out"):
+            monkeypatch.setattr(loop, name, once(name, getattr(loop, name)))
+        for module in ("stepjax.config", "stepjax.train.pretrain.loop", "stepjax.train.pretrain.release"):
+            monkeypatch.setattr(f"{module}.ASSETS", assets)
+
+    return patch
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, jitted) -> tuple[Path, TrainState]:
+def finished(tmp_path_factory, brief) -> tuple[Path, TrainState]:
     out = tmp_path_factory.mktemp("runs") / "whole"
     with pytest.MonkeyPatch.context() as monkeypatch:
-        share(monkeypatch, jitted)
+        brief(monkeypatch)
         return out, loop.pretrain(SHORT, out)
 
 
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(finished, jitted, tmp_path, monkeypatch):
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(finished, brief, tmp_path, monkeypatch):
     """Killed after the save at step 2, in the middle of step 4 (the MTP heads have joined), and finished."""
     whole, expected = finished
-    share(monkeypatch, jitted)
+    brief(monkeypatch)
     monkeypatch.chdir(tmp_path)  # a relative folder is what people type
     out, real, calls = Path("parts"), loop.task_batches.batch, []
 
@@ -236,9 +251,9 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(finished, jitted, tmp_pa
     assert all(0 < record["held_out_loss"] < 10 for record in held_out)
 
 
-def test_a_run_whose_loss_is_no_number_stops_and_keeps_its_checkpoints(jitted, tmp_path, monkeypatch):
+def test_a_run_whose_loss_is_no_number_stops_and_keeps_its_checkpoints(brief, tmp_path, monkeypatch):
     """The step that ruins the weights reports a good loss; the next one finds out."""
-    share(monkeypatch, jitted)
+    brief(monkeypatch)
     real = loop.make_step
 
     def ruining(*args, **kwargs):
@@ -276,7 +291,8 @@ def test_stages_follow_each_other_from_one_command(tmp_path, capsys):
     assert "stage 2 begins where stage 1 ends" in capsys.readouterr().err
 
 
-def test_a_release_that_falls_short_changes_nothing(finished, tmp_path, monkeypatch, capsys):
+def test_a_release_that_falls_short_changes_nothing(finished, brief, tmp_path, monkeypatch, capsys):
+    brief(monkeypatch)
     score = TaskScore(4, 0.25, 1.5)
     monkeypatch.setattr("stepjax.train.pretrain.release.evaluate", lambda session, **_: dict.fromkeys(MIX, score))
     run, target = str(finished[0]), tmp_path / "released"

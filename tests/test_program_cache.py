@@ -199,6 +199,7 @@ def test_answers_are_those_of_fresh_programs(cache, answers, caplog):
     assert "cannot be" not in caplog.text
 
 
+@pytest.mark.slow
 def test_answers_on_a_mesh_are_those_of_fresh_programs(cache, answers, caplog):
     plain, first, second = (answers(each, "data=2,expert=2") for each in (None, cache, cache))
     assert plain == first == second

@@ -11,7 +11,7 @@ import stepjax
 
 ERRORS = [name for name in stepjax.__all__ if name.endswith("Error")]
 OTHERS = [name for name in stepjax.__all__ if name not in ERRORS]
-RUNS = ("distill", "rl", "sft")  # their examples are whole runs; tests/test_tune.py has quick ones
+LONG = ("Engine", "distill", "rl", "sft")  # tests/test_engine.py and tests/test_tune.py have quick examples
 
 
 def test_the_names_are_those_that_the_reference_lists():
@@ -35,7 +35,7 @@ def test_every_error_is_public():
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in RUNS else name for name in OTHERS]
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in OTHERS]
 )
 def test_an_example_holds(name):
     """The examples of a docstring run, each by itself as a reader would paste it."""

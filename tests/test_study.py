@@ -220,6 +220,7 @@ def test_json(capsys):
     assert any("key-value heads" in note for note in found["notes"])
 
 
+@pytest.mark.slow
 def test_table(capsys):
     assert study("--mesh", "data=2,expert=2", "--batch", 3, "--context", 128, "--devices", 8) == 0
     out = " ".join(capsys.readouterr().out.split())
