@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import types
+from argparse import ArgumentTypeError
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
@@ -66,6 +68,22 @@ class Range:
             note = f"; {self.note}" if self.note else ""
             raise ConfigError(f"{name}: is {shown(value)}, expected {self.describe(whole=whole)}{note}")
         return value if whole else float(value)
+
+
+def argument(limits: Range, *, whole: bool) -> Callable[[str], Any]:
+    """The ``type`` of a command-line option: a number of this range, else an error of the command line (exit 2)."""
+
+    def number(text: str) -> Any:
+        try:
+            value = int(text) if whole else float(text)
+        except ValueError:
+            value = None
+        if value is None or value not in limits:
+            given = text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+            raise ArgumentTypeError(f"is {given!r}, expected {limits.describe(whole=whole)}")
+        return value
+
+    return number
 
 
 def range_of(kind: Any) -> tuple[Range, bool] | None:

@@ -10,9 +10,11 @@ from typing import Any, Union, get_args, get_origin
 
 import hypothesis
 import pytest
+import settings_table
 from hypothesis import given, strategies as st
 
 from stepjax.adapters.lora import LoraConfig
+from stepjax.cli import main
 from stepjax.errors import ConfigError
 from stepjax.ranges import Range, annotations_of, check_ranges, range_of
 from stepjax.train.config.pretrain import PretrainConfig, read_pretrain
@@ -281,3 +283,35 @@ def test_text_that_no_path_can_be_is_refused(tmp_path, text):
         read_settings(TuneConfig, tmp_path / "x.toml")
     with pytest.raises(ConfigError, match=r"lone surrogates"):
         change_settings(TuneConfig(teachers={"main": TeacherSettings(path="x")}), {"model.path": "\udcff"})
+
+
+def test_the_page_of_settings_is_that_of_the_classes():
+    assert settings_table.PAGE.read_text(encoding="utf-8") == settings_table.page(), (
+        "docs/settings.md is old: python tests/settings_table.py"
+    )
+
+
+@pytest.mark.parametrize("section", settings_table.SECTIONS)
+def test_every_number_is_explained(section):
+    kind = settings_table.SECTIONS[section]
+    explained = settings_table.explanations(kind)
+    numbers = [name for name, annotation in annotations_of(kind).items() if range_of(annotation)]
+    assert [name for name in numbers if not explained[name]] == []
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "0", "1e30", "1" * 50, "1" * 5000, "x", "", "[1]", "2.5"])
+def test_numbers_of_the_command_line_have_ranges(capsys, value):
+    commands = [
+        ["teach", "x.toml", "--out", "y", f"--top-k={value}"],
+        ["release", "run", "--out", "y", f"--items={value}"],
+        ["release", "run", "--out", "y", f"--step={value}"],
+        *([["release", "run", "--out", "y", f"--require=add={value}"]] if value != "0" else []),
+    ]
+    for command in commands:
+        with pytest.raises(SystemExit) as ended:
+            main(command)
+        assert ended.value.code == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert command[-1].partition("=")[0] in said
+        assert "expected a" in said
+        assert len(said) < 300

@@ -8,6 +8,9 @@ from pathlib import Path
 from stepjax.errors import ConfigError
 from stepjax.infer.commands.options import add_cache_arguments
 from stepjax.infer.commands.progress import shown_startup
+from stepjax.ranges import Range, argument
+
+TOP_K = Range(1, 1000)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write")
     parser.add_argument("--data", metavar="NAME", help="source of [data] to score (default: the first)")
-    parser.add_argument("--top-k", type=int, default=20, metavar="K", help="tokens per position (default: %(default)s)")
+    parser.add_argument(
+        "--top-k",
+        type=argument(TOP_K, whole=True),
+        default=20,
+        metavar="K",
+        help="tokens per position (default: %(default)s)",
+    )
     parser.add_argument(
         "--set",
         action="append",

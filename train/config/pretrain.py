@@ -27,13 +27,13 @@ class PretrainConfig:
     devices: Annotated[int, Range(1, 4096)] = 2
     rows: Annotated[int, Range(1, 65_536)] = 12  # packed rows per step, a multiple of devices
     length: Annotated[int, Range(2, 2**20)] = 192  # tokens per row; 99.9 % of the examples fit
-    steps: Annotated[int, Range(1, 10**8)] = 2800
-    peak_lr: Annotated[float, Range(1e-12, 10)] = 3e-3
+    steps: Annotated[int, Range(1, 10**8)] = 2800  # updates of the run
+    peak_lr: Annotated[float, Range(1e-12, 10)] = 3e-3  # learning rate after the warm-up
     warmup_steps: Annotated[int, Range(0, 10**8)] = 100  # of a linear warm-up; 0: none
     decay_from: Annotated[int, Range(0, 10**8)] = 1600  # step at which the linear decay begins
     lr_floor: Annotated[float, Range(0, 1)] = 0.02  # of the peak, at the last step
-    b1: Annotated[float, Range(0, 0.99999)] = 0.9
-    b2: Annotated[float, Range(0, 0.999999)] = 0.98
+    b1: Annotated[float, Range(0, 0.99999)] = 0.9  # decay of Adam's first moment
+    b2: Annotated[float, Range(0, 0.999999)] = 0.98  # decay of Adam's second moment
     weight_decay: Annotated[float, Range(0, 10)] = 0.01  # on matrices
     clip: Annotated[float, Range(1e-6, 10**6, zero="off")] = 1.0  # largest global norm of the gradient
     mtp_from: Annotated[int, Range(0, 10**8)] = 1700  # step from which the MTP heads are trained too

@@ -26,9 +26,9 @@ class ModelSettings:
     """The base model, which is not changed."""
 
     path: str = "step-tiny-student"  # a checkpoint folder, a hub id or the name of an embedded model
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on a CPU, bfloat16 elsewhere
     mesh: str = ""  # such as data=2,expert=4; "": one device
-    strategy: str = "expert_tensor"
+    strategy: str = "expert_tensor"  # which weights the mesh splits over which axis
     keep_fp8: bool = False  # hold the FP8 release's experts in 8 bits
     quantize: str = ""  # format to which routed experts are quantised while loading, such as "int8"; "": none
 
@@ -169,7 +169,7 @@ class TeacherSettings:
 class RolloutSettings:
     """Who writes the answers, and with which sampling settings."""
 
-    source: Literal["student", "teacher", "data"] = "student"
+    source: Literal["student", "teacher", "data"] = "student"  # who writes the answers
     otherwise: Literal["teacher", "data"] = "data"  # who writes the batches that the student does not write
     on_policy: Annotated[float, Range(0, 1)] = 1.0  # source "student": probability that the student writes a batch
     prompts: Annotated[int, Range(1, 65_536)] = 32  # of a step
@@ -178,9 +178,9 @@ class RolloutSettings:
     resample: Annotated[int, Range(0, 1000)] = 0
     max_tokens: Annotated[int, Range(1, 2**20)] = 96  # of an answer, all turns together
     turns: Annotated[int, Range(1, 1000)] = 4  # most turns of the model where tools answer
-    temperature: Annotated[float, Range(0, 100)] = 1.0
-    top_p: Annotated[float, Range(1e-6, 1)] = 1.0
-    top_k: Annotated[int, Range(0, 2**30)] = 0
+    temperature: Annotated[float, Range(0, 100)] = 1.0  # 0: the likeliest token
+    top_p: Annotated[float, Range(1e-6, 1)] = 1.0  # 1: off
+    top_k: Annotated[int, Range(0, 2**30)] = 0  # 0: off
     slots: Annotated[int, Range(1, 4096)] = 32  # answers that are written at the same time
     context: Annotated[int, Range(0, 2**20)] = 0  # tokens of the longest conversation; 0: optim.length
     speculate: Annotated[int, Range(0, 3)] = 0  # MTP drafts per step; they change only the speed
@@ -199,7 +199,8 @@ class RolloutSettings:
 class OptimSettings:
     """AdamW on float32 leaves."""
 
-    steps: Annotated[int, Range(1, 10**8)] = 200
+    steps: Annotated[int, Range(1, 10**8)] = 200  # updates of the run
+    # learning rate after the warm-up; 0: nothing is learned, as a control
     lr: Annotated[float, Range(1e-12, 10, zero="a control: nothing is trained")] = 1e-4
     warmup_steps: Annotated[int, Range(0, 10**8)] = 10  # of a linear warm-up; 0: none
     # of steps, in place of warmup_steps; 0: warmup_steps counts
@@ -208,8 +209,8 @@ class OptimSettings:
     schedule: Literal["", "constant", "linear", "cosine"] = ""
     decay_from: Annotated[int, Range(0, 10**8)] = 0  # step at which the decay begins; 0: at the end of the warm-up
     lr_floor: Annotated[float, Range(0, 1)] = 0.0  # of lr, at the end of the decay
-    b1: Annotated[float, Range(0, 0.99999)] = 0.9
-    b2: Annotated[float, Range(0, 0.999999)] = 0.98
+    b1: Annotated[float, Range(0, 0.99999)] = 0.9  # decay of Adam's first moment
+    b2: Annotated[float, Range(0, 0.999999)] = 0.98  # decay of Adam's second moment
     weight_decay: Annotated[float, Range(0, 10)] = 0.0  # on matrices
     clip: Annotated[float, Range(1e-6, 10**6, zero="off")] = 1.0  # largest global norm of the gradient
     # updates that share the answers of a step: each learns from its part
@@ -258,7 +259,7 @@ class EvalSettings:
     kl_prompts: Annotated[int, Range(0, 65_536)] = 32
     loss_rows: Annotated[int, Range(0, 65_536)] = 256  # sft: held-out rows of a source whose loss is measured
     file: str = ""  # questions and answers for exact match, as a source of [data]
-    seed: Annotated[int, Range(0, 2**32 - 2)] = 10_000
+    seed: Annotated[int, Range(0, 2**32 - 2)] = 10_000  # of the held-out items
     speculate: Annotated[int, Range(0, 3)] = 3  # MTP drafts per step, whose acceptance is measured
 
     def __post_init__(self) -> None:
@@ -307,10 +308,11 @@ class LoraSettings:
 
     # "mtp": the prediction heads; "full": all weights except router biases and prediction heads
     kind: Literal["lora", "mtp", "full"] = "lora"
-    rank: Annotated[int, Range(1, 8192)] = 32
-    alpha: Annotated[float, Range(1e-6, 10**6)] = 32.0
+    rank: Annotated[int, Range(1, 8192)] = 32  # of a factor
+    alpha: Annotated[float, Range(1e-6, 10**6)] = 32.0  # B·A is scaled by alpha / rank
+    # weights that are adapted; all of: q, k, v, o, g, dense, shared
     targets: tuple[str, ...] = ("q", "k", "v", "o", "dense", "shared")
-    experts: Literal["per_expert", "shared_outer", "none"] = "per_expert"
+    experts: Literal["per_expert", "shared_outer", "none"] = "per_expert"  # factors of routed experts
     expert_rank: Annotated[int, Range(0, 8192)] = 0  # 0: rank divided by the experts of a token
     # "lora": share of its inputs that an adapter does not see in an update; off while answers are sampled
     dropout: Annotated[float, Range(0, 0.99)] = 0.0

@@ -31,18 +31,18 @@ class LossSettings:
     # a name in `stepjax.train.objectives.table`, or a class of your own: FILE.py:NAME, package.module:NAME, entry point
     objective: str = field(default="exact", metadata=REFERENCE)
     options: dict[str, Any] = field(default_factory=dict)  # of an objective of your own
-    divergence: Kind = "reverse"
+    divergence: Kind = "reverse"  # from the teacher
     # of "jsd": the teacher's share of the mixture
     beta: Annotated[float, Range(0.001, 0.999, note="the ends are reverse and forward")] = 0.5
     filter: Filter = "none"  # for tokens whose probability differs between trainer and sampler
     cap: Annotated[float, Range(1e-6, 10**6)] = 2.0  # of "tis": largest ratio
     token_low: Annotated[float, Range(0, 1)] = 0.5  # bounds of "icepop" and "mispo" for a token's ratio
-    token_high: Annotated[float, Range(1, 10**6)] = 2.0
+    token_high: Annotated[float, Range(1, 10**6)] = 2.0  # the upper one
     sequence_low: Annotated[float, Range(0, 1)] = 0.996  # bounds of "mispo" for the geometric mean over a trajectory
-    sequence_high: Annotated[float, Range(1, 10**6)] = 1.001
+    sequence_high: Annotated[float, Range(1, 10**6)] = 1.001  # the upper one
     # rl: the lowest ratio is 1 − clip_low, the highest 1 + clip_high; 0: the objective's default, for grpo no bound
     clip_low: Annotated[float, Range(1e-6, 1, zero="the objective's default")] = 0.0
-    clip_high: Annotated[float, Range(1e-6, 10**6, zero="the objective's default")] = 0.0
+    clip_high: Annotated[float, Range(1e-6, 10**6, zero="the objective's default")] = 0.0  # as clip_low
     average: Averaging = "tokens"  # rl: what the sum over an answer's tokens is divided by
     discount: Annotated[float, Range(0, 1)] = 0.0  # of the advantages that later tokens get from a teacher
     scaled: bool = True  # rl: divide advantages by the standard deviation of their group
