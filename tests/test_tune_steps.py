@@ -20,7 +20,7 @@ from stepjax.train.config.tune import OptimSettings, TeacherSettings, TuneConfig
 from stepjax.train.data.environment import ExactMatch
 from stepjax.train.data.prompts import Prompt
 from stepjax.train.losses.policy_gradient import group_advantages
-from stepjax.train.objectives.objective import LossContext, LossSettings, Sums
+from stepjax.train.objectives.objective import Agreement, LossContext, LossSettings, Sums
 from stepjax.train.objectives.table import OBJECTIVES
 from stepjax.train.rollouts.resampling import StepAnswers, differing_groups
 from stepjax.train.rollouts.sampler import Rollout, Sampler
@@ -306,6 +306,9 @@ def test_an_average_of_the_student_needs_something_that_differs():
     teacher = {"slow": TeacherSettings(kind="average")}
     with pytest.raises(ConfigError, match=r"teachers\.slow: an average of the student is the student itself at"):
         dataclasses.replace(SHORT, teachers=teacher)
+    rollout = dataclasses.replace(SHORT.rollout, source="teacher", ahead=1)
+    with pytest.raises(ConfigError, match=r"rollout\.ahead: is 1, but a teacher of kind 'average' writes"):
+        dataclasses.replace(SHORT, verb="sft", teachers=teacher, rollout=rollout, loss=LossSettings("sft"))
     with pytest.raises(ConfigError, match="teachers: path does not apply to kind 'average'"):
         TeacherSettings(kind="average", path="x")
 
@@ -373,6 +376,9 @@ def test_two_kinds_of_teachers_have_means_of_their_own():
     one = sums._replace(divergence=np.float32(2), divergence_tokens=np.float32(4), sampled_kl_tokens=np.float32(10))
     record = OBJECTIVES["sampled"].metrics(one._replace(sampled_kl=np.float32(5)), sampled_tokens=0)
     assert (record["divergence"], record["sampled_kl"]) == (0.5, 0.5)
+    unrouted = one._replace(agreement=Agreement(zero, zero))
+    assert "router_agreement" not in OBJECTIVES["sampled"].metrics(unrouted, sampled_tokens=0)
+    assert OBJECTIVES["sampled"].metrics(sums._replace(tokens=zero), sampled_tokens=0) == {}  # a loss of no token
 
 
 # --- answers ahead

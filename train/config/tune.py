@@ -403,7 +403,7 @@ class TuneConfig:
                     f"{objective.name} alone learns nothing; give it a system text, or add it to rewards with "
                     "stepjax rl and loss.teacher_weight"
                 )
-        if "average" in kinds and rollout.ahead and rollout.source == "teacher":
+        if "average" in kinds and rollout.ahead and self._teacher_writes:
             raise ConfigError(
                 "rollout.ahead: is 1, but a teacher of kind 'average' writes; its answers need the last update"
             )
@@ -423,9 +423,13 @@ class TuneConfig:
 
     @property
     def needs_teacher(self) -> bool:
-        objective, rollout = find_objective(self.loss.objective), self.rollout
-        teacher_writes = "teacher" in (rollout.source, rollout.otherwise if rollout.on_policy < 1 else "")
-        return objective.needs_teacher or self.loss.teacher_weight != 0 or teacher_writes
+        objective = find_objective(self.loss.objective)
+        return objective.needs_teacher or self.loss.teacher_weight != 0 or self._teacher_writes
+
+    @property
+    def _teacher_writes(self) -> bool:
+        rollout = self.rollout
+        return "teacher" in (rollout.source, rollout.otherwise if rollout.on_policy < 1 else "")
 
     def _check_sampling(self, objective: Objective, rollout: RolloutSettings) -> None:
         """ConfigError if the samples are not drawn from the policy's own distribution, which the estimators assume."""

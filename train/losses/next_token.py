@@ -18,7 +18,7 @@ class Losses(NamedTuple):
 
     total: jax.Array
     next_token: jax.Array
-    mtp: jax.Array  # [depths]
+    mtp: jax.Array  # [depths]; length 0 if the MTP layers are not in the program
     accuracy: jax.Array  # [1 + depths]: backbone, then each depth
     load: tuple[jax.Array, ...]  # for each MoE layer: tokens of each expert without padding, int32 [E]
 
@@ -37,7 +37,7 @@ def losses(model: Step3p5, rows: PackedRows, *, mtp_weight: float) -> Losses:
         states = model.mtp_hidden(ids, out.hidden_BTD, chunk)
         logits += [layer.logits(state) for layer, state in zip(model.mtp, states, strict=True)]
     means = [_cross_entropy(depth_logits, rows, ahead=k + 1) for k, depth_logits in enumerate(logits)]
-    mtp = jnp.stack([loss for loss, _ in means[1:]]) if mtp_weight else jnp.zeros((len(model.mtp),))
+    mtp = jnp.stack([loss for loss, _ in means[1:]]) if mtp_weight else jnp.zeros((0,))
     accuracy = jnp.stack([correct for _, correct in means])
     load = tuple(expert_load(expert_ids, model.config.num_experts) for expert_ids in out.expert_ids)
     total = means[0][0] + (mtp_weight * jnp.mean(mtp) if mtp_weight else 0.0)

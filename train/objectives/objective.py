@@ -316,12 +316,10 @@ class Objective:
         Args:
           sampled_tokens: tokens whose log-probability in the sampler is known.
         """
-        count = max(float(sums.tokens), 1.0)
-        record: dict[str, Any] = {
-            "loss": float(sums.loss) / count,
-            "nll": float(sums.nll) / count,
-            "entropy": float(sums.entropy) / count,
-        }
+        count = float(sums.tokens)
+        if not count:
+            return {}
+        record: dict[str, Any] = {name: float(getattr(sums, name)) / count for name in ("loss", "nll", "entropy")}
         for name in ("divergence", "sampled_kl"):
             tokens = float(getattr(sums, f"{name}_tokens"))
             if tokens:
@@ -329,8 +327,8 @@ class Objective:
         for name in ("clipped", "reference_kl"):
             if getattr(sums, name) is not None:
                 record[name] = float(getattr(sums, name)) / count
-        if sums.agreement is not None:
-            record["router_agreement"] = float(sums.agreement.agreed) / max(float(sums.agreement.tokens), 1.0)
+        if sums.agreement is not None and sums.agreement.tokens:
+            record["router_agreement"] = float(sums.agreement.agreed) / float(sums.agreement.tokens)
         if sampled_tokens:
             record |= {
                 "gap": float(sums.gap) / sampled_tokens,

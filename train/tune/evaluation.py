@@ -81,7 +81,7 @@ class Evaluation:
         drafted = [after - start for after, start in zip(stats.drafted, before[0], strict=True)]
         accepted = [after - start for after, start in zip(stats.accepted, before[1], strict=True)]
         if drafted[0]:
-            record["acceptance"] = [a / d if d else 0.0 for a, d in zip(accepted, drafted, strict=True)]
+            record["acceptance"] = [a / d for a, d in zip(accepted, drafted, strict=True) if d]
             record["tokens_per_step"] = 1 + sum(accepted) / drafted[0]
         return record | self._divergence(params) | self._held_out_loss(params)
 

@@ -76,9 +76,10 @@ class StepMetrics:
             )
         successive = int(reports[-1].num_skipped[1])
         if successive >= self._config.optim.max_skips:
+            loss = f"loss {record['loss']}" if "loss" in record else "no token"
             raise TrainingError(
                 f"step {step}: {successive} batches in a row had no token or no finite gradient "
-                f"(loss {record['loss']}, gradient norm {record['gradient_norm']}); the checkpoints hold earlier "
+                f"({loss}, gradient norm {record['gradient_norm']}); the checkpoints hold earlier "
                 "steps. Lower optim.lr, or read the transcripts"
             )
 
