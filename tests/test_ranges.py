@@ -83,7 +83,7 @@ def test_every_number_has_a_range_that_holds_its_default(kind):
     for name, annotation in annotations_of(kind).items():
         for _, limits in numbers(annotation):
             assert limits is not None, f"{kind.__name__}.{name} has no range: write Annotated[…, Range(…)]"
-    default = (
+    default: dict[str, Any] = (
         {"path": "x", "kind": "jsonl"} if kind is DataSettings else {"path": "x"} if kind is TeacherSettings else {}
     )
     check_ranges(kind(**default))

@@ -216,7 +216,7 @@ def test_replay_undoes_a_router_that_went_elsewhere():
     setup = open_run(SHORT)
     recorded = answers(setup, routing=True)
     batches = setup.scoring.prepare(recorded, objective=OBJECTIVES["exact"]).batches
-    plain = {name: batch._replace(experts=None) for name, batch in batches.items()}
+    plain = {name: [micro._replace(experts=None) for micro in parts] for name, parts in batches.items()}
     rng = np.random.default_rng(0)
     moved = {
         name: value + jnp.asarray(rng.normal(0, 0.3, value.shape), value.dtype)
@@ -229,6 +229,8 @@ def test_replay_undoes_a_router_that_went_elsewhere():
         for params, batch in ((setup.student.params, batches), (moved, plain), (moved, batches))
     )
     tokens = sum(len(each.prompt.ids) + len(each.ids) - 1 for each in recorded)
+    assert same.agreement is not None
+    assert replayed.agreement is not None
     assert float(same.agreement.tokens) == float(same.agreement.agreed) == tokens
     assert float(replayed.agreement.tokens) == tokens > 1.05 * float(replayed.agreement.agreed)
     assert float(off.gap) / float(off.tokens) > 1e-3

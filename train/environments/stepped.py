@@ -146,8 +146,9 @@ def _stepped(result: Any, what: str) -> tuple[Any, float, bool]:
     if isinstance(result, tuple) and len(result) == 4:  # OpenAI Gym before 0.26
         observation, reward, done, _ = result
         return observation, float(reward), bool(done)
-    if all(hasattr(result, name) for name in ("observation", "reward", "done")):
-        return result.observation, float(result.reward or 0.0), bool(result.done)
+    fields: Any = result
+    if all(hasattr(fields, name) for name in ("observation", "reward", "done")):
+        return fields.observation, float(fields.reward or 0.0), bool(fields.done)
     raise TypeError(
         f"{what}: step returned {type(result).__name__}, expected (observation, reward, terminated, truncated, info) "
         "or an object with observation, reward and done"

@@ -105,7 +105,7 @@ def _pretrain(
         step = make_step(model, optimizer, schedule, placement, mtp_weight=mtp_weight, balance_rate=rate)
         held_out = make_held_out(model, placement, mtp_weight=mtp_weight)
         on_state, on_report = placement.state, placement.report
-        stored = functools.partial(
+        stored: Callable[..., StoredFunction] = functools.partial(
             StoredFunction,
             identity=f"{config} {mtp_weight}",
             cache=cache,

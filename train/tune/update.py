@@ -294,8 +294,9 @@ def added_up(parts: Sequence[Sums]) -> Sums:
     """The sums of several micro-batches as numpy; all 0 if there are none."""
     if not parts:
         fields: dict[str, Any] = dict.fromkeys(Sums._fields, np.zeros((), np.float32))
-        fields |= dict.fromkeys(("depth_loss", "depth_tokens"), np.zeros((0,), np.float32))
-        return Sums(**(fields | Sums._field_defaults))
+        fields.update(dict.fromkeys(("depth_loss", "depth_tokens"), np.zeros((0,), np.float32)))
+        fields.update(Sums._field_defaults)
+        return Sums(**fields)
     return Sums.over(jax.tree.map(lambda *values: np.stack([np.asarray(value) for value in values]), *parts))
 
 
