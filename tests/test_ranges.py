@@ -261,7 +261,7 @@ def settings(draw: Any) -> TuneConfig:
         loss=LossSettings(objective="sft", chunk=draw(st.integers(1, 10_000))),
         optim=some(OptimSettings, rows=2, length=10, decay_from=0, warmup_share=0.0, minibatches=3),
         eval=some(EvalSettings, tasks=tuple(draw(st.lists(WORDS, max_size=2)))),
-        run=some(RunSettings, wandb=draw(WORDS), patience=0),
+        run=some(RunSettings, wandb=draw(WORDS), best=draw(WORDS) or "x", best_is="min"),
     )
 
 
