@@ -189,23 +189,26 @@ def two_layers(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def brief(tmp_path_factory) -> Callable[[pytest.MonkeyPatch], None]:
-    """Has runs of `SHORT` train two layers, with the jitted functions of the first run: nearly all of their time goes
+    """Has runs of `SHORT` train two layers, with the compiled functions of the first run: nearly all of their time goes
     into tracing and compiling.
     """
     assets = two_layers(tmp_path_factory.mktemp("assets"))
-    jitted: dict[tuple[str, float], Any] = {}
+    made: dict[Any, Any] = {}
 
-    def once(name: str, make: Callable[..., Any]) -> Callable[..., Any]:
-        def made(*args: Any, mtp_weight: float, **options: Any) -> Any:
-            if (name, mtp_weight) not in jitted:
-                jitted[name, mtp_weight] = make(*args, mtp_weight=mtp_weight, **options)
-            return jitted[name, mtp_weight]
+    def once(make: Callable[..., Any], key: Callable[..., Any]) -> Callable[..., Any]:
+        def kept(*args: Any, **options: Any) -> Any:
+            name = make, key(*args, **options)
+            if name not in made:
+                made[name] = make(*args, **options)
+            return made[name]
 
-        return made
+        return kept
 
     def patch(monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("make_step", "make_held_out"):
-            monkeypatch.setattr(loop, name, once(name, getattr(loop, name)))
+            monkeypatch.setattr(loop, name, once(getattr(loop, name), lambda *_, mtp_weight, **__: mtp_weight))
+        stored = once(loop.StoredFunction, lambda name, function, **_: (name, function))
+        monkeypatch.setattr(loop, "StoredFunction", stored)
         for module in ("stepjax.config", "stepjax.train.pretrain.loop", "stepjax.train.pretrain.release"):
             monkeypatch.setattr(f"{module}.ASSETS", assets)
 
