@@ -99,9 +99,10 @@ def test_a_program_that_fails_is_left_out(caplog):
     wait_for(lambda: not programs.compiling)
 
 
-def test_answers_do_not_depend_on_the_programs():
+def test_answers_do_not_depend_on_the_programs(monkeypatch):
+    monkeypatch.setattr("stepjax.infer.engine.ready_programs.NICE", 0)  # a busy machine may never run what is nicer
     session = tiny_session()
-    config = EngineConfig(num_slots=2, context=128, num_snapshots=0, widths=(16, 64), speculate=1)
+    config = EngineConfig(num_slots=2, context=128, num_snapshots=0, widths=(16, 64))
     requests = [([0, *range(5, 5 + n)], SamplingParams(max_tokens=40, seed=n, ignore_eos=True)) for n in (3, 30, 70)]
 
     def answers(engine):
