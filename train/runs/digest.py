@@ -18,5 +18,5 @@ def host_digest(tree: Any) -> str | None:
             return None
         array = np.ascontiguousarray(leaf)
         digest.update(f"{name}{array.shape}{array.dtype}".encode())
-        digest.update(memoryview(array.view(np.uint8)) if array.ndim else array.tobytes())
+        digest.update(array.view(np.uint8).data if array.ndim else array.tobytes())
     return digest.hexdigest()
