@@ -1,4 +1,4 @@
-"""Runs that are killed, and runs whose disk is full, at random moments: real processes, and the same bits at the end."""
+"""Runs that are killed, or whose disk is full, at random moments: real processes, and the same bits at the end."""
 
 from __future__ import annotations
 
