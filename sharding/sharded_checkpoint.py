@@ -20,6 +20,7 @@ from stepjax.config import ModelConfig
 from stepjax.errors import CheckpointError, ConfigError
 from stepjax.model.step3p5 import abstract, axes_of, params_of
 from stepjax.sharding.mesh_layout import MeshLayout
+from stepjax.sharding.orbax_errors import REASONS, orbax_reason, quiet_orbax
 from stepjax.weights.formats import described
 from stepjax.weights.quantised import Quantised, Weight, abstract_quantised, format_of
 
@@ -42,10 +43,14 @@ def save_tree(path: Path | str, tree: Any, *, about: Mapping[str, Any] | None = 
     if path.exists() and not (overwrite and _is_checkpoint(path)):
         what = "a checkpoint" if _is_checkpoint(path) else "something that is no checkpoint"
         raise CheckpointError(f"{path}: there is {what} already; choose another name, or overwrite a checkpoint")
+    quiet_orbax()
     try:
         ocp.save(str(path), _by_key(tree), overwrite=overwrite, custom_metadata=dict(about or {}))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from error
+    except Exception as error:  # tensorstore reports a full disk as ValueError
+        reason = orbax_reason(error)
+        if not isinstance(error, OSError) and reason not in REASONS:
+            raise
+        raise CheckpointError(f"{path}: cannot be written ({reason})") from None
 
 
 def restore_tree(path: Path | str, like: T) -> T:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +20,12 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield partial
         sync(partial)
         partial.replace(path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+        if isinstance(error, Exception) and not isinstance(error, OSError) and "No space left" in str(error):
+            # a library's own error, as of safetensors
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
         raise
     sync(path.parent)
 

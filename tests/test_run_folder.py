@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import shutil
 import signal
 import struct
@@ -12,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -20,6 +22,9 @@ import numpy as np
 import pytest
 from tuning import SHORT, assert_same, changed
 
+from stepjax.adapters.lora import LoraConfig, init
+from stepjax.adapters.peft import export_adapter
+from stepjax.config import ModelConfig
 from stepjax.errors import CheckpointError, ConfigError, TrainingError
 from stepjax.train.config.tune import DataSettings, OptimSettings
 from stepjax.train.data.fingerprint import fingerprint as data_fingerprint
@@ -29,7 +34,9 @@ from stepjax.train.runs.folder import MetricsFile, check_finite, is_due, read_me
 from stepjax.train.runs.identity import claim, claim_content, update_settings
 from stepjax.train.runs.lock import locked
 from stepjax.train.runs.sinks import TensorBoard
+from stepjax.train.teachers.resident import Scored
 from stepjax.train.tune.run import FREE, check_steps
+from stepjax.train.tune.teach import store
 from stepjax.whole_file import whole_file, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -200,6 +207,21 @@ def test_what_is_not_finite_is_not_written(tmp_path, monkeypatch):
     for bad in (jnp.nan, jnp.inf):
         with pytest.raises(TrainingError, match=r"step 3: b has values that are not finite"):
             check_finite(3, {"a": jnp.ones(3), "b": jnp.ones((2, 2)).at[1, 1].set(bad)})
+
+
+def test_no_adapter_and_no_scores_with_nan(tmp_path):
+    config, lora = ModelConfig.preset("step-tiny"), LoraConfig(rank=2, targets=("q",), experts=None)
+    adapter = {name: np.array(leaf) for name, leaf in init(config, lora, jax.random.key(0)).items()}
+    name = next(iter(adapter))
+    adapter[name][0, 0] = np.nan
+    with pytest.raises(CheckpointError, match=f"{re.escape(name)} of the adapter has values that are not finite"):
+        export_adapter(tmp_path / "out", config, adapter, lora)
+    prompt: Any = SimpleNamespace(index=0, part=0)
+    top = np.zeros((2, 1), np.int32)
+    scored = Scored(np.zeros(2, np.float32), top, np.array([[0.0], [np.inf]], np.float32))
+    with pytest.raises(TrainingError, match="top_logprob of the teacher has values that are not finite"):
+        store(tmp_path / "scores.safetensors", [(prompt, [1, 2], scored)], about={})
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- settings and content

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
+import gc
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
 from stepjax.errors import CheckpointError, StepjaxError
+from stepjax.sharding.orbax_errors import orbax_reason, quiet_orbax
 from stepjax.train.runs.digest import host_digest
 
 T = TypeVar("T")
@@ -34,7 +34,7 @@ class Checkpoints:
           also: returns the step of one more that is kept; 0: none.
         """
         self._out, self._folder, self._keep, self._also = out, out / "checkpoints", keep, _OneMore(also)
-        logging.getLogger("absl").addFilter(_ORBAX_ERRORS)  # for good: threads of a failed save log after it
+        quiet_orbax()
         self._manager = self._open()
 
     def __enter__(self) -> Self:
@@ -70,7 +70,8 @@ class Checkpoints:
             except Exception as error:  # orbax has one of its own for each part that can be damaged
                 if "RESOURCE_EXHAUSTED" in str(error):  # no memory, which says nothing about the file
                     raise
-                damaged[step] = _reason(error)
+                damaged[step] = orbax_reason(error)
+            _forget_failed_reads()
         if not damaged:
             return initial if state is None else state
         newest, reason = next(iter(damaged.items()))
@@ -95,7 +96,7 @@ class Checkpoints:
         try:
             return self._load(step, like, lambda about: None)
         except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{self._folder / str(step)}: cannot be read ({_reason(error)})") from None
+            raise CheckpointError(f"{self._folder / str(step)}: cannot be read ({orbax_reason(error)})") from None
 
     def save(self, step: int, state: Any, about: Mapping[str, Any]) -> None:
         """Write the checkpoint of ``step``. After an error the checkpoints that were there are as they were.
@@ -109,7 +110,7 @@ class Checkpoints:
         except Exception as error:  # orbax and tensorstore report a full disk as ValueError
             self._discard(step)
             raise CheckpointError(
-                f"{self._folder / str(step)}: the checkpoint cannot be written ({_reason(error)}); {self.kept()}"
+                f"{self._folder / str(step)}: the checkpoint cannot be written ({orbax_reason(error)}); {self.kept()}"
             ) from None
 
     def kept(self) -> str:
@@ -176,23 +177,10 @@ def _committed_alike(array: jax.Array, like: jax.Array) -> jax.Array:
     return array if like.committed else jnp.asarray(np.asarray(array))
 
 
-class _OrbaxErrors(logging.Filter):
-    """Drops the tracebacks that orbax logs, one for each of its threads, beside the error that it raises."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return f"{os.sep}orbax{os.sep}" not in record.pathname
-
-
-_ORBAX_ERRORS = _OrbaxErrors()
-
-
-def _reason(error: BaseException) -> str:
-    """The cause in a few words: orbax wraps it in its own errors, with the settings of its drivers."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines()
-    text = lines[0] if lines else type(error).__name__
-    for part in ("No space left on device", "Read-only file system", "Permission denied", "File too large"):
-        if part in str(error):
-            return part
-    return text if len(text) <= 160 else f"{text[:160]}…"
+def _forget_failed_reads() -> None:
+    """Collect the coroutines that orbax leaves when a read fails; at another time each would complain on stderr."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
