@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections import Counter
 
@@ -13,6 +14,7 @@ from compilations import counted
 from tuning import SHORT, answers, assert_same, changed, history
 
 from stepjax.program_cache import ProgramCache
+from stepjax.train.config.tune import TeacherSettings
 from stepjax.train.objectives.distillation import Exact
 from stepjax.train.objectives.table import OBJECTIVES
 from stepjax.train.runs import folder
@@ -92,6 +94,30 @@ def run_twice(config, tmp_path, cache, caplog):
     assert {message.split()[-1] for message in messages} == names
     assert_same(first, again)
     assert history(tmp_path / "first") == history(tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("config", "objective"),
+    [
+        (SHORT, "exact"),
+        (changed(SHORT, rollout={"replay": True}), "exact"),
+        (dataclasses.replace(SHORT, teachers={"main": TeacherSettings(kind="base", system="Be brief.")}), "exact"),
+        (SHORT, "sft"),
+    ],
+    ids=["a teacher", "router replay", "a teacher with another prompt", "no teacher"],
+)
+def test_what_is_compiled_ahead_has_the_shapes_of_batches(config, objective):
+    """Otherwise the largest program would be compiled twice."""
+    setup = open_run(config)
+    rollouts = answers(setup)
+    prepared = setup.scoring.prepare(rollouts, objective=OBJECTIVES[objective])
+    shapes = setup.scoring.shapes(rollouts[0].prompt, objective=OBJECTIVES[objective])
+    assert set(prepared.batches) == set(shapes)
+    for name, micros in prepared.batches.items():
+        for micro in micros:
+            assert jax.tree.structure(micro) == jax.tree.structure(shapes[name])
+            for array, shape in zip(jax.tree.leaves(micro), jax.tree.leaves(shapes[name]), strict=True):
+                assert (array.shape, array.dtype) == (shape.shape, shape.dtype)
 
 
 class Foreign(Exact):

@@ -189,7 +189,7 @@ class Scoring:
         Args:
           prompt: any.
         """
-        optim, model = self._config.optim, self._session.config
+        optim = self._config.optim
         rollout = Rollout(dataclasses.replace(prompt, ids=prompt.ids[:1]), 0, -1, [0], [True], [0.0])
         shapes = {}
         for name in self.teachers if objective.scored(self._config.loss) else ("",):
@@ -203,7 +203,7 @@ class Scoring:
             if objective.uses_reference(self._config.loss):
                 micro = micro._replace(reference_logprob=micro.sampler)
             if isinstance(teacher, Resident):
-                shape = (optim.rows, optim.length, model.hidden_size)
+                shape = (optim.rows, optim.length, teacher.session.config.hidden_size)
                 states = self._shape(shape, teacher.session.dtype)
                 if states.sharding is not None and not teacher.system:
                     states = _placed(states, teacher.hidden.compiled(teacher.params, micro.rows).output_shardings)
