@@ -111,11 +111,10 @@ def plot(results: Results, path: Path) -> None:
                 for names in (about.learnt, about.kept)
             )
             assert learnt is not None
-            style = {"color": COLOURS[arm], "marker": "."}
-            over.plot(tokens, learnt.mean(axis=0), label=ARMS[arm].title, **style)
+            over.plot(tokens, learnt.mean(axis=0), label=ARMS[arm].title, color=COLOURS[arm], marker=".")
             over.fill_between(tokens, learnt.min(axis=0), learnt.max(axis=0), color=COLOURS[arm], alpha=0.15)
             if beside is not None and kept is not None:
-                beside.plot(kept.mean(axis=0), learnt.mean(axis=0), **style)
+                beside.plot(kept.mean(axis=0), learnt.mean(axis=0), color=COLOURS[arm], marker=".")
         over.axvline(budget(results, part), color="grey", linestyle=":", linewidth=0.8)
         over.set_title(about.title, fontsize=10)
         over.set_xlabel("trained tokens", fontsize=9)

@@ -6,6 +6,8 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +66,7 @@ def test_the_control_makes_every_token_less_likely():
     sampler, mask = jnp.log(jnp.asarray([[0.5, 0.2, 0.1]])), jnp.asarray([[True, True, False]])
 
     def total(logprob):
-        scores = type("Scores", (), {"logprob": logprob})()
+        scores: Any = SimpleNamespace(logprob=logprob)
         numbers = jnp.ones((1, 3))
         inputs = TokenInputs(
             scores=scores,

@@ -409,9 +409,10 @@ def test_events_that_cannot_be_written_are_an_error_at_once(tmp_path):
 
 def events_of(file: Path) -> Iterator[Any]:
     """The events of a file, by the frame that TensorBoard reads: length, checksum, message, checksum."""
-    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto import event_pb2
     from tensorboardX.record_writer import masked_crc32c
 
+    messages: Any = event_pb2
     rest = file.read_bytes()
     while rest:
         (size,), (check,) = struct.unpack("<Q", rest[:8]), struct.unpack("<I", rest[8:12])
@@ -419,7 +420,7 @@ def events_of(file: Path) -> Iterator[Any]:
         data, rest = rest[12 : 12 + size], rest[12 + size :]
         assert struct.unpack("<I", rest[:4])[0] == masked_crc32c(data)
         rest = rest[4:]
-        yield Event.FromString(data)
+        yield messages.Event.FromString(data)
 
 
 # --- files

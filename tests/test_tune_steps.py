@@ -371,8 +371,10 @@ def test_means_are_over_the_tokens_for_which_a_number_was_computed(setup, scored
 
 def test_two_kinds_of_teachers_have_means_of_their_own():
     """Of 10 tokens, one teacher scored 4 over all entries and another 6 by their log-probabilities."""
-    zero = np.zeros((), np.float32)
-    sums = Sums(**(dict.fromkeys(Sums._fields, zero) | Sums._field_defaults | {"tokens": np.float32(10)}))
+    zero: Any = np.zeros((), np.float32)
+    values: dict[str, Any] = dict.fromkeys(Sums._fields, zero)
+    values |= Sums._field_defaults | {"tokens": np.float32(10)}
+    sums = Sums(**values)
     one = sums._replace(divergence=np.float32(2), divergence_tokens=np.float32(4), sampled_kl_tokens=np.float32(10))
     record = OBJECTIVES["sampled"].metrics(one._replace(sampled_kl=np.float32(5)), sampled_tokens=0)
     assert (record["divergence"], record["sampled_kl"]) == (0.5, 0.5)

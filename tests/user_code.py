@@ -260,7 +260,7 @@ class Counter:
             return 1 <= action <= 3
 
     def reset(self, *, seed=None, options=None):
-        self.left = 4 + seed % 2
+        self.left = 4 + (seed or 0) % 2
         return np.asarray([self.left]), {}
 
     def step(self, action):

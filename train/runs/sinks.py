@@ -34,20 +34,22 @@ class TensorBoard:
 
     def __init__(self, folder: Path, start: int):
         try:
-            from tensorboardX.proto.event_pb2 import Event, SessionLog
+            from tensorboardX.proto import event_pb2
             from tensorboardX.record_writer import masked_crc32c
             from tensorboardX.summary import scalar
         except ImportError:
             raise ConfigError(
                 "run.tensorboard: needs tensorboardX; install the extra as pip install 'stepjax[tensorboard]'"
             ) from None
+        messages: Any = event_pb2  # whose classes are made while it is imported
         folder.mkdir(exist_ok=True)
-        self._event, self._scalar, self._checksum = Event, scalar, masked_crc32c
+        self._event, self._scalar, self._checksum = messages.Event, scalar, masked_crc32c
         name = f"events.out.tfevents.{time.time_ns() // 10**9}.{socket.gethostname()}.{os.getpid()}"
         self._file = (folder / name).open("ab", buffering=0)
-        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._write(self._event(wall_time=time.time(), file_version="brain.Event:2"))
         # From here on, what an earlier process wrote of these steps does not count.
-        self._write(Event(wall_time=time.time(), step=start, session_log=SessionLog(status=SessionLog.START)))
+        begin = messages.SessionLog(status=messages.SessionLog.START)
+        self._write(self._event(wall_time=time.time(), step=start, session_log=begin))
 
     def write(self, record: Mapping[str, Any]) -> None:
         for name, value in flat(record):

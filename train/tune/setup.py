@@ -157,7 +157,7 @@ def content_of(config: TuneConfig, setup: Setup) -> dict[str, str]:
 
 def code_of(config: TuneConfig) -> dict[str, str]:
     """Digests of the files with code of the user, by the setting and the name in it."""
-    named = {"loss.objective": (config.loss.objective,)}
+    named: dict[str, tuple[str, ...]] = {"loss.objective": (config.loss.objective,)}
     for name, data in config.data.items():
         named[f"data.{name}"] = (*data.reward_weights, data.environment, *data.tool_references)
     return {

@@ -149,11 +149,11 @@ class WorkerPool:
                 pending.future.set_exception(UserCodeError("the run ended before it had a result"))
 
     def _step(self) -> bool:
-        by_connection = {process.connection: process for process in self._processes}
+        by_connection: dict[object, _Process] = {process.connection: process for process in self._processes}
         deadlines = [pending.deadline for process in self._processes for pending in process.running.values()]
         deadlines += [process.load_deadline for process in self._processes if not process.loaded]
         timeout = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
-        for ready in wait([self._wake_reader, *by_connection], timeout):
+        for ready in wait([self._wake_reader, *(process.connection for process in self._processes)], timeout):
             if ready is self._wake_reader:
                 self._wake_reader.recv_bytes()
                 pending = self._new.get()
