@@ -20,6 +20,17 @@ def chat(*messages: Any, **columns: Any) -> dict[str, Any]:
     return {"messages": list(messages), **columns}
 
 
+# A good row of every form.
+GOOD_ROWS: list[dict[str, Any]] = [
+    chat(USER, CALL, RESULT, {**ANSWER, "reasoning_content": "hm", "weight": 1}, tools=TOOLS, answer="5"),
+    {"prompt": [USER], "completion": [CALL, RESULT, ANSWER]},
+    {"prompt": "a", "completion": "b", "answer": 3},
+    {"text": "a"},
+    {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "c", "tools": "[]"},
+    {"instruction": "a", "input": "b", "output": "c", "system": "d", "history": [["e", "f"]]},
+]
+
+
 def call_of(**function: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": "", "tool_calls": [{"id": "a", "type": "function", "function": function}]}
 

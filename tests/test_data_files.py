@@ -7,26 +7,29 @@ import json
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from bad_rows import BAD_ROWS, BAD_TEXT, GOOD
-from hypothesis import given, strategies as st
+from bad_rows import BAD_ROWS, BAD_TEXT, GOOD, GOOD_ROWS
+from hypothesis import given, settings, strategies as st
 
 from stepjax.errors import ConfigError
 from stepjax.train.config.tune import DataSettings
 from stepjax.train.data.files.opening import open_files
 from stepjax.train.data.files.paths import data_files
 from stepjax.train.data.files.records import RowFault, all_rows, read_row_at
+from stepjax.train.data.files.strict_json import strict_object
 from stepjax.train.data.files.text_records import open_json, open_lines
 from stepjax.train.data.fingerprint import fingerprint
-from stepjax.train.data.survey import Survey, survey
+from stepjax.train.data.survey import RowReader, Survey, survey
+from stepjax.train.data.turns import TrainOn
 
 LINE = json.dumps(GOOD).encode()
 
 
-def read(path: Path, **settings) -> Survey:
-    source = DataSettings(path=str(path), **settings)
+def read(path: Path, *, train_on: TrainOn = "last") -> Survey:
+    source = DataSettings(path=str(path), train_on=train_on)
     return survey(source, open_files(source.path, source.kind))
 
 
@@ -224,6 +227,50 @@ def test_parquet_holds_what_lines_hold(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": broken}), tmp_path / "c.parquet")
     (fault,) = read(tmp_path / "c.parquet").faults
     assert fault.where == f"{tmp_path / 'c.parquet'}:2"
+
+
+@st.composite
+def damaged_rows(draw) -> Any:
+    """Rows of every form in which one value is another: of another type, missing, empty or doubled."""
+    row = json.loads(json.dumps(draw(st.sampled_from(GOOD_ROWS))))
+    places: list[tuple[Any, Any]] = []
+
+    def walk(value: Any) -> None:
+        for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+            places.append((value, key))
+            walk(value[key])
+
+    walk(row)
+    for _ in range(draw(st.integers(1, 2))):
+        holder, key = draw(st.sampled_from(places))
+        other = st.sampled_from([None, True, 0, 1.5, "", " ", "x", "[", [], [None], [[]], {}, {"x": 1}, ["x", "y"]])
+        holder[key] = draw(other | st.just(row))
+    return row
+
+
+@given(damaged_rows())
+@settings(max_examples=400)
+def test_no_row_ends_a_check(row):
+    """Whatever stands where, a row is either good or has a reason why not."""
+    reader = RowReader(DataSettings(path="x", train_on="all"))
+    try:
+        text = json.dumps(row)
+    except (ValueError, RecursionError):
+        return  # a row that holds itself
+    try:
+        form, content, turns = reader.read(strict_object(text.encode()))
+    except ValueError:  # and no other error
+        return
+    assert form
+    assert all(content.messages[turn]["role"] == "assistant" for turn in turns)
+
+
+def test_null_is_as_good_as_nothing(tmp_path):
+    nulls = {"answer": None, "tools": None, "system": None, "input": None, "history": None, "label": None, "text": None}
+    file = tmp_path / "rows.jsonl"
+    rows = [nulls | row for row in GOOD_ROWS if "text" not in row]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    assert read(file, train_on="all").faults == []
 
 
 def test_surveys_count_what_rows_are(tmp_path):

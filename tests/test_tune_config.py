@@ -69,6 +69,13 @@ def test_settings_survive_the_file(tmp_path):
             "[rollout]\nreplay = true\n[loss]\nobjective = 'mtp'\n[lora]\nkind = 'mtp'",
             "prediction heads have no experts",
         ),
+        (
+            TEACHER + "[data.x]\npath = 'x'\ntrain_on = 'all'",
+            "data.x.train_on: is 'all', but rollout.source = 'student'",
+        ),
+        (TEACHER + "[data.x]\npath = 'x'\nsplit = 'test'", "split applies to kind 'hub' only"),
+        (TEACHER + "[data.x]\ntrain_on = 'all'", "train_on does not apply to kind 'tasks'"),
+        (TEACHER + "[data.x]\npath = 'x'\nheld_out = 0.1\nheld_out_path = 'y'", "both held_out and held_out_path"),
         (TEACHER + "[data.x]\nteacher = 'other'", "is 'other', expected one of main"),
         (TEACHER + "[data.x]\nshares = { adding = 1.0 }", "expected shares of add, sub"),
         (TEACHER + "[teachers.second]\nkind = 'base'", "data.tasks.teacher: is empty, expected one of main, second"),

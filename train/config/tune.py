@@ -82,6 +82,9 @@ class DataSettings:
         self._check_code()
         if self.held_out and self.held_out_path:
             raise ConfigError("data: both held_out and held_out_path are given; expected one of them")
+        for name in ("split", "subset"):
+            if self.kind != "hub" and getattr(self, name) != _default(type(self), name):
+                raise ConfigError(f"data: {name} applies to kind 'hub' only; leave it out")
         if self.kind in ("tasks", "environment"):
             for name in ("form", "columns", "train_on", "held_out", "held_out_path"):
                 if getattr(self, name) != _default(type(self), name):
@@ -363,6 +366,12 @@ class TuneConfig:
                 raise ConfigError(f"data.{source_name}.teacher: is empty, expected one of {', '.join(self.teachers)}")
         if self.needs_teacher and not self.teachers:
             raise ConfigError(f"teachers: {name} needs a teacher; add a section such as [teachers.main]")
+        for source_name, source in self.data.items():
+            if source.train_on != "last" and not self.data_writes:
+                raise ConfigError(
+                    f"data.{source_name}.train_on: is {source.train_on!r}, but rollout.source = {rollout.source!r} "
+                    "trains no answers of the data"
+                )
         if self.run.best.startswith("eval_") and not self.eval.every:
             raise ConfigError(f"run.best: is {self.run.best!r}, but eval.every = 0 measures nothing")
         self._check_sampling(objective, rollout)
@@ -420,6 +429,11 @@ class TuneConfig:
                 f"optim.minibatches: is {self.optim.minibatches}, but a step has {rollout.prompts * rollout.samples} "
                 "answers (rollout.prompts × rollout.samples)"
             )
+
+    @property
+    def data_writes(self) -> bool:
+        """Whether answers of the data are trained."""
+        return "data" in (self.rollout.source, self.rollout.otherwise if self.rollout.on_policy < 1 else "")
 
     @property
     def needs_teacher(self) -> bool:

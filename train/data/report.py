@@ -13,7 +13,7 @@ from stepjax.train.config.tune import DataSettings
 from stepjax.train.data.encoder import TextModel
 from stepjax.train.data.files.records import Records, RowFault
 from stepjax.train.data.lengths import Lengths, look
-from stepjax.train.data.survey import open_records, survey
+from stepjax.train.data.survey import known_survey, open_records
 from stepjax.train.data.wanted import Wanted, mostly, unwanted
 
 
@@ -64,7 +64,7 @@ def file_report(
     except ConfigError as error:
         reason = str(error).removeprefix(f"{path}: ")
         return FileReport(path, 0, {}, [RowFault(f"{path}:1", reason)])
-    result = survey(source, records)
+    result = known_survey(source, records, path)
     faults = [*result.faults, *unwanted(result, records, wanted or mostly(result))]
     numbers = _without(result.numbers, records, faults)
     lengths = look(source, records, numbers, model, length=length, most=most) if len(numbers) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import sys
 import zipfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
@@ -115,6 +116,8 @@ def _with_progress(rows: Iterable[T], count: int) -> Iterable[T]:
     if count < MANY:
         return rows
     console = Console(stderr=True)
+    if not console.is_terminal:
+        print(f"reading {counted(count)}, which is done once for this content", file=sys.stderr)
     return track(rows, "checking rows", total=count, console=console, disable=not console.is_terminal, transient=True)
 
 

@@ -58,7 +58,7 @@ class Best:
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
         """Go on from `state`, if it is of the same metric; else from nothing."""
-        if state is None or state["metric"] != self.settings.best:
-            state = {"value": None, "step": 0, "waited": 0}
-        value, self.step, self.waited = state["value"], state["step"], state["waited"]
-        self.value = math.nan if value is None else value
+        self.value, self.step, self.waited = math.nan, 0, 0
+        if state and state["metric"] == self.settings.best:
+            self.step, self.waited = state["step"], state["waited"]
+            self.value = math.nan if state["value"] is None else state["value"]

@@ -36,9 +36,9 @@ def check_data(config: TuneConfig) -> None:
             lines = "\n  ".join(fault_lines(faults, MAX_FAULTS))
             raise ConfigError(f"data.{name}: {counted(len(faults), 'bad row')}\n  {lines}")
         model = model or TextModel.open(config.model.path)
-        length = config.optim.length if _data_writes(config) else config.rollout.context or config.optim.length
+        length = config.optim.length if config.data_writes else config.rollout.context or config.optim.length
         lengths = look(
-            settings, rows.records, rows.trained, model, length=length, writes=not _data_writes(config), most=LOOKED_AT
+            settings, rows.records, rows.trained, model, length=length, writes=not config.data_writes, most=LOOKED_AT
         )
         if lengths.faults:
             lines = "\n  ".join(fault_lines(lengths.faults, MAX_FAULTS))
@@ -66,15 +66,10 @@ def _sources(config: TuneConfig) -> dict[str, DataSettings]:
     return sources | ({"eval.file": DataSettings(path=config.eval.file)} if config.eval.file else {})
 
 
-def _data_writes(config: TuneConfig) -> bool:
-    rollout = config.rollout
-    return rollout.source == "data" or (rollout.on_policy < 1 and rollout.otherwise == "data")
-
-
 def _wanted(config: TuneConfig, name: str) -> Wanted:
     if name not in config.data:
         return "answer"
-    if _data_writes(config):
+    if config.data_writes:
         return "completion"
     has_reward = config.data[name].reward or config.data[name].environment
     return "answer" if find_objective(config.loss.objective).uses_rewards and not has_reward else "prompt"

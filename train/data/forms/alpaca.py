@@ -22,13 +22,13 @@ def read_alpaca_row(row: Mapping[str, Any]) -> RowContent:
     """
     instruction, given, output = row["instruction"], row.get("input"), row.get("output")
     for name in ("instruction", "input", "output", "system"):
-        if not isinstance(row.get(name, ""), str):
+        if not isinstance(row.get(name), str | None):
             raise ValueError(f"{name} is {row[name]!r:.60}, expected text")
     for name, text in (("instruction", instruction), ("output", output)):
         if text is not None and not text.strip():
             raise ValueError(f"{name}: is empty, expected text")
     messages: list[dict[str, Any]] = []
-    if row.get("system", "").strip():
+    if (row.get("system") or "").strip():
         messages.append({"role": "system", "content": row["system"]})
     for number, pair in enumerate(_history(row.get("history"))):
         for role, text in zip(("user", "assistant"), pair, strict=True):
