@@ -164,6 +164,38 @@ def test_one_process_asks_a_teacher_and_all_have_its_scores():
     assert first["results"][5] == "no answer\nin 3 tries"
 
 
+DICE = """
+import random
+
+def drawn(answer):
+    return random.random()
+
+def fails(answer):
+    raise ValueError(random.random())
+
+class Dice:
+    messages = [{"role": "user", "content": "Throw."}]
+
+    def respond(self, turn):
+        return str(random.random())
+
+    def reward(self):
+        return {"eyes": random.random()}
+"""
+
+
+def test_rewards_that_draw_random_numbers_are_the_same_in_all_processes(tmp_path):
+    """One process runs the code of the user, and all have what it returned, its failures too."""
+    (tmp_path / "dice.py").write_text(DICE)
+    first, second = (
+        json.loads(out.splitlines()[-1]) for out in together("chances", tmp_path / "dice.py", cwd=ROOT, devices=1)
+    )
+    assert first["results"] == second["results"]
+    assert (first["runs"], second["runs"]) == (True, False)
+    assert "ValueError: 0." in first["results"][2]
+    assert first["results"][-1].endswith("has no 'none'; it defines Dice, drawn, fails")
+
+
 def test_a_merge_is_written_file_by_file_by_both(folder, tmp_path):
     """The bytes of one process, in files that two wrote."""
     config = Checkpoint(folder).config

@@ -3,6 +3,7 @@
 load FOLDER MESH          what loading read, and what this process must hold
 answer FOLDER MESH        the answers of an engine that process 0 leads
 scores                    what a scorer that only process 0 has gives, and its error
+chances FILE              what rewards and an environment of FILE give that draw random numbers
 restore FOLDER BASE MESH  how many weights of a converted base differ from the folder it came from
 programs ROOT             which programs were compiled, by processes with a folder of programs each
 """
@@ -21,7 +22,15 @@ GUIDED = "[a-z]{6,9}-[0-9]{3}"  # what one answer must be
 
 def main(port: str, process: str, task: str, *args: str) -> int:
     jax.distributed.initialize(f"localhost:{port}", 2, int(process))
-    return {"load": report, "restore": restore, "answer": serve, "programs": programs, "scores": scores}[task](*args)
+    tasks = {
+        "load": report,
+        "restore": restore,
+        "answer": serve,
+        "programs": programs,
+        "scores": scores,
+        "chances": chances,
+    }
+    return tasks[task](*args)
 
 
 def scores() -> int:
@@ -64,6 +73,31 @@ def scores() -> int:
     except TrainingError as error:
         results.append(str(error))
     print(json.dumps({"results": results, "asked": len(asked)}))
+    return 0
+
+
+def chances(file: str) -> int:
+    """Rewards, replies and failures of code that draws random numbers; and whether this process runs it."""
+    from stepjax.errors import ConfigError
+    from stepjax.train.config.rewards import RewardSettings
+    from stepjax.train.config.tune import DataSettings
+    from stepjax.train.environments.episode import Turn
+    from stepjax.train.workers.code import UserCode, results_of
+
+    settings = DataSettings(kind="environment", environment=f"{file}:Dice", reward=(f"{file}:drawn", f"{file}:fails"))
+    with UserCode({"mine": settings}, RewardSettings(workers=1)) as code:
+        mine = code.of_source("mine")
+        assert mine
+        episode = mine.open({"row": {}, "index": 0, "seed": 5, "split": "train"}, otherwise=None)
+        futures = [mine.reward(reward, {"answer": 1}) for reward in mine.rewards]
+        futures += [episode.respond(Turn("", "x", (), True)), episode.reward()]
+        results = [episode.messages, *map(str, results_of(futures))]
+        runs = code._pool is not None
+    try:
+        UserCode({"mine": DataSettings(kind="jsonl", path="x", reward=f"{file}:none")}, RewardSettings(workers=1))
+    except ConfigError as error:
+        results.append(str(error))
+    print(json.dumps({"results": results, "runs": runs}))
     return 0
 
 
