@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tuning import SHORT, answers, assert_same, changed, history
 
-from stepjax.errors import ConfigError
+from stepjax.errors import ConfigError, TrainingError
 from stepjax.train.config.tune import OptimSettings, TeacherSettings, TuneConfig
 from stepjax.train.data.environment import ExactMatch
 from stepjax.train.data.prompts import Prompt
@@ -221,6 +221,24 @@ def test_several_updates_of_a_step_are_one_step(tmp_path, monkeypatch, setup):
         tune(config, out)
     assert_same(state, tune(config, out))
     assert history(out) == records
+
+
+def test_a_run_that_learned_nothing_says_so(tmp_path, monkeypatch, setup):
+    """All answers were cut off and are masked, so that a step has one update in place of two, and that is skipped."""
+    config = changed(REWARDED, optim={"minibatches": 2, "steps": 1})
+    config = dataclasses.replace(config, loss=LossSettings("grpo", mask_truncated=True))
+    masked, real = dataclasses.replace(setup, scoring=Scoring(config, setup.base, {})), Sampler.run
+
+    def run(self: Sampler, *args: Any, **options: Any) -> list[Rollout]:
+        return [dataclasses.replace(rollout, truncated=True) for rollout in real(self, *args, **options)]
+
+    monkeypatch.setattr(Sampler, "run", run)
+    monkeypatch.setattr(loop, "open_run", lambda config, **options: masked)
+    with pytest.raises(TrainingError, match="none of 1 steps had a token and a finite gradient"):
+        tune(config, tmp_path / "run")
+    (record,) = history(tmp_path / "run")
+    assert (record["masked"], record["tokens"], record["skipped"]) == (4, 0, 1)
+    assert "loss" not in record
 
 
 # --- accumulation

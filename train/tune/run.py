@@ -160,7 +160,7 @@ def _train(
                         checkpoints.save(done, state, run.about)
                     advance(note)
         done = int(state.step)
-        if done and int(state.skipped[0]) >= done * config.optim.updates:
+        if done and not int(update_count(state.optimizer)):
             raise TrainingError(
                 f"none of {done} steps had a token and a finite gradient, so nothing was learned; read the transcripts"
             )
