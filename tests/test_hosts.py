@@ -153,6 +153,7 @@ def test_a_process_reads_its_own_part(folder, mesh):
         assert report["bytes_read"] == whole if mesh.startswith("data") else report["bytes_read"] < 0.75 * whole
 
 
+@pytest.mark.slow
 def test_one_process_asks_a_teacher_and_all_have_its_scores():
     """Equal to the bit, and an error of the one that asks ends both with its class and message."""
     first, second = (json.loads(out.splitlines()[-1]) for out in together("scores", cwd=ROOT, devices=1))

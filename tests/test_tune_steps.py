@@ -194,6 +194,7 @@ def test_truncated_answers_and_those_without_a_reward_are_left_out(setup, scored
     assert sorted({float(x) for x in np.unique(np.asarray(batch.advantage))}) == [-0.5, 0.0]
 
 
+@pytest.mark.slow
 def test_several_updates_of_a_step_are_one_step(tmp_path, monkeypatch, setup):
     """Two parts, twice: four updates with ratios that leave 1, one step, and a resumed run with the same bits."""
     rewards_by_text(monkeypatch, level=0)
@@ -244,6 +245,7 @@ def test_a_run_that_learned_nothing_says_so(tmp_path, monkeypatch, setup):
 # --- accumulation
 
 
+@pytest.mark.slow
 def test_accumulation_is_said_and_is_a_sum_over_tokens(setup, scored):
     """Micro-batches with other numbers of tokens: the same gradient, since it is a sum over tokens."""
     whole, parts = (changed(REWARDED, optim={"rows": rows, "length": length}) for rows, length in ((2, 96), (1, 64)))
@@ -331,6 +333,7 @@ def test_an_average_of_the_student_needs_something_that_differs():
         TeacherSettings(kind="average", path="x")
 
 
+@pytest.mark.slow
 def test_a_teacher_follows_the_student(tmp_path, monkeypatch):
     """After each update: average ← 0.5·average + 0.5·leaves, and the next step is scored by that average."""
     teacher = {"slow": TeacherSettings(kind="average", decay=0.5, system="Answer.")}
@@ -376,6 +379,7 @@ def test_only_what_was_computed_is_shown():
     assert note({"loss": 0.5}) == "loss 0.5000"
 
 
+@pytest.mark.slow
 def test_means_are_over_the_tokens_for_which_a_number_was_computed(setup, scored):
     """A server gives log-probabilities of the sampled tokens only: there is a sampled KL and no divergence (not 0)."""
     objective, micro = OBJECTIVES["sampled"], setup.scoring.prepare(scored, objective=OBJECTIVES["sft"]).batches[""][0]
