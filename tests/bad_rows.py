@@ -120,6 +120,16 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "call without a name": (chat(USER, call_of(name="", arguments="{}")), "function.name: is empty"),
     "arguments no JSON": (chat(USER, call_of(name="add", arguments="{x: 2}")), "arguments: expected JSON"),
     "arguments no object": (chat(USER, call_of(name="add", arguments="[2]")), "arguments: expected an object"),
+    "a key of the arguments twice": (
+        chat(USER, call_of(name="add", arguments='{"x": 1, "x": 2}')),
+        "arguments: the key 'x' is given twice",
+    ),
+    "parameters no object": (
+        chat(USER, ANSWER, tools=[{"type": "function", "function": {"name": "add", "parameters": "x"}}]),
+        "tools[0].function.parameters: expected an object",
+    ),
+    "content without parts": (chat({"role": "user", "content": []}, ANSWER), "messages[0].content: is empty"),
+    "role in capitals": (chat({"role": "User", "content": "a"}, ANSWER), "found 'User'"),
     "tools no list": (chat(USER, ANSWER, tools={"name": "add"}), "tools: expected a list"),
     "tools no JSON": (chat(USER, ANSWER, tools="add"), "tools: expected a list or its JSON text"),
     "tool without a name": (

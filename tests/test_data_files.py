@@ -187,7 +187,7 @@ parquet = pytest.mark.parquet
 
 
 # Values without a common type, which Arrow's columns cannot hold.
-NO_ARROW = {"role of another type", "content of another type", "an image", "empty parts"}
+NO_ARROW = {"role of another type", "content of another type", "content without parts", "an image", "empty parts"}
 # What a column without a type, or a null, tells otherwise.
 NULLS = {"no messages", "no conversation"}
 

@@ -38,6 +38,14 @@ def strict_object(raw: bytes) -> dict[str, Any]:
     return value
 
 
+def check_json_text(text: str) -> None:
+    """ValueError: JSON that a lenient reader accepts, but that gives a key twice or has numbers that JSON lacks."""
+    try:
+        _DECODER.decode(text)
+    except (json.JSONDecodeError, RecursionError):
+        return  # whoever reads it says so
+
+
 def check_values(value: Any, where: str = "", depth: int = 0) -> None:
     """ValueError: a value that has no place in a row, with the path to it."""
     if depth > MAX_DEPTH:

@@ -8,6 +8,7 @@ from typing import Any
 
 from stepjax.errors import RequestError
 from stepjax.text.chat import read_messages, read_tools
+from stepjax.train.data.files.strict_json import check_json_text
 
 
 def checked_messages(messages: Any, where: str = "messages") -> tuple[list[dict[str, Any]], list[int | None]]:
@@ -41,9 +42,14 @@ def checked_tools(tools: Any) -> list[dict[str, Any]] | None:
             for tool in tools
         ]
     try:
-        return read_tools(tools)
+        read = read_tools(tools)
     except RequestError as error:
         raise ValueError(str(error)) from None
+    for number, tool in enumerate(read or ()):
+        parameters = tool["function"].get("parameters")
+        if parameters is not None and not isinstance(parameters, Mapping):
+            raise ValueError(f"tools[{number}].function.parameters: expected an object, found {_kind(parameters)}")
+    return read
 
 
 def check_conversation(
@@ -124,6 +130,14 @@ def _plain(message: Any) -> Any:
             else call
             for call in calls
         ]
+    for number, call in enumerate(calls if isinstance(calls, list) else ()):
+        function = call.get("function") if isinstance(call, Mapping) else None
+        arguments = function.get("arguments") if isinstance(function, Mapping) else None
+        if isinstance(arguments, str):
+            try:
+                check_json_text(arguments)
+            except ValueError as error:
+                raise ValueError(f"tool_calls[{number}].function.arguments: {error}") from None
     return {**message, "tool_calls": calls or None}
 
 
