@@ -8,7 +8,11 @@ import time
 from stepjax.cache_folder import VARIABLE, CacheFolder, cache_root
 from stepjax.errors import ConfigError
 
-KINDS = {"programs": "executables, loaded as they are", "compiled": "XLA's own cache"}
+KINDS = {
+    "programs": "executables, loaded as they are",
+    "compiled": "XLA's own cache",
+    "data": "digests of data files, and what their rows are",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
