@@ -23,6 +23,8 @@ SHARED=${SHARED:-$HOME/.cache/stepjax}          # a folder that all nodes see
 MAX_SECONDS=${MAX_SECONDS:-14000}
 
 export JAX_COMPILATION_CACHE_DIR=$SHARED/compiled  # process 0 writes, the others read
+STEPJAX_KEY=${STEPJAX_KEY:-$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')}  # only processes of this job can join
+export STEPJAX_KEY
 export NCCL_LAUNCH_ORDER_IMPLICIT=1
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # which srun no longer takes from sbatch, since 22.05
 mkdir -p "$JAX_COMPILATION_CACHE_DIR"
