@@ -1,53 +1,29 @@
-"""The dtypes of safetensors files as numpy's.
-
-jax has those that numpy lacks. It is imported when one of them is asked for, since it takes a second.
-"""
+"""The dtypes of safetensors files as numpy's. ml_dtypes has those that numpy lacks; jax needs it and brings it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
+import ml_dtypes
 import numpy as np
 
-# Bytes of an element, by the name in the file.
-ITEM_BYTES: Mapping[str, int] = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "U16": 2,
-    "I16": 2,
-    "U32": 4,
-    "I32": 4,
-    "U64": 8,
-    "I64": 8,
-    "F16": 2,
-    "BF16": 2,
-    "F32": 4,
-    "F64": 8,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
+DTYPES: Mapping[str, np.dtype] = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "U16": np.dtype(np.uint16),
+    "I16": np.dtype(np.int16),
+    "U32": np.dtype(np.uint32),
+    "I32": np.dtype(np.int32),
+    "U64": np.dtype(np.uint64),
+    "I64": np.dtype(np.int64),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
-_KINDS = {"U": "u", "I": "i", "F": "f"}  # in the file and in numpy
-_OF_JAX = {"BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 
-
-class _Dtypes(Mapping[str, np.dtype]):
-    def __getitem__(self, name: str) -> np.dtype:
-        if name in _OF_JAX:
-            import jax.numpy as jnp
-
-            return np.dtype(getattr(jnp, _OF_JAX[name]))
-        size = ITEM_BYTES[name]
-        return np.dtype(np.bool_) if name == "BOOL" else np.dtype(f"{_KINDS[name[0]]}{size}")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(ITEM_BYTES)
-
-    def __len__(self) -> int:
-        return len(ITEM_BYTES)
-
-    def __contains__(self, name: object) -> bool:
-        return name in ITEM_BYTES
-
-
-DTYPES: Mapping[str, np.dtype] = _Dtypes()
+# Bytes of an element, by the name in the file.
+ITEM_BYTES: Mapping[str, int] = {name: dtype.itemsize for name, dtype in DTYPES.items()}
