@@ -53,7 +53,7 @@ def folders(session, tmp_path_factory) -> dict[str, Path]:
     home = tmp_path_factory.mktemp("adapters")
     return {
         name: export_adapter(home / name, session.config, trained(session.config, LORA, seed=seed), LORA)
-        for seed, name in enumerate(("a", "b", "c"))
+        for seed, name in enumerate(("a", "b", "c"), start=3)
     }
 
 
@@ -62,7 +62,7 @@ def expected(session) -> dict[str, str]:
     """The answer of each merged model, and of the base, without a server."""
     params = SamplingParams(max_tokens=LENGTH, temperature=0.0, ignore_eos=True, seed=0)
     found = {}
-    for seed, name in enumerate(("a", "b", "c", "")):
+    for seed, name in enumerate(("a", "b", "c", ""), start=3):
         weights = merge(session.params, trained(session.config, LORA, seed=seed), LORA) if name else session.params
         batch = Batch(session.runner(0), weights, [PROMPT], [params], dtype=session.dtype, chunk=16)
         tokens = batch.prefill()
