@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import os
 import re
 import subprocess
@@ -57,17 +58,36 @@ def runs(block: Block) -> bool:
 RUN = [(page, block) for page in PAGES for block in runnable(page)]
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, Path]:
-    """Where the blocks of a page run, one after the other as a reader would; ``stepjax`` there is this checkout's."""
-    homes = {}
-    for page in PAGES:
-        home = homes[page] = tmp_path_factory.mktemp("reader")
-        command = home / "bin" / "stepjax"
+class Reader:
+    """Runs the blocks of a page in a folder, one after the other; ``stepjax`` there is this checkout's."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.done = folder, []
+        command = folder / "bin" / "stepjax"
         command.parent.mkdir()
         command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m stepjax "$@"\n')
         command.chmod(0o755)
-    return homes
+
+    def run(self, block: Block) -> None:
+        path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
+        done = subprocess.run(
+            [*(["bash", "-euo", "pipefail"] if block.language == "bash" else [sys.executable]), "-c", block.code],
+            capture_output=True,
+            text=True,
+            cwd=self.folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PATH": path},
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout
+        self.done.append(block)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Reader]:
+    """A reader of each page."""
+    return {page: Reader(tmp_path_factory.mktemp("reader")) for page in PAGES}
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -112,14 +132,11 @@ def test_a_page_begins_with_a_command_that_runs(page):
     ],
 )
 def test_a_block_runs(folders, page, block):
-    folder = folders[page]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
-    command = ["bash", "-euo", "pipefail", "-c"] if block.language == "bash" else [sys.executable, "-c"]
-    done = subprocess.run(
-        [*command, block.code], capture_output=True, text=True, cwd=folder, env=environment, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout
+    """After the quick blocks above it, whose files it may use; --slow -m slow deselects their own tests."""
+    above = itertools.takewhile(lambda other: other is not block, [other for name, other in RUN if name == page])
+    for one in [*(other for other in above if not other.mark), block]:
+        if one not in folders[page].done:
+            folders[page].run(one)
 
 
 def slug(heading: str) -> str:
