@@ -81,6 +81,7 @@ def assert_equal_runs(run: Path, expected: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("trial", range(TRIALS))
 def test_a_killed_run_goes_on_to_the_same_bits(whole, tmp_path, trial):
     settings, expected, seconds = whole
@@ -103,6 +104,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(whole, tmp_path, trial):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("trial", range(TRIALS))
 def test_a_full_disk_is_one_line_and_loses_nothing(whole, tmp_path, trial):
     settings, expected, _ = whole

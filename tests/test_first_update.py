@@ -175,5 +175,6 @@ def test_a_second_run_compiles_nothing(tmp_path, cache, caplog):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_second_run_on_a_mesh_compiles_nothing(tmp_path, cache, caplog):
     run_twice(changed(LONG, model={"mesh": "data=2,expert=4"}, optim={"steps": 3, "rows": 2}), tmp_path, cache, caplog)

@@ -80,6 +80,7 @@ def test_scores_are_those_of_one_device(folder, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_engine_that_the_others_follow_answers_as_one_device(folder, tmp_path):
     """Orders, announced compilations, preemptions, snapshots, sampling rules and masks reach the other process, and
     each keeps its own part of what goes to host memory.
@@ -217,6 +218,7 @@ def test_a_merge_is_written_file_by_file_by_both(folder, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_of_two_processes_goes_on_with_one(tmp_path):
     """The last checkpoint of the former is taken away: the latter begins with the bits of the one before, and logs the
     losses that the former logged, to 1e-6.

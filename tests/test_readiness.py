@@ -85,6 +85,7 @@ def ask(server: Serving, body: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_no_request_waits_for_a_compiler(tmp_path, caplog):
     """500 requests with every option in a seeded order, eight at a time, while a thread compiles what steps want."""
     session, lora = load("step-tiny", dtype="float32"), lora_config()
@@ -159,6 +160,7 @@ class Command:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_servers_share_a_folder_of_programs_and_may_be_killed(tmp_path):
     """Two at once on an empty folder, one killed in the middle of a write; both start again without compiling."""
     root = tmp_path / "cache"

@@ -145,6 +145,7 @@ def test_others_are_answered_while_a_large_body_is_read(server, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_no_field_of_any_endpoint_takes_more_than_linear_time(reader, capsys):
     """The fuzzer's long form: every field with every value, by processor time at n and 4 n. Prints the worst power of
     each endpoint. Values that stay below 20 ms at any allowed size are not judged. Caches and the collection of garbage

@@ -256,6 +256,7 @@ def test_the_joined_stream_is_the_whole_answer(scripted, dialect):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_any_joined_stream_is_the_whole_answer(scripted, dialect):
     compare(scripted, dialect, drawn(OPTIONS[dialect], 1000), singly=True)
@@ -268,6 +269,7 @@ def undrafted(step_tiny) -> Iterator[Serving]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_the_models_streams_are_its_whole_answers_with_and_without_drafts(server, undrafted, dialect):
     """Scores are left out: a prompt that is found in the cache is computed in other pieces."""

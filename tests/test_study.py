@@ -271,6 +271,7 @@ def test_a_missing_plugin_says_what_to_install(capsys, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_whole_model_on_32_devices():
     """45 layers in a process of its own, which has the virtual devices and the memory to itself."""
     environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
