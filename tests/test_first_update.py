@@ -170,6 +170,7 @@ def test_a_run_says_how_far_it_is(monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_a_second_run_compiles_nothing(tmp_path, cache, caplog):
     run_twice(changed(LONG, optim={"steps": 3}), tmp_path, cache, caplog)
 

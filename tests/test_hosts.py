@@ -132,6 +132,7 @@ def test_processes_without_accelerators_make_the_devices_of_the_mesh(folder, tmp
     assert outs == ["o.npz: 1 sequences, 2 tokens\n", ""]
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_one_device(folder, tmp_path):
     """Sampled with a seed that only process 0 draws would show if the processes disagreed."""
     (tmp_path / "in.json").write_text(json.dumps(TOKENS))

@@ -76,6 +76,7 @@ def test_a_run_logs_the_parts_and_counts_what_failed(config, tmp_path, capsys):
     assert "(length/long " in shown
 
 
+@pytest.mark.slow
 def test_a_run_in_which_too_many_rewards_fail_ends(config, tmp_path):
     """And goes on from its last checkpoint when the reward is mended."""
     (tmp_path / "mine.py").write_text(CODE + "\nlength = never\n")

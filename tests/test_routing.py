@@ -63,6 +63,7 @@ def _in_one_pass(params: Any, ids_BT: jax.Array, count_B: jax.Array) -> tuple[ja
     return model.forward(ids_BT, Chunk.at(jnp.zeros_like(count_B), count_B, LENGTH)).expert_ids
 
 
+@pytest.mark.slow
 def test_the_engine_tells_the_experts_of_every_token():
     """Of prompts in pieces, with drafts that are taken back, stops among drafts, and sequences that go and come back;
     the last token of an answer is never run.
