@@ -291,7 +291,7 @@ def test_stages_follow_each_other_from_one_command(tmp_path, capsys):
     assert max(float(np.abs(first[name] - last[name]).max()) for name in first) < 0.05  # a step from there, not anew
     Path(files[1]).write_text('start_from = "x"')
     assert main(["pretrain", *files, "--out", str(tmp_path / "other")]) == 1
-    assert "stage 2 begins where stage 1 ends" in capsys.readouterr().err
+    assert "stage 2 starts from the weights of stage 1" in capsys.readouterr().err
 
 
 def test_a_release_that_falls_short_changes_nothing(finished, brief, tmp_path, monkeypatch, capsys):
