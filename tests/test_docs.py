@@ -132,9 +132,9 @@ def test_a_page_begins_with_a_command_that_runs(page):
     ],
 )
 def test_a_block_runs(folders, page, block):
-    """After the quick blocks above it, whose files it may use; --slow -m slow deselects their own tests."""
+    """After the blocks above it, whose files it may use; a quick one uses files of quick ones only."""
     above = itertools.takewhile(lambda other: other is not block, [other for name, other in RUN if name == page])
-    for one in [*(other for other in above if not other.mark), block]:
+    for one in [*(other for other in above if block.mark or not other.mark), block]:
         if one not in folders[page].done:
             folders[page].run(one)
 
