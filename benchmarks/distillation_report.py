@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,22 @@ Found = Mapping[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    publish(__doc__, tables, plot, between=(FIRST, LAST))
+
+
+def publish(
+    about: str | None, tables: Callable[[Found], str], plot: Callable[[Found, Path], None], *, between: tuple[str, str]
+) -> None:
+    """A report's command: the tables go between two lines of the page, the plot beside the results."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("json", type=Path)
     parser.add_argument("--png", type=Path, help="default: beside the file")
     args = parser.parse_args()
     found = json.loads(args.json.read_text(encoding="utf-8"))
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(FIRST)
-    _, _, after = rest.partition(LAST)
-    PAGE.write_text(f"{before}{FIRST}\n\n{tables(found)}\n{LAST}{after}", encoding="utf-8")
+    first, last = between
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(first)
+    _, _, after = rest.partition(last)
+    PAGE.write_text(f"{before}{first}\n\n{tables(found)}\n{last}{after}", encoding="utf-8")
     plot(found, args.png or args.json.with_suffix(".png"))
 
 

@@ -41,6 +41,7 @@ from recovery_ruler import Ruler, Size, accuracy, write_data
 from stepjax.infer.load import use_caches
 from stepjax.train.runs.folder import read_metrics
 from stepjax.train.tune.run import tune
+from stepjax.whole_file import write_whole
 
 
 @dataclass
@@ -65,9 +66,7 @@ class Study:
         write_data(self.folder)
 
     def write(self) -> None:
-        partial = self.file.with_suffix(".partial")
-        partial.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
-        partial.replace(self.file)
+        write_whole(self.file, f"{json.dumps(self.results, indent=1)}\n".encode())
 
     def run(self) -> None:
         config = forgetting(self.folder, self.steps)

@@ -8,40 +8,22 @@ checkpoints. Intervals are those of benchmarks/distillation_report.py: 95 % of d
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from distillation_report import interval
+from distillation_report import interval, publish, runs_of
 from recovery_arms import ARMS, PARTS
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "distillation.md"
 FIRST, LAST = "<!-- recovery: written by benchmarks/recovery_report.py -->", "<!-- end of recovery -->"
 COLOURS = dict(zip(ARMS, ("tab:blue", "tab:orange", "tab:red", "tab:grey", "tab:cyan", "tab:green"), strict=True))
 Results = Mapping[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("json", type=Path)
-    parser.add_argument("--png", type=Path, help="default: beside the file")
-    args = parser.parse_args()
-    results = json.loads(args.json.read_text(encoding="utf-8"))
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(FIRST)
-    _, _, after = rest.partition(LAST)
-    PAGE.write_text(f"{before}{FIRST}\n\n{tables(results)}\n{LAST}{after}", encoding="utf-8")
-    plot(results, args.png or args.json.with_suffix(".png"))
-
-
-def runs_of(results: Results, part: str, arm: str) -> list[Results]:
-    """The measured runs of an arm, by seed."""
-    keys = sorted(key for key in results["runs"] if key.split("/")[:2] == [part, arm])
-    return [results["runs"][key] for key in keys]
+    publish(__doc__, tables, plot, between=(FIRST, LAST))
 
 
 def budget(results: Results, part: str) -> int:

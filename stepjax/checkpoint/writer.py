@@ -35,6 +35,7 @@ from stepjax.weights.expert_format import ExpertFormat
 from stepjax.weights.inventory import TensorSpec, inventory, quantized
 from stepjax.weights.plain import PLAIN
 from stepjax.weights.quantised import Quantised, format_of, quantise
+from stepjax.whole_file import sync
 
 MAX_SHARD_BYTES = 9 * 2**30  # about the release's 44 files
 # What makes the folder usable elsewhere. Python files of the release are copied as data and never imported.
@@ -378,7 +379,7 @@ def _appearing(folder: Path, *, num_bytes: int, work: Path | None = None) -> Ite
         try:
             (work / "new").mkdir()  # with the user's permissions; mkdtemp's are private
             yield work / "new"
-            _sync(work / "new")
+            sync(work / "new")
             if folder.exists():
                 os.rename(folder, work / "old")
             try:
@@ -387,7 +388,7 @@ def _appearing(folder: Path, *, num_bytes: int, work: Path | None = None) -> Ite
                 if (work / "old").exists():
                     os.rename(work / "old", folder)
                 raise
-            _sync(folder.parent)
+            sync(folder.parent)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
@@ -405,12 +406,3 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Make the names in a folder durable, as fsync of a file does with its content."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -237,7 +237,7 @@ class _Run:
         self._evaluation: Evaluation | None = None
         self._step_metrics = StepMetrics(config, setup)
         self._left_out = LeftOut(config.optim.length, tell)
-        self._is_first_process = jax.process_index() == 0
+        self._is_first_process = is_first_process()
         self._metrics_file = MetricsFile(out / "metrics.jsonl", start) if self._is_first_process else None
         about = dataclasses.asdict(config)
         self._sinks: dict[str, Sink] = open_sinks(config.run, out, start, about) if self._is_first_process else {}

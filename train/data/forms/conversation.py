@@ -35,12 +35,7 @@ def checked_tools(tools: Any) -> list[dict[str, Any]] | None:
             return None
         tools = _from_json(tools, "tools")
     if isinstance(tools, list):
-        tools = [
-            {"type": "function", "function": tool}
-            if isinstance(tool, Mapping) and "name" in tool and "function" not in tool
-            else tool
-            for tool in tools
-        ]
+        tools = list(map(_wrapped, tools))
     try:
         read = read_tools(tools)
     except RequestError as error:
@@ -116,6 +111,13 @@ def _says(content: Any) -> bool:
     return any((part.get("text") or part.get("value") or "").strip() for part in parts)
 
 
+def _wrapped(function: Any) -> Any:
+    """A tool or a call with OpenAI's wrapper, given with or without it."""
+    if isinstance(function, Mapping) and "name" in function and "function" not in function:
+        return {"type": "function", "function": function}
+    return function
+
+
 def _plain(message: Any) -> Any:
     """A message whose calls have OpenAI's wrapper, given with or without it, or as JSON text."""
     if not isinstance(message, Mapping):
@@ -124,12 +126,7 @@ def _plain(message: Any) -> Any:
     if isinstance(calls, str) and calls.strip():
         calls = _from_json(calls, "tool_calls")
     if isinstance(calls, list):
-        calls = [
-            {"type": "function", "function": call}
-            if isinstance(call, Mapping) and "name" in call and "function" not in call
-            else call
-            for call in calls
-        ]
+        calls = list(map(_wrapped, calls))
     for number, call in enumerate(calls if isinstance(calls, list) else ()):
         function = call.get("function") if isinstance(call, Mapping) else None
         arguments = function.get("arguments") if isinstance(function, Mapping) else None
