@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
-import shlex
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-from stepjax.train.commands import tune as cli_tune
-from stepjax.train.config.reader import read_settings
-from stepjax.train.config.tune import TuneConfig
+from tuning import typed_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
@@ -38,13 +33,9 @@ def found() -> dict:
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.key)
 def test_an_arm_is_what_its_command_says(plan, monkeypatch):
     """And the arms share adapter, base, optimiser and the number of answers a step."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("verb")
-    cli_tune.add_arguments(parser)
-    args = parser.parse_args(shlex.split(plan.command)[1:])
     monkeypatch.chdir(ROOT)
     settings = plan.settings()
-    assert read_settings(TuneConfig, args.config, [*args.set, f'verb="{args.verb}"']) == settings
+    assert typed_settings(plan.command) == settings
     first = PLANS[0].settings()
     assert (settings.lora, settings.model) == (first.lora, first.model)
     assert dataclasses.replace(settings.optim, steps=60) == first.optim

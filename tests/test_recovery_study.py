@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tuning import typed_settings
 
-from stepjax.train.commands import tune as cli_tune
-from stepjax.train.config.reader import read_settings
-from stepjax.train.config.tune import TuneConfig
 from stepjax.train.objectives.objective import LossSettings, TokenInputs
 from stepjax.train.objectives.table import find_objective
 
@@ -37,13 +33,8 @@ PLANS = [
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: f"{plan.part}-{plan.arm}")
 def test_an_arm_is_what_its_command_says(plan, monkeypatch):
     """And the arms of a part share adapter, base and the number of answers a step."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("verb")
-    cli_tune.add_arguments(parser)
-    args = parser.parse_args(shlex.split(plan.command)[1:])
     monkeypatch.chdir(ROOT)
-    settings = plan.settings()
-    typed = read_settings(TuneConfig, args.config, [*args.set, f'verb="{args.verb}"'])
+    settings, typed = plan.settings(), typed_settings(plan.command)
     for section in ("optim", "rollout", "run", "verb"):
         assert getattr(typed, section) == getattr(settings, section)
     assert find_objective(typed.loss.objective).name == find_objective(settings.loss.objective).name

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import shlex
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from stepjax.train.commands import tune as cli_tune
+from stepjax.train.config.reader import read_settings
 from stepjax.train.config.tune import (
     DataSettings,
     EvalSettings,
@@ -78,3 +82,12 @@ def answers(setup: Setup, *, routing: bool = False) -> list[Rollout]:
 def update_of(setup: Setup, rollouts, objective="exact", state=None):
     prepared = setup.scoring.prepare(rollouts, objective=OBJECTIVES[objective])
     return setup.update(state or setup.initial, setup.base.params, setup.scoring.residents, prepared.batches)
+
+
+def typed_settings(command: str) -> TuneConfig:
+    """The settings of a command of the shell, such as ``stepjax sft run.toml --set optim.steps=2 --out RUN``."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("verb")
+    cli_tune.add_arguments(parser)
+    args = parser.parse_args(shlex.split(command)[1:])
+    return read_settings(TuneConfig, args.config, [*args.set, f'verb="{args.verb}"'])
