@@ -141,3 +141,11 @@ def test_means_are_over_what_is_there():
     with pytest.raises(TrainingError, match=r"step 1: 1 of 3 answers have no reward, more than rewards\.max_failed"):
         failures.check(1, rollouts[1:], fatal=True)
     failures.check(1, rollouts[1:], fatal=False)
+
+
+@pytest.mark.slow
+def test_a_run_whose_rewards_are_all_equal_is_no_success(config, tmp_path):
+    (tmp_path / "mine.py").write_text("def length(answer):\n    return 1.0\n")
+    with pytest.raises(TrainingError, match=r"none of 2 steps changed a trained value.*rollout\.samples.*checkpoint"):
+        tune(config, tmp_path / "level")
+    assert not (tmp_path / "level" / "adapter").exists()

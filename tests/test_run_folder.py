@@ -35,7 +35,7 @@ from stepjax.train.runs.identity import claim, claim_content, update_settings
 from stepjax.train.runs.lock import locked
 from stepjax.train.runs.sinks import TensorBoard
 from stepjax.train.teachers.resident import Scored
-from stepjax.train.tune.run import FREE, check_steps
+from stepjax.train.tune.run import FREE, about_warmup, check_steps
 from stepjax.train.tune.teach import store
 from stepjax.whole_file import whole_file, write_whole
 
@@ -439,3 +439,10 @@ def test_a_file_appears_only_when_it_is_whole(tmp_path):
 def test_what_happens_every_so_many_steps():
     assert [count for count in range(7) if is_due(3, count)] == [0, 3, 6]
     assert not any(is_due(0, count) for count in range(7))
+
+
+def test_a_warmup_that_the_run_does_not_end_is_told():
+    assert about_warmup(OptimSettings(steps=10, warmup_steps=10)) == ""
+    line = about_warmup(OptimSettings(steps=5, warmup_steps=10, lr=1e-3))
+    assert "has 10 steps and the run 5" in line and "not optim.lr = 0.001" in line
+    assert float(line.split("largest rate is ")[1].split(",")[0]) == pytest.approx(5e-4)

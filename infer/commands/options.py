@@ -76,7 +76,11 @@ def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
 def add_engine_arguments(engine: argparse._ArgumentGroup) -> None:
     """Options of the engine's cache and arithmetic, for `serve` and `bench`."""
     engine.add_argument(
-        "--cache-gib", type=float, metavar="X", help="memory for the cache of a device, e.g. 4 (default: what is free)"
+        "--cache-gib",
+        type=float,
+        metavar="X",
+        help="memory for the cache of a device, e.g. 4 (default: what is free; on a CPU 0.25, or what one sequence of "
+        "the longest context needs, at most 1)",
     )
     engine.add_argument(
         "--no-prefix-cache",

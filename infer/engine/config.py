@@ -19,7 +19,8 @@ from stepjax.weights.inventory import kv_bytes_per_token
 if TYPE_CHECKING:
     from stepjax.infer.session import Session
 
-CPU_CACHE_BYTES = 2**30
+CPU_CACHE_BYTES = 2**28  # for pages on a CPU, where they take the memory of everything else
+CPU_LONGEST_BYTES = 2**30  # instead, as far as one sequence of the longest context needs it
 DEVICE_SHARE = 0.85  # share of an accelerator's free memory for caches; the rest is for temporaries of steps
 
 
@@ -157,7 +158,8 @@ class EngineConfig:
         if self.num_pages is not None:
             pages = self.num_pages
         else:
-            room = self.cache_bytes if self.cache_bytes is not None else least(_free_bytes())
+            needed = -(-longest // size) * per_page
+            room = self.cache_bytes if self.cache_bytes is not None else least(_free_bytes(needed))
             pages = min(wanted, room // per_page if per_page else wanted)
         if pages < 1:
             raise ConfigError(
@@ -180,9 +182,9 @@ def _split(session: Session) -> int:
     return shape[1] * shape[2] // (local[1] * local[2])
 
 
-def _free_bytes() -> int:
-    """Memory for pages on the first device."""
+def _free_bytes(needed: int) -> int:
+    """Memory for pages on the first device, where one sequence of the longest context needs ``needed`` bytes."""
     stats = jax.local_devices()[0].memory_stats()
     if not stats or "bytes_limit" not in stats:
-        return CPU_CACHE_BYTES
+        return max(CPU_CACHE_BYTES, min(needed, CPU_LONGEST_BYTES))
     return int(DEVICE_SHARE * (stats["bytes_limit"] - stats["bytes_in_use"]))

@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -79,6 +80,11 @@ def check_finite(step: int, leaves: Mapping[str, Any]) -> None:
     """TrainingError: a leaf is not finite. It is not written, neither as a checkpoint nor as a result."""
     if bad := not_finite(leaves):
         raise TrainingError(f"step {step}: {bad} has values that are not finite, and is not written")
+
+
+def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Whether a leaf has other values than ``before``, with the same names and shapes. Every process calls it."""
+    return any(not bool(jnp.array_equal(leaf, after[name])) for name, leaf in before.items())
 
 
 class StepLines:

@@ -29,7 +29,7 @@ from stepjax.train.rollouts.resampling import StepAnswers, differing_groups
 from stepjax.train.rollouts.sampler import Rollout, Sampler, data_rollouts
 from stepjax.train.rollouts.transcripts import write_transcripts
 from stepjax.train.runs.checkpoints import Checkpoints
-from stepjax.train.runs.folder import MetricsFile, check_finite, is_due, progress
+from stepjax.train.runs.folder import MetricsFile, changed, check_finite, is_due, progress
 from stepjax.train.runs.identity import claim, claim_content, is_first_process, update_settings
 from stepjax.train.runs.lock import locked
 from stepjax.train.runs.optimizer import update_count
@@ -102,6 +102,7 @@ def _tune(
 ) -> tuple[TuneState, Ending]:
     """As `tune`, with the user's code at hand."""
     check_data(config)
+    tell(about_warmup(config.optim))
     with locked(out) if is_first_process() else contextlib.nullcontext():
         previous = claim(config, out, free=FREE)
         setup = open_run(config, cache=cache, startup=startup)
@@ -117,7 +118,9 @@ def _tune(
             check_steps(previous.optim, config.optim, done=int(state.step))
             update_settings(config, previous, out)
             run = functools.partial(_Run, config, setup, out, code, best, start=int(state.step))
-            state = _train(config, run, state, checkpoints, best, startup=startup, write=write)
+            state = _train(
+                config, run, state, checkpoints, best, initial=setup.initial.leaves, startup=startup, write=write
+            )
             ending = Ending.of(int(state.step), best)
             leaves = state.leaves
             if ending.exported != ending.steps:
@@ -140,6 +143,7 @@ def _train(
     checkpoints: Checkpoints,
     best: Best,
     *,
+    initial: Leaves,
     startup: Startup,
     write: Callable[[str], object] | None,
 ) -> TuneState:
@@ -163,6 +167,12 @@ def _train(
         if done and not int(update_count(state.optimizer)):
             raise TrainingError(
                 f"none of {done} steps had a token and a finite gradient, so nothing was learned; read the transcripts"
+            )
+        if done and config.optim.lr and not changed(initial, state.leaves):
+            raise TrainingError(
+                f"none of {done} steps changed a trained value, since every gradient was 0: the answers to each prompt "
+                "had equal rewards. Read reward in metrics.jsonl; "
+                "give harder or easier prompts, rewards with more values, or more rollout.samples"
             )
     except (TrainingError, OSError) as error:
         raise TrainingError(f"{error}; {checkpoints.kept()}") from None
@@ -188,6 +198,17 @@ FREE = (
     *("teachers.*.timeout_s", "teachers.*.retries", "teachers.*.workers", "eval.*", "optim.steps", "rewards.*"),
     *(f"run.{field.name}" for field in dataclasses.fields(RunSettings) if field.name != "seed"),
 )
+
+
+def about_warmup(optim: OptimSettings) -> str:
+    """A line on a warm-up that the run does not reach the end of; else none."""
+    if optim.num_warmup_steps <= optim.steps:
+        return ""
+    reached = float(schedule_of(optim)((optim.steps - 1) * optim.updates))
+    return (
+        f"optim.warmup_steps: the warm-up has {optim.num_warmup_steps} steps and the run {optim.steps}, so its largest "
+        f"rate is {reached:.3g}, not optim.lr = {optim.lr:g}"
+    )
 
 
 def check_steps(previous: OptimSettings, optim: OptimSettings, *, done: int) -> None:
