@@ -444,5 +444,6 @@ def test_what_happens_every_so_many_steps():
 def test_a_warmup_that_the_run_does_not_end_is_told():
     assert about_warmup(OptimSettings(steps=10, warmup_steps=10)) == ""
     line = about_warmup(OptimSettings(steps=5, warmup_steps=10, lr=1e-3))
-    assert "has 10 steps and the run 5" in line and "not optim.lr = 0.001" in line
+    assert "has 10 steps and the run 5" in line
+    assert "not optim.lr = 0.001" in line
     assert float(line.split("largest rate is ")[1].split(",")[0]) == pytest.approx(5e-4)
