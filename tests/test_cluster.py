@@ -378,7 +378,11 @@ def test_the_kubernetes_manifest_says_what_the_code_reads():
     spec = job["spec"]
     pod = spec["template"]["spec"]
     (container,) = pod["containers"]
-    environ = {each["name"]: each["value"] for each in container["env"]}
+    environ = {each["name"]: each["value"] for each in container["env"] if "value" in each}
+    (secret,) = [each for each in container["env"] if "value" not in each]
+    assert secret["name"] == "STEPJAX_KEY"
+    name, key = (secret["valueFrom"]["secretKeyRef"][part] for part in ("name", "key"))
+    assert f"kubectl create secret generic {name} --from-literal={key}=" in (LAUNCH / "kubernetes.yaml").read_text()
     assert spec["completionMode"] == "Indexed"
     assert spec["completions"] == spec["parallelism"] == int(environ["STEPJAX_PROCESSES"])
     found = detect(environ | {"JOB_COMPLETION_INDEX": "3"})

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt", action="append", metavar="TEXT", help="a user message, e.g. 'What is 467 + 358?'; may be repeated"
     )
     source.add_argument(
-        "--tokens", type=Path, metavar="IN.json", help="prompts as a JSON list of lists of token ids, e.g. [[0, 671]]"
+        "--tokens", type=Path, metavar="IN.json", help="prompts as a JSON list of lists of token ids, e.g. [[0, 71]]"
     )
     parser.add_argument("--system", metavar="TEXT", help="system message before each prompt (default: none)")
     parser.add_argument(
@@ -77,7 +77,7 @@ def read_tokens(path: Path) -> list[list[int]]:
     except (ValueError, RecursionError) as error:
         raise RequestError(f"{path}: not valid JSON ({error}); expected a list of lists of token ids") from None
     if not isinstance(prompts, list) or not prompts or not all(isinstance(ids, list) for ids in prompts):
-        raise RequestError(f"{path}: expected a non-empty JSON list of lists of token ids, as [[0, 671], [0, 5]]")
+        raise RequestError(f"{path}: expected a non-empty JSON list of lists of token ids, as [[0, 71], [0, 5]]")
     for index, ids in enumerate(prompts):
         if not ids or not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
             raise RequestError(f"{path}: list {index} is empty or holds something that is not an integer")

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="IN.json",
-        help="a JSON list of lists of token ids, e.g. [[0, 671], [0, 5]]",
+        help="a JSON list of lists of token ids, e.g. [[0, 71], [0, 5]]",
     )
     parser.add_argument(
         "--out", type=Path, required=True, metavar="OUT.npz", help="file to write, in NumPy's .npz format"
