@@ -171,8 +171,11 @@ def _compile_anew(
 
 
 def everywhere(flags: Sequence[bool]) -> list[bool]:
-    """Whether each flag is set on all processes, which call this at the same point with as many flags."""
-    if jax.process_count() == 1:
+    """Whether each flag is set on all processes, which call this at the same point with as many flags.
+
+    A single process looks for no devices here: how many virtual ones there are may still be open.
+    """
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
         return list(flags)
     from jax.experimental import multihost_utils
 

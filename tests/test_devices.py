@@ -45,6 +45,27 @@ def test_cpus_are_made_before_jax_is_up_and_not_after():
     assert "XLA_FLAGS=--xla_force_host_platform_device_count=13" in more
 
 
+OPENED = """
+import jax
+from stepjax.infer.load import use_caches
+from stepjax.sharding.devices import want_virtual_devices
+
+assert use_caches() is not None
+want_virtual_devices(6)
+print(jax.device_count())
+"""
+
+
+def test_opening_the_cache_of_programs_leaves_the_number_of_devices_open(tmp_path):
+    """A command opens its caches before it loads a model, which says how many devices its mesh takes."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    environment["STEPJAX_CACHE_DIR"] = str(tmp_path)
+    ran = subprocess.run(
+        [sys.executable, "-c", OPENED], cwd=ROOT, env=environment, capture_output=True, check=True, text=True
+    )
+    assert ran.stdout.split() == ["6"]
+
+
 def test_a_number_set_by_the_environment_stands():
     assert devices("cpu", 4) == jax.devices()[:4]
     assert jax.device_count() == 8
