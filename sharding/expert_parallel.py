@@ -27,7 +27,7 @@ from stepjax.ops.experts import held_ids, routed_experts
 from stepjax.ops.manual_axes import vary_alike, vary_with, zeros_after
 from stepjax.sharding.exchange import Exchange
 from stepjax.sharding.expert_traffic import exchanged_traffic, gathered_traffic, reach
-from stepjax.sharding.rules import GROUP, Axes, ShardingRules
+from stepjax.sharding.rules import Axes, ShardingRules
 from stepjax.weights.adapted import by_token, cotangent, moved, moving
 
 WORTHWHILE = 1.5  # times cheaper on the links the exchange must be: it also sorts rows into buffers and back
@@ -35,7 +35,7 @@ WORTHWHILE = 1.5  # times cheaper on the links the exchange must be: it also sor
 
 @dataclass(frozen=True)
 class Group:
-    """How the devices that hold one copy of the model share its experts."""
+    """How the devices that hold one copy of the routed experts share them."""
 
     axes: Axes  # of the group
     ranks: Axes  # of them, those that whole experts are split over
@@ -44,6 +44,7 @@ class Group:
     num_devices: int
     num_ranks: int
     num_shares: int  # of an expert's width
+    num_shared: int  # of the shared expert's
     num_experts: int  # of the whole model
 
     @classmethod
@@ -51,13 +52,14 @@ class Group:
         """The group of a model on a mesh."""
         ranks, width = (rules.table.get(name, ()) for name in ("expert", "expert_mlp"))
         return cls(
-            axes=rules.live(GROUP),
+            axes=rules.group,
             ranks=ranks,
             width=width,
             shared=rules.table["mlp"],
-            num_devices=rules.size(GROUP),
+            num_devices=rules.size(rules.group),
             num_ranks=rules.size(ranks),
             num_shares=rules.size(width),
+            num_shared=rules.size(rules.table["mlp"]),
             num_experts=rules.config.num_experts,
         )
 
@@ -187,7 +189,7 @@ def _summand(
 ) -> jax.Array:
     """What this device adds to the output of the tokens that it sees."""
     routed, shared = moe.local(x_BTD, ids_BTA, combine_BTA, first_expert=group.first_expert(), form=form)
-    out = _once(routed, {*group.axes} - {*group.ranks, *group.width}) + _once(shared, {*group.axes} - {*group.shared})
+    out = once(routed, {*group.axes} - {*group.ranks, *group.width}) + once(shared, {*group.axes} - {*group.shared})
     return out.astype(x_BTD.dtype)
 
 
@@ -374,7 +376,7 @@ def _passes_bwd(plan, saved, cotangent_TD):
 _passes.defvjp(_passes_fwd, _passes_bwd)
 
 
-def _once(x: jax.Array, axes: set[str]) -> jax.Array:
+def once(x: jax.Array, axes: set[str]) -> jax.Array:
     """``x`` on one device of these axes and zeros on the others, which hold the same: it is about to be summed."""
     if not axes:
         return x

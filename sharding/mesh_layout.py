@@ -21,8 +21,9 @@ from stepjax.model.layout import Routed
 from stepjax.ops.attention import Heads, KeyValues
 from stepjax.ops.expert_choice import Formulation
 from stepjax.sharding.context_parallel import Split, attend_split
+from stepjax.sharding.dispatch import DispatchForm, dispatch_body
 from stepjax.sharding.expert_parallel import EXCHANGED, GATHERED, REPLICATED, ExpertBody, Group, exchange_pays
-from stepjax.sharding.rules import GROUP, Axes, ShardingRules
+from stepjax.sharding.rules import Axes, ShardingRules
 from stepjax.weights.adapted import Adapted, factor_axes
 from stepjax.weights.stacked import LayerWeight
 
@@ -49,6 +50,7 @@ class MeshLayout:
     stream_tokens: int = STREAM_TOKENS
     split_batch: bool = True  # sequences over `data`
     exchange: bool | None = None  # whether rows of a split stream travel to their experts; None: where it pays
+    dispatch: DispatchForm | None = None  # how tokens of a wide strategy reach their experts; None: what is cheapest
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -131,6 +133,8 @@ class MeshLayout:
     def expert_body(self, shape: tuple[int, ...]) -> ExpertBody:
         """The body that runs the experts on activations of this shape, [B, T, D] over all devices."""
         group, spec = Group.of(self.rules), self._fit(shape, "batch", "stream", "embed")
+        if self.rules.wide:
+            return self._wide_body(group, shape, spec)
         if spec == self._fit(shape, "batch", "length", "embed"):
             return REPLICATED
         if not group.ranks:  # no device holds a whole expert
@@ -138,6 +142,14 @@ class MeshLayout:
         batch, tokens, _ = NamedSharding(self.mesh, spec).shard_shape(shape)
         pays = exchange_pays(self.rules.config, group, batch * tokens) if self.exchange is None else self.exchange
         return EXCHANGED if pays else GATHERED
+
+    def _wide_body(self, group: Group, shape: tuple[int, ...], spec: PartitionSpec) -> ExpertBody:
+        """The body for tokens that lie with their sequences."""
+        split = {axis for entry in spec for axis in _axes(entry)}
+        alike = tuple(axis for axis in group.axes if axis not in split)
+        if alike == group.axes:
+            return REPLICATED
+        return dispatch_body(self.dispatch or "gather", alike, self.rules.size(alike))
 
     def _taken_apart(self, module: Any, whole: str, *, batch: Any) -> tuple[Merge, Leaves, dict[Any, Any]]:
         """A module as a flat table of its parameters, their placement inside an island, and the way back.
@@ -150,7 +162,7 @@ class MeshLayout:
         variables = dict(nnx.to_flat_state(state))
         leaves = {path: variable.get_value() for path, variable in variables.items()}
         axes = {path: variable.get_metadata("axes") for path, variable in variables.items()}
-        rule = self.rules.spec if batch is not None else self.rules.gathered
+        rule, storage = self.rules.spec if batch is not None else self.rules.gathered, self.rules.storage
 
         def place(*axes: str | None) -> PartitionSpec:
             return rule(*(axis if axis != whole else None for axis in axes))
@@ -158,7 +170,9 @@ class MeshLayout:
         specs = {path: placed(leaves[path], names, place, batch=batch) for path, names in axes.items()}
 
         def merge(leaves: Leaves) -> Any:
-            placed = [(path, variables[path].replace(_gather(value, specs[path]))) for path, value in leaves.items()]
+            placed = [
+                (path, variables[path].replace(_gather(value, specs[path], storage))) for path, value in leaves.items()
+            ]
             return nnx.merge(graph, nnx.from_flat_state(placed))
 
         return merge, leaves, specs
@@ -171,7 +185,7 @@ class MeshLayout:
         context = self.rules.mesh.context
         if axis == "batch" and not self.split_batch:
             return None
-        if axis == "stream" and (size < self.stream_tokens or size % (context * self.rules.size(GROUP))):
+        if axis == "stream" and (size < self.stream_tokens or size % self.rules.size(self.rules.activation("stream"))):
             axis = "length"
         return None if axis == "length" and size < context * CONTEXT_TOKENS else axis
 
@@ -210,18 +224,21 @@ def placed(value: Any, axes: tuple[str, ...], place: Callable[..., Any], *, batc
     return replace(value, base=placed(value.base, axes, place), a=place(*of_a), b=place(*of_b), slot=slot)
 
 
-def _gather(value: Any, spec: Any) -> Any:
-    """A parameter without the splits that only save memory."""
+def _gather(value: Any, spec: Any, storage: Axes) -> Any:
+    """A parameter without the splits that only save memory: those over ``storage``."""
+    if not storage:
+        return value
     if isinstance(value, Adapted):
-        base, a, b = (_gather(x, place) for x, place in ((value.base, spec.base), (value.a, spec.a), (value.b, spec.b)))
+        parts = (value.base, spec.base), (value.a, spec.a), (value.b, spec.b)
+        base, a, b = (_gather(x, place, storage) for x, place in parts)
         return replace(value, base=base, a=a, b=b)
     if isinstance(value, LayerWeight):
-        if not any(axis not in GROUP for entry in spec.stack for axis in _axes(entry)):
+        if not any(axis in storage for entry in spec.stack for axis in _axes(entry)):
             return value
         value, spec = value.sliced(), PartitionSpec(*spec.stack[1:])
     for dimension, entry in enumerate(spec):
-        if storage := tuple(axis for axis in _axes(entry) if axis not in GROUP):
-            gather = functools.partial(jax.lax.all_gather, axis_name=storage, axis=dimension, tiled=True)
+        if stored := tuple(axis for axis in _axes(entry) if axis in storage):
+            gather = functools.partial(jax.lax.all_gather, axis_name=stored, axis=dimension, tiled=True)
             value = jax.tree.map(gather, value)
     return value
 

@@ -21,10 +21,12 @@ from stepjax.weights.plain import PLAIN
 
 Axes = tuple[str, ...]
 
-GROUP: Axes = ("expert", "tensor")  # devices that hold one copy of the model between them
+GROUP: Axes = ("expert", "tensor")  # devices that hold one copy of the model between them, unless a strategy is wide
+EVERYONE: Axes = ("data", *GROUP)
 
 # Logical axis → mesh axes, outermost first. What a table leaves out is not split.
-_WIDTHS: dict[str, Axes] = {"vocab": GROUP, "heads": GROUP, "kv_heads": GROUP, "mlp": GROUP, "embed_in": GROUP}
+_WIDE_WIDTHS: dict[str, Axes] = dict.fromkeys(("vocab", "heads", "kv_heads", "mlp", "embed_in"), ("tensor",))
+_WIDTHS: dict[str, Axes] = dict.fromkeys(_WIDE_WIDTHS, GROUP)
 STRATEGIES: dict[str, dict[str, Axes]] = {
     # Every width is split, the experts' too: least memory a device in small groups, smallest products.
     "tensor": _WIDTHS | {"expert_mlp": GROUP},
@@ -34,15 +36,21 @@ STRATEGIES: dict[str, dict[str, Axes]] = {
     "expert_tensor": _WIDTHS | {"expert": ("expert",), "expert_mlp": ("tensor",)},
     # For training: the former, and every matrix also over the replicas, gathered where it is used.
     "fsdp": _WIDTHS | {"expert": ("expert",), "expert_mlp": ("tensor",), "embed": ("data",)},
+    # Sequences over `data` and `expert`: a cached key lies on one device, whatever the number of key-value heads.
+    # Whole experts over the same devices; where they do not divide over `tensor`, their widths take its place.
+    "wide": _WIDE_WIDTHS | {"expert": GROUP},
+    "wide_data": _WIDE_WIDTHS | {"expert": EVERYONE},
 }
+WIDE = ("wide", "wide_data")
 
-# Activations, whatever the strategy.
+# Activations.
 _ACTIVATIONS: dict[str, Axes] = {
     "batch": ("data",),
     "length": ("context",),
     "stream": ("context", *GROUP),
     "rows": ("context",),
 }
+_WIDE_ACTIVATIONS = _ACTIVATIONS | {"batch": ("data", "expert"), "stream": ("context", "tensor")}
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,9 @@ class ShardingRules:
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
-            raise MeshError(f"strategy: is {self.strategy!r}, expected one of {', '.join(STRATEGIES)}")
+            raise MeshError(
+                f"strategy: is {self.strategy!r}, expected one of {', '.join(STRATEGIES)}{self._excluded()}"
+            )
         self.table  # noqa: B018  (resolved now, so that a bad mesh is refused now)
 
     @cached_property
@@ -73,6 +83,30 @@ class ShardingRules:
         """What is copied where the user may expect it to be split, one line each."""
         return tuple(note for _, _, note in self._resolved if note)
 
+    @property
+    def wide(self) -> bool:
+        """Whether sequences are split over the devices that share the experts."""
+        return self.strategy in WIDE
+
+    @property
+    def group(self) -> Axes:
+        """Mesh axes of the devices that hold one copy of the routed experts between them."""
+        return self.live(STRATEGIES[self.strategy]["expert"] if self.wide else GROUP)
+
+    @property
+    def attention_group(self) -> Axes:
+        """Mesh axes of the devices that have the same sequences and share heads and widths."""
+        return self.live(("tensor",) if self.wide else GROUP)
+
+    @property
+    def storage(self) -> Axes:
+        """Mesh axes over which matrices lie in pieces to save memory, gathered where they are used."""
+        return self.table.get("embed", ())
+
+    def activation(self, axis: str) -> Axes:
+        """Mesh axes that a logical axis of activations and caches is split over."""
+        return self.live((_WIDE_ACTIVATIONS if self.wide else _ACTIVATIONS)[axis])
+
     def spec(self, *axes: str | None) -> PartitionSpec:
         """Placement of a parameter with these logical axes. Vectors are small: every device holds them whole."""
         if len([axis for axis in axes if axis != "layers"]) == 1:
@@ -81,15 +115,21 @@ class ShardingRules:
 
     def gathered(self, *axes: str | None) -> PartitionSpec:
         """Placement of a parameter where it is used: `spec` without what only saves memory."""
-        return self._spec([tuple(a for a in self.table.get(axis or "", ()) if a in GROUP) for axis in axes])
+        return self._spec([() if axis == "embed" else self.table.get(axis or "", ()) for axis in axes])
 
     def fit(self, shape: Sequence[int], *axes: str | None) -> PartitionSpec:
-        """Placement of an activation or a cache: a dimension that its mesh axes do not divide is copied instead."""
+        """Placement of an activation or a cache: a dimension that its mesh axes do not divide is copied instead.
+
+        Sequences are split over as many devices of their axes as divide them.
+        """
         assert len(shape) == len(axes), f"{len(axes)} axis names for shape {tuple(shape)}"
-        table = self.table | {name: self.live(mesh_axes) for name, mesh_axes in _ACTIVATIONS.items()} | {"embed": ()}
+        table = self.table | {name: self.activation(name) for name in _ACTIVATIONS} | {"embed": ()}
         chosen = [table.get(axis or "", ()) for axis in axes]
         return self._spec(
-            [entry if size % self.size(entry) == 0 else () for entry, size in zip(chosen, shape, strict=True)]
+            [
+                self._dividing(size, entry) if axis == "batch" else entry if size % self.size(entry) == 0 else ()
+                for axis, entry, size in zip(axes, chosen, shape, strict=True)
+            ]
         )
 
     def size(self, axes: Axes) -> int:
@@ -100,6 +140,11 @@ class ShardingRules:
         """Those of the mesh axes that split anything."""
         return tuple(axis for axis in axes if self.mesh.sizes[axis] > 1)
 
+    def _dividing(self, size: int, axes: Axes) -> Axes:
+        """Of these axes and each alone, what divides ``size`` and splits it furthest."""
+        options = [option for option in (axes, *((axis,) for axis in axes)) if size % self.size(option) == 0]
+        return max(options, key=self.size, default=())
+
     def _spec(self, entries: Sequence[Axes]) -> PartitionSpec:
         used = [axis for entry in entries for axis in entry]
         assert len(used) == len(set(used)), f"{entries} split two dimensions over one mesh axis"
@@ -107,8 +152,34 @@ class ShardingRules:
 
     @cached_property
     def _resolved(self) -> list[tuple[str, Axes, str]]:
-        table = STRATEGIES[self.strategy]
+        table = self._strategy_table()
         return [(name, *self._resolve(name, self.live(table.get(name, ())))) for name in LOGICAL if name in table]
+
+    def _strategy_table(self) -> dict[str, Axes]:
+        """The strategy's table; widths of experts over `tensor` where a wide one cannot split whole experts over it."""
+        table = STRATEGIES[self.strategy]
+        if not self.wide or self._legal("expert", table["expert"]):
+            return table
+        ranks, width = tuple(axis for axis in table["expert"] if axis != "tensor"), ("tensor",)
+        legal = self._legal("expert", ranks) and self._legal("expert_mlp", width)
+        return table | {"expert": ranks, "expert_mlp": width} if legal else table
+
+    def _legal(self, name: str, axes: Axes) -> bool:
+        """Whether `_resolve` accepts these axes."""
+        try:
+            self._resolve(name, self.live(axes))
+        except MeshError:
+            return False
+        return True
+
+    def _excluded(self) -> str:
+        """Why strategies that the user joined cannot be, if that is what he did."""
+        if "wide" not in self.strategy:
+            return ""
+        return (
+            "; wide is one of its own: it splits sequences over data and expert, which fsdp stores weights over, and "
+            "context, expert and tensor belong to --mesh, as --strategy wide --mesh context=2,expert=2,tensor=2"
+        )
 
     def _resolve(self, name: str, axes: Axes) -> tuple[Axes, str]:
         """The axes that ``name`` can be split over, and a note if they are fewer than asked for."""

@@ -128,6 +128,11 @@ ILLEGAL = [
     ("expert=3", 3, "expert", TINY, False, "routed experts (8) cannot be split 3 ways"),
     ("tensor=4", 4, "tensor", TINY, False, "query heads (4 and 6) cannot be split 4 ways; the nearest that can is 2"),
     ("expert=8", 8, "expert_tensor", EIGHT, False, "routed experts (12) cannot be split 8 ways"),
+    ("expert=64", 64, "wide", FLASH, False, "routed experts (288) cannot be split 64 ways; the nearest that can is 72"),
+    ("expert=8,tensor=8", 64, "wide", FP8, True, "routed experts (288) cannot be split 64 ways"),
+    ("data=8,expert=8", 64, "wide_data", FLASH, False, "data=8,expert=8: routed experts (288) cannot be split 64 ways"),
+    ("expert=4,tensor=3", 12, "wide", FLASH, False, "tensor=3: query heads (64 and 96) cannot be split 3 ways"),
+    ("expert=8", 8, "wide,fsdp", FLASH, False, "wide is one of its own: it splits sequences over data and expert"),
 ]
 
 
@@ -156,6 +161,13 @@ LEGAL = [
     ("tensor=16", 16, "tensor", FP8, False, 1),
     ("data=4,context=8", 32, "fsdp", FLASH, False, 0),
     ("data=-1,expert=4", 8, "fsdp", FLASH, False, 0),
+    ("", 1, "wide", FLASH, False, 0),
+    ("expert=72", 72, "wide", FP8, True, 0),  # 72 ways of attention without a copy of a key
+    ("expert=4,tensor=8", 32, "wide", FP8, True, 0),  # whole experts over tensor too
+    ("data=4,tensor=8", 32, "wide_data", FP8, True, 0),
+    ("expert=32,tensor=2", 64, "wide", FP8, True, 0),  # or their widths, where whole ones do not divide
+    ("data=8,tensor=8", 64, "wide_data", FLASH, False, 0),
+    ("context=2,expert=4,tensor=4", 32, "wide", FLASH, False, 0),
 ]
 
 
@@ -220,6 +232,35 @@ def test_an_activation_that_does_not_divide_is_copied():
     assert rules.fit((3, 64, 64), "batch", "length", "embed") == P(None, "context", None)
     assert rules.fit((4, 64, 64), "batch", "stream", "embed") == P("data", ("context", "tensor"), None)
     assert rules.fit((4, 63, 2, 16), "batch", "rows", "kv_heads", "head") == P("data", None, "tensor", None)
+
+
+def test_wide_splits_sequences_over_the_devices_that_share_the_experts():
+    mesh = MeshSpec(data=2, expert=2, tensor=2)
+    rules, everywhere = ShardingRules(TINY, mesh, "wide"), ShardingRules(TINY, mesh, "wide_data")
+    for each in (rules, everywhere):
+        assert (
+            each.spec("heads", "embed") == each.spec("mlp", "embed") == each.spec("vocab", "embed") == P("tensor", None)
+        )
+        assert each.fit((8, 64, 64), "batch", "length", "embed") == P(("data", "expert"), None, None)
+        assert each.fit((8, 64, 2, 16), "batch", "rows", "kv_heads", "head") == P(
+            ("data", "expert"), None, "tensor", None
+        )
+        assert each.attention_group == ("tensor",)
+    assert rules.spec("expert", "expert_mlp", "embed") == P(("expert", "tensor"), None, None)
+    assert everywhere.spec("expert", "expert_mlp", "embed") == P(("data", "expert", "tensor"), None, None)
+    assert (rules.group, everywhere.group) == (("expert", "tensor"), ("data", "expert", "tensor"))
+
+
+def test_the_width_of_wide_experts_is_split_only_where_whole_experts_do_not_divide():
+    halves = ShardingRules(EIGHT, MeshSpec(expert=4, tensor=2), "wide")  # 12 experts
+    assert halves.spec("expert", "expert_mlp", "embed") == P("expert", "tensor", None)
+    assert ShardingRules(EIGHT, MeshSpec(expert=2, tensor=2), "wide").table["expert"] == ("expert", "tensor")
+
+
+def test_sequences_are_split_as_far_as_they_divide():
+    rules = ShardingRules(TINY, MeshSpec(data=2, expert=4), "wide")
+    for batch, axes in ((16, ("data", "expert")), (4, "expert"), (12, "expert"), (6, "data"), (9, None), (1, None)):
+        assert rules.fit((batch, 7), "batch", "length") == P(axes, None), batch
 
 
 def test_training_keeps_matrices_apart_and_vectors_whole():

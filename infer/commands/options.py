@@ -49,7 +49,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strategy",
         default="expert_tensor",
-        choices=("tensor", "expert", "expert_tensor", "fsdp"),
+        choices=("tensor", "expert", "expert_tensor", "fsdp", "wide", "wide_data"),
         help="which weights --mesh splits over which axis (default: %(default)s)",
     )
     parser.add_argument(

@@ -22,9 +22,7 @@ from stepjax.sharding.exchange import CollectiveKind, Exchange
 from stepjax.sharding.expert_parallel import Group
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.planner.device_bytes import ById, local_shape
-from stepjax.sharding.rules import GROUP, Axes
-
-STREAM: Axes = ("context", *GROUP)
+from stepjax.sharding.rules import Axes
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class LocalTokens:
     length: int  # tokens of each where they meet weights
     stream: int  # tokens of each between the parts of a layer
     split: bool  # whether the stream lies in pieces of `length`
-    replicas: bool  # sequences are split over `data`
+    replicas: bool  # sequences are split over devices
     tokens_split: bool  # over `context`
 
     @classmethod
@@ -72,7 +70,7 @@ def _shares(key: ById, work: StepShape) -> LocalTokens:
 def serving_exchanges(layout: MeshLayout, work: StepShape, *, rows_split: bool) -> tuple[Exchange, ...]:
     """Everything that one step launches.
 
-    A split prefill that also drafts, or whose sequences are split over ``data``, moves a little more than this,
+    A split prefill that also drafts, or whose sequences are split, moves a little more than this,
     for shifted ids and for a single sequence on each replica.
 
     Args:
@@ -92,7 +90,7 @@ def serving_exchanges(layout: MeshLayout, work: StepShape, *, rows_split: bool) 
     if shares.replicas:
         emitted = work.count if work.step == "decode" else 1
         exchanges.append(
-            Exchange("all-gather", rules.live(("data",)), work.batch * (4.0 * (emitted + work.drafts) + 5), 1)
+            Exchange("all-gather", rules.activation("batch"), work.batch * (4.0 * (emitted + work.drafts) + 5), 1)
         )
     return tuple(exchange for exchange in exchanges if exchange.axes and exchange.payload_bytes)
 
@@ -120,7 +118,7 @@ def _summed(layout: MeshLayout, work: StepShape, shares: LocalTokens, axes: Axes
 def _gathered(layout: MeshLayout, work: StepShape, shares: LocalTokens) -> list[Exchange]:
     """A split stream on its way to weights."""
     payload = shares.tokens * _row(layout, work)
-    return [Exchange("all-gather", layout.rules.live(GROUP), payload, 1)] if shares.split else []
+    return [Exchange("all-gather", layout.rules.attention_group, payload, 1)] if shares.split else []
 
 
 def _embedding(layout: MeshLayout, work: StepShape, shares: LocalTokens) -> list[Exchange]:
@@ -176,7 +174,7 @@ def _ending(layout: MeshLayout, work: StepShape, shares: LocalTokens) -> list[Ex
     logits = Exchange("all-gather", rules.table["vocab"], 4.0 * shares.batch * num_logits * config.vocab_size, 1)
     if work.step == "decode" or not (shares.split or shares.tokens_split):
         return [logits]
-    axes = rules.live(STREAM) if shares.split else rules.live(("context",))
+    axes = rules.activation("stream") if shares.split else rules.live(("context",))
     last = Exchange("all-reduce", axes, shares.batch * _row(layout, work), 1)
     if work.batch == 1:  # the compiler makes a slice of a gather of one row
         last = Exchange("all-gather", axes, work.count * _row(layout, work), 1)

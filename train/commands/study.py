@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strategy",
         default="expert_tensor",
-        choices=("tensor", "expert", "expert_tensor", "fsdp"),
+        choices=("tensor", "expert", "expert_tensor", "fsdp", "wide", "wide_data"),
         help="which weights the mesh splits over which axis (default: %(default)s)",
     )
     parser.add_argument("--devices", type=int, metavar="N", help="number of devices (default: as many as the mesh has)")
