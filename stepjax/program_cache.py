@@ -172,7 +172,8 @@ def _compile_anew(
 
 def everywhere(flags: Sequence[bool]) -> list[bool]:
     """Whether each flag is set on all processes, which call this at the same point with as many flags."""
-    if jax.process_count() == 1:
+    # Asking jax for the number of processes starts it, after which a mesh can have no virtual devices.
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
         return list(flags)
     from jax.experimental import multihost_utils
 
