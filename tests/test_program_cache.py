@@ -171,7 +171,9 @@ def test_opening_the_cache_leaves_jax_unstarted(tmp_path):
         jax.config.update("jax_num_cpu_devices", 4)
         print(jax.device_count())
     """
-    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
+    }
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)],
         env=environment | {"STEPJAX_CACHE_DIR": str(tmp_path), "JAX_PLATFORMS": "cpu"},
