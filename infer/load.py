@@ -13,11 +13,12 @@ import jax.numpy as jnp
 
 from stepjax.cache_folder import MAX_GIB, CacheFolder
 from stepjax.checkpoint.folder import ModelFolder, open_folder
-from stepjax.checkpoint.reader import Checkpoint, load_params
+from stepjax.checkpoint.reader import load_params
+from stepjax.checkpoint.source import WeightSource
 from stepjax.config import ModelConfig
 from stepjax.errors import MeshError, RequestError
 from stepjax.infer.session import Session
-from stepjax.model.layer_tables import stack_layers
+from stepjax.model.layer_tables import stack_layers, stacked_path
 from stepjax.model.layout import Layout, SingleDevice
 from stepjax.model.period import period_of
 from stepjax.model.step3p5 import abstract, axes_of
@@ -54,8 +55,8 @@ def load(
     """Open a checkpoint and place its weights.
 
     Args:
-      name_or_path: a checkpoint folder, a hub id as ``stepfun-ai/Step-3.5-Flash``, an embedded name
-        (``step-tiny``), or a folder already opened.
+      name_or_path: a checkpoint folder, a GGUF file (of a split one, any part), a hub id as
+        ``stepfun-ai/Step-3.5-Flash``, an embedded name (``step-tiny``), or a folder already opened.
       dtype: of weights and activations. "auto" is bfloat16 on an accelerator and float32 on a CPU, which has no faster
         bfloat16 product and where greedy answers then do not depend on how a step is shaped.
       keep_fp8: keep the FP8 release's expert weights in 8 bits and widen them where they are used.
@@ -72,7 +73,7 @@ def load(
       program_cache: executables of earlier runs, as `use_caches` opens them; None: every run compiles its own.
       layers: "looped" holds the repeated layers as stacks, and programs run them in a loop, so that they are compiled
         once; "unrolled" compiles each by itself, as training needs it. "auto" takes what `LAYER_FORMS` says of the
-        device.
+        device. Layers whose experts are in different formats, as a GGUF file may have them, are never stacked.
 
     Raises:
       CheckpointError, ConfigError, TokenizerError, TemplateError: the folder is not a usable checkpoint. Everything is
@@ -90,7 +91,7 @@ def load(
     experts = _experts(checkpoint, requested(keep_fp8=keep_fp8, quantize=quantize, group=group))
     layout = _layout(mesh, strategy, checkpoint.config, experts)
     chosen = _resolve_dtype(dtype)
-    looped = _looped(layers, checkpoint.config)
+    looped = _looped(layers, checkpoint, experts)
     report = None
     if layout.replicated:
         axes = axes_of(abstract(checkpoint.config, layout=layout, mtp=checkpoint.has_mtp))
@@ -126,22 +127,33 @@ def load(
     )
 
 
-def _looped(layers: LayerForm, config: ModelConfig) -> bool:
+def _looped(layers: LayerForm, checkpoint: WeightSource, experts: ExpertFormat) -> bool:
     if layers not in get_args(LayerForm):
         raise RequestError(f"layers: is {layers!r}, expected one of {', '.join(get_args(LayerForm))}")
     if layers == "auto":
         layers = LAYER_FORMS.get(jax.default_backend(), "unrolled")
-    return layers == "looped" and period_of(config) is not None
+    return layers == "looped" and period_of(checkpoint.config) is not None and not _mixed(checkpoint, experts)
 
 
-def _experts(checkpoint: Checkpoint, requested: ExpertFormat | None) -> ExpertFormat:
+def _mixed(checkpoint: WeightSource, experts: ExpertFormat) -> bool:
+    """Whether layers that a stack would hold together have their experts in several formats."""
+    period = period_of(checkpoint.config)
+    formats: dict[str, set[ExpertFormat]] = {}
+    for path in checkpoint.paths if experts.mixed else ():
+        stacked = stacked_path(path, period)
+        if stacked is not None and ".experts." in path:
+            formats.setdefault(stacked.path, set()).add(checkpoint.format(path))
+    return any(len(kinds) > 1 for kinds in formats.values())
+
+
+def _experts(checkpoint: WeightSource, requested: ExpertFormat | None) -> ExpertFormat:
     """How the routed experts are to be held."""
     stored = checkpoint.experts
     if requested is None:
         return checkpoint.resident_experts
     if not requested.made_while_loading:
         return stored if stored.name == requested.name else checkpoint.resident_experts
-    if stored.made_while_loading:
+    if stored.quantised and stored.kept_as_stored:
         raise RequestError(
             f"quantize {requested.name}: {checkpoint.folder} holds its experts in {stored.bits} bits already; load it "
             "as it is, or quantise the checkpoint that it was made from"

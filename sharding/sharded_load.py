@@ -18,7 +18,9 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from stepjax.checkpoint.reader import Checkpoint, Index, ProgressCallback, read_as
+from stepjax.checkpoint.reader import ProgressCallback, read_as
+from stepjax.checkpoint.slices import Index
+from stepjax.checkpoint.source import WeightSource
 from stepjax.weights.expert_format import ExpertFormat
 from stepjax.weights.quantised import Quantised, Weight
 
@@ -50,7 +52,7 @@ class LoadReport:
 
 
 def load_sharded(
-    checkpoint: Checkpoint,
+    checkpoint: WeightSource,
     shardings: Mapping[str, Sharding],
     dtype: Any,
     *,
@@ -63,7 +65,7 @@ def load_sharded(
     Args:
       shardings: by our path, one for each weight of the checkpoint. A quantised weight must not be cut inside what
         shares a scale (`stepjax.sharding.rules` refuses that).
-      experts: how to hold the routed experts; None: as `Checkpoint.resident_experts` says.
+      experts: how to hold the routed experts; None: as `WeightSource.resident_experts` says.
       expert_order: relabel experts while reading, so that busy ones lie on different devices; answers do not change.
       progress: called with (bytes read, bytes that this process will read).
     """
@@ -102,7 +104,7 @@ class _Slice:
     num_bytes: int  # in the file
 
 
-def _slices(checkpoint: Checkpoint, path: str, sharding: Sharding) -> Iterator[_Slice]:
+def _slices(checkpoint: WeightSource, path: str, sharding: Sharding) -> Iterator[_Slice]:
     shape = checkpoint.shape(path)
     holders: dict[tuple[tuple[int, int], ...], list[Any]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
@@ -144,7 +146,7 @@ def _read_ahead(
 class _Reader:
     """Reads slices into memory of their own: pages of a view would count as resident and could change with the file."""
 
-    checkpoint: Checkpoint
+    checkpoint: WeightSource
     dtype: Any
     experts: ExpertFormat
     order: ExpertOrder

@@ -1,4 +1,4 @@
-"""Everything in a checkpoint folder but the weights: opened and checked in a moment, before jax is even imported."""
+"""Everything in a checkpoint but the weights: opened and checked in a moment, before jax is even imported."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stepjax.checkpoint.gguf.model import GgufCheckpoint
+from stepjax.checkpoint.gguf.vocabulary import TEMPLATE_KEY, generation_config, tokenizer_files
 from stepjax.checkpoint.hub import resolve
 from stepjax.checkpoint.reader import Checkpoint
 from stepjax.checkpoint.safetensors_file import regular_size
+from stepjax.checkpoint.source import WeightSource
 from stepjax.checkpoint.weight_files import inside
-from stepjax.errors import CheckpointError
+from stepjax.errors import CheckpointError, ConfigError, TokenizerError
 from stepjax.text.chat import ChatTemplate
 from stepjax.text.tokenizer import Tokenizer
 
@@ -24,20 +27,22 @@ _MAX_BYTES = 2**26  # the release's tokenizer.json has 8 MB
 class ModelFolder:
     """A checked checkpoint. Tokenizer and template may be missing: token ids then still work."""
 
-    path: Path
-    checkpoint: Checkpoint
+    path: Path  # a folder, or a GGUF file
+    checkpoint: WeightSource
     tokenizer: Tokenizer | None
     template: ChatTemplate | None
     generation_config: dict[str, Any]
 
 
 def open_folder(name_or_path: str | Path) -> ModelFolder:
-    """Resolve a name (folder, hub id, embedded name) and check all that is found there.
+    """Resolve a name (folder, GGUF file, hub id, embedded name) and check all that is found there.
 
     Raises:
       CheckpointError, ConfigError, TokenizerError, TemplateError: with the file, what was found and what was expected.
     """
     path = resolve(name_or_path)
+    if path.is_file():
+        return _open_gguf(path)
     checkpoint = Checkpoint(path)
     for name in _COMPANIONS:
         _check_companion(path, name)
@@ -49,6 +54,38 @@ def open_folder(name_or_path: str | Path) -> ModelFolder:
         )
     template = ChatTemplate.from_folder(path) if tokenizer and _has_template(path, tokenizer) else None
     return ModelFolder(path, checkpoint, tokenizer, template, _generation_config(path))
+
+
+def open_weights(name_or_path: str | Path) -> WeightSource:
+    """The weights of a model alone.
+
+    Raises:
+      CheckpointError, ConfigError: as `open_folder`.
+    """
+    path = resolve(name_or_path)
+    return GgufCheckpoint(path) if path.is_file() else Checkpoint(path)
+
+
+def _open_gguf(path: Path) -> ModelFolder:
+    """A GGUF file has its tokenizer and template among its metadata."""
+    checkpoint = GgufCheckpoint(path)
+    values, file = checkpoint.files.metadata, checkpoint.files.first.path
+    try:
+        found = tokenizer_files(values)
+        settings = generation_config(values)
+    except (TokenizerError, ConfigError) as error:
+        raise type(error)(f"{file}: {error}") from None
+    if found is None:
+        return ModelFolder(path, checkpoint, None, None, settings)
+    spec, config = found
+    tokenizer = Tokenizer(spec, config=config, origin=str(file))
+    if len(tokenizer) > checkpoint.config.vocab_size:
+        raise CheckpointError(
+            f"{file}: tokenizer.ggml.tokens has {len(tokenizer)} entries, more than the {checkpoint.config.vocab_size} "
+            "rows of token_embd.weight"
+        )
+    template = ChatTemplate.from_config(config, origin=f"{file}: {TEMPLATE_KEY}") if TEMPLATE_KEY in values else None
+    return ModelFolder(path, checkpoint, tokenizer, template, settings)
 
 
 def _check_companion(folder: Path, name: str) -> None:

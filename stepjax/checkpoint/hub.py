@@ -1,4 +1,4 @@
-"""From a model's name to a folder on this machine."""
+"""From a model's name to a folder or a GGUF file on this machine."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from stepjax.checkpoint.gguf.parts import models_in
 from stepjax.checkpoint.reader import read_config
 from stepjax.config import ASSETS
 from stepjax.errors import CheckpointError
@@ -25,7 +26,9 @@ _FORMS = (
 
 
 def resolve(name_or_path: str | Path, *, weights: bool = True) -> Path:
-    """The folder of a model: an existing folder, an embedded name, or a hub id, which is downloaded if need be.
+    """Where a model is: an existing folder or GGUF file, an embedded name, or a hub id, which is downloaded if need be.
+
+    A folder with nothing but GGUF files, as a download of one is, stands for the one model in it.
 
     Args:
       weights: False is content with the small files, ``config.json`` among them, and downloads no more.
@@ -37,15 +40,30 @@ def resolve(name_or_path: str | Path, *, weights: bool = True) -> Path:
     path, name = Path(name_or_path).expanduser(), str(name_or_path)
     is_folder, exists = _look_at(path) if name else (False, False)
     if is_folder:
+        return _gguf_in(path) or path
+    if exists and path.suffix == ".gguf":
         return path
     if exists:
-        raise CheckpointError(f"{path}: is a file, expected a checkpoint folder; name the folder that holds it")
+        raise CheckpointError(
+            f"{path}: is a file, expected a checkpoint folder or a .gguf file; name the folder that holds it"
+        )
     if name in EMBEDDED:
         return _embedded(name, weights=weights)
     match = _HUB_ID.fullmatch(name) if isinstance(name_or_path, str) else None
     if not match:
         raise CheckpointError(f"{name[:200]!r}: is neither a folder nor a name of a model; {_FORMS}")
     return _download(match["repo"], match["revision"], weights=weights)
+
+
+def _gguf_in(folder: Path) -> Path | None:
+    """The GGUF model of a folder that is no checkpoint folder."""
+    if (folder / "config.json").exists() or any(folder.glob("*.safetensors")):
+        return None
+    models = models_in(folder)
+    if len(models) > 1:
+        listed = ", ".join(model.name for model in models[:5]) + (" …" if len(models) > 5 else "")
+        raise CheckpointError(f"{folder}: holds {len(models)} GGUF models, {listed}; name one of these files")
+    return models[0] if models else None
 
 
 def _look_at(path: Path) -> tuple[bool, bool]:

@@ -5,7 +5,6 @@ Nothing here imports jax until weights are wanted, so that a broken folder is re
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -14,6 +13,8 @@ import numpy as np
 
 from stepjax.checkpoint.hub_names import Recipe, Resolution, StoredPart, resolve_names
 from stepjax.checkpoint.safetensors_file import Entry, regular_size
+from stepjax.checkpoint.slices import Index, absolute_index, covering, num_elements
+from stepjax.checkpoint.source import WeightSource
 from stepjax.checkpoint.weight_files import inside, open_shards
 from stepjax.config import ModelConfig
 from stepjax.errors import CheckpointError
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
     from stepjax.weights.quantised import Quantised, Weight
 
-Index = tuple[slice, ...]
 ProgressCallback = Callable[[int, int], None]  # bytes of weights that are done, and total bytes
 
 MAX_CONFIG_BYTES = 2**20
@@ -91,14 +91,14 @@ class Checkpoint:
     def stored_bytes(self, path: str, index: Index | None = None) -> int:
         """Bytes in the files of a weight, or of its part at ``index``, including scales."""
         recipe = self._recipe(path)
-        where = _absolute(index, recipe.spec.shape)
+        where = absolute_index(index, recipe.spec.shape)
         if not recipe.scales:
-            return _size(where) * ITEM_BYTES[self._entry(recipe.parts[0].name).dtype]
+            return num_elements(where) * ITEM_BYTES[self._entry(recipe.parts[0].name).dtype]
         format = self._formats[path]
         unit = format.unit_of(recipe.spec.shape)
-        cover, _ = _cover(where, recipe.spec.shape, unit)
-        scales = _size(_scale_index(cover, unit)) * ITEM_BYTES[self._entry(recipe.scales[0]).dtype]
-        return _size(cover) * format.bits // 8 + scales
+        cover, _ = covering(where, recipe.spec.shape, unit)
+        scales = num_elements(_scale_index(cover, unit)) * ITEM_BYTES[self._entry(recipe.scales[0]).dtype]
+        return num_elements(cover) * format.bits // 8 + scales
 
     def format(self, path: str) -> ExpertFormat:
         """The format of this weight in the files."""
@@ -126,7 +126,7 @@ class Checkpoint:
           copy: read into new memory rather than map the file.
         """
         recipe = self._recipe(path)
-        where = _absolute(index, recipe.spec.shape)
+        where = absolute_index(index, recipe.spec.shape)
         if not recipe.scales:
             value = self._slab(recipe.parts, where, copy=copy)
             return value.astype(np.float32 if recipe.spec.dtype == "F32" else dtype, copy=False)
@@ -134,7 +134,7 @@ class Checkpoint:
 
         format = self._formats[path]
         unit = format.unit_of(recipe.spec.shape)
-        cover, inner = _cover(where, recipe.spec.shape, unit)
+        cover, inner = covering(where, recipe.spec.shape, unit)
         *rows, columns = cover
         stored_columns = slice(*(edge // format.values_per_element for edge in (columns.start, columns.stop)))
         values = self._slab(recipe.parts, (*rows, stored_columns), copy=copy)
@@ -266,7 +266,11 @@ def read_config(folder: Path, name: str = "config.json") -> ModelConfig:
 
 
 def load_params(
-    checkpoint: Checkpoint, dtype: Any, *, experts: ExpertFormat | None = None, progress: ProgressCallback | None = None
+    checkpoint: WeightSource,
+    dtype: Any,
+    *,
+    experts: ExpertFormat | None = None,
+    progress: ProgressCallback | None = None,
 ) -> dict[str, Weight]:
     """Every weight as jax arrays on the default device, one at a time: beside the model, memory holds one weight.
 
@@ -286,7 +290,7 @@ def load_params(
 
 
 def read_as(
-    checkpoint: Checkpoint,
+    checkpoint: WeightSource,
     path: str,
     dtype: Any,
     experts: ExpertFormat,
@@ -294,13 +298,14 @@ def read_as(
     index: Index | None = None,
     copy: bool = False,
 ) -> np.ndarray | Quantised:
-    """`Checkpoint.read`, with the routed experts in a format: kept where they are stored so, else made from ``dtype``.
+    """`WeightSource.read`, with the routed experts in a format: kept where they are so, else made from ``dtype``.
 
     Raises:
       ConfigError: the format cannot hold the weight.
     """
-    value = checkpoint.read(path, dtype=dtype, keep=checkpoint.format(path) == experts, index=index, copy=copy)
-    if not experts.quantised or ".experts." not in path or not isinstance(value, np.ndarray):
+    value = checkpoint.read(path, dtype=dtype, keep=experts.keeps(checkpoint.format(path)), index=index, copy=copy)
+    made = experts.quantised and not experts.mixed and ".experts." in path
+    if not made or not isinstance(value, np.ndarray):
         return value
     from stepjax.weights.quantised import quantise
 
@@ -321,20 +326,6 @@ def _place(value: np.ndarray) -> jax.Array:
     return jnp.copy(placed) if in_file and placed.unsafe_buffer_pointer() == value.ctypes.data else placed
 
 
-def _absolute(index: Index | None, shape: tuple[int, ...]) -> Index:
-    """``index`` with numbers in place of None and of negative ends."""
-    index = index or (slice(None),) * len(shape)
-    assert len(index) == len(shape), f"{len(index)} slices for shape {shape}"
-    ranges = [span.indices(size) for span, size in zip(index, shape, strict=True)]
-    assert all(step == 1 for _, _, step in ranges), f"{index} has steps"
-    return tuple(slice(start, stop) for start, stop, _ in ranges)
-
-
-def _size(where: Index) -> int:
-    """Elements of a part."""
-    return math.prod(span.stop - span.start for span in where)
-
-
 def _shifted(where: Index, start: int) -> Index:
     """``where`` within a stored tensor that begins ``start`` rows earlier on its out axis."""
     if not start:
@@ -351,14 +342,3 @@ def _scale_index(where: Index, unit: tuple[int, int]) -> Index:
         slice(where[-2].start // rows, -(-where[-2].stop // rows)),
         slice(where[-1].start // columns, -(-where[-1].stop // columns)),
     )
-
-
-def _cover(where: Index, shape: tuple[int, ...], unit: tuple[int, int]) -> tuple[Index, Index]:
-    """The smallest range of whole units that contains ``where``, and the place of ``where`` in it."""
-    outer, inner = list(where), [slice(None)] * len(where)
-    for axis, size in zip((-2, -1), unit, strict=True):
-        start, stop = where[axis].start, where[axis].stop
-        first = start // size * size
-        outer[axis] = slice(first, min(-(-stop // size) * size, shape[axis]))
-        inner[axis] = slice(start - first, stop - first)
-    return tuple(outer), tuple(inner)

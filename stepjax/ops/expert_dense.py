@@ -89,7 +89,7 @@ def tiled(
     Args:
       count: a number ≥ 0 of the layer's routing (`zeros_after`).
     """
-    num_experts, tile = weights.gate.shape[0], _tile(weights.gate, x.dtype)
+    num_experts, tile = weights.gate.shape[0], _tile(weights, x.dtype)
 
     def widened(weights: ExpertWeights, *rows: jax.Array | None) -> jax.Array:
         return run(*(widen(w, x.dtype) for w in weights), *rows)
@@ -123,9 +123,9 @@ def tiled(
     return out.reshape(num_experts, *shape[1:])
 
 
-def _tile(weight: AnyWeight, dtype: DTypeLike) -> int:
-    num_experts, rows, columns = weight.shape
-    if not format_of(plain(weight)).quantised:
+def _tile(weights: ExpertWeights, dtype: DTypeLike) -> int:
+    num_experts, rows, columns = weights.gate.shape
+    if not any(format_of(plain(w)).quantised for w in weights):
         return num_experts
     return tile_size(num_experts, rows * columns, jnp.dtype(dtype).itemsize)
 

@@ -66,6 +66,19 @@ class ChatTemplate:
         except TemplateError as error:
             raise TemplateError(f"{file if file.exists() else folder / 'tokenizer_config.json'}: {error}") from None
 
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], *, origin: str) -> ChatTemplate:
+        """Takes ``chat_template`` and the tokens of a parsed tokenizer_config.json; ``origin`` names it in errors.
+
+        Raises TemplateError if there is none, or it cannot be read.
+        """
+        source = _choose_template(config.get("chat_template"), Path(origin))
+        variables = {name: text for name in _TOKEN_VARIABLES if (text := _spelling(config.get(name)))}
+        try:
+            return cls(source, variables=variables)
+        except TemplateError as error:
+            raise TemplateError(f"{origin}: {error}") from None
+
     def segments(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -8,12 +8,15 @@ from typing import Any
 from stepjax.errors import RequestError
 from stepjax.weights.expert_format import ExpertFormat
 from stepjax.weights.fp8 import Fp8Blocks
+from stepjax.weights.gguf_blocks import GGUF_TYPES
 from stepjax.weights.int_groups import GROUP, IntGroups
 from stepjax.weights.plain import PLAIN
 
 FORMATS: dict[str, ExpertFormat] = {  # by name
     format.name: format for format in (PLAIN, Fp8Blocks(), IntGroups(8, None), IntGroups(4, GROUP))
 }
+# The block types of GGUF files, by name. No folder is written in them, and plans do not compare them unless asked.
+BLOCK_FORMATS: dict[str, ExpertFormat] = {format.name: format for format in GGUF_TYPES.values()}
 
 
 def named(names: Sequence[str]) -> tuple[ExpertFormat, ...]:
@@ -23,9 +26,9 @@ def named(names: Sequence[str]) -> tuple[ExpertFormat, ...]:
       RequestError: one is not in the table.
     """
     for name in names:
-        if name not in FORMATS:
-            raise RequestError(f"experts: {name!r}, expected some of {', '.join(FORMATS)}")
-    return tuple(FORMATS[name] for name in names)
+        if name not in FORMATS and name not in BLOCK_FORMATS:
+            raise RequestError(f"experts: {name!r}, expected some of {', '.join([*FORMATS, *BLOCK_FORMATS])}")
+    return tuple((FORMATS | BLOCK_FORMATS)[name] for name in names)
 
 
 def made_while_loading() -> tuple[str, ...]:
@@ -42,7 +45,8 @@ def scale_suffixes() -> tuple[str, ...]:
 def described(fields: Mapping[str, Any]) -> ExpertFormat:
     """The format that `ExpertFormat.describe` put into JSON's terms."""
     sizes = dict(fields)
-    return FORMATS[sizes.pop("name")].described(sizes)
+    name = sizes.pop("name")
+    return (FORMATS[name] if name in FORMATS else BLOCK_FORMATS[name]).described(sizes)
 
 
 def requested(*, keep_fp8: bool = False, quantize: str | None = None, group: int = GROUP) -> ExpertFormat | None:

@@ -1,0 +1,1 @@
+"""GGUF files, llama.cpp's format: read as checkpoints, and written."""

@@ -1,0 +1,70 @@
+"""What loading asks of an opened checkpoint, whatever the files are that hold it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
+
+import numpy as np
+
+from stepjax.checkpoint.slices import Index
+from stepjax.config import ModelConfig
+from stepjax.weights.expert_format import ExpertFormat
+
+if TYPE_CHECKING:
+    from stepjax.weights.quantised import Quantised
+
+
+class WeightSource(Protocol):
+    """Weights by our path, with the configuration that they were checked against."""
+
+    folder: Path  # or the file
+    config: ModelConfig
+    has_mtp: bool
+    notes: tuple[str, ...]  # for the user, one line each
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Every weight of the model that the files hold."""
+        ...
+
+    @property
+    def experts(self) -> ExpertFormat:
+        """The format of the routed experts in the files."""
+        ...
+
+    @property
+    def resident_experts(self) -> ExpertFormat:
+        """Their format in memory, unless another is requested."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all weights in the files."""
+        ...
+
+    def shape(self, path: str) -> tuple[int, ...]:
+        """Shape of a weight."""
+        ...
+
+    def stored_bytes(self, path: str, index: Index | None = None) -> int:
+        """Bytes in the files of a weight, or of its part at ``index``, including scales."""
+        ...
+
+    def format(self, path: str) -> ExpertFormat:
+        """The format of this weight in the files."""
+        ...
+
+    @overload
+    def read(
+        self, path: str, *, dtype: Any, keep: Literal[False] = False, index: Index | None = None, copy: bool = False
+    ) -> np.ndarray: ...
+    @overload
+    def read(
+        self, path: str, *, dtype: Any, keep: bool, index: Index | None = None, copy: bool = False
+    ) -> np.ndarray | Quantised: ...
+    def read(
+        self, path: str, *, dtype: Any, keep: bool = False, index: Index | None = None, copy: bool = False
+    ) -> np.ndarray | Quantised:
+        """One weight, or the part of it at ``index``, in ``dtype``, or with ``keep`` in its format."""
+        ...
