@@ -161,29 +161,6 @@ def test_the_least_recently_used_go_first(root):
     assert not left.exists()
 
 
-def test_opening_the_cache_leaves_jax_unstarted(tmp_path):
-    """A mesh on a CPU asks for its virtual devices later, which jax allows only before it has been used."""
-    program = """
-        import jax
-        from stepjax.program_cache import ProgramCache
-
-        assert ProgramCache.open()
-        jax.config.update("jax_num_cpu_devices", 4)
-        print(jax.device_count())
-    """
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        env=environment | {"STEPJAX_CACHE_DIR": str(tmp_path), "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.stdout, done.returncode) == ("4\n", 0), done.stderr
-
-
 def test_the_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("STEPJAX_CACHE_DIR", str(tmp_path / "own"))
     assert cache_root() == tmp_path / "own"
