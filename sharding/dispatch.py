@@ -4,6 +4,7 @@ Sequences are split over the devices that share the experts. Tokens go to the ex
 
   gather    all tokens to all devices, and a sum back: few tokens
   exchange  a token travels once to each device that holds experts it chose, and back
+  node      a token travels once to each node (`data`) and from there to the node's devices; the node sends its sum back
 
 Devices that have the same sequences (over `tensor`) take equal shares of their tokens. The shared expert stays with
 the sequences, its width split over `tensor`.
@@ -13,23 +14,45 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
 from stepjax.config import ModelConfig
+from stepjax.errors import MeshError
 from stepjax.model.layout import Routed
 from stepjax.ops.expert_choice import Formulation
 from stepjax.ops.expert_dense import ExpertWeights
 from stepjax.ops.experts import held_ids, routed_experts
 from stepjax.sharding.exchange import Exchange
-from stepjax.sharding.expert_parallel import ExpertBody, Group, exchange_rows, exchanged_experts, once
+from stepjax.sharding.expert_parallel import ExpertBody, Group, Hop, exchange, once
+from stepjax.sharding.expert_traffic import NVLINK_DOMAIN, LegBytes, exchange_leg, gathering_leg, reach
+from stepjax.sharding.narrow_rows import num_scales, sent
 from stepjax.sharding.rules import Axes
 from stepjax.weights.adapted import by_token
 
-DispatchForm = Literal["gather", "exchange"]
+DispatchForm = Literal["gather", "exchange", "node"]
+
+SPREAD = 4  # standard deviations over the mean that a buffer has room for
+FORMS: tuple[DispatchForm, ...] = get_args(DispatchForm)
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """How tokens reach the experts under a wide strategy."""
+
+    form: DispatchForm | None = None  # None: the cheapest for the shapes of a step
+    fp8: bool = False  # rows travel in 8 bits on their way to the experts: answers differ by the rounding
+    halves: bool = False  # a step's tokens in two halves: the exchange of one beside the products of the other
+
+    def __post_init__(self) -> None:
+        if self.form is not None and self.form not in FORMS:
+            raise MeshError(
+                f"dispatch: is {self.form!r}, expected one of {', '.join(FORMS)}, or none to have it chosen"
+            )
 
 
 class Tokens(NamedTuple):
@@ -41,6 +64,47 @@ class Tokens(NamedTuple):
     slot: jax.Array | None  # int32 [T], adapter of each
 
 
+@dataclass(frozen=True)
+class Way:
+    """A form of the dispatch for one size of step: all that is static."""
+
+    group: Group
+    form: DispatchForm
+    alike: Axes  # axes of the group along which devices have the same tokens
+    num_alike: int
+    fp8: bool = False
+    halves: bool = False
+
+    def parts(self, num_tokens: int) -> list[int]:
+        """Tokens of a device, of which it sees ``num_tokens``, in each of the parts that are sent one by one."""
+        tokens = -(-num_tokens // self.num_alike)
+        return [tokens - tokens // 2, tokens // 2] if self.halves and tokens > 1 else [tokens]
+
+    def hop(
+        self, num_tokens: int, top_k: int, *, limit: float | None = None, formulation: Formulation | None = None
+    ) -> Hop:
+        """The exchange of ``num_tokens`` tokens of each device."""
+        group, last = self.group, self.form == "exchange"
+        nodes = group if last else group.by_node()[0]
+        rows = pair_rows(num_tokens, reach(group.num_experts, top_k, nodes.num_ranks))
+        load = num_tokens * top_k * group.num_shares
+        hop = Hop(nodes, rows, load, limit, formulation, packed=True, fp8=self.fp8)
+        if not last:
+            inner_rows = pair_rows(num_tokens * nodes.num_ranks, reach(group.num_experts, top_k, group.num_ranks))
+            inner = replace(hop, group=group.by_node()[1], rows=min(inner_rows, rows * nodes.num_ranks))
+            hop = replace(hop, then=inner)
+        return replace(hop, straight=self.halves)
+
+
+def pair_rows(num_tokens: int, share: float) -> int:
+    """Rows of a buffer from one device to one rank: few pairs of a group have more if each token goes with this chance.
+
+    The number is binomial. Four standard deviations are exceeded by one pair in 30,000, which costs a second pass.
+    """
+    mean = num_tokens * share
+    return min(num_tokens, 8 * math.ceil((mean + SPREAD * math.sqrt(mean * (1 - share))) / 8))
+
+
 def dispatched(
     moe: Routed,
     x_BTD: jax.Array,
@@ -49,121 +113,181 @@ def dispatched(
     *,
     group: Group,
     form: Formulation | None,
-    send: DispatchForm,
-    alike: Axes,
+    way: Way,
 ) -> tuple[jax.Array, jax.Array]:
-    """x[B_sequences, T_stream, D] → the same, and the router's choice.
-
-    Args:
-      alike: axes of the group along which devices have the same tokens.
-    """
+    """x[B_sequences, T_stream, D] → the same, and the router's choice."""
+    alike = way.alike
     ids, combine, router_ids = moe.route(x_BTD, real_BT, recorded_BTA)
     if alike:  # cast once: each product of a replicated value would reduce its gradient for itself
         x_BTD, combine = (jax.lax.pcast(x, alike, to="varying") for x in (x_BTD, combine))
     shared = once(_shared(moe, x_BTD, group, alike), {*alike} - {*group.shared})
     bare, slot = by_token(moe.weights(), (x_BTD.shape[0], x_BTD.shape[1]))
     tokens = Tokens(*(x.reshape(-1, x.shape[-1]) for x in (x_BTD, ids, combine)), slot)
-    own = _share(tokens, group, alike)
-    with jax.named_scope(send):
-        routed = _FORMS[send](own, ExpertWeights(*bare), group=group, limit=moe.limit, form=form)
-    out = _placed(routed, len(tokens.x), alike).reshape(x_BTD.shape) + shared
+    own, weights, parts, start = _share(tokens, way), ExpertWeights(*bare), [], 0
+    for size in way.parts(len(tokens.x)):
+        part = jax.tree.map(lambda x, start=start, size=size: x[start : start + size], own)
+        parts.append(_FORMS[way.form](part, weights, way=way, limit=moe.limit, form=form))
+        start += size
+    out = _placed(jnp.concatenate(parts), len(tokens.x), alike).reshape(x_BTD.shape) + shared
     out = out.astype(x_BTD.dtype)
     return (jax.lax.psum(out, alike) if alike else out), router_ids
 
 
 def dispatched_exchanges(
-    config: ModelConfig,
-    group: Group,
-    num_tokens: int,
-    *,
-    itemsize: int,
-    send: DispatchForm,
-    alike: Axes,
-    num_alike: int,
+    config: ModelConfig, group: Group, num_tokens: int, *, itemsize: int, way: Way
 ) -> list[Exchange]:
     """What `dispatched` launches for ``num_tokens`` tokens of one device."""
     row = float(config.hidden_size * itemsize)
-    exchanges = _EXCHANGES[send](config, group, math.ceil(num_tokens / num_alike), itemsize=itemsize)
-    if alike:
-        return [*exchanges, Exchange("all-reduce", alike, num_tokens * row, 1)]
+    exchanges: list[Exchange] = []
+    for size in way.parts(num_tokens):
+        exchanges += _EXCHANGES[way.form](config, way, size, itemsize=itemsize)
+    if way.alike:
+        return [*exchanges, Exchange("all-reduce", way.alike, num_tokens * row, 1)]
     if group.shared:
         payload = num_tokens * group.num_shared * row
         exchanges += [Exchange(kind, group.shared, payload, 1) for kind in ("all-gather", "reduce-scatter")]
     return exchanges
 
 
-def dispatch_body(send: DispatchForm, alike: Axes, num_alike: int) -> ExpertBody:
-    """The body for tokens that lie alike along ``alike``, ``num_alike`` devices."""
-    return ExpertBody(
-        partial(dispatched, send=send, alike=alike),
-        partial(dispatched_exchanges, send=send, alike=alike, num_alike=num_alike),
-    )
+def dispatch_body(way: Way) -> ExpertBody:
+    """The body that sends tokens this way."""
+    return ExpertBody(partial(dispatched, way=way), partial(dispatched_exchanges, way=way))
+
+
+def choose_way(
+    config: ModelConfig,
+    group: Group,
+    num_tokens: int,
+    *,
+    options: Dispatch,
+    alike: Axes,
+    num_alike: int,
+    domain: int = NVLINK_DOMAIN,
+) -> Way:
+    """The way of a step's tokens, ``num_tokens`` of one device, from their number alone: all devices choose alike.
+
+    Raises:
+      MeshError: the form that the options name needs an axis that the mesh or the strategy does not have.
+    """
+    way = Way(group, "gather", alike, num_alike, options.fp8, options.halves)
+    if options.form == "node" and not group.by_node():
+        raise MeshError(
+            "dispatch: the form node sends over data first and then inside a node, but the experts are not split over "
+            "data and another axis; take --strategy wide_data with --mesh data=NODES,expert=DEVICES, or another form"
+        )
+    if options.form == "exchange" and not group.ranks:
+        options = replace(options, form="gather")  # no device holds a whole expert
+    if options.form is not None:
+        return replace(way, form=options.form)
+    seconds = dispatch_seconds(config, group, way.parts(num_tokens)[0], fp8=options.fp8, domain=domain)
+    return replace(way, form=min(seconds, key=lambda form: seconds[form]))
+
+
+def dispatch_seconds(
+    config: ModelConfig, group: Group, num_tokens: int, *, fp8: bool = False, domain: int = NVLINK_DOMAIN
+) -> dict[DispatchForm, float]:
+    """Time of one MoE layer's dispatch for ``num_tokens`` tokens of each device, by form: the table of the choice.
+
+    Rows are bfloat16. Buffers count whole, the empty rows of an exchange too.
+
+    Args:
+      domain: devices that NVLink joins.
+    """
+    row = LegBytes(row_bytes(config, itemsize=2, fp8=fp8), 2.0 * config.hidden_size)
+    seconds: dict[DispatchForm, float] = {"gather": gathering_leg(row, num_tokens, group.num_devices, domain).seconds}
+    forms: tuple[DispatchForm, ...] = ("exchange", "node") if group.by_node() else ("exchange",)
+    for form in forms if group.ranks else ():
+        hop, tokens = Way(group, form, (), 1).hop(num_tokens, config.top_k), num_tokens
+        seconds[form] = 0.0
+        while hop:
+            apart = group.by_node()[1].num_devices if hop.then else hop.group.num_shares  # devices from rank to rank
+            leg = exchange_leg(
+                row,
+                hop.rows,
+                hop.group.num_ranks,
+                near=min(max(1, domain // apart), hop.group.num_ranks),
+                width=hop.group.num_shares,
+                counted=hop.rows < tokens,
+            )
+            seconds[form] += leg.seconds
+            hop, tokens = hop.then, hop.rows * hop.group.num_ranks
+    return seconds
 
 
 def gathered_tokens(
-    tokens: Tokens, weights: ExpertWeights, *, group: Group, limit: float | None, form: Formulation | None
+    tokens: Tokens, weights: ExpertWeights, *, way: Way, limit: float | None, form: Formulation | None
 ) -> jax.Array:
     """The routed experts' output of this device's tokens, float32 [T, D]: one all-gather and one reduce-scatter.
 
     Each is the other's transpose, so the backward pass sends what the forward pass does.
     """
-    top_k = tokens.ids.shape[1]
+    group, top_k = way.group, tokens.ids.shape[1]
     # Ids and slots are integers below 2²⁴, exact in float32, so that the small tables are one message.
     small = [tokens.ids.astype(jnp.float32), tokens.combine]
     if tokens.slot is not None:
         small.append(tokens.slot[:, None].astype(jnp.float32))
-    x, table = (
-        jax.lax.all_gather(rows, group.axes, axis=0, tiled=True) for rows in (tokens.x, jnp.concatenate(small, axis=-1))
-    )
-    ids, combine = table[:, :top_k].astype(jnp.int32), table[:, top_k : 2 * top_k]
-    slot = None if tokens.slot is None else table[:, 2 * top_k].astype(jnp.int32)
-    ours, load = held_ids(ids, group.first_expert(), group.experts_each), ids.size // group.num_ranks
-    out = routed_experts(x, ours, combine, weights, limit=limit, form=form, load=load, slot_T=slot)
-    out = jax.lax.psum_scatter(out.astype(x.dtype), group.axes, scatter_dimension=0, tiled=True)
+    gather = partial(jax.lax.all_gather, axis_name=group.axes, axis=0, tiled=True)
+    with jax.named_scope("gather"):
+        x, table = sent(gather, way.fp8, tokens.x, jnp.concatenate(small, axis=-1))
+        ids, combine = table[:, :top_k].astype(jnp.int32), table[:, top_k : 2 * top_k]
+        slot = None if tokens.slot is None else table[:, 2 * top_k].astype(jnp.int32)
+        ours, load = held_ids(ids, group.first_expert(), group.experts_each), ids.size // group.num_ranks
+        out = routed_experts(x, ours, combine, weights, limit=limit, form=form, load=load, slot_T=slot)
+        out = jax.lax.psum_scatter(out.astype(x.dtype), group.axes, scatter_dimension=0, tiled=True)
     return out.astype(jnp.float32)
 
 
-def gathered_tokens_exchanges(config: ModelConfig, group: Group, num_tokens: int, *, itemsize: int) -> list[Exchange]:
+def gathered_tokens_exchanges(config: ModelConfig, way: Way, num_tokens: int, *, itemsize: int) -> list[Exchange]:
     """What `gathered_tokens` launches for ``num_tokens`` tokens of one device."""
-    tokens = num_tokens * group.num_devices
-    stream = float(tokens * config.hidden_size * itemsize)
+    tokens, axes = num_tokens * way.group.num_devices, way.group.axes
     return [
-        Exchange("all-gather", group.axes, stream, 1),
-        Exchange("all-gather", group.axes, 8.0 * tokens * config.top_k, 1),  # ids and weights, both as float32
-        Exchange("reduce-scatter", group.axes, stream, 1),
+        Exchange("all-gather", axes, tokens * row_bytes(config, itemsize=itemsize, fp8=way.fp8), 1),
+        Exchange("reduce-scatter", axes, float(tokens * config.hidden_size * itemsize), 1),
     ]
 
 
 def exchanged_tokens(
-    tokens: Tokens, weights: ExpertWeights, *, group: Group, limit: float | None, form: Formulation | None
+    tokens: Tokens, weights: ExpertWeights, *, way: Way, limit: float | None, form: Formulation | None
 ) -> jax.Array:
-    """The same by `stepjax.sharding.expert_parallel.exchanged_experts`."""
+    """The same by `stepjax.sharding.expert_parallel.exchange`: device by device, or node by node first."""
     x, ids, combine, slot = tokens
-    return exchanged_experts(x, ids, combine, weights, group=group, limit=limit, form=form, slot_T=slot)
+    return exchange(way.hop(*ids.shape, limit=limit, formulation=form), x, ids, combine, weights, slot)
 
 
-def exchanged_tokens_exchanges(config: ModelConfig, group: Group, num_tokens: int, *, itemsize: int) -> list[Exchange]:
-    """What `exchanged_tokens` launches in one pass, nearly always the only one."""
-    row = float(config.hidden_size * itemsize)
-    rows = group.num_ranks * exchange_rows(num_tokens, config.num_experts, config.top_k, group.num_ranks)
-    table = 8.0 * config.top_k
-    exchanges = [
-        Exchange("all-reduce", group.axes, 4.0, 1),  # number of passes
-        Exchange("all-to-all", group.ranks, rows * row, 2),
-        Exchange("all-to-all", group.ranks, rows * table, 1),
-    ]
-    if group.width:
-        whole = rows * group.num_shares
-        exchanges += [Exchange("all-gather", group.width, whole * (row + table), 1)]
-        exchanges += [Exchange("reduce-scatter", group.width, whole * row, 1)]
+def exchanged_tokens_exchanges(config: ModelConfig, way: Way, num_tokens: int, *, itemsize: int) -> list[Exchange]:
+    """What `exchanged_tokens` launches in one pass of each exchange, nearly always the only one."""
+    back = float(config.hidden_size * itemsize)
+    row, exchanges = row_bytes(config, itemsize=itemsize, fp8=way.fp8), []
+    hop: Hop | None = way.hop(num_tokens, config.top_k)
+    while hop:
+        group, rows = hop.group, hop.group.num_ranks * hop.rows
+        if hop.rows < num_tokens:
+            exchanges.append(Exchange("all-reduce", group.axes, 4.0, 1))  # number of passes
+        exchanges += [Exchange("all-to-all", group.ranks, rows * size, 1) for size in (row, back)]
+        if group.width:
+            whole = rows * group.num_shares
+            exchanges += [Exchange("all-gather", group.width, whole * row, 1)]
+            exchanges += [Exchange("reduce-scatter", group.width, whole * back, 1)]
+        hop, num_tokens = hop.then, rows
     return exchanges
 
 
-_FORMS: dict[DispatchForm, Callable[..., jax.Array]] = {"gather": gathered_tokens, "exchange": exchanged_tokens}
+_FORMS: dict[DispatchForm, Callable[..., jax.Array]] = {
+    "gather": gathered_tokens,
+    "exchange": exchanged_tokens,
+    "node": exchanged_tokens,
+}
 _EXCHANGES: dict[DispatchForm, Callable[..., list[Exchange]]] = {
     "gather": gathered_tokens_exchanges,
     "exchange": exchanged_tokens_exchanges,
+    "node": exchanged_tokens_exchanges,
 }
+
+
+def row_bytes(config: ModelConfig, *, itemsize: int, fp8: bool) -> float:
+    """Of a row on its way to the experts, with its ids, weights and scales, each as float32."""
+    scales = num_scales(config.hidden_size) if fp8 else 0
+    return config.hidden_size * (1 if fp8 else itemsize) + 8.0 * config.top_k + 4.0 * scales
 
 
 def _shared(moe: Routed, x_BTD: jax.Array, group: Group, alike: Axes) -> jax.Array:
@@ -175,20 +299,19 @@ def _shared(moe: Routed, x_BTD: jax.Array, group: Group, alike: Axes) -> jax.Arr
     return jax.lax.psum_scatter(out, split, scatter_dimension=1, tiled=True).astype(jnp.float32)
 
 
-def _share(tokens: Tokens, group: Group, alike: Axes) -> Tokens:
+def _share(tokens: Tokens, way: Way) -> Tokens:
     """This device's of equal shares of tokens that several have; what fills up the last goes to no expert."""
-    if not alike:
+    if not way.alike:
         return tokens
-    size = jax.lax.axis_size(alike)
-    rows = math.ceil(len(tokens.x) / size)
+    rows = -(-len(tokens.x) // way.num_alike)
 
     def share(x: jax.Array, fill: int) -> jax.Array:
-        padding = ((0, rows * size - len(x)), *((0, 0) for _ in x.shape[1:]))
+        padding = ((0, rows * way.num_alike - len(x)), *((0, 0) for _ in x.shape[1:]))
         padded = jnp.pad(x, padding, constant_values=fill)
-        return jax.lax.dynamic_slice_in_dim(padded, jax.lax.axis_index(alike) * rows, rows)
+        return jax.lax.dynamic_slice_in_dim(padded, jax.lax.axis_index(way.alike) * rows, rows)
 
     slot = None if tokens.slot is None else share(tokens.slot, -1)
-    return Tokens(share(tokens.x, 0), share(tokens.ids, group.num_experts), share(tokens.combine, 0), slot)
+    return Tokens(share(tokens.x, 0), share(tokens.ids, way.group.num_experts), share(tokens.combine, 0), slot)
 
 
 def _placed(x_TD: jax.Array, num_tokens: int, alike: Axes) -> jax.Array:

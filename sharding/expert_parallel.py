@@ -13,7 +13,7 @@ a rank hold shares of the same experts. No form drops a token, whatever the rout
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -27,9 +27,11 @@ from stepjax.ops.experts import held_ids, routed_experts
 from stepjax.ops.manual_axes import vary_alike, vary_with, zeros_after
 from stepjax.sharding.exchange import Exchange
 from stepjax.sharding.expert_traffic import exchanged_traffic, gathered_traffic, reach
+from stepjax.sharding.narrow_rows import sent
 from stepjax.sharding.rules import Axes, ShardingRules
 from stepjax.weights.adapted import by_token, cotangent, moved, moving
 
+NODE = "data"  # the outermost axis: what it joins may lie on different nodes
 WORTHWHILE = 1.5  # times cheaper on the links the exchange must be: it also sorts rows into buffers and back
 
 
@@ -46,6 +48,7 @@ class Group:
     num_shares: int  # of an expert's width
     num_shared: int  # of the shared expert's
     num_experts: int  # of the whole model
+    num_nodes: int = 1  # along `data`, if experts are split over it
 
     @classmethod
     def of(cls, rules: ShardingRules) -> Group:
@@ -61,12 +64,30 @@ class Group:
             num_shares=rules.size(width),
             num_shared=rules.size(rules.table["mlp"]),
             num_experts=rules.config.num_experts,
+            num_nodes=rules.size(tuple(axis for axis in ranks if axis == NODE)),
         )
 
     @property
     def experts_each(self) -> int:
         """Experts that a rank holds."""
         return self.num_experts // self.num_ranks
+
+    def by_node(self) -> tuple[Group, Group] | None:
+        """The nodes (`data`) as ranks, and the devices of one node with its experts alone; None: not both are split."""
+        axes, ranks = (tuple(axis for axis in names if axis != NODE) for names in (self.axes, self.ranks))
+        if NODE not in self.ranks or not ranks:
+            return None
+        size = self.num_ranks // self.num_nodes
+        nodes = replace(self, ranks=(NODE,), width=(), num_ranks=self.num_nodes, num_shares=1)
+        devices = replace(
+            self,
+            axes=axes,
+            ranks=ranks,
+            num_devices=size * self.num_shares,
+            num_ranks=size,
+            num_experts=self.num_experts // self.num_nodes,
+        )
+        return nodes, devices
 
     def first_expert(self) -> jax.Array | int:
         """The first of this device's experts."""
@@ -211,11 +232,42 @@ def exchanged_experts(
     """
     tokens, top_k = ids_TA.shape
     rows = exchange_rows(tokens, group.num_experts, top_k, group.num_ranks)
-    plan = _Plan(group, rows, limit, form)
+    # What a rank's devices send, they get if all ranks are alike.
+    hop = Hop(group, rows, tokens * top_k * group.num_shares, limit, form)
+    return exchange(hop, x_TD, ids_TA, combine_TA, weights, slot_T)
+
+
+@dataclass(frozen=True)
+class Hop:
+    """Static settings of an exchange."""
+
+    group: Group
+    rows: int  # to each rank in one pass
+    load: int  # assignments to expect among the rows that a rank receives
+    limit: float | None
+    form: Formulation | None
+    then: Hop | None = None  # an exchange among the ranks' own devices, on which the experts run; None: they run here
+    packed: bool = False  # a row and its ids and weights are one message
+    fp8: bool = False  # which has 8 bits for each value of the row
+    straight: bool = False  # the first pass stands outside of the loop, so that others can run beside it
+
+
+def exchange(
+    hop: Hop,
+    x_TD: jax.Array,
+    ids_TA: jax.Array,
+    combine_TA: jax.Array,
+    weights: ExpertWeights,
+    slot_T: jax.Array | None,
+) -> jax.Array:
+    """Rows to the ranks of ``hop``, through their experts and back, float32 [T, D]."""
     with jax.named_scope("exchange"):
-        addresses = _address(ids_TA, group, slot_T)
-        num_passes = jax.lax.pmax(-(-jnp.max(addresses.count) // rows), group.axes)
-        return _passes(plan, *vary_alike((x_TD, combine_TA, weights, ids_TA, addresses)), num_passes)
+        addresses = _address(ids_TA, hop.group, slot_T)
+        if hop.rows >= len(x_TD):  # a buffer that all of a device's rows fit in is sent once, whatever the routing
+            args = x_TD, combine_TA, weights, ids_TA, addresses
+            return _one_pass(hop, jnp.int32(0), *vary_alike(args))
+        num_passes = jax.lax.pmax(-(-jnp.max(addresses.count) // hop.rows), hop.group.axes)
+        return _passes(hop, *vary_alike((x_TD, combine_TA, weights, ids_TA, addresses)), num_passes)
 
 
 def exchange_rows(num_tokens: int, num_experts: int, top_k: int, num_ranks: int) -> int:
@@ -235,16 +287,6 @@ def exchange_pays(config: ModelConfig, group: Group, num_tokens: int) -> bool:
         common_bytes=3 * config.shared_size * row_bytes / (num_tokens * num_devices),
     )
     return WORTHWHILE * exchange.cost <= gathered_traffic(row_bytes, num_devices).cost
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Static settings of an exchange."""
-
-    group: Group
-    rows: int  # to each rank in one pass
-    limit: float | None
-    form: Formulation | None
 
 
 class _Addresses(NamedTuple):
@@ -269,7 +311,7 @@ def _address(ids_TA: jax.Array, group: Group, slot_T: jax.Array | None) -> _Addr
 
 
 def _one_pass(
-    plan: _Plan,
+    hop: Hop,
     index: jax.Array,
     x: jax.Array,
     combine: jax.Array,
@@ -283,7 +325,7 @@ def _one_pass(
     there. The other way round it would cross the slow links between ranks once for every share; now it takes the fast
     ones along the width instead, on which gathering rows of k ranks costs k times what gathering tokens would.
     """
-    group, rows = plan.group, plan.rows
+    group, rows = hop.group, hop.rows
     (num_tokens, top_k), num_slots = ids.shape, group.num_ranks * rows
     place = addresses.place - index * rows
     here = (addresses.rank < group.num_ranks) & (place >= 0) & (place < rows)
@@ -295,14 +337,20 @@ def _one_pass(
     small = [_rows(ids, token_S, fill=group.num_experts).astype(jnp.float32), _rows(combine, token_S)]
     if addresses.slot is not None:
         small.append(_rows(addresses.slot[:, None], token_S, fill=-1).astype(jnp.float32))
-    table = jnp.concatenate(small, axis=-1)
-    x_RD, table = (_gather(_all_to_all(array, group), group) for array in (_rows(x, token_S), table))
+    x_SD, table = _rows(x, token_S), jnp.concatenate(small, axis=-1)
+
+    def move(array: jax.Array) -> jax.Array:
+        return _gather(_all_to_all(array, group), group)
+
+    x_RD, table = sent(move, hop.fp8, x_SD, table) if hop.packed else (move(x_SD), move(table))
 
     ours = held_ids(table[:, :top_k].astype(jnp.int32), group.first_expert(), group.experts_each)
     chosen = table[:, top_k : 2 * top_k]
     slot = None if addresses.slot is None else table[:, 2 * top_k].astype(jnp.int32)
-    load = num_tokens * top_k * group.num_shares  # what a rank's devices send, they get if all ranks are alike
-    y_RD = routed_experts(x_RD, ours, chosen, weights, limit=plan.limit, form=plan.form, load=load, slot_T=slot)
+    if hop.then:
+        y_RD = exchange(hop.then, x_RD, ours, chosen, weights, slot)
+    else:
+        y_RD = routed_experts(x_RD, ours, chosen, weights, limit=hop.limit, form=hop.form, load=hop.load, slot_T=slot)
     y_RD = y_RD.astype(x.dtype)
     if group.width:
         y_RD = jax.lax.psum_scatter(y_RD, group.width, scatter_dimension=0, tiled=True)
@@ -325,7 +373,7 @@ def _gather(x: jax.Array, group: Group) -> jax.Array:
 
 
 def _passes_forward(
-    plan: _Plan,
+    hop: Hop,
     x: jax.Array,
     combine: jax.Array,
     weights: ExpertWeights,
@@ -334,8 +382,10 @@ def _passes_forward(
     num_passes: jax.Array,
 ) -> jax.Array:
     def body(index: jax.Array, out: jax.Array) -> jax.Array:
-        return out + _one_pass(plan, index, x, combine, weights, ids, addresses)
+        return out + _one_pass(hop, index, x, combine, weights, ids, addresses)
 
+    if hop.straight:  # a loop is one instruction to the scheduler: nothing runs beside what is in it
+        return jax.lax.fori_loop(1, num_passes, body, body(jnp.int32(0), zeros_after(num_passes, x.shape, x)))
     return jax.lax.fori_loop(0, num_passes, body, zeros_after(num_passes, x.shape, x))
 
 
@@ -346,8 +396,8 @@ def _passes_forward(
 _passes = jax.custom_vjp(_passes_forward, nondiff_argnums=(0,))
 
 
-def _passes_fwd(plan, x, combine, weights, ids, addresses, num_passes):
-    return _passes_forward(plan, x, combine, weights, ids, addresses, num_passes), (
+def _passes_fwd(hop, x, combine, weights, ids, addresses, num_passes):
+    return _passes_forward(hop, x, combine, weights, ids, addresses, num_passes), (
         x,
         combine,
         weights,
@@ -357,13 +407,13 @@ def _passes_fwd(plan, x, combine, weights, ids, addresses, num_passes):
     )
 
 
-def _passes_bwd(plan, saved, cotangent_TD):
+def _passes_bwd(hop, saved, cotangent_TD):
     x, combine, weights, ids, addresses, num_passes = saved
     arrays = tuple(map(moving, weights))
 
     def body(index: jax.Array, total):
         def forward(x: jax.Array, combine: jax.Array, arrays: Any) -> jax.Array:
-            return _one_pass(plan, index, x, combine, ExpertWeights(*map(moved, weights, arrays)), ids, addresses)
+            return _one_pass(hop, index, x, combine, ExpertWeights(*map(moved, weights, arrays)), ids, addresses)
 
         _, pull = jax.vjp(forward, x, combine, arrays)
         return jax.tree.map(jnp.add, total, pull(cotangent_TD))

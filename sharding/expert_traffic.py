@@ -1,7 +1,7 @@
 """Bytes that a layer of experts puts on the links by gathering tokens or by exchanging rows: which of them is cheaper.
 
-Only the choice between the two needs these means. What each body launches is written beside it in
-`stepjax.sharding.expert_parallel`.
+Only the choice of a form needs these means. What each body launches is written beside it in
+`stepjax.sharding.expert_parallel` and `stepjax.sharding.dispatch`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,59 @@ from dataclasses import dataclass
 
 NVLINK_DOMAIN = 8  # devices that NVLink joins: an HGX or DGX board
 NETWORK_COST = 9  # time of a byte through a device's adapter over that by NVLink: 400 Gb/s and 450 GB/s each way (H100)
+NVLINK_BYTES_S = 450e9  # of one device, each way (H100)
+MEMORY_BYTES_S = 3.35e12  # of one device (H100 SXM)
+LAUNCH_S, FAR_LAUNCH_S = 10e-6, 25e-6  # of a collective within a domain and across the network
+HANDLED = (
+    7  # times that a row's bytes pass through memory where it arrives: it, its sum in float32 and in its own dtype
+)
+
+
+@dataclass(frozen=True)
+class LegBytes:
+    """Of a row on its way to the experts, and of the sum that comes back."""
+
+    there: float
+    back: float
+
+
+@dataclass(frozen=True)
+class Leg:
+    """Collectives one after the other, by one device."""
+
+    num_launches: int
+    near_bytes: float  # that it sends over NVLink
+    far_bytes: float  # that it sends over its network adapter
+    handled_bytes: float  # of what it receives, in its own memory
+
+    @property
+    def seconds(self) -> float:
+        """The kinds of links work side by side."""
+        launch_s = FAR_LAUNCH_S if self.far_bytes else LAUNCH_S
+        sent_s = max(self.near_bytes, NETWORK_COST * self.far_bytes) / NVLINK_BYTES_S
+        return self.num_launches * launch_s + sent_s + self.handled_bytes / MEMORY_BYTES_S
+
+
+def gathering_leg(row: LegBytes, tokens: int, num_devices: int, domain: int) -> Leg:
+    """Every token to every device, and a sum back."""
+    sent = (num_devices - 1) * tokens * (row.there + row.back)
+    return Leg(2, sent, sent / domain if num_devices > domain else 0.0, HANDLED * num_devices * tokens * row.back)
+
+
+def exchange_leg(row: LegBytes, rows: int, num_ranks: int, *, near: int, width: int, counted: bool) -> Leg:
+    """Buffers of ``rows`` rows to each rank and back, gathered and summed over a width.
+
+    Args:
+      near: ranks of a domain, the device's own among them.
+      counted: the number of passes is agreed on first.
+    """
+    pair, received = rows * (row.there + row.back), num_ranks * rows * width
+    return Leg(
+        2 + counted + 2 * (width > 1),
+        (near - 1) * pair + (width - 1) * num_ranks * pair,
+        (num_ranks - near) * pair,
+        HANDLED * received * row.back,
+    )
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ from stepjax.model.layout import Routed
 from stepjax.ops.attention import Heads, KeyValues
 from stepjax.ops.expert_choice import Formulation
 from stepjax.sharding.context_parallel import Split, attend_split
-from stepjax.sharding.dispatch import DispatchForm, dispatch_body
+from stepjax.sharding.dispatch import Dispatch, choose_way, dispatch_body
 from stepjax.sharding.expert_parallel import EXCHANGED, GATHERED, REPLICATED, ExpertBody, Group, exchange_pays
+from stepjax.sharding.expert_traffic import NVLINK_DOMAIN
 from stepjax.sharding.rules import Axes, ShardingRules
 from stepjax.weights.adapted import Adapted, factor_axes
 from stepjax.weights.stacked import LayerWeight
@@ -50,7 +51,8 @@ class MeshLayout:
     stream_tokens: int = STREAM_TOKENS
     split_batch: bool = True  # sequences over `data`
     exchange: bool | None = None  # whether rows of a split stream travel to their experts; None: where it pays
-    dispatch: DispatchForm | None = None  # how tokens of a wide strategy reach their experts; None: what is cheapest
+    dispatch: Dispatch = Dispatch()  # how tokens reach the experts under a wide strategy
+    domain: int = NVLINK_DOMAIN  # devices that NVLink joins
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -149,7 +151,17 @@ class MeshLayout:
         alike = tuple(axis for axis in group.axes if axis not in split)
         if alike == group.axes:
             return REPLICATED
-        return dispatch_body(self.dispatch or "gather", alike, self.rules.size(alike))
+        batch, tokens, _ = NamedSharding(self.mesh, spec).shard_shape(shape)
+        way = choose_way(
+            self.rules.config,
+            group,
+            batch * tokens,
+            options=self.dispatch,
+            alike=alike,
+            num_alike=self.rules.size(alike),
+            domain=self.domain,
+        )
+        return dispatch_body(way)
 
     def _taken_apart(self, module: Any, whole: str, *, batch: Any) -> tuple[Merge, Leaves, dict[Any, Any]]:
         """A module as a flat table of its parameters, their placement inside an island, and the way back.
