@@ -24,6 +24,8 @@ from stepjax.model.period import period_of
 from stepjax.model.step3p5 import abstract, axes_of
 from stepjax.program_cache import ProgramCache, everywhere
 from stepjax.sharding.devices import want_virtual_devices
+from stepjax.sharding.dispatch import Dispatch
+from stepjax.sharding.expert_traffic import domain_size
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.rules import ShardingRules
@@ -47,6 +49,7 @@ def load(
     group: int = GROUP,
     mesh: str | MeshSpec | None = None,
     strategy: str = "expert_tensor",
+    dispatch: Dispatch | None = None,
     expert_order: ExpertOrder | None = None,
     progress: Callable[[int, int], None] | None = None,
     program_cache: ProgramCache | None = None,
@@ -67,6 +70,7 @@ def load(
       mesh: split the model over devices, as ``expert=4,tensor=2`` (`stepjax.sharding.mesh`); None is one device. When
         several processes run, each calls this alike and reads only what its own devices hold.
       strategy: what is split over which axis (`stepjax.sharding.rules`).
+      dispatch: how tokens reach the experts under a wide strategy; None: in the form that is cheapest for a step.
       expert_order: with a mesh, by layer: which stored expert becomes our j-th, so that busy ones lie on different
         devices (`stepjax.sharding.expert_order.balanced_order`); answers do not change.
       progress: called with (bytes read, bytes in all) after each tensor.
@@ -89,7 +93,7 @@ def load(
     folder = name_or_path if isinstance(name_or_path, ModelFolder) else open_folder(name_or_path)
     checkpoint = folder.checkpoint
     experts = _experts(checkpoint, requested(keep_fp8=keep_fp8, quantize=quantize, group=group))
-    layout = _layout(mesh, strategy, checkpoint.config, experts)
+    layout = _layout(mesh, strategy, dispatch, checkpoint.config, experts)
     chosen = _resolve_dtype(dtype)
     looped = _looped(layers, checkpoint, experts)
     report = None
@@ -161,8 +165,16 @@ def _experts(checkpoint: WeightSource, requested: ExpertFormat | None) -> Expert
     return requested
 
 
-def _layout(mesh: str | MeshSpec | None, strategy: str, config: ModelConfig, experts: ExpertFormat) -> Layout:
+def _layout(
+    mesh: str | MeshSpec | None,
+    strategy: str,
+    dispatch: Dispatch | None,
+    config: ModelConfig,
+    experts: ExpertFormat,
+) -> Layout:
     if mesh is None:
+        if dispatch is not None:
+            raise MeshError("dispatch: one device holds all experts; give it together with a mesh")
         if jax.process_count() > 1:
             raise MeshError(f"mesh: {jax.process_count()} processes run, but no mesh is given; try --mesh expert=-1")
         return SingleDevice()
@@ -170,7 +182,10 @@ def _layout(mesh: str | MeshSpec | None, strategy: str, config: ModelConfig, exp
     if -1 not in spec.sizes.values() and not jax.distributed.is_initialized():
         want_virtual_devices(spec.num_devices)
     spec = spec.resolve(jax.device_count())
-    return MeshLayout(spec.build(), ShardingRules(config, spec, strategy, experts))
+    rules = ShardingRules(config, spec, strategy, experts)
+    mesh_of_devices = spec.build()
+    domain = domain_size(mesh_of_devices.devices.flat[0].device_kind)
+    return MeshLayout(mesh_of_devices, rules, dispatch=dispatch or Dispatch(), domain=domain)
 
 
 def use_caches(*, programs: bool = True, max_gib: float = MAX_GIB) -> ProgramCache | None:

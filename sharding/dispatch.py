@@ -31,7 +31,7 @@ from stepjax.sharding.exchange import Exchange
 from stepjax.sharding.expert_parallel import ExpertBody, Group, Hop, exchange, once
 from stepjax.sharding.expert_traffic import NVLINK_DOMAIN, LegBytes, exchange_leg, gathering_leg, reach
 from stepjax.sharding.narrow_rows import num_scales, sent
-from stepjax.sharding.rules import Axes
+from stepjax.sharding.rules import Axes, ShardingRules
 from stepjax.weights.adapted import by_token
 
 DispatchForm = Literal["gather", "exchange", "node"]
@@ -52,6 +52,20 @@ class Dispatch:
         if self.form is not None and self.form not in FORMS:
             raise MeshError(
                 f"dispatch: is {self.form!r}, expected one of {', '.join(FORMS)}, or none to have it chosen"
+            )
+
+    def check(self, rules: ShardingRules) -> None:
+        """Raise MeshError unless tokens can be sent so under these rules."""
+        if self != Dispatch() and not rules.wide:
+            raise MeshError(
+                f"dispatch: strategy {rules.strategy} sends no tokens of its own to the experts; leave it out, or take "
+                "--strategy wide or wide_data"
+            )
+        if self.form == "node" and not Group.of(rules).by_node():
+            raise MeshError(
+                "dispatch: the form node sends over data first and then inside a node, but the experts are not split "
+                "over data and another axis; take --strategy wide_data with --mesh data=NODES,expert=DEVICES, or "
+                "another form"
             )
 
 
@@ -164,17 +178,8 @@ def choose_way(
     num_alike: int,
     domain: int = NVLINK_DOMAIN,
 ) -> Way:
-    """The way of a step's tokens, ``num_tokens`` of one device, from their number alone: all devices choose alike.
-
-    Raises:
-      MeshError: the form that the options name needs an axis that the mesh or the strategy does not have.
-    """
+    """The way of a step's tokens, ``num_tokens`` of one device, from their number alone: all devices choose alike."""
     way = Way(group, "gather", alike, num_alike, options.fp8, options.halves)
-    if options.form == "node" and not group.by_node():
-        raise MeshError(
-            "dispatch: the form node sends over data first and then inside a node, but the experts are not split over "
-            "data and another axis; take --strategy wide_data with --mesh data=NODES,expert=DEVICES, or another form"
-        )
     if options.form == "exchange" and not group.ranks:
         options = replace(options, form="gather")  # no device holds a whole expert
     if options.form is not None:

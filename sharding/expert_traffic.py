@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 NVLINK_DOMAIN = 8  # devices that NVLink joins: an HGX or DGX board
+RACK = 72  # a GB200 or GB300 NVL72
 NETWORK_COST = 9  # time of a byte through a device's adapter over that by NVLink: 400 Gb/s and 450 GB/s each way (H100)
 NVLINK_BYTES_S = 450e9  # of one device, each way (H100)
 MEMORY_BYTES_S = 3.35e12  # of one device (H100 SXM)
@@ -17,6 +18,11 @@ LAUNCH_S, FAR_LAUNCH_S = 10e-6, 25e-6  # of a collective within a domain and acr
 HANDLED = (
     7  # times that a row's bytes pass through memory where it arrives: it, its sum in float32 and in its own dtype
 )
+
+
+def domain_size(device_kind: str) -> int:
+    """Devices that NVLink joins, by the name that jax gives to their kind: a rack of NVL72, or a board."""
+    return RACK if any(name in device_kind for name in ("GB200", "GB300")) else NVLINK_DOMAIN
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,9 @@ class MeshLayout:
     dispatch: Dispatch = Dispatch()  # how tokens reach the experts under a wide strategy
     domain: int = NVLINK_DOMAIN  # devices that NVLink joins
 
+    def __post_init__(self) -> None:
+        self.dispatch.check(self.rules)
+
     @property
     def notes(self) -> tuple[str, ...]:
         return self.rules.notes

@@ -17,9 +17,11 @@ from tiny import small_config
 from stepjax.cli import main
 from stepjax.sharding import devices
 from stepjax.sharding.compiled.hlo import Collective
-from stepjax.sharding.compiled.step_study import Launches, Places, StepStudy, by_place
+from stepjax.sharding.compiled.step_study import Launches, Places, StepStudy, by_place, copies, held_bytes
 from stepjax.sharding.mesh import MeshSpec
-from stepjax.train.planning.workload import Workload, study_model
+from stepjax.sharding.mesh_layout import MeshLayout
+from stepjax.sharding.rules import ShardingRules
+from stepjax.train.planning.workload import Workload, step_of, study_model
 from stepjax.weights.formats import FORMATS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -211,13 +213,40 @@ def test_json(capsys):
     assert (found["devices"], found["batch"], found["tokens"], found["dtype"]) == (8, 3, 1, "bfloat16")
     assert set(found) == {
         *("model mesh devices strategy target step batch context tokens speculate keep_fp8 quantize dtype".split()),
-        *("parameters parameter_bytes cache_bytes optimizer_bytes places notes compiled".split()),
+        *("parameters parameter_bytes cache_bytes optimizer_bytes held places notes compiled".split()),
     }
+    assert sum(found["held"].values()) == found["parameter_bytes"] + found["cache_bytes"]
+    assert {"experts", "attention", "cache_rows", "cache_rings"} < set(found["held"])
     assert found["parameters"]["total"] == sum(found["parameters"]["parts"].values())
     assert set(found["places"][0]) == {"names", "launches"}
     assert set(found["places"][0]["launches"][0]) == {"kind", "axes", "num_launches"}
     assert found["compiled"]["argument_bytes"] > found["parameter_bytes"] + found["cache_bytes"]
     assert any("key-value heads" in note for note in found["notes"])
+
+
+def test_a_device_of_a_wide_mesh_holds_its_experts_and_its_sequences():
+    def held(mesh: str, strategy: str) -> dict[str, int]:
+        rules = ShardingRules(CONFIG, MeshSpec.parse(mesh), strategy)
+        step = step_of(CONFIG, Workload("decode", batch=16, context=256), MeshLayout(rules.mesh.build(), rules))
+        return held_bytes(step, CONFIG)
+
+    whole, eighth, hybrid = held("data=1", "tensor"), held("expert=8", "wide"), held("expert=4,tensor=2", "wide")
+    for part, size in whole.items():
+        shared = part in ("experts", "cache_rows", "cache_rings")
+        assert eighth[part] == (size // 8 if shared else size), part
+    assert (hybrid["experts"], hybrid["cache_rows"]) == (eighth["experts"], eighth["cache_rows"])
+    assert hybrid["attention"] < 0.6 * eighth["attention"]
+
+
+def test_what_a_wide_step_leaves_unsplit_is_noted():
+    rules = ShardingRules(CONFIG, MeshSpec.parse("data=2,expert=4"), "wide")
+    assert copies(rules, batch=16, context=256) == []
+    assert copies(rules, batch=6, context=256) == [
+        "6 sequences are not split over expert=4: 4 devices each hold a copy"
+    ]
+    assert copies(rules, batch=1, context=256) == [
+        "1 sequences are not split over data=2,expert=4: 8 devices each hold a copy"
+    ]
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from stepjax.infer.sampling.params import SamplingParams
     from stepjax.infer.session import Session
     from stepjax.infer.transcript import Delta
+    from stepjax.sharding.dispatch import Dispatch
     from stepjax.startup import Startup
 
 
@@ -52,12 +53,41 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("tensor", "expert", "expert_tensor", "fsdp", "wide", "wide_data"),
         help="which weights --mesh splits over which axis (default: %(default)s)",
     )
+    add_dispatch_arguments(parser)
     parser.add_argument(
         "--layers",
         default="auto",
         choices=("auto", "looped", "unrolled"),
         help="compile the repeated layers once, as a loop, or each by itself; auto: unrolled (default: %(default)s)",
     )
+
+
+def add_dispatch_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dispatch",
+        default="auto",
+        choices=("auto", "gather", "exchange", "node"),
+        help="how tokens reach the experts under --strategy wide; auto: the cheapest for a step (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dispatch-fp8",
+        action="store_true",
+        help="send tokens to the experts in 8 bits, which changes answers a little (default: no)",
+    )
+    parser.add_argument(
+        "--dispatch-halves",
+        action="store_true",
+        help="send the halves of a step's tokens one by one, beside each other's products (default: no)",
+    )
+
+
+def dispatch_of(args: argparse.Namespace) -> Dispatch | None:
+    """What these options say; None if all have their defaults."""
+    from stepjax.sharding.dispatch import Dispatch
+
+    form = None if args.dispatch == "auto" else args.dispatch
+    dispatch = Dispatch(form, fp8=args.dispatch_fp8, halves=args.dispatch_halves)
+    return None if dispatch == Dispatch() else dispatch
 
 
 def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
@@ -165,6 +195,7 @@ def open_session(
             group=args.group,
             mesh=mesh,
             strategy=args.strategy,
+            dispatch=dispatch_of(args),
             layers=args.layers,
             progress=stage.advance,
             program_cache=cache,

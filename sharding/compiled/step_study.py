@@ -18,12 +18,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from stepjax.config import ModelConfig
+from stepjax.model.cache import Ring, RowCache
 from stepjax.model.step3p5 import Step3p5, axes_of, params_of
 from stepjax.sharding.compiled.hlo import Collective
 from stepjax.sharding.compiled.report import CompileReport, compile_report, size_text, table
 from stepjax.sharding.exchange import CollectiveKind
-from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
+from stepjax.sharding.rules import ShardingRules
 from stepjax.weights.inventory import counted_as, inventory
 from stepjax.weights.quantised import Quantised, abstract_quantised
 
@@ -65,6 +66,7 @@ class StepStudy:
     parameter_bytes: int  # scales included
     cache_bytes: int
     optimizer_bytes: int
+    held: dict[str, int]  # bytes by part: the parameters' with their scales, caches by kind, the optimiser's state
     places: tuple[Places, ...]
     notes: tuple[str, ...]  # what is copied where the user may expect it to be split
     report: CompileReport
@@ -76,6 +78,7 @@ class StepStudy:
             "parameter_bytes": self.parameter_bytes,
             "cache_bytes": self.cache_bytes,
             "optimizer_bytes": self.optimizer_bytes,
+            "held": self.held,
             "places": [
                 {"names": place.names, "launches": [launches._asdict() for launches in place.launches]}
                 for place in self.places
@@ -110,6 +113,7 @@ def study(step: Step, layout: MeshLayout, *, notes: Iterable[str] = ()) -> StepS
         parameter_bytes=device_bytes(step.params),
         cache_bytes=device_bytes(step.cache),
         optimizer_bytes=device_bytes(step.optimizer),
+        held=held_bytes(step, layout.rules.config),
         places=by_place(report.collectives, _layers(step.params)),
         notes=(*layout.rules.notes, *notes),
         report=report,
@@ -132,6 +136,22 @@ def abstract_params(model: Step3p5, layout: MeshLayout) -> dict[str, Any]:
 def device_bytes(tree: Any) -> int:
     """Bytes of a tree of placed shapes on one device."""
     return sum(_elements(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def held_bytes(step: Step, config: ModelConfig) -> dict[str, int]:
+    """Bytes on one device by part; parts that hold nothing are left out.
+
+    Parameters have the fields of `stepjax.weights.inventory.ParameterCounts`. `cache_rows` are the keys and values of
+    layers that see everything, `cache_rings` those of layers with a window.
+    """
+    sizes: Counter[str] = Counter()
+    for spec in inventory(config):
+        if (weight := step.params.get(spec.path)) is not None:
+            sizes[counted_as(spec, num_layers=len(config.layers))] += device_bytes(weight)
+    for view in jax.tree.leaves(step.cache, is_leaf=lambda node: isinstance(node, Ring | RowCache)):
+        sizes["cache_rings" if isinstance(view, Ring) else "cache_rows"] += device_bytes(view)
+    sizes["optimizer"] += device_bytes(step.optimizer)
+    return {part: size for part, size in sizes.items() if size}
 
 
 def device_parameters(params: Mapping[str, Any], config: ModelConfig) -> dict[str, int]:
@@ -158,13 +178,16 @@ def by_place(collectives: Iterable[Collective], names: Iterable[str]) -> tuple[P
     return tuple(Places(tuple(filter(None, members)), launches) for (_, launches), members in alike.items())
 
 
-def copies(mesh: MeshSpec, *, batch: int, context: int) -> list[str]:
+def copies(rules: ShardingRules, *, batch: int, context: int) -> list[str]:
     """Notes on what a step of this size leaves unsplit, where sizes do not divide (`ShardingRules.fit`)."""
-    return [
-        f"{size} {what} are not split over {axis}={ways}: {ways} devices each hold a copy"
-        for what, size, axis in (("sequences", batch, "data"), ("positions", context, "context"))
-        if size % (ways := mesh.sizes[axis])
-    ]
+    notes = []
+    for what, size, axis in (("sequences", batch, "batch"), ("positions", context, "length")):
+        axes, (split,) = rules.activation(axis), rules.fit((size,), axis)
+        over = (split,) if isinstance(split, str) else split or ()
+        if ways := rules.size(axes) // rules.size(over) - 1:
+            sizes = ",".join(f"{name}={rules.mesh.sizes[name]}" for name in axes if name not in over)
+            notes.append(f"{size} {what} are not split over {sizes}: {ways + 1} devices each hold a copy")
+    return notes
 
 
 def _values(weight: Any) -> int:

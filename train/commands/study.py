@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from stepjax.commands.info import read_config
+from stepjax.infer.commands.options import add_dispatch_arguments, dispatch_of
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.weights.formats import made_while_loading, requested
 from stepjax.weights.plain import PLAIN
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("tensor", "expert", "expert_tensor", "fsdp", "wide", "wide_data"),
         help="which weights the mesh splits over which axis (default: %(default)s)",
     )
+    add_dispatch_arguments(parser)
     parser.add_argument("--devices", type=int, metavar="N", help="number of devices (default: as many as the mesh has)")
     parser.add_argument(
         "--step",
@@ -88,7 +90,13 @@ def run(args: argparse.Namespace) -> int:
     console = Console(stderr=True)
     with console.status("compiling") if console.is_terminal else contextlib.nullcontext():
         result = study_model(
-            config, workload, mesh, num_devices=num_devices, strategy=args.strategy, target=args.target
+            config,
+            workload,
+            mesh,
+            num_devices=num_devices,
+            strategy=args.strategy,
+            dispatch=dispatch_of(args),
+            target=args.target,
         )
     about = {
         "model": args.model,
@@ -105,7 +113,9 @@ def run(args: argparse.Namespace) -> int:
         "quantize": args.quantize,
         "dtype": str(workload.resolved_dtype),
     }
-    checked = check(config, workload, mesh, args.strategy, result.report) if args.check else None
+    checked = (
+        check(config, workload, mesh, args.strategy, result.report, dispatch=dispatch_of(args)) if args.check else None
+    )
     if args.json:
         planned = {} if checked is None else {"check": checked.as_dict()}
         print(json.dumps(about | result.as_dict() | planned, indent=2))

@@ -16,6 +16,7 @@ from stepjax.adapters.lora import LoraConfig
 from stepjax.config import ModelConfig
 from stepjax.infer.steps.abstract_steps import sequence_bytes
 from stepjax.sharding.compiled.report import CompileReport, size_text
+from stepjax.sharding.dispatch import Dispatch
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.planner.device_bytes import cached, layout_of, local_shape, parameters, placed
@@ -112,10 +113,18 @@ class Check:
         return Group(table, f"The plan {'holds' if self.holds else 'does not hold'}.", note)
 
 
-def check(config: ModelConfig, workload: Workload, mesh: MeshSpec, strategy: str, report: CompileReport) -> Check:
+def check(
+    config: ModelConfig,
+    workload: Workload,
+    mesh: MeshSpec,
+    strategy: str,
+    report: CompileReport,
+    *,
+    dispatch: Dispatch | None = None,
+) -> Check:
     """Compare the plan of a step with the compiler's report of it."""
     return compare(
-        planned(config, workload, mesh, strategy),
+        planned(config, workload, mesh, strategy, dispatch=dispatch),
         argument_bytes=report.argument_bytes,
         peak_bytes=report.peak_bytes,
         payloads=[
@@ -145,7 +154,9 @@ def compare(
     return Check(planned, argument_bytes, peak_bytes, dict(sums), of_target)
 
 
-def planned(config: ModelConfig, workload: Workload, mesh: MeshSpec, strategy: str) -> Planned:
+def planned(
+    config: ModelConfig, workload: Workload, mesh: MeshSpec, strategy: str, *, dispatch: Dispatch | None = None
+) -> Planned:
     """The plan of the step that `stepjax.train.planning.workload.study_model` compiles.
 
     Raises:
@@ -154,7 +165,7 @@ def planned(config: ModelConfig, workload: Workload, mesh: MeshSpec, strategy: s
     workload.check(config)
     experts = workload.experts.for_model(config)
     config = dataclasses.replace(config, mtp_layers=config.mtp_layers[: workload.drafts])
-    layout = layout_of(config, mesh, strategy, experts)
+    layout = dataclasses.replace(layout_of(config, mesh, strategy, experts), dispatch=dispatch or Dispatch())
     dtype = jnp.dtype(workload.resolved_dtype)
     weights = placed(parameters(config, experts=experts, depths=workload.drafts, dtype=dtype.name), layout)
     weight_bytes = sum(weight.num_bytes for weight in weights)

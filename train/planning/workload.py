@@ -19,6 +19,7 @@ from stepjax.model.cache import MAX_DRAFTS
 from stepjax.model.step3p5 import Params, Step3p5, abstract, axes_of
 from stepjax.sharding.compiled.step_study import Step, StepStudy, abstract_params, copies, study
 from stepjax.sharding.devices import Target, devices
+from stepjax.sharding.dispatch import Dispatch
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.rules import ShardingRules
@@ -114,6 +115,7 @@ def study_model(
     *,
     num_devices: int | None = None,
     strategy: str = "expert_tensor",
+    dispatch: Dispatch | None = None,
     target: Target = "cpu",
 ) -> StepStudy:
     """Compile one step of a model for a mesh, in a process that has not used jax yet.
@@ -126,8 +128,8 @@ def study_model(
     spec, num_devices = study_mesh(mesh, num_devices)
     config = dataclasses.replace(config, mtp_layers=config.mtp_layers[: workload.drafts])
     rules = ShardingRules(config, spec, strategy, workload.experts.for_model(config))
-    layout = MeshLayout(spec.build(devices(target, num_devices)), rules)
-    notes = copies(spec, batch=workload.batch, context=workload.context)
+    layout = MeshLayout(spec.build(devices(target, num_devices)), rules, dispatch=dispatch or Dispatch())
+    notes = copies(rules, batch=workload.batch, context=workload.context)
     if num_devices > spec.num_devices:
         notes.append(f"the mesh uses {spec.num_devices} of {num_devices} devices")
     return study(step_of(config, workload, layout), layout, notes=notes)
