@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from stepjax.cache_folder import MAX_GIB, CacheFolder
 from stepjax.checkpoint.folder import ModelFolder, open_folder
-from stepjax.checkpoint.reader import Checkpoint, ExpertForms, load_params
+from stepjax.checkpoint.reader import ExpertForms, load_params
 from stepjax.checkpoint.source import WeightSource
 from stepjax.config import ModelConfig
 from stepjax.errors import MeshError, RequestError
@@ -162,7 +162,7 @@ def _experts(checkpoint: WeightSource, requested: ExpertFormat | None) -> Expert
             )
         return requested
     keep = requested.name if requested is not None else ""
-    if not isinstance(checkpoint, Checkpoint) or not len(checkpoint.packed):
+    if not checkpoint.by_path:
         return stored if stored.name == keep else checkpoint.resident_experts
     paths = [path for path in checkpoint.paths if ".experts." in path]
     return {

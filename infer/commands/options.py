@@ -38,6 +38,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-fp8", action="store_true", help="keep an FP8 release's expert weights in 8 bits (default: as --dtype)"
     )
+    add_mtp_argument(parser)
     parser.add_argument("--quantize", choices=made_while_loading(), help="quantize the routed experts (default: no)")
     parser.add_argument(
         "--group", type=int, default=GROUP, metavar="N", help="values per scale in int4 (default: %(default)s)"
@@ -57,6 +58,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         choices=("auto", "looped", "unrolled"),
         help="compile the repeated layers once, as a loop, or each by itself; auto: unrolled (default: %(default)s)",
+    )
+
+
+def add_mtp_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--mtp-from",
+        metavar="OTHER",
+        help="checkpoint of the same base whose MTP layers are taken, for one that has none (default: its own)",
     )
 
 
@@ -125,9 +134,11 @@ def sampling_params(session: Session, args: argparse.Namespace) -> SamplingParam
     return session.sampling(**given)
 
 
-def checked_folder(name: str, *, needs: Literal["ids", "text", "chat"] = "ids") -> ModelFolder:
+def checked_folder(
+    name: str, *, mtp_from: str | None = None, needs: Literal["ids", "text", "chat"] = "ids"
+) -> ModelFolder:
     """Open a folder, without jax, and check that it has what a command ``needs``."""
-    folder = open_folder(name)
+    folder = open_folder(name, mtp_from=mtp_from)
     if needs != "ids" and folder.tokenizer is None:
         raise RequestError(f"{folder.path}: has no tokenizer.json, so it takes token ids only: generate --tokens")
     if needs == "chat" and folder.template is None:
@@ -151,7 +162,7 @@ def open_session(
       folder: that of the model, if it has been checked.
     """
     mesh = None if args.mesh is None else MeshSpec.parse(args.mesh)
-    folder = folder or checked_folder(args.model, needs=needs)
+    folder = folder or checked_folder(args.model, mtp_from=args.mtp_from, needs=needs)
     with startup.stage("importing", "starting jax"):
         from stepjax.infer.load import load, use_caches
 

@@ -65,7 +65,7 @@ class Checkpoint:
         native = PLAIN if len(self.packed) else self.experts  # packings say by their own settings what they are
         self.config = native.configured(config)
         notes = [] if len(self.packed) else native.notes(config, self.folder / "config.json")
-        self.vision, self.unused = names.vision, names.unused  # names of tensors that are left out
+        self.left_out = {"vision": len(names.vision), "scales of activations": len(names.unused)}  # tensors, by kind
         if names.num_mtp and not names.has_mtp:
             absent = f"{self.folder}: has none of its {names.num_mtp} MTP tensors"
             notes.append(f"{absent}; the model loads without them and cannot draft for itself")
@@ -87,6 +87,11 @@ class Checkpoint:
     def resident_experts(self) -> ExpertFormat:
         """Their format in memory, unless another is requested."""
         return self.experts if self.experts.kept_as_stored else PLAIN
+
+    @property
+    def by_path(self) -> bool:
+        """Whether routed experts are held as `resident` says of each weight, perhaps with smaller units."""
+        return len(self.packed) > 0
 
     def resident(self, path: str) -> ExpertFormat:
         """The format of one weight in memory, unless another is requested for the routed experts."""
@@ -120,6 +125,13 @@ class Checkpoint:
         """The format of this weight in the files, or the one that holds the numbers of another tool's packing."""
         recipe = self._recipe(path)
         return self.packed.held(path) if path in self.packed else self._formats.get(recipe.spec.path, PLAIN)
+
+    def stored_as(self, path: str) -> str:
+        """What a weight is in the files, for people: its packing, its format, or the dtype of a plain one."""
+        if path in self.packed:
+            return self.packed.name(path)
+        stored = self.format(path)
+        return stored.name if stored.quantised else self._entry(self._recipe(path).parts[0].name).dtype
 
     @overload
     def read(
@@ -386,9 +398,9 @@ def read_as(
     """
     form = wanted_form(checkpoint, path, experts)
     stored = checkpoint.format(path)
-    if isinstance(checkpoint, Checkpoint) and path in checkpoint.packed:
+    if checkpoint.by_path:
         kept = form.quantised and ".experts." in path and form in (stored, stored.refined(form.unit[1] or 0))
-        value = checkpoint.read(path, dtype=dtype, keep=kept, index=index, held=form if kept else None)
+        value = checkpoint.read(path, dtype=dtype, keep=kept, index=index, copy=copy, held=form)
     else:
         value = checkpoint.read(path, dtype=dtype, keep=form.keeps(stored), index=index, copy=copy)
     made = form.quantised and not form.mixed and ".experts." in path
@@ -402,8 +414,7 @@ def read_as(
 def wanted_form(checkpoint: WeightSource, path: str, experts: ExpertForms) -> ExpertFormat:
     """How a weight is to be held; a form for the experts is also asked of others that are stored so."""
     if experts is None:
-        packed = isinstance(checkpoint, Checkpoint) and path in checkpoint.packed
-        return checkpoint.resident(path) if packed else checkpoint.resident_experts
+        return checkpoint.resident(path) if checkpoint.by_path else checkpoint.resident_experts
     return experts.get(path, PLAIN) if isinstance(experts, Mapping) else experts
 
 

@@ -1,7 +1,7 @@
 """Small weights that other tools quantised: tests/golden/packed.npz. Run it with compressed-tensors 0.20 and torch.
 
-For each case and each of two matrices the file holds the tensors of a module by their role, and ``wide``, what the tool's
-own decompressor makes of them in float32. AWQ and GPTQ are packed here as AutoAWQ's and GPTQModel's packers
+For each case and each of two matrices the file holds the tensors of a module by their role, and ``wide``, what the
+tool's own decompressor makes of them in float32. AWQ and GPTQ are packed here as AutoAWQ's and GPTQModel's packers
 do it, and ModelOpt's spelling of NVFP4 is made of compressed-tensors'.
 """
 
