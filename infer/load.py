@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,7 +16,7 @@ import jax.numpy as jnp
 
 from stepjax.cache_folder import MAX_GIB, CacheFolder
 from stepjax.checkpoint.folder import ModelFolder, open_folder
-from stepjax.checkpoint.reader import load_params
+from stepjax.checkpoint.reader import ExpertForms, load_params
 from stepjax.checkpoint.source import WeightSource
 from stepjax.config import ModelConfig
 from stepjax.errors import MeshError, RequestError
@@ -33,6 +36,7 @@ from stepjax.sharding.sharded_load import ExpertOrder, load_sharded
 from stepjax.weights.expert_format import ExpertFormat
 from stepjax.weights.formats import requested
 from stepjax.weights.int_groups import GROUP
+from stepjax.weights.plain import PLAIN
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 LayerForm = Literal["auto", "looped", "unrolled"]
@@ -93,7 +97,7 @@ def load(
     folder = name_or_path if isinstance(name_or_path, ModelFolder) else open_folder(name_or_path)
     checkpoint = folder.checkpoint
     experts = _experts(checkpoint, requested(keep_fp8=keep_fp8, quantize=quantize, group=group))
-    layout = _layout(mesh, strategy, dispatch, checkpoint.config, experts)
+    experts, layout = _layout(mesh, strategy, dispatch, checkpoint.config, experts)
     chosen = _resolve_dtype(dtype)
     looped = _looped(layers, checkpoint, experts)
     report = None
@@ -131,7 +135,7 @@ def load(
     )
 
 
-def _looped(layers: LayerForm, checkpoint: WeightSource, experts: ExpertFormat) -> bool:
+def _looped(layers: LayerForm, checkpoint: WeightSource, experts: ExpertForms) -> bool:
     if layers not in get_args(LayerForm):
         raise RequestError(f"layers: is {layers!r}, expected one of {', '.join(get_args(LayerForm))}")
     if layers == "auto":
@@ -139,30 +143,37 @@ def _looped(layers: LayerForm, checkpoint: WeightSource, experts: ExpertFormat) 
     return layers == "looped" and period_of(checkpoint.config) is not None and not _mixed(checkpoint, experts)
 
 
-def _mixed(checkpoint: WeightSource, experts: ExpertFormat) -> bool:
+def _mixed(checkpoint: WeightSource, experts: ExpertForms) -> bool:
     """Whether layers that a stack would hold together have their experts in several formats."""
     period = period_of(checkpoint.config)
+    by_path = experts if isinstance(experts, Mapping) else None
+    many = by_path is not None or (isinstance(experts, ExpertFormat) and experts.mixed)
     formats: dict[str, set[ExpertFormat]] = {}
-    for path in checkpoint.paths if experts.mixed else ():
+    for path in checkpoint.paths if many else ():
         stacked = stacked_path(path, period)
         if stacked is not None and ".experts." in path:
-            formats.setdefault(stacked.path, set()).add(checkpoint.format(path))
+            formats.setdefault(stacked.path, set()).add(by_path[path] if by_path else checkpoint.format(path))
     return any(len(kinds) > 1 for kinds in formats.values())
 
 
-def _experts(checkpoint: WeightSource, requested: ExpertFormat | None) -> ExpertFormat:
-    """How the routed experts are to be held."""
+def _experts(checkpoint: WeightSource, requested: ExpertFormat | None) -> ExpertForms:
+    """How the routed experts are to be held: all of them alike, or each weight as its packing says."""
     stored = checkpoint.experts
-    if requested is None:
-        return checkpoint.resident_experts
-    if not requested.made_while_loading:
-        return stored if stored.name == requested.name else checkpoint.resident_experts
-    if stored.quantised and stored.kept_as_stored:
-        raise RequestError(
-            f"quantize {requested.name}: {checkpoint.folder} holds its experts in {stored.bits} bits already; load it "
-            "as it is, or quantise the checkpoint that it was made from"
-        )
-    return requested
+    if requested is not None and requested.made_while_loading:
+        if stored.quantised and stored.kept_as_stored:
+            raise RequestError(
+                f"quantize {requested.name}: {checkpoint.folder} holds its experts in {stored.bits} bits already; load "
+                "it as it is, or quantise the checkpoint that it was made from"
+            )
+        return requested
+    keep = requested.name if requested is not None else ""
+    if not checkpoint.by_path:
+        return stored if stored.name == keep else checkpoint.resident_experts
+    paths = [path for path in checkpoint.paths if ".experts." in path]
+    return {
+        path: format if (format := checkpoint.format(path)).name == keep else checkpoint.resident(path)
+        for path in paths
+    }
 
 
 def _layout(
@@ -170,22 +181,48 @@ def _layout(
     strategy: str,
     dispatch: Dispatch | None,
     config: ModelConfig,
-    experts: ExpertFormat,
-) -> Layout:
+    experts: ExpertForms,
+) -> tuple[ExpertForms, Layout]:
+    """The layout, and the forms of experts: with smaller units where the mesh cuts inside one."""
     if mesh is None:
         if dispatch is not None:
             raise MeshError("dispatch: one device holds all experts; give it together with a mesh")
         if jax.process_count() > 1:
             raise MeshError(f"mesh: {jax.process_count()} processes run, but no mesh is given; try --mesh expert=-1")
-        return SingleDevice()
+        return experts, SingleDevice()
     spec = MeshSpec.parse(mesh) if isinstance(mesh, str) else mesh
     if -1 not in spec.sizes.values() and not jax.distributed.is_initialized():
         want_virtual_devices(spec.num_devices)
     spec = spec.resolve(jax.device_count())
-    rules = ShardingRules(config, spec, strategy, experts)
     mesh_of_devices = spec.build()
     domain = domain_size(mesh_of_devices.devices.flat[0].device_kind)
-    return MeshLayout(mesh_of_devices, rules, dispatch=dispatch or Dispatch(), domain=domain)
+    make = functools.partial(MeshLayout, mesh_of_devices, dispatch=dispatch or Dispatch(), domain=domain)
+    if not isinstance(experts, Mapping):
+        return experts, make(ShardingRules(config, spec, strategy, experts or PLAIN))
+    fitted = {form: _fitted(form, config, spec, strategy) for form in dict.fromkeys(experts.values())}
+    most = Counter(fitted[form] for form in experts.values()).most_common(1)
+    rules = ShardingRules(config, spec, strategy, most[0][0] if most else PLAIN)
+    return {path: fitted[form] for path, form in experts.items()}, make(rules)
+
+
+def _fitted(form: ExpertFormat, config: ModelConfig, spec: MeshSpec, strategy: str) -> ExpertFormat:
+    """A form whose units the mesh does not cut: itself, or with fewer columns that repeat their scale.
+
+    Raises:
+      MeshError: there is none.
+    """
+    try:
+        ShardingRules(config, spec, strategy, form)
+        return form
+    except MeshError:
+        columns = form.unit[1] or 1
+        for size in range(columns // 2, 1, -1):
+            finer = form.refined(size) if columns % size == 0 and size % 2 == 0 else form
+            with contextlib.suppress(MeshError):
+                if finer != form:
+                    ShardingRules(config, spec, strategy, finer)
+                    return finer
+        raise
 
 
 def use_caches(*, programs: bool = True, max_gib: float = MAX_GIB) -> ProgramCache | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import resource
 import sys
@@ -18,11 +17,10 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from stepjax.checkpoint.reader import ProgressCallback, read_as
+from stepjax.checkpoint.reader import ExpertForms, ProgressCallback, read_as
 from stepjax.checkpoint.slices import Index
 from stepjax.checkpoint.source import WeightSource
-from stepjax.weights.expert_format import ExpertFormat
-from stepjax.weights.quantised import Quantised, Weight
+from stepjax.weights.quantised import Quantised, Weight, quantised_from
 
 READERS = 4  # threads; reading releases the interpreter's lock
 AHEAD = 0.2  # of the largest weight's part: how much more than that may be read and not placed yet
@@ -56,7 +54,7 @@ def load_sharded(
     shardings: Mapping[str, Sharding],
     dtype: Any,
     *,
-    experts: ExpertFormat | None = None,
+    experts: ExpertForms = None,
     expert_order: ExpertOrder | None = None,
     progress: ProgressCallback | None = None,
 ) -> tuple[dict[str, Weight], LoadReport]:
@@ -65,7 +63,8 @@ def load_sharded(
     Args:
       shardings: by our path, one for each weight of the checkpoint. A quantised weight must not be cut inside what
         shares a scale (`stepjax.sharding.rules` refuses that).
-      experts: how to hold the routed experts; None: as `WeightSource.resident_experts` says.
+      experts: how to hold the routed experts: all of them, or each weight by its path; None: as the checkpoint has
+        them in memory.
       expert_order: relabel experts while reading, so that busy ones lie on different devices; answers do not change.
       progress: called with (bytes read, bytes that this process will read).
     """
@@ -74,7 +73,7 @@ def load_sharded(
     slices = [piece for path in checkpoint.paths for piece in _slices(checkpoint, path, shardings[path])]
     total, done, placed_bytes = sum(piece.num_bytes for piece in slices), 0, 0
     arrays: dict[str, list[Any]] = {}
-    read = _Reader(checkpoint, dtype, experts=experts or checkpoint.resident_experts, order=expert_order or {})
+    read = _Reader(checkpoint, dtype, experts=experts, order=expert_order or {})
     for piece, value in _read_ahead(slices, read, limit=(1 + AHEAD) * _largest(slices)):
         copies = [jax.tree.map(lambda x, to=device: jax.device_put(x, to), value) for device in piece.devices]
         arrays.setdefault(piece.path, []).extend(jax.block_until_ready(copies))
@@ -148,7 +147,7 @@ class _Reader:
 
     checkpoint: WeightSource
     dtype: Any
-    experts: ExpertFormat
+    experts: ExpertForms
     order: ExpertOrder
 
     def __call__(self, piece: _Slice) -> Read:
@@ -175,10 +174,9 @@ def _assembled(shape: tuple[int, ...], sharding: Sharding, pieces: list[Any]) ->
     first = pieces[0]
     if not isinstance(first, Quantised):
         return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
-    value_shape, scale_shape = first.format.shapes(shape)
-    q = jax.make_array_from_single_device_arrays(value_shape, sharding, [piece.q for piece in pieces])
-    scale = jax.make_array_from_single_device_arrays(scale_shape, sharding, [piece.scale for piece in pieces])
-    return dataclasses.replace(first, q=q, scale=scale)
+    leaves = zip(first.format.shapes(shape), zip(*(piece.leaves for piece in pieces), strict=True), strict=True)
+    whole = [jax.make_array_from_single_device_arrays(size, sharding, list(parts)) for size, parts in leaves]
+    return quantised_from(whole, first.format)
 
 
 def _resident_bytes() -> int:

@@ -21,6 +21,16 @@ FULL, SLIDE = "full_attention", "sliding_attention"
 ASSETS = Path(__file__).parent / "assets"
 PRESETS = ("step-3.5-flash", "step-tiny")
 OWN_FORMAT = "stepjax"  # quant_method of a checkpoint in a format that only this package reads, such as int8 and int4
+TOOLS = (
+    "compressed-tensors",
+    "modelopt",
+    "awq",
+    "gptq",
+    "auto-round",
+    "intel/auto-round",
+    "quark",
+)  # other quant_methods
+VISION_TYPE = "step3p7"  # model_type of Step 3.7, whose text_config is of this model
 
 
 @dataclass(frozen=True)
@@ -97,7 +107,7 @@ class ModelConfig:
           ConfigError: a field is missing, contradictory, or asks for arithmetic that this model does not have; the
             message starts with the field's name.
         """
-        return _Reader(hub).resolve()
+        return _Reader(text_config(hub)).resolve()
 
     @classmethod
     def from_file(cls, path: Path) -> ModelConfig:
@@ -148,6 +158,23 @@ class ModelConfig:
             layers=tuple(map(widen, self.layers)),
             mtp_layers=tuple(map(widen, self.mtp_layers)),
         )
+
+
+def text_config(hub: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields of the language model in a ``config.json``: all of it, or the ``text_config`` of Step 3.7.
+
+    Raises:
+      ConfigError: Step 3.7's has none.
+    """
+    if hub.get("model_type") != VISION_TYPE:
+        return hub
+    text = hub.get("text_config")
+    if not isinstance(text, Mapping):
+        raise ConfigError(f"model_type: is {VISION_TYPE!r}, but text_config is {text!r}, expected an object")
+    shared = ("quantization_config", "bos_token_id", "eos_token_id", "tie_word_embeddings")
+    inherited = {name: hub[name] for name in shared if name in hub and text.get(name) is None}
+    kind = {"model_type": "step3p5"} if text.get("model_type") in (VISION_TYPE, "step3p7_text", None) else {}
+    return {**text, **inherited, **kind}
 
 
 # Fields that do not change the forward pass of text.
@@ -421,11 +448,12 @@ class _Reader:
         where = "quantization_config"
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}: is {value!r}, expected an object or null")
-        if value.get("quant_method") == OWN_FORMAT:
+        if value.get("quant_method") in (OWN_FORMAT, *TOOLS):
             return None  # the tensors show the format
         for name, expected in (("quant_method", "fp8"), ("fmt", "e4m3"), ("activation_scheme", "dynamic")):
             if value.get(name, expected) != expected or (name == "quant_method" and name not in value):
-                raise ConfigError(f"{where}.{name}: is {value.get(name)!r}, only {expected!r} is supported")
+                others = f" and {', '.join(TOOLS)}" if name == "quant_method" else ""
+                raise ConfigError(f"{where}.{name}: is {value.get(name)!r}, only {expected!r}{others} is supported")
         block = value.get("weight_block_size")
         if not isinstance(block, Sequence) or isinstance(block, str) or len(block) != 2:
             raise ConfigError(f"{where}.weight_block_size: is {block!r}, expected two numbers as [128, 128]")

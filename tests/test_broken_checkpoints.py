@@ -328,7 +328,10 @@ def test_a_folder_without_weights(tmp_path):
         ("[" * 100_000, "not valid JSON"),
         ('{"model_type": "llama"}', "model_type: is 'llama'"),
         (json.dumps(tiny_hub_config(hidden_size=...)), "hidden_size: is missing"),
-        (json.dumps(tiny_hub_config(quantization_config={"quant_method": "gptq"})), "quant_method: is 'gptq'"),
+        (
+            json.dumps(tiny_hub_config(quantization_config={"quant_method": "bitsandbytes"})),
+            "quant_method: is 'bitsandbytes'",
+        ),
     ],
     ids=["absent", "cut", "list", "deep", "llama", "field", "gptq"],
 )

@@ -266,7 +266,7 @@ REFUSED = [
     ({"yarn_only_types": ["all"]}, "yarn_only_types"),
     ({"yarn_only_types": [["full_attention"]]}, "yarn_only_types"),
     ({"quantization_config": "fp8"}, "quantization_config"),
-    (nested("quantization_config", quant_method="gptq"), "quantization_config.quant_method"),
+    (nested("quantization_config", quant_method="bitsandbytes"), "quantization_config.quant_method"),
     (nested("quantization_config", quant_method=...), "quantization_config.quant_method"),
     (nested("quantization_config", fmt="e5m2"), "quantization_config.fmt"),
     (nested("quantization_config", activation_scheme="static"), "quantization_config.activation_scheme"),

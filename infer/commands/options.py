@@ -39,6 +39,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-fp8", action="store_true", help="keep an FP8 release's expert weights in 8 bits (default: as --dtype)"
     )
+    add_mtp_argument(parser)
     parser.add_argument("--quantize", choices=made_while_loading(), help="quantize the routed experts (default: no)")
     parser.add_argument(
         "--group", type=int, default=GROUP, metavar="N", help="values per scale in int4 (default: %(default)s)"
@@ -88,6 +89,14 @@ def dispatch_of(args: argparse.Namespace) -> Dispatch | None:
     form = None if args.dispatch == "auto" else args.dispatch
     dispatch = Dispatch(form, fp8=args.dispatch_fp8, halves=args.dispatch_halves)
     return None if dispatch == Dispatch() else dispatch
+
+
+def add_mtp_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--mtp-from",
+        metavar="OTHER",
+        help="checkpoint of the same base whose MTP layers are taken, for one that has none (default: its own)",
+    )
 
 
 def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
@@ -155,9 +164,11 @@ def sampling_params(session: Session, args: argparse.Namespace) -> SamplingParam
     return session.sampling(**given)
 
 
-def checked_folder(name: str, *, needs: Literal["ids", "text", "chat"] = "ids") -> ModelFolder:
+def checked_folder(
+    name: str, *, mtp_from: str | None = None, needs: Literal["ids", "text", "chat"] = "ids"
+) -> ModelFolder:
     """Open a folder, without jax, and check that it has what a command ``needs``."""
-    folder = open_folder(name)
+    folder = open_folder(name, mtp_from=mtp_from)
     if needs != "ids" and folder.tokenizer is None:
         raise RequestError(f"{folder.path}: has no tokenizer.json, so it takes token ids only: generate --tokens")
     if needs == "chat" and folder.template is None:
@@ -181,7 +192,7 @@ def open_session(
       folder: that of the model, if it has been checked.
     """
     mesh = None if args.mesh is None else MeshSpec.parse(args.mesh)
-    folder = folder or checked_folder(args.model, needs=needs)
+    folder = folder or checked_folder(args.model, mtp_from=args.mtp_from, needs=needs)
     with startup.stage("importing", "starting jax"):
         from stepjax.infer.load import load, use_caches
 

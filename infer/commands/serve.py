@@ -135,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
     args.model = args.name or args.model
     keys = _keys(args)
     _check_tls(args)
-    folder = checked_folder(args.model)
+    folder = checked_folder(args.model, mtp_from=args.mtp_from)
     from stepjax.infer.serve.middleware import ApiKeys
     from stepjax.infer.serve.server import Gate, Server, ServerConfig, log_to_stderr
 

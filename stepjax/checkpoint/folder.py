@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from stepjax.checkpoint.gguf.model import GgufCheckpoint
 from stepjax.checkpoint.gguf.vocabulary import TEMPLATE_KEY, generation_config, tokenizer_files
+from stepjax.checkpoint.graft import Grafted
 from stepjax.checkpoint.hub import resolve
 from stepjax.checkpoint.reader import Checkpoint
 from stepjax.checkpoint.safetensors_file import regular_size
@@ -34,13 +36,22 @@ class ModelFolder:
     generation_config: dict[str, Any]
 
 
-def open_folder(name_or_path: str | Path) -> ModelFolder:
+def open_folder(name_or_path: str | Path, *, mtp_from: str | Path | None = None) -> ModelFolder:
     """Resolve a name (folder, GGUF file, hub id, embedded name) and check all that is found there.
+
+    Args:
+      mtp_from: name of the checkpoint whose MTP layers are taken (`stepjax.checkpoint.graft`).
 
     Raises:
       CheckpointError, ConfigError, TokenizerError, TemplateError: with the file, what was found and what was expected.
     """
-    path = resolve(name_or_path)
+    folder = _open(resolve(name_or_path))
+    if mtp_from is None:
+        return folder
+    return dataclasses.replace(folder, checkpoint=Grafted(folder.checkpoint, open_weights(mtp_from)))
+
+
+def _open(path: Path) -> ModelFolder:
     if path.is_file():
         return _open_gguf(path)
     checkpoint = Checkpoint(path)

@@ -5,19 +5,21 @@ Nothing here imports jax until weights are wanted, so that a broken folder is re
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
 from stepjax.checkpoint.hub_names import Recipe, Resolution, StoredPart, resolve_names
+from stepjax.checkpoint.packed_weights import PackedWeights
 from stepjax.checkpoint.safetensors_file import Entry, regular_size
 from stepjax.checkpoint.slices import Index, absolute_index, covering, num_elements
 from stepjax.checkpoint.source import WeightSource
-from stepjax.checkpoint.weight_files import inside, open_shards
-from stepjax.config import ModelConfig
-from stepjax.errors import CheckpointError
+from stepjax.checkpoint.weight_files import inside, open_shards, read_json
+from stepjax.config import VISION_TYPE, ModelConfig, text_config
+from stepjax.errors import CheckpointError, ConfigError
+from stepjax.packings.rules import QuantRules, quant_rules
 from stepjax.weights.dtypes import ITEM_BYTES
 from stepjax.weights.expert_format import ExpertFormat
 from stepjax.weights.formats import FORMATS
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
     from stepjax.weights.quantised import Quantised, Weight
 
+ExpertForms = ExpertFormat | Mapping[str, ExpertFormat] | None  # of all routed experts, or of each weight by its path
 ProgressCallback = Callable[[int, int], None]  # bytes of weights that are done, and total bytes
 
 MAX_CONFIG_BYTES = 2**20
@@ -51,16 +54,22 @@ class Checkpoint:
             config, shards = read_config(self.folder), open_shards(self.folder)
         except OSError as error:
             raise CheckpointError(f"{self.folder}: cannot be read ({error.strerror}); check its permissions") from None
-        names = resolve_names(config, shards.files)
+        hub = read_json(inside(self.folder, "config.json"))
+        names = resolve_names(config, shards.files, vision=hub.get("model_type") == VISION_TYPE)
         self._files, self._recipes = shards.files, names.recipes
+        self.packed = PackedWeights(shards.files, _rules(self.folder, hub))
         self._formats: dict[str, ExpertFormat] = {}
         problems = [*shards.problems, *self._name_problems(names), *self._tensor_problems(config)]
         self._refuse(problems, config)
         self.has_mtp = names.has_mtp
-        self.config, notes = self.experts.configured(config), self.experts.notes(config, self.folder / "config.json")
+        native = PLAIN if len(self.packed) else self.experts  # packings say by their own settings what they are
+        self.config = native.configured(config)
+        notes = [] if len(self.packed) else native.notes(config, self.folder / "config.json")
+        self.left_out = {"vision": len(names.vision), "scales of activations": len(names.unused)}  # tensors, by kind
         if names.num_mtp and not names.has_mtp:
             absent = f"{self.folder}: has none of its {names.num_mtp} MTP tensors"
             notes.append(f"{absent}; the model loads without them and cannot draft for itself")
+        notes += self._left_out(names)
         self.notes = (*shards.notes, *notes)  # notes for the user, one line each
 
     @property
@@ -71,13 +80,23 @@ class Checkpoint:
     @property
     def experts(self) -> ExpertFormat:
         """The format of the routed experts in the files. Some may still be plain, and other weights quantised."""
-        of_experts = (format for path, format in self._formats.items() if ".experts." in path)
-        return next(of_experts, next(iter(self._formats.values()), PLAIN))
+        formats = (self.format(path) for path in sorted(self.paths, key=lambda path: ".experts." not in path))
+        return next((format for format in formats if format.quantised), PLAIN)
 
     @property
     def resident_experts(self) -> ExpertFormat:
         """Their format in memory, unless another is requested."""
         return self.experts if self.experts.kept_as_stored else PLAIN
+
+    @property
+    def by_path(self) -> bool:
+        """Whether routed experts are held as `resident` says of each weight, perhaps with smaller units."""
+        return len(self.packed) > 0
+
+    def resident(self, path: str) -> ExpertFormat:
+        """The format of one weight in memory, unless another is requested for the routed experts."""
+        stored = self.format(path)
+        return stored if ".experts." in path and stored.kept_as_stored else PLAIN
 
     @property
     def num_bytes(self) -> int:
@@ -92,6 +111,8 @@ class Checkpoint:
         """Bytes in the files of a weight, or of its part at ``index``, including scales."""
         recipe = self._recipe(path)
         where = absolute_index(index, recipe.spec.shape)
+        if path in self.packed:
+            return self.packed.num_bytes(path, num_elements(where) / recipe.spec.num_elements)
         if not recipe.scales:
             return num_elements(where) * ITEM_BYTES[self._entry(recipe.parts[0].name).dtype]
         format = self._formats[path]
@@ -101,8 +122,16 @@ class Checkpoint:
         return num_elements(cover) * format.bits // 8 + scales
 
     def format(self, path: str) -> ExpertFormat:
-        """The format of this weight in the files."""
-        return self._formats.get(self._recipe(path).spec.path, PLAIN)
+        """The format of this weight in the files, or the one that holds the numbers of another tool's packing."""
+        recipe = self._recipe(path)
+        return self.packed.held(path) if path in self.packed else self._formats.get(recipe.spec.path, PLAIN)
+
+    def stored_as(self, path: str) -> str:
+        """What a weight is in the files, for people: its packing, its format, or the dtype of a plain one."""
+        if path in self.packed:
+            return self.packed.name(path)
+        stored = self.format(path)
+        return stored.name if stored.quantised else self._entry(self._recipe(path).parts[0].name).dtype
 
     @overload
     def read(
@@ -110,10 +139,24 @@ class Checkpoint:
     ) -> np.ndarray: ...
     @overload
     def read(
-        self, path: str, *, dtype: Any, keep: bool, index: Index | None = None, copy: bool = False
+        self,
+        path: str,
+        *,
+        dtype: Any,
+        keep: bool,
+        index: Index | None = None,
+        copy: bool = False,
+        held: ExpertFormat | None = None,
     ) -> np.ndarray | Quantised: ...
     def read(
-        self, path: str, *, dtype: Any, keep: bool = False, index: Index | None = None, copy: bool = False
+        self,
+        path: str,
+        *,
+        dtype: Any,
+        keep: bool = False,
+        index: Index | None = None,
+        copy: bool = False,
+        held: ExpertFormat | None = None,
     ) -> np.ndarray | Quantised:
         """One weight, or the part of it at ``index``, in ``dtype``. The router's bias is always float32.
 
@@ -124,9 +167,14 @@ class Checkpoint:
             scales do.
           index: one slice per axis, without steps.
           copy: read into new memory rather than map the file.
+          held: of a weight in another tool's packing that is kept: `format`, or a refinement of it.
         """
         recipe = self._recipe(path)
         where = absolute_index(index, recipe.spec.shape)
+        if path in self.packed:
+            return (
+                self._read_packed(path, where, held or self.format(path)) if keep else self._widened(path, where, dtype)
+            )
         if not recipe.scales:
             value = self._slab(recipe.parts, where, copy=copy)
             return value.astype(np.float32 if recipe.spec.dtype == "F32" else dtype, copy=False)
@@ -144,6 +192,41 @@ class Checkpoint:
             assert cover == where, f"{path}: {index} does not begin and end at units of {unit}"
             return weight
         return weight.dequantize_numpy(dtype)[inner]
+
+    def _read_packed(self, path: str, where: Index, held: ExpertFormat) -> Quantised:
+        from stepjax.weights.quantised import quantised_from
+
+        cover, _ = covering(where, self.shape(path), held.unit_of(self.shape(path)))
+        assert cover == where, f"{path}: {where} does not begin and end at units of {held}"
+        return quantised_from(self.packed.read(path, where, held), held)
+
+    def _widened(self, path: str, where: Index, dtype: Any) -> np.ndarray:
+        """A part of a packed weight in ``dtype``, one matrix at a time."""
+        out = np.empty([span.stop - span.start for span in where], dtype)
+        for lead in np.ndindex(out.shape[:-2]):
+            one = (
+                *(slice(span.start + i, span.start + i + 1) for i, span in zip(lead, where, strict=False)),
+                *where[-2:],
+            )
+            out[lead] = self.packed.widened(path, one, dtype).reshape(out.shape[-2:])
+        return out
+
+    def _left_out(self, names: Resolution) -> list[str]:
+        """Notes on what the files hold beside the weights of this model, and what no form in memory holds."""
+        notes = []
+        if names.vision:
+            notes.append(f"{self.folder}: the vision encoder is left out ({len(names.vision)} tensors); text only")
+        if names.unused:
+            listed = ", ".join(sorted({name.rpartition(".")[2] for name in names.unused}))
+            notes.append(
+                f"{self.folder}: {len(names.unused)} scales of activations or caches ({listed}) are not used; both "
+                "stay in the dtype of the model"
+            )
+        widened = [path for path in self.paths if path in self.packed and not self.resident(path).quantised]
+        if widened:
+            kinds = ", ".join(dict.fromkeys(map(self.packed.name, widened)))
+            notes.append(f"{self.folder}: {len(widened)} quantised weights are widened while loading ({kinds})")
+        return notes
 
     def _recipe(self, path: str) -> Recipe:
         if path not in self._recipes:
@@ -187,6 +270,9 @@ class Checkpoint:
         """Problems of shapes, dtypes and scales. It reads the scales, which are 46 MB in the FP8 release."""
         problems = []
         for recipe in self._recipes.values():
+            if any(map(self.packed.has, recipe.parts)):
+                problems += self.packed.problems(recipe)
+                continue
             if not recipe.scales:
                 problems += [self._plain_problem(recipe, part) for part in recipe.parts]
                 continue
@@ -265,23 +351,30 @@ def read_config(folder: Path, name: str = "config.json") -> ModelConfig:
     return ModelConfig.from_file(path)
 
 
+def _rules(folder: Path, hub: Mapping[str, Any]) -> QuantRules:
+    """What the folder's configuration files say of quantised weights."""
+    names = [name for name in ("hf_quant_config.json", "quantize_config.json") if (folder / name).exists()]
+    beside = {name: read_json(inside(folder, name)) for name in names}
+    try:
+        return quant_rules(text_config(hub), beside)
+    except ConfigError as error:
+        raise ConfigError(f"{folder / 'config.json'}: {error}") from None
+
+
 def load_params(
-    checkpoint: WeightSource,
-    dtype: Any,
-    *,
-    experts: ExpertFormat | None = None,
-    progress: ProgressCallback | None = None,
+    checkpoint: WeightSource, dtype: Any, *, experts: ExpertForms = None, progress: ProgressCallback | None = None
 ) -> dict[str, Weight]:
     """Every weight as jax arrays on the default device, one at a time: beside the model, memory holds one weight.
 
     Args:
-      experts: how to hold the routed experts; None: as `Checkpoint.resident_experts` says.
+      experts: how to hold the routed experts, all of them or each weight by its path; None: as `Checkpoint.resident`
+        says.
     """
     import jax
 
     params, done, total = {}, 0, checkpoint.num_bytes
     for path in checkpoint.paths:
-        value = read_as(checkpoint, path, dtype, experts or checkpoint.resident_experts)
+        value = read_as(checkpoint, path, dtype, experts)
         params[path] = jax.tree.map(_place, value)
         done += checkpoint.stored_bytes(path)
         if progress:
@@ -293,7 +386,7 @@ def read_as(
     checkpoint: WeightSource,
     path: str,
     dtype: Any,
-    experts: ExpertFormat,
+    experts: ExpertForms,
     *,
     index: Index | None = None,
     copy: bool = False,
@@ -303,13 +396,26 @@ def read_as(
     Raises:
       ConfigError: the format cannot hold the weight.
     """
-    value = checkpoint.read(path, dtype=dtype, keep=experts.keeps(checkpoint.format(path)), index=index, copy=copy)
-    made = experts.quantised and not experts.mixed and ".experts." in path
+    form = wanted_form(checkpoint, path, experts)
+    stored = checkpoint.format(path)
+    if checkpoint.by_path:
+        kept = form.quantised and ".experts." in path and form in (stored, stored.refined(form.unit[1] or 0))
+        value = checkpoint.read(path, dtype=dtype, keep=kept, index=index, copy=copy, held=form)
+    else:
+        value = checkpoint.read(path, dtype=dtype, keep=form.keeps(stored), index=index, copy=copy)
+    made = form.quantised and not form.mixed and ".experts." in path
     if not made or not isinstance(value, np.ndarray):
         return value
     from stepjax.weights.quantised import quantise
 
-    return quantise(value, experts)
+    return quantise(value, form)
+
+
+def wanted_form(checkpoint: WeightSource, path: str, experts: ExpertForms) -> ExpertFormat:
+    """How a weight is to be held; a form for the experts is also asked of others that are stored so."""
+    if experts is None:
+        return checkpoint.resident(path) if checkpoint.by_path else checkpoint.resident_experts
+    return experts.get(path, PLAIN) if isinstance(experts, Mapping) else experts
 
 
 def _place(value: np.ndarray) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
@@ -55,16 +56,52 @@ class WeightSource(Protocol):
         """The format of this weight in the files."""
         ...
 
+    def resident(self, path: str) -> ExpertFormat:
+        """The format of this weight in memory, unless another is requested for the routed experts."""
+        ...
+
+    def stored_as(self, path: str) -> str:
+        """What this weight is in the files, for people."""
+        ...
+
+    @property
+    def by_path(self) -> bool:
+        """Whether routed experts are held as `resident` says of each weight, perhaps with smaller units."""
+        ...
+
+    @property
+    def left_out(self) -> Mapping[str, int]:
+        """Tensors of the files that are not read, by what they are."""
+        ...
+
     @overload
     def read(
         self, path: str, *, dtype: Any, keep: Literal[False] = False, index: Index | None = None, copy: bool = False
     ) -> np.ndarray: ...
     @overload
     def read(
-        self, path: str, *, dtype: Any, keep: bool, index: Index | None = None, copy: bool = False
+        self,
+        path: str,
+        *,
+        dtype: Any,
+        keep: bool,
+        index: Index | None = None,
+        copy: bool = False,
+        held: ExpertFormat | None = None,
     ) -> np.ndarray | Quantised: ...
     def read(
-        self, path: str, *, dtype: Any, keep: bool = False, index: Index | None = None, copy: bool = False
+        self,
+        path: str,
+        *,
+        dtype: Any,
+        keep: bool = False,
+        index: Index | None = None,
+        copy: bool = False,
+        held: ExpertFormat | None = None,
     ) -> np.ndarray | Quantised:
-        """One weight, or the part of it at ``index``, in ``dtype``, or with ``keep`` in its format."""
+        """One weight, or the part of it at ``index``, in ``dtype``, or with ``keep`` in its format.
+
+        Args:
+          held: of a weight that is kept `by_path`: its format, or a refinement of it.
+        """
         ...

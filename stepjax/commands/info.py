@@ -1,4 +1,4 @@
-"""``stepjax info``: the parameters, sizes and layers of a model, from its config.json alone."""
+"""``stepjax info``: the parameters, sizes and layers of a model, and what the files of a checkpoint hold."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from stepjax.checkpoint import reader as checkpoint
+from stepjax.checkpoint.contents import contents
+from stepjax.checkpoint.folder import open_weights
+from stepjax.checkpoint.gguf.parts import models_in
+from stepjax.checkpoint.hub import EMBEDDED, resolve
+from stepjax.checkpoint.source import WeightSource
 from stepjax.config import PRESETS, ModelConfig
 from stepjax.weights.expert_format import ExpertFormat
 from stepjax.weights.formats import FORMATS
@@ -28,18 +33,39 @@ from stepjax.weights.inventory import (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", metavar="MODEL", help="checkpoint folder, config.json, hub id or embedded name, e.g. step-tiny"
+        "model",
+        metavar="MODEL",
+        help="checkpoint folder, GGUF file, config.json, hub id or embedded name, e.g. step-tiny",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object (default: tables)")
 
 
 def run(args: argparse.Namespace) -> int:
-    found = describe(read_config(args.model))
+    source = open_source(args.model)
+    found = describe(source.config if source else read_config(args.model))
+    if source:
+        found["checkpoint"] = contents(source)
     if args.json:
         print(json.dumps(found, indent=2))
     else:
         _show(args.model, found)
     return 0
+
+
+def open_source(name_or_path: str) -> WeightSource | None:
+    """The weights beside a configuration; None where there are none, or on the hub, from which nothing is loaded here.
+
+    Raises:
+      CheckpointError, ConfigError: there are weights, and they do not make the model.
+    """
+    path = Path(name_or_path).expanduser()
+    if os.path.isfile(path) and path.name == "config.json":
+        path = path.parent
+    elif name_or_path in EMBEDDED and not os.path.isdir(path):
+        path = resolve(name_or_path, weights=False)
+    if os.path.isdir(path) and not models_in(path) and not any(path.glob("*.safetensors")):
+        return None
+    return open_weights(path) if os.path.isdir(path) or path.suffix == ".gguf" else None
 
 
 def read_config(name_or_path: str) -> ModelConfig:
@@ -49,8 +75,6 @@ def read_config(name_or_path: str) -> ModelConfig:
         return checkpoint.read_config(path.parent, path.name)
     if name_or_path in PRESETS and not os.path.isdir(path):
         return ModelConfig.preset(name_or_path)
-    from stepjax.checkpoint.hub import resolve
-
     return checkpoint.read_config(resolve(name_or_path, weights=False))
 
 
@@ -133,6 +157,18 @@ def _show(name: str, found: dict[str, Any]) -> None:
             f"{row['limit'] or 0:g}/{row['limit_shared'] or 0:g}",
             f"{row['parameters'] / 1e6:,.1f}M",
         )
+    shown = [facts, layers, *([_contents_table(found["checkpoint"])] if "checkpoint" in found else [])]
     with console.capture() as drawn:  # rich ends the program itself when its output is closed
-        console.print(facts, layers)
+        console.print(*shown)
     print(drawn.get(), end="")
+    for note in found.get("checkpoint", {}).get("notes", []):
+        print(note)
+
+
+def _contents_table(held: dict[str, Any]) -> Table:
+    table = Table("part", "stored as", "weights", "in the files", "on devices", "held as", box=box.SIMPLE)
+    for row in held["parts"]:
+        sizes = (f"{row[name]:,}" for name in ("file_bytes", "device_bytes"))
+        table.add_row(row["part"].replace("_", " "), row["stored"], str(row["weights"]), *sizes, row["held"])
+    table.add_row("in all", "", "", f"{held['file_bytes']:,}", f"{held['device_bytes']:,}", "")
+    return table

@@ -1,7 +1,8 @@
 """What every part of the project asks of a way to hold the routed experts' weights.
 
 A format holds a weight [..., R, C] as values and scales, ``W = q · scale``, where a unit of rows and columns shares one
-scale. The numbers are numpy's or jax's: nothing here imports jax, since a checkpoint is checked before jax is loaded.
+scale. Some need a third array beside the scales: zero points, or a scale of scales. The numbers are numpy's or jax's:
+nothing here imports jax, since a checkpoint is checked before jax is loaded.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from stepjax.errors import ConfigError
 from stepjax.weights.dtypes import DTYPES, ITEM_BYTES
 
 Unit = tuple[int | None, int | None]  # rows and columns that share a scale; None: all of the axis
-Shapes = tuple[tuple[int, ...], tuple[int, ...]]  # of the values and of the scales
+Shapes = tuple[tuple[int, ...], ...]  # of the values, of the scales and of the third array, if there is one
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,20 @@ class ExpertFormat(ABC):
         """Rows and columns that share a scale."""
 
     @property
+    def extra_dtype(self) -> str | None:
+        """Of the third array; None: the format has none."""
+        return None
+
+    @property
+    def extra_unit(self) -> Unit:
+        """Rows and columns that share an element of the third array."""
+        return self.unit
+
+    @property
     def dtypes(self) -> tuple[str, ...]:
-        """Of the stored tensors: values, scales."""
-        return self.value_dtype, self.scale_dtypes[0]
+        """Of the stored tensors: values, scales, and the third array if there is one."""
+        held = self.value_dtype, self.scale_dtypes[0]
+        return (*held, self.extra_dtype) if self.extra_dtype else held
 
     @property
     def numpy_dtypes(self) -> tuple[np.dtype, ...]:
@@ -97,11 +109,13 @@ class ExpertFormat(ABC):
         return rows or shape[-2], columns or shape[-1]
 
     def shapes(self, shape: Sequence[int]) -> Shapes:
-        """Of the stored values and scales of a weight of ``shape``; the last unit of an axis may be ragged."""
+        """Of the arrays that hold a weight of ``shape``; the last unit of an axis may be ragged."""
         *lead, rows, columns = shape
-        unit_rows, unit_columns = self.unit_of(shape)
         values = (*lead, rows, columns // self.values_per_element)
-        return values, (*lead, -(-rows // unit_rows), -(-columns // unit_columns))
+        units = (self.unit, self.extra_unit) if self.extra_dtype else (self.unit,)
+        return values, *(
+            (*lead, -(-rows // (down or rows)), -(-columns // (across or columns))) for down, across in units
+        )
 
     def whole_shape(self, stored: Sequence[int]) -> tuple[int, ...]:
         """Shape of a weight whose values have the shape ``stored``."""
@@ -138,7 +152,7 @@ class ExpertFormat(ABC):
             raise ConfigError(f"{self.name}: rows of {shape[-1]} values, expected a multiple of {count}")
 
     def quantise(self, w: Any) -> tuple[np.ndarray, ...]:
-        """Values and scales of ``w`` [..., R, C], one matrix at a time, to keep float32 copies small.
+        """The arrays that hold ``w`` [..., R, C], made one matrix at a time, to keep float32 copies small.
 
         Args:
           w: an array, or anything with a shape whose matrices ``w[lead]`` are computed when they are read.
@@ -154,8 +168,8 @@ class ExpertFormat(ABC):
         return tuple(stored)
 
     @abstractmethod
-    def quantise_matrix(self, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Values and scales of a float32 matrix [R, C]."""
+    def quantise_matrix(self, w: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The arrays that hold a float32 matrix [R, C]: values, scales, and the third one if there is one."""
 
     @abstractmethod
     def widen(self, q: Any, scale: Any, array: ModuleType) -> Any:
@@ -163,6 +177,21 @@ class ExpertFormat(ABC):
 
         Under jit this should be elementwise, so that it fuses into the product or the copy that uses it.
         """
+
+    def widen_with(self, q: Any, scale: Any, extra: Any, array: ModuleType) -> Any:
+        """`widen` of a format with a third array."""
+        return self.widen(q, scale, array)
+
+    def pack(self, values: np.ndarray) -> np.ndarray:
+        """Values [..., R, C], one an element, as the format lays them out."""
+        return values
+
+    def refined(self, columns: int) -> ExpertFormat:
+        """The format with units of so many columns, a divisor of the present ones, that repeat their scale.
+
+        It holds the same weight, and a mesh may cut it at more places.
+        """
+        return self
 
     def scale_problem(self, scale: np.ndarray) -> str:
         """What is wrong with stored scales; "" if nothing is."""

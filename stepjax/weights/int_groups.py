@@ -1,8 +1,8 @@
 """Integers with one scale for each group of columns: int8 per output channel, int4 in groups of 32 or 64.
 
-``W[..., r, c] = q[..., r, c] · scale[..., r, c // group]``. A scale may be negative: it is chosen so that the value of
-largest magnitude becomes exactly −2^(bits−1), which uses all levels of an otherwise lopsided range. Two int4 values
-share a byte, the first half of a group in the low bits, so that a weight may be cut at any group.
+``W[..., r, c] = (q[..., r, c] − zero) · scale[..., r, c // group]``; only what other tools made has zero points. A
+scale may be negative: it is chosen so that the value of largest magnitude becomes exactly −2^(bits−1), which uses all
+levels of an otherwise lopsided range. Two int4 values share a byte (`stepjax.weights.nibbles`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 
 from stepjax.config import OWN_FORMAT, ModelConfig
 from stepjax.errors import ConfigError
+from stepjax.weights import nibbles
 from stepjax.weights.expert_format import ExpertFormat, Unit
 
 GROUP = 64  # columns that share a scale in int4
@@ -29,6 +30,8 @@ class IntGroups(ExpertFormat):
 
     num_bits: int  # 8 or 4
     columns: int | None  # that share a scale; None: a whole row
+    scale_type: str = ""  # dtype of the scales; "": as this package makes them
+    zeros: bool = False  # each group has a zero point, int8
 
     @property
     def name(self) -> str:
@@ -44,7 +47,11 @@ class IntGroups(ExpertFormat):
 
     @property
     def scale_dtypes(self) -> tuple[str, ...]:
-        return ("F32",) if self.num_bits == 8 else ("BF16",)
+        return (self.scale_type or ("F32" if self.num_bits == 8 else "BF16"),)
+
+    @property
+    def extra_dtype(self) -> str | None:
+        return "I8" if self.zeros else None
 
     @property
     def unit(self) -> Unit:
@@ -61,6 +68,9 @@ class IntGroups(ExpertFormat):
         fits = [size for size in _COUNTED if config.hidden_size % size == config.expert_size % size == 0]
         return {f"{self.name} in {size}s": self.with_group(size) for size in fits}
 
+    def refined(self, columns: int) -> IntGroups:
+        return dataclasses.replace(self, columns=columns)
+
     def with_group(self, columns: int) -> IntGroups:
         return self if self.columns is None else dataclasses.replace(self, columns=columns)
 
@@ -70,11 +80,11 @@ class IntGroups(ExpertFormat):
         return self.with_group(columns) if columns and columns * groups == shape[-1] and columns % 2 == 0 else self
 
     def check_shape(self, shape: Sequence[int]) -> None:
-        group = self.columns or shape[-1]
+        group = self._group(shape)
         if group < 2 or group % 2 or shape[-1] % group:
             raise ConfigError(f"{self.name}: rows of {shape[-1]} values, expected a multiple of groups of {group}")
 
-    def quantise_matrix(self, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def quantise_matrix(self, w: np.ndarray) -> tuple[np.ndarray, ...]:
         low = 1 << (self.num_bits - 1)
         dtype = self.numpy_dtypes[1]
         values = w.reshape(w.shape[0], -1, self.columns or w.shape[-1])
@@ -84,18 +94,31 @@ class IntGroups(ExpertFormat):
             raise ConfigError(f"{self.name}: the weight has values that are not finite and cannot be quantised")
         scale = np.where(scale == 0, dtype.type(1), scale)
         q = np.clip(np.rint(values / scale.astype(np.float32)), -low, low - 1).astype(np.int8)
-        if self.num_bits == 4:
-            half = values.shape[-1] // 2
-            q = (q + 8).astype(np.uint8)
-            q = q[..., :half] | (q[..., half:] << 4)
-        return q.reshape(w.shape[0], -1), scale[..., 0]
+        held = self.pack(q.reshape(w.shape)), scale[..., 0]
+        return (*held, np.zeros(held[1].shape, np.int8)) if self.zeros else held
+
+    def pack(self, values: np.ndarray) -> np.ndarray:
+        """int8 values, signed."""
+        return (
+            values if self.num_bits == 8 else nibbles.packed((values + 8).astype(np.uint8), self._group(values.shape))
+        )
 
     def widen(self, q: Any, scale: Any, array: ModuleType) -> Any:
-        shape = self.whole_shape(q.shape)
-        q = q.reshape(*scale.shape, -1)
-        if self.num_bits == 4:
-            q = array.concatenate([q & 15, q >> 4], axis=-1).astype(array.int8) - array.int8(8)
-        return (q.astype(array.float32) * scale[..., None].astype(array.float32)).reshape(shape)
+        values = self._values(q, scale, array).astype(array.float32)
+        return (values * scale[..., None].astype(array.float32)).reshape(self.whole_shape(q.shape))
+
+    def widen_with(self, q: Any, scale: Any, extra: Any, array: ModuleType) -> Any:
+        values = self._values(q, scale, array).astype(array.float32) - extra[..., None].astype(array.float32)
+        return (values * scale[..., None].astype(array.float32)).reshape(self.whole_shape(q.shape))
+
+    def _group(self, shape: Sequence[int]) -> int:
+        return self.columns or shape[-1]
+
+    def _values(self, q: Any, scale: Any, array: ModuleType) -> Any:
+        """The signed integers by group: int8 [..., R, groups, columns of a group]."""
+        if self.num_bits == 8:
+            return q.reshape(*scale.shape, -1)
+        return nibbles.unpacked(q, scale.shape[-1], array).astype(array.int8) - array.int8(8)
 
     def quantization_config(self, not_converted: Sequence[str]) -> dict[str, Any]:
         return {"quant_method": OWN_FORMAT, "bits": self.num_bits, "group_size": self.columns}

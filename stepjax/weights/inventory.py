@@ -61,15 +61,16 @@ def inventory(config: ModelConfig, *, experts: ExpertFormat = PLAIN) -> tuple[Te
 
 
 def quantized(spec: TensorSpec, format: ExpertFormat) -> tuple[TensorSpec, ...]:
-    """The tensors that hold a weight in a format: itself, and its scales if it has any."""
+    """The tensors that hold a weight in a format: itself, its scales and a third one, as far as it has them."""
     if not format.quantised:
         return (spec,)
-    values, scales = (
-        dataclasses.replace(spec, shape=shape, dtype=dtype)
-        for shape, dtype in zip(format.shapes(spec.shape), format.dtypes, strict=True)
+    endings = (("", ""), (format.scale_suffix or "_scale", ".scale"), ("_extra", ".extra"))
+    return tuple(
+        dataclasses.replace(
+            spec, shape=shape, dtype=dtype, hub_name=spec.hub_name + hub_ending, path=spec.path + ending
+        )
+        for shape, dtype, (hub_ending, ending) in zip(format.shapes(spec.shape), format.dtypes, endings, strict=False)
     )
-    scale_names = {"hub_name": spec.hub_name + format.scale_suffix, "path": f"{spec.path}.scale"}
-    return values, dataclasses.replace(scales, **scale_names)
 
 
 def _specs(config: ModelConfig) -> Iterator[TensorSpec]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any, overload
 
 import jax
@@ -23,6 +24,7 @@ class Quantised:
     q: Any  # the format's values, perhaps several in an element of the last axis
     scale: Any  # of the same rank
     format: ExpertFormat = field(metadata={"static": True})
+    extra: Any = None  # the format's third array, also of this rank, if it has one
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -38,23 +40,28 @@ class Quantised:
 
     @property
     def nbytes(self) -> int:
-        return self.q.nbytes + self.scale.nbytes
+        return sum(leaf.nbytes for leaf in self.leaves)
+
+    @property
+    def leaves(self) -> tuple[Any, ...]:
+        """The arrays, in the order of `ExpertFormat.dtypes`."""
+        return (self.q, self.scale) if self.extra is None else (self.q, self.scale, self.extra)
 
     def dequantize(self, dtype: Any) -> jax.Array:
         """The weight in ``dtype``: multiplied in float32, rounded once. A quantised weight is frozen: no gradient."""
-        q, scale = jax.lax.stop_gradient((self.q, self.scale))
-        return self.format.widen(q, scale, jnp).astype(dtype)
+        leaves = jax.lax.stop_gradient(self.leaves)
+        return _widened(self.format, leaves, jnp).astype(dtype)
 
     def dequantize_numpy(self, dtype: Any) -> np.ndarray:
         """`dequantize` of numpy leaves, one matrix at a time."""
         out = np.empty(self.shape, dtype)
         for lead in np.ndindex(out.shape[:-2]):
-            out[lead] = self.format.widen(self.q[lead], self.scale[lead], np).astype(dtype)
+            out[lead] = _widened(self.format, [leaf[lead] for leaf in self.leaves], np).astype(dtype)
         return out
 
     def take(self, ids: jax.Array) -> Quantised:
         """Entries of the leading axis, which the axes of ``ids`` replace; ids are clamped into range."""
-        return Quantised(_take(self.q, ids), _take(self.scale, ids), self.format)
+        return quantised_from([_take(leaf, ids) for leaf in self.leaves], self.format)
 
 
 Weight = jax.Array | Quantised | LayerWeight
@@ -66,15 +73,24 @@ def quantise(w: Any, format: ExpertFormat) -> Quantised:
     Raises:
       ConfigError: the format cannot hold it (`ExpertFormat.quantise`).
     """
-    q, scale = format.quantise(w)
-    return Quantised(q, scale, format)
+    return quantised_from(format.quantise(w), format)
 
 
 def abstract_quantised(shape: Sequence[int], format: ExpertFormat, sharding: jax.sharding.Sharding) -> Quantised:
     """What `quantise` makes of a weight of ``shape``, as shapes where they would lie."""
     leaves = zip(format.shapes(shape), format.numpy_dtypes, strict=True)
-    q, scale = (jax.ShapeDtypeStruct(*leaf, sharding=sharding) for leaf in leaves)
-    return Quantised(q, scale, format)
+    return quantised_from([jax.ShapeDtypeStruct(*leaf, sharding=sharding) for leaf in leaves], format)
+
+
+def quantised_from(leaves: Sequence[Any], format: ExpertFormat) -> Quantised:
+    """A weight of its arrays, in the order of `ExpertFormat.dtypes`."""
+    q, scale, *extra = leaves
+    return Quantised(q, scale, format, *extra)
+
+
+def _widened(format: ExpertFormat, leaves: Sequence[Any], array: ModuleType) -> Any:
+    """The weight of some leaves in float32."""
+    return format.widen_with(*leaves, array) if len(leaves) > 2 else format.widen(*leaves, array)
 
 
 def format_of(w: Weight) -> ExpertFormat:

@@ -100,6 +100,23 @@ class GgufCheckpoint:
         """The format of this weight in the files."""
         return self._entry(path).blocks or PLAIN
 
+    def resident(self, path: str) -> ExpertFormat:
+        """The format of this weight in memory: blocks stay where a product of experts takes them."""
+        return self.format(path) if ".experts." in path else PLAIN
+
+    def stored_as(self, path: str) -> str:
+        """GGUF's name of a weight's type, such as Q4_K."""
+        return self.type_name(path)
+
+    @property
+    def by_path(self) -> bool:
+        """The format with the largest blocks stands for all."""
+        return False
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        return {}
+
     def type_name(self, path: str) -> str:
         """GGUF's name of a weight's type, such as Q4_K."""
         self._spec(path)
@@ -111,10 +128,24 @@ class GgufCheckpoint:
     ) -> np.ndarray: ...
     @overload
     def read(
-        self, path: str, *, dtype: Any, keep: bool, index: Index | None = None, copy: bool = False
+        self,
+        path: str,
+        *,
+        dtype: Any,
+        keep: bool,
+        index: Index | None = None,
+        copy: bool = False,
+        held: ExpertFormat | None = None,
     ) -> np.ndarray | Quantised: ...
     def read(
-        self, path: str, *, dtype: Any, keep: bool = False, index: Index | None = None, copy: bool = False
+        self,
+        path: str,
+        *,
+        dtype: Any,
+        keep: bool = False,
+        index: Index | None = None,
+        copy: bool = False,
+        held: ExpertFormat | None = None,
     ) -> np.ndarray | Quantised:
         """One weight, or the part of it at ``index``, in ``dtype``. The router's bias is always float32.
 

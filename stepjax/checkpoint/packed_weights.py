@@ -1,0 +1,129 @@
+"""The weights of a checkpoint that lie in the packings of other tools."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from stepjax.checkpoint.hub_names import Recipe, StoredPart
+from stepjax.checkpoint.safetensors_file import SafetensorsFile
+from stepjax.errors import CheckpointError
+from stepjax.packings.packing import Index, PackedWeight, Packing, StoredTensor, read_leaves, read_wide
+from stepjax.packings.rules import QuantRules
+from stepjax.packings.table import is_packed, recognise
+from stepjax.weights.expert_format import ExpertFormat
+
+CHECKED_BYTES = 2**30  # of scales that are read before the first weight is; those beyond are checked when they are used
+
+
+@dataclass(frozen=True)
+class _Part:
+    weight: PackedWeight
+    packing: Packing
+
+
+class PackedWeights:
+    """By our path: the packing of each weight, and its values when they are wanted."""
+
+    def __init__(self, files: Mapping[str, SafetensorsFile], rules: QuantRules):
+        self._files, self._rules = files, rules
+        self._parts: dict[str, list[_Part]] = {}
+        self._unchecked: set[str] = set()
+        self._checked_bytes = 0
+
+    def __contains__(self, path: str) -> bool:
+        return path in self._parts
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def names(self) -> Mapping[str, int]:
+        """How many weights are in which packing."""
+        return Counter(parts[0].packing.name for parts in self._parts.values())
+
+    def name(self, path: str) -> str:
+        return self._parts[path][0].packing.name
+
+    def held(self, path: str) -> ExpertFormat:
+        """The form in memory that holds a weight's numbers; plain: there is none."""
+        return self._parts[path][0].packing.held
+
+    def has(self, part: StoredPart) -> bool:
+        """Whether a stored weight is in one of these packings."""
+        dtypes = {role: self._files[name].entries[name].dtype for role, name in part.beside if name in self._files}
+        return is_packed(part.role, {part.role: self._files[part.name].entries[part.name].dtype, **dtypes})
+
+    def problems(self, recipe: Recipe) -> list[str]:
+        """Take a weight in; returns what is wrong with its tensors."""
+        problems, parts = [], []
+        for part in recipe.parts:
+            weight = self._weight(recipe, part)
+            try:
+                if part.rows:
+                    some = next(iter(weight.tensors.values()))
+                    raise CheckpointError(f"{some.where} holds several quantised weights, expected one tensor for each")
+                packing = recognise(weight, self._rules)
+                if parts and packing != parts[0].packing:
+                    where = next(iter(weight.tensors.values())).where
+                    raise CheckpointError(
+                        f"{where} is held as {packing.name}, but expert 0 as {parts[0].packing.name}; expected one "
+                        "packing for the experts of a layer"
+                    )
+                parts.append(_Part(weight, packing))
+                self._check(recipe.spec.path, parts[-1])
+            except CheckpointError as error:
+                problems.append(str(error))
+        if not problems:
+            self._parts[recipe.spec.path] = parts
+        return problems
+
+    def num_bytes(self, path: str, share: float) -> int:
+        """Bytes in the files of a share of a weight."""
+        return round(sum(part.weight.num_bytes for part in self._parts[path]) * share)
+
+    def read(self, path: str, where: Index, held: ExpertFormat) -> tuple[np.ndarray, ...]:
+        """The arrays of a part of a weight in a form: `held`, or a refinement of it."""
+        stacks = [read_leaves(part.packing, part.weight, index, held) for part, index in self._at(path, where)]
+        return self._joined(path, where, stacks)
+
+    def widened(self, path: str, where: Index, dtype: Any) -> np.ndarray:
+        """A part of a weight in ``dtype``, rounded once from float32."""
+        matrices = [read_wide(part.packing, part.weight, index).astype(dtype) for part, index in self._at(path, where)]
+        return self._joined(path, where, [(matrix,) for matrix in matrices])[0]
+
+    def _at(self, path: str, where: Index) -> list[tuple[_Part, Index]]:
+        parts = self._parts[path]
+        if path in self._unchecked:
+            for part in parts:
+                part.packing.check_values(part.weight)
+            self._unchecked.discard(path)
+        return [(part, where[1:]) for part in parts[where[0]]] if self._split(path, where) else [(parts[0], where)]
+
+    def _split(self, path: str, where: Index) -> bool:
+        """Whether each matrix has tensors of its own."""
+        return len(self._parts[path][0].weight.shape) < len(where)
+
+    def _joined(self, path: str, where: Index, leaves: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
+        return tuple(map(np.stack, zip(*leaves, strict=True))) if self._split(path, where) else leaves[0]
+
+    def _check(self, path: str, part: _Part) -> None:
+        small = sum(tensor.num_bytes for role, tensor in part.weight.tensors.items() if role != part.weight.values)
+        if self._checked_bytes + small > CHECKED_BYTES:
+            self._unchecked.add(path)
+            return
+        self._checked_bytes += small
+        part.packing.check_values(part.weight)
+
+    def _weight(self, recipe: Recipe, part: StoredPart) -> PackedWeight:
+        names = {part.role: part.name} | {role: name for role, name in part.beside if name in self._files}
+        tensors = {role: self._tensor(name) for role, name in names.items()}
+        return PackedWeight(recipe.spec.hub_name, part.shape, tensors)
+
+    def _tensor(self, name: str) -> StoredTensor:
+        file = self._files[name]
+        entry = file.entries[name]
+        return StoredTensor(name, str(file.path), entry.dtype, entry.shape, lambda index: file.read(name, index))

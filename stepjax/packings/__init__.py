@@ -1,0 +1,1 @@
+"""How the files of other tools spell quantised weights."""

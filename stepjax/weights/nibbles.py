@@ -1,0 +1,24 @@
+"""Two values of four bits in a byte: the first half of a group in the low bits, the second half in the high ones.
+
+A group of columns then lies in bytes of its own, so that a weight may be cut at any group.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+
+def packed(codes: np.ndarray, columns: int) -> np.ndarray:
+    """Codes [..., C], uint8 below 16, as bytes [..., C / 2], with groups of ``columns``, an even divisor of C."""
+    groups = codes.reshape(*codes.shape[:-1], -1, columns)
+    half = columns // 2
+    return (groups[..., :half] | (groups[..., half:] << 4)).reshape(*codes.shape[:-1], -1)
+
+
+def unpacked(q: Any, groups: int, array: ModuleType) -> Any:
+    """The codes of bytes [..., C / 2] as uint8 [..., groups, C / groups]; ``array`` is numpy or jax.numpy."""
+    q = q.reshape(*q.shape[:-1], groups, -1)
+    return array.concatenate([q & 15, q >> 4], axis=-1)
