@@ -39,7 +39,7 @@ CREATE TABLE IF NOT EXISTS checkpoints (
 
 
 @dataclass(frozen=True)
-class Row:
+class JournalRow:
     """A row of a table; JSON columns are read."""
 
     fields: dict[str, Any]
@@ -92,17 +92,17 @@ class Journal:
     def delete(self, table: str, **where: Any) -> None:
         self._run(f"DELETE FROM {table} WHERE {' = ? AND '.join(where)} = ?", *where.values())
 
-    def rows(self, table: str, order: str = "rowid", **where: Any) -> list[Row]:
+    def rows(self, table: str, order: str = "rowid", **where: Any) -> list[JournalRow]:
         """The rows with these values, in an order."""
         condition = f" WHERE {' = ? AND '.join(where)} = ?" if where else ""
         with self._lock:
             cursor = self._file.execute(f"SELECT * FROM {table}{condition} ORDER BY {order}", [*where.values()])
             return [_row(item) for item in cursor.fetchall()]
 
-    def row(self, table: str, **where: Any) -> Row | None:
+    def row(self, table: str, **where: Any) -> JournalRow | None:
         return next(iter(self.rows(table, **where)), None)
 
-    def calls(self, model: str) -> list[Row]:
+    def calls(self, model: str) -> list[JournalRow]:
         """The calls of a model in their order, without bodies and results."""
         with self._lock:
             cursor = self._file.execute(
@@ -130,7 +130,7 @@ class Journal:
             cursor = self._file.execute("SELECT coalesce(sum(bytes), 0) FROM checkpoints WHERE owner = ?", [owner])
             return int(cursor.fetchone()[0])
 
-    def expired(self) -> list[Row]:
+    def expired(self) -> list[JournalRow]:
         """Checkpoints whose time is over."""
         with self._lock:
             cursor = self._file.execute("SELECT * FROM checkpoints WHERE expires <= ?", [time.time()])
@@ -154,8 +154,8 @@ class Journal:
             yield item["name"], item["value"]
 
 
-def _row(item: sqlite3.Row) -> Row:
+def _row(item: sqlite3.Row) -> JournalRow:
     fields = {name: item[name] for name in item.keys()}  # noqa: SIM118  (of sqlite3, which iterates over values)
     if isinstance(fields.get("about"), str):
         fields["about"] = json.loads(fields["about"])
-    return Row(fields)
+    return JournalRow(fields)

@@ -13,7 +13,7 @@ from stepjax.infer.serve.bodies import parse_json
 from stepjax.infer.serve.errors import ApiError
 from stepjax.train.service.checks import CheckedCall, check_call
 from stepjax.train.service.context import SharedParts
-from stepjax.train.service.journal import Row
+from stepjax.train.service.journal import JournalRow
 from stepjax.train.service.lane import LaneCall
 from stepjax.train.service.promises import Failure, Outcome
 from stepjax.train.service.registry import HIDDEN, checkpoint_path, split_path
@@ -38,7 +38,7 @@ SNAPSHOT_BYTES = 256 * 2**20  # of bodies that are kept for that
 class ModelWork:
     """One model in memory."""
 
-    def __init__(self, shared: SharedParts, row: Row):
+    def __init__(self, shared: SharedParts, row: JournalRow):
         self.row = row
         self._shared = shared
         about = row.about["lora"]

@@ -49,7 +49,7 @@ class AdamNumbers(NamedTuple):
     grad_clip_norm: Any  # 0: no clipping
 
 
-class Scored(NamedTuple):
+class PassScores(NamedTuple):
     """What a pass over a micro-batch measured."""
 
     loss: jax.Array  # the sum
@@ -82,11 +82,11 @@ class Programs:
         self.mesh = layout if layout.replicated else None
 
     def gradients(self, config: LoraConfig) -> StoredFunction:
-        """``(gradients, leaves, base, micro-batch, loss index, loss numbers) → (gradients, Scored)``."""
+        """``(gradients, leaves, base, micro-batch, loss index, loss numbers) → (gradients, PassScores)``."""
         return self._of("gradients", config, None, None, self._accumulate, out=lambda s, r: (s, r), donate=(0,))
 
     def scores(self, config: LoraConfig) -> StoredFunction:
-        """``(leaves, base, micro-batch, loss index, loss numbers) → Scored``."""
+        """``(leaves, base, micro-batch, loss index, loss numbers) → PassScores``."""
         return self._of("scores", config, None, None, self._score, out=lambda s, r: r)
 
     def taught(self, config: LoraConfig, teacher: LoraConfig | None, loss: TeacherLoss) -> StoredFunction:
@@ -103,7 +103,7 @@ class Programs:
         def out(leaves: Any, replicated: Any) -> Any:
             return leaves, Moments(replicated, leaves, leaves), replicated
 
-        return self._of("step", config, None, None, lambda *_: adam_step, out=out, donate=(0, 1, 2))
+        return self._of("step", config, None, None, lambda *_: adam_step, out=out, donate=(0, 1))
 
     def leaves(self, config: LoraConfig, values: Mapping[str, Any]) -> Leaves:
         """Leaves on the device, placed as the weights that they adapt."""
@@ -157,7 +157,7 @@ class Programs:
                 make(config, teacher, loss),
                 identity=f"{key} of {num_tokens_of(session)}\0{model_identity(session)}",
                 cache=session.program_cache,
-                types=(Scored, Stepped, Moments),
+                types=(PassScores, Stepped, Moments),
                 **options,
             )
         return self._made[key]
@@ -167,18 +167,20 @@ class Programs:
         deep = len(model.layers) > KEPT_LAYERS
         return model, model.forward(rows.ids, packed_chunk(rows), recompute=deep).hidden_BTD
 
-    def _score(self, config: LoraConfig, *_: Any) -> Callable[..., Scored]:
-        def score(leaves: Leaves, base: Params, micro: MicroBatch, index: Any, numbers: Any) -> Scored:
+    def _score(self, config: LoraConfig, *_: Any) -> Callable[..., PassScores]:
+        def score(leaves: Leaves, base: Params, micro: MicroBatch, index: Any, numbers: Any) -> PassScores:
             model, hidden = self._hidden(lora.attach(base, leaves, config), micro.rows)
             inputs, segments = micro.inputs, micro.rows.segment_ids
             logprob = target_logprobs(hidden, inputs.target, model.logits, num_tokens=num_tokens_of(self._session))
             loss = token_losses(index, numbers, logprob, inputs, segments)
-            return Scored(jnp.sum(loss), logprob, jnp.zeros((0, 0)))
+            return PassScores(jnp.sum(loss), logprob, jnp.zeros((0, 0)))
 
         return score
 
-    def _score_taught(self, config: LoraConfig, teacher: LoraConfig | None, loss: TeacherLoss) -> Callable[..., Scored]:
-        def score(leaves: Leaves, base: Params, micro: MicroBatch, teacher_leaves: Any) -> Scored:
+    def _score_taught(
+        self, config: LoraConfig, teacher: LoraConfig | None, loss: TeacherLoss
+    ) -> Callable[..., PassScores]:
+        def score(leaves: Leaves, base: Params, micro: MicroBatch, teacher_leaves: Any) -> PassScores:
             teaching = base if teacher is None else lora.attach(base, teacher_leaves, teacher)
             taught_by, known = self._hidden(teaching, micro.rows)
             model, hidden = self._hidden(lora.attach(base, leaves, config), micro.rows)
@@ -194,20 +196,20 @@ class Programs:
             real = micro.rows.segment_ids > 0
             distance = jnp.where(real, scores.divergence, 0.0)
             total = jnp.sum(distance * micro.inputs.weight[..., 0])
-            return Scored(total, scores.logprob[..., None], distance)
+            return PassScores(total, scores.logprob[..., None], distance)
 
         return score
 
-    def _accumulate(self, config: LoraConfig, *_: Any) -> Callable[..., tuple[Leaves, Scored]]:
+    def _accumulate(self, config: LoraConfig, *_: Any) -> Callable[..., tuple[Leaves, PassScores]]:
         return _accumulation(self._score(config))
 
-    def _accumulate_taught(self, *settings: Any) -> Callable[..., tuple[Leaves, Scored]]:
+    def _accumulate_taught(self, *settings: Any) -> Callable[..., tuple[Leaves, PassScores]]:
         return _accumulation(self._score_taught(*settings))
 
 
-def _accumulation(score: Callable[..., Scored]) -> Callable[..., tuple[Leaves, Scored]]:
-    def accumulate(gradients: Leaves, leaves: Leaves, *rest: Any) -> tuple[Leaves, Scored]:
-        def loss(leaves: Leaves) -> tuple[jax.Array, Scored]:
+def _accumulation(score: Callable[..., PassScores]) -> Callable[..., tuple[Leaves, PassScores]]:
+    def accumulate(gradients: Leaves, leaves: Leaves, *rest: Any) -> tuple[Leaves, PassScores]:
+        def loss(leaves: Leaves) -> tuple[jax.Array, PassScores]:
             scored = score(leaves, *rest)
             return scored.loss, scored
 

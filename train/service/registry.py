@@ -12,7 +12,7 @@ from typing import Any
 
 from stepjax.adapters.lora import LoraConfig
 from stepjax.infer.serve.errors import ApiError
-from stepjax.train.service.journal import Journal, Row
+from stepjax.train.service.journal import Journal, JournalRow
 from stepjax.train.service.limits import TTL_S
 from stepjax.train.service.state_files import remove_folder
 from stepjax.train.service.wire.tensors import bad
@@ -35,7 +35,7 @@ class Registry:
 
     # Sessions.
 
-    def open_session(self, owner: str, token: str, about: Mapping[str, Any]) -> Row:
+    def open_session(self, owner: str, token: str, about: Mapping[str, Any]) -> JournalRow:
         """A new session, or the one that the same submission has opened before."""
         old = self.journal.row("sessions", owner=owner, token=token) if token else None
         if old is not None:
@@ -47,7 +47,7 @@ class Registry:
         )
         return self.session(id, owner)
 
-    def session(self, id: str, owner: str, *, running: bool = False) -> Row:
+    def session(self, id: str, owner: str, *, running: bool = False) -> JournalRow:
         """A session of an owner.
 
         Args:
@@ -62,7 +62,7 @@ class Registry:
 
     # Models.
 
-    def model(self, id: str, owner: str) -> Row:
+    def model(self, id: str, owner: str) -> JournalRow:
         row = self.journal.row("models", id=id, owner=owner)
         if row is None:
             raise not_found(f"model_id {id[:120]!a}")
@@ -97,7 +97,7 @@ class Registry:
 
     # Samplers.
 
-    def open_sampler(self, session: str, number: int, owner: str, *, path: str | None, digest: str) -> Row:
+    def open_sampler(self, session: str, number: int, owner: str, *, path: str | None, digest: str) -> JournalRow:
         """A sampling session; the same submission gets the same one."""
         id = f"{session}:sample:{number}"
         old = self.journal.row("samplers", id=id)
@@ -108,7 +108,7 @@ class Registry:
             self.journal.insert("samplers", id=id, session=session, owner=owner, created=now, digest=digest, path=path)
         return self.sampler(id, owner)
 
-    def sampler(self, id: str, owner: str) -> Row:
+    def sampler(self, id: str, owner: str) -> JournalRow:
         row = self.journal.row("samplers", id=id, owner=owner)
         if row is None:
             raise not_found(f"sampling_session_id {id[:120]!a}")
@@ -135,7 +135,7 @@ class Registry:
         )
         return path
 
-    def checkpoint(self, path: str, owner: str) -> Row:
+    def checkpoint(self, path: str, owner: str) -> JournalRow:
         """A checkpoint that an owner may read: an own one, or one that is published."""
         row = self.journal.row("checkpoints", path=path)
         readable = row is not None and (row.owner == owner or row.public) and not _expired(row)
@@ -143,13 +143,13 @@ class Registry:
             raise not_found(path[:300])
         return row
 
-    def own_checkpoint(self, path: str, owner: str) -> Row:
+    def own_checkpoint(self, path: str, owner: str) -> JournalRow:
         row = self.checkpoint(path, owner)
         if row.owner != owner:
             raise not_found(path[:300])
         return row
 
-    def checkpoints(self, owner: str, model: str | None = None) -> list[Row]:
+    def checkpoints(self, owner: str, model: str | None = None) -> list[JournalRow]:
         """The named checkpoints, the latest first."""
         where = {"owner": owner} if model is None else {"owner": owner, "model": model}
         rows = self.journal.rows("checkpoints", order="created DESC", **where)
@@ -211,5 +211,5 @@ def _file_name(model: str) -> str:
     return model.replace(":", ".")
 
 
-def _expired(row: Row) -> bool:
+def _expired(row: JournalRow) -> bool:
     return row.expires is not None and row.expires <= time.time()

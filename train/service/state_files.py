@@ -20,7 +20,7 @@ from stepjax.adapters.lora import LoraConfig
 from stepjax.adapters.peft import export_adapter
 from stepjax.config import ModelConfig
 from stepjax.errors import CheckpointError
-from stepjax.train.tune.trainable import load_leaves, save_leaves
+from stepjax.train.tune.trainable import FORM, load_leaves
 from stepjax.whole_file import sync, whole_file
 
 LEAVES, OPTIMIZER = "leaves.safetensors", "optimizer.safetensors"
@@ -94,7 +94,7 @@ def write_checkpoint(
     try:
         new = export_adapter(work / "new", config, state.leaves, lora_config, base=base)
         about = {"kind": "lora", "lora": lora.describe(lora_config)}
-        save_leaves(new / LEAVES, dict(state.leaves), about)
+        save_file(state.leaves, new / LEAVES, metadata={"form": FORM, "about": json.dumps(about)})
         if optimizer:
             parts = {"first": state.first, "second": state.second}
             arrays = {f"{part}:{name}": value for part, values in parts.items() for name, value in values.items()}

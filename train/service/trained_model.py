@@ -19,7 +19,7 @@ from stepjax.train.losses.target_losses import TARGET_LOSSES
 from stepjax.train.service.checks import CheckedCall, CheckedLoss
 from stepjax.train.service.device import DeviceTurns
 from stepjax.train.service.micro_batches import Datum, MicroBatch, pack_call
-from stepjax.train.service.programs import AdamNumbers, Moments, Programs, Scored
+from stepjax.train.service.programs import AdamNumbers, Moments, PassScores, Programs
 from stepjax.train.service.state_files import HostState
 from stepjax.train.service.wire.results import pass_to_protobuf
 from stepjax.train.tune.update import Leaves
@@ -87,7 +87,7 @@ class TrainedModel:
         Returns: the result in the client's form.
         """
         packed = await asyncio.to_thread(pack_call, call.data)
-        scored: list[Scored] = []
+        scored: list[PassScores] = []
         try:
             for micro in packed.micros:
                 scored.append(await self._score(micro, call.loss, teacher, forward_only=call.forward_only))
@@ -124,7 +124,7 @@ class TrainedModel:
 
     async def _score(
         self, micro: MicroBatch, loss: CheckedLoss, teacher: AdapterOnDevice | None, *, forward_only: bool
-    ) -> Scored:
+    ) -> PassScores:
         programs, base = self._programs, self._session.params
         if loss.taught is None:
             numbers = np.asarray(loss.numbers, np.float32)
@@ -142,7 +142,7 @@ class TrainedModel:
         return scored
 
 
-def _result(call: CheckedCall, packed: Any, scored: Sequence[Scored]) -> bytes:
+def _result(call: CheckedCall, packed: Any, scored: Sequence[PassScores]) -> bytes:
     """Log-probabilities of each datum, in order, and the sums."""
     logprobs = [np.asarray(part.logprob_RTK) for part in scored]
     losses = [float(part.loss) for part in scored]

@@ -16,7 +16,7 @@ from stepjax.infer.serve.middleware import ApiKeys
 from stepjax.infer.serve.replies import json_response
 from stepjax.train.service.checks import check_call
 from stepjax.train.service.device import check_alive
-from stepjax.train.service.journal import Row
+from stepjax.train.service.journal import JournalRow
 from stepjax.train.service.limits import MAX_BODY_BYTES
 from stepjax.train.service.model_work import parsed
 from stepjax.train.service.promises import Failure, Outcome
@@ -331,7 +331,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and (value != value or abs(value) == float("inf")) else value
 
 
-async def _running_model(service: TrainingService, model: str, owner: str) -> Row:
+async def _running_model(service: TrainingService, model: str, owner: str) -> JournalRow:
     row = await asyncio.to_thread(service.shared.registry.model, model, owner)
     if row.ended:
         raise ApiError(f"model_id {model[:120]!a}: its session has ended", code="session_ended", param="model_id")

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 
 from stepjax.infer.serve.middleware import ApiKeys
 from stepjax.infer.serve.replies import json_response
-from stepjax.train.service.journal import Row
+from stepjax.train.service.journal import JournalRow
 from stepjax.train.service.registry import KINDS, checked_ttl, checkpoint_path
 from stepjax.train.service.requests import only, string
 from stepjax.train.service.routes.reading import json_body, owner_of
@@ -82,7 +82,7 @@ def _add_runs(routes: APIRouter, service: TrainingService, keys: ApiKeys) -> Non
 def _add_checkpoints(routes: APIRouter, service: TrainingService, keys: ApiKeys) -> None:
     registry, place = service.shared.registry, "/training_runs/{id}/checkpoints/{kind}/{name}"
 
-    async def own(request: Request, id: str, kind: str, name: str) -> Row:
+    async def own(request: Request, id: str, kind: str, name: str) -> JournalRow:
         if kind not in KINDS:
             raise bad("path", f"is of kind {kind[:40]!a}, expected one of {', '.join(KINDS)}")
         path = checkpoint_path(id, kind, name)
@@ -121,7 +121,7 @@ def _add_checkpoints(routes: APIRouter, service: TrainingService, keys: ApiKeys)
         return await publish(request, id, kind, name, 0)
 
 
-def _run(service: TrainingService, row: Row) -> dict[str, Any]:
+def _run(service: TrainingService, row: JournalRow) -> dict[str, Any]:
     checkpoints = service.shared.registry.checkpoints(row.owner, row.id)
     latest = {kind: next((item for item in checkpoints if item.kind == kind), None) for kind in KINDS}
     weights, sampler = latest["weights"], latest["sampler_weights"]
@@ -139,7 +139,7 @@ def _run(service: TrainingService, row: Row) -> dict[str, Any]:
     }
 
 
-def _checkpoint(row: Row) -> dict[str, Any]:
+def _checkpoint(row: JournalRow) -> dict[str, Any]:
     return {
         "checkpoint_id": f"{row.kind}/{row.name}",
         "checkpoint_type": KINDS[row.kind],

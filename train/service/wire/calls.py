@@ -251,7 +251,7 @@ def inflated(body: bytes, encoding: str, *, most: int) -> bytes:
 
 
 def has_zstd() -> bool:
-    """Whether bodies compressed with zstd can be read: the library comes with the extra ``tinker``."""
+    """Whether bodies compressed with zstd can be read: the library is the extra ``zstd``."""
     from importlib.util import find_spec
 
     return find_spec("zstandard") is not None
