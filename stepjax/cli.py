@@ -42,7 +42,7 @@ VERBS = {
     ),
     "serve": Verb(
         _ANSWER,
-        "stepjax.infer.commands.serve",
+        "stepjax.train.commands.serve",
         "answer over HTTP with the APIs of OpenAI and Anthropic",
         "stepjax serve step-tiny --port 8000",
     ),

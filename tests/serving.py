@@ -6,7 +6,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -16,6 +16,7 @@ from stepjax.infer.engine.config import EngineConfig
 from stepjax.infer.engine.engine import Engine
 from stepjax.infer.serve.api import ServeOptions
 from stepjax.infer.serve.app import create_app
+from stepjax.infer.serve.extension import Extension
 from stepjax.infer.serve.metrics import ServerMetrics
 from stepjax.infer.serve.middleware import ApiKeys
 from stepjax.infer.serve.server import Server, ServerConfig
@@ -65,10 +66,12 @@ class Serving:
         drain_seconds: float = 20,
         engine: Engine | None = None,
         names: tuple[str, ...] = ("step-tiny", NAME),
+        extend: Callable[[Session, Service, ServeOptions], Extension] | None = None,
         **options: Any,
     ):
         self.engine = engine or Engine(session, config)
         self.session, self._drain = session, drain_seconds
+        self._extend = extend
         self._options = ServeOptions(names, ApiKeys(keys), **options)
         self._listening = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -82,7 +85,9 @@ class Serving:
         async def serve() -> int:
             self.loop = asyncio.get_running_loop()
             self.service = Service(self.engine, ServerMetrics(self.engine, self._options.names[0]))
-            self.app = create_app(self.service, self.session, self._options)
+            make = self._extend
+            extensions = () if make is None else (make(self.session, self.service, self._options),)
+            self.app = create_app(self.service, self.session, self._options, extensions)
             self.server = Server(self.app, self.service, ServerConfig(port=0, drain_seconds=self._drain))
             running = asyncio.ensure_future(self.server.run_until_ended())
             while not self.server.started and not running.done():

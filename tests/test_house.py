@@ -218,7 +218,7 @@ def test_dependencies_are_few_and_all_that_is_imported():
     extras = project["optional-dependencies"]
     asked_for = {"tensorboardX"} | {
         requirement_name(each)
-        for name in ("plots", "tensorboard", "wandb", "grain", "parquet", "hub")
+        for name in ("plots", "tensorboard", "wandb", "grain", "parquet", "hub", "zstd")
         for each in extras[name]
     }
     for name in PACKAGE:

@@ -7,7 +7,7 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from stepjax.checkpoint.folder import ModelFolder
     from stepjax.infer.engine.engine import Engine
     from stepjax.infer.serve.api import ServeOptions
+    from stepjax.infer.serve.extension import Extension
     from stepjax.infer.serve.server import Gate, Server
     from stepjax.infer.serve.service import Service
     from stepjax.infer.session import Session
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 
 KEY_VARIABLE = "STEPJAX_API_KEY"
 SWITCH_S = 0.0005  # between threads, so that the engine's does not wait for a parser
+# (arguments, model, service, options) → more paths
+Extend = Callable[["argparse.Namespace", "Session", "Service", "ServeOptions"], "Extension"]
 DEFAULT_LORAS = 4  # slots for adapters that clients load, unless --max-loras is given
 
 
@@ -131,7 +134,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, extend: Extend | None = None) -> int:
+    """Serve until a signal ends the server.
+
+    Args:
+      extend: makes more paths for the server of its model and engine.
+    """
     args.model = args.name or args.model
     keys = _keys(args)
     _check_tls(args)
@@ -147,7 +155,7 @@ def run(args: argparse.Namespace) -> int:
     sys.setswitchinterval(SWITCH_S)
 
     async def serve() -> tuple[int, Service | None]:
-        starting = asyncio.ensure_future(_start(args, folder, keys, startup, gate, server))
+        starting = asyncio.ensure_future(_start(args, folder, keys, startup, gate, server, extend))
         code = await server.run_until_ended()
         starting.cancel()
         return code, await starting if starting.done() and not starting.cancelled() else None
@@ -162,7 +170,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _start(
-    args: argparse.Namespace, folder: ModelFolder, keys: list[str], startup: Startup, gate: Gate, server: Server
+    args: argparse.Namespace,
+    folder: ModelFolder,
+    keys: list[str],
+    startup: Startup,
+    gate: Gate,
+    server: Server,
+    extend: Extend | None,
 ) -> Service:
     """Load the model while the server answers health checks, then let it answer requests. Ends the server if it
     fails.
@@ -190,7 +204,8 @@ async def _start(
         )
         service = Service(engine, ServerMetrics(engine, options.names[0]), startup)
         server.attach(service)
-        await gate.open(create_app(service, session, options))
+        extensions = () if extend is None else (await asyncio.to_thread(extend, args, session, service, options),)
+        await gate.open(create_app(service, session, options, extensions))
         await service.ready.wait()
     except BaseException:
         server.should_exit = True

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import functools
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -21,6 +21,7 @@ from stepjax.infer.serve.api import Api, ServeOptions
 from stepjax.infer.serve.bodies import StrictBodies
 from stepjax.infer.serve.endpoints import chat, completions, messages, models, page, responses, tokens
 from stepjax.infer.serve.errors import ApiError
+from stepjax.infer.serve.extension import Extension
 from stepjax.infer.serve.middleware import Access, App, Failures, RequestLog
 from stepjax.infer.serve.replies import error_response, json_response, readiness, refuse
 from stepjax.infer.serve.routes import IGNORED, validation_error
@@ -90,8 +91,8 @@ ROUTERS: tuple[Callable[[Api], APIRouter], ...] = (
 )
 
 
-def create_app(service: Service, session: Session, options: ServeOptions) -> App:
-    """The application; ``service`` starts and stops with it."""
+def create_app(service: Service, session: Session, options: ServeOptions, extensions: Sequence[Extension] = ()) -> App:
+    """The application; ``service`` and ``extensions`` start and stop with it."""
 
     api = Api(service, session, options)
 
@@ -99,8 +100,12 @@ def create_app(service: Service, session: Session, options: ServeOptions) -> App
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.start()
         warming = asyncio.ensure_future(_become_ready(api))
+        for extension in extensions:
+            await extension.start()
         yield
         warming.cancel()
+        for extension in extensions:
+            await extension.stop()
         await service.stop()
         api.close()
 
@@ -128,14 +133,18 @@ def create_app(service: Service, session: Session, options: ServeOptions) -> App
     _add_error_handlers(app)
     for router in ROUTERS:
         app.include_router(router(api))
-    return _wrapped(app, options)
+    for extension in extensions:
+        app.include_router(extension.router(api))
+    return _wrapped(app, options, extensions)
 
 
-def _wrapped(app: App, options: ServeOptions) -> App:
+def _wrapped(app: App, options: ServeOptions, extensions: Sequence[Extension]) -> App:
     """The application behind what every request passes, from the outside: the log, headers for other web pages, which
     every answer needs, errors too, the key, and the body.
     """
-    app = Access(StrictBodies(app, refuse), options.keys, refuse)
+    raw_paths = frozenset().union(*(extension.raw_paths for extension in extensions))
+    open_prefixes = tuple(prefix for extension in extensions for prefix in extension.open_prefixes)
+    app = Access(StrictBodies(app, refuse, raw_paths=raw_paths), options.keys, refuse, open_prefixes=open_prefixes)
     app = Failures(app, refuse)
     if options.cors_origins:
         app = CORSMiddleware(

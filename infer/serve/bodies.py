@@ -9,7 +9,7 @@ import asyncio
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NoReturn, TypeVar
 
 from stepjax.infer.serve.errors import ApiError
@@ -39,11 +39,16 @@ async def off_loop(size: int, work: Callable[..., T], *arguments: Any) -> T:
 class StrictBodies:
     """Reads the body of every request that may have one, parses it, and passes it on in the scope."""
 
-    def __init__(self, app: App, refuse: Refuse):
-        self._app, self._refuse = app, refuse
+    def __init__(self, app: App, refuse: Refuse, *, raw_paths: Collection[str] = ()):
+        """
+        Args:
+          raw_paths: their endpoints read and bound the body themselves.
+        """
+        self._app, self._refuse, self._raw_paths = app, refuse, raw_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+        bodiless = scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS")
+        if bodiless or scope["path"] in self._raw_paths:
             await self._app(scope, receive, send)
             return
         try:

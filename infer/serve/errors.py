@@ -20,9 +20,15 @@ TYPES = {
     503: "overloaded_error",
 }
 MAX_MESSAGE = 1000  # characters; some errors repeat their input
-Dialect = Literal["openai", "completions", "responses", "anthropic"]
+Dialect = Literal["openai", "completions", "responses", "anthropic", "tinker"]
 # What a prompt that is too long is called, by interface.
-_PROMPTS = {"openai": "messages", "completions": "prompt", "responses": "input", "anthropic": "messages"}
+_PROMPTS = {
+    "openai": "messages",
+    "completions": "prompt",
+    "responses": "input",
+    "anthropic": "messages",
+    "tinker": "prompt",
+}
 _FIELD = re.compile(r"[A-Za-z_][\w.\[\]]*(?=:|\.['\"])")  # up to a key that is quoted
 
 
@@ -75,6 +81,8 @@ class ApiError(Exception):
             "param": _PROMPTS[dialect] if self._overflow else self.param,
             "code": self.code,
         }
+        if dialect == "tinker":
+            return {"detail": self.message, "code": self.code, "param": self.param}
         return {"type": "error", "error": error} if dialect == "anthropic" else {"error": error}
 
     def told(self, dialect: Dialect) -> str:
@@ -89,7 +97,7 @@ class ApiError(Exception):
             # A prompt as long as the context leaves no room for an answer, and is too long too.
             most = min(overflow.context, overflow.num_tokens - 1)
             return f"prompt is too long: {overflow.num_tokens} tokens > {most} maximum"
-        name = {"openai": "messages", "completions": "prompt", "responses": "input"}[dialect]
+        name = _PROMPTS[dialect]
         return (
             f"This model's maximum context length is {overflow.context} tokens. However, your {name} resulted in "
             f"{overflow.num_tokens} tokens. Please reduce the length of the {name}."
@@ -100,6 +108,8 @@ def dialect_of(path: str) -> Dialect:
     """The form of a path's errors."""
     if path.startswith("/v1/messages"):
         return "anthropic"
+    if path.startswith("/api/v1/"):
+        return "tinker"
     if path.startswith("/v1/responses"):
         return "responses"
     return "completions" if path.startswith("/v1/completions") else "openai"

@@ -97,20 +97,25 @@ class Failures:
 class Access:
     """Refuses a request whose API key is missing or wrong, before anything of its body is read."""
 
-    def __init__(self, app: App, keys: ApiKeys, refuse: Refuse):
-        self._app, self._keys, self._refuse = app, keys, refuse
+    def __init__(self, app: App, keys: ApiKeys, refuse: Refuse, *, open_prefixes: tuple[str, ...] = ()):
+        """
+        Args:
+          open_prefixes: paths that begin so need no key, as those of `OPEN_PATHS`.
+        """
+        self._app, self._keys, self._refuse, self._open_prefixes = app, keys, refuse, open_prefixes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         locked = scope["type"] == "http" and self._keys and scope["path"] not in OPEN_PATHS
-        if locked and scope["method"] != "OPTIONS" and not self._keys.accept(_key(dict(scope["headers"]))):
+        locked = locked and not scope["path"].startswith(self._open_prefixes or ("\0",))
+        if locked and scope["method"] != "OPTIONS" and not self._keys.accept(key_of(dict(scope["headers"]))):
             error = ApiError("the API key is missing or wrong", status=401, code="invalid_api_key")
             await self._refuse(scope, receive, send, error)
         else:
             await self._app(scope, receive, send)
 
 
-def _key(headers: dict[bytes, bytes]) -> bytes:
-    """The key of a request, in the header of OpenAI's clients or in that of Anthropic's."""
+def key_of(headers: dict[bytes, bytes]) -> bytes:
+    """The key of a request, in the header of OpenAI's clients or in that of Anthropic's and Tinker's."""
     kind, _, key = headers.get(b"authorization", b"").partition(b" ")
     return key.strip() if kind.lower() == b"bearer" else headers.get(b"x-api-key", b"").strip()
 

@@ -1,0 +1,34 @@
+"""The training service as an extension of the server."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from stepjax.infer.serve.api import Api
+from stepjax.train.service.routes.calls import RAW_PATHS, calls_router
+from stepjax.train.service.routes.files import FILES_PREFIX, files_router
+from stepjax.train.service.routes.records import records_router
+from stepjax.train.service.routes.sessions import sessions_router
+from stepjax.train.service.training_service import TrainingService
+
+
+class TrainingExtension:
+    """Adds the paths of the Tinker API to a server (`stepjax.infer.serve.extension.Extension`)."""
+
+    raw_paths = RAW_PATHS
+    open_prefixes = (FILES_PREFIX,)
+
+    def __init__(self, service: TrainingService):
+        self.service = service
+
+    def router(self, api: Api) -> APIRouter:
+        routes = APIRouter(prefix="/api/v1", tags=["Tinker"])
+        for part in (sessions_router, calls_router, records_router, files_router):
+            routes.include_router(part(self.service, api.options.keys))
+        return routes
+
+    async def start(self) -> None:
+        await self.service.start()
+
+    async def stop(self) -> None:
+        await self.service.stop()

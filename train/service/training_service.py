@@ -1,0 +1,417 @@
+"""The training service: sessions, models and samplers of clients, beside the server's own paths."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import secrets
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stepjax.adapters.lora import LoraConfig
+from stepjax.infer.serve.errors import ApiError
+from stepjax.infer.serve.service import Service
+from stepjax.infer.session import Session, model_identity, num_tokens_of
+from stepjax.train.runs.lock import locked
+from stepjax.train.service.answering import answered, fitted
+from stepjax.train.service.checks import ModelRoom
+from stepjax.train.service.context import ReadOnlyAdapters, SharedParts
+from stepjax.train.service.device import DeviceTurns
+from stepjax.train.service.journal import Journal
+from stepjax.train.service.lane import Lane, LaneCall
+from stepjax.train.service.limits import MAX_OPEN, SILENT_S, ServiceLimits, TokenBudget
+from stepjax.train.service.model_work import CHANGING, ModelWork, decoded, parsed
+from stepjax.train.service.programs import Programs
+from stepjax.train.service.promises import Failure, Promise, Promises
+from stepjax.train.service.registry import HIDDEN, Registry, not_found
+from stepjax.train.service.slots import AdapterSlots
+from stepjax.train.service.state_files import remove_leftovers
+from stepjax.train.service.trained_model import target_scores
+from stepjax.train.service.wire.sample_requests import SampleCall
+from stepjax.train.service.wire.tensors import NamedTensor, bad
+
+log = logging.getLogger(__name__)
+
+SWEEP_S = 15.0
+SEEN_S = 60.0  # how old the journal's time of a session may be
+
+
+class TrainingService:
+    """What the paths of the Tinker API do. All methods belong to the event loop."""
+
+    def __init__(
+        self,
+        session: Session,
+        service: Service,
+        names: tuple[str, ...],
+        *,
+        folder: Path,
+        limits: ServiceLimits,
+        tokenizer: str = "",
+    ):
+        """
+        Args:
+          names: of the base model; clients train any of them.
+          folder: of the journal and of all that is saved.
+          tokenizer: folder that clients on this machine load the tokenizer from.
+
+        Raises:
+          ConfigError: another server uses the folder, or it is of another model.
+        """
+        self._closing = contextlib.ExitStack()
+        self._closing.enter_context(locked(folder))
+        remove_leftovers(folder)
+        journal = Journal(folder / "journal.sqlite", identity=model_identity(session).partition(", mtp")[0])
+        self._closing.callback(journal.close)
+        registry, programs, device = Registry(journal, folder), Programs(session), DeviceTurns(service)
+        adapters = ReadOnlyAdapters(registry, programs)
+        context = min(service.engine.scheduler.config.context, session.config.max_positions)
+        self.shared = SharedParts(
+            session,
+            service,
+            names,
+            programs,
+            device,
+            journal,
+            registry,
+            adapters,
+            AdapterSlots(service.engine, device, adapters.factors),
+            limits,
+            TokenBudget(limits.tokens_per_minute),
+            ModelRoom(context, num_tokens_of(session)),
+        )
+        self.tokenizer = tokenizer
+        self.promises = Promises()
+        self.url_key = secrets.token_bytes(32)
+        self._lanes: dict[str, tuple[Lane, ModelWork]] = {}
+        self._seen: dict[str, float] = {}  # session → when it was heard of last
+        self._quiet: set[str] = set()  # sessions whose memory is to be given back
+        self._samples: dict[str, set[asyncio.Task[None]]] = {}  # session → answers under way
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Carry on with what an earlier server left."""
+        self._tasks.append(asyncio.ensure_future(self._sweep()))
+        self._tasks.append(asyncio.ensure_future(self._resume()))
+
+    async def stop(self) -> None:
+        """Write what is in memory, so that the next server need not compute it again."""
+        for task in [*self._tasks, *(task for tasks in self._samples.values() for task in tasks)]:
+            task.cancel()
+        for model in list(self._lanes):
+            await self.release(model)
+        self._closing.close()
+
+    # Training calls.
+
+    async def submit(
+        self, owner: str, kind: str, model: str, seq: int, *, request: Any, type: str, body: bytes
+    ) -> Promise:
+        """Queue a call of a model that has been checked; a repeated one gets its earlier promise.
+
+        Raises:
+          ApiError: there is no such model, its session has ended, or the number was used for another call.
+        """
+        id, digest = f"{model}:{seq}", _digest(kind, body)
+        if promise := self.promises.repeated(id, digest, owner):
+            return promise
+        shared = self.shared
+        recorded = await asyncio.to_thread(lambda: shared.journal.row("calls", model=model, seq=seq))
+        if promise := self.promises.repeated(id, digest, owner):  # it came meanwhile
+            return promise
+        promise = Promise(id, owner, digest, {"model_id": model})
+        if recorded is not None:
+            if recorded.digest != digest:
+                raise ApiError("seq_id: this number was used for another request", code="conflict", param="seq_id")
+            return await self._recorded_promise(promise, recorded)
+        self._check_room(owner)
+        if seq < (first := self.lane(model).next):
+            raise bad("seq_id", f"is {seq}, but the model has run all calls up to {first - 1}")
+        self.promises.open(promise)
+        try:
+            values = {"model": model, "seq": seq, "kind": kind, "digest": digest, "type": type, "body": body}
+            await asyncio.to_thread(lambda: shared.journal.insert("calls", **values, state="open", result=None))
+        except BaseException:
+            self.promises.drop(id)
+            raise
+        self.lane(model).add(LaneCall(seq, kind, request, promise))
+        return promise
+
+    async def spend(self, owner: str, model: str, seq: int, kind: str, body: bytes) -> None:
+        """Note that a call was refused: its number is used, and the next call must not wait for it."""
+        shared = self.shared
+        row = await asyncio.to_thread(lambda: shared.journal.row("models", id=model, owner=owner))
+        if row is None or not 0 < seq < 2**31 or self.promises.get(f"{model}:{seq}", owner):
+            return
+        if await asyncio.to_thread(lambda: shared.journal.row("calls", model=model, seq=seq)) is None:
+            values = {"model": model, "seq": seq, "kind": "refused", "digest": _digest(kind, body), "type": ""}
+            await asyncio.to_thread(
+                lambda: shared.journal.insert("calls", **values, body=None, state="failed", result=b"{}")
+            )
+        if model in self._lanes:
+            self.lane(model).spend(seq)
+
+    async def create_model(
+        self,
+        owner: str,
+        session: str,
+        number: int,
+        *,
+        config: LoraConfig,
+        about: Mapping[str, Any],
+        kind: str,
+        body: bytes,
+    ) -> Promise:
+        """A new model; its first call, number 0, makes it or loads its weights."""
+        shared, digest = self.shared, _digest(kind, body)
+        id = f"{session}:train:{number}"
+        old = await asyncio.to_thread(lambda: shared.journal.row("models", id=id))
+        if old is None:
+            running = list(shared.journal.rows("models", owner=owner, ended=0))
+            if shared.limits.max_models and len(running) >= shared.limits.max_models:
+                raise ApiError(
+                    f"this key trains {len(running)} models, and may train {shared.limits.max_models} at once; end a "
+                    "session of its own",
+                    code="model_limit",
+                )
+            await asyncio.to_thread(
+                lambda: shared.registry.open_model(session, number, owner, config=config, digest=digest, about=about)
+            )
+        elif old.owner != owner or old.digest != digest:
+            raise ApiError(
+                "model_seq_id: this number was used for another model", code="conflict", param="model_seq_id"
+            )
+        request = parsed(shared, kind, "application/json", body)
+        return await self.submit(owner, kind, id, 0, request=request, type="application/json", body=body)
+
+    def lane(self, model: str) -> Lane:
+        """The lane of a model, which is put into memory if it is not there."""
+        lane, _ = self._lanes.get(model, (None, None))
+        if lane is not None and not lane.task.done():
+            return lane
+        shared = self.shared
+        row = shared.journal.row("models", id=model)
+        if row is None:
+            raise not_found(f"model_id {model[:120]!a}")
+        work = ModelWork(shared, row)
+        lane = Lane(model, work.run, begin=work.begin, after=work.after, first=work.saved + 1)
+        self._lanes[model] = lane, work
+        self._seen.setdefault(row.session, time.time())
+        for call in shared.journal.calls(model):
+            if call.seq <= work.saved:
+                continue
+            if call.state == "open":
+                promise = self.promises.get(f"{model}:{call.seq}", row.owner)
+                if promise is None:
+                    promise = Promise(f"{model}:{call.seq}", row.owner, call.digest, {"model_id": model})
+                    self.promises.open(promise)
+                    lane.add(LaneCall(call.seq, call.kind, None, promise))
+                elif promise.outcome is not None:  # the model could not be made ready then
+                    lane.spend(call.seq)
+            elif call.kind in CHANGING:
+                lane.add(LaneCall(call.seq, call.kind, None, None))
+            else:
+                lane.spend(call.seq)
+        return lane
+
+    async def release(self, model: str) -> None:
+        """Take a model out of memory; what it has is in its snapshot and in the journal."""
+        lane, work = self._lanes.pop(model, (None, None))
+        if lane is None or work is None:
+            return
+        idle = lane.begun.done() and lane.idle and lane.begun.exception() is None
+        await lane.stop()
+        if idle:  # a call that was cut short has left the state half changed
+            await work.snapshot()
+
+    # Samples.
+
+    async def sample(self, owner: str, sampler: str, number: int, call: SampleCall, body: bytes) -> Promise:
+        """Queue a sample request.
+
+        Raises:
+          ApiError: too many wait.
+          RequestError: it does not fit the model.
+        """
+        shared, id, digest = self.shared, f"{sampler}:{number}", _digest("sample", body)
+        if promise := self.promises.repeated(id, digest, owner):
+            return promise
+        row = await asyncio.to_thread(shared.registry.sampler, sampler, owner)
+        requests = await asyncio.to_thread(fitted, shared.service, shared.session, call)
+        if promise := self.promises.repeated(id, digest, owner):
+            return promise
+        self._check_room(owner)
+        names = [f"{id}:{index}" for index in range(call.num_samples)]
+        promise = self.promises.open(Promise(id, owner, digest, {"sample_sequence_ids": names}))
+        task = asyncio.ensure_future(self._sample(promise, row.path, call, requests, owner))
+        tasks = self._samples.setdefault(row.session, set())
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+        promise.task = task
+        return promise
+
+    async def _sample(self, promise: Promise, path: str | None, call: SampleCall, requests: Any, owner: str) -> None:
+        shared, pin = self.shared, None
+        try:
+            if path is not None:
+                await asyncio.to_thread(shared.registry.checkpoint, path, owner)
+                pin = await shared.slots.take(path, lambda: setattr(promise, "queue_state", "paused_capacity"))
+            try:
+                result = await answered(
+                    shared.service, shared.session, call, requests, pin, promise, salt=owner or "tinker"
+                )
+            finally:
+                if path is not None:
+                    shared.slots.give_back(path)
+            if call.targets is not None:
+                result = dataclasses.replace(result, target_logprobs=await self._targets(call, path))
+            promise.settle(result)
+        except asyncio.CancelledError:
+            promise.settle(Failure("the request was cancelled, since its session ended", "server"))
+            raise
+        except Exception as error:
+            if not isinstance(error, ApiError):
+                log.exception("sample %s failed", promise.id)
+            promise.settle(Failure.of(error))
+
+    async def _targets(self, call: SampleCall, path: str | None) -> NamedTensor:
+        """Log-probabilities of the ids that a sample request names at positions of its prompt."""
+        shared, tensor = self.shared, call.targets
+        assert tensor is not None
+        ids = tensor.value
+        if tensor.crow is not None and tensor.col is not None:  # cells that are not listed ask for nothing
+            listed = np.full(ids.shape, -1, np.int64)
+            rows = np.repeat(np.arange(len(ids)), np.diff(tensor.crow))
+            listed[rows, tensor.col] = ids[rows, tensor.col]
+            ids = listed
+        adapter = None if path is None else await shared.adapters.get(path)
+        tokens = np.asarray(call.prompt[:-1])
+        parts = (shared.session, shared.programs, shared.device, adapter)
+        scores = await target_scores(*parts, tokens, np.maximum(ids, 0))
+        return NamedTensor(tensor.name, np.where(ids < 0, np.float32(0), scores), tensor.crow, tensor.col)
+
+    # Promises.
+
+    async def promise(self, owner: str, id: str) -> Promise:
+        """The promise of an id, also of an earlier server.
+
+        Raises:
+          ApiError: there is none (404), or it was a sample of an earlier server, which is to be sent again (410).
+        """
+        if promise := self.promises.get(id, owner):
+            return promise
+        shared, (model, _, seq) = self.shared, id.rpartition(":")
+        if seq.isdigit() and len(seq) < 20:
+            row = await asyncio.to_thread(lambda: shared.journal.row("calls", model=model, seq=int(seq)))
+            if row is not None and await asyncio.to_thread(lambda: shared.journal.row("models", id=model, owner=owner)):
+                await asyncio.sleep(0)
+                return self.promises.get(id, owner) or await self._recorded_promise(Promise(id, owner, row.digest), row)
+            if await asyncio.to_thread(lambda: shared.journal.row("samplers", id=model, owner=owner)):
+                raise ApiError(
+                    f"request_id {id[:120]!a}: the server restarted, or it was not fetched in time; send it anew",
+                    status=410,
+                    code="expired",
+                )
+        raise not_found(f"request_id {id[:120]!a}")
+
+    async def _recorded_promise(self, promise: Promise, row: Any) -> Promise:
+        """A promise whose call the journal has."""
+        promise.about = {"model_id": row.model}
+        self.promises.open(promise)
+        if row.state == "open":
+            self.promises.drop(promise.id)
+            self.lane(row.model)  # it opens the promises of its open calls
+            opened = self.promises.get(promise.id, promise.owner)
+            if opened is None:
+                raise not_found(f"request_id {promise.id[:120]!a}")
+            return opened
+        if row.kind == "refused":
+            self.promises.drop(promise.id)
+            raise bad("seq_id", "the request of this number was refused")
+        promise.settle(decoded(row.state, bytes(row.result)))
+        return promise
+
+    def _check_room(self, owner: str) -> None:
+        waiting = sum(promise.owner == owner and promise.outcome is None for promise in self.promises)
+        if waiting >= MAX_OPEN:
+            raise ApiError(f"queue: {waiting} requests of this key wait; try again", status=429, retry_after_s=1)
+
+    # Sessions.
+
+    def heard(self, session: str) -> None:
+        """Note that a session is alive."""
+        now = time.time()
+        if now - self._seen.get(session, 0.0) > SEEN_S:
+            self.shared.journal.update("sessions", {"id": session}, seen=now)
+        self._seen[session] = now
+
+    async def end_session(self, session: str, reason: str) -> None:
+        """Give back what a session has in memory. Its checkpoints stay."""
+        shared = self.shared
+        await asyncio.to_thread(lambda: shared.journal.update("sessions", {"id": session}, ended=reason))
+        await self._quieten(session)
+        for row in await asyncio.to_thread(lambda: shared.journal.rows("models", session=session)):
+            await asyncio.to_thread(lambda row=row: shared.journal.update("models", {"id": row.id}, ended=1))
+            for checkpoint in await asyncio.to_thread(
+                lambda row=row: shared.journal.rows("checkpoints", model=row.id, owner=row.owner)
+            ):
+                if checkpoint.name.startswith(HIDDEN):
+                    await self.delete_checkpoint(checkpoint.path)
+
+    async def delete_checkpoint(self, path: str) -> None:
+        await asyncio.to_thread(self.shared.registry.delete_checkpoint, path)
+        await self.shared.forget_adapter(path)
+
+    async def _quieten(self, session: str) -> None:
+        """Cancel the answers of a session and take its models out of memory."""
+        for task in list(self._samples.pop(session, ())):
+            task.cancel()
+        for model in [model for model in self._lanes if model.startswith(f"{session}:")]:
+            lane, _ = self._lanes[model]
+            if lane.idle:
+                await self.release(model)
+        self._seen.pop(session, None)
+        if any(model.startswith(f"{session}:") for model in self._lanes):
+            self._quiet.add(session)  # a call runs: again later
+        else:
+            self._quiet.discard(session)
+
+    async def _sweep(self) -> None:
+        """Forget what is old, now and then."""
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            try:
+                self.promises.sweep()
+                now = time.time()
+                for session, seen in list(self._seen.items()):
+                    if now - seen > SILENT_S:
+                        log.info("session %s is silent; its memory is given back", session)
+                        await self._quieten(session)
+                for session in list(self._quiet):
+                    await self._quieten(session)
+                for row in await asyncio.to_thread(self.shared.journal.expired):
+                    await self.delete_checkpoint(row.path)
+            except Exception:
+                log.exception("sweeping failed")
+
+    async def _resume(self) -> None:
+        """Run the calls that an earlier server accepted and did not finish."""
+        shared = self.shared
+        await shared.service.ready.wait()
+        rows = await asyncio.to_thread(lambda: shared.journal.rows("calls", state="open"))
+        models = {row.model for row in rows}
+        if models:
+            log.info("carrying on with %d calls of %d models", len(rows), len(models))
+        for model in models:
+            self.lane(model)
+
+
+def _digest(kind: str, body: bytes) -> str:
+    return hashlib.sha256(kind.encode() + b"\0" + body).hexdigest()

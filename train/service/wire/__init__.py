@@ -1,0 +1,1 @@
+"""The bodies of the training service's requests and results."""
