@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from importlib import resources
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
@@ -12,6 +13,7 @@ import jax
 from jax.experimental import topologies
 
 from stepjax.errors import MeshError
+from stepjax.ops.chip import Chip
 
 Target = Literal["cpu", "h100", "h200", "b200"]
 
@@ -33,6 +35,19 @@ def devices(target: Target, count: int) -> list[Any]:
         raise MeshError(f"target {target}: {count} devices, expected at least 1")
     jax.config.update("jax_platforms", "cpu")
     return _cpu_devices(count) if target == "cpu" else _gpu_devices(target, count)
+
+
+def chip_of(target: Target) -> Chip | None:
+    """What kernels have to know of the target's GPU; None for "cpu"."""
+    if target == "cpu":
+        return None
+    text = _description(target)
+    capability = re.search(r"cuda_compute_capability \{([^}]*)\}", text)
+    cores = re.search(r"core_count: (\d+)", text)
+    assert capability, f"{target}.txtpb has no capability"
+    assert cores, f"{target}.txtpb has no cores"
+    numbers = dict(re.findall(r"(major|minor): (\d+)", capability[1]))
+    return Chip((int(numbers["major"]), int(numbers.get("minor", 0))), int(cores[1]))
 
 
 def has_cuda_plugin() -> bool:
@@ -68,11 +83,13 @@ def _gpu_devices(target: str, count: int) -> list[Any]:
             f"install stepjax[aot], or without its dependencies jax-cuda12-plugin and jax-cuda12-pjrt of version "
             f"{jax.__version__}; or take --target cpu"
         )
-    spec = resources.files("stepjax.sharding").joinpath("targets", f"{target}.txtpb").read_text(encoding="utf-8")
     hosts = max(1, count // GPUS_PER_HOST)
     try:
         topology = topologies.get_topology_desc(
-            platform="cuda", topology_name=target, target_config=spec, topology=f"1x{hosts}x{count // hosts}"
+            platform="cuda",
+            topology_name=target,
+            target_config=_description(target),
+            topology=f"1x{hosts}x{count // hosts}",
         )
     except NotImplementedError as error:  # the plugin is there but has not registered itself with jax
         raise MeshError(
@@ -80,3 +97,8 @@ def _gpu_devices(target: str, count: int) -> list[Any]:
             "version, and jax must not have looked for devices before"
         ) from error
     return list(topology.devices)
+
+
+def _description(target: str) -> str:
+    """The GpuTargetConfigProto of a GPU, as text."""
+    return resources.files("stepjax.sharding").joinpath("targets", f"{target}.txtpb").read_text(encoding="utf-8")

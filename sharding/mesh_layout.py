@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import jax
@@ -51,7 +51,7 @@ class MeshLayout:
     stream_tokens: int = STREAM_TOKENS
     split_batch: bool = True  # sequences over `data`
     exchange: bool | None = None  # whether rows of a split stream travel to their experts; None: where it pays
-    dispatch: Dispatch = Dispatch()  # how tokens reach the experts under a wide strategy
+    dispatch: Dispatch = field(default_factory=Dispatch)  # how tokens reach the experts under a wide strategy
     domain: int = NVLINK_DOMAIN  # devices that NVLink joins
 
     def __post_init__(self) -> None:

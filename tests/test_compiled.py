@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from rich.console import Console
 
 from stepjax.errors import MeshError
+from stepjax.sharding.compiled.launches import LaunchCounts, all_layers
 from stepjax.sharding.compiled.report import CompileReport, compile_report, table
 from stepjax.sharding.devices import Target, devices
 
@@ -55,6 +56,18 @@ def test_bytes_and_collectives(target):
         assert (report.temp_is_of_target, one.payload_bytes, one.dtypes) == (True, x_bytes, ("bf16",))
 
 
+@pytest.mark.aot
+def test_launches_of_a_loop_of_known_length():
+    """Its turns are launched one after the other, and the host waits for nothing."""
+    report = toy_report("h100")
+    assert report.launches is not None
+    counts = all_layers(report.launches)
+    assert (counts.loops, counts.host_syncs, counts.conditionals) == (1, 0, 0)
+    assert counts.kernels >= L * 3  # two products and a sum a turn
+    weights = L * 2 * D * (F // 4) * 2
+    assert weights <= report.traffic.read_bytes <= 2 * weights  # and what the layers hand on
+
+
 def test_seconds_and_host_memory():
     report = toy_report("cpu")
     assert report.lower_s > 0
@@ -66,7 +79,11 @@ def test_seconds_and_host_memory():
 def test_json_holds_every_field_and_the_sums():
     report = toy_report("cpu")
     found = json.loads(json.dumps(report.as_dict()))
-    assert {field.name for field in dataclasses.fields(report)} | {"peak_bytes", "temp_is_of_target"} == set(found)
+    fields = {field.name for field in dataclasses.fields(report)} - {"traffic", "launches"}
+    counts = {field.name for field in dataclasses.fields(LaunchCounts)}
+    sums = {"peak_bytes", "temp_is_of_target", "bytes_read", "widened_bytes", "layers"}
+    assert set(found) == fields | counts | sums
+    assert all(found[name] is None for name in counts)  # a CPU has no launches
     assert found["mesh_shape"] == {"data": 2, "tensor": 4}
     assert found["collectives"] == [
         {

@@ -100,17 +100,16 @@ def test_a_device_holds_what_the_runtime_would_place(mesh, strategy, workload):
     spec = MeshSpec.parse(mesh)
     config = dataclasses.replace(TINY, mtp_layers=TINY.mtp_layers[: workload.drafts])
     layout = MeshLayout(spec.build(), ShardingRules(config, spec, strategy))
-    step = step_of(config, workload, layout)
+    step = step_of(config, workload, layout.together() if workload.served else layout)
     tokens = 4 * (8 // spec.data) * (64 // spec.context)
     if workload.step == "train":
         expected = device_bytes(step.arguments[0]) + 4 * tokens
     elif workload.step == "lora":
         expected = device_bytes(step.arguments)
-    else:  # inputs are split with their sequences, and ids with their positions
-        split = spec.data if workload.batch % spec.data == 0 else 1
+    else:  # every device has all sequences, and of ids its own positions
         first, *others = (leaf.nbytes for leaf in jax.tree.leaves(step.arguments[2:]))
         ids = spec.context if workload.step == "prefill" else 1
-        expected = device_bytes(step.arguments[:2]) + (first // ids + sum(others)) // split
+        expected = device_bytes(step.arguments[:2]) + first // ids + sum(others)
     assert planned(TINY, workload, spec, strategy).argument_bytes == expected
 
 

@@ -103,7 +103,8 @@ def test_products_of_mixed_types_agree_with_the_widened_weights(monkeypatch, for
     random = np.random.default_rng(0)
     drawn = [0.05 * random.standard_normal((num_experts, hidden, width), np.float32) for _ in range(3)]
     up, down = (
-        jax.tree.map(jnp.asarray, quantise(w, GGUF_TYPES[name])) for w, name in zip(drawn[1:], ("q4_k", "q6_k"))
+        jax.tree.map(jnp.asarray, quantise(w, GGUF_TYPES[name]))
+        for w, name in zip(drawn[1:], ("q4_k", "q6_k"), strict=True)
     )
     held = ExpertWeights(jnp.asarray(drawn[0]), up, down)
     wide = ExpertWeights(*(dequantize(w, jnp.float32) for w in held))

@@ -99,7 +99,7 @@ def test_another_size_and_a_donor_without_heads_are_refused(tmp_path, donor):
         Grafted(Checkpoint(donor), Checkpoint(folder))
     hub = short_hub_config(moe_top_k=1)
     other = write_folder(tmp_path / "other", hub, random_tensors(hub))
-    with pytest.raises(CheckpointError, match="is of another model than .*: top_k differs"):
+    with pytest.raises(CheckpointError, match=r"is of another model than .*: top_k differs"):
         Grafted(Checkpoint(folder), Checkpoint(other))
 
 

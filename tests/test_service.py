@@ -430,33 +430,33 @@ def test_a_killed_server_carries_on(tiny, tmp_path):
 
 
 def test_keys_see_only_their_own(tiny, tmp_path):
-    with serving(tiny, tmp_path, keys=("tml-a", "tml-b")) as server:
-        with Client(server, "tml-a") as a, Client(server, "tml-b") as b:
-            model = a.model()
-            path = model.save("mine")
-            sampler = a.sampler(model.save_sampler("mine"))
-            for path_, body in (
-                ("get_info", {"model_id": model.id}),
-                ("weights_info", {"tinker_path": path}),
-                ("optim_step", {"model_id": model.id, "seq_id": 4, "adam_params": {}}),
-                ("retrieve_future", {"request_id": f"{model.id}:1"}),
-                ("asample", sampler.body(IDS[0])),
-                ("session_heartbeat", {"session_id": a.session}),
-            ):
-                assert b.send(path_, body).status_code == 404, path_
-            assert b.get("training_runs")["training_runs"] == []
-            place = f"/api/v1/training_runs/{model.id}/checkpoints/weights/mine"
-            assert b.http.delete(place).status_code == 404
-            assert a.http.post(f"{place}/publish").status_code == 200
-            assert b.post("weights_info", {"tinker_path": path})["base_model"] == "tiny"
-            assert b.http.delete(place).status_code == 404  # published is not given away
-            urls = a.get(f"training_runs/{model.id}/checkpoints/weights/mine/external_weights_urls")["urls"]
-            bare = b.http.__class__(timeout=60)
-            assert {*urls} == {"adapter_model.safetensors", "adapter_config.json"}
-            assert bare.get(urls["adapter_config.json"]).json()["r"] == 4  # signed: it needs no key
-            assert (
-                bare.get(urls["adapter_config.json"].replace("adapter_config.json", "journal.sqlite")).status_code
-                == 404
-            )
-            bare.close()
-            assert a.http.get("/api/v1/healthz", headers={"x-api-key": "tml-c"}).status_code == 401
+    with (
+        serving(tiny, tmp_path, keys=("tml-a", "tml-b")) as server,
+        Client(server, "tml-a") as a,
+        Client(server, "tml-b") as b,
+    ):
+        model = a.model()
+        path = model.save("mine")
+        sampler = a.sampler(model.save_sampler("mine"))
+        for path_, body in (
+            ("get_info", {"model_id": model.id}),
+            ("weights_info", {"tinker_path": path}),
+            ("optim_step", {"model_id": model.id, "seq_id": 4, "adam_params": {}}),
+            ("retrieve_future", {"request_id": f"{model.id}:1"}),
+            ("asample", sampler.body(IDS[0])),
+            ("session_heartbeat", {"session_id": a.session}),
+        ):
+            assert b.send(path_, body).status_code == 404, path_
+        assert b.get("training_runs")["training_runs"] == []
+        place = f"/api/v1/training_runs/{model.id}/checkpoints/weights/mine"
+        assert b.http.delete(place).status_code == 404
+        assert a.http.post(f"{place}/publish").status_code == 200
+        assert b.post("weights_info", {"tinker_path": path})["base_model"] == "tiny"
+        assert b.http.delete(place).status_code == 404  # published is not given away
+        urls = a.get(f"training_runs/{model.id}/checkpoints/weights/mine/external_weights_urls")["urls"]
+        bare = b.http.__class__(timeout=60)
+        assert {*urls} == {"adapter_model.safetensors", "adapter_config.json"}
+        assert bare.get(urls["adapter_config.json"]).json()["r"] == 4  # signed: it needs no key
+        assert bare.get(urls["adapter_config.json"].replace("adapter_config.json", "journal.sqlite")).status_code == 404
+        bare.close()
+        assert a.http.get("/api/v1/healthz", headers={"x-api-key": "tml-c"}).status_code == 401

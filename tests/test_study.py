@@ -15,6 +15,10 @@ import pytest
 from tiny import small_config
 
 from stepjax.cli import main
+from stepjax.infer.sampling.params import NUM_ENDS
+from stepjax.model.cache import MAX_DRAFTS
+from stepjax.ops.chip import compiling_for
+from stepjax.ops.pallas_hopper import hopper_cores
 from stepjax.sharding import devices
 from stepjax.sharding.compiled.hlo import Collective
 from stepjax.sharding.compiled.step_study import Launches, Places, StepStudy, by_place, copies, held_bytes
@@ -78,11 +82,11 @@ def test_a_draft_costs_four_reductions():
     assert launched(study) == {("all-reduce", GROUP): 1, ("all-gather", GROUP): 1 + 2 * 2}
 
 
-def test_replicas_exchange_tokens_alone():
-    """Over data one flag and the new tokens; over context the maximum and the sums of each full-attention layer."""
+def test_replicas_of_an_engine_exchange_nothing():
+    """Each holds all pages. Over context the maximum and the sums of each full-attention layer."""
     study = studied("data=2,context=2,tensor=2", DECODE, "tensor")
-    sent = [each for each in study.report.collectives if "data" in each.axes]
-    assert max(each.payload_bytes for each in sent) <= 4 * 4  # int32 of four sequences
+    assert not [each for each in study.report.collectives if "data" in each.axes]
+    assert study.notes[-1] == "4 sequences are not split over data=2: 2 devices each hold a copy"
     assert launched(study, inside="layer_0") == {("all-reduce", "tensor"): 2, ("all-reduce", "context"): 2}
     assert launched(study, inside="layer_1") == {("all-reduce", "tensor"): 2}
     assert launched(study)["all-gather", "tensor"] == 1
@@ -103,10 +107,12 @@ def test_parameters_and_arguments_are_the_arithmetic():
         "shared": 4 * 3 * D * 48 // 8,
     }
     assert study.parameter_bytes == 2 * sum(study.parameters.values()) + 2 * 4 * E  # biases are float32
-    full, ring, kv_heads = 256, 8 + 4, 2 // 2
-    assert study.cache_bytes == 4 * (2 * full + 3 * ring) * 2 * kv_heads * H * 2
-    of_sequence = 4 + 4 + 1 + 5 * 4  # length, newest token, activity, sampling
-    assert study.report.argument_bytes == study.parameter_bytes + study.cache_bytes + 4 * of_sequence
+    pages, ring, kv_heads = 4 * (256 // 64) + 1, 8 + 4, 2 // 2  # one page for what is padding
+    assert study.cache_bytes == (2 * pages * 64 + 3 * 4 * ring) * 2 * kv_heads * H * 2
+    # Length, newest token, activity, table of pages; sampling, and the rules: numbers, ends, flags, masks, by token.
+    rules = 3 * 4 + 4 * NUM_ENDS + 4 + 3 + 4 * (1 + MAX_DRAFTS) * V // 32 + V * (4 + 1 + 4)
+    of_slot = 4 + 4 + 1 + 4 * 256 // 64 + 5 * 4 + rules
+    assert study.report.argument_bytes == study.parameter_bytes + study.cache_bytes + 4 * of_slot
     assert study.report.alias_bytes >= study.cache_bytes
 
 
@@ -175,6 +181,43 @@ def test_a_training_step_gathers_matrices_over_replicas():
     assert all("_take" in scope for scope in scopes)
 
 
+# Launches and bytes read of GPUs that are not there
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("experts", ["int4", "fp8"])
+def test_a_decode_step_of_the_engine_is_counted(experts, capsys):
+    """Layers of the release, which hold experts in 4 and in 8 bits."""
+    flag = ["--quantize", "int4"] if experts == "int4" else ["--keep-fp8"]
+    sizes = ["--batch", "1", "--context", "256", "--speculate", "1"]
+    command = ["study", "--model", "step-3.5-flash", "--layers", "4", "--mesh", "data=1", *sizes, *flag]
+    assert main([*command, "--target", "h200", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    compiled = found["compiled"]
+    assert (found["layers"], found["target"], compiled["device_kind"]) == (4, "h200", "NVIDIA H200 141GB HBM3e")
+    counts = "kernels graphs kernels_outside_graphs loops conditionals host_syncs widened_bytes bytes_read".split()
+    assert all(isinstance(compiled[name], int) for name in counts)
+    assert 4 * 10 < compiled["kernels"] < 1000
+    assert compiled["kernels_outside_graphs"] < compiled["kernels"]
+    assert compiled["host_syncs"] <= compiled["loops"] + compiled["conditionals"]
+    names = [name for layers in compiled["layers"] for name in layers["names"]]
+    assert names == ["layer_0", "layer_1", "layer_2", "layer_3", "mtp_1"]
+    assert sum(max(1, len(each["names"])) * each["kernels"] for each in compiled["layers"]) == compiled["kernels"]
+    routed = 2 * 8 * 3 * 4096 * 1280 * (0.5 + 2 / 64 if experts == "int4" else 1 + 4 / 128**2)
+    (moe,) = (each["bytes_read"] for each in compiled["layers"] if "layer_3" in each["names"])
+    others = 2 * (109_445_120 + 288 * 4096 + 3 * 4096 * 1280)  # attention, router, shared expert
+    assert moe == pytest.approx(others + routed, rel=0.05)
+
+
+def test_kernels_are_those_of_the_gpu_that_is_compiled_for():
+    """Which this process need not have."""
+    with compiling_for(devices.chip_of("h200")):
+        assert hopper_cores() == 132
+    with compiling_for(devices.chip_of("b200")):
+        assert hopper_cores() == 0
+    assert hopper_cores() == 0
+
+
 # Places
 
 
@@ -212,7 +255,8 @@ def test_json(capsys):
     assert found["mesh"] == "expert=4,tensor=2"
     assert (found["devices"], found["batch"], found["tokens"], found["dtype"]) == (8, 3, 1, "bfloat16")
     assert set(found) == {
-        *("model mesh devices strategy target step batch context tokens speculate keep_fp8 quantize dtype".split()),
+        *("model layers mesh devices strategy target step batch context tokens speculate".split()),
+        *("keep_fp8 quantize dtype".split()),
         *("parameters parameter_bytes cache_bytes optimizer_bytes held places notes compiled".split()),
     }
     assert sum(found["held"].values()) == found["parameter_bytes"] + found["cache_bytes"]
@@ -239,12 +283,13 @@ def test_a_device_of_a_wide_mesh_holds_its_experts_and_its_sequences():
 
 
 def test_what_a_wide_step_leaves_unsplit_is_noted():
-    rules = ShardingRules(CONFIG, MeshSpec.parse("data=2,expert=4"), "wide")
-    assert copies(rules, batch=16, context=256) == []
-    assert copies(rules, batch=6, context=256) == [
+    mesh = MeshSpec.parse("data=2,expert=4")
+    layout = MeshLayout(mesh.build(), ShardingRules(CONFIG, mesh, "wide"))
+    assert copies(layout, batch=16, context=256) == []
+    assert copies(layout, batch=6, context=256) == [
         "6 sequences are not split over expert=4: 4 devices each hold a copy"
     ]
-    assert copies(rules, batch=1, context=256) == [
+    assert copies(layout, batch=1, context=256) == [
         "1 sequences are not split over data=2,expert=4: 8 devices each hold a copy"
     ]
 
@@ -260,6 +305,8 @@ def test_table(capsys):
 
 
 REFUSED = [
+    (["--mesh", "expert=8", "--layers", 0], "layers: is 0, expected 1 to 5"),
+    (["--mesh", "expert=8", "--layers", 6], "layers: is 6, expected 1 to 5"),
     (["--mesh", "expert=5"], "routed experts (8) cannot be split 5 ways"),
     (["--mesh", "experts=8"], "'experts' is not an axis"),
     (["--mesh", "expert=-1"], "has an axis of size -1; give --devices N"),
@@ -317,8 +364,10 @@ def test_the_whole_model_on_32_devices():
     found = json.loads(ran.stdout)
     compiled = found["compiled"]
     assert found["parameters"]["total"] == 6_238_649_408
-    assert found["cache_bytes"] == 32 * 2 * 128 * 2 * (12 * 4096 + 33 * (512 + 4))  # one kv head each
-    assert compiled["argument_bytes"] == found["parameter_bytes"] + found["cache_bytes"] + 32 * 29
+    pages = 32 * 4096 // 64 + 1
+    assert found["cache_bytes"] == 2 * 128 * 2 * (12 * 64 * pages + 32 * 33 * (512 + 4))  # one kv head each
+    of_slot = compiled["argument_bytes"] - found["parameter_bytes"] - found["cache_bytes"]
+    assert of_slot == 32 * (45 + 3 * 4 + 4 * NUM_ENDS + 4 + 3 + 4 * (1 + MAX_DRAFTS) * 4028 + 128896 * 9)
     layers, outside = found["places"]
     group = ["expert", "tensor"]
     assert len(layers["names"]) == 45

@@ -8,50 +8,53 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from stepjax.config import ModelConfig
-from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.sampling.state import Sampling
 from stepjax.infer.steps.runner import Runner
-from stepjax.infer.steps.state import Pieces
+from stepjax.infer.steps.state import Pieces, State
 from stepjax.model.step3p5 import Params, Step3p5, abstract
 from stepjax.sharding.compiled.step_study import Step
 
+PAGE = 64  # positions (`stepjax.infer.engine.config`)
+
 
 def decode_step(model: Step3p5, params: Params, *, batch: int, context: int, drafts: int, dtype: Any) -> Step:
-    """Verify ``drafts`` tokens of each sequence and draft again; the caches hold ``context`` positions."""
-    runner = Runner(model, num_tokens=model.config.vocab_size, drafts=drafts)
-    state = runner.shapes(batch, context, dtype, _sampling(batch))
-    arguments = (params, state, np.ones((batch,), bool), None)
-    return Step(runner.step().jitted(state), arguments, params=params, cache=state.cache)
+    """An engine's decode step: verify ``drafts`` tokens of each slot, sample with every rule of a request, draft again.
+
+    Its pages have room for ``context`` positions of each slot.
+    """
+    runner, state, table = _engine(model, batch=batch, context=context, drafts=drafts, dtype=dtype)
+    arguments = (params, state, np.ones((batch,), bool), table, None)
+    return Step(runner.step().jitted(state), arguments, params, batch * (1 + drafts), cache=state.cache)
 
 
 def prefill_step(
     model: Step3p5, params: Params, *, batch: int, context: int, chunk: int, drafts: int, dtype: Any
 ) -> Step:
-    """Run ``chunk`` prompt tokens of each sequence into caches of ``context`` positions."""
-    runner = Runner(model, num_tokens=model.config.vocab_size, drafts=drafts)
-    state = runner.shapes(batch, context, dtype, _sampling(batch))
-    ids, count, follow = (np.zeros(shape, np.int32) for shape in ((batch, chunk), (batch,), (batch,)))
-    arguments = (params, state, Pieces(ids, count, follow))
-    return Step(runner.prefill().jitted(state), arguments, params=params, cache=state.cache)
+    """An engine's prefill step: ``chunk`` prompt tokens of each slot, into pages of ``context`` positions."""
+    runner, state, table = _engine(model, batch=batch, context=context, drafts=drafts, dtype=dtype)
+    zero = np.zeros((batch,), np.int32)
+    pieces = Pieces(np.zeros((batch, chunk), np.int32), zero, zero, zero, zero, table, None, zero > 0)
+    return Step(runner.prefill().jitted(state), (params, state, pieces), params, batch * chunk, cache=state.cache)
 
 
-def _sampling(batch: int) -> Sampling:
-    return Sampling.of([SamplingParams(seed=0)] * batch)
+def _engine(model: Step3p5, *, batch: int, context: int, drafts: int, dtype: Any) -> tuple[Runner, State, np.ndarray]:
+    """The runner, the shapes of the state and the table of pages that an engine with ``batch`` slots has."""
+    pages, vocab = -(-context // PAGE), model.config.vocab_size
+    runner = Runner(model, num_tokens=vocab, drafts=drafts)
+    sampling = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, Sampling.empty(batch, vocab)))
+    state = runner.shapes(batch, 0, dtype, sampling, (batch * pages + 1, PAGE))
+    return runner, state, np.zeros((batch, pages), np.int32)
 
 
 @functools.cache
-def sequence_bytes(config: ModelConfig, drafts: int, *, slot: bool = True, dtype: str = "bfloat16") -> int:
-    """What a state keeps of one sequence beside its caches: sampling, progress, the tails of drafters.
-
-    Args:
-      slot: of an engine, which has room for every rule of sampling; else of a batch of `decode_step`.
-    """
+def sequence_bytes(config: ModelConfig, drafts: int, *, dtype: str = "bfloat16") -> int:
+    """What an engine's state keeps of one slot beside its caches: sampling, progress, the tails of drafters."""
     config = dataclasses.replace(config, layers=config.layers[:1], mtp_layers=config.mtp_layers[:drafts])
     runner = Runner(abstract(config, dtype=dtype, mtp=bool(drafts)), num_tokens=config.vocab_size, drafts=drafts)
-    sampling = Sampling.empty(1, config.vocab_size) if slot else _sampling(1)
-    state = runner.shapes(1, 1, dtype, sampling)
+    state = runner.shapes(1, 1, dtype, Sampling.empty(1, config.vocab_size))
     leaves = jax.tree.leaves((state.progress, state.sampling))
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)

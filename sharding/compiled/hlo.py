@@ -6,13 +6,12 @@ backend writes plain operations, the GPU backend pairs of ``-start`` and ``-done
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from stepjax.sharding.compiled.device_groups import MeshAxes, read_groups, read_pairs
+from stepjax.sharding.compiled.module import HloModule, Instruction, arrays
 from stepjax.sharding.exchange import CollectiveKind
 
 Certainty = Literal["exact", "at_most", "per_iteration"]  # from best to worst
@@ -22,16 +21,6 @@ CERTAINTIES: tuple[Certainty, ...] = get_args(Certainty)
 _KIND_OF: dict[str, CollectiveKind] = {
     kind + suffix: kind for kind in get_args(CollectiveKind) for suffix in ("", "-start")
 }
-_HEADER = re.compile(r"(ENTRY )?%?([\w.-]+) .*\{")
-_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?[\w.-]+ = (.*?) ([a-z][\w-]*)\(")  # type and opcode
-_CALLED = re.compile(
-    r"\b(calls|to_apply|condition|body|(?:branch|called)_computations|(?:true|false)_computation)=(%[\w.-]+|\{[^}]*\})"
-)
-_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_SCOPE = re.compile(r'op_name="([^"]*)"')
-_QUOTED = re.compile(r'"(?:\\.|[^"\\])*"')
-_COUNTER = re.compile(r"/\*index=\d+\*/")  # a comment on every fifth element of a tuple
-_ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 
 
 @dataclass(frozen=True)
@@ -80,18 +69,18 @@ class Total:
     certainty: Certainty  # the worst of them
 
 
-def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
+def collectives(program: str | HloModule, mesh_shape: Mapping[str, int]) -> list[Collective]:
     """The collectives of one run of a compiled module, in program order. Equal ones are one entry.
 
     Collectives in a loop are multiplied by its trip count, if XLA knows it. Of a conditional, the branch that sends the
     most bytes is counted.
 
     Args:
-      text: of an optimised HLO module.
+      program: an optimised HLO module, or its text.
       mesh_shape: ordered axis names and sizes, as ``Mesh.shape``. Its devices in row-major order are the partitions.
     """
-    program = _Program(text, MeshAxes(mesh_shape))
-    return program.launches(program.entry)
+    module = HloModule(program) if isinstance(program, str) else program
+    return _Program(module, MeshAxes(mesh_shape)).launches(module.entry)
 
 
 def totals(launched: Iterable[Collective]) -> list[Total]:
@@ -111,74 +100,60 @@ def totals(launched: Iterable[Collective]) -> list[Total]:
 
 
 class _Program:
-    """A module as computations of text lines, read from its entry through all computations that it calls."""
+    """A module, read from its entry through all computations that it calls."""
 
-    def __init__(self, text: str, mesh: MeshAxes):
-        self._mesh = mesh
-        self._lines: dict[str, list[str]] = {}
+    def __init__(self, module: HloModule, mesh: MeshAxes):
+        self._mesh, self._module = mesh, module
         self._launches: dict[str, list[Collective]] = {}
-        name = ""
-        for line in _COUNTER.sub("", text).splitlines():
-            if line.startswith(" "):
-                self._lines.setdefault(name, []).append(line)
-            elif header := _HEADER.fullmatch(line):
-                name = header[2]
-                if header[1]:
-                    self.entry = name
 
     def launches(self, computation: str) -> list[Collective]:
         """The collectives of one run of a computation."""
         if computation not in self._launches:
-            launched = [collective for line in self._lines[computation] for collective in self._of_line(line)]
+            launched = [each for instruction in self._module[computation] for each in self._of(instruction)]
             self._launches[computation] = _merged(launched)
         return self._launches[computation]
 
-    def _of_line(self, line: str) -> list[Collective]:
-        instruction = _INSTRUCTION.match(line)
-        if not instruction:
-            return []
-        written, opcode = instruction.groups()
+    def _of(self, instruction: Instruction) -> list[Collective]:
+        opcode = instruction.opcode
         if opcode.endswith(("-done", "-update")):
             return []  # counted at its -start
         if opcode in _KIND_OF:
-            return [self._collective(_KIND_OF[opcode], _result(written, opcode), line)]
-        called = {role: re.findall(r"%([\w.-]+)", names) for role, names in _CALLED.findall(_QUOTED.sub('""', line))}
+            return [self._collective(_KIND_OF[opcode], instruction)]
+        called = instruction.called
         if opcode == "while":
-            return self._of_loop(called["condition"][0], called["body"][0], _TRIP_COUNT.search(line))
-        computations = [name for names in called.values() for name in names]
+            return self._of_loop(called["condition"][0], called["body"][0], instruction.trip_count)
         if opcode == "conditional":
-            return self._of_branches(computations)
-        return [collective for name in computations for collective in self.launches(name)]
+            return self._of_branches(instruction.computations)
+        return [collective for name in instruction.computations for collective in self.launches(name)]
 
-    def _of_loop(self, condition: str, body: str, count: re.Match[str] | None) -> list[Collective]:
+    def _of_loop(self, condition: str, body: str, count: int | None) -> list[Collective]:
         """The condition is evaluated once more than the body."""
-        if not count:
+        if count is None:
             return _repeated(self.launches(condition) + self.launches(body), 1, "per_iteration")
-        times = int(count[1])
-        return _repeated(self.launches(condition), times + 1) + _repeated(self.launches(body), times)
+        return _repeated(self.launches(condition), count + 1) + _repeated(self.launches(body), count)
 
     def _of_branches(self, branches: list[str]) -> list[Collective]:
         return _repeated(max(map(self.launches, branches), key=_sent_bytes), 1, "at_most")
 
-    def _collective(self, kind: CollectiveKind, result: str, line: str) -> Collective:
+    def _collective(self, kind: CollectiveKind, instruction: Instruction) -> Collective:
+        line = instruction.line
         if kind == "collective-permute":
             axes = self._mesh.along(read_pairs(line))
             size = self._mesh.span(axes)
         else:
             groups = read_groups(line) or self._mesh.everything()
             axes, size = self._mesh.along(groups), max(map(len, groups))
-        arrays = _ARRAY.findall(result)
-        payload = sum(_num_bytes(dtype, shape) for dtype, shape in arrays)
-        scope = _SCOPE.search(line)
+        held = arrays(_result(instruction.result, instruction.opcode))
+        payload = sum(array.num_bytes for array in held)
         return Collective(
             kind=kind,
             axes=axes,
             group_size=size,
-            dtypes=tuple(dict.fromkeys(dtype for dtype, _ in arrays)),
+            dtypes=tuple(dict.fromkeys(array.dtype for array in held)),
             payload_bytes=payload * size if kind == "reduce-scatter" else payload,
             num_launches=1,
             certainty="exact",
-            scope=scope[1] if scope else "",
+            scope=instruction.scope,
         )
 
 
@@ -199,13 +174,6 @@ def _elements(written: str) -> list[str]:
         else:
             parts[-1] += letter
     return parts
-
-
-def _num_bytes(dtype: str, shape: str) -> int:
-    """Bytes of one array. Types narrower than a byte are packed."""
-    width = re.match(r"[a-z]+?(\d+)", dtype)  # of bf16, f8e4m3fn, s4; pred has none
-    bits = int(width[1]) if width else 8
-    return -(-bits * math.prod(int(size) for size in shape.split(",") if size) // 8)
 
 
 def _sent_bytes(launched: Iterable[Collective]) -> float:

@@ -6,19 +6,24 @@ import dataclasses
 import math
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 from rich import box
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.table import Table
 
 from stepjax.errors import MeshError
 from stepjax.sharding.compiled.hlo import Certainty, Collective, Total, collectives, totals
+from stepjax.sharding.compiled.launches import ByLayer, LaunchCounts, all_layers, read_dump
+from stepjax.sharding.compiled.module import HloModule
+from stepjax.sharding.compiled.traffic import ExpertArrays, MemoryTraffic, traffic
 
 REMARKS: dict[Certainty, str] = {
     "exact": "",
@@ -43,6 +48,8 @@ class CompileReport:
     alias_bytes: int  # of outputs that take the place of donated arguments
     temp_bytes: int
     collectives: tuple[Collective, ...]
+    traffic: MemoryTraffic
+    launches: ByLayer | None = None  # None: not a GPU, or an XLA that does not tell
 
     @property
     def temp_is_of_target(self) -> bool:
@@ -58,22 +65,62 @@ class CompileReport:
         """Arguments, outputs and temporaries, what is aliased once."""
         return self.argument_bytes + self.output_bytes + self.temp_bytes - self.alias_bytes
 
+    def layers(self) -> list[AlikeLayers]:
+        """What each layer launches and reads, alike layers together, in order; last what belongs to none."""
+        read, widened = self.traffic.read, self.traffic.widened
+        launched: ByLayer = self.launches or {}
+        names = sorted([*{**read, **widened, **launched}], key=_order)
+        alike: dict[tuple[LaunchCounts | None, int, int], list[str]] = {}
+        for name in names:
+            launches = None if self.launches is None else launched.get(name, LaunchCounts())
+            key = launches, round(read.get(name, 0)), round(widened.get(name, 0))
+            alike.setdefault(key, []).append(name)
+        return [AlikeLayers(tuple(filter(None, members)), *key) for key, members in alike.items()]
+
     def as_dict(self) -> dict[str, Any]:
-        """For ``--json``; collectives summed by kind and axes, the ones that send most first."""
+        """For ``--json``; collectives summed by kind and axes, the ones that send most first.
+
+        Of `LaunchCounts` every field, each None if the launches are not known.
+        """
+        left_out = ("traffic", "launches")
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields = {name: value for name, value in fields.items() if name not in left_out}
+        names = [field.name for field in dataclasses.fields(LaunchCounts)]
+        counts = [None] * len(names) if self.launches is None else all_layers(self.launches).values()
+        fields |= dict(zip(names, counts, strict=True))
+        fields |= {"bytes_read": self.traffic.read_bytes, "widened_bytes": self.traffic.widened_bytes}
+        fields["layers"] = [layers.as_dict() for layers in self.layers()]
         fields["peak_bytes"] = self.peak_bytes
         fields["temp_is_of_target"] = self.temp_is_of_target
         fields["collectives"] = [dataclasses.asdict(total) for total in totals(self.collectives)]
         return fields
 
 
-def compile_report(jitted: jax.stages.Wrapped, arguments: Sequence[Any], *, mesh: Mesh) -> CompileReport:
+@dataclass(frozen=True)
+class AlikeLayers:
+    """Layers for which a program does the same; no name for what belongs to no layer."""
+
+    names: tuple[str, ...]  # layer_0, layer_1, … mtp_1, …
+    launches: LaunchCounts | None  # of each
+    bytes_read: int
+    widened_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        launches = {} if self.launches is None else dataclasses.asdict(self.launches)
+        return {"names": self.names, **launches, "bytes_read": self.bytes_read, "widened_bytes": self.widened_bytes}
+
+
+def compile_report(
+    jitted: jax.stages.Wrapped, arguments: Sequence[Any], *, mesh: Mesh, experts: ExpertArrays | None = None
+) -> CompileReport:
     """Compile a jitted function for the devices of a mesh.
 
     Args:
       jitted: with its donated arguments and output shardings already set.
       arguments: positional; `jax.ShapeDtypeStruct` in place of arrays, with shardings on ``mesh``.
       mesh: of devices that need not exist (`stepjax.sharding.devices.devices`).
+      experts: how the program's routed experts are held, where it is to be told what it reads and widens of them.
 
     Raises:
       MeshError: the program cannot be compiled; the message has XLA's reason.
@@ -83,12 +130,13 @@ def compile_report(jitted: jax.stages.Wrapped, arguments: Sequence[Any], *, mesh
     start = time.perf_counter()
     lowered = jitted.lower(*arguments)
     lowered_at = time.perf_counter()
-    compiled = _compile(lowered, device)
-    done = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="stepjax-study-") as folder:
+        compiled = _compile(lowered, device, Path(folder))
+        done = time.perf_counter()
+        module, launches = _read(compiled, Path(folder))
     peak = _peak_host_bytes()
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+    memory = compiled.memory_analysis()
     assert memory is not None, f"{device.platform} gives no sizes"
-    assert text is not None, f"{device.platform} gives no text"
     return CompileReport(
         platform=device.platform,
         device_kind=device.device_kind,
@@ -101,13 +149,25 @@ def compile_report(jitted: jax.stages.Wrapped, arguments: Sequence[Any], *, mesh
         output_bytes=memory.output_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
-        collectives=tuple(collectives(text, mesh.shape)),
+        collectives=tuple(collectives(module, mesh.shape)),
+        traffic=traffic(module, experts),
+        launches=launches,
     )
 
 
-def _compile(lowered: jax.stages.Lowered, device: Any) -> jax.stages.Compiled:
+def _read(compiled: jax.stages.Compiled, dumped: Path) -> tuple[HloModule, ByLayer | None]:
+    text = compiled.as_text()
+    assert text is not None, "the device gives no text"
+    module = HloModule(text)
+    return module, read_dump(dumped, module)
+
+
+def _compile(lowered: jax.stages.Lowered, device: Any, folder: Path) -> jax.stages.Compiled:
+    """Compile, and have a GPU's compiler write its launches into a folder: it tells them in no other way."""
     try:
-        return lowered.compile()
+        if device.platform == "cpu":
+            return lowered.compile()
+        return lowered.compile(compiler_options={"xla_dump_to": str(folder)})
     except jax.errors.JaxRuntimeError as error:
         # Without a device XLA tunes nothing, and some small products then fit none of its Triton tiles.
         advice = "; XLA_FLAGS=--xla_gpu_enable_triton_gemm=false may help" if device.platform == "gpu" else ""
@@ -140,8 +200,46 @@ def table(report: CompileReport) -> Group:
             size_text(total.wire_bytes),
             REMARKS[total.certainty],
         )
+    facts.add_row("read by a device in a step", size_text(report.traffic.read_bytes))
+    if report.traffic.widened_bytes:
+        facts.add_row("experts widened in memory", size_text(report.traffic.widened_bytes))
     note = "" if report.temp_is_of_target else "Temporaries and collectives are the CPU's, not an accelerator's."
-    return Group(facts, sums, note)
+    return Group(facts, *_launch_tables(report), sums, note)
+
+
+def _launch_tables(report: CompileReport) -> list[RenderableType]:
+    """What the host launches, of the whole step and by layer."""
+    if report.launches is None:
+        return []
+    counts = all_layers(report.launches)
+    sums = Table("one step, at most", "", box=box.SIMPLE)
+    sums.add_row("CUDA graphs", f"{counts.graphs:,}")
+    sums.add_row("kernels", f"{counts.kernels:,}")
+    sums.add_row("of them outside of graphs", f"{counts.kernels_outside_graphs:,}")
+    sums.add_row("loops", f"{counts.loops:,}")
+    sums.add_row("conditionals", f"{counts.conditionals:,}")
+    sums.add_row("of both, those that the host waits for", f"{counts.host_syncs:,}")
+    by_layer = Table("of each", "kernels", "outside graphs", "loops", "host waits", "read", "widened", box=box.SIMPLE)
+    for layers in report.layers():
+        assert layers.launches is not None
+        each = layers.launches
+        row = each.kernels, each.kernels_outside_graphs, each.loops, each.host_syncs
+        sizes = size_text(layers.bytes_read), size_text(layers.widened_bytes) if layers.widened_bytes else ""
+        by_layer.add_row(_named(layers.names), *map(str, row), *sizes)
+    return [sums, by_layer]
+
+
+def _named(names: Sequence[str]) -> str:
+    if not names:
+        return "no layer"
+    shown = [names[0], "…", names[-1]] if len(names) > 3 else names
+    return " ".join(name.replace("_", " ") for name in shown)
+
+
+def _order(name: str) -> tuple[int, int]:
+    """Layers, then MTP depths, then what belongs to none."""
+    part, _, number = name.partition("_")
+    return ["layer", "mtp", ""].index(part), int(number or 0)
 
 
 def _along(total: Total, mesh_shape: Mapping[str, int]) -> str:

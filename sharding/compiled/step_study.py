@@ -22,9 +22,10 @@ from stepjax.model.cache import Ring, RowCache
 from stepjax.model.step3p5 import Step3p5, axes_of, params_of
 from stepjax.sharding.compiled.hlo import Collective
 from stepjax.sharding.compiled.report import CompileReport, compile_report, size_text, table
+from stepjax.sharding.compiled.traffic import ExpertArrays
 from stepjax.sharding.exchange import CollectiveKind
+from stepjax.sharding.expert_parallel import Group as ExpertGroup
 from stepjax.sharding.mesh_layout import MeshLayout
-from stepjax.sharding.rules import ShardingRules
 from stepjax.weights.inventory import counted_as, inventory
 from stepjax.weights.quantised import Quantised, abstract_quantised
 
@@ -37,6 +38,7 @@ class Step(NamedTuple):
     function: jax.stages.Wrapped
     arguments: tuple[Any, ...]
     params: Mapping[str, Any]
+    num_tokens: int  # of all devices in one step
     cache: Any = ()
     optimizer: Any = ()
 
@@ -107,7 +109,8 @@ def study(step: Step, layout: MeshLayout, *, notes: Iterable[str] = ()) -> StepS
     Raises:
       MeshError: the program cannot be compiled.
     """
-    report = compile_report(step.function, step.arguments, mesh=layout.mesh)
+    experts = expert_arrays(step, layout)
+    report = compile_report(step.function, step.arguments, mesh=layout.mesh, experts=experts)
     return StepStudy(
         parameters=device_parameters(step.params, layout.rules.config),
         parameter_bytes=device_bytes(step.params),
@@ -117,6 +120,24 @@ def study(step: Step, layout: MeshLayout, *, notes: Iterable[str] = ()) -> StepS
         places=by_place(report.collectives, _layers(step.params)),
         notes=(*layout.rules.notes, *notes),
         report=report,
+    )
+
+
+def expert_arrays(step: Step, layout: MeshLayout) -> ExpertArrays | None:
+    """How a device holds the routed experts of a step; None for a model without."""
+    weights = [weight for path, weight in step.params.items() if ".experts." in path]
+    if not weights:
+        return None
+    config, group = layout.rules.config, ExpertGroup.of(layout.rules)
+    weight = weights[0]
+    values = weight.q if isinstance(weight, Quantised) else weight
+    bits = weight.format.bits if isinstance(weight, Quantised) else 8 * values.dtype.itemsize
+    return ExpertArrays(
+        hidden_size=config.hidden_size,
+        expert_size=config.expert_size // group.num_shares,
+        bits=bits,
+        dtype=_hlo_dtype(values.dtype.name),
+        touched=min(1.0, step.num_tokens * config.top_k / group.experts_each),
     )
 
 
@@ -178,16 +199,24 @@ def by_place(collectives: Iterable[Collective], names: Iterable[str]) -> tuple[P
     return tuple(Places(tuple(filter(None, members)), launches) for (_, launches), members in alike.items())
 
 
-def copies(rules: ShardingRules, *, batch: int, context: int) -> list[str]:
+def copies(layout: MeshLayout, *, batch: int, context: int) -> list[str]:
     """Notes on what a step of this size leaves unsplit, where sizes do not divide (`ShardingRules.fit`)."""
-    notes = []
+    rules, notes = layout.rules, []
     for what, size, axis in (("sequences", batch, "batch"), ("positions", context, "length")):
-        axes, (split,) = rules.activation(axis), rules.fit((size,), axis)
+        axes, (split,) = rules.activation(axis), layout.sharding((size,), axis).spec
         over = (split,) if isinstance(split, str) else split or ()
         if ways := rules.size(axes) // rules.size(over) - 1:
             sizes = ",".join(f"{name}={rules.mesh.sizes[name]}" for name in axes if name not in over)
             notes.append(f"{size} {what} are not split over {sizes}: {ways + 1} devices each hold a copy")
     return notes
+
+
+def _hlo_dtype(name: str) -> str:
+    """A dtype as XLA writes it: u8 for uint8, f8e4m3fn for float8_e4m3fn."""
+    for prefix, short in (("uint", "u"), ("int", "s"), ("bfloat", "bf"), ("float", "f")):
+        if name.startswith(prefix):
+            return short + name.removeprefix(prefix).replace("_", "")
+    return name
 
 
 def _values(weight: Any) -> int:

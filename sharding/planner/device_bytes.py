@@ -202,9 +202,9 @@ def paged(
     """An engine's caches of ``batch`` sequences: pages for ``context`` positions of each and the one that padding
     writes to, and rings; ``full_shape`` is that of the pages of all sequences, joined.
     """
-    size = page_size * layout.rules.mesh.context
-    pages = batch * -(-context // size) + 1
-    held = cached(config, layout.together(), batch=batch, length=0, depths=depths, dtype=dtype, pages=(pages, size))
+    pages = batch * -(-context // page_size) + 1
+    layout, size = layout.together(), (pages, page_size)
+    held = cached(config, layout, batch=batch, length=0, depths=depths, dtype=dtype, pages=size)
     _, rows, heads, width = held.full_shape
     return dataclasses.replace(held, full_shape=(batch, (pages - 1) // batch * rows, heads, width))
 

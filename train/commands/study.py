@@ -20,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", default="step-3.5-flash", help="model as for info; no weights are read (default: %(default)s)"
     )
+    parser.add_argument(
+        "--layers", type=int, metavar="N", help="the first N layers alone, which takes seconds (default: all)"
+    )
     parser.add_argument("--mesh", required=True, metavar="AXES", help="e.g. expert=8,tensor=4; one axis may be -1")
     parser.add_argument(
         "--strategy",
@@ -75,9 +78,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     mesh, config = MeshSpec.parse(args.mesh), read_config(args.model)
     from stepjax.train.planning.check import check
-    from stepjax.train.planning.workload import Workload, study_mesh, study_model
+    from stepjax.train.planning.workload import Workload, first_layers, study_mesh, study_model
 
     mesh, num_devices = study_mesh(mesh, args.devices)
+    config = first_layers(config, args.layers)
     workload = Workload(
         step=args.step,
         batch=args.batch,
@@ -100,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
         )
     about = {
         "model": args.model,
+        "layers": len(config.layers),
         "mesh": str(mesh),
         "devices": num_devices,
         "strategy": args.strategy,
@@ -122,18 +127,21 @@ def run(args: argparse.Namespace) -> int:
         return 0 if checked is None or checked.holds else 1
     printer = Console()
     with printer.capture() as drawn:  # rich ends the program itself when its output is closed
-        printer.print(_title(about), result.shown(), "" if checked is None else checked.shown())
+        printer.print(
+            _title(about, sliced=args.layers is not None), result.shown(), "" if checked is None else checked.shown()
+        )
     print(drawn.get(), end="")
     return 0 if checked is None or checked.holds else 1
 
 
-def _title(about: dict[str, Any]) -> str:
+def _title(about: dict[str, Any], *, sliced: bool) -> str:
     """The studied step, in one line."""
     tokens, positions = (
         about["tokens"],
         "" if about["step"] in ("train", "lora") else f", {about['context']:,} positions each",
     )
+    layers = f", first {about['layers']} layers" if sliced else ""
     return (
-        f"{about['model']}: {about['step']}, {about['batch']:,} sequence{'s' * (about['batch'] > 1)} × "
+        f"{about['model']}{layers}: {about['step']}, {about['batch']:,} sequence{'s' * (about['batch'] > 1)} × "
         f"{tokens:,} token{'s' * (tokens > 1)}{positions}, {about['dtype']}, {about['strategy']}"
     )

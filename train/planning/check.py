@@ -19,7 +19,7 @@ from stepjax.sharding.compiled.report import CompileReport, size_text
 from stepjax.sharding.dispatch import Dispatch
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
-from stepjax.sharding.planner.device_bytes import cached, layout_of, local_shape, parameters, placed
+from stepjax.sharding.planner.device_bytes import PAGE, layout_of, local_shape, paged, parameters, placed
 from stepjax.sharding.planner.exchanges import StepShape, payloads, serving_exchanges
 from stepjax.sharding.planner.lora_step import adapter_factors, training_bytes, training_shape
 from stepjax.sharding.planner.temporaries import serving_temporaries
@@ -176,9 +176,9 @@ def planned(
         return Planned(weight_bytes + moments + counts + _rows_bytes(layout, workload), None, None)
     if workload.step == "lora":
         return _lora(config, workload, layout, weight_bytes)
-    cache = cached(
-        config, layout, batch=workload.batch, length=workload.context, depths=workload.drafts, dtype=dtype.name
-    )
+    layout = layout.together()  # as an engine's sequences lie
+    batch, context = workload.batch, workload.context
+    cache = paged(config, layout, batch=batch, context=context, depths=workload.drafts, dtype=dtype.name)
     shape = StepShape(
         "decode" if workload.step == "decode" else "prefill",
         workload.batch,
@@ -188,12 +188,14 @@ def planned(
         dtype.itemsize,
     )
     (sequences,) = local_shape(layout, (shape.batch,), "batch")
-    state = sequences * sequence_bytes(config, workload.drafts, slot=False, dtype=dtype.name)
+    state = sequences * sequence_bytes(config, workload.drafts, dtype=dtype.name)
+    inputs = 4 * sequences * -(-context // PAGE)  # the table of pages
     if workload.step == "decode":
-        inputs = sequences  # whether each is active
+        inputs += sequences  # whether each is active
     else:
         rows, tokens = local_shape(layout, (shape.batch, shape.count), "batch", "stream")
-        inputs = 4 * rows * tokens + 8 * sequences  # ids, their number, the next token
+        # ids; their number, the next token, the tokens in the cache, the slot; whether the prompt is scored
+        inputs += 4 * rows * tokens + (4 * 4 + 1) * sequences
     exchanged = payloads(serving_exchanges(layout, shape, rows_split=cache.rows_split))
     return Planned(
         argument_bytes=weight_bytes + cache.num_bytes + state + inputs,

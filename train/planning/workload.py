@@ -17,8 +17,9 @@ from stepjax.errors import MeshError, RequestError
 from stepjax.infer.steps.abstract_steps import decode_step, prefill_step
 from stepjax.model.cache import MAX_DRAFTS
 from stepjax.model.step3p5 import Params, Step3p5, abstract, axes_of
+from stepjax.ops.chip import compiling_for
 from stepjax.sharding.compiled.step_study import Step, StepStudy, abstract_params, copies, study
-from stepjax.sharding.devices import Target, devices
+from stepjax.sharding.devices import Target, chip_of, devices
 from stepjax.sharding.dispatch import Dispatch
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
@@ -63,6 +64,11 @@ class Workload:
         return min(CHUNK, self.context) if self.chunk is None else self.chunk
 
     @property
+    def served(self) -> bool:
+        """Whether an engine runs this step, whose sequences share a cache (`MeshLayout.together`)."""
+        return self.step in ("decode", "prefill")
+
+    @property
     def resolved_dtype(self) -> Any:
         """``dtype``, with auto resolved."""
         if self.dtype == "auto":
@@ -91,6 +97,19 @@ class Workload:
             raise RequestError(f"{name}: quantised weights have no gradient and are not trained; leave it out")
         for columns in (config.hidden_size, config.expert_size):
             self.experts.check_shape((columns,))
+
+
+def first_layers(config: ModelConfig, count: int | None) -> ModelConfig:
+    """The model with its first ``count`` layers alone, and all of its MTP depths; None: as it is.
+
+    Raises:
+      RequestError: it has not as many.
+    """
+    if count is None:
+        return config
+    if not 1 <= count <= len(config.layers):
+        raise RequestError(f"layers: is {count}, expected 1 to {len(config.layers)}")
+    return dataclasses.replace(config, layers=config.layers[:count])
 
 
 def study_mesh(spec: MeshSpec, num_devices: int | None) -> tuple[MeshSpec, int]:
@@ -129,14 +148,20 @@ def study_model(
     config = dataclasses.replace(config, mtp_layers=config.mtp_layers[: workload.drafts])
     rules = ShardingRules(config, spec, strategy, workload.experts.for_model(config))
     layout = MeshLayout(spec.build(devices(target, num_devices)), rules, dispatch=dispatch or Dispatch())
-    notes = copies(rules, batch=workload.batch, context=workload.context)
+    layout = layout.together() if workload.served else layout
+    notes = copies(layout, batch=workload.batch, context=workload.context)
     if num_devices > spec.num_devices:
         notes.append(f"the mesh uses {spec.num_devices} of {num_devices} devices")
-    return study(step_of(config, workload, layout), layout, notes=notes)
+    with compiling_for(chip_of(target)):
+        return study(step_of(config, workload, layout), layout, notes=notes)
 
 
 def step_of(config: ModelConfig, workload: Workload, layout: MeshLayout) -> Step:
-    """The function of the step and the shapes of its arguments."""
+    """The function of the step and the shapes of its arguments.
+
+    Args:
+      layout: of an engine's step the one for sequences that share a cache (`MeshLayout.together`).
+    """
     dtype, batch, context = workload.resolved_dtype, workload.batch, workload.context
     model = abstract(config, dtype=dtype, layout=layout)
     params = abstract_params(model, layout)
@@ -171,7 +196,7 @@ def train_step(model: Step3p5, params: Params, layout: MeshLayout, *, batch: int
     placement = Placement.split(layout, state, rows, axes_of(model))
     placed = jax.tree.map(_sharded, state, placement.state)
     function = make_step(model, optimizer, schedule, placement, mtp_weight=0.0, balance_rate=1.0)
-    return Step(function, (placed, rows), params=params, optimizer=placed.optimizer)
+    return Step(function, (placed, rows), params, batch * length, optimizer=placed.optimizer)
 
 
 def lora_step(model: Step3p5, params: Params, layout: MeshLayout, *, batch: int, length: int) -> Step:
@@ -213,4 +238,4 @@ def lora_step(model: Step3p5, params: Params, layout: MeshLayout, *, batch: int,
         out_shardings=(state_shardings.leaves, layout.replicated),
         compiler_options=COMPILER_OPTIONS,
     )
-    return Step(function, (state.leaves, state, params, micro, total), params=params, optimizer=state)
+    return Step(function, (state.leaves, state, params, micro, total), params, batch * length, optimizer=state)
