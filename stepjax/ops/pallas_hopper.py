@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-import jax
+from stepjax.gpu_target import kernels_target
+
+HOPPER = 90
 
 
-@functools.cache
 def hopper_cores() -> int:
-    """Multiprocessors of this process's GPU if it is a Hopper one, else 0: the kernels run on nothing else."""
-    device: Any = jax.local_devices()[0]
-    return device.core_count if getattr(device, "compute_capability", None) == "9.0" else 0
+    """Multiprocessors of the GPU that is traced for if it is a Hopper one, else 0: the kernels run on nothing else."""
+    gpu = kernels_target("on", "measured", "all")
+    return gpu.cores if gpu is not None and gpu.capability == HOPPER else 0
 
 
 def interpreted(settings: Any) -> dict[str, Any]:
