@@ -13,7 +13,7 @@ import jax
 from jax.experimental import topologies
 
 from stepjax.errors import MeshError
-from stepjax.ops.chip import Chip
+from stepjax.gpu_target import Gpu
 
 Target = Literal["cpu", "h100", "h200", "b200"]
 
@@ -37,7 +37,7 @@ def devices(target: Target, count: int) -> list[Any]:
     return _cpu_devices(count) if target == "cpu" else _gpu_devices(target, count)
 
 
-def chip_of(target: Target) -> Chip | None:
+def gpu_of(target: Target) -> Gpu | None:
     """What kernels have to know of the target's GPU; None for "cpu"."""
     if target == "cpu":
         return None
@@ -47,7 +47,7 @@ def chip_of(target: Target) -> Chip | None:
     assert capability, f"{target}.txtpb has no capability"
     assert cores, f"{target}.txtpb has no cores"
     numbers = dict(re.findall(r"(major|minor): (\d+)", capability[1]))
-    return Chip((int(numbers["major"]), int(numbers.get("minor", 0))), int(cores[1]))
+    return Gpu((int(numbers["major"]), int(numbers.get("minor", 0))), int(cores[1]))
 
 
 def has_cuda_plugin() -> bool:

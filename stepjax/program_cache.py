@@ -37,7 +37,14 @@ _HEAD = struct.Struct(">II")  # bytes of the outline and of the payload
 _DIGEST = hashlib.sha256
 # Settings of logging and of folders, which change no program.
 _IRRELEVANT = re.compile(r"cache|log|dump|traceback|distributed|captured_constants|coordina|proxy|check_tracer_leaks")
-_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "TF_XLA_FLAGS", "NVIDIA_TF32_OVERRIDE", "CUDA_VISIBLE_DEVICES")
+_VARIABLES = (
+    "XLA_FLAGS",
+    "LIBTPU_INIT_ARGS",
+    "TF_XLA_FLAGS",
+    "NVIDIA_TF32_OVERRIDE",
+    "CUDA_VISIBLE_DEVICES",
+    "STEPJAX_KERNELS",
+)
 
 
 class ProgramCache:

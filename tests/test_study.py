@@ -15,9 +15,9 @@ import pytest
 from tiny import small_config
 
 from stepjax.cli import main
+from stepjax.gpu_target import compiling_for
 from stepjax.infer.sampling.params import NUM_ENDS
 from stepjax.model.cache import MAX_DRAFTS
-from stepjax.ops.chip import compiling_for
 from stepjax.ops.pallas_hopper import hopper_cores
 from stepjax.sharding import devices
 from stepjax.sharding.compiled.hlo import Collective
@@ -211,9 +211,9 @@ def test_a_decode_step_of_the_engine_is_counted(experts, capsys):
 
 def test_kernels_are_those_of_the_gpu_that_is_compiled_for():
     """Which this process need not have."""
-    with compiling_for(devices.chip_of("h200")):
+    with compiling_for(devices.gpu_of("h200")):
         assert hopper_cores() == 132
-    with compiling_for(devices.chip_of("b200")):
+    with compiling_for(devices.gpu_of("b200")):
         assert hopper_cores() == 0
     assert hopper_cores() == 0
 

@@ -5,6 +5,7 @@ expert-fold work there and on CPU, so nothing here uses it.
 
   gathered   T·A rows of weights are read once each: small T, where few experts are touched (not on CPU)
   batched    every expert runs every token, one GEMM batched over experts: T where most experts are touched
+  stored     blocks of one expert's rows, a kernel that widens weights in registers: quantised experts on NVIDIA GPUs
   grouped    tokens sorted by expert, blocks of one expert's rows, a kernel for all of them: bf16 on Hopper GPUs
   capacity   tokens sorted by expert, C rows of each expert a pass, as many passes as the fullest expert needs
   blocked    tokens sorted by expert, block after block of one expert's rows: on CPU, where such small products are fast
@@ -16,7 +17,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-Formulation = Literal["gathered", "batched", "grouped", "capacity", "blocked", "in_turn", "reference"]
+Formulation = Literal["gathered", "batched", "stored", "grouped", "capacity", "blocked", "in_turn", "reference"]
 
 WIDENED_COST = 3  # of a quantised expert that products over all experts read, over that of one assignment's gather
 BATCHED_TOKENS = 256  # beyond, capacity wins even where its passes read all weights again for a few full experts (H100)

@@ -1,4 +1,4 @@
-"""Routed experts without dropping a token: one function, six fast forms, one slow reference (`expert_sizes`)."""
+"""Routed experts without dropping a token: one function, seven fast forms, one slow reference (`expert_sizes`)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from stepjax.gpu_target import kernel_choice, kernels_target
 from stepjax.ops.expert_choice import Formulation, buffer_rows, choose_form, choose_form_cpu
 from stepjax.ops.expert_dense import ExpertWeights, batched, gathered, in_turn, reference
 from stepjax.ops.expert_sorted import blocked, capacity, grouped, grouped_fits
+from stepjax.ops.expert_stored import stored, stored_readers
 from stepjax.ops.manual_axes import vary_alike
 from stepjax.ops.pallas_hopper import hopper_cores
 from stepjax.weights.adapted import plain
@@ -40,19 +42,25 @@ def routed_experts(
     """
     x_TD, ids_TA, combine_TA, weights, slot_T = vary_alike((x_TD, ids_TA, combine_TA, weights, slot_T))
     load = ids_TA.size if load is None else load
+    gpu = kernels_target("on", "all")
     rows = buffer_rows(load / weights.gate.shape[0], most=x_TD.shape[0])
 
     def run(form: Formulation) -> Callable[..., jax.Array]:
         forms = {"gathered": gathered, "batched": batched, "in_turn": in_turn, "reference": reference}
         forms |= {"capacity": partial(capacity, rows=rows), "blocked": partial(blocked, rows=rows)}
         forms |= {"grouped": partial(grouped, rows=rows, load=load)}
+        forms |= {"stored": partial(stored, load=load, gpu=gpu)}
         return jax.named_scope(f"experts_{form}")(partial(forms[form], limit=limit))
 
     if form:
         return run(form)(x_TD, ids_TA, combine_TA, weights, slot_T)
     size = (x_TD.shape[0], weights.gate.shape[0], ids_TA.shape[1])
-    kernel = hopper_cores() > 0 and grouped_fits(x_TD, weights)
-    other = choose_form(*size, widened=format_of(plain(weights.gate)).quantised, kernel=kernel)
+    quantised = format_of(plain(weights.gate)).quantised
+    if stored_readers(x_TD, weights, gpu) is not None and (quantised or kernel_choice() == "all"):
+        other: Formulation = "stored"
+    else:
+        kernel = hopper_cores() > 0 and grouped_fits(x_TD, weights)
+        other = choose_form(*size, widened=quantised, kernel=kernel)
     return jax.lax.platform_dependent(
         x_TD, ids_TA, combine_TA, weights, slot_T, cpu=run(choose_form_cpu(*size)), default=run(other)
     )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from stepjax.ops.chip import chip
+from stepjax.gpu_target import HOPPER, kernels_target
 
 
 def hopper_cores() -> int:
-    """Multiprocessors of the GPU that is compiled for, 0 if it is no Hopper one: the kernels run on nothing else."""
-    gpu = chip()
-    return gpu.cores if gpu is not None and gpu.capability == (9, 0) else 0
+    """Multiprocessors of the GPU that is traced for if it is a Hopper one, else 0: the kernels run on nothing else."""
+    gpu = kernels_target("on", "measured", "all")
+    return gpu.cores if gpu is not None and gpu.capability == HOPPER else 0
 
 
 def interpreted(settings: Any) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def linear(w: AnyWeight, x: jax.Array, dtype: DTypeLike) -> jax.Array:
         return y
     low = w.scale * wide_einsum("...i,ri->...r", x, w.a)
     if w.slot is not None:
-        low *= _share(w, w.slot).reshape(-1, *(1,) * (x.ndim - 2), w.rank)
+        low *= adapter_share(w, w.slot).reshape(-1, *(1,) * (x.ndim - 2), w.rank)
     return (y.astype(jnp.float32) + wide_einsum("...r,or->...o", low.astype(x.dtype), w.b)).astype(dtype)
 
 
@@ -145,7 +145,7 @@ def buffer_product(x_ECI: jax.Array, w_EOI: jax.Array | Adapted, *, slot: jax.Ar
     a, b = w_EOI.a, w_EOI.b
     low_ECR = w_EOI.scale * wide_einsum("eci,eri->ecr" if a.ndim == 3 else "eci,ri->ecr", x_ECI, a)
     if slot is not None:
-        share = _share(w_EOI, slot)
+        share = adapter_share(w_EOI, slot)
         low_ECR *= share if slot.ndim == 2 else share[None]
     return y_ECO + wide_einsum("ecr,eor->eco" if b.ndim == 3 else "ecr,or->eco", low_ECR.astype(x_ECI.dtype), b)
 
@@ -157,7 +157,7 @@ def expert_product(x_CI: jax.Array, w_OI: jax.Array | Adapted, *, slot: jax.Arra
         return y_CO
     low_CR = w_OI.scale * wide_einsum("ci,ri->cr", x_CI, w_OI.a)
     if slot is not None:
-        low_CR *= _share(w_OI, slot)
+        low_CR *= adapter_share(w_OI, slot)
     return y_CO + wide_einsum("cr,or->co", low_CR.astype(x_CI.dtype), w_OI.b)
 
 
@@ -170,7 +170,7 @@ def input_product(w_EOI: jax.Array | Adapted, x_TI: jax.Array, *, slot: jax.Arra
     if not isinstance(w_EOI, Adapted):
         return y_EOT
     a, b = w_EOI.a, w_EOI.b
-    share_RT = None if slot is None else _share(w_EOI, slot).T
+    share_RT = None if slot is None else adapter_share(w_EOI, slot).T
     if a.ndim == 2:
         low_RT = w_EOI.scale * wide_einsum("ri,ti->rt", a, x_TI)
         low_RT = low_RT if share_RT is None else low_RT * share_RT
@@ -191,7 +191,7 @@ def hidden_product(w_EOI: jax.Array | Adapted, x_EIT: jax.Array, *, slot: jax.Ar
     a, b = w_EOI.a, w_EOI.b
     low_ERT = w_EOI.scale * wide_einsum("eri,eit->ert" if a.ndim == 3 else "ri,eit->ert", a, x_EIT)
     if slot is not None:
-        low_ERT *= _share(w_EOI, slot).T[None]
+        low_ERT *= adapter_share(w_EOI, slot).T[None]
     return y_EOT + wide_einsum("eor,ert->eot" if b.ndim == 3 else "or,ert->eot", b, low_ERT.astype(x_EIT.dtype))
 
 
@@ -203,7 +203,7 @@ def pair_product(w_POI: jax.Array | Adapted, x_PI: jax.Array, *, slot: jax.Array
     a, b = w_POI.a, w_POI.b
     low_PR = w_POI.scale * wide_einsum("pri,pi->pr" if a.ndim == 3 else "ri,pi->pr", a, x_PI)
     if slot is not None:
-        low_PR *= _share(w_POI, slot)
+        low_PR *= adapter_share(w_POI, slot)
     return y_PO + wide_einsum("por,pr->po" if b.ndim == 3 else "or,pr->po", b, low_PR.astype(x_PI.dtype))
 
 
@@ -221,7 +221,7 @@ def rows_product(w: jax.Array | Adapted, x: jax.Array, *, slot: Any = None) -> j
         return along(w, x)
     low = w.scale * along(w.a, x)
     if slot is not None:
-        low *= _share(w, slot)[:, None, :]
+        low *= adapter_share(w, slot)[:, None, :]
     return along(_array(w), x) + along(w.b, low)
 
 
@@ -261,7 +261,7 @@ def _array(widened: jax.Array | Adapted) -> jax.Array:
     return base
 
 
-def _share(w: Adapted, slot: jax.Array) -> jax.Array:
+def adapter_share(w: Adapted, slot: jax.Array) -> jax.Array:
     """1 for the ranks of each row's own block and 0 for the others: float32 [..., R]."""
     chosen = slot[..., None] == jnp.arange(w.slots).reshape((1,) * slot.ndim + (-1,))
     return jnp.repeat(chosen.astype(jnp.float32), w.rank // w.slots, axis=-1, total_repeat_length=w.rank)

@@ -14,12 +14,12 @@ import numpy as np
 from stepjax.adapters.lora import LoraConfig, attach, shapes
 from stepjax.config import ModelConfig
 from stepjax.errors import MeshError, RequestError
+from stepjax.gpu_target import compiling_for
 from stepjax.infer.steps.abstract_steps import decode_step, prefill_step
 from stepjax.model.cache import MAX_DRAFTS
 from stepjax.model.step3p5 import Params, Step3p5, abstract, axes_of
-from stepjax.ops.chip import compiling_for
 from stepjax.sharding.compiled.step_study import Step, StepStudy, abstract_params, copies, study
-from stepjax.sharding.devices import Target, chip_of, devices
+from stepjax.sharding.devices import Target, devices, gpu_of
 from stepjax.sharding.dispatch import Dispatch
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
@@ -152,7 +152,7 @@ def study_model(
     notes = copies(layout, batch=workload.batch, context=workload.context)
     if num_devices > spec.num_devices:
         notes.append(f"the mesh uses {spec.num_devices} of {num_devices} devices")
-    with compiling_for(chip_of(target)):
+    with compiling_for(gpu_of(target)):
         return study(step_of(config, workload, layout), layout, notes=notes)
 
 

@@ -1,0 +1,198 @@
+"""The kernel for experts as they are stored, run by Pallas's interpreter on a CPU, against the slow reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stepjax.ops.expert_dense import ExpertWeights
+from stepjax.ops.expert_stored import stored
+from stepjax.ops.experts import routed_experts
+from stepjax.weights.adapted import Adapted
+from stepjax.weights.expert_format import ExpertFormat
+from stepjax.weights.fp8 import Fp8Blocks
+from stepjax.weights.int_groups import IntGroups
+from stepjax.weights.plain import PLAIN
+from stepjax.weights.quantised import quantise
+from stepjax.weights.stacked import LayerWeight
+
+E, D, F = 6, 128, 64
+FORMATS = {
+    "bf16": PLAIN,
+    "int8": IntGroups(8, None),
+    "int4": IntGroups(4, 64),
+    "int4 in 32s": IntGroups(4, 32),
+    "fp8": Fp8Blocks(),
+    "fp8 in blocks": Fp8Blocks((32, 64)),
+}
+
+
+def held(random: np.random.Generator, format: ExpertFormat, *shape: int) -> Any:
+    w = (0.1 * random.standard_normal(shape)).astype(np.float32)
+    return jax.tree.map(jnp.asarray, quantise(w, format)) if format.quantised else jnp.asarray(w, jnp.bfloat16)
+
+
+def experts(format: ExpertFormat, *, seed: int = 0) -> ExpertWeights:
+    random = np.random.default_rng(seed)
+    return ExpertWeights(*(held(random, format, *shape) for shape in ((E, F, D), (E, F, D), (E, D, F))))
+
+
+def adapted(weights: ExpertWeights, *, rank: int, slots: int = 1, shared: bool = False) -> ExpertWeights:
+    """``shared``: one A of gate and up for all experts, and one B of down, as PEFT's layers have them."""
+    random = np.random.default_rng(7)
+
+    def factor(*shape: int) -> jax.Array:
+        return jnp.asarray(0.2 * random.standard_normal(shape), jnp.float32)
+
+    def beside(w: Any, *, a: bool = False, b: bool = False) -> Adapted:
+        _, size_out, size_in = w.shape
+        ranks = rank * slots
+        return Adapted(
+            w,
+            factor(*(() if a else (E,)), ranks, size_in),
+            factor(*(() if b else (E,)), size_out, ranks),
+            0.5,
+            slots,
+        )
+
+    gate, up, down = weights
+    return ExpertWeights(beside(gate, a=shared), beside(up, a=shared), beside(down, b=shared))
+
+
+def drawn(tokens: int, kind: str = "drawn", *, top_k: int = 2) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Tokens, their experts and weights. Some assignments are padding or another device's; expert 2 gets none."""
+    random = np.random.default_rng(tokens)
+    odds = random.gumbel(size=(tokens, E))
+    odds[:, 2] = -np.inf
+    ids = np.argsort(-odds, axis=1)[:, :top_k]
+    ids[random.random(ids.shape) < 0.1] = E
+    if kind == "one expert":
+        ids[:, 0], ids[:, 1] = 3, E
+    elif kind == "none":
+        ids[:] = E + 5
+    x = jnp.asarray(random.standard_normal((tokens, D)), jnp.bfloat16)
+    return x, jnp.asarray(ids, jnp.int32), jnp.asarray(random.random(ids.shape), jnp.float32)
+
+
+def kernel(x: Any, ids: Any, combine: Any, weights: Any, slot: Any = None, *, limit: float | None = 0.5) -> jax.Array:
+    def run(x: Any, ids: Any, combine: Any, weights: Any, slot: Any) -> jax.Array:
+        return stored(x, ids, combine, weights, slot, limit=limit, load=ids.size, gpu=None, interpret=True)
+
+    return jax.jit(run)(x, ids, combine, weights, slot)
+
+
+def reference(x: Any, ids: Any, combine: Any, weights: Any, slot: Any = None, limit: float | None = 0.5) -> jax.Array:
+    return routed_experts(x, ids, combine, weights, limit=limit, form="reference", slot_T=slot)
+
+
+def close(found: jax.Array, expected: jax.Array) -> None:
+    """The hidden state is rounded to bfloat16 between the products."""
+    scale = max(float(np.abs(np.asarray(expected, np.float32)).max()), 1e-6)
+    np.testing.assert_allclose(
+        np.asarray(found, np.float32) / scale, np.asarray(expected, np.float32) / scale, atol=1.5e-2
+    )
+
+
+RARE_ADAPTERS = [(4, True), (300, False)]
+TOKENS = [1, 4, 16, 33, 300]
+RARE = [(name, tokens) for name in FORMATS for tokens in TOKENS if name != "int4" and tokens != 33]
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [("int4", tokens) for tokens in TOKENS]
+    + [(name, 33) for name in FORMATS if name != "int4"]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in RARE],
+)
+def test_every_precision_agrees_with_the_reference(name, tokens):
+    weights, given = experts(FORMATS[name]), drawn(tokens)
+    close(kernel(*given, weights), reference(*given, weights))
+
+
+@pytest.mark.parametrize("kind", ["one expert", "none"])
+@pytest.mark.parametrize("tokens", [16, 300])
+def test_skewed_and_empty_routings_agree_with_the_reference(kind, tokens):
+    weights, given = experts(FORMATS["int4"]), drawn(tokens, kind)
+    found = kernel(*given, weights, limit=None)
+    assert (kind == "none") == (not np.asarray(found).any())
+    close(found, reference(*given, weights, limit=None))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shared"), [(4, False), (300, True), *(pytest.param(*c, marks=pytest.mark.slow) for c in RARE_ADAPTERS)]
+)
+def test_adapters_of_three_slots_agree_with_the_reference(tokens, shared):
+    weights = adapted(experts(FORMATS["int4"]), rank=4, slots=3, shared=shared)
+    slot = jnp.asarray(np.arange(tokens) % 4 - 1, jnp.int32)  # −1: none
+    given = drawn(tokens)
+    close(kernel(*given, weights, slot), reference(*given, weights, slot))
+    plain = experts(FORMATS["int4"])
+    assert np.abs(np.asarray(kernel(*given, weights, slot) - kernel(*given, plain))).max() > 0.05
+
+
+def test_a_bad_token_spoils_no_other():
+    x, ids, combine = drawn(16)
+    weights = experts(FORMATS["fp8"])
+    expected = kernel(x, ids, combine, weights)
+    found = np.asarray(kernel(x.at[3].set(jnp.nan), ids, combine, weights))
+    others = np.arange(16) != 3
+    np.testing.assert_array_equal(found[others], np.asarray(expected)[others])
+
+
+def test_products_that_are_added_up_in_slices_give_the_same(monkeypatch):
+    weights, given = experts(FORMATS["int4"]), drawn(33)
+    whole = kernel(*given, weights)
+    monkeypatch.setattr("stepjax.ops.expert_stored.SLICE_BYTES", 33 * 2 * 64 * 4)
+    np.testing.assert_allclose(kernel(*given, weights), whole, atol=1e-6)
+
+
+def test_a_layer_of_a_stack_is_read_in_its_stack():
+    layers = [experts(FORMATS["int4"], seed=seed) for seed in range(3)]
+    stacks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    given = drawn(16)
+    weights = ExpertWeights(*(LayerWeight(stack, jnp.int32(2)) for stack in stacks))
+    np.testing.assert_array_equal(kernel(*given, weights), kernel(*given, layers[2]))
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "shared"),
+    [
+        ("int4", 280, False),
+        *(pytest.param(name, 280, False, marks=pytest.mark.slow) for name in ("bf16", "fp8", "int8")),
+        *(pytest.param(name, 5, True, marks=pytest.mark.slow) for name in ("bf16", "int4", "fp8", "int8")),
+    ],
+)
+def test_gradients_agree_with_those_of_the_reference(name, tokens, shared):
+    """280 tokens are sorted, 5 are not."""
+    weights = adapted(experts(FORMATS[name]), rank=4, shared=shared)
+    x, ids, combine = drawn(tokens)
+    factors = tuple((w.a, w.b) for w in weights)
+
+    def loss(run: Any, x: Any, combine: Any, factors: Any) -> jax.Array:
+        beside = ExpertWeights(*(Adapted(w.base, a, b, w.scale) for w, (a, b) in zip(weights, factors, strict=True)))
+        return jnp.sum(jnp.sin(run(x, ids, combine, beside, limit=None)))  # beside a clamp, rounding chooses the side
+
+    found = jax.grad(lambda *a: loss(kernel, *a), (0, 1, 2))(x, combine, factors)
+    expected = jax.grad(lambda *a: loss(reference, *a), (0, 1, 2))(x, combine, factors)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert np.abs(np.asarray(b, np.float32)).max() > 0
+        close_gradient(a, b)
+
+
+def test_gradients_of_plain_weights_agree_with_those_of_the_reference():
+    weights = experts(PLAIN)
+    x, ids, combine = drawn(40)
+    found = jax.grad(lambda w: jnp.sum(jnp.sin(kernel(x, ids, combine, w))))(weights)
+    expected = jax.grad(lambda w: jnp.sum(jnp.sin(reference(x, ids, combine, w))))(weights)
+    for a, b in zip(found, expected, strict=True):
+        close_gradient(a, b)
+
+
+def close_gradient(found: jax.Array, expected: jax.Array) -> None:
+    """By the size of the whole: cotangents are rounded to bfloat16 on the way, each to 2⁻⁹ of itself."""
+    a, b = np.asarray(found, np.float32), np.asarray(expected, np.float32)
+    assert np.linalg.norm(a - b) < 2e-2 * np.linalg.norm(b)
