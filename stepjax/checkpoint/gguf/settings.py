@@ -33,8 +33,8 @@ class Metadata:
 
     def number(self, key: str, *, default: float | None = None) -> Any:
         value = self.values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ConfigError(f"{key}: is {_shown(value)}, expected a number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ConfigError(f"{key}: is {_shown(value)}, expected a positive number")
         return _shortest(value) if isinstance(value, float) else value
 
     def count(self, key: str, *, default: int | None = None, low: int = 1) -> int:
