@@ -84,6 +84,9 @@ def test_parts_of_weights_are_those_of_the_whole(tmp_path, file):
 @pytest.mark.parametrize("mesh", [None, "expert=2,tensor=2"])
 def test_experts_of_several_types_stay_in_their_blocks_and_answer_as_widened(tmp_path, file, folder, mesh):
     names = {
+        "token_embd.weight": "q8_0",
+        "blk.0.attn_output.weight": "q4_0",
+        "blk.3.nextn.eh_proj.weight": "q8_0",
         "blk.1.ffn_gate_exps.weight": "q8_0",
         "blk.1.ffn_up_exps.weight": "q4_0",
         "blk.2.ffn_up_exps.weight": "mxfp4",

@@ -148,6 +148,7 @@ def save(
     experts: ExpertFormat | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
+    companions: Mapping[str, bytes] | None = None,
     share: Share | None = None,
     progress: ProgressCallback | None = None,
 ) -> Path:
@@ -163,6 +164,7 @@ def save(
         widens every quantised weight. None leaves them as they are.
       max_shard_bytes: of one file; a larger tensor gets a file of its own.
       overwrite: replace a checkpoint at ``folder``; anything else there is never replaced.
+      companions: content of more files by name, such as a tokenizer's, where ``source`` gives none.
       share: this process's part, when several processes make the same call; None: everything. Process 0 puts the
         folder in its place. If one fails, the others wait until they are ended, as `stepjax.sharding.watchdog` does.
 
@@ -180,6 +182,8 @@ def save(
         if share is None or share.index == 0:
             if source is not None:
                 _copy_companions(source, target)
+            for name, content in (companions or {}).items():
+                _write(target / name, content)
             _write(target / "config.json", _config_file(config, source=source, format=_format_of(plan)))
         _write_shards(target, plan, max_shard_bytes=max_shard_bytes, share=share, progress=progress)
     return folder
