@@ -16,7 +16,7 @@ from stepjax.checkpoint.gguf.model import GgufCheckpoint
 from stepjax.checkpoint.gguf.settings import rope_factors, to_hub
 from stepjax.checkpoint.reader import Checkpoint
 from stepjax.config import ModelConfig
-from stepjax.errors import CheckpointError
+from stepjax.errors import CheckpointError, RequestError
 from stepjax.infer.load import load
 from stepjax.weights.gguf_blocks import GGUF_TYPES
 from stepjax.weights.quantised import Quantised
@@ -222,7 +222,7 @@ def test_tokenizer_and_template_come_from_the_metadata(tmp_path):
     messages = [{"role": "user", "content": "hello"}]
     assert opened.template.render(messages) == folder.template.render(messages)
     assert opened.generation_config == {"temperature": 0.5}
-    assert opened.checkpoint.config.eos_ids == (4, 1, 2)  # the file's, then those of the release's names
+    assert opened.checkpoint.config.eos_ids == (1, 2, 4)  # by the release's names
     opened.template.close()
     folder.template.close()
 
@@ -250,3 +250,19 @@ def test_deepseeks_splits_are_those_of_its_tokenizer(tmp_path):
     pieces = [piece for piece, _ in splits.pre_tokenize_str("a 12345 漢字かな!word  x\n")]
     assert [len(piece) for piece in pieces[:4]] == [1, 1, 3, 2]
     assert pieces[-1] == "Ċ"
+
+
+def test_a_mesh_that_would_cut_blocks_widens_them_and_says_so(tmp_path):
+    file = file_of(HUB, TENSORS)  # experts of 32: two halves of 16
+    in_blocks(file, "blk.1.ffn_down_exps.weight", "q8_0")
+    session = load(file.write(tmp_path / "model.gguf"), dtype="float32", mesh="tensor=2")
+    assert not any(isinstance(value, Quantised) for value in session.params.values())
+    (note,) = [note for note in session.model.layout.notes if "widened" in note]
+    assert "would cut experts inside units of gguf-q8_0" in note
+
+
+def test_integers_are_not_made_of_blocks(tmp_path, file):
+    in_blocks(file, "blk.1.ffn_gate_exps.weight", "q4_0")
+    path = file.write(tmp_path / "model.gguf")
+    with pytest.raises(RequestError, match="holds its experts in 4 bits already"):
+        load(path, quantize="int8")

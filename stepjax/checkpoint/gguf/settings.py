@@ -271,15 +271,13 @@ def _eos_ids(meta: Metadata) -> tuple[list[int], list[str]]:
     own = meta.values.get(EOS_KEY)
     if own is not None:
         return meta.by_layer(EOS_KEY, (len(own) if isinstance(own, list) else 1,), int), []
-    ids = [
+    tokens = meta.values.get("tokenizer.ggml.tokens")
+    ids = [tokens.index(name) for name in _EOS_NAMES if isinstance(tokens, list) and name in tokens]
+    ids += [
         meta.count(key, low=0)
         for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
         if key in meta.values
     ]
-    tokens = meta.values.get("tokenizer.ggml.tokens")
-    for name in _EOS_NAMES:
-        if isinstance(tokens, list) and name in tokens:
-            ids.append(tokens.index(name))
     if not ids:
         return [1], ["names no token that ends an answer; 1 is taken for it"]
     return list(dict.fromkeys(ids)), []
