@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stepjax.checkpoint.folder import ModelFolder
-from stepjax.checkpoint.gguf.model import GgufCheckpoint
+from stepjax.checkpoint.gguf.parts import open_files
 from stepjax.checkpoint.gguf.vocabulary import TEMPLATE_KEY, generation_config, to_vocabulary, tokenizer_files
 from stepjax.checkpoint.weight_files import inside, read_json
 from stepjax.config import ModelConfig
@@ -43,8 +43,8 @@ class TextFiles:
 
 def text_files(model: ModelFolder) -> TextFiles | None:
     """Those of an opened model; None: it has no tokenizer."""
-    if isinstance(model.checkpoint, GgufCheckpoint):
-        values = model.checkpoint.files.metadata
+    if not model.path.is_dir():
+        values = open_files(model.path).metadata
         found = tokenizer_files(values)
         if found is None:
             return None

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from stepjax.checkpoint.writer import save
 
     config, weights, origin, companions = source.config, {}, folder.path, None
-    if isinstance(source, GgufCheckpoint):
+    if not folder.path.is_dir():
         files = text_files(folder)
         config = config if source.has_mtp else dataclasses.replace(config, mtp_layers=())
         weights, origin, companions = StoredWeights(source), None, files.contents(config) if files else None
