@@ -181,7 +181,7 @@ def save(
     with _appearing_together(folder, num_bytes=sum(weight.num_bytes for weight in plan), share=share) as target:
         if share is None or share.index == 0:
             if source is not None:
-                _copy_companions(source, target)
+                copy_companions(source, target)
             for name, content in (companions or {}).items():
                 _write(target / name, content)
             _write(target / "config.json", _config_file(config, source=source, format=_format_of(plan)))
@@ -399,7 +399,8 @@ def _appearing(folder: Path, *, num_bytes: int, work: Path | None = None) -> Ite
         raise CheckpointError(f"{folder}: could not be written ({error}); nothing was left behind") from None
 
 
-def _copy_companions(source: Path, target: Path) -> None:
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what makes a folder usable elsewhere: tokenizer, template, remote code as data."""
     names = sorted({path.name for pattern in _COMPANIONS for path in source.glob(pattern) if path.is_file()})
     for name in names:
         _write(target / name, inside(source, name).read_bytes())
