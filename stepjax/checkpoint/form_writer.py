@@ -246,7 +246,8 @@ def _hub_config(source: WeightSource) -> dict[str, Any]:
     """``config.json`` of the text model: the source's own fields, and lists that name every layer."""
     ours = to_hf(dataclasses.replace(source.config, fp8_block=None))
     if not source.folder.is_dir():
-        return ours
+        config = source.config if source.has_mtp else dataclasses.replace(source.config, mtp_layers=())
+        return to_hf(dataclasses.replace(config, fp8_block=None))
     hub = dict(text_config(read_json(inside(source.folder, "config.json"))))
     hub.pop("quantization_config", None)
     if _same(ModelConfig.from_hf(hub), source.config):

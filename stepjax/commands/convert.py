@@ -10,8 +10,7 @@ from pathlib import Path
 from stepjax.checkpoint.folder import ModelFolder, open_folder
 from stepjax.checkpoint.form_writer import write_form
 from stepjax.checkpoint.gguf.model import GgufCheckpoint
-from stepjax.checkpoint.gguf.writer import FORMS as GGUF_FORMS
-from stepjax.checkpoint.gguf.writer import write_gguf
+from stepjax.checkpoint.gguf.writer import FORMS as GGUF_FORMS, write_gguf
 from stepjax.checkpoint.reader import Checkpoint
 from stepjax.checkpoint.stored_weights import StoredWeights
 from stepjax.checkpoint.text_files import text_files
