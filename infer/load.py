@@ -140,19 +140,16 @@ def _looped(layers: LayerForm, checkpoint: WeightSource, experts: ExpertForms) -
         raise RequestError(f"layers: is {layers!r}, expected one of {', '.join(get_args(LayerForm))}")
     if layers == "auto":
         layers = LAYER_FORMS.get(jax.default_backend(), "unrolled")
-    return layers == "looped" and period_of(checkpoint.config) is not None and not _mixed(checkpoint, experts)
+    return layers == "looped" and period_of(checkpoint.config) is not None and not _mixed(checkpoint.config, experts)
 
 
-def _mixed(checkpoint: WeightSource, experts: ExpertForms) -> bool:
+def _mixed(config: ModelConfig, experts: ExpertForms) -> bool:
     """Whether layers that a stack would hold together have their experts in several formats."""
-    period = period_of(checkpoint.config)
-    by_path = experts if isinstance(experts, Mapping) else None
-    many = by_path is not None or (isinstance(experts, ExpertFormat) and experts.mixed)
+    period = period_of(config)
     formats: dict[str, set[ExpertFormat]] = {}
-    for path in checkpoint.paths if many else ():
-        stacked = stacked_path(path, period)
-        if stacked is not None and ".experts." in path:
-            formats.setdefault(stacked.path, set()).add(by_path[path] if by_path else checkpoint.format(path))
+    for path, format in experts.items() if isinstance(experts, Mapping) else ():
+        if stacked := stacked_path(path, period):
+            formats.setdefault(stacked.path, set()).add(format)
     return any(len(kinds) > 1 for kinds in formats.values())
 
 
@@ -202,14 +199,16 @@ def _layout(
     fitted = {form: _fitted(form, config, spec, strategy) for form in dict.fromkeys(experts.values())}
     most = Counter(fitted[form] for form in experts.values()).most_common(1)
     rules = ShardingRules(config, spec, strategy, most[0][0] if most else PLAIN)
-    return {path: fitted[form] for path, form in experts.items()}, make(rules)
+    widened = [form.name for form, finer in fitted.items() if form.quantised and not finer.quantised]
+    remarks = [f"{spec}: would cut experts inside units of {', '.join(widened)}, which are widened"] if widened else []
+    return {path: fitted[form] for path, form in experts.items()}, make(rules, remarks=tuple(remarks))
 
 
 def _fitted(form: ExpertFormat, config: ModelConfig, spec: MeshSpec, strategy: str) -> ExpertFormat:
-    """A form whose units the mesh does not cut: itself, or with fewer columns that repeat their scale.
+    """A form whose units the mesh does not cut: itself, one with fewer columns that repeat their scale, or none.
 
     Raises:
-      MeshError: there is none.
+      MeshError: the mesh fits no form.
     """
     try:
         ShardingRules(config, spec, strategy, form)
@@ -222,7 +221,8 @@ def _fitted(form: ExpertFormat, config: ModelConfig, spec: MeshSpec, strategy: s
                 if finer != form:
                     ShardingRules(config, spec, strategy, finer)
                     return finer
-        raise
+        ShardingRules(config, spec, strategy, PLAIN)
+        return PLAIN
 
 
 def use_caches(*, programs: bool = True, max_gib: float = MAX_GIB) -> ProgramCache | None:

@@ -57,9 +57,11 @@ class MeshLayout:
     def __post_init__(self) -> None:
         self.dispatch.check(self.rules)
 
+    remarks: tuple[str, ...] = ()  # what the user should know of how weights are held, one line each
+
     @property
     def notes(self) -> tuple[str, ...]:
-        return self.rules.notes
+        return (*self.rules.notes, *self.remarks)
 
     @property
     def replicated(self) -> NamedSharding:

@@ -54,7 +54,7 @@ def contents(source: WeightSource) -> dict[str, Any]:
 def _held(source: WeightSource, path: str) -> ExpertFormat:
     form = wanted_form(source, path, None)
     stored = source.format(path)
-    return stored if ".experts." in path and form.quantised and form.keeps(stored) else PLAIN
+    return stored if ".experts." in path and form.quantised and form == stored else PLAIN
 
 
 def _said(source: WeightSource, path: str, form: ExpertFormat) -> str:

@@ -52,7 +52,7 @@ def open_folder(name_or_path: str | Path, *, mtp_from: str | Path | None = None)
 
 
 def _open(path: Path) -> ModelFolder:
-    if path.is_file():
+    if not path.is_dir():
         return _open_gguf(path)
     checkpoint = Checkpoint(path)
     for name in _COMPANIONS:
@@ -74,7 +74,7 @@ def open_weights(name_or_path: str | Path) -> WeightSource:
       CheckpointError, ConfigError: as `open_folder`.
     """
     path = resolve(name_or_path)
-    return GgufCheckpoint(path) if path.is_file() else Checkpoint(path)
+    return Checkpoint(path) if path.is_dir() else GgufCheckpoint(path)
 
 
 def _open_gguf(path: Path) -> ModelFolder:

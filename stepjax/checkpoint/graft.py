@@ -40,6 +40,7 @@ class Grafted:
         self.folder: Path = backbone.folder
         self.config: ModelConfig = dataclasses.replace(backbone.config, mtp_layers=donor.config.mtp_layers)
         self.has_mtp = True
+        self.donors = (donor.folder,)
         absent = "the model loads without them and cannot draft for itself"
         notes = tuple(note for note in backbone.notes if absent not in note)
         self.notes = (*notes, f"{backbone.folder}: the MTP layers are those of {donor.folder}")

@@ -76,12 +76,16 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 def quantization_config(config: ModelConfig, experts: ExpertFormat) -> dict[str, Any] | None:
     """The field that marks a release whose routed experts alone are quantised; None for a plain one."""
-    plain_matrices = [
+    return experts.quantization_config(plain_matrices(config))
+
+
+def plain_matrices(config: ModelConfig) -> list[str]:
+    """Names of the matrices that stay plain in a release whose routed experts alone are quantised."""
+    return [
         spec.hub_name.removesuffix(".weight")
         for spec in inventory(config)
         if len(spec.shape) > 1 and spec.part not in ("experts", "embedding")
     ]
-    return experts.quantization_config(plain_matrices)
 
 
 def _slide_setting(layer: LayerSpec) -> dict[str, Any]:

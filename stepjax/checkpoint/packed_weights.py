@@ -67,6 +67,7 @@ class PackedWeights:
                     some = next(iter(weight.tensors.values()))
                     raise CheckpointError(f"{some.where} holds several quantised weights, expected one tensor for each")
                 packing = recognise(weight, self._rules)
+                self._check(recipe.spec.path, _Part(weight, packing))
                 if parts and packing != parts[0].packing:
                     where = next(iter(weight.tensors.values())).where
                     raise CheckpointError(
@@ -74,7 +75,6 @@ class PackedWeights:
                         "packing for the experts of a layer"
                     )
                 parts.append(_Part(weight, packing))
-                self._check(recipe.spec.path, parts[-1])
             except CheckpointError as error:
                 problems.append(str(error))
         if not problems:

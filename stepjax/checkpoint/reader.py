@@ -400,11 +400,10 @@ def read_as(
     stored = checkpoint.format(path)
     if checkpoint.by_path:
         kept = form.quantised and ".experts." in path and form in (stored, stored.refined(form.unit[1] or 0))
-        value = checkpoint.read(path, dtype=dtype, keep=kept, index=index, copy=copy, held=form)
     else:
-        value = checkpoint.read(path, dtype=dtype, keep=form.keeps(stored), index=index, copy=copy)
-    made = form.quantised and not form.mixed and ".experts." in path
-    if not made or not isinstance(value, np.ndarray):
+        kept = form == stored
+    value = checkpoint.read(path, dtype=dtype, keep=kept, index=index, copy=copy, held=form if kept else None)
+    if not form.quantised or ".experts." not in path or not isinstance(value, np.ndarray):
         return value
     from stepjax.weights.quantised import quantise
 

@@ -99,9 +99,11 @@ class WeightSource(Protocol):
         copy: bool = False,
         held: ExpertFormat | None = None,
     ) -> np.ndarray | Quantised:
-        """One weight, or the part of it at ``index``, in ``dtype``, or with ``keep`` in its format.
+        """One weight, or the part of it at ``index``, in ``dtype``.
 
         Args:
-          held: of a weight that is kept `by_path`: its format, or a refinement of it.
+          keep: leave a quantised weight in its format, or, of weights that are held `by_path`, in a refinement of it.
+          copy: read into new memory rather than map the file.
+          held: the format of a weight that is kept.
         """
         ...

@@ -148,6 +148,7 @@ def save(
     experts: ExpertFormat | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
+    companions: Mapping[str, bytes] | None = None,
     share: Share | None = None,
     progress: ProgressCallback | None = None,
 ) -> Path:
@@ -163,6 +164,7 @@ def save(
         widens every quantised weight. None leaves them as they are.
       max_shard_bytes: of one file; a larger tensor gets a file of its own.
       overwrite: replace a checkpoint at ``folder``; anything else there is never replaced.
+      companions: content of more files by name, such as a tokenizer's, where ``source`` gives none.
       share: this process's part, when several processes make the same call; None: everything. Process 0 puts the
         folder in its place. If one fails, the others wait until they are ended, as `stepjax.sharding.watchdog` does.
 
@@ -179,7 +181,9 @@ def save(
     with _appearing_together(folder, num_bytes=sum(weight.num_bytes for weight in plan), share=share) as target:
         if share is None or share.index == 0:
             if source is not None:
-                _copy_companions(source, target)
+                copy_companions(source, target)
+            for name, content in (companions or {}).items():
+                _write(target / name, content)
             _write(target / "config.json", _config_file(config, source=source, format=_format_of(plan)))
         _write_shards(target, plan, max_shard_bytes=max_shard_bytes, share=share, progress=progress)
     return folder
@@ -395,7 +399,8 @@ def _appearing(folder: Path, *, num_bytes: int, work: Path | None = None) -> Ite
         raise CheckpointError(f"{folder}: could not be written ({error}); nothing was left behind") from None
 
 
-def _copy_companions(source: Path, target: Path) -> None:
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what makes a folder usable elsewhere: tokenizer, template, remote code as data."""
     names = sorted({path.name for pattern in _COMPANIONS for path in source.glob(pattern) if path.is_file()})
     for name in names:
         _write(target / name, inside(source, name).read_bytes())

@@ -1,47 +1,133 @@
-"""``stepjax convert``: write a checkpoint again with its routed experts in another format."""
+"""``stepjax convert``: write a checkpoint again with its routed experts in another format, or as a GGUF file."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import sys
 from pathlib import Path
 
-from stepjax.checkpoint.folder import open_folder
+from stepjax.checkpoint.folder import ModelFolder, open_folder
+from stepjax.checkpoint.form_writer import write_form
+from stepjax.checkpoint.gguf.model import GgufCheckpoint
+from stepjax.checkpoint.gguf.writer import FORMS as GGUF_FORMS, write_gguf
 from stepjax.checkpoint.reader import Checkpoint
+from stepjax.checkpoint.stored_weights import StoredWeights
+from stepjax.checkpoint.text_files import text_files
 from stepjax.commands.writing import add_size, max_shard_bytes, progress_bar
+from stepjax.errors import RequestError
+from stepjax.packings.written import FORMS
 from stepjax.weights.formats import FORMATS
 from stepjax.weights.int_groups import GROUP
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SRC", help="checkpoint folder, hub id or embedded name")
-    parser.add_argument("target", metavar="DST", type=Path, help="folder to write; it appears complete or not at all")
+    parser.add_argument("source", metavar="SRC", help="checkpoint folder, GGUF file, hub id or embedded name")
     parser.add_argument(
+        "target", metavar="DST", type=Path, help="folder or .gguf file to write; it appears complete or not at all"
+    )
+    forms = parser.add_mutually_exclusive_group(required=True)
+    forms.add_argument(
+        "--form",
+        choices=tuple(dict.fromkeys((*FORMS, *GGUF_FORMS))),
+        help=f"form of the routed experts as other engines read it: in a folder {', '.join(FORMS)}; in a .gguf file "
+        f"{', '.join(GGUF_FORMS)} (default: none; this or --experts is needed)",
+    )
+    forms.add_argument(
         "--experts",
-        required=True,
-        choices=tuple(FORMATS),
-        help="format of the routed experts; other software reads bf16 and fp8 only",
+        choices=tuple(name for name, format in FORMATS.items() if format.scale_suffix or not format.quantised),
+        help="form in this package's own spelling, where int8 and int4 are read by it alone (default: none)",
     )
     parser.add_argument(
-        "--group", type=int, default=GROUP, help="columns that share a scale in int4 (default: %(default)s)"
+        "--group",
+        type=int,
+        metavar="N",
+        help=f"columns that share a scale (default: 32 in --form int4, {GROUP} in --experts int4, all in int8)",
+    )
+    parser.add_argument(
+        "--mtp-from",
+        metavar="OTHER",
+        help="checkpoint of the same base whose MTP layers are written, for one that has none (default: its own)",
     )
     add_size(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    folder = open_folder(args.source)
-    source = folder.checkpoint
+    into_file = args.target.suffix == ".gguf"
+    _check_form(args, into_file=into_file)
+    folder = open_folder(args.source, mtp_from=args.mtp_from)
+    if into_file:
+        return _to_gguf(folder, args)
     size = max_shard_bytes(args)
+    written = _write_form(folder, args, size) if args.form else _write_own(folder, args, size)
+    print(f"{written}: {Checkpoint(written).num_bytes:,} bytes of weights, experts in {args.form or args.experts}")
+    return 0
+
+
+def _check_form(args: argparse.Namespace, *, into_file: bool) -> None:
+    forms = GGUF_FORMS if into_file else FORMS
+    if args.form not in forms and (args.form or into_file):
+        raise RequestError(
+            f"--form {args.form}: is no form of {'a .gguf file' if into_file else 'a folder'}, expected one of "
+            f"{', '.join(forms)}"
+        )
+    if into_file and args.group is not None:
+        raise RequestError(f"--group: {args.form} in a .gguf file has no groups to choose; leave it out")
+    if args.experts and args.mtp_from:
+        raise RequestError("--mtp-from: goes with --form, such as --form bf16")
+
+
+def _write_form(folder: ModelFolder, args: argparse.Namespace, size: int) -> Path:
+    """The experts as another tool spells them."""
+    form = FORMS[args.form]
+    form = form if args.group is None else form.with_group(args.group)
+    files = None if folder.path.is_dir() else text_files(folder)
+    with progress_bar() as progress:
+        return write_form(
+            args.target,
+            folder.checkpoint,
+            form,
+            companions=files.contents(folder.checkpoint.config) if files else None,
+            max_shard_bytes=size,
+            progress=progress,
+            say=lambda text: print(f"stepjax: {text}", file=sys.stderr),
+        )
+
+
+def _write_own(folder: ModelFolder, args: argparse.Namespace, size: int) -> Path:
+    """The experts in a format of this package, and other quantised weights as they are."""
     from stepjax.checkpoint.writer import save
 
+    source = folder.checkpoint
+    config, weights, origin, companions = source.config, {}, folder.path, None
+    if not folder.path.is_dir():
+        files = text_files(folder)
+        config = config if source.has_mtp else dataclasses.replace(config, mtp_layers=())
+        weights, origin, companions = StoredWeights(source), None, files.contents(config) if files else None
+    format = FORMATS[args.experts].for_model(source.config)
     with progress_bar() as progress:
-        written = save(
+        return save(
             args.target,
-            source.config,
-            {},
-            source=folder.path,
-            experts=FORMATS[args.experts].for_model(source.config).with_group(args.group),
+            config,
+            weights,
+            source=origin,
+            companions=companions,
+            experts=format.with_group(GROUP if args.group is None else args.group),
             max_shard_bytes=size,
             progress=progress,
         )
-    print(f"{written}: {Checkpoint(written).num_bytes:,} bytes of weights, experts in {args.experts}")
+
+
+def _to_gguf(folder: ModelFolder, args: argparse.Namespace) -> int:
+    files = text_files(folder)
+    with progress_bar() as progress:
+        written = write_gguf(
+            args.target,
+            folder.checkpoint,
+            form=args.form,
+            vocabulary=files.metadata(folder.checkpoint.config.vocab_size) if files else None,
+            progress=progress,
+        )
+    tokenizer = "" if files else "; it has no tokenizer, since the source has none"
+    print(f"{written}: {GgufCheckpoint(written).num_bytes:,} bytes of weights, experts in {args.form}{tokenizer}")
     return 0

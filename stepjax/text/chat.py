@@ -79,6 +79,11 @@ class ChatTemplate:
         except TemplateError as error:
             raise TemplateError(f"{origin}: {error}") from None
 
+    @property
+    def source(self) -> str:
+        """The template's text."""
+        return self._source
+
     def segments(
         self,
         messages: Sequence[Mapping[str, Any]],

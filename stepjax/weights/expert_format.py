@@ -37,7 +37,6 @@ class ExpertFormat(ABC):
     linear_maps: ClassVar[bool] = False  # a checkpoint may also hold other linear maps so
     kept_as_stored: ClassVar[bool] = True  # loading leaves a stored weight as it is; False: only where it is asked for
     made_while_loading: ClassVar[bool] = True  # ``--quantize NAME`` makes it from a plain checkpoint
-    mixed: ClassVar[bool] = False  # beside weights held so, others stay in what they are stored in
     scale_suffix: ClassVar[str] = "_scale"  # after a weight's name in a checkpoint: the name of its scales
 
     @property
@@ -132,10 +131,6 @@ class ExpertFormat(ABC):
     def fitted(self, config: ModelConfig, shape: Sequence[int], scale_shape: Sequence[int]) -> ExpertFormat:
         """The format with the sizes that the scales of a stored weight of ``shape`` show."""
         return self
-
-    def keeps(self, stored: ExpertFormat) -> bool:
-        """Whether weights stored so stay as they are where this format is wanted."""
-        return stored == self
 
     def describe(self) -> dict[str, Any]:
         """In JSON's terms: `stepjax.weights.formats.described` makes the format of it again."""

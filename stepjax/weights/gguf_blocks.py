@@ -54,7 +54,6 @@ class GgufBlocks(ExpertFormat):
     type_name: str  # in lower case, such as q4_k
 
     made_while_loading: ClassVar[bool] = False
-    mixed: ClassVar[bool] = True
     scale_suffix: ClassVar[str] = ""
 
     @property
@@ -96,10 +95,6 @@ class GgufBlocks(ExpertFormat):
     def file_bytes(self, columns: int) -> int:
         """Of a row in a file."""
         return columns // self.layout.values * self.layout.num_bytes
-
-    def keeps(self, stored: ExpertFormat) -> bool:
-        """A file has its types by tensor: whatever is in blocks stays in them."""
-        return isinstance(stored, GgufBlocks)
 
     def check_shape(self, shape: Sequence[int]) -> None:
         if shape[-1] % self.layout.values:

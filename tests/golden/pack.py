@@ -141,6 +141,7 @@ def main() -> None:
         plain = w.numpy()
         made |= {"awq": awq(plain, 16), "gptq": gptq(plain, 4, 16), "gptq-v2": gptq(plain, 4, 16, v1=False)}
         made |= {"gptq8": gptq(plain, 8, 32), "gptq-order": gptq(plain, 4, 16, shuffled=True)}
+        arrays[f"source/{matrix}/wide"] = plain
         for case, tensors in made.items():
             for role, value in tensors.items():
                 name, array = _stored(value)

@@ -110,12 +110,13 @@ class GgufCheckpoint:
 
     @property
     def by_path(self) -> bool:
-        """The format with the largest blocks stands for all."""
-        return False
+        """Whether routed experts are held as `resident` says: each weight stays in its own type."""
+        return True
 
     @property
     def left_out(self) -> dict[str, int]:
-        return {}
+        """Tensors of the files that are not read, by what they are."""
+        return {"factors of the frequencies, which are computed": 1} if ROPE_FACTORS in self.files.files else {}
 
     def type_name(self, path: str) -> str:
         """GGUF's name of a weight's type, such as Q4_K."""
@@ -154,6 +155,7 @@ class GgufCheckpoint:
             blocks do.
           index: one slice per axis, without steps.
           copy: read into new memory rather than map the file, where nothing else makes new memory.
+          held: the format of a weight that is kept, which can only be its own.
 
         Raises:
           CheckpointError: a block's scale is not finite.
@@ -171,6 +173,7 @@ class GgufCheckpoint:
         num_bytes = slice(*(entry.blocks.file_bytes(edge) for edge in (columns.start, columns.stop)))
         blocks = stored[(*rows, num_bytes)]
         if keep:
+            assert held in (None, entry.blocks), f"{path}: is {entry.type_name}, and cannot be kept in {held}"
             assert outer == where, f"{path}: {index} does not begin and end at blocks of {entry.type_name}"
             from stepjax.weights.quantised import Quantised
 

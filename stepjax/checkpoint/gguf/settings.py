@@ -6,8 +6,9 @@ layers and takes the scaling from the tensor ``rope_freqs.weight``, from which t
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,8 @@ class Metadata:
 
     def number(self, key: str, *, default: float | None = None) -> Any:
         value = self.values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ConfigError(f"{key}: is {_shown(value)}, expected a number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ConfigError(f"{key}: is {_shown(value)}, expected a positive number")
         return _shortest(value) if isinstance(value, float) else value
 
     def count(self, key: str, *, default: int | None = None, low: int = 1) -> int:
@@ -270,15 +271,13 @@ def _eos_ids(meta: Metadata) -> tuple[list[int], list[str]]:
     own = meta.values.get(EOS_KEY)
     if own is not None:
         return meta.by_layer(EOS_KEY, (len(own) if isinstance(own, list) else 1,), int), []
-    ids = [
+    tokens = meta.values.get("tokenizer.ggml.tokens")
+    ids = [tokens.index(name) for name in _EOS_NAMES if isinstance(tokens, list) and name in tokens]
+    ids += [
         meta.count(key, low=0)
         for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
         if key in meta.values
     ]
-    tokens = meta.values.get("tokenizer.ggml.tokens")
-    for name in _EOS_NAMES:
-        if isinstance(tokens, list) and name in tokens:
-            ids.append(tokens.index(name))
     if not ids:
         return [1], ["names no token that ends an answer; 1 is taken for it"]
     return list(dict.fromkeys(ids)), []
@@ -314,8 +313,8 @@ def _rope_scaling(
     if given is not None:
         candidates = [_given_scaling(given)]
     else:
-        fits = (_fitted(stored[: rotated // 2], theta=theta, width=rotated) for rotated in (width, head_dim))
-        candidates = [_RELEASE, *(fit for fit in fits if fit)]
+        fits = [_fits(stored[: rotated // 2], theta=theta, width=rotated) for rotated in (width, head_dim)]
+        candidates = [_RELEASE, *itertools.chain.from_iterable(fits)]
     for rotated, note in ((width, ""), (head_dim, f"{tensor}: its factors are those of whole heads; recomputed")):
         for scaling in candidates:
             expected = _factors(scaling, theta=theta, width=rotated)
@@ -335,26 +334,44 @@ def _given_scaling(given: Any) -> RopeScaling:
     return RopeScaling(factor, int(original), low, high)
 
 
-def _fitted(stored: np.ndarray, *, theta: float, width: int) -> RopeScaling | None:
-    """A rule that gives these factors, with low_freq_factor 1: the factors show the others only up to a common one."""
+def _fits(stored: np.ndarray, *, theta: float, width: int) -> Iterator[RopeScaling]:
+    """Rules that may have given these factors, the rounder ones first.
+
+    A rule keeps ``a · turns − b`` of a frequency, from 0 to 1, with ``a = positions / (high − low)`` and
+    ``b = low / (high − low)``: the factors show these two at most.
+    """
     factor = float(stored.max())
     if factor <= 1 + _TOLERANCE or len(stored) != width // 2:
-        return None
-    keep = (1 / stored - 1 / factor) / (1 - 1 / factor)
+        return
+    turns = _turns(theta, width)
+    keep = np.clip((1 / stored - 1 / factor) / (1 - 1 / factor), 0, 1)
     inside = (keep > 1e-3) & (keep < 1 - 1e-3)
-    if inside.sum() < 2:
-        return None
-    slope, start = np.polyfit(_turns(theta, width)[inside], keep[inside], 1)
-    if slope <= 0 or start >= 0:
-        return None
-    high, original = 1 - 1 / start, -slope / start
-    nearest = round(high)
-    if nearest > 1 and abs(high - nearest) < 0.02 * nearest:
-        high, original = float(nearest), original * (nearest - 1) / (high - 1)
-    thousands = round(original / 1024) * 1024
-    if thousands and abs(original - thousands) < 2e-3 * thousands:
-        original = thousands
-    return RopeScaling(round(factor, 4), round(original), 1.0, float(high))
+    if inside.sum() >= 2:
+        slope, start = np.polyfit(turns[inside], keep[inside], 1)
+        slope, start = float(slope), -float(start)
+    else:
+        slope, start = _steep_enough(turns, keep, inside)
+    if slope <= 0 or start <= 0:
+        return
+    high, positions = round(1 + 1 / start), slope / start
+    if high > 1:
+        positions = slope * (high - 1)
+        yield RopeScaling(round(factor, 4), max(1024, round(positions / 1024) * 1024), 1.0, float(high))
+        yield RopeScaling(round(factor, 4), max(1, round(positions)), 1.0, float(high))
+    low = 2**20 * start / slope
+    yield RopeScaling(factor, 2**20, low, low * (1 + 1 / start))
+
+
+def _steep_enough(turns: np.ndarray, keep: np.ndarray, inside: np.ndarray) -> tuple[float, float]:
+    """Some line that passes through the one frequency inside the ramp, if any, and leaves all others outside."""
+    kept, dropped = turns[keep >= 1 - 1e-3], turns[keep <= 1e-3]
+    above, below = float(kept.min(initial=2 * turns.max())), float(dropped.max(initial=0.0))
+    if not inside.any():
+        slope = 2 / (above - below)
+        return slope, slope * (above + below) / 2 - 0.5
+    place, share = float(turns[inside][0]), float(keep[inside][0])
+    slope = 2 * max((1 - share) / (above - place), share / (place - below))
+    return slope, slope * place - share
 
 
 def _hub_scaling(scaling: RopeScaling) -> dict[str, Any]:
