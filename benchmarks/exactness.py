@@ -147,7 +147,7 @@ def requests(session: Session, args: argparse.Namespace) -> dict[str, Any]:
         found[f"speculate {speculate}"] = {
             "different": sum(got[id] != expected[id] for id in expected),
             "preemptions": admission.num_preemptions,
-            "pages_leaked": admission.pool.num_pages - admission.prefix.num_available,
+            "pages_leaked": admission.num_pages - admission.num_available,
             "prompt_tokens_spared": admission.prefix.stats.hit_tokens,
         }
     return found

@@ -40,6 +40,7 @@ def alone(sequence: Sequence) -> list[int]:
 
 @dataclass
 class Slot:
+    shard: int
     table: list[int]
     length: int = 0
     last: int = -1
@@ -52,12 +53,12 @@ class Device:
     What it reads must be what belongs there; the next token is computed from what the pages say.
     """
 
-    def __init__(self, config: SchedulerConfig, rng: random.Random, pool: PagePool):
-        self.rng, self.size, self.pool = rng, config.page_size, pool
-        self.width = config.num_pages_for(config.context)
-        self.pages: list[dict[int, Entry]] = [{} for _ in range(config.num_pages)]
-        self.slots = [Slot([0] * self.width) for _ in range(config.num_slots)]
-        self.snapshots: dict[int, tuple[int, dict[int, Entry]]] = {}
+    def __init__(self, config: SchedulerConfig, rng: random.Random, pools: list[PagePool]):
+        self.rng, self.size, self.pools = rng, config.page_size, pools
+        self.width, self.slots_each = config.num_pages_for(config.context), config.num_slots
+        self.pages: list[list[dict[int, Entry]]] = [[{} for _ in range(config.num_pages)] for _ in pools]  # by shard
+        self.slots = [Slot(i // config.num_slots, [0] * self.width) for i in range(config.num_slots * len(pools))]
+        self.snapshots: dict[tuple[int, int], tuple[int, dict[int, Entry]]] = {}  # by shard and number
         self.host: dict[int, tuple[int, dict[int, Entry]]] = {}  # copies: what a page or a snapshot holds
         self.loaded: dict[int, int] = {}  # rings that the plan brings back: slot → tokens
 
@@ -67,10 +68,13 @@ class Device:
         elif move.action == "store":
             assert move.id not in self.host
             page = move.kind == "page"
-            self.host[move.id] = (0, dict(self.pages[move.place])) if page else self.snapshots[move.place]
+            self.host[move.id] = (
+                (0, dict(self.pages[move.shard][move.place])) if page else self.snapshots[move.shard, move.place]
+            )
         elif move.kind == "page":
-            self.pages[move.place] = dict(self.host[move.id][1])
+            self.pages[move.shard][move.place] = dict(self.host[move.id][1])
         else:
+            assert self.slots[move.place].shard == move.shard
             self.loaded[move.place], ring = self.host[move.id]
             self.slots[move.place].ring = dict(ring)
 
@@ -85,7 +89,7 @@ class Device:
             self.slots[slot].table[first : first + len(pages)] = pages
         restored = self.loaded
         for slot, snapshot in plan.restores:
-            restored[slot], ring = self.snapshots[snapshot]
+            restored[slot], ring = self.snapshots[self.slots[slot].shard, snapshot]
             self.slots[slot].ring = dict(ring)
         for row in plan.rows:
             if row.slot in restored and row.start != restored[row.slot]:
@@ -93,7 +97,8 @@ class Device:
         assert len({row.slot for row in plan.rows}) == len(plan.rows)
         out = [self.step(plan, row, sequences[row.id]) for row in plan.rows]
         for slot, snapshot in plan.saves:
-            self.snapshots[snapshot] = self.slots[slot].length, dict(self.slots[slot].ring)
+            at = self.slots[slot].shard, snapshot
+            self.snapshots[at] = self.slots[slot].length, dict(self.slots[slot].ring)
         return StepOutput(tuple(out))
 
     def step(self, plan: StepPlan, row: Row, sequence: Sequence) -> tuple[int, ...]:
@@ -126,7 +131,7 @@ class Device:
             if at >= sequence.max_cached:  # a surplus step, after the last token: whatever it reads is dropped
                 tokens.append(-1)
                 continue
-            entry = self.pages[slot.table[at // self.size]].get(at % self.size)
+            entry = self.pages[slot.shard][slot.table[at // self.size]].get(at % self.size)
             assert slot.table[at // self.size] != TRASH_PAGE
             assert entry is not None
             assert entry[:3] == (*owner, at), f"position {at} of {owner} reads {entry}"
@@ -137,8 +142,8 @@ class Device:
     def write(self, slot: Slot, owner: tuple[str, str], tokens) -> None:
         for at, token in enumerate(tokens, slot.length):
             page = slot.table[at // self.size] if at // self.size < self.width else TRASH_PAGE
-            assert page == TRASH_PAGE or self.pool.users(page) == 1, "a write to a page that others read"
-            self.pages[page][at % self.size] = slot.ring[at % RING] = (*owner, at, token)
+            assert page == TRASH_PAGE or self.pools[slot.shard].users(page) == 1, "a write to a page that others read"
+            self.pages[slot.shard][page][at % self.size] = slot.ring[at % RING] = (*owner, at, token)
 
 
 class Server:
@@ -148,7 +153,7 @@ class Server:
         rng = random.Random(seed)
         self.scheduler = Scheduler(config, drafts=lambda _: k)
         self.admission = self.scheduler.admission
-        self.device, self.lag = Device(config, rng, self.admission.pool), lag
+        self.device, self.lag = Device(config, rng, [shard.pool for shard in self.admission.shards]), lag
         self.sequences: dict[str, Sequence] = {}
         self.launched: deque[tuple[StepPlan, StepOutput]] = deque()
         self.plans: list[StepPlan] = []
@@ -184,7 +189,7 @@ class Server:
             assert sequence.output == expected[: len(sequence.output)]
         self.scheduler.check()
         assert (self.admission.waiting, self.admission.running) == ([], [])
-        assert self.admission.prefix.num_available == self.admission.pool.num_pages, "a page leaked"
+        assert self.admission.num_available == self.admission.num_pages, "a page leaked"
 
 
 def random_requests(rng: random.Random, count: int, *, priorities: int = 1, stems: int = 2) -> list[Sequence]:
@@ -199,7 +204,14 @@ def random_requests(rng: random.Random, count: int, *, priorities: int = 1, stem
 
 
 def play(
-    seed: int, *, snapshots: int | None = None, cancels: bool = True, host: int = 0, stems: int = 2, count: int = 14
+    seed: int,
+    *,
+    snapshots: int | None = None,
+    cancels: bool = True,
+    host: int = 0,
+    stems: int = 2,
+    count: int = 14,
+    shards: int = 1,
 ) -> Server:
     """One random schedule: arrivals and cancels at random times, invariants checked after every step."""
     rng = random.Random(seed)
@@ -213,6 +225,7 @@ def play(
         num_snapshots=rng.choice([0, 1, 2, 8]) if snapshots is None else snapshots,
         host_pages=host,
         snapshot_pages=2,
+        num_shards=shards,
     )
     server = Server(config, k=rng.choice([0, 1, 3]), lag=rng.randint(0, 1), seed=seed)
     requests = deque(random_requests(rng, rng.randint(1, count), priorities=rng.choice([1, 3]), stems=stems))

@@ -123,7 +123,7 @@ class Serving:
         self.service._commands.put(done.set)
         assert done.wait(60)
         admission = self.engine.scheduler.admission
-        return admission.prefix.num_available, admission.config.num_slots - len(admission.running)
+        return admission.num_available, sum(len(shard.slots) for shard in admission.shards)
 
     def wait_until_unused(self, before: tuple[int, int], *, seconds: float = 20) -> None:
         """Until nothing is open and everything is back that ``unused`` counted before."""

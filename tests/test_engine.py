@@ -65,7 +65,7 @@ def check_nothing_is_held(engine: Engine) -> None:
     admission = engine.scheduler.admission
     assert not admission.running
     assert not admission.waiting
-    assert admission.prefix.num_available == admission.pool.num_pages
+    assert admission.num_available == admission.num_pages
 
 
 @pytest.mark.parametrize("speculate", [*(pytest.param(k, marks=pytest.mark.slow) for k in (0, 1, None)), 3])

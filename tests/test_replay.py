@@ -27,7 +27,7 @@ PLAN = StepPlan(
     page_updates=(PageUpdate(2, 0, (5, 6)),),
     restores=(RingCopy(2, 1),),
     saves=(RingCopy(0, 3),),
-    moves=(HostMove("store", "page", 0, 5), HostMove("load", "snapshot", 1, 2), HostMove("drop", "page", 0)),
+    moves=(HostMove("store", "page", 0, 5), HostMove("load", "snapshot", 1, 2, 1), HostMove("drop", "page", 0)),
 )
 ORDER = Order(
     PLAN,

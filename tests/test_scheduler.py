@@ -279,7 +279,7 @@ def test_k_follows_the_number_of_sequences():
     server = Server(SMALL)
     server.scheduler = Scheduler(SMALL, drafts=lambda count: {1: 3, 2: 1}.get(count, 0))
     server.admission = server.scheduler.admission
-    server.device.pool = server.admission.pool
+    server.device.pools = [server.admission.pool]
     server.add(*(request(f"r{i}", [i], 4 + 6 * i) for i in range(3)))
     server.run().assert_right_and_empty()
     assert {len(plan.rows): plan.drafts for plan in server.plans if plan.kind == "decode"} == {1: 3, 2: 1, 3: 0}

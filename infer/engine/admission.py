@@ -1,23 +1,28 @@
 """Admission: the queue of waiting sequences, the slots of running ones, and their pages.
 
 Sequences are served by rank: lower priority numbers first, and in order of arrival within a priority. The first in rank
-is never preempted and may take the pages of all others, so it always finishes; then the next is first. A waiting
-sequence is passed only while one that goes before it computes a prefix that both share.
+of a shard is never preempted and may take the pages of all others there, so it always finishes; then the next is first.
+A waiting sequence is passed only while one that goes before it computes a prefix that both share.
+
+There is one queue for all shards. A sequence enters the shard where the least work is left before its first token: that
+of the sequences there, and what its own prompt has beyond the shard's prefix cache.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from itertools import count
 from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 from stepjax.errors import ConfigError, RequestError
-from stepjax.infer.engine.pages import PagePool
-from stepjax.infer.engine.prefix_cache import Node, PrefixCache
+from stepjax.infer.engine.host_tier import HostStats
+from stepjax.infer.engine.prefix_cache import Match, PrefixStats
 from stepjax.infer.engine.sequence import HostMove, PageUpdate, RingCopy, Sequence, SequenceState
+from stepjax.infer.engine.shard import RUN_RANK, RunningSequence, Shard
 
 if TYPE_CHECKING:
     from stepjax.infer.transcript import FinishReason
@@ -29,6 +34,8 @@ class QueueFullError(RequestError):
 
 @dataclass(frozen=True)
 class SchedulerConfig:
+    """Sizes of the scheduler; those of slots, pages, snapshots and prefill steps are for each shard."""
+
     num_slots: int  # sequences that run together
     num_pages: int  # of the full-attention cache, the trash page included
     context: int  # tokens of the longest sequence, answer included
@@ -41,9 +48,10 @@ class SchedulerConfig:
     max_waiting: int = 1024  # sequences; more are refused
     prefill_rows: int = 1 << 30  # prompts that a prefill step may run pieces of
     reserve: bool = False  # allocate the pages of the whole answer at once, so that no sequence is preempted
+    num_shards: int = 1  # groups of devices with slots and pages of their own
 
     def __post_init__(self) -> None:
-        for name in ("num_slots", "context", "page_size", "max_waiting", "prefill_rows"):
+        for name in ("num_slots", "context", "page_size", "max_waiting", "prefill_rows", "num_shards"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: is {getattr(self, name)}, expected at least 1")
         if self.num_pages < 2:
@@ -62,7 +70,7 @@ class SchedulerConfig:
 
     @property
     def capacity(self) -> int:
-        """The most tokens of a sequence that all pages hold; its last token needs no place."""
+        """The most tokens of a sequence that all pages of a shard hold; its last token needs no place."""
         return (self.num_pages - 1) * self.page_size + 1
 
     def check(self, num_prompt: int, max_tokens: int) -> None:
@@ -83,48 +91,6 @@ class SchedulerConfig:
             )
 
 
-@dataclass(eq=False)
-class RunningSequence:
-    """A sequence from its admission to a slot until it leaves: finished, cancelled or preempted."""
-
-    sequence: Sequence
-    slot: int
-    tokens: tuple[int, ...]  # to prefill: the prompt, and the answer so far after a preemption
-    keys: list[bytes]  # of the full pages of ``tokens``
-    marks: tuple[int, ...]  # boundaries where a chunk must end, to save its rings; ascending
-    nodes: list[Node]  # of the leading pages that are filled and in the prefix cache
-    pages: list[int]
-    position: int  # of the next token to plan for prefilling
-    kept: int = 0  # tokens of the pages in ``nodes``
-    least: int = 0  # fewest tokens that plans in flight add
-    most: int = 0
-    left: bool = False
-    shared: dict[Sequence, bool] = field(
-        default_factory=dict
-    )  # whether others' prompts begin with ours up to the last mark
-
-    @property
-    def prefilled(self) -> bool:
-        return self.position == len(self.tokens)
-
-    @property
-    def needs_step(self) -> bool:
-        """Whether it decodes, is not held, and does not certainly end with the steps in flight."""
-        sequence = self.sequence
-        return self.prefilled and not sequence.held and len(sequence.output) + self.least < sequence.params.max_tokens
-
-    def will_cache_part_of(self, other: Sequence) -> bool:
-        """Whether it goes before another prompt, and has yet to reach a boundary from which that prompt can start."""
-        if not self.marks or self.kept >= self.marks[-1] or not other.use_prefix:
-            return False
-        if self.sequence.owner != other.owner or self.sequence.rank > other.rank:
-            return False
-        if other not in self.shared:  # compared once, since prompts are long and many may wait
-            mark = self.marks[-1]
-            self.shared[other] = mark < len(other.prompt) and other.prompt[:mark] == self.tokens[:mark]
-        return self.shared[other]
-
-
 @dataclass
 class Changes:
     """Changes that the device must receive with the next plan."""
@@ -141,7 +107,7 @@ class Changes:
 
 
 class _Room(NamedTuple):
-    """What a waiting sequence could use."""
+    """What a waiting sequence could use on a shard."""
 
     slots: int
     pages: int
@@ -151,8 +117,14 @@ class _Room(NamedTuple):
         return all(mine <= theirs for mine, theirs in zip(self, other, strict=True))
 
 
+class _Offer(NamedTuple):
+    """A shard for a waiting sequence, and the beginning of its prompt that the shard has."""
+
+    shard: Shard
+    match: Match
+
+
 _RANK = attrgetter("rank")
-_RUN_RANK = attrgetter("sequence.rank")
 
 
 class Admission:
@@ -160,22 +132,40 @@ class Admission:
 
     def __init__(self, config: SchedulerConfig):
         self.config = config
-        self.pool = PagePool(config.num_pages)
-        self.prefix = PrefixCache(
-            self.pool,
-            page_size=config.page_size,
-            num_snapshots=config.num_snapshots,
-            host_pages=config.host_pages,
-            snapshot_pages=config.snapshot_pages,
+        stats, host_stats, host_ids = PrefixStats(), HostStats(), count()
+        self.shards = tuple(
+            Shard(
+                index,
+                num_slots=config.num_slots,
+                num_pages=config.num_pages,
+                page_size=config.page_size,
+                num_snapshots=config.num_snapshots,
+                host_pages=config.host_pages,
+                snapshot_pages=config.snapshot_pages,
+                stats=stats,
+                host_stats=host_stats,
+                host_ids=host_ids,
+            )
+            for index in range(config.num_shards)
         )
+        self.pool, self.prefix = self.shards[0].pool, self.shards[0].prefix  # of the only shard of most engines
         self.waiting: list[Sequence] = []  # by rank
         self.running: list[RunningSequence] = []  # by rank
         self.changes = Changes()
         self.num_preemptions = 0
         self._alive: dict[str, Sequence] = {}
-        self._slots = list(range(config.num_slots))  # free slots, a heap: the lowest first, since steps run those
         self._num_added = 0
-        self._stuck: tuple[Sequence, _Room] | None = None  # who did not fit last time, and the room then
+        self._stuck: tuple[Sequence, list[_Room]] | None = None  # who did not fit last time, and the room then
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that can be held, of all shards."""
+        return sum(shard.pool.num_pages for shard in self.shards)
+
+    @property
+    def num_available(self) -> int:
+        """Pages that nobody uses, or the prefix cache alone, of all shards."""
+        return sum(shard.prefix.num_available for shard in self.shards)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence.
@@ -216,39 +206,79 @@ class Admission:
         while place < len(self.waiting):
             sequence = self.waiting[place]
             lower = [run for run in self.running if run.sequence.priority > sequence.priority]
-            if not self._slots and not lower:
+            if not lower and not any(shard.slots for shard in self.shards):
                 return
             if sequence.num_in_flight:
                 return  # just preempted: its tokens in flight have yet to arrive, which takes one step
-            if any(run.will_cache_part_of(sequence) for run in self.running):
+            if self._waits_for_prefix(sequence):
                 place += 1
                 continue
-            room = _Room(len(self._slots), self._spare_pages, sum(1 + len(run.pages) for run in lower))
-            if self._stuck and self._stuck[0] is sequence and room.within(self._stuck[1]):
+            room = [self._room(shard, lower) for shard in self.shards]
+            if self._stuck and self._stuck[0] is sequence and _within(room, self._stuck[1]):
                 return  # no more room than last time: do not hash a long prompt again
             if not self._enter(sequence, lower):
                 self._stuck = sequence, room
                 return
 
-    @property
-    def _spare_pages(self) -> int:
-        """Pages for a new sequence. One page is kept for each running sequence, which will soon need it to grow."""
-        return self.prefix.num_available - len(self.running)
+    def _waits_for_prefix(self, sequence: Sequence) -> bool:
+        """Whether a sequence that goes before computes a prefix of this one, and waiting for it costs less than to
+        compute the prefix again on a shard that has room.
+        """
+        before = [run for run in self.running if run.will_cache_part_of(sequence)]
+        if not before:
+            return False
+        busy = {run.shard.index for run in before}
+        needed = self.config.num_pages_for(sequence.num_tokens)
+        others = [
+            shard.load
+            for shard in self.shards
+            if shard.index not in busy and shard.slots and shard.spare_pages >= needed
+        ]
+        return not others or min(run.shard.load - run.marks[-1] for run in before) <= min(others)
+
+    def _room(self, shard: Shard, lower: Iterable[RunningSequence]) -> _Room:
+        freed = sum(1 + len(run.pages) for run in lower if run.shard is shard)
+        return _Room(len(shard.slots), shard.spare_pages, freed)
 
     def _enter(self, sequence: Sequence, lower: list[RunningSequence]) -> bool:
         """Put a waiting sequence into a slot, with pages for its whole prompt. Sequences of ``lower`` priority are
-        preempted if it then fits. False, and nothing changes, if it does not fit.
+        preempted if it fits on no shard without that. False, and nothing changes, if it does not fit then either.
         """
         tokens = (*sequence.prompt, *sequence.output)
-        page_size, prefix = self.config.page_size, self.prefix
-        keys = prefix.keys(tokens) if prefix.enabled and sequence.use_prefix else []
-        last = (len(tokens) - 1) // page_size  # the last token always runs: its logits are needed
-        match = prefix.match(sequence.owner, keys[:last])
+        keys = self.prefix.keys(tokens) if self.prefix.enabled and sequence.use_prefix else []
+        offers = self._offers(sequence, keys[: (len(tokens) - 1) // self.config.page_size])
+        if any(self._enter_shard(sequence, tokens, keys, offer, []) for offer in offers):
+            return True
+        return bool(lower) and any(self._enter_shard(sequence, tokens, keys, offer, lower) for offer in offers)
+
+    def _offers(self, sequence: Sequence, keys: list[bytes]) -> list[_Offer]:
+        """The shards for a waiting sequence, the best first: the least work before its first token, then the fewest
+        sequences, then the most free pages.
+        """
+
+        def cost(offer: _Offer) -> tuple[int, int, int]:
+            shard, cached = offer.shard, len(offer.match.nodes) * self.config.page_size
+            return shard.load - cached, len(shard.running), -shard.prefix.num_available
+
+        offers = [_Offer(shard, shard.prefix.match(sequence.owner, keys)) for shard in self.shards]
+        return sorted(offers, key=cost) if len(offers) > 1 else offers
+
+    def _enter_shard(
+        self,
+        sequence: Sequence,
+        tokens: tuple[int, ...],
+        keys: list[bytes],
+        offer: _Offer,
+        lower: list[RunningSequence],
+    ) -> bool:
+        """`_enter` on one shard."""
+        shard, match = offer
+        prefix, page_size = shard.prefix, self.config.page_size
         prefix.acquire(match.nodes)
         reserved = max(len(tokens), sequence.max_cached) if self.config.reserve else len(tokens)
         num_held = sum(node.page is not None for node in match.nodes)
         missing = self.config.num_pages_for(reserved) - num_held
-        victims = self._victims(lower, missing, newcomer=True)
+        victims = shard.victims([run for run in lower if run.shard is shard], missing, newcomer=True)
         if victims is None:
             prefix.give_up(match.nodes)
             return False
@@ -258,14 +288,16 @@ class Admission:
         assert new is not None, "the victims' pages suffice"
 
         start = len(match.nodes) * page_size
-        slot, num_restored = heappop(self._slots), len(match.nodes) - num_held
+        slot, num_restored = heappop(shard.slots), len(match.nodes) - num_held
         restore = prefix.restore(match.nodes, new[:num_restored], slot)
         pages = [*(node.page for node in match.nodes if node.page is not None), *new[num_restored:]]
         # Prompts diverge where the cached chain ends: with a snapshot there, later prompts can start from it.
-        marks = tuple(sorted({match.num_pages * page_size, last * page_size})) if keys else ()
-        run = RunningSequence(sequence, slot, tokens, keys, marks, list(match.nodes), pages, start, start)
+        last = (len(tokens) - 1) // page_size * page_size  # the last token always runs: its logits are needed
+        marks = tuple(sorted({match.num_pages * page_size, last})) if keys else ()
+        run = RunningSequence(sequence, shard, slot, tokens, keys, marks, list(match.nodes), pages, start, start)
         self.waiting.remove(sequence)
-        insort(self.running, run, key=_RUN_RANK)
+        for running in (self.running, shard.running):
+            insort(running, run, key=RUN_RANK)
         sequence.slot, sequence.state = slot, SequenceState.PREFILLING
         if not sequence.num_preemptions:
             sequence.num_cached = start
@@ -286,12 +318,12 @@ class Admission:
         missing = self.config.num_pages_for(positions) - len(run.pages)
         if missing <= 0:
             return True
-        victims = self._victims(self.running[self.running.index(run) + 1 :], missing)
+        victims = run.shard.victims(run.shard.behind(run), missing)
         for victim in (run,) if victims is None else victims:
             self._preempt(victim)
         if victims is None:
             return False
-        pages = self.prefix.allocate(missing)
+        pages = run.shard.prefix.allocate(missing)
         assert pages is not None, "the victims' pages suffice"
         self.changes.page_updates.append(PageUpdate(run.slot, len(run.pages), pages))
         run.pages += pages
@@ -299,12 +331,13 @@ class Admission:
 
     def keep_prefix(self, run: RunningSequence, end: int, snapshot: int | None) -> None:
         """Enter the pages filled up to ``end`` into the prefix cache, with the snapshot of the rings, if any."""
+        prefix = run.shard.prefix
         if run.left or not run.keys:
             if snapshot is not None:
-                self.prefix.discard(snapshot)
+                prefix.discard(snapshot)
             return
         for i in range(len(run.nodes), end // self.config.page_size):
-            node = self.prefix.insert(run.nodes[-1] if run.nodes else run.sequence.owner, run.keys[i], run.pages[i])
+            node = prefix.insert(run.nodes[-1] if run.nodes else run.sequence.owner, run.keys[i], run.pages[i])
             assert node.page is not None, "a node that was just entered lies on the device"
             if node.page != run.pages[i]:
                 run.pages[i] = node.page
@@ -312,51 +345,15 @@ class Admission:
             run.nodes.append(node)
             run.kept += self.config.page_size
         if snapshot is not None:
-            self.prefix.attach(run.nodes[-1], snapshot)
+            prefix.attach(run.nodes[-1], snapshot)
 
     def take_changes(self) -> Changes:
         """The changes for the device since the last call."""
         changes, self.changes = self.changes, Changes()
-        changes.moves = self.prefix.take_moves()
+        changes.moves = [
+            move._replace(shard=shard.index) for shard in self.shards for move in shard.prefix.take_moves()
+        ]
         return changes
-
-    def _victims(
-        self, candidates: list[RunningSequence], missing: int, *, newcomer: bool = False
-    ) -> list[RunningSequence] | None:
-        """The sequences to preempt so that ``missing`` pages are available: the last in rank, without those whose pages
-        are not needed. None if all candidates' pages would not suffice.
-
-        Args:
-          candidates: by rank.
-          newcomer: the pages are for a new sequence, which needs a slot too and leaves the others room to grow.
-        """
-        freed: Counter[int] = Counter()  # users that a page loses
-        available = self._spare_pages if newcomer else self.prefix.num_available
-        slots, extra = (len(self._slots), 1) if newcomer else (1, 0)
-
-        def gain(run: RunningSequence) -> int:
-            """Pages that nobody but ``run`` and the other victims uses; the prefix cache can give its pages away."""
-            cached = len(run.nodes)
-            users = (self.pool.users(page) - freed[page] - (place < cached) for place, page in enumerate(run.pages))
-            return extra + sum(count == 1 for count in users)
-
-        victims: list[RunningSequence] = []
-        for run in reversed(candidates):
-            if missing <= available and slots:
-                break
-            available, slots = available + gain(run), slots + 1
-            freed.update(run.pages)
-            victims.append(run)
-        if missing > available or not slots:
-            return None
-        for run in victims[:-1]:  # the last one is needed
-            freed.subtract(run.pages)
-            if slots > 1 and missing <= available - gain(run):
-                available, slots = available - gain(run), slots - 1
-                victims.remove(run)
-            else:
-                freed.update(run.pages)
-        return victims
 
     def _preempt(self, run: RunningSequence) -> None:
         """Return a sequence to the queue. Its cache is lost, but not its tokens, nor those in flight."""
@@ -369,23 +366,32 @@ class Admission:
     def _leave(self, run: RunningSequence) -> None:
         """Free a slot and its pages. Steps in flight still write there, but before all steps that are planned later."""
         run.left = True
+        shard = run.shard
         self.running.remove(run)
-        heappush(self._slots, run.slot)
+        shard.running.remove(run)
+        heappush(shard.slots, run.slot)
         run.sequence.slot = None
         self.changes.forget(run.slot)
-        self.prefix.host.forget(run.slot)
-        self.pool.release(run.pages[len(run.nodes) :])
-        self.prefix.release(run.nodes)
+        shard.prefix.host.forget(run.slot)
+        shard.pool.release(run.pages[len(run.nodes) :])
+        shard.prefix.release(run.nodes)
 
-    def check(self, *, num_reserved: int = 0) -> None:
-        """Assert the invariants: counts equal users, each slot is used once, each sequence is in one place."""
-        held = [page for run in self.running for page in run.pages]
-        self.pool.check([*held, *self.prefix.pages()])
-        self.prefix.check(num_reserved=num_reserved)
-        for run in self.running:
-            assert run.sequence.slot == run.slot
-            assert run.pages[: len(run.nodes)] == [node.page for node in run.nodes]
-            assert all(self.pool.users(page) == 1 for page in run.pages[len(run.nodes) :]), "an open page is shared"
-        assert sorted([*self._slots, *(run.slot for run in self.running)]) == list(range(self.config.num_slots))
+    def check(self, reserved: Iterable[Shard] = ()) -> None:
+        """Assert the invariants: counts equal users, each slot is used once, each sequence is in one place.
+
+        Args:
+          reserved: the shards of the snapshots that steps in flight save.
+        """
+        reserved = list(reserved)
+        for shard in self.shards:
+            shard.check(num_reserved=sum(other is shard for other in reserved))
+            slots = range(shard.index * self.config.num_slots, (shard.index + 1) * self.config.num_slots)
+            assert sorted([*shard.slots, *(run.slot for run in shard.running)]) == list(slots)
+        assert [run for run in self.running if run.sequence.slot != run.slot] == []
+        assert sorted((run for shard in self.shards for run in shard.running), key=RUN_RANK) == self.running
         places = [*self.waiting, *(run.sequence for run in self.running)]
         assert sorted(self._alive) == sorted(sequence.id for sequence in places)
+
+
+def _within(room: Iterable[_Room], other: Iterable[_Room]) -> bool:
+    return all(mine.within(theirs) for mine, theirs in zip(room, other, strict=True))

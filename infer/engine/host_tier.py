@@ -36,21 +36,30 @@ class HostTier:
     device and when they are used, the last of a chain comes first.
     """
 
-    def __init__(self, capacity: int, *, snapshot_size: int, lost: Callable[[Node], None]):
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        snapshot_size: int,
+        lost: Callable[[Node], None],
+        stats: HostStats | None = None,
+        ids: Iterator[int] | None = None,
+    ):
         """
         Args:
           capacity: in pages.
           snapshot_size: of a snapshot, in pages.
           lost: is called with a node that had its last copy here, or may have become useless.
+          stats, ids: sums, and numbers of copies, shared with other tiers.
         """
-        self.stats = HostStats()
+        self.stats = HostStats() if stats is None else stats
         self.capacity, self.used = capacity, 0
         self._sizes: dict[Kind, int] = {"page": 1, "snapshot": snapshot_size}
         self._lost = lost
         self._entries: OrderedDict[tuple[Node, Kind], int] = OrderedDict()  # the copy's id; longest unused first
         self._pinned: dict[tuple[Node, Kind], int] = {}  # not to be dropped now
         self._pinned_size = 0
-        self._ids = itertools.count()
+        self._ids = itertools.count() if ids is None else ids
         self._moves: list[HostMove] = []
 
     def __len__(self) -> int:

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from stepjax.infer.engine.host_tier import HostTier
+from stepjax.infer.engine.host_tier import HostStats, HostTier
 from stepjax.infer.engine.pages import Node, Owner, PagePool
 from stepjax.infer.engine.sequence import HostMove, RingCopy
 
@@ -48,15 +48,25 @@ class PrefixCache:
     """
 
     def __init__(
-        self, pool: PagePool, *, page_size: int, num_snapshots: int, host_pages: int = 0, snapshot_pages: int = 1
+        self,
+        pool: PagePool,
+        *,
+        page_size: int,
+        num_snapshots: int,
+        host_pages: int = 0,
+        snapshot_pages: int = 1,
+        stats: PrefixStats | None = None,
+        host_stats: HostStats | None = None,
+        host_ids: Iterator[int] | None = None,
     ):
         """
         Args:
           num_snapshots: on the device; without any, the cache stays empty.
           host_pages: pages that host memory has room for.
           snapshot_pages: room that a snapshot takes there, in pages.
+          stats, host_stats, host_ids: shared by the caches of several shards; None: of this one alone.
         """
-        self.stats = PrefixStats()
+        self.stats = PrefixStats() if stats is None else stats
         self._pool = pool
         self._page_bytes = array("i").itemsize * page_size
         self._num_snapshots = num_snapshots
@@ -64,7 +74,7 @@ class PrefixCache:
         self._idle: OrderedDict[Node, None] = OrderedDict()  # longest unused first
         self._snapshots: OrderedDict[Node, None] = OrderedDict()  # longest unused first
         self._free_snapshots = list(range(num_snapshots))
-        self.host = HostTier(host_pages, snapshot_size=snapshot_pages, lost=self._prune)
+        self.host = HostTier(host_pages, snapshot_size=snapshot_pages, lost=self._prune, stats=host_stats, ids=host_ids)
 
     @property
     def enabled(self) -> bool:

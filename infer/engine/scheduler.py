@@ -6,12 +6,13 @@ is uncertain: pages are allocated for the largest possible length, and the small
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from stepjax.infer.engine.admission import Admission, RunningSequence, SchedulerConfig
+from stepjax.infer.engine.admission import Admission, SchedulerConfig
 from stepjax.infer.engine.sequence import RingCopy, Row, Sequence, SequenceState, StepOutput, StepPlan
+from stepjax.infer.engine.shard import RunningSequence
 
 if TYPE_CHECKING:
     from stepjax.infer.transcript import FinishReason
@@ -88,10 +89,12 @@ class Scheduler:
         return finished
 
     def _plan_prefill(self) -> StepPlan | None:
-        """The next chunk of the first in rank, and chunks of others that are not wider, within the token budget."""
+        """The next chunk of the first in rank, and chunks of others that are not wider, within each shard's token
+        budget. A long prompt on one shard so leaves the rows of the others to their own.
+        """
         self.admission.admit()
         parts: list[_Part] = []
-        width = 0
+        width, rows = 0, Counter[int]()  # by shard
         for run in self.admission.running:
             if run.prefilled:
                 continue
@@ -100,10 +103,11 @@ class Scheduler:
                 continue  # this chunk samples a token, and which may follow is not known yet
             count = end - run.position
             width = width or next(bucket for bucket in self.most_rows if bucket >= count)
-            if len(parts) == self.most_rows[width]:
+            if len(parts) == self.most_rows[width] * self.config.num_shards:
                 break
-            if count <= width:
+            if count <= width and rows[run.shard.index] < self.most_rows[width]:
                 parts.append(self._prefill(run, end))
+                rows[run.shard.index] += 1
         if not parts:
             return None
         self._prefilled_last = True
@@ -123,11 +127,13 @@ class Scheduler:
             run.sequence.state = SequenceState.DECODING
             run.least = run.most = 1
         full = end % self.config.page_size == 0
-        snapshot = self.admission.prefix.reserve_snapshot(evict=end in run.marks) if full and run.keys else None
+        snapshot = run.shard.prefix.reserve_snapshot(evict=end in run.marks) if full and run.keys else None
         return _Part(row, run, int(last), int(last), snapshot)
 
     def _plan_decode(self) -> StepPlan | None:
-        """One step of every decoding sequence; the last in rank are preempted until the others have enough pages."""
+        """One step of every decoding sequence; the last in rank of a shard are preempted until its others have enough
+        pages.
+        """
         stepping = [run for run in self.admission.running if run.needs_step]
         width = 1 + self._drafts(len(stepping))
         parts = []
@@ -167,5 +173,6 @@ class Scheduler:
 
     def check(self) -> None:
         """Assert the invariants of pages, slots and snapshots."""
-        reserved = [part for _, parts in self._in_flight for part in parts if part.snapshot is not None]
-        self.admission.check(num_reserved=len(reserved))
+        self.admission.check(
+            part.run.shard for _, parts in self._in_flight for part in parts if part.snapshot is not None
+        )

@@ -64,7 +64,7 @@ class Sequence:
 
 
 class Row(NamedTuple):
-    """One sequence's part in a step."""
+    """One sequence's part in a step. Slots are numbered through all shards; pages and snapshots are the shard's own."""
 
     slot: int
     id: str
@@ -96,6 +96,7 @@ class HostMove(NamedTuple):
     kind: Literal["page", "snapshot"]
     id: int  # of the copy in host memory; none is used twice
     place: int = 0  # store: the page or the snapshot; load: the page, or the slot that receives the rings
+    shard: int = 0  # of the page, the snapshot or the slot
 
 
 @dataclass(frozen=True)

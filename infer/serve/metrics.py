@@ -96,8 +96,9 @@ class _EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         admission, stats = self._engine.scheduler.admission, self._engine.stats
-        prefix, host = admission.prefix.stats, admission.prefix.host
-        used = 1 - admission.prefix.num_available / admission.pool.num_pages
+        prefix, host = admission.prefix.stats, admission.prefix.host.stats
+        tiers = [shard.prefix.host for shard in admission.shards]
+        used = 1 - admission.num_available / admission.num_pages
         on_device = prefix.hit_tokens - prefix.host_hit_tokens
         gauges = {
             "num_requests_running": ("Answers in slots", len(admission.running)),
@@ -105,7 +106,7 @@ class _EngineCollector(Collector):
             "kv_cache_usage_perc": ("Share of the cache's pages in use", used),
             "host_cache_usage_perc": (
                 "Share of the prefix cache's host memory in use",
-                host.used / max(1, host.capacity),
+                sum(tier.used for tier in tiers) / max(1, sum(tier.capacity for tier in tiers)),
             ),
         }
         counters = {
@@ -120,10 +121,10 @@ class _EngineCollector(Collector):
                 prefix.lookup_tokens - on_device,
             ),
             "external_prefix_cache_hits": ("Prompt tokens found in host memory only", prefix.host_hit_tokens),
-            "host_cache_stored_pages": ("Pages copied to host memory", host.stats.stored_pages),
-            "host_cache_stored_snapshots": ("Ring snapshots copied to host memory", host.stats.stored_snapshots),
-            "host_cache_loaded_pages": ("Pages copied back from host memory", host.stats.loaded_pages),
-            "host_cache_loaded_snapshots": ("Ring snapshots copied back from host memory", host.stats.loaded_snapshots),
+            "host_cache_stored_pages": ("Pages copied to host memory", host.stored_pages),
+            "host_cache_stored_snapshots": ("Ring snapshots copied to host memory", host.stored_snapshots),
+            "host_cache_loaded_pages": ("Pages copied back from host memory", host.loaded_pages),
+            "host_cache_loaded_snapshots": ("Ring snapshots copied back from host memory", host.loaded_snapshots),
             "spec_decode_num_draft_tokens": ("Draft tokens that were verified", sum(stats.drafted)),
             "spec_decode_num_accepted_tokens": ("Draft tokens that were accepted", sum(stats.accepted)),
             "engine_steps": ("Steps of the engine", stats.num_steps),
