@@ -157,7 +157,7 @@ class Shard:
         return victims
 
     def check(self, *, num_reserved: int = 0) -> None:
-        """Assert the invariants of pages and snapshots, of which ``num_reserved`` are to be saved by steps in flight."""
+        """Assert the invariants of pages and snapshots, while steps in flight save ``num_reserved`` snapshots."""
         held = [page for run in self.running for page in run.pages]
         self.pool.check([*held, *self.prefix.pages()])
         self.prefix.check(num_reserved=num_reserved)
