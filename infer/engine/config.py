@@ -140,7 +140,7 @@ class EngineConfig:
             host_pages=sizes.host_bytes // host.page_bytes if sizes.host_bytes else 0,
             snapshot_pages=snapshot_pages,
             max_waiting=self.max_waiting,
-            prefill_rows=1 if self.deterministic else sizes.num_slots,
+            prefill_rows=1 if self.deterministic else sizes.all_slots,
             reserve=self.deterministic,
             num_shards=sizes.num_shards,
         )
