@@ -177,7 +177,8 @@ class _StepLog:
     def __call__(self, step: FinishedStep) -> None:
         plan, rows = step.order.plan, step.order.num_slots
         if plan.kind == "prefill":
-            rows = next(bucket for bucket in self._row_buckets if bucket >= len(plan.rows))
+            least = step.order.num_rows or len(plan.rows)
+            rows = next(bucket for bucket in self._row_buckets if bucket >= least)
         key = plan.kind, rows, plan.width, plan.drafts
         self._held_up[key] += step.held_up
         if not step.held_up:
@@ -201,7 +202,8 @@ def cache_over_formula(engine: Engine) -> float:
     element = jax.tree.leaves(engine.executor.state.cache)[0].dtype.itemsize
     mtp = engine.executor.runner.drafts > 0
     needed = kv_bytes_per_token(model, element_bytes=element) * (size.num_pages - 1) * size.page_size
-    needed += kv_window_bytes(model, element_bytes=element, mtp=mtp) * size.num_slots
+    needed *= size.num_shards
+    needed += kv_window_bytes(model, element_bytes=element, mtp=mtp) * size.all_slots
     return sum(leaf.nbytes for leaf in jax.tree.leaves(engine.executor.state.cache)) / needed
 
 

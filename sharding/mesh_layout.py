@@ -81,7 +81,18 @@ class MeshLayout:
         return jax.lax.with_sharding_constraint(x, self.sharding(x.shape, *axes))
 
     def together(self) -> MeshLayout:
-        return replace(self, split_batch=False)
+        return self if self.rules.wide else replace(self, split_batch=False)
+
+    @property
+    def num_shards(self) -> int:
+        return self.rules.size(self.rules.activation("pages"))
+
+    def by_shard(self, function: Callable[..., T], *arguments: Any, axes: tuple[int, ...] = ()) -> T:
+        split = self.rules.activation("pages")
+        if not split:
+            return function(*arguments)
+        specs = tuple(PartitionSpec(*(None,) * axis, split) for axis in axes or (0,) * len(arguments))
+        return jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(*arguments)
 
     def by_sequence(self, function: Callable[..., T], *arguments: Any) -> T:
         """On each device for its own sequences: a partitioner would gather them all to sort one. Not for gradients."""

@@ -49,8 +49,13 @@ _ACTIVATIONS: dict[str, Axes] = {
     "length": ("context",),
     "stream": ("context", *GROUP),
     "rows": ("context",),
+    "pages": (),
 }
-_WIDE_ACTIVATIONS = _ACTIVATIONS | {"batch": ("data", "expert"), "stream": ("context", "tensor")}
+_WIDE_ACTIVATIONS = _ACTIVATIONS | {
+    "batch": ("data", "expert"),
+    "pages": ("data", "expert"),
+    "stream": ("context", "tensor"),
+}
 
 
 @dataclass(frozen=True)

@@ -325,7 +325,7 @@ def _announce(url: str, session: Session, engine: Engine, options: ServeOptions)
         f"{', '.join(map(printable, options.names))} on {devices}",
         f"  weights {weights / 2**30:,.2f} GiB, cache {engine.executor.cache_bytes / 2**30:,.2f} GiB a device",
         *((f"  host memory for prefixes {size.host_bytes / 2**30:,.2f} GiB",) if size.host_bytes else ()),
-        f"  {size.num_slots} answers together, context {size.context:,} tokens",
+        f"  {size.all_slots} answers together, context {size.context:,} tokens",
         f"  {url}",
         *((f"  {url}/ in a browser is a page to chat on",) if options.ui else ()),
         f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'",

@@ -46,7 +46,7 @@ class SchedulerConfig:
     host_pages: int = 0  # pages of the prefix cache that host memory has room for
     snapshot_pages: int = 1  # room that a ring snapshot takes there, in pages
     max_waiting: int = 1024  # sequences; more are refused
-    prefill_rows: int = 1 << 30  # prompts that a prefill step may run pieces of
+    prefill_rows: int = 1 << 30  # prompts that a prefill step may run pieces of, on all shards together
     reserve: bool = False  # allocate the pages of the whole answer at once, so that no sequence is preempted
     num_shards: int = 1  # groups of devices with slots and pages of their own
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from stepjax.errors import ConfigError
 from stepjax.infer.engine.adapters import AdapterStack, StackSize
 from stepjax.infer.engine.admission import SchedulerConfig
-from stepjax.infer.engine.executor import CacheSize, Executor
+from stepjax.infer.engine.executor import Executor
+from stepjax.infer.engine.shard import CacheSize
 from stepjax.infer.hosts import least
 from stepjax.weights.inventory import kv_bytes_per_token
 
@@ -27,6 +28,10 @@ DEVICE_SHARE = 0.85  # share of an accelerator's free memory for caches; the res
 @dataclass(frozen=True)
 class EngineConfig:
     """Settings of an engine; what is None follows from the model and the device.
+
+    With strategy ``wide``, slots, pages and snapshots are those of all shards together, rounded up to as many for each;
+    a prefill step has ``token_budget`` positions on each shard. A sequence lies on one shard, so that the longest is
+    what the pages of one shard hold.
 
     Raises:
       ConfigError: a setting is out of range, or two contradict each other.
@@ -135,17 +140,17 @@ class EngineConfig:
             host_pages=sizes.host_bytes // host.page_bytes if sizes.host_bytes else 0,
             snapshot_pages=snapshot_pages,
             max_waiting=self.max_waiting,
-            prefill_rows=1 if self.deterministic else sizes.num_slots,
+            prefill_rows=1 if self.deterministic else sizes.all_slots,
             reserve=self.deterministic,
+            num_shards=sizes.num_shards,
         )
 
-    @property
-    def slot_buckets(self) -> tuple[int, ...]:
-        """Numbers of slots that a decode step may run: powers of two and ``num_slots``."""
+    def slot_buckets(self, size: CacheSize) -> tuple[int, ...]:
+        """Numbers of slots that a decode step may run of each shard: powers of two and all."""
         if self.deterministic:
-            return (self.num_slots,)
-        powers = itertools.takewhile(lambda count: count < self.num_slots, (1 << i for i in itertools.count()))
-        return (*powers, self.num_slots)
+            return (size.num_slots,)
+        powers = itertools.takewhile(lambda count: count < size.num_slots, (1 << i for i in itertools.count()))
+        return (*powers, size.num_slots)
 
     def sizes(self, session: Session) -> CacheSize:
         """The sizes of the caches on the device."""
@@ -154,9 +159,11 @@ class EngineConfig:
         longest = self.context or model.max_positions
         if not 1 < longest <= model.max_positions:
             raise ConfigError(f"context: is {longest}, expected 2 to {model.max_positions}, the model's")
-        wanted = self.num_slots * -(-longest // size)
+        num_shards = session.model.layout.together().num_shards
+        num_slots = -(-self.num_slots // num_shards)
+        wanted = num_slots * -(-longest // size)
         if self.num_pages is not None:
-            pages = self.num_pages
+            pages = -(-self.num_pages // num_shards)
         else:
             needed = -(-longest // size) * per_page
             room = self.cache_bytes if self.cache_bytes is not None else least(_free_bytes(needed))
@@ -168,8 +175,10 @@ class EngineConfig:
         if self.context is None:
             longest = min(longest, pages * size)
         cached = not (self.deterministic or self.routing)
-        snapshots = 0 if not cached else 2 * self.num_slots if self.num_snapshots is None else self.num_snapshots
-        return CacheSize(self.num_slots, pages + 1, size, longest, snapshots, self.host_cache_bytes)
+        snapshots = 2 * num_slots if self.num_snapshots is None else -(-self.num_snapshots // num_shards)
+        return CacheSize(
+            num_slots, pages + 1, size, longest, snapshots if cached else 0, self.host_cache_bytes, num_shards
+        )
 
 
 def _split(session: Session) -> int:

@@ -93,7 +93,8 @@ class Engine:
         limits = self.scheduler.piece_limits
         rows = {width: self.executor.row_buckets_for(limit) for width, limit in limits.items()}
         most = CPU_PROGRAMS if jax.default_backend() == "cpu" else None
-        self.programs = ReadyPrograms(self.executor.prepare_shape, config.slot_buckets, rows, most=most)
+        self._slot_buckets = config.slot_buckets(self.executor.size)
+        self.programs = ReadyPrograms(self.executor.prepare_shape, self._slot_buckets, rows, most=most)
         self._session = session
         self._adapters = AdapterNames(config.adapter_slots)
         self._in_flight: deque[_Launched] = deque()
@@ -101,7 +102,6 @@ class Engine:
         self._answers: dict[str, Answer] = {}
         self._numbers = itertools.count()
         self._timer = StepTimer(self.stats)
-        self._slot_buckets = config.slot_buckets
         self._guidance = Guidance()
         self._failed: list[Update] = []
         self.on_step: Callable[[FinishedStep], None] | None = None  # called with every step that has been read
@@ -375,14 +375,15 @@ class Engine:
             if answer is not None and (mask := self._mask(row, answer, plan)) is not None:
                 masks.append(mask)
         wanted = [answer.sequence.params for _, answer in rows if answer is not None]
-        num_slots = num_rows = 0
+        num_slots, num_rows, size, slots = 0, 0, self.executor.size, [row.slot for row in plan.rows]
         if plan.kind == "decode":
-            num_slots = self.programs.slots(1 + max(row.slot for row in plan.rows), plan.drafts)
+            num_slots = self.programs.slots(1 + max(slot % size.num_slots for slot in slots), plan.drafts)
         else:
-            num_rows = self.programs.rows(len(plan.rows), plan.width)
+            num_rows = self.programs.rows(size.fullest(slots), plan.width)
             waiting = [run for run in self.scheduler.admission.running if not run.prefilled]
             left = [plan.rows[0].count, *(len(run.tokens) - run.position for run in waiting)]
-            self.programs.want_prefill(len(plan.rows) + len(waiting), max(left), self.scheduler.piece_limits)
+            prompts = size.fullest([*slots, *(run.slot for run in waiting)])
+            self.programs.want_prefill(prompts, max(left), self.scheduler.piece_limits)
         return Order(
             plan,
             tuple(assignments),
@@ -405,7 +406,7 @@ class Engine:
             answer if self._answers.get(row.id) is answer else None
             for row, answer in zip(plan.rows, launched, strict=True)
         ]
-        places = [row.slot for row in plan.rows] if plan.kind == "decode" else list(range(len(plan.rows)))
+        places = self.executor.size.places(plan, order.num_slots or order.num_rows)
         count_B, token_BT, finite_B = (x.tolist() for x in (emitted.count_B, emitted.token_BT, emitted.finite_B))
         counts = [count_B[place] for place in places]
         self.stats.count(plan, counts)

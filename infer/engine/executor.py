@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from stepjax.adapters.lora import LoraConfig
@@ -22,11 +24,12 @@ from stepjax.infer.engine.host_memory import trim_heap, uncommit_zeros
 from stepjax.infer.engine.pages import TRASH_PAGE
 from stepjax.infer.engine.ready_programs import ProgramShape
 from stepjax.infer.engine.sequence import HostMove, RingCopy, StepPlan
+from stepjax.infer.engine.shard import CacheSize
 from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.sampling.state import Sampling, SlotSampling
 from stepjax.infer.steps.program import Program
 from stepjax.infer.steps.runner import Runner
-from stepjax.infer.steps.state import Emitted, Pieces, State, slot_parts, with_slot_parts
+from stepjax.infer.steps.state import Emitted, Pieces, State, placed_rows, slot_parts, with_slot_parts
 from stepjax.model.cache import Ring
 from stepjax.model.step3p5 import Params
 from stepjax.program_cache import compile_program
@@ -37,22 +40,6 @@ log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]  # called with numbers done and in all
 
 ASSIGNED = 4  # slots that one launch gives their sampling
-
-
-@dataclass(frozen=True)
-class CacheSize:
-    """What an executor keeps on the device."""
-
-    num_slots: int
-    num_pages: int  # the trash page included
-    page_size: int  # tokens
-    context: int  # tokens of the longest sequence
-    num_snapshots: int
-    host_bytes: int = 0  # of pages and snapshots in the host memory of each process
-
-    @property
-    def pages_per_sequence(self) -> int:
-        return -(-self.context // self.page_size)
 
 
 class Assignment(NamedTuple):
@@ -77,8 +64,8 @@ class Order(NamedTuple):
 
     plan: StepPlan
     assignments: tuple[Assignment, ...] = ()
-    num_slots: int = 0  # a decode step runs the first ``num_slots`` slots
-    num_rows: int = 0  # that a prefill step runs; 0: as few as there is a program for
+    num_slots: int = 0  # a decode step runs the first ``num_slots`` slots of each shard
+    num_rows: int = 0  # that a prefill step runs on each shard
     scores: bool = False  # log-probabilities of the new tokens are read
     drafts: bool = False  # the next drafts are read
     prompt_scores: bool = False
@@ -106,21 +93,23 @@ class Executor:
         """
         self.runner, self.params, self.size = runner, params, size
         self.adapters = adapters
-        self._adapter = np.full((size.num_slots,), NONE, np.int32)  # by slot
+        self._adapter = np.full((size.all_slots,), NONE, np.int32)  # by slot
         self._eos_ids = tuple(eos_ids)
         self.row_buckets = sorted({*(each for each in row_buckets if each < size.num_slots), size.num_slots})
         vocab = runner.model.config.vocab_size
-        pages = (size.num_pages, size.page_size)
-        self.state: State = runner.start_paged(size.num_slots, pages, dtype, Sampling.empty(size.num_slots, vocab))
+        assert size.num_shards == runner.model.layout.num_shards
+        pages = (size.num_pages * size.num_shards, size.page_size)
+        self.state: State = runner.start_paged(size.all_slots, pages, dtype, Sampling.empty(size.all_slots, vocab))
         uncommit_zeros(self.state.cache)
         self._state_shapes = _shapes_of(self.state)
         self.waited_s = 0.0  # for programs that orders needed and that were not there
-        self._table = np.full((size.num_slots, size.pages_per_sequence), TRASH_PAGE, np.int32)
+        self._table = np.full((size.all_slots, size.pages_per_sequence), TRASH_PAGE, np.int32)  # pages of its shard
+        self._assigned = max(1, ASSIGNED // size.num_shards)  # slots of a shard that one launch gives their sampling
         self._far = jax.default_backend() != "cpu"  # whether results must be copied to the host
         self._launchers: dict[Any, Callable[..., Any]] = {}
         self._snapshots = self._no_snapshots() if size.num_snapshots else None
-        identity = repr(runner.model.layout)
-        self.host = HostCopies(runner.cache, identity, self._page_arrays(), jax.tree.leaves(self._snapshots))
+        layout = runner.model.layout
+        self.host = HostCopies(runner.cache, layout, self._page_arrays(), jax.tree.leaves(self._snapshots))
 
     def run(self, order: Order) -> Emitted:
         """Launch an order. Returns at once, before the result is ready."""
@@ -130,8 +119,7 @@ class Executor:
         self._update_table(plan)
         for copy in plan.restores:
             self._restore(copy)
-        for first in range(0, len(order.assignments), ASSIGNED):
-            self._assign(order.assignments[first : first + ASSIGNED])
+        self._assign(order.assignments)
         if order.masks:
             self._guide(order.masks)
         program, rest = self._call(order)
@@ -235,7 +223,7 @@ class Executor:
             self._guide([Mask(0, b"")] * rows)
         if self.adapters is not None:
             self.adapters.warm()
-        if self.size.num_snapshots:
+        if self._snapshots is not None:
             self._save(RingCopy(0, 0))
             self._restore(RingCopy(0, 0))
         if self.size.host_bytes:
@@ -246,9 +234,8 @@ class Executor:
     def _idle_call(self, shape: ProgramShape) -> tuple[Program, tuple[Any, ...]]:
         """A program and arguments of its shapes, none of whose slots or rows is in use."""
         if shape.kind == "prefill":
-            return self.runner.prefill(), (self._no_pieces(shape.count, shape.width),)
-        active, pages = np.zeros((shape.count,), bool), np.zeros((shape.count, self.size.pages_per_sequence), np.int32)
-        return self.runner.step(shape.width), (active, pages, self._adapters_of(active))
+            return self.runner.prefill(), (self._placed(self._no_pieces(shape.count, shape.width)),)
+        return self.runner.step(shape.width), self._slot_arguments((), shape.count)
 
     def row_buckets_for(self, most: int) -> list[int]:
         """The buckets that up to ``most`` pieces are padded to."""
@@ -270,33 +257,46 @@ class Executor:
         return self._prefill(order) if order.plan.kind == "prefill" else self._decode(order)
 
     def _decode(self, order: Order) -> tuple[Program, tuple[Any, ...]]:
-        active = np.zeros((order.num_slots,), bool)
-        active[[row.slot for row in order.plan.rows]] = True
-        # As numpy arrays: sending them first, and keeping what has not changed, costs more than it saves.
-        rest = (active, self._table[: order.num_slots].copy(), self._adapters_of(active))
+        rest = self._slot_arguments([row.slot for row in order.plan.rows], order.num_slots)
         return self.runner.step(order.plan.drafts), rest
 
-    def _adapters_of(self, active: np.ndarray) -> np.ndarray | None:
-        """The adapters of the first slots; those that are not active have none."""
-        return None if self.adapters is None else np.where(active, self._adapter[: len(active)], np.int32(NONE))
+    def _slot_arguments(self, slots: Sequence[int], count: int) -> tuple[Any, ...]:
+        """Which of the first ``count`` slots of each shard are active, their pages and adapters; those that are not
+        active have no adapter.
+        """
+        active = np.zeros((self.size.all_slots,), bool)
+        active[[*slots]] = True
+        adapter = None if self.adapters is None else self._first(np.where(active, self._adapter, np.int32(NONE)), count)
+        return self._placed((self._first(active, count), self._first(self._table, count), adapter))
+
+    def _first(self, by_slot: np.ndarray, count: int) -> np.ndarray:
+        """Of an array by slot, a copy of the first slots of each shard."""
+        shards = by_slot.reshape(self.size.num_shards, self.size.num_slots, *by_slot.shape[1:])
+        return shards[:, :count].reshape(-1, *by_slot.shape[1:]).copy()
+
+    def _placed(self, tree: Any) -> Any:
+        return placed_rows(tree, self.runner.model.layout)
 
     def _prefill(self, order: Order) -> tuple[Program, tuple[Any, ...]]:
         plan = order.plan
-        rows = order.num_rows or next(each for each in self.row_buckets if each >= len(plan.rows))
-        pieces = self._no_pieces(rows, plan.width)
-        for at, row in enumerate(plan.rows):
+        if not order.num_rows:
+            least = self.size.fullest(row.slot for row in plan.rows)
+            order = order._replace(num_rows=next(each for each in self.row_buckets if each >= least))
+        pieces, places = self._no_pieces(order.num_rows, plan.width), self.size.places(plan, order.num_rows)
+        assert pieces.scored_R is not None
+        pieces.scored_R[places] = order.prompt_scores
+        for at, row in zip(places, plan.rows, strict=True):
             pieces.id_RT[at, : row.count] = row.ids
             pieces.count_R[at], pieces.next_R[at] = row.count, row.next_id
-            pieces.start_R[at], pieces.slot_R[at] = row.start, row.slot
+            pieces.start_R[at], pieces.slot_R[at] = row.start, row.slot % self.size.num_slots
             pieces.page_RN[at] = self._table[row.slot]
             if pieces.adapter_R is not None:
                 pieces.adapter_R[at] = self._adapter[row.slot]
-        assert pieces.scored_R is not None
-        pieces.scored_R[: len(plan.rows)] = order.prompt_scores
-        return self.runner.prefill(), (pieces,)
+        return self.runner.prefill(), (self._placed(pieces),)
 
     def _no_pieces(self, rows: int, width: int) -> Pieces:
-        """Rows that do nothing: their slot is past the last."""
+        """Rows of each shard that do nothing: their slot is past its last."""
+        rows *= self.size.num_shards
         zero = np.zeros((rows,), np.int32)
         slot = np.full((rows,), self.size.num_slots, np.int32)
         pages = np.full((rows, self.size.pages_per_sequence), TRASH_PAGE, np.int32)
@@ -305,37 +305,48 @@ class Executor:
         return Pieces(ids, zero.copy(), zero - 1, zero.copy(), slot, pages, adapter, scored)
 
     def _assign(self, assignments: Sequence[Assignment]) -> None:
-        """One launch, and more only where an answer with penalties was preempted late: see `SlotSampling.rows`."""
-        vocab = self.runner.model.config.vocab_size
-        waiting: list[tuple[int, list[SlotSampling]]] = []
+        """A launch for a few slots of each shard, and more where an answer with penalties was preempted late: see
+        `SlotSampling.rows`.
+        """
+        vocab, size = self.runner.model.config.vocab_size, self.size
+        unused: list[SlotSampling] = []  # for shards that have none
+        waiting: list[deque[tuple[int, SlotSampling]]] = [deque() for _ in range(size.num_shards)]
         for each in assignments:
             self._adapter[each.slot] = each.adapter
             rows = SlotSampling.rows(each.params, each.prompt, each.output, eos_ids=self._eos_ids, vocab=vocab)
-            waiting.append((each.slot, rows))
-        while waiting:
-            slot = np.full((ASSIGNED,), self.size.num_slots, np.int32)
-            slot[: len(waiting)] = [at for at, _ in waiting]
-            stacked = SlotSampling.stack([rows[0] for _, rows in waiting], count=ASSIGNED)
-            arguments = ({}, self.state, slot, stacked)
+            waiting[size.shard(each.slot)] += ((each.slot % size.num_slots, row) for row in rows)
+            unused = rows[:1]
+        while any(waiting):
+            slot = np.full((size.num_shards, self._assigned), size.num_slots, np.int32)
+            rows = []
+            for shard, queue in enumerate(waiting):
+                taken = _of_different_slots(queue, self._assigned)
+                slot[shard, : len(taken)] = [at for at, _ in taken]
+                rows.append(SlotSampling.stack([row for _, row in taken] or unused, count=self._assigned))
+            stacked = jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
+            arguments = ({}, self.state, *self._placed((slot.reshape(-1), stacked)))
             self.state, _ = self.runner.assign().compiled(*arguments)(*arguments)
-            waiting = [(at, rows[1:]) for at, rows in waiting if rows[1:]]
 
     def _guide(self, masks: Sequence[Mask]) -> None:
-        rules = self.state.sampling.rules
+        rules, size = self.state.sampling.rules, self.size
         assert rules is not None, "an engine's slots have rules"
-        shape = rules.mask_BTW.shape[1:]
-        rows = next(each for each in self.row_buckets if each >= len(masks))
-        slot, on = np.full((rows,), self.size.num_slots, np.int32), np.zeros((rows,), bool)
+        least, shape = size.fullest(mask.slot for mask in masks), rules.mask_BTW.shape[1:]
+        count = next(each for each in self.row_buckets if each >= least)
+        rows = count * size.num_shards
+        slot, on = np.full((rows,), size.num_slots, np.int32), np.zeros((rows,), bool)
         words = np.zeros((rows, *shape), np.uint32)
-        for at, mask in enumerate(masks):
-            given = np.frombuffer(mask.words, np.uint32).reshape(-1, shape[1])
-            slot[at], on[at], words[at, : len(given)] = mask.slot, len(given) > 0, given
-        arguments = ({}, self.state, slot, on, words)
+        taken = Counter[int]()
+        for mask in masks:
+            shard = size.shard(mask.slot)
+            at, given = shard * count + taken[shard], np.frombuffer(mask.words, np.uint32).reshape(-1, shape[1])
+            taken[shard] += 1
+            slot[at], on[at], words[at, : len(given)] = mask.slot % size.num_slots, len(given) > 0, given
+        arguments = ({}, self.state, *self._placed((slot, on, words)))
         self.state, _ = self.runner.guide().compiled(*arguments)(*arguments)
 
     def _no_snapshots(self) -> Any:
         def create() -> Any:
-            return slot_parts(self.state).snapshots(self.size.num_snapshots)
+            return slot_parts(self.state).snapshots(self.size.num_snapshots * self.size.num_shards)
 
         where = jax.tree.map(lambda x: x.sharding, slot_parts(self.state))
         snapshots = jax.jit(create, out_shardings=where)()
@@ -343,17 +354,27 @@ class Executor:
         return snapshots
 
     def _save(self, copy: RingCopy) -> None:
-        self._snapshots = self._saver(self._snapshots, self.state, np.int32(copy.slot), np.int32(copy.snapshot))
+        self._snapshots = self._saver(self._snapshots, self.state, *self._on_shard(copy.slot, copy.snapshot))
+
+    def _on_shard(self, slot: int, snapshot: int) -> tuple[Any, Any]:
+        """A slot and a snapshot as arguments of `_copier`'s programs: by shard, −1 for the slots of the others."""
+        slots, snapshots = np.full((self.size.num_shards,), -1, np.int32), np.zeros((self.size.num_shards,), np.int32)
+        shard = self.size.shard(slot)
+        slots[shard], snapshots[shard] = slot % self.size.num_slots, snapshot
+        return self._placed((slots, snapshots))
 
     @cached_property
     def _saver(self) -> Callable[..., Any]:
-        def save(snapshots: Any, state: State, slot: jax.Array, snapshot: jax.Array) -> Any:
-            return snapshots.copied(snapshot, slot_parts(state), slot)
+        layout = self.runner.model.layout
+
+        def save(snapshots: Any, state: State, slot_N: jax.Array, snapshot_N: jax.Array) -> Any:
+            into = jnp.where(slot_N >= 0, snapshot_N, -1)
+            return snapshots.copied(into, slot_parts(state), jnp.maximum(slot_N, 0), layout)
 
         return self._copier(save, self._snapshots, self.state)
 
     def _restore(self, copy: RingCopy) -> None:
-        self.state = self._restorer(self.state, self._snapshots, np.int32(copy.slot), np.int32(copy.snapshot))
+        self.state = self._restorer(self.state, self._snapshots, *self._on_shard(copy.slot, copy.snapshot))
 
     @cached_property
     def _restorer(self) -> Callable[..., Any]:
@@ -364,9 +385,14 @@ class Executor:
         """As `_restorer`, from a copy in host memory."""
         return self._copier(self._restored, self.state, self._snapshot_tree(self.host.snapshot_shapes))
 
-    def _restored(self, state: State, snapshots: Any, slot: jax.Array, snapshot: jax.Array) -> State:
-        state = with_slot_parts(state, slot_parts(state).copied(slot, snapshots, snapshot))
-        first = state.progress.first_SK.at[slot].set(0)
+    def _restored(self, state: State, snapshots: Any, slot_N: jax.Array, snapshot_N: jax.Array) -> State:
+        layout = self.runner.model.layout
+        state = with_slot_parts(state, slot_parts(state).copied(slot_N, snapshots, snapshot_N, layout))
+
+        def without_gap(first_SK: jax.Array, slot_N: jax.Array) -> jax.Array:
+            return first_SK.at[jnp.where(slot_N >= 0, slot_N, first_SK.shape[0])].set(0, mode="drop")
+
+        first = layout.by_shard(without_gap, state.progress.first_SK, slot_N)
         return state._replace(progress=state.progress._replace(first_SK=first))
 
     def _move(self, moves: Sequence[HostMove]) -> None:
@@ -375,7 +401,7 @@ class Executor:
         self._set_pages(pages)
         for slot, values in rings.items():
             values = self._snapshot_tree(values)
-            self.state = self._host_restorer(self.state, values, np.int32(slot), np.int32(0))
+            self.state = self._host_restorer(self.state, values, *self._on_shard(slot, 0))
 
     def _snapshot_tree(self, leaves: Sequence[Any]) -> Any:
         return jax.tree.unflatten(jax.tree.structure(slot_parts(self.state)), leaves)
@@ -392,19 +418,27 @@ class Executor:
         self.state = self.state._replace(cache=replace(self.state.cache, layers=layers))
 
     def _copier(self, function: Callable[..., Any], into: Any, source: Any) -> Callable[..., Any]:
-        """``function(into, source, slot, snapshot)``, compiled once for all; its result replaces ``into``."""
-        began, index = time.perf_counter(), np.int32(0)
+        """``function(into, source, slot_N, snapshot_N)``, compiled once for all; its result replaces ``into``."""
+        began = time.perf_counter()
         where = jax.tree.map(lambda x: x.sharding, into)
         compiled = compile_program(
             self.runner.cache,
             function,
-            (into, source, index, index),
+            (into, source, *self._on_shard(0, 0)),
             identity=f"{function.__name__.strip('_')} {self.runner.model.layout!r}",
             donate_argnums=(0,),
             out_shardings=where,
         )
         log.info("prepared %s in %.1f s", function.__name__, time.perf_counter() - began)
         return compiled
+
+
+def _of_different_slots(queue: deque[tuple[int, SlotSampling]], most: int) -> list[tuple[int, SlotSampling]]:
+    """Take the first rows of a queue that one launch can assign: a slot's second row adds to its first."""
+    taken: list[tuple[int, SlotSampling]] = []
+    while queue and len(taken) < most and queue[0][0] not in {slot for slot, _ in taken}:
+        taken.append(queue.popleft())
+    return taken
 
 
 def _no_report(done: int, total: int) -> None:

@@ -7,8 +7,8 @@ host, so that no step waits for it. A load waits for the copies it needs, and se
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -21,12 +21,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from stepjax.infer.engine.pages import TRASH_PAGE
 from stepjax.infer.engine.sequence import HostMove
+from stepjax.infer.steps.state import placed_rows
+from stepjax.model.layout import Layout
 from stepjax.program_cache import ProgramCache, compile_program
 
 COPIED = (4, 32)  # pages that one launch copies, the rest being padding
 MAX_UNREAD = 4  # gathers that lie on the device until the host has them
 
 Part = tuple[tuple[int, int], ...]  # the rows of each axis after the first that a device holds
+ByShard = dict[int, list[HostMove]]
 Rows = list[dict[Part, np.ndarray]]  # for each array its parts, of one page or snapshot
 
 
@@ -42,16 +45,16 @@ class HostCopies:
     """Carries out moves, in their order, on the arrays of pages and snapshots."""
 
     def __init__(
-        self, cache: ProgramCache | None, identity: str, pages: Sequence[jax.Array], snapshots: Sequence[jax.Array]
+        self, cache: ProgramCache | None, layout: Layout, pages: Sequence[jax.Array], snapshots: Sequence[jax.Array]
     ):
         """
         Args:
           cache: compiled programs of earlier runs.
-          identity: of the model's layout, for the names of programs.
+          layout: the model's. If it has several shards, rows of an array are those of all shards one after the other.
           pages: the arrays of all pages, [P, ...].
           snapshots: the arrays of all snapshots, [N, ...].
         """
-        self._cache, self._identity = cache, identity
+        self._cache, self._layout = cache, layout
         self._page_shapes, self._snapshot_shapes = list(map(_shape, pages)), list(map(_shape, snapshots))
         self._copies: dict[int, _Copy] = {}
         self._unread: deque[Future[None]] = deque()
@@ -60,18 +63,18 @@ class HostCopies:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of a page in this process."""
-        return sum(map(_row_bytes, self._page_shapes))
+        """Bytes of a page of each shard in this process."""
+        return sum(map(self._row_bytes, self._page_shapes))
 
     @property
     def snapshot_bytes(self) -> int:
-        """Bytes of a snapshot in this process."""
-        return sum(map(_row_bytes, self._snapshot_shapes))
+        """Bytes of a snapshot of each shard in this process."""
+        return sum(map(self._row_bytes, self._snapshot_shapes))
 
     @property
     def snapshot_shapes(self) -> list[jax.ShapeDtypeStruct]:
-        """The arrays of one snapshot, [1, ...]."""
-        return [_rows_of(shape, 1) for shape in self._snapshot_shapes]
+        """The arrays of one snapshot of each shard, [shards, ...]."""
+        return [self._rows_of(shape, 1) for shape in self._snapshot_shapes]
 
     @property
     def num_copies(self) -> int:
@@ -86,7 +89,8 @@ class HostCopies:
           pages: the arrays of all pages; they are donated if pages are loaded.
           snapshots: the arrays of all snapshots, which are not changed.
 
-        Returns: the arrays of all pages, and for slots that receive their rings the arrays of one snapshot, [1, ...].
+        Returns: the arrays of all pages, and for slots that receive their rings the arrays of one snapshot of each
+          shard, [shards, ...].
         """
         moves = list(moves)
         dropped = {move.id for move in moves if move.action == "drop"}  # after the rest, which may still need them
@@ -100,9 +104,9 @@ class HostCopies:
                 self._store(of_pages, of_snapshots, pages, snapshots)
             else:
                 for some in _chunks(of_pages):
-                    pages = self._put(pages, [move.id for move in some], [move.place for move in some])
+                    pages = self._put(pages, some)
                 for move in of_snapshots:
-                    rings[move.place] = self._values(self._snapshot_shapes, [move.id], 1)
+                    rings[move.place] = self._values(self._snapshot_shapes, {move.shard: [move]}, 1)
         for id in dropped:
             self._copies.pop(id, None)
         return pages, rings
@@ -129,83 +133,142 @@ class HostCopies:
         snapshots: Sequence[jax.Array],
     ) -> None:
         for some in _chunks(of_pages):
-            ids = _padded([move.place for move in some])
-            self._keep([move.id for move in some], self._taker(self._page_shapes, len(ids))(pages, ids))
+            count = _bucket(some)
+            self._keep(some, self._taker(self._page_shapes, count)(pages, self._places(some, count)))
         for move in of_snapshots:
-            place = np.asarray([move.place], np.int32)
-            self._keep([move.id], self._taker(self._snapshot_shapes, 1)(list(snapshots), place))
+            some = {move.shard: [move]}
+            self._keep(some, self._taker(self._snapshot_shapes, 1)(list(snapshots), self._places(some, 1)))
 
-    def _keep(self, ids: Sequence[int], taken: Sequence[jax.Array]) -> None:
+    def _keep(self, moves: ByShard, taken: Sequence[jax.Array]) -> None:
         """Bring rows to the host, in the thread. The arrays are on the device until it has read them."""
-        parts = [_parts(x) for x in taken]
+        parts = [self._parts(x) for x in taken]
         for part in parts:
             for data in part.values():
                 data.copy_to_host_async()
-        copies = [_Copy([{} for _ in parts]) for _ in ids]
+        copies = {shard: [_Copy([{} for _ in parts]) for _ in some] for shard, some in moves.items()}
 
         def read() -> None:
             for place, part in enumerate(parts):
-                for key, data in part.items():
+                for (shard, key), data in part.items():
                     rows = np.asarray(data)
-                    for row, copy in zip(rows, copies, strict=False):  # the last rows are padding
+                    for row, copy in zip(rows, copies.get(shard, ()), strict=False):  # the last rows are padding
                         copy.rows[place][key] = row.copy()
 
         while len(self._unread) >= MAX_UNREAD:
             self._unread.popleft().result()
         ready = self._thread.submit(read)
         self._unread.append(ready)
-        for id, copy in zip(ids, copies, strict=True):
-            copy.ready = ready
-            self._copies[id] = copy
+        for shard, some in moves.items():
+            for move, copy in zip(some, copies[shard], strict=True):
+                copy.ready = ready
+                self._copies[move.id] = copy
 
-    def _put(self, pages: list[jax.Array], ids: Sequence[int], places: Sequence[int]) -> list[jax.Array]:
-        where = _padded(places)
-        return self._putter(len(where))(pages, self._values(self._page_shapes, ids, len(where)), where)
+    def _put(self, pages: list[jax.Array], moves: ByShard) -> list[jax.Array]:
+        count = _bucket(moves)
+        return self._putter(count)(pages, self._values(self._page_shapes, moves, count), self._places(moves, count))
 
-    def _values(self, shapes: Sequence[jax.ShapeDtypeStruct], ids: Sequence[int], count: int) -> list[jax.Array]:
-        """Copies as arrays on the device, [count, ...], padded with zeros."""
-        copies = [self._copies[id] for id in ids]
-        for copy in copies:
-            if copy.ready is not None:
-                copy.ready.result()
-        return [_placed(shape, count, [copy.rows[place] for copy in copies]) for place, shape in enumerate(shapes)]
+    def _values(self, shapes: Sequence[jax.ShapeDtypeStruct], moves: ByShard, count: int) -> list[jax.Array]:
+        """Copies as arrays on the device, [shards · count, ...], padded with zeros."""
+        copies = {shard: [self._copies[move.id] for move in some] for shard, some in moves.items()}
+        for some in copies.values():
+            for copy in some:
+                if copy.ready is not None:
+                    copy.ready.result()
+        return [
+            self._placed(shape, count, {shard: [copy.rows[place] for copy in some] for shard, some in copies.items()})
+            for place, shape in enumerate(shapes)
+        ]
+
+    def _places(self, moves: ByShard, count: int) -> Any:
+        """Rows of each shard that moves read or write, padded with the trash page."""
+        places = np.full((self._layout.num_shards, count), TRASH_PAGE, np.int32)
+        for shard, some in moves.items():
+            places[shard, : len(some)] = [move.place for move in some]
+        return placed_rows(places.reshape(-1), self._layout)
 
     def _taker(self, shapes: Sequence[jax.ShapeDtypeStruct], count: int) -> Callable[..., list[jax.Array]]:
-        def take(arrays: list[jax.Array], ids: jax.Array) -> list[jax.Array]:
+        layout = self._layout
+
+        def rows(arrays: list[jax.Array], ids: jax.Array) -> list[jax.Array]:
             return [jnp.take(x, ids, axis=0, mode="clip") for x in arrays]
 
-        where = [_by_row(shape.sharding) for shape in shapes]
-        return self._program(take, (list(shapes), np.zeros((count,), np.int32)), out_shardings=where)
+        def take(arrays: list[jax.Array], ids: jax.Array) -> list[jax.Array]:
+            return layout.by_shard(rows, arrays, ids)
+
+        where = [self._by_row(shape.sharding) for shape in shapes]
+        return self._program(take, (list(shapes), self._places({}, count)), out_shardings=where)
 
     def _putter(self, count: int) -> Callable[..., list[jax.Array]]:
-        def put(arrays: list[jax.Array], values: list[jax.Array], ids: jax.Array) -> list[jax.Array]:
+        layout = self._layout
+
+        def rows(arrays: list[jax.Array], values: list[jax.Array], ids: jax.Array) -> list[jax.Array]:
             return [x.at[ids].set(value) for x, value in zip(arrays, values, strict=True)]
 
+        def put(arrays: list[jax.Array], values: list[jax.Array], ids: jax.Array) -> list[jax.Array]:
+            return layout.by_shard(rows, arrays, values, ids)
+
         shapes = self._page_shapes
-        arguments = (list(shapes), [_rows_of(x, count) for x in shapes], np.zeros((count,), np.int32))
+        arguments = (list(shapes), [self._rows_of(x, count) for x in shapes], self._places({}, count))
         return self._program(put, arguments, out_shardings=[x.sharding for x in shapes], donate_argnums=(0,))
 
     def _program(self, function: Callable[..., Any], arguments: Any, **options: Any) -> Callable[..., Any]:
         key = function.__name__, *(x.shape for x in jax.tree.leaves(arguments))
         if key not in self._programs:
-            identity = f"host cache {function.__name__} {self._identity}"
+            identity = f"host cache {function.__name__} {self._layout!r}"
             self._programs[key] = compile_program(self._cache, function, arguments, identity=identity, **options)
         return self._programs[key]
+
+    def _by_row(self, sharding: Any) -> Any:
+        """The placement of rows of an array: everywhere those that a device's shard has, or with one shard all."""
+        if isinstance(sharding, NamedSharding) and self._layout.num_shards == 1:
+            return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec[1:]))
+        return sharding
+
+    def _rows_of(self, shape: jax.ShapeDtypeStruct, count: int) -> jax.ShapeDtypeStruct:
+        rows = self._layout.num_shards * count
+        return jax.ShapeDtypeStruct((rows, *shape.shape[1:]), shape.dtype, sharding=self._by_row(shape.sharding))
+
+    def _shard(self, index: Sequence[slice], num_rows: int) -> int:
+        """The shard whose rows an index into an array of rows takes."""
+        return index[0].indices(num_rows)[0] * self._layout.num_shards // num_rows
+
+    def _parts(self, x: jax.Array) -> dict[tuple[int, Part], jax.Array]:
+        """The parts of an array of rows that this process's devices hold, by shard, each once."""
+        return {
+            (self._shard(shard.index, len(x)), _part(shard.index, x.shape)): shard.data
+            for shard in reversed(x.addressable_shards)
+        }
+
+    def _row_bytes(self, shape: jax.ShapeDtypeStruct) -> int:
+        """Bytes that this process holds of one row of each shard."""
+        rows = self._rows_of(shape, 1)
+        assert rows.sharding is not None
+        indices = [index for index in rows.sharding.addressable_devices_indices_map(rows.shape).values() if index]
+        parts = {(self._shard(index, rows.shape[0]), _part(index, rows.shape)) for index in indices}
+        return sum(int(np.prod([end - start for start, end in part])) for _, part in parts) * shape.dtype.itemsize
+
+    def _placed(
+        self, shape: jax.ShapeDtypeStruct, count: int, rows: Mapping[int, Sequence[dict[Part, np.ndarray]]]
+    ) -> jax.Array:
+        """Rows on the devices, [shards · count, ...], padded with zeros; each process sends its own parts."""
+        stacked: dict[tuple[int, Part], np.ndarray] = {}
+        target = self._rows_of(shape, count)
+        assert target.sharding is not None
+
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None, "every part of an array has a place in it"
+            shard, key = self._shard(index, target.shape[0]), _part(index, shape.shape)
+            if (shard, key) not in stacked:
+                stacked[shard, key] = np.zeros((count, *(end - start for start, end in key)), shape.dtype)
+                for place, row in enumerate(rows.get(shard, ())):
+                    stacked[shard, key][place] = row[key]
+            return stacked[shard, key]
+
+        return jax.make_array_from_callback(target.shape, target.sharding, part)
 
 
 def _shape(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-
-
-def _by_row(sharding: Any) -> Any:
-    """The placement of rows of an array, whose first axis is then whole everywhere."""
-    if isinstance(sharding, NamedSharding):
-        return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec[1:]))
-    return sharding
-
-
-def _rows_of(shape: jax.ShapeDtypeStruct, count: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((count, *shape.shape[1:]), shape.dtype, sharding=_by_row(shape.sharding))
 
 
 def _part(index: Sequence[slice], shape: Sequence[int]) -> Part:
@@ -213,40 +276,15 @@ def _part(index: Sequence[slice], shape: Sequence[int]) -> Part:
     return tuple(rows.indices(size)[:2] for rows, size in zip(index[1:], shape[1:], strict=True))
 
 
-def _parts(x: jax.Array) -> dict[Part, jax.Array]:
-    """The parts of an array that this process's devices hold, each once."""
-    return {_part(shard.index, x.shape): shard.data for shard in reversed(x.addressable_shards)}
+def _chunks(moves: Iterable[HostMove]) -> Iterable[ByShard]:
+    """Moves that one launch carries out, by shard."""
+    by_shard: ByShard = defaultdict(list)
+    for move in moves:
+        by_shard[move.shard].append(move)
+    for first in range(0, max(map(len, by_shard.values()), default=0), COPIED[-1]):
+        yield {shard: some[first : first + COPIED[-1]] for shard, some in by_shard.items()}
 
 
-def _row_bytes(shape: jax.ShapeDtypeStruct) -> int:
-    """Bytes that this process holds of one row of an array."""
-    assert shape.sharding is not None
-    indices = _by_row(shape.sharding).addressable_devices_indices_map((1, *shape.shape[1:]))
-    parts = {_part(index, shape.shape) for index in indices.values()}
-    return sum(int(np.prod([end - start for start, end in part])) for part in parts) * shape.dtype.itemsize
-
-
-def _placed(shape: jax.ShapeDtypeStruct, count: int, rows: Sequence[dict[Part, np.ndarray]]) -> jax.Array:
-    """Rows on the devices, [count, ...], padded with zeros; each process sends its own parts."""
-    stacked: dict[Part, np.ndarray] = {}
-
-    def part(index: tuple[slice, ...] | None) -> np.ndarray:
-        assert index is not None, "every part of an array has a place in it"
-        key = _part(index, shape.shape)
-        if key not in stacked:
-            stacked[key] = np.zeros((count, *(end - start for start, end in key)), shape.dtype)
-            for place, row in enumerate(rows):
-                stacked[key][place] = row[key]
-        return stacked[key]
-
-    return jax.make_array_from_callback((count, *shape.shape[1:]), _by_row(shape.sharding), part)
-
-
-def _chunks(moves: Sequence[HostMove]) -> Iterable[Sequence[HostMove]]:
-    return (moves[first : first + COPIED[-1]] for first in range(0, len(moves), COPIED[-1]))
-
-
-def _padded(pages: Sequence[int]) -> np.ndarray:
-    """Ids of pages, as many as a program takes."""
-    count = next(count for count in COPIED if count >= len(pages))
-    return np.asarray([*pages, *[TRASH_PAGE] * (count - len(pages))], np.int32)
+def _bucket(moves: ByShard) -> int:
+    """Rows of each shard that a program moves, which are at least as many."""
+    return next(count for count in COPIED if count >= max(map(len, moves.values())))

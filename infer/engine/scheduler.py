@@ -39,8 +39,9 @@ class Scheduler:
         self._in_flight: deque[tuple[StepPlan, list[_Part]]] = deque()
         self._num_plans = 0
         self._prefilled_last = False
-        self.piece_limits = {width: min(config.prefill_rows, config.token_budget // width) for width in config.widths}
-        self.most_rows = self.piece_limits  # by width of a piece, ascending; an engine may offer fewer
+        most = min(config.prefill_rows, config.num_slots)
+        self.piece_limits = {width: min(most, config.token_budget // width) for width in config.widths}
+        self.most_rows = self.piece_limits  # of a shard by width of a piece, ascending; an engine may offer fewer
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; errors as `Admission.add`."""
@@ -103,7 +104,7 @@ class Scheduler:
                 continue  # this chunk samples a token, and which may follow is not known yet
             count = end - run.position
             width = width or next(bucket for bucket in self.most_rows if bucket >= count)
-            if len(parts) == self.most_rows[width] * self.config.num_shards:
+            if len(parts) == min(self.most_rows[width] * self.config.num_shards, self.config.prefill_rows):
                 break
             if count <= width and rows[run.shard.index] < self.most_rows[width]:
                 parts.append(self._prefill(run, end))

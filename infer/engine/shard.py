@@ -7,16 +7,61 @@ over. A sequence runs on one shard until it leaves; its pages never straddle two
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
 
 from stepjax.infer.engine.host_tier import HostStats
 from stepjax.infer.engine.pages import Node, PagePool
 from stepjax.infer.engine.prefix_cache import PrefixCache, PrefixStats
-from stepjax.infer.engine.sequence import Sequence
+from stepjax.infer.engine.sequence import Sequence, StepPlan
 
 RUN_RANK = attrgetter("sequence.rank")
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """What an executor keeps on the device. Slots, pages and snapshots are those of one shard."""
+
+    num_slots: int
+    num_pages: int  # the trash page included
+    page_size: int  # tokens
+    context: int  # tokens of the longest sequence
+    num_snapshots: int
+    host_bytes: int = 0  # of pages and snapshots in the host memory of each process
+    num_shards: int = 1
+
+    @property
+    def pages_per_sequence(self) -> int:
+        return -(-self.context // self.page_size)
+
+    @property
+    def all_slots(self) -> int:
+        """Sequences that run together on all shards."""
+        return self.num_slots * self.num_shards
+
+    def shard(self, slot: int) -> int:
+        """The shard of a slot."""
+        return slot // self.num_slots
+
+    def fullest(self, slots: Iterable[int]) -> int:
+        """The most of these slots that one shard has."""
+        return max(Counter(map(self.shard, slots)).values(), default=0)
+
+    def places(self, plan: StepPlan, count: int) -> list[int]:
+        """Where the arrays of a step have each row of its plan: those of all shards one after the other.
+
+        Args:
+          count: slots or rows that the step runs of each shard.
+        """
+        taken = Counter[int]()
+        places = []
+        for row in plan.rows:
+            shard = self.shard(row.slot)
+            within = row.slot % self.num_slots if plan.kind == "decode" else taken[shard]
+            places.append(shard * count + within)
+            taken[shard] += 1
+        return places
 
 
 @dataclass(eq=False)
@@ -157,7 +202,7 @@ class Shard:
         return victims
 
     def check(self, *, num_reserved: int = 0) -> None:
-        """Assert the invariants of pages and snapshots, where ``num_reserved`` wait for steps in flight."""
+        """Assert the invariants of pages and snapshots, while steps in flight save ``num_reserved`` snapshots."""
         held = [page for run in self.running for page in run.pages]
         self.pool.check([*held, *self.prefix.pages()])
         self.prefix.check(num_reserved=num_reserved)

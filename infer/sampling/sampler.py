@@ -70,7 +70,7 @@ def mask_padding(logits: jax.Array, num_tokens: int) -> jax.Array:
     return jnp.where(real.reshape((1,) * (logits.ndim - 1) + (-1,)), logits, jnp.asarray(REMOVED, logits.dtype))
 
 
-def record(sampling: Sampling, token_BT: jax.Array, count_B: jax.Array, *, slot_B: jax.Array | None = None) -> Sampling:
+def record(sampling: Sampling, token_BT: jax.Array, count_B: jax.Array, slot_B: jax.Array | None = None) -> Sampling:
     """``sampling`` after the first ``count`` tokens of each row were answered.
 
     Args:

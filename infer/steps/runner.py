@@ -2,6 +2,9 @@
 
 A state has S slots. A step runs the first B of them, so that few sequences need not pay for many; prefill runs any
 R. Caches of full layers are rows, one per slot, or pages that a table given with each call assigns to slots.
+
+Where a layout has several shards, S, B, R and the pages are those of all shards one after the other: a step runs the
+first slots of each, and slots and pages have numbers within their shard.
 """
 
 from __future__ import annotations
@@ -82,7 +85,7 @@ class Runner:
         """
 
         def run(params: Params, state: State, slot_M: jax.Array, rows: SlotSampling) -> tuple[State, tuple[()]]:
-            return state._replace(sampling=assign(state.sampling, slot_M, rows)), ()
+            return state._replace(sampling=self.model.layout.by_shard(assign, state.sampling, slot_M, rows)), ()
 
         return self._program(("assign",), run)
 
@@ -92,7 +95,7 @@ class Runner:
         """
 
         def run(params: Params, state: State, *masks: jax.Array) -> tuple[State, tuple[()]]:
-            return state._replace(sampling=guide(state.sampling, *masks)), ()
+            return state._replace(sampling=self.model.layout.by_shard(guide, state.sampling, *masks)), ()
 
         return self._program(("guide",), run)
 
@@ -142,7 +145,7 @@ class Runner:
         """Run the pieces; where a prompt ends, the first token of its answer is sampled."""
         model, count_R, slot_R = bind(self.model, with_slots(params, pieces.adapter_R)), pieces.count_R, pieces.slot_R
         live_R, inside_R = count_R > 0, pieces.next_R >= 0
-        mine, sampling = _rows((state.progress, state.sampling), slot_R, count_R.shape[0])
+        mine, sampling = self._rows((state.progress, state.sampling), slot_R, count_R)
         if pieces.start_R is not None:
             first = jnp.where(pieces.start_R[:, None] > 0, mine.first_SK, 0)
             mine = mine._replace(length_S=pieces.start_R, first_SK=first)
@@ -175,7 +178,7 @@ class Runner:
     ) -> tuple[State, Emitted]:
         """Verify ``drafts`` tokens of the active slots, emit 1 … drafts + 1 each, and draft as many again."""
         model, width = bind(self.model, with_slots(params, adapter_B)), 1 + drafts
-        mine, sampling = _rows((state.progress, state.sampling), None, active_B.shape[0])
+        mine, sampling = self._rows((state.progress, state.sampling), None, active_B)
         mine, sampling = _only(mine, active_B), sampling.only(active_B)
         guess_BK = mine.draft_SK[:, :drafts]
         chunk = Chunk.at(mine.length_S, jnp.where(active_B, width, 0), width, page_BN=page_BN)
@@ -295,8 +298,21 @@ class Runner:
         live_B: jax.Array,
         slot_B: jax.Array | None,
     ) -> State:
-        progress = jax.tree.map(functools.partial(_put, slot_B=slot_B, live_B=live_B), state.progress, after)
-        return State(cache, progress, record(state.sampling, emitted.token_BT, emitted.count_B, slot_B=slot_B))
+        slots = () if slot_B is None else (slot_B,)
+        progress = self._by_shard(_put_rows, state.progress, live_B, after, *slots)
+        sampling = self._by_shard(record, state.sampling, emitted.token_BT, emitted.count_B, *slots)
+        return State(cache, progress, sampling)
+
+    def _rows(self, tree: Any, slot_B: jax.Array | None, rows_B: jax.Array) -> Any:
+        """The rows of these slots, or of the first slots of each shard, as many as ``rows`` has."""
+        return self._by_shard(_rows, tree, rows_B, *(() if slot_B is None else (slot_B,)))
+
+    def _by_shard(self, function: Callable[..., Any], slots: Any, rows: jax.Array, *arguments: Any) -> Any:
+        """``function(slots, rows, …)`` on each shard. A batch that the shards do not share has no slots to choose."""
+        layout = self.model.layout
+        if rows.shape[0] % layout.num_shards:
+            return function(slots, rows, *arguments)
+        return layout.by_shard(function, slots, rows, *arguments)
 
 
 def _finite(x_BTD: jax.Array, count_B: jax.Array) -> jax.Array:
@@ -305,9 +321,10 @@ def _finite(x_BTD: jax.Array, count_B: jax.Array) -> jax.Array:
     return jnp.all(jnp.isfinite(x_BTD) | ~live[..., None], axis=(1, 2))
 
 
-def _rows(tree: Any, slot_B: jax.Array | None, count: int) -> Any:
-    """The rows of these slots, or of the first ``count``."""
+def _rows(tree: Any, rows_B: jax.Array, slot_B: jax.Array | None = None) -> Any:
+    """The rows of these slots, or of the first, as many as ``rows`` has."""
     if slot_B is None:
+        count = rows_B.shape[0]
         return jax.tree.map(lambda x: x if x.shape[0] == count else x[:count], tree)
     return jax.tree.map(lambda x: jnp.take(x, slot_B, axis=0, mode="clip"), tree)
 
@@ -321,6 +338,10 @@ def _only(mine: SlotProgress, live_B: jax.Array) -> SlotProgress:
     length = jnp.where(live_B, mine.length_S, 0)
     last, drafts = jnp.where(live_B, mine.last_S, 0), jnp.where(live_B[:, None], mine.draft_SK, 0)
     return mine._replace(length_S=length, last_S=last, draft_SK=drafts)
+
+
+def _put_rows(old: SlotProgress, live_B: jax.Array, new: SlotProgress, slot_B: jax.Array | None = None) -> SlotProgress:
+    return jax.tree.map(functools.partial(_put, slot_B=slot_B, live_B=live_B), old, new)
 
 
 def _put(old: jax.Array, new: jax.Array, *, slot_B: jax.Array | None, live_B: jax.Array) -> jax.Array:

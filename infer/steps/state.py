@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from stepjax.infer.sampling.sampler import Logprobs
 from stepjax.infer.sampling.state import Sampling
@@ -69,6 +70,20 @@ def placement(state: State, layout: Layout) -> State:
     return State(cache, *jax.tree.map(by_sequence, (state.progress, state.sampling)))
 
 
+def placed_rows(tree: Any, layout: Layout) -> Any:
+    """Numpy arrays of the rows of all shards, each shard's rows on its devices.
+
+    With one shard they stay as they are: sending them first, and keeping what has not changed, would cost more than it
+    saves.
+    """
+
+    def place(x: np.ndarray) -> Any:
+        where = layout.sharding(x.shape, "batch", *(None,) * (x.ndim - 1))
+        return x if where is None else jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+
+    return tree if layout.num_shards == 1 else jax.tree.map(place, tree)
+
+
 class SlotParts(NamedTuple):
     """The state of slots that a snapshot must copy."""
 
@@ -85,12 +100,20 @@ class SlotParts(NamedTuple):
 
         return jax.tree.map(zeros, self, self._axes())
 
-    def copied(self, slot: jax.Array, source: SlotParts, source_slot: jax.Array) -> SlotParts:
-        """These parts with the entry ``source_slot`` of others in the entry ``slot``."""
+    def copied(self, slot_N: jax.Array, source: SlotParts, source_slot_N: jax.Array, layout: Layout) -> SlotParts:
+        """These parts with the entry ``source_slot`` of others in the entry ``slot``, for each of N shards; a shard
+        whose ``slot`` is negative stays as it is.
+        """
 
         def put(x: jax.Array, source: jax.Array, axis: int) -> jax.Array:
-            entry = jax.lax.dynamic_index_in_dim(source, source_slot, axis)
-            return jax.lax.dynamic_update_slice_in_dim(x, entry, slot, axis)
+            def one(x: jax.Array, source: jax.Array, slot_N: jax.Array, source_slot_N: jax.Array) -> jax.Array:
+                slot = jnp.maximum(slot_N[0], 0)
+                kept = jax.lax.dynamic_index_in_dim(x, slot, axis)
+                entry = jax.lax.dynamic_index_in_dim(source, source_slot_N[0], axis)
+                entry = jnp.where(slot_N[0] >= 0, entry, kept)
+                return jax.lax.dynamic_update_slice_in_dim(x, entry, slot, axis)
+
+            return layout.by_shard(one, x, source, slot_N, source_slot_N, axes=(axis, axis, 0, 0))
 
         return jax.tree.map(put, self, source, self._axes())
 

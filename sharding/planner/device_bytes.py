@@ -199,14 +199,15 @@ def paged(
     page_size: int = PAGE,
     dtype: str = "bfloat16",
 ) -> CacheBytes:
-    """An engine's caches of ``batch`` sequences: pages for ``context`` positions of each and the one that padding
-    writes to, and rings; ``full_shape`` is that of the pages of all sequences, joined.
+    """An engine's caches of ``batch`` sequences: pages for ``context`` positions of each and the one of each shard that
+    padding writes to, and rings; ``full_shape`` is that of the pages of a device's sequences, joined.
     """
-    pages = batch * -(-context // page_size) + 1
-    layout, size = layout.together(), (pages, page_size)
-    held = cached(config, layout, batch=batch, length=0, depths=depths, dtype=dtype, pages=size)
+    together = layout.together()
+    local, each = -(-batch // together.num_shards), -(-context // page_size)
+    pages, batch = together.num_shards * (local * each + 1), together.num_shards * local
+    held = cached(config, together, batch=batch, length=0, depths=depths, dtype=dtype, pages=(pages, page_size))
     _, rows, heads, width = held.full_shape
-    return dataclasses.replace(held, full_shape=(batch, (pages - 1) // batch * rows, heads, width))
+    return dataclasses.replace(held, full_shape=(local, each * rows, heads, width))
 
 
 @functools.lru_cache(maxsize=4096)

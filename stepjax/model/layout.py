@@ -22,6 +22,7 @@ AXES = (
     "batch",  # sequences
     "length",  # positions within a sequence, where its tokens meet weights
     "stream",  # positions of the residual stream between the layers' parts
+    "pages",  # of a full-attention layer's cache, as shards hold them
     "rows",  # cached positions of a full-attention layer
     "vocab",
     "embed",  # width of the residual stream
@@ -114,6 +115,21 @@ class Layout(Protocol):
         """The same with every sequence on all devices, for sequences that share a cache."""
         ...
 
+    @property
+    def num_shards(self) -> int:
+        """Groups of devices that keep sequences and pages of their own, in a cache that sequences share."""
+        ...
+
+    def by_shard(self, function: Callable[..., T], *arguments: Any, axes: tuple[int, ...] = ()) -> T:
+        """``function(*arguments)`` on each shard's part of arrays that have a multiple of `num_shards` entries, so that
+        no index in them reaches another shard.
+
+        Args:
+          axes: of each argument the axis that the shards share; (): the first. The result is split like the first
+            argument.
+        """
+        ...
+
     def by_sequence(self, function: Callable[..., T], *arguments: Any) -> T:
         """``function(*arguments)``, which maps trees of arrays [B, …] to such a tree and each sequence by itself."""
         ...
@@ -172,6 +188,13 @@ class SingleDevice:
 
     def together(self) -> SingleDevice:
         return self
+
+    @property
+    def num_shards(self) -> int:
+        return 1
+
+    def by_shard(self, function: Callable[..., T], *arguments: Any, axes: tuple[int, ...] = ()) -> T:
+        return function(*arguments)
 
     def by_sequence(self, function: Callable[..., T], *arguments: Any) -> T:
         return function(*arguments)

@@ -109,6 +109,8 @@ class Sampler:
         )
         self._batch_params = self._params
         context = min(context, session.config.max_positions)
+        shards = session.model.layout.together().num_shards
+        slots = -(-slots // shards) * shards  # each shard has as many, and their pages
         # Deterministic: an answer's log-probabilities are the same bits whatever else is in the batch, and all batches
         # use one decode program.
         config = EngineConfig(
@@ -134,7 +136,7 @@ class Sampler:
     def calls(self) -> list[tuple[StoredFunction, tuple[Any, ...]]]:
         """The programs that batches use with their arguments, so that they can be compiled ahead."""
         config, limits = self._engine.config, self._engine.scheduler.piece_limits
-        decode = ProgramShape("decode", config.num_slots, config.speculate or 0)
+        decode = ProgramShape("decode", self._engine.executor.size.num_slots, config.speculate or 0)
         prefill = [ProgramShape("prefill", limits[width], width) for width in limits]
         return self._engine.executor.calls([decode, *prefill])
 
