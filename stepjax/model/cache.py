@@ -10,15 +10,26 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from stepjax.config import LayerSpec, ModelConfig
+from stepjax.gpu_target import kernels_target
 from stepjax.model.period import Period
-from stepjax.ops.attention import Heads, KeyValues, Partial, attention_to, empty_partial, finish, merge
+from stepjax.ops.attention import (
+    Heads,
+    KeyValues,
+    Partial,
+    attention_to,
+    empty_partial,
+    finish,
+    kernel_partial,
+    merge,
+)
+from stepjax.ops.paged import CachedRows, fits, num_parts
 from stepjax.weights.stacked import layer_of
 
 MAX_DRAFTS = 3
@@ -190,7 +201,14 @@ class Pages:
         select: Select = every_head,
         stripe: Stripe = EVERYTHING,
     ) -> Partial:
-        """Runs over the longest prefix of the batch, a block of pages at a time: no shape depends on the lengths.
+        return _looked(self, q_BTNH, chunk, window=window, select=select, stripe=stripe)
+
+    def gathered(
+        self, q_BTNH: jax.Array, chunk: Chunk, *, window: int | None, select: Select, stripe: Stripe
+    ) -> Partial:
+        """`look` by gathering pages first.
+
+        Runs over the longest prefix of the batch, a block of pages at a time: no shape depends on the lengths.
 
         A sequence's own length decides which of its pages go into large blocks and which into small ones, so that its
         sums never depend on its neighbours.
@@ -274,6 +292,11 @@ class Ring:
         stripe: Stripe = EVERYTHING,
     ) -> Partial:
         assert stripe is EVERYTHING, "a ring is never shared"
+        return _looked(self, q_BTNH, chunk, window=window, select=select, stripe=stripe)
+
+    def gathered(
+        self, q_BTNH: jax.Array, chunk: Chunk, *, window: int | None, select: Select, stripe: Stripe
+    ) -> Partial:
         near = q_BTNH.shape[1] if window is None else min(window, q_BTNH.shape[1])  # later queries see no cached key
         part = attention_to(q_BTNH[:, :near], chunk.position_BT[:, :near], [select(self.prefix(chunk))], window=window)
         return part.padded(q_BTNH.shape[1] - near)
@@ -294,6 +317,56 @@ class Ring:
             return joined.reshape(cache.shape)
 
         return Ring(put(self.k_SRKH, k_BTKH), put(self.v_SRKH, v_BTKH))
+
+
+def cached_rows(view: Pages | Ring, chunk: Chunk, stripe: Stripe) -> CachedRows:
+    """Where a kernel finds the keys before the chunk."""
+    k, v = (view.k_PRKH, view.v_PRKH) if isinstance(view, Pages) else (view.k_SRKH, view.v_SRKH)
+    size = k.shape[-4]
+    if isinstance(view, Pages):
+        table = _table(chunk)
+    else:
+        batch = chunk.position_BT.shape[0]
+        slot = jnp.arange(batch, dtype=jnp.int32) if chunk.slot_B is None else chunk.slot_B
+        table = jnp.clip(slot, 0, size - 1)[:, None]
+    if chunk.layer is not None:
+        table = chunk.layer * size + table
+    first_B = None if isinstance(view, Pages) else chunk.first_B
+    return CachedRows(
+        _joined(k), _joined(v), table, chunk.start_B, first_B, stripe.index, stripe.count, ring=isinstance(view, Ring)
+    )
+
+
+def _looked(
+    view: Pages | Ring,
+    q_BTNH: jax.Array,
+    chunk: Chunk,
+    *,
+    window: int | None,
+    select: Select,
+    stripe: Stripe,
+) -> Partial:
+    """The view's own way, or on a GPU the kernel that reads the cache where it lies."""
+    gpu, rows = kernels_target("on", "all"), cached_rows(view, chunk, stripe)
+    if gpu is None or not fits(q_BTNH, rows):
+        return view.gathered(q_BTNH, chunk, window=window, select=select, stripe=stripe)
+
+    def kernel(q_BTNH: jax.Array, chunk: Chunk, view: Any) -> Partial:
+        rows = cached_rows(view, chunk, stripe)
+        every = jnp.arange(rows.k_PRKH.shape[2], dtype=jnp.int32)[None, None, :, None]
+        head_K = select(KeyValues(every, every, every[..., 0, 0])).k_BSKH.reshape(-1)  # the heads, not their keys
+        num_rows = rows.k_PRKH.shape[1] * rows.table_BN.shape[1]
+        group = q_BTNH.shape[2] // head_K.size
+        parts = num_parts(q_BTNH.shape[1], group, head_K.size, num_rows, cores=gpu.cores)
+        return kernel_partial(q_BTNH, chunk.position_BT, rows, head_K, window=window, parts=parts)
+
+    return jax.lax.platform_dependent(
+        q_BTNH,
+        chunk,
+        view,
+        cpu=lambda q, chunk, view: view.gathered(q, chunk, window=window, select=select, stripe=stripe),
+        default=kernel,
+    )
 
 
 def after(seen: Partial, chunk: Chunk) -> Chunk:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from stepjax.ops.flash import NONE, ROWS, RowPositions, flash_attention
+from stepjax.ops.paged import CachedRows, paged_attention
 from stepjax.ops.pallas_hopper import hopper_cores
 from stepjax.weights.products import wide_einsum
 
@@ -143,6 +144,24 @@ def _fits(q: jax.Array, keys: KeyValues) -> bool:
         return False
     whole = q.shape[-1] % 64 == 0 and q.dtype == keys.k_BSKH.dtype == keys.v_BSKH.dtype == jnp.bfloat16
     return whole and min(q.shape[1], keys.k_BSKH.shape[1]) >= ROWS and hopper_cores() > 0
+
+
+def kernel_partial(
+    q_BTNH: jax.Array,
+    position_BT: jax.Array,
+    rows: CachedRows,
+    head_K: jax.Array,
+    *,
+    window: int | None,
+    parts: int,
+    interpret: bool = False,
+) -> Partial:
+    """Attention to cached rows where they lie, by a kernel. Arguments are those of `paged_attention`."""
+    out, top, total = paged_attention(
+        q_BTNH, position_BT, rows, head_K, window=window, parts=parts, interpret=interpret
+    )
+    (B, T, N, H), K = q_BTNH.shape, head_K.size
+    return Partial(out.reshape(B, T, K, N // K, H), *(x.reshape(B, T, K, N // K) for x in (top, total)))
 
 
 def _flash_forward(q: jax.Array, position: jax.Array, keys: KeyValues, window: int | None, interpret: Any) -> Partial:

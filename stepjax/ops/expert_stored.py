@@ -142,7 +142,7 @@ def _experts_bwd(setup, saved, dy):
         dtype=x.dtype,
         **run.cut(per_token=True),
     )
-    along = jnp.sum(hidden[:-1].astype(jnp.float32) * arrived[:-1].astype(jnp.float32), axis=-1)
+    along = jnp.sum(hidden.astype(jnp.float32) * arrived.astype(jnp.float32), axis=-1)
     dcombine = jnp.where(run.known, along.reshape(ids.shape), 0.0)
     backs = [run.low(w, d, transposed=True) for w, d in zip(weights[:2], (dgate, dup), strict=True)]
     addends = [run.addend(w, low, transposed=True) for w, low in zip(weights[:2], backs, strict=True)]
@@ -158,7 +158,7 @@ def _experts_bwd(setup, saved, dy):
     gradients = (
         run.gradients(weights.gate, dgate, (x, True), lows[0], backs[0]),
         run.gradients(weights.up, dup, (x, True), lows[1], backs[1]),
-        run.gradients(weights.down, dy, (scaled(hidden[:-1]), False), scaled(low_down), back, per_token=True),
+        run.gradients(weights.down, dy, (scaled(hidden), False), scaled(low_down), back, per_token=True),
     )
     return dx, dcombine, ExpertWeights(*map(cotangent, weights, gradients)), None, None
 
@@ -227,7 +227,7 @@ class _Run:
         """The weighted sum of each token's assignments; rows that no program wrote may be anything."""
         if not small:
             return sum_by_token(out, self.known, combine, interpret=self.setup.interpret)
-        out = out[:-1].reshape(*self.known.shape, -1)
+        out = out.reshape(*self.known.shape, -1)
         return jnp.sum(combine[..., None] * jnp.where(self.known[..., None], out, 0.0), axis=1)
 
     def in_slices(self, part: Any, width: int, *, tile: int) -> jax.Array:

@@ -54,9 +54,9 @@ def factor_product(
             mask = rows.valid[:, None] & (ranks < rank)[None, :]
             gpu.store(out.at[index], total, mask=mask)
 
-    out = jax.ShapeDtypeStruct((num_assignments(plan) + 1, rank), jnp.float32)
+    out = jax.ShapeDtypeStruct((num_assignments(plan), rank), jnp.float32)
     grid = -(-rank // tile), num_blocks(plan)
-    return launched(kernel, out, grid, warps=4, stages=3, interpret=interpret)(*plan, x, factor)[:-1]
+    return launched(kernel, out, grid, warps=4, stages=3, interpret=interpret)(*plan, x, factor)
 
 
 def sum_by_token(out: jax.Array, known_TA: jax.Array, share_TA: jax.Array, *, interpret: bool = False) -> jax.Array:

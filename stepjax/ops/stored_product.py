@@ -61,7 +61,7 @@ def multiply(
     dtype: Any = jnp.float32,
     interpret: bool = False,
 ) -> list[jax.Array]:
-    """``x[a // share] · W[expert of a]ᵀ`` for each of the matrices: ``dtype`` [A + 1, N] each, whose last row is void.
+    """``x[a // share] · W[expert of a]ᵀ`` for each of the matrices: ``dtype`` [A, N] each.
 
     Rows of assignments without an expert are not written.
 
@@ -107,7 +107,7 @@ def multiply(
             for out, total in zip(outs, totals, strict=True):
                 _store(out, rows, tile * columns, total.astype(dtype))
 
-    shape = jax.ShapeDtypeStruct((size + 1, count), dtype)
+    shape = jax.ShapeDtypeStruct((size, count), dtype)
     outs = [shape] * (len(matrices) if activation is False else 1 if outer is None else 3)
     grid = count // columns, num_blocks(plan)
     return _launch(kernel, [x, *(outer or ())], matrices, plan, addends, outs, grid, tiling, interpret)
@@ -126,7 +126,7 @@ def multiply_transposed(
     dtype: Any = jnp.float32,
     interpret: bool = False,
 ) -> jax.Array:
-    """``Σ_i x_i[a // share] · W_i[expert of a]``: ``dtype`` [A + 1, K], whose last row is void.
+    """``Σ_i x_i[a // share] · W_i[expert of a]``: ``dtype`` [A, K].
 
     Args:
       span: first column and number of columns of the matrices that are wanted, both multiples of a tile; None: all.
@@ -163,7 +163,7 @@ def multiply_transposed(
                     total = _with_addend(total, extra, rows, pl.ds(column, size), by_column=True)
                 _store(out, rows, column - start, total.astype(dtype))
 
-    out = jax.ShapeDtypeStruct((size + 1, count), dtype)
+    out = jax.ShapeDtypeStruct((size, count), dtype)
     grid = count // columns, num_blocks(plan)
     return _launch(kernel, list(xs), matrices, plan, addends, [out], grid, tiling, interpret)[0]
 

@@ -44,7 +44,7 @@ class BlockRows(NamedTuple):
 
     expert: jax.Array  # int32 []
     used: jax.Array  # bool []
-    index: jax.Array  # int32 [rows]: assignments, and one past the last where there is none
+    index: jax.Array  # int32 [rows]: assignments; past the last, where nothing is stored, for none
     valid: jax.Array  # bool [rows]
 
 
