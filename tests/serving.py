@@ -80,6 +80,7 @@ class Serving:
         self.service: Any = None
         self.server: Any = None
         self.app: Any = None
+        self.training: Any = None  # the training service, where there is one
 
     def _run(self) -> None:
         async def serve() -> int:

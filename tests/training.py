@@ -50,7 +50,7 @@ def serving(
         return TrainingExtension(made[0])
 
     with Serving(session, ENGINE, names=("tiny",), extend=extend, **options) as server:
-        server.folder_of = made[0].shared.registry.checkpoint_folder  # pyright: ignore[reportAttributeAccessIssue]
+        server.training = made[0]
         yield server
         if killed:
             for lane, work in made[0]._lanes.values():
@@ -79,7 +79,13 @@ def next_tokens(ids: Sequence[int], weights: Sequence[float] | None = None) -> b
 class Client:
     """One session, in the terms of the wire."""
 
-    def __init__(self, server: Serving, key: str = "tml-test", *, session: str | None = None):
+    def __init__(self, server: Serving, key: str = "tml-test", *, session: str | None = None, vanishes: bool = False):
+        """
+        Args:
+          session: one that exists.
+          vanishes: end without saying so.
+        """
+        self.vanishes = vanishes
         self.serving = server
         self.http = httpx.Client(base_url=server.url, headers={"x-api-key": key}, timeout=120)
         self._models, self._samplers = itertools.count(), itertools.count()
@@ -90,6 +96,8 @@ class Client:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if not self.vanishes:
+            self.http.post(f"/api/v1/sessions/{self.session}/finish", json={"reason": {"type": "success"}})
         self.http.close()
 
     def send(self, path: str, body: Mapping[str, Any] | bytes, **headers: str) -> httpx.Response:

@@ -137,6 +137,7 @@ class Registry:
 
     def checkpoint(self, path: str, owner: str) -> JournalRow:
         """A checkpoint that an owner may read: an own one, or one that is published."""
+        split_path(path)
         row = self.journal.row("checkpoints", path=path)
         readable = row is not None and (row.owner == owner or row.public) and not _expired(row)
         if row is None or not readable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -13,6 +14,7 @@ from stepjax.infer.engine.adapters import AdapterPin
 from stepjax.infer.engine.engine import Engine
 from stepjax.train.service.device import DeviceTurns
 
+CLEARING_S = 10.0  # until a slot is free whose answers have ended
 # path → factors in host memory, and their settings
 ReadAdapter = Callable[[str], Awaitable[tuple[dict[str, Any], LoraConfig]]]
 
@@ -69,15 +71,23 @@ class AdapterSlots:
     async def _load(self, path: str) -> bool:
         """Load an adapter into a slot; False: all are in use."""
         factors, config = await self._read(path)
+        stack = self._engine.executor.adapters
+        if stack is None:
+            raise RequestError("adapter: this engine has no room for any; give it --max-loras")
+        stack.check(factors)
+        began = time.monotonic()
         while True:
             try:
                 await self._device.run(lambda: self._engine.load_adapter(path, factors, config))
                 return True
             except RequestError:
                 victim = next((name for name in self._used if not self._active[name]), None)
-                if victim is None:
-                    if not self._used:  # no slot is the service's: waiting would not end
-                        raise
+                if victim is not None:
+                    del self._used[victim]
+                    await self._device.run(lambda victim=victim: self._engine.unload_adapter(victim))
+                elif self._active:
                     return False
-                del self._used[victim]
-                await self._device.run(lambda victim=victim: self._engine.unload_adapter(victim))
+                elif time.monotonic() - began > CLEARING_S:  # no slot is the service's
+                    raise
+                else:  # the engine has yet to see that the last answers of an adapter have ended
+                    await asyncio.sleep(0.02)

@@ -174,11 +174,11 @@ class TrainingService:
         id = f"{session}:train:{number}"
         old = await asyncio.to_thread(lambda: shared.journal.row("models", id=id))
         if old is None:
-            running = list(shared.journal.rows("models", owner=owner, ended=0))
-            if shared.limits.max_models and len(running) >= shared.limits.max_models:
+            running = sum(work.row.owner == owner for _, work in self._lanes.values())
+            if shared.limits.max_models and running >= shared.limits.max_models:
                 raise ApiError(
-                    f"this key trains {len(running)} models, and may train {shared.limits.max_models} at once; end a "
-                    "session of its own",
+                    f"model: this key trains {running} models, and may train {shared.limits.max_models} at once; end "
+                    "one of its sessions",
                     code="model_limit",
                 )
             await asyncio.to_thread(
