@@ -27,8 +27,9 @@ def decode_step(model: Step3p5, params: Params, *, batch: int, context: int, dra
     Its pages have room for ``context`` positions of each slot.
     """
     runner, state, table = _engine(model, batch=batch, context=context, drafts=drafts, dtype=dtype)
-    arguments = (params, state, np.ones((batch,), bool), table, None)
-    return Step(runner.step().jitted(state), arguments, params, batch * (1 + drafts), cache=state.cache)
+    slots = len(table)
+    arguments = (params, state, np.ones((slots,), bool), table, None)
+    return Step(runner.step().jitted(state), arguments, params, slots * (1 + drafts), cache=state.cache)
 
 
 def prefill_step(
@@ -36,18 +37,23 @@ def prefill_step(
 ) -> Step:
     """An engine's prefill step: ``chunk`` prompt tokens of each slot, into pages of ``context`` positions."""
     runner, state, table = _engine(model, batch=batch, context=context, drafts=drafts, dtype=dtype)
-    zero = np.zeros((batch,), np.int32)
-    pieces = Pieces(np.zeros((batch, chunk), np.int32), zero, zero, zero, zero, table, None, zero > 0)
-    return Step(runner.prefill().jitted(state), (params, state, pieces), params, batch * chunk, cache=state.cache)
+    slots = len(table)
+    zero = np.zeros((slots,), np.int32)
+    pieces = Pieces(np.zeros((slots, chunk), np.int32), zero, zero, zero, zero, table, None, zero > 0)
+    return Step(runner.prefill().jitted(state), (params, state, pieces), params, slots * chunk, cache=state.cache)
 
 
 def _engine(model: Step3p5, *, batch: int, context: int, drafts: int, dtype: Any) -> tuple[Runner, State, np.ndarray]:
-    """The runner, the shapes of the state and the table of pages that an engine with ``batch`` slots has."""
-    pages, vocab = -(-context // PAGE), model.config.vocab_size
+    """The runner, the shapes of the state and the table of pages of an engine that has ``batch`` slots, or a few more:
+    each shard has as many, and a page that padding writes to.
+    """
+    pages, vocab, shards = -(-context // PAGE), model.config.vocab_size, model.layout.num_shards
+    local = -(-batch // shards)
+    slots = shards * local
     runner = Runner(model, num_tokens=vocab, drafts=drafts)
-    sampling = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, Sampling.empty(batch, vocab)))
-    state = runner.shapes(batch, 0, dtype, sampling, (batch * pages + 1, PAGE))
-    return runner, state, np.zeros((batch, pages), np.int32)
+    sampling = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, Sampling.empty(slots, vocab)))
+    state = runner.shapes(slots, 0, dtype, sampling, (shards * (local * pages + 1), PAGE))
+    return runner, state, np.zeros((slots, pages), np.int32)
 
 
 @functools.cache
