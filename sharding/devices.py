@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 from importlib import resources
-from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 import jax
@@ -14,12 +13,12 @@ from jax.experimental import topologies
 
 from stepjax.errors import MeshError
 from stepjax.gpu_target import Gpu
+from stepjax.xla_defaults import has_cuda_plugin
 
 Target = Literal["cpu", "h100", "h200", "b200"]
 
 TARGETS: tuple[Target, ...] = get_args(Target)
 GPUS_PER_HOST = 8  # of the HGX boards, one NVLink domain each
-PLUGINS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
 
 
 def devices(target: Target, count: int) -> list[Any]:
@@ -48,11 +47,6 @@ def gpu_of(target: Target) -> Gpu | None:
     assert cores, f"{target}.txtpb has no cores"
     numbers = dict(re.findall(r"(major|minor): (\d+)", capability[1]))
     return Gpu((int(numbers["major"]), int(numbers.get("minor", 0))), int(cores[1]))
-
-
-def has_cuda_plugin() -> bool:
-    """Whether programs can be compiled for GPUs here. Needs no driver and no toolkit."""
-    return find_spec("jax_plugins") is not None and any(find_spec(name) for name in PLUGINS)
 
 
 def want_virtual_devices(count: int) -> None:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from stepjax._version import __version__
 from stepjax.errors import StepjaxError
+from stepjax.xla_defaults import USES, add_xla_option, set_xla_defaults
 
 
 class Verb(NamedTuple):
@@ -166,6 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     verb = argv[0] if argv else None
+    set_xla_defaults(verb, argv)
     args = _parser(verb).parse_args(argv)
     if verb not in SEVERAL_HOSTS:  # the others run in one process only
         import_module(CLUSTER).refuse(verb)
@@ -229,6 +231,8 @@ def _parser(verb: str | None) -> argparse.ArgumentParser:
         if name == verb:
             home = import_module(module)
             home.add_arguments(sub)
+            if name in USES:
+                add_xla_option(sub)
             if name in SEVERAL_HOSTS:
                 import_module(CLUSTER).add_arguments(sub)
             sub.set_defaults(run=home.run, verb=name)

@@ -65,7 +65,7 @@ def test_launches_of_a_loop_of_known_length():
     assert (counts.loops, counts.host_syncs, counts.conditionals) == (1, 0, 0)
     assert counts.kernels >= L * 3  # two products and a sum a turn
     weights = L * 2 * D * (F // 4) * 2
-    assert weights <= report.traffic.read_bytes <= 2 * weights  # and what the layers hand on
+    assert weights <= report.traffic.read_bytes <= 3 * weights  # and what the layers hand on
 
 
 def test_seconds_and_host_memory():

@@ -14,7 +14,7 @@ from slow_sampler import DRAWN, OPTIONS, token, weights
 from stepjax.errors import RequestError
 from stepjax.infer.sampling import sampler, state
 from stepjax.infer.sampling.params import MAX_BIASES, SamplingParams
-from stepjax.infer.sampling.sampler import logprobs, process, record, sample
+from stepjax.infer.sampling.sampler import _listed_or_searched, likeliest, logprobs, process, record, sample, searched
 from stepjax.infer.sampling.state import Sampling, SlotSampling, assign, num_words, packed, unpacked
 
 V, TOKENS = 14, 12  # the output matrix has two padding rows
@@ -172,6 +172,55 @@ def test_the_short_list_and_the_search_give_the_same_tokens(monkeypatch):
     short = sample(logits, position, Sampling.of(params), num_tokens=490)
     monkeypatch.setattr(sampler, "FEW", 1)
     np.testing.assert_array_equal(short, sample(logits, position, Sampling.of(params), num_tokens=490))
+
+
+def test_the_search_of_gpus_finds_the_thresholds_of_cpus():
+    """Every row of its own kind; a threshold is one of the logits, whatever else was added up on the way."""
+    rng, size = np.random.default_rng(14), 700
+    kinds = [
+        (0, 1.0),
+        (1, 1.0),
+        (3, 1.0),
+        (64, 0.9),
+        (65, 0.9),
+        (300, 1.0),
+        (1000, 0.5),
+        (0, 0.01),
+        (0, 0.5),
+        (0, 0.999),
+    ]
+    scales = (1e-3, 1.0, 30.0)
+    params = [DRAWN.replace(top_k=k, top_p=p, seed=k) for k, p in kinds for _ in scales]
+    logits = rng.normal(0, 1, (len(params), 2, size)) * np.tile(scales, len(kinds))[:, None, None]
+    logits[:, 1] = np.round(logits[:, 1])  # many ties
+    logits[:, 1, ::7] = state.REMOVED
+    sampling = Sampling.of(params)
+    found = [np.asarray(find(jnp.asarray(logits, jnp.float32), sampling)) for find in (_listed_or_searched, searched)]
+    np.testing.assert_array_equal(*found)
+    assert np.isneginf(found[0][:3]).all()
+    assert np.isin(found[0][3:], logits.astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_the_likeliest_without_a_sort(count):
+    scores = np.random.default_rng(15).integers(0, 6, (3, 2, 40)).astype(np.float32)  # ties: the first comes first
+    values, ids = jax.lax.top_k(scores, count)
+    found = likeliest(jnp.asarray(scores), count=count)
+    np.testing.assert_array_equal(found[0], ids)
+    np.testing.assert_array_equal(found[1], values)
+
+
+def test_sampling_for_a_gpu_has_no_loop_and_no_sort():
+    """XLA would run both outside of CUDA graphs, and the host would wait for the conditionals around them."""
+
+    def run(logits: jax.Array, position: jax.Array, sampling: Sampling, draft: jax.Array) -> Any:
+        token = sample(logits, position, sampling, num_tokens=TOKENS, draft_BK=draft)
+        return token, logprobs(logits, token, top=5)
+
+    arguments = jnp.zeros((3, 2, V)), jnp.zeros((3, 2), jnp.int32), Sampling.empty(3, V), jnp.zeros((3, 1), jnp.int32)
+    text = jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert "stablehlo.case" in text  # what nobody asks for is not computed
+    assert not re.search(r"stablehlo\.while|stablehlo\.sort|top_k", text)
 
 
 @pytest.mark.parametrize("few", [1, 64])

@@ -8,7 +8,7 @@ that a request does not use leaves its logits exactly unchanged, so the options 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,7 +18,8 @@ import numpy as np
 
 from stepjax.infer.sampling.state import REMOVED, LogitRules, Sampling, unpacked
 
-FEW = 64  # the largest top_k for which a partial sort is used
+FEW = 64  # the largest top_k for which a partial sort is used, on a CPU
+DIGIT = 4  # bits of a threshold that a pass over the vocabulary decides, on a GPU: 15 sums at a time
 
 
 class Logprobs(NamedTuple):
@@ -91,8 +92,27 @@ def record(sampling: Sampling, token_BT: jax.Array, count_B: jax.Array, slot_B: 
 def logprobs(logits_BTV: jax.Array, token_BT: jax.Array, *, top: int) -> Logprobs:
     """Log-probabilities of tokens and of the ``top`` likeliest, from logits without padding rows."""
     scores = logits_BTV - jax.nn.logsumexp(logits_BTV, axis=-1, keepdims=True)
-    values, ids = jax.lax.top_k(scores, top)
+    ids, values = jax.lax.platform_dependent(
+        scores, cpu=functools.partial(_partly_sorted, count=top), default=functools.partial(likeliest, count=top)
+    )
     return Logprobs(jnp.take_along_axis(scores, token_BT[..., None], axis=-1)[..., 0], ids, values)
+
+
+def _partly_sorted(scores: jax.Array, *, count: int) -> tuple[jax.Array, jax.Array]:
+    values, ids = jax.lax.top_k(scores, count)
+    return ids, values
+
+
+def likeliest(scores: jax.Array, *, count: int) -> tuple[jax.Array, jax.Array]:
+    """Ids and values of the ``count`` largest, in order, without a sort (`searched`): [..., V] → twice [..., N]."""
+    place = jnp.arange(scores.shape[-1], dtype=jnp.int32)
+    ids, values = [], []
+    for _ in range(count):
+        best = _argmax(scores)[..., None]
+        ids.append(best)
+        values.append(jnp.take_along_axis(scores, best, axis=-1))
+        scores = jnp.where(place.reshape((1,) * (scores.ndim - 1) + (-1,)) == best, -jnp.inf, scores)
+    return jnp.concatenate(ids, axis=-1), jnp.concatenate(values, axis=-1)
 
 
 def _argmax(logits_BTV: jax.Array) -> jax.Array:
@@ -166,27 +186,48 @@ def process(logits_BTV: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def _filter(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Remove what top-k, top-p and min-p leave out.
+    """Remove what top-k, top-p and min-p leave out."""
+    random_B = sampling.temperature_B > 0
+    lowest = jax.lax.platform_dependent(logits, sampling, cpu=_listed_or_searched, default=searched)
+    least_B = jnp.where(random_B, sampling.min_p_B, 0.0)
+    relative = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    return jnp.where((logits >= lowest) & (relative >= least_B[:, None, None]), logits, REMOVED)
+
+
+def _listed_or_searched(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """The least logit that top-k and then top-p keep, −∞ where they keep all: [B, T, 1]. For CPUs.
 
     Which of the two ways finds a row's threshold depends on its own top_k and top_p: they round differently, and where
     no filter is used, a running sum of probabilities may reach 1 before its last term.
     """
-    random_B = sampling.temperature_B > 0
-    few_B = random_B & (sampling.top_k_B > 0) & (sampling.top_k_B <= FEW)
-    many_B = random_B & ~few_B & ((sampling.top_k_B > 0) | (sampling.top_p_B < 1))
+    few_B = _cut(sampling) & (sampling.top_k_B > 0) & (sampling.top_k_B <= FEW)
+    many_B = _cut(sampling) & ~few_B
     none = jnp.full((*logits.shape[:2], 1), -jnp.inf, logits.dtype)
 
     def of_few() -> jax.Array:
         return _lowest(jax.lax.top_k(logits, min(FEW, logits.shape[-1]))[0], sampling)
 
     def of_many() -> jax.Array:
-        return _searched(logits, sampling)
+        return _threshold(logits, sampling, _bisected)
 
     lowest = jnp.where(few_B[:, None, None], jax.lax.cond(jnp.any(few_B), of_few, lambda: none), none)
-    lowest = jnp.where(many_B[:, None, None], jax.lax.cond(jnp.any(many_B), of_many, lambda: none), lowest)
-    least_B = jnp.where(random_B, sampling.min_p_B, 0.0)
-    relative = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-    return jnp.where((logits >= lowest) & (relative >= least_B[:, None, None]), logits, REMOVED)
+    return jnp.where(many_B[:, None, None], jax.lax.cond(jnp.any(many_B), of_many, lambda: none), lowest)
+
+
+def searched(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """The same for GPUs, for which it has neither a loop nor a sort.
+
+    XLA runs both outside of CUDA graphs, a loop also where its length is known and a sort where CUB does it.
+    """
+    cut_B = _cut(sampling)
+    none = jnp.full((*logits.shape[:2], 1), -jnp.inf, logits.dtype)
+    lowest = jax.lax.cond(jnp.any(cut_B), lambda: _threshold(logits, sampling, _by_digits), lambda: none)
+    return jnp.where(cut_B[:, None, None], lowest, none)
+
+
+def _cut(sampling: Sampling) -> jax.Array:
+    """Whether top-k or top-p leave out tokens of a row."""
+    return (sampling.temperature_B > 0) & ((sampling.top_k_B > 0) | (sampling.top_p_B < 1))
 
 
 def _lowest(ordered: jax.Array, sampling: Sampling) -> jax.Array:
@@ -200,41 +241,73 @@ def _lowest(ordered: jax.Array, sampling: Sampling) -> jax.Array:
     return jnp.min(jnp.where(keep | (rank == 0), ordered, jnp.inf), axis=-1, keepdims=True)
 
 
-def _searched(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """``_lowest`` without an order: [B, T, 1]. Sorting a vocabulary of 128,896 takes ten times as long on a CPU."""
+Sums = Callable[[Sequence[jax.Array]], list[jax.Array]]  # at each of some thresholds, of what lies above it
+Holds = Callable[[jax.Array, jax.Array], jax.Array]  # of a threshold and its sum
+Search = Callable[[Sums, Holds, jax.Array, jax.Array], jax.Array]
+
+
+def _threshold(logits: jax.Array, sampling: Sampling, search: Search) -> jax.Array:
+    """`_lowest` without an order: [B, T, 1]. Sorting a vocabulary of 128,896 takes ten times as long on a CPU."""
     key = _ordered_bits(logits)
     weight = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     top_k, top_p = sampling.top_k_B[:, None, None], sampling.top_p_B[:, None, None]
 
-    def count(least: jax.Array) -> jax.Array:
-        return jnp.sum(key > least, axis=-1, keepdims=True, dtype=jnp.int32)
+    def counts(leasts: Sequence[jax.Array]) -> list[jax.Array]:
+        return _sums_above(key, jnp.ones_like(key), leasts)
 
-    def mass(least: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(key > least, weight, 0.0), axis=-1, keepdims=True)
+    def masses(leasts: Sequence[jax.Array]) -> list[jax.Array]:
+        return _sums_above(key, weight, leasts)
 
     most = jnp.max(key, axis=-1, keepdims=True)
     first = jnp.full_like(most, jnp.iinfo(jnp.int32).min)
     by_rank = jax.lax.cond(
         jnp.any(sampling.top_k_B > 0),
-        lambda: _bisected(lambda least: (top_k == 0) | (count(least) < top_k), first, most),
+        lambda: search(counts, lambda least, count: (top_k == 0) | (count < top_k), first, most),
         lambda: first,
     )
     tied = jnp.max(jnp.where(key == by_rank, weight, 0.0), axis=-1, keepdims=True)
-    total = mass(by_rank) + jnp.maximum(top_k - count(by_rank), 0).astype(jnp.float32) * tied  # of exactly top_k tokens
-    by_mass = _bisected(lambda least: (top_p >= 1) | (mass(least) < top_p * total), by_rank, most)
+    (count,), (mass,) = counts([by_rank]), masses([by_rank])
+    total = mass + jnp.maximum(top_k - count, 0).astype(jnp.float32) * tied  # of exactly top_k tokens
+    by_mass = search(masses, lambda least, mass: (top_p >= 1) | (mass < top_p * total), by_rank, most)
     return jnp.where(by_mass == first, -jnp.inf, _from_ordered_bits(by_mass))
 
 
-def _bisected(holds: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax.Array) -> jax.Array:
+def _sums_above(key: jax.Array, weight: jax.Array, leasts: Sequence[jax.Array]) -> list[jax.Array]:
+    """For each threshold the sum of the weights whose key is above it; all in one pass."""
+    terms = [jnp.where(key > least, weight, jnp.zeros_like(weight)) for least in leasts]
+    if len(terms) == 1:
+        return [jnp.sum(terms[0], axis=-1, keepdims=True, dtype=weight.dtype)]
+    zeros = [jnp.zeros((), weight.dtype)] * len(terms)
+    sums = jax.lax.reduce(terms, zeros, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], (key.ndim - 1,))
+    return [each[..., None] for each in sums]
+
+
+def _bisected(sums: Sums, holds: Holds, low: jax.Array, high: jax.Array) -> jax.Array:
     """The least int32 from ``low`` to ``high`` at which ``holds``, which it does at ``high`` and above its least."""
 
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds
         middle = (low & high) + ((low ^ high) >> 1)  # their mean, rounded down, without overflow
-        holds_here = holds(middle)
+        holds_here = holds(middle, *sums([middle]))
         return jnp.where(holds_here, low, middle + 1), jnp.where(holds_here, middle, high)
 
     return jax.lax.fori_loop(0, 32, halve, (low, high))[1]
+
+
+def _by_digits(sums: Sums, holds: Holds, low: jax.Array, high: jax.Array) -> jax.Array:
+    """The same, `DIGIT` bits with each pass over the vocabulary, and without a loop."""
+    least = jnp.full_like(low, jnp.iinfo(jnp.int32).min)
+    for shift in range(32 - DIGIT, -1, -DIGIT):
+        # The last number of each part but the last: where it does not hold there, the least lies in a later part.
+        ends = [least + _wrapped((digit << shift) - 1) for digit in range(1, 1 << DIGIT)]
+        fails = [(~holds(end, total)).astype(jnp.int32) for end, total in zip(ends, sums(ends), strict=True)]
+        least = least + functools.reduce(jnp.add, fails) * _wrapped(1 << shift)
+    return jnp.clip(least, low, high)
+
+
+def _wrapped(number: int) -> np.int32:
+    """Modulo 2³², as sums of int32 are."""
+    return np.uint32(number & 0xFFFFFFFF).astype(np.int32)
 
 
 def _ordered_bits(x: jax.Array) -> jax.Array:

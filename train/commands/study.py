@@ -14,6 +14,7 @@ from stepjax.infer.commands.options import add_dispatch_arguments, dispatch_of
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.weights.formats import made_while_loading, requested
 from stepjax.weights.plain import PLAIN
+from stepjax.xla_defaults import flags_in_force
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -117,6 +118,7 @@ def run(args: argparse.Namespace) -> int:
         "keep_fp8": args.keep_fp8,
         "quantize": args.quantize,
         "dtype": str(workload.resolved_dtype),
+        "xla_flags": flags_in_force(),
     }
     checked = (
         check(config, workload, mesh, args.strategy, result.report, dispatch=dispatch_of(args)) if args.check else None
