@@ -165,8 +165,8 @@ class MeshLayout:
         """The body for tokens that lie with their sequences."""
         split = {axis for entry in spec for axis in _axes(entry)}
         alike = tuple(axis for axis in group.axes if axis not in split)
-        if alike == group.axes:
-            return REPLICATED
+        if not group.axes or (alike == group.axes and self.dispatch == Dispatch()):
+            return REPLICATED  # every device has all tokens, unless it is to take a share of them
         batch, tokens, _ = NamedSharding(self.mesh, spec).shard_shape(shape)
         way = choose_way(
             self.rules.config,

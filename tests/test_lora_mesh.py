@@ -21,6 +21,7 @@ from stepjax.model.cache import Chunk
 from stepjax.model.layout import Layout, SingleDevice
 from stepjax.model.moe import MoE
 from stepjax.model.step3p5 import abstract, axes_of, bind
+from stepjax.sharding.dispatch import Dispatch
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.rules import ShardingRules
@@ -50,8 +51,12 @@ TOKENS = np.random.default_rng(0).integers(0, 128, (B, T)).astype(np.int32)
 
 
 def layout(mesh: str, strategy: str, *, stream: int = 1024, exchange: bool | None = None) -> MeshLayout:
+    """``exchange``: whether rows travel to their experts, under a wide strategy too."""
     spec = MeshSpec.parse(mesh)
-    return MeshLayout(spec.build(), ShardingRules(CONFIG, spec, strategy), stream_tokens=stream, exchange=exchange)
+    rules, dispatch = ShardingRules(CONFIG, spec, strategy), Dispatch()
+    if rules.wide and exchange is not None:
+        dispatch = Dispatch("exchange" if exchange else "gather")
+    return MeshLayout(spec.build(), rules, stream_tokens=stream, exchange=exchange, dispatch=dispatch)
 
 
 def largest_error(found: Any, expected: Any) -> float:
@@ -90,6 +95,7 @@ def expected(form: str) -> Any:
         ("expert=4,tensor=2", "expert_tensor", 16),
         pytest.param("expert=2,tensor=2,data=2", "fsdp", 16, marks=pytest.mark.slow),
         pytest.param("tensor=4,data=2", "tensor", 1024, marks=pytest.mark.slow),
+        pytest.param("expert=2,tensor=2", "wide", 1024, marks=pytest.mark.slow),  # logits too: tests/test_wide.py
     ],
 )
 def test_gradients_of_adapters_are_those_of_one_device(mesh, strategy, stream, form):
@@ -158,6 +164,9 @@ def one_device(form: str, slots: int, quantized: bool) -> Any:
         ("per_expert", "expert=2,tensor=2,data=2", "expert", 1024, False, 2, False),  # replicated, one for a sequence
         ("shared_outer", "expert=4,data=2", "expert", 16, True, 2, True),  # slots travel; whole numbers do not learn
         ("shared_outer", "expert=2,tensor=2,data=2", "fsdp", 16, False, 1, False),  # factors in pieces, gathered
+        ("per_expert", "data=2,tensor=2", "wide_data", 1024, False, 2, True),  # slots of other sequences arrive
+        ("shared_outer", "expert=2,tensor=2", "wide", 1024, True, 2, False),
+        pytest.param("per_expert", "expert=2,tensor=2", "wide", 16, True, 2, True, marks=pytest.mark.slow),
         pytest.param("per_expert", "expert=4,tensor=2", "expert_tensor", 16, True, 2, True, marks=pytest.mark.slow),
         pytest.param("per_expert", "expert=2,tensor=2,data=2", "fsdp", 16, True, 2, False, marks=pytest.mark.slow),
     ],

@@ -161,15 +161,22 @@ def test_a_checkpoint_goes_to_another_mesh(finished):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["rollouts", "recorded"])
-def test_an_update_on_a_mesh_is_that_of_one_device(setup, name, request):
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("rollouts", {"mesh": "data=2,expert=2"}),
+        ("recorded", {"mesh": "data=2,expert=2"}),
+        ("recorded", {"mesh": "expert=2,tensor=2", "strategy": "wide"}),
+    ],
+)
+def test_an_update_on_a_mesh_is_that_of_one_device(setup, name, model, request):
     """1e-5 of the largest entry, as float32 sums in another order differ; Adam's first step is the gradient's sign, so
     gradients are compared by their norm and moments.
     """
     rollouts = request.getfixturevalue(name)
     _, one = update_of(setup, rollouts)
     assert (one.sums.agreement is not None) == (name == "recorded")
-    state, other = update_of(open_run(changed(SHORT, model={"mesh": "data=2,expert=2"})), rollouts)
+    state, other = update_of(open_run(changed(SHORT, model=model)), rollouts)
     np.testing.assert_allclose(other.gradient_norm, one.gradient_norm, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(other.sums), jax.tree.leaves(one.sums), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
