@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import random as chance
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -519,3 +522,121 @@ def test_keys_see_only_their_own(tiny, tmp_path):
         assert bare.get(urls["adapter_config.json"].replace("adapter_config.json", "journal.sqlite")).status_code == 404
         bare.close()
         assert a.http.get("/api/v1/healthz", headers={"x-api-key": "tml-c"}).status_code == 401
+
+
+def test_clients_together_are_as_alone(server):
+    """Four clients at once, each with its own adapter, data and samples: each ends with the weights of its solo run, to
+    the bit, and leaves no slot in use.
+    """
+
+    def train(seed: int) -> str:
+        with Client(server) as client:
+            model = client.model(seed=seed)
+            for number in range(3):
+                model.send([next_tokens(IDS[(seed + number) % 4])])
+                model.send([next_tokens(IDS[(seed + number + 1) % 4])])
+                model.step(learning_rate=1e-2)
+            sampler = client.sampler(model.save_sampler("end"))
+            sampler.run(IDS[0], num_samples=2)
+            return model.save("end")
+
+    alone = [saved(server, train(seed), optimizer=True)[0] for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        together = [saved(server, path, optimizer=True)[0] for path in pool.map(train, range(4))]
+    for one, other in zip(alone, together, strict=True):
+        for part in ("leaves", "first", "second"):
+            for name, value in getattr(one, part).items():
+                np.testing.assert_array_equal(getattr(other, part)[name], value)
+    assert not server.training.shared.slots._active
+    assert server.service.num_open == 0
+
+
+def test_a_client_that_vanishes_gives_its_memory_back(server):
+    """What it saved stays, and it can come back: its model is read from its snapshot and the journal."""
+    training = server.training
+
+    async def sweep():
+        for _ in range(100):
+            for session, seen in list(training._seen.items()):
+                if time.time() - seen > 0:
+                    await training._quieten(session)
+            if not training._lanes:
+                return
+            await asyncio.sleep(0.05)
+
+    with Client(server, vanishes=True) as client:
+        model = client.model()
+        model.run([next_tokens(IDS[0])])
+        before = model.run([next_tokens(IDS[0])], forward=True)["metrics"]
+    asyncio.run_coroutine_threadsafe(sweep(), server.loop).result(60)
+    assert not training._lanes
+    with Client(server, session=client.session) as back:
+        again = type(model)(back, model.id, first=3)
+        assert again.run([next_tokens(IDS[0])], forward=True)["metrics"] == before
+        assert again.step()["metrics"]["num_tokens"] == len(IDS[0]) - 1  # its gradients too
+
+
+def test_changed_bodies_are_refused_or_run(client, server):
+    """Hundreds of bodies with something replaced: no answer is a failure of the server, and it goes on."""
+    model, random = client.model(), chance.Random(1)
+    path = model.save_sampler("fuzz")
+    sampler = client.sampler(path)
+    odd = [None, True, -1, 2**70, 1.5, "", "x" * 2000, "\u2028", [], {}, [[]], {"a": 1}, "tinker://a/b/c", [0] * 99]
+    lora = {"rank": 4, "seed": 1, "train_attn": True}
+    given = {
+        "data": [{"model_input": {"chunks": [{"type": "encoded_text", "tokens": [1, 2]}]}, "loss_fn_inputs": {}}],
+        "loss_fn": "cross_entropy",
+        "loss_fn_config": {"beta": 1},
+    }
+    bodies = {
+        "create_session": {"tags": ["a"], "user_metadata": {"a": "b"}, "sdk_version": "1"},
+        "session_heartbeat": {"session_id": client.session},
+        "create_model": {"session_id": client.session, "model_seq_id": 0, "base_model": "tiny", "lora_config": lora},
+        "get_info": {"model_id": model.id},
+        "forward_backward": {"model_id": model.id, "seq_id": 2, "forward_backward_input": given},
+        "optim_step": {"model_id": model.id, "seq_id": 2, "adam_params": {"learning_rate": 1e-3, "beta1": 0.9}},
+        "save_weights": {"model_id": model.id, "seq_id": 2, "path": "a", "ttl_seconds": 3600},
+        "save_weights_for_sampler": {"model_id": model.id, "seq_id": 2, "path": "b", "kind": "snapshot"},
+        "save_weights_external": {"model_id": model.id, "seq_id": 2, "path": "b"},
+        "load_weights": {"session_id": client.session, "model_seq_id": 0, "path": path, "optimizer": False},
+        "create_sampling_session": {
+            "session_id": client.session,
+            "sampling_session_seq_id": 0,
+            "base_model": "tiny",
+            "model_path": path,
+        },
+        "asample": sampler.body(IDS[0], num_samples=1, prompt_logprobs=True, topk_prompt_logprobs=1),
+        "retrieve_future": {"request_id": f"{model.id}:1", "allow_metadata_only": False},
+        "weights_info": {"tinker_path": path},
+        f"sessions/{client.session}x/finish": {"reason": {"type": "success"}},
+        "telemetry": {"events": []},
+        "client/config": {"sdk_version": "1"},
+    }
+
+    def places(value, at=()):
+        yield at
+        if isinstance(value, dict):
+            for name, item in value.items():
+                yield from places(item, (*at, name))
+        if isinstance(value, list):
+            for index, item in enumerate(value[:1]):
+                yield from places(item, (*at, index))
+
+    def changed(value, at, new):
+        if not at:
+            return new
+        copy = dict(value) if isinstance(value, dict) else list(value)
+        copy[at[0]] = changed(value[at[0]], at[1:], new)
+        return copy
+
+    statuses = set()
+    for name, body in bodies.items():
+        for at in places(body):
+            if at in (("model_seq_id",), ("seq_id",)):  # a number that runs would change what is compared
+                continue
+            for new in random.sample(odd, 3):
+                answer = client.send(name, changed(body, at, new) if at else {"x": new})
+                statuses.add(answer.status_code)
+                assert answer.status_code < 500, (name, at, new, answer.text)
+    assert {200, 400, 404} <= statuses
+    assert client.get("healthz") == {"status": "ok"}
