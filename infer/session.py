@@ -120,8 +120,8 @@ class Session:
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Next-token logits of one sequence: float32 [T, V]; row t has seen tokens 0 … t."""
-        hidden, _ = self._forward(mtp=False)(self.table, self._padded(ids))
-        return self._head(hidden, len(ids), None)
+        hidden, _ = self._forward(mtp=False)(self.table, self.padded(ids))
+        return self.head_rows(hidden, len(ids), None)
 
     def mtp_logits(self, ids: Sequence[int]) -> list[np.ndarray]:
         """Teacher-forced MTP logits: for depth k = 1 … 3 float32 [T − k, V]; row t was fed token t + k."""
@@ -129,9 +129,9 @@ class Session:
 
     def score(self, ids: Sequence[int]) -> tuple[np.ndarray, list[np.ndarray]]:
         """`logits` and `mtp_logits` from one pass."""
-        hidden, states = self._forward(mtp=True)(self.table, self._padded(ids))
-        depths = [self._head(state, max(len(ids) - k, 0), k - 1) for k, state in enumerate(states, start=1)]
-        return self._head(hidden, len(ids), None), depths
+        hidden, states = self._forward(mtp=True)(self.table, self.padded(ids))
+        depths = [self.head_rows(state, max(len(ids) - k, 0), k - 1) for k, state in enumerate(states, start=1)]
+        return self.head_rows(hidden, len(ids), None), depths
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """Ids of raw text, after the beginning-of-sequence token unless ``bos`` is false."""
@@ -180,7 +180,7 @@ class Session:
             raise RequestError("text: this checkpoint has no tokenizer.json; pass token ids")
         return self.tokenizer
 
-    def _padded(self, ids: Sequence[int]) -> np.ndarray:
+    def padded(self, ids: Sequence[int]) -> np.ndarray:
         """[1, T'] with T' the next power of two. Attention is causal: padding at the end changes no earlier row."""
         self.check_ids(ids)
         width = max(16, 1 << (len(ids) - 1).bit_length())
@@ -215,8 +215,12 @@ class Session:
             )
         return self._functions[name]
 
-    def _head(self, hidden_BTD: jax.Array, rows: int, depth: int | None) -> np.ndarray:
-        """Logits of the first ``rows`` rows, a block at a time."""
+    def head_rows(self, hidden_BTD: jax.Array, rows: int, depth: int | None = None) -> np.ndarray:
+        """Logits of the first ``rows`` rows, a block at a time: float32 [rows, V].
+
+        Args:
+          depth: MTP depth from 0 whose head is used; None: the backbone's.
+        """
         out = np.empty((rows, self.config.vocab_size), np.float32)
         for start in range(0, rows, HEAD_ROWS):
             block = self._logits(depth)(self.table, hidden_BTD, np.int32(start))

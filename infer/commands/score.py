@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stepjax.errors import RequestError
 from stepjax.infer.commands.generate import read_tokens
 from stepjax.infer.commands.options import add_model_arguments, open_session
 from stepjax.infer.commands.progress import shown_startup
+
+if TYPE_CHECKING:
+    from stepjax.infer.certificate import Scored
+    from stepjax.infer.session import Session
+    from stepjax.startup import Startup
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, required=True, metavar="OUT.npz", help="file to write, in NumPy's .npz format"
     )
     parser.add_argument("--mtp", action="store_true", help="also write the logits of the MTP layers (default: no)")
+    parser.add_argument(
+        "--against",
+        metavar="OTHER",
+        help="another checkpoint of the model, as the one that --model was quantised from: how far the two are apart "
+        "is printed and written beside OUT.npz as OUT.json (default: none)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out.is_dir() or not args.out.parent.is_dir():
         raise RequestError(f"{args.out}: expected the name of a file in an existing folder")
     startup = shown_startup()
+    other = _other(args, prompts, startup) if args.against else []
     session = open_session(args, startup=startup)
     for ids in prompts:
         session.check_ids(ids)
@@ -63,4 +76,40 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         raise RequestError(f"{args.out}: cannot be written ({error.strerror})") from None
     print(f"{args.out}: {len(prompts)} sequences, {sum(map(len, prompts))} tokens")
+    if args.against:
+        _compare(args, session, prompts, other)
     return 0
+
+
+def _other(args: argparse.Namespace, prompts: list[list[int]], startup: Startup) -> list[Scored]:
+    """What the other checkpoint makes of the sequences; it is let go before ours is loaded."""
+    from stepjax.infer.certificate import scored
+
+    options = {**vars(args), "model": args.against, "quantize": None, "keep_fp8": False, "mtp_from": None}
+    session = open_session(argparse.Namespace(**options), startup=startup)
+    for ids in prompts:
+        session.check_ids(ids)
+    with startup.stage("scoring", f"scoring {args.against}", unit="sequences") as stage:
+        out = []
+        for j, ids in enumerate(prompts):
+            stage.advance(j, len(prompts))
+            out.append(scored(session, ids))
+    return out
+
+
+def _compare(args: argparse.Namespace, session: Session, prompts: list[list[int]], other: list[Scored]) -> None:
+    """Print the distance of the two checkpoints, and write it as JSON."""
+    from stepjax.infer.certificate import certificate, scored, write_certificate
+
+    ours = [scored(session, ids) for ids in prompts]
+    if ours[0].logits.shape[1] != other[0].logits.shape[1] or ours[0].experts.shape != other[0].experts.shape:
+        raise RequestError(f"--against {args.against}: is of another model than {args.model}, expected one of its size")
+    found = certificate(ours, other, layers=[layer.index for layer in session.config.moe_layers])
+    about = {"model": args.model, "against": args.against, "dtype": args.dtype, "data": str(args.tokens)}
+    path = args.out.with_suffix(".json")
+    write_certificate(path, about | found)
+    kl, routers = found["kl"], found["router_agreement"]["mean"]
+    print(
+        f"{path}: KL {kl['mean']:.6f} (p99 {kl['p99']:.6f}, max {kl['max']:.6f}), same top token "
+        f"{found['same_top']:.2%}, routers agree {'–' if routers is None else f'{routers:.2%}'}"
+    )
