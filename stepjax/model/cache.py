@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from stepjax.config import LayerSpec, ModelConfig
@@ -190,7 +191,7 @@ class Pages:
 
     k_PRKH: jax.Array
     v_PRKH: jax.Array
-    axes: ClassVar[tuple[str | None, ...]] = ("pages", "rows", "kv_heads", "head")
+    axes: ClassVar[tuple[str | None, ...]] = (None, "rows", "kv_heads", "head")
 
     def look(
         self,
@@ -327,8 +328,8 @@ def cached_rows(view: Pages | Ring, chunk: Chunk, stripe: Stripe) -> CachedRows:
         table = _table(chunk)
     else:
         batch = chunk.position_BT.shape[0]
-        slot = jnp.arange(batch, dtype=jnp.int32) if chunk.slot_B is None else chunk.slot_B
-        table = jnp.clip(slot, 0, size - 1)[:, None]
+        slot = jnp.asarray(np.arange(batch, dtype=np.int32)) if chunk.slot_B is None else chunk.slot_B
+        table = jnp.clip(slot, 0, size - 1)[:, None] if chunk.slot_B is not None else slot[:, None]
     if chunk.layer is not None:
         table = chunk.layer * size + table
     first_B = None if isinstance(view, Pages) else chunk.first_B
@@ -353,7 +354,7 @@ def _looked(
 
     def kernel(q_BTNH: jax.Array, chunk: Chunk, view: Any) -> Partial:
         rows = cached_rows(view, chunk, stripe)
-        every = jnp.arange(rows.k_PRKH.shape[2], dtype=jnp.int32)[None, None, :, None]
+        every = jnp.asarray(np.arange(rows.k_PRKH.shape[2], dtype=np.int32)[None, None, :, None])
         head_K = select(KeyValues(every, every, every[..., 0, 0])).k_BSKH.reshape(-1)  # the heads, not their keys
         num_rows = rows.k_PRKH.shape[1] * rows.table_BN.shape[1]
         group = q_BTNH.shape[2] // head_K.size

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from stepjax.gpu_target import HOPPER, Gpu
+from stepjax.gpu_target import Gpu
 from stepjax.ops.expert_dense import ExpertWeights, Slot
 from stepjax.ops.pallas_triton import LEAST
 from stepjax.ops.stored_factors import factor_product, outer_products, sum_by_token
@@ -73,7 +73,7 @@ def stored_readers(
         return None
     if any(isinstance(w, Adapted) and any(size % LEAST for size in w.shape[1:]) for w in weights):
         return None
-    capability = gpu.capability if gpu else HOPPER
+    capability = gpu.capability if gpu else 90
     inner, outer = (reader_of(format_of(w), w.shape, capability=capability, exact=exact) for w in (gate, down))
     return None if inner is None or outer is None else (inner, outer)
 
@@ -228,7 +228,8 @@ class _Run:
         if not small:
             return sum_by_token(out, self.known, combine, interpret=self.setup.interpret)
         out = out.reshape(*self.known.shape, -1)
-        return jnp.sum(combine[..., None] * jnp.where(self.known[..., None], out, 0.0), axis=1)
+        weighted = combine[..., None] * jnp.where(self.known[..., None], out, 0.0)
+        return functools.reduce(jnp.add, jnp.unstack(weighted, axis=1))  # a sum of terms fuses with what uses it
 
     def in_slices(self, part: Any, width: int, *, tile: int) -> jax.Array:
         """``part`` of a few columns at a time, one after the other: the rows of all assignments are not small.

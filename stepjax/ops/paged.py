@@ -139,16 +139,37 @@ def paged_attention(
     run = launched(kernel, outs, (parts, B * K, tiles), warps=4, stages=3, interpret=interpret)
     index = jnp.asarray(rows.index, jnp.int32).reshape(1)
     arrays = index, head_K, position_BT, rows.table_BN, rows.end_B, first_B, q_BTNH, rows.k_PRKH, rows.v_PRKH
-    return _merged(*run(*arrays))
+    return _merged(*run(*arrays), interpret=interpret)
 
 
-def _merged(out: jax.Array, top: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """All parts as one; scores in the measure of the natural logarithm."""
-    if out.shape[0] == 1:
+def _merged(
+    out: jax.Array, top: jax.Array, total: jax.Array, *, interpret: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """All parts as one, in one kernel; scores in the measure of the natural logarithm."""
+    parts, B, T, N, H = out.shape
+    if parts == 1:
         return out[0], _natural(top[0]), total[0]
-    highest = jnp.max(top, axis=0)
-    scale = jnp.exp2(top - highest[None])
-    return jnp.sum(out * scale[..., None], axis=0), _natural(highest), jnp.sum(total * scale, axis=0)
+    padded = power_above(parts)
+
+    def kernel(out_ref: Any, top_ref: Any, total_ref: Any, *refs: Any) -> None:
+        pl, gpu = pallas()
+        place = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+        part = jnp.arange(padded, dtype=jnp.int32)
+        mask = part < parts
+        tops = gpu.load(top_ref.at[part, *place], mask=mask, other=NONE)
+        totals = gpu.load(total_ref.at[part, *place], mask=mask, other=0.0)
+        highest = jnp.max(tops)
+        scale = jnp.exp2(tops - highest)
+        rows, columns = tile_index(part, jnp.arange(H, dtype=jnp.int32))
+        values = gpu.load(
+            out_ref.at[rows, *place, columns], mask=jnp.broadcast_to(mask[:, None], (padded, H)), other=0.0
+        )
+        refs[0][*place, :] = jnp.sum(values * scale[:, None], axis=0)
+        refs[1][place] = jnp.where(highest > NONE / 2, highest / LOG2_E, NONE)
+        refs[2][place] = jnp.sum(totals * scale)
+
+    outs = [jax.ShapeDtypeStruct(x.shape[1:], jnp.float32) for x in (out, top, total)]
+    return tuple(launched(kernel, outs, (B, T, N), warps=4, stages=1, interpret=interpret)(out, top, total))
 
 
 def _natural(top: jax.Array) -> jax.Array:
