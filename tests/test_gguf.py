@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from stepjax.checkpoint.folder import open_folder, open_weights
 from stepjax.checkpoint.gguf.model import GgufCheckpoint
 from stepjax.checkpoint.gguf.settings import rope_factors, to_hub
 from stepjax.checkpoint.reader import Checkpoint
+from stepjax.commands.info import read_config
 from stepjax.config import ModelConfig
 from stepjax.errors import CheckpointError, RequestError
 from stepjax.infer.load import load
@@ -156,11 +158,19 @@ def test_mtp_layers_may_be_missing_or_share_the_head(tmp_path, file, folder):
     assert "has none of its 54 MTP tensors" in trunk.notes[0] or "MTP tensors; the model loads" in trunk.notes[0]
 
 
-def test_a_draft_file_is_named_as_one(tmp_path, file):
-    kept = ("blk.3.", "blk.4.", "blk.5.", "token_embd", "output")
+def test_a_draft_file_gives_its_layers_and_is_no_model(tmp_path, file, folder):
+    hub = HUB | {"eos_token_id": HUB["eos_token_id"][:1]}
+    trunk = {name: value for name, value in TENSORS.items() if not re.search(r"layers\.[345]\.", name)}
+    trunk_file = file_of(hub, trunk).write(tmp_path / "trunk.gguf")
+    kept = ("blk.3.", "blk.4.", "blk.5.", "token_embd", "output", "rope_freqs")
     file.tensors = [tensor for tensor in file.tensors if tensor.name.startswith(kept)]
-    with pytest.raises(CheckpointError, match="holds MTP layers only"):
-        GgufCheckpoint(file.write(tmp_path / "draft.gguf"))
+    draft = file.write(tmp_path / "draft.gguf")
+    with pytest.raises(CheckpointError, match=r"holds MTP layers only \(a draft file\); .* --mtp-from"):
+        GgufCheckpoint(draft)
+    grafted = open_folder(trunk_file, mtp_from=draft).checkpoint
+    assert set(grafted.paths) == set(folder.paths)
+    path = "mtp.2.block.attn.q_proj.weight"
+    np.testing.assert_array_equal(grafted.read(path, dtype=np.float32), folder.read(path, dtype=np.float32))
 
 
 @pytest.mark.parametrize(
@@ -266,3 +276,21 @@ def test_integers_are_not_made_of_blocks(tmp_path, file):
     path = file.write(tmp_path / "model.gguf")
     with pytest.raises(RequestError, match="holds its experts in 4 bits already"):
         load(path, quantize="int8")
+
+
+def test_a_configuration_is_read_from_a_file(tmp_path, file):
+    """By plan, study and the commands of adapters."""
+    path = file.write(tmp_path / "model.gguf")
+    assert read_config(str(path)) == read_config(str(tmp_path)) == GgufCheckpoint(path).config
+
+
+def test_mtp_layers_are_taken_from_a_file_and_given_to_one(tmp_path, file, folder):
+    whole = file.write(tmp_path / "whole.gguf")
+    file.tensors = [tensor for tensor in file.tensors if not tensor.name.startswith(("blk.3.", "blk.4.", "blk.5."))]
+    trunk = file.write(tmp_path / "trunk.gguf")
+    grafted = open_folder(trunk, mtp_from=whole).checkpoint
+    assert grafted.has_mtp
+    np.testing.assert_array_equal(
+        grafted.read("mtp.1.merge.weight", dtype=np.float32),
+        GgufCheckpoint(whole).read("mtp.1.merge.weight", dtype=np.float32),
+    )

@@ -180,3 +180,38 @@ def test_a_model_that_llama_cpp_has_no_keys_for_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="partial_rotary_factors: full layers rotate 16 of 16 dims"):
         write_gguf(tmp_path / "model.gguf", Checkpoint(source), form="q8_0")
     assert json.loads((source / "config.json").read_text())["partial_rotary_factors"] == [1.0] * 6
+
+
+def test_a_run_that_was_ended_goes_on(folder, tmp_path, monkeypatch, capsys):
+    """What the first run wrote whole is not read again, and the file is the same to the byte."""
+    source, target = Checkpoint(folder), tmp_path / "model.gguf"
+    whole = write_gguf(tmp_path / "whole.gguf", source, form="q4_0", name="model").read_bytes()
+    read, paths = Checkpoint.read, []
+
+    def ended(self, path, **options):
+        if path == "layers.2.moe.experts.up" and not paths:
+            raise KeyboardInterrupt
+        return read(self, path, **options)
+
+    def counted(self, path, **options):
+        paths.append(path)
+        return read(self, path, **options)
+
+    monkeypatch.setattr(Checkpoint, "read", ended)
+    with pytest.raises(KeyboardInterrupt):
+        write_gguf(target, source, form="q4_0")
+    assert not target.exists()
+    monkeypatch.setattr(Checkpoint, "read", counted)
+    said: list[str] = []
+    assert write_gguf(target, source, form="q4_0", say=said.append).read_bytes() == whole
+    assert "going on after" in said[0]
+    assert "layers.1.moe.experts.up" not in paths
+    assert paths[0] == "layers.2.moe.experts.gate"  # the last one that was there, which may have been cut
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf", "whole.gguf"]
+    monkeypatch.setattr(Checkpoint, "read", ended)
+    paths.clear()
+    with pytest.raises(KeyboardInterrupt):
+        write_gguf(tmp_path / "other.gguf", source, form="q4_0")
+    monkeypatch.undo()
+    assert write_gguf(tmp_path / "other.gguf", source, form="q8_0", say=said.append)  # another form begins anew
+    assert len(said) == 1

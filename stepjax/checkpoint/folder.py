@@ -48,7 +48,7 @@ def open_folder(name_or_path: str | Path, *, mtp_from: str | Path | None = None)
     folder = _open(resolve(name_or_path))
     if mtp_from is None:
         return folder
-    return dataclasses.replace(folder, checkpoint=Grafted(folder.checkpoint, open_weights(mtp_from)))
+    return dataclasses.replace(folder, checkpoint=Grafted(folder.checkpoint, open_weights(mtp_from, drafts=True)))
 
 
 def _open(path: Path) -> ModelFolder:
@@ -67,14 +67,17 @@ def _open(path: Path) -> ModelFolder:
     return ModelFolder(path, checkpoint, tokenizer, template, _generation_config(path))
 
 
-def open_weights(name_or_path: str | Path) -> WeightSource:
+def open_weights(name_or_path: str | Path, *, drafts: bool = False) -> WeightSource:
     """The weights of a model alone.
+
+    Args:
+      drafts: take a GGUF file that holds MTP layers only.
 
     Raises:
       CheckpointError, ConfigError: as `open_folder`.
     """
     path = resolve(name_or_path)
-    return Checkpoint(path) if path.is_dir() else GgufCheckpoint(path)
+    return Checkpoint(path) if path.is_dir() else GgufCheckpoint(path, drafts=drafts)
 
 
 def _open_gguf(path: Path) -> ModelFolder:

@@ -127,6 +127,7 @@ def _to_gguf(folder: ModelFolder, args: argparse.Namespace) -> int:
             form=args.form,
             vocabulary=files.metadata(folder.checkpoint.config.vocab_size) if files else None,
             progress=progress,
+            say=lambda text: print(f"stepjax: {text}", file=sys.stderr),
         )
     tokenizer = "" if files else "; it has no tokenizer, since the source has none"
     print(f"{written}: {GgufCheckpoint(written).num_bytes:,} bytes of weights, experts in {args.form}{tokenizer}")

@@ -69,13 +69,16 @@ def open_source(name_or_path: str) -> WeightSource | None:
 
 
 def read_config(name_or_path: str) -> ModelConfig:
-    """The configuration of an embedded name, a ``config.json``, a checkpoint folder or a hub id."""
+    """The configuration of an embedded name, a ``config.json``, a checkpoint folder, a GGUF file or a hub id."""
     path = Path(name_or_path).expanduser()
-    if os.path.isfile(path):  # False for text that cannot be a path, where Path.is_file raises
+    if (
+        os.path.isfile(path) and path.suffix != ".gguf"
+    ):  # False for text that cannot be a path, where Path.is_file raises
         return checkpoint.read_config(path.parent, path.name)
     if name_or_path in PRESETS and not os.path.isdir(path):
         return ModelConfig.preset(name_or_path)
-    return checkpoint.read_config(resolve(name_or_path, weights=False))
+    path = resolve(name_or_path, weights=False)
+    return checkpoint.read_config(path) if path.is_dir() else open_weights(path).config
 
 
 def describe(config: ModelConfig) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def main() -> None:
             arrays[f"{name.lower()}.wide"] = dequantize(stored, kind)
         if name in ENCODED:
             arrays[f"{name.lower()}.encoded"] = quantize(arrays["weights"], kind)
-    np.savez_compressed(Path(__file__).with_name("gguf_blocks.npz"), **arrays)
+    np.savez_compressed(Path(__file__).with_name("gguf_blocks.npz"), **arrays)  # pyright: ignore[reportArgumentType]
 
 
 if __name__ == "__main__":

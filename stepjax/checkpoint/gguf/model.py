@@ -34,12 +34,15 @@ _EMBEDDING = "token_embd.weight"
 class GgufCheckpoint:
     """A GGUF file, or the parts of one, whose every tensor has been checked against its metadata.
 
+    Args:
+      drafts: take a file that holds MTP layers only, as llama.cpp's converter makes them for drafting.
+
     Raises:
       CheckpointError: a file is damaged, or its tensors are not those of its settings.
       ConfigError: its metadata are not those of this model.
     """
 
-    def __init__(self, path: Path | str):
+    def __init__(self, path: Path | str, *, drafts: bool = False):
         self.folder = Path(path)
         self.files = open_files(self.folder)
         file = self.files.first.path
@@ -54,6 +57,16 @@ class GgufCheckpoint:
         self.has_mtp = any(self._parts[path].name in self.files.files for path in mtp if _is_own(self._specs[path]))
         if not self.has_mtp:
             self._specs = {path: spec for path, spec in self._specs.items() if path not in mtp}
+        trunk = any(name.startswith("blk.0.") for name in self.files.files)
+        if not trunk and self.has_mtp and drafts:
+            self._specs = {
+                path: spec for path, spec in self._specs.items() if self._parts[path].name in self.files.files
+            }
+        elif not trunk and self.has_mtp:
+            raise CheckpointError(
+                f"{file}: holds MTP layers only (a draft file); name the file of the whole model, and this one with "
+                "--mtp-from"
+            )
         self._refuse(self._problems())
         if mtp and not self.has_mtp:
             absent = f"has none of its {len(mtp)} MTP tensors; the model loads without them and cannot draft for itself"
@@ -236,8 +249,6 @@ class GgufCheckpoint:
 
     def _problems(self) -> list[str]:
         files, problems = self.files.files, []
-        if not any(name.startswith("blk.0.") for name in files) and self.has_mtp:
-            return [f"{self.files.first.path}: holds MTP layers only (a draft file); name the file of the whole model"]
         for path, spec in self._specs.items():
             part = self._parts[path]
             if part.name not in files:

@@ -1,15 +1,19 @@
 """Write a model as one GGUF file for llama.cpp, tensor by tensor and matrix by matrix.
 
-The file appears whole or not at all. Vectors and the router are in float32, as llama.cpp wants them. The routed experts
+The file appears whole or not at all. A run that was ended leaves what it wrote beside the target, and the same command
+goes on with it. Vectors and the router are in float32, as llama.cpp wants them. The routed experts
 have the type that is asked for; in a file of blocks every other matrix is Q8_0, whose error is a hundredth of a percent
 of what 4 bits cost, or BF16 where its rows do not divide into blocks.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import os
 import shutil
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +29,7 @@ from stepjax.errors import CheckpointError
 from stepjax.weights.gguf_blocks import GGUF_TYPES, GgufBlocks
 from stepjax.weights.gguf_encoding import ENCODERS
 from stepjax.weights.inventory import TensorSpec, inventory
-from stepjax.whole_file import whole_file
+from stepjax.whole_file import sync
 
 VERSION = 3
 _QUANTIZATION_VERSION = 2  # of ggml's block layouts
@@ -74,6 +78,7 @@ def write_gguf(
     name: str = "",
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Write the weights of ``source`` and return the path.
 
@@ -82,9 +87,10 @@ def write_gguf(
       vocabulary: the metadata of the tokenizer (`stepjax.checkpoint.gguf.vocabulary.to_vocabulary`).
       name: of the model, for people.
       overwrite: replace a file at ``path``.
+      say: told once that an earlier run is continued.
 
     Raises:
-      CheckpointError: the file cannot be written, or a weight has values that are not finite; nothing is left.
+      CheckpointError: the file cannot be written, or a weight has values that are not finite.
       ConfigError: the model or a weight does not fit the form.
     """
     path = Path(path)
@@ -93,20 +99,70 @@ def write_gguf(
     values = _metadata(source, form=form, vocabulary=vocabulary or {}, name=name or path.stem)
     plan = _plan(source, form)
     header, starts, total = _header(values, plan)
-    _check_room(path, total)
     try:
-        with whole_file(path) as partial, partial.open("xb") as file:
-            file.write(header)
-            for tensor, start in zip(plan, starts, strict=True):
-                file.write(bytes(start - file.tell()))
-                for piece in _pieces(tensor, source):
-                    file.write(piece)
-                if progress:
-                    progress(file.tell(), total)
-            file.write(bytes(total - file.tell()))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _unfinished(path, _fingerprint(source, header)) as partial:
+            done = _whole_tensors(partial, starts, plan)
+            _check_room(path, total - (starts[done] if done else 0))
+            if done:
+                say(f"{path}: going on after {done} of {len(plan)} tensors that an earlier run wrote")
+            with partial.open("r+b") as file:
+                file.seek(0)
+                file.write(header)
+                for tensor, start in list(zip(plan, starts, strict=True))[done:]:
+                    file.truncate(start)
+                    file.seek(start)
+                    for piece in _pieces(tensor, source):
+                        file.write(piece)
+                    if progress:
+                        progress(file.tell(), total)
+                file.truncate(total)
+            sync(partial)
+            os.replace(partial, path)
+        sync(path.parent)
     except OSError as error:
-        raise CheckpointError(f"{path}: could not be written ({error}); nothing was left behind") from None
+        kept = "; what was written is kept, and the same command goes on" if _partial_of(path).exists() else ""
+        raise CheckpointError(f"{path}: could not be written ({error}){kept}") from None
     return path
+
+
+def _partial_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+@contextlib.contextmanager
+def _unfinished(path: Path, fingerprint: str) -> Iterator[Path]:
+    """A file beside ``path`` that is kept when a run is ended, and removed after an error of ours.
+
+    What an earlier run wrote of the same, by its fingerprint, is in it.
+    """
+    partial, plan = _partial_of(path), path.with_name(f".{path.name}.plan")
+    if not (plan.is_file() and partial.is_file() and plan.read_text(encoding="utf-8") == fingerprint):
+        partial.write_bytes(b"")
+        plan.write_text(fingerprint, encoding="utf-8")
+    try:
+        yield partial
+    except Exception as error:
+        if not isinstance(error, OSError):
+            partial.unlink(missing_ok=True)
+            plan.unlink(missing_ok=True)
+        raise
+    plan.unlink(missing_ok=True)
+
+
+def _whole_tensors(partial: Path, starts: Sequence[int], plan: Sequence[_Planned]) -> int:
+    """Tensors at the beginning of the file that an earlier run surely wrote: all but the last of those it holds."""
+    size = partial.stat().st_size
+    held = sum(start + tensor.num_bytes <= size for start, tensor in zip(starts, plan, strict=True))
+    return max(0, held - 1)
+
+
+def _fingerprint(source: WeightSource, header: bytes) -> str:
+    """What a run writes and of what, as a hash."""
+    folders = [source.folder, *getattr(source, "donors", ())]
+    files = [file for folder in folders for file in (sorted(folder.iterdir()) if folder.is_dir() else [folder])]
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+    return hashlib.sha256(header + repr(stats).encode()).hexdigest()
 
 
 def _metadata(source: WeightSource, *, form: str, vocabulary: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -242,10 +298,6 @@ def _runs(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
 
 
 def _check_room(path: Path, num_bytes: int) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(path.parent).free
-    except OSError as error:
-        raise CheckpointError(f"{path}: could not be written ({error}); nothing was left behind") from None
+    free = shutil.disk_usage(path.parent).free
     if free < num_bytes:
         raise CheckpointError(f"{path}: needs {num_bytes:,} bytes, but the disk has {free:,} free; choose another disk")
