@@ -64,6 +64,21 @@ def test_an_order_arrives_as_it_was_sent(pair):
     assert leader.receive() == "ready"
 
 
+def test_a_decode_step_of_two_thousand_sequences_is_a_small_message(pair):
+    """A bit for each slot, and the pages that sequences grow by: 2 kB, whatever their ids and lengths."""
+    leader, follower = channels(pair)
+    rows = tuple(Row(slot, f"chatcmpl-{slot:032x}", 4096 + slot, 2) for slot in range(0, 4096, 2))
+    updates = tuple(PageUpdate(slot, 64, (slot % 700,)) for slot in range(0, 4096, 128))
+    order = Order(StepPlan(7, "decode", 2, rows, page_updates=updates), num_slots=64)
+    message = ["run", encode(order)]
+    assert len(json.dumps(message, separators=(",", ":"))) < 2048
+    leader.send(message)
+    found = decode(follower.receive()[1])
+    assert [(row.slot, row.count) for row in found.plan.rows] == [(row.slot, row.count) for row in rows]
+    assert found._replace(plan=order.plan) == order
+    assert found.plan.page_updates == updates
+
+
 def test_another_key_is_refused(pair):
     leader, follower = channels(pair, key=bytes(32))
     leader.send("x")

@@ -1,7 +1,7 @@
 """Run as ``two_processes.py PORT PROCESS TASK ...``: one of two processes that do a task and print JSON.
 
 load FOLDER MESH          what loading read, and what this process must hold
-answer FOLDER MESH        the answers of an engine that process 0 leads
+answer FOLDER MESH WAY    the answers of an engine that process 0 leads, by a strategy
 scores                    what a scorer that only process 0 has gives, and its error
 chances FILE              what rewards and an environment of FILE give that draw random numbers
 restore FOLDER BASE MESH  how many weights of a converted base differ from the folder it came from
@@ -115,23 +115,24 @@ def report(folder: str, mesh: str) -> int:
     return 0
 
 
-def serve(folder: str, mesh: str) -> int:
+def serve(folder: str, mesh: str, strategy: str) -> int:
     """`requests` in a cache too small for all of them: the answers by id, on process 0."""
     from stepjax.infer.engine.config import EngineConfig
     from stepjax.infer.engine.engine import open_engine
     from stepjax.infer.load import load
     from stepjax.infer.sampling.params import SamplingParams
 
-    session = load(folder, dtype="float32", mesh=mesh)
+    session = load(folder, dtype="float32", mesh=mesh, strategy=strategy)
+    shards = session.model.layout.together().num_shards
     config = EngineConfig(
-        num_slots=3,
+        num_slots=3 * shards,
         context=64,
-        num_pages=11,
+        num_pages=11 * shards,
         page_size=8,
         widths=(32,),
         token_budget=32,
         speculate=1,
-        num_snapshots=4,
+        num_snapshots=4 * shards,
         host_cache_bytes=2**26,
     )
     engine = open_engine(session, config, host="localhost")

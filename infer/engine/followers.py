@@ -50,7 +50,10 @@ class Channel:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def send(self, message: Any) -> None:
-        payload = json.dumps(message, separators=(",", ":")).encode()
+        self.send_encoded(_encoded(message))
+
+    def send_encoded(self, payload: bytes) -> None:
+        """Send a message that is encoded already, for several channels."""
         head = _HEAD.pack(len(payload), self._sent)
         self._sent += 1
         self._socket.sendall(head + payload + hmac.digest(self._out, head + payload, _DIGEST))
@@ -126,8 +129,9 @@ class Leader:
             channel.close()
 
     def _tell(self, kind: str, content: Any) -> None:
+        payload = _encoded([kind, content])
         for channel in self._channels:
-            channel.send([kind, content])
+            channel.send_encoded(payload)
 
     def _await(self) -> None:
         for channel in self._channels:
@@ -218,16 +222,24 @@ def _join(address: tuple[str, int], key: bytes, identity: str) -> Channel:
     return channel
 
 
+def _encoded(message: Any) -> bytes:
+    return json.dumps(message, separators=(",", ":")).encode()
+
+
 def encode(order: Order) -> dict[str, Any]:
-    """An order as JSON values."""
+    """An order as JSON values: what executors need of it. A decode step of thousands of sequences is told by a bit for
+    each slot.
+    """
     assignments = [[*item[:1], dataclasses.asdict(item.params), *item[2:]] for item in order.assignments]
     plan = {field.name: getattr(order.plan, field.name) for field in dataclasses.fields(order.plan)}
+    if order.plan.kind == "decode":
+        plan["rows"] = f"{sum(1 << row.slot for row in order.plan.rows):x}"
     masks = [[slot, base64.b64encode(zlib.compress(words, 1)).decode()] for slot, words in order.masks]
     return {**order._asdict(), "plan": plan, "assignments": assignments, "masks": masks}
 
 
 def decode(content: dict[str, Any]) -> Order:
-    """The order that `encode` encoded."""
+    """The order that `encode` encoded; the rows of a decode step have a slot and a width only."""
     plan = content["plan"]
     return Order(
         **{
@@ -235,7 +247,7 @@ def decode(content: dict[str, Any]) -> Order:
             "plan": StepPlan(
                 **{
                     **plan,
-                    "rows": tuple(Row._make([*row[:4], tuple(row[4]), row[5]]) for row in plan["rows"]),
+                    "rows": _rows(plan),
                     "resets": tuple(plan["resets"]),
                     "page_updates": tuple(
                         PageUpdate._make([*update[:2], tuple(update[2])]) for update in plan["page_updates"]
@@ -252,6 +264,13 @@ def decode(content: dict[str, Any]) -> Order:
             "masks": tuple(Mask(slot, zlib.decompress(base64.b64decode(words))) for slot, words in content["masks"]),
         }
     )
+
+
+def _rows(plan: dict[str, Any]) -> tuple[Row, ...]:
+    if plan["kind"] == "prefill":
+        return tuple(Row._make([*row[:4], tuple(row[4]), row[5]]) for row in plan["rows"])
+    bits = int(plan["rows"], 16)
+    return tuple(Row(slot, "", 0, plan["width"]) for slot in range(bits.bit_length()) if bits >> slot & 1)
 
 
 def _tuples(value: Any) -> Any:
