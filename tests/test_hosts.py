@@ -86,7 +86,8 @@ def test_an_engine_that_the_others_follow_answers_as_one_device(folder, tmp_path
     """Orders, announced compilations, preemptions, snapshots, sampling rules and masks reach the other process, and
     each keeps its own part of what goes to host memory.
     """
-    first, second = (out.splitlines()[-1] for out in together("answer", folder, "expert=4,tensor=2", strategy, cwd=tmp_path))
+    outs = together("answer", folder, "expert=4,tensor=2", strategy, cwd=tmp_path)
+    first, second = (out.splitlines()[-1] for out in outs)
     found = json.loads(first)  # after what gloo says
     assert second == "followed"
     assert found["preemptions"] > 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from stepjax.infer.engine.config import EngineConfig
 from stepjax.infer.engine.engine import Engine
 from stepjax.infer.engine.ready_programs import ProgramShape
 from stepjax.infer.sampling.params import SamplingParams
+from stepjax.infer.sampling.state import num_words
 from stepjax.infer.session import Session
 from stepjax.model.step3p5 import abstract, axes_of
 from stepjax.sharding.compiled.hlo import collectives
@@ -211,6 +212,58 @@ def test_two_hundred_requests_are_answered_as_alone(mesh, strategy, drafts):
     assert engine.executor.host.num_copies == sum(len(shard.prefix.host) for shard in admission.shards)
     assert_nothing_is_held(engine)
     assert {id: tokens[id] for id in asked} == {id: alone(*request) for id, request in asked.items()}
+
+
+class EvenTokens:
+    """A constraint and its guide: only even tokens, for the whole answer."""
+
+    active, done = True, False
+
+    def guide(self) -> EvenTokens:
+        return self
+
+    def ahead(self, drafts: Any) -> np.ndarray:
+        return np.full((1 + len(drafts), num_words(128)), 0x55555555, np.uint32)
+
+    def push(self, token: int) -> None:
+        assert token % 2 == 0
+
+
+@pytest.mark.slow
+def test_rules_masks_and_scores_are_those_of_one_device():
+    """Penalties, biases, allowed tokens, masks, log-probabilities of prompts and answers, and recorded experts."""
+    options: list[dict[str, Any]] = [
+        {"presence_penalty": 0.7, "repetition_penalty": 1.3, "logprobs": 3},
+        {"logit_bias": {9: 2.0, 40: -3.0}, "prompt_logprobs": 2},
+        {"allowed_ids": tuple(range(8, 60)), "min_tokens": 1},
+        {"frequency_penalty": 0.5, "stop_ids": (30, 31, 32)},
+    ]
+    config = dataclasses.replace(ENGINE, adapter_slots=0, speculate=3, num_snapshots=0, routing=True)
+    found = []
+    for session in (tiny_session(), wide_session("expert=4")):
+        engine, updates = Engine(session, config), defaultdict(list)
+        for at, (id, (prompt, params, _)) in enumerate(requests(24, seed=5).items()):
+            params = params.replace(**(options[at % 4] if at % 5 else {}))
+            constraint = cast(Any, EvenTokens()) if at % 6 == 1 else None
+            engine.add(prompt, params, id=id, constraint=constraint)
+        for update in engine.run():
+            updates[update.id].append(update)
+        assert_nothing_is_held(engine)
+        assert engine.scheduler.admission.num_preemptions > 0 or session is tiny_session()
+        found.append(updates)
+    for id, expected in found[0].items():
+        one, wide = (
+            {
+                "tokens": [token for update in answer for token in update.tokens],
+                "scores": [score for update in answer for score in (*update.prompt_scores, *update.scores)],
+                "reason": answer[-1].finish_reason,
+                "experts": answer[-1].experts.tolist(),
+            }
+            for answer in (expected, found[1][id])
+        )
+        scores = [np.array([score.logprob for score in answer.pop("scores")]) for answer in (one, wide)]
+        assert one == wide
+        np.testing.assert_allclose(*scores, atol=2e-4)
 
 
 @pytest.mark.slow
