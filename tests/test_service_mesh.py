@@ -48,9 +48,9 @@ def trained(session: Session) -> tuple[list, HostState, HostState]:
         model = TrainedModel(session, LORA, Programs(session), Alone())
         model.create(3)
         random = np.random.default_rng(1)
-        results = [await model.run(call(random))]
+        results = [(await model.run(call(random)))[0]]
         metrics = await model.step(STEP)
-        results.append(await model.run(call(random)))
+        results.append((await model.run(call(random)))[0])
         state = model.host()
         model.place(state)
         return [*map(pass_to_json, results), metrics], state, model.host()
