@@ -461,6 +461,7 @@ def test_what_a_killed_server_leaves(client, tiny, server, tmp_path):
         a, b = getattr(ours, part), getattr(theirs, part)
         assert a.keys() == b.keys()
         assert all((a[name] == b[name]).all() for name in a), part
+    assert isinstance(outcome, bytes)
     assert pass_to_json(outcome) == last
     assert not list((tmp_path / "copy").rglob("*.partial"))
 

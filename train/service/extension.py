@@ -19,8 +19,8 @@ from stepjax.train.service.training_service import TrainingService
 class TrainingExtension:
     """Adds the paths of the Tinker API to a server (`stepjax.infer.serve.extension.Extension`)."""
 
-    raw_paths = RAW_PATHS
-    open_prefixes = (FILES_PREFIX,)
+    raw_paths: frozenset[str] = RAW_PATHS
+    open_prefixes: tuple[str, ...] = (FILES_PREFIX,)
 
     def __init__(self, service: TrainingService):
         self.service = service
