@@ -271,6 +271,15 @@ def test_samples_are_of_the_saved_policy(client, tiny, server):
     np.testing.assert_allclose(
         factors["layers.0.attn.q_proj.weight.a"], state.leaves["layers.0.attn.q_proj.weight.a"], atol=0
     )
+    chat = {"model": path, "prompt": IDS[0], "max_tokens": 6, "temperature": 0, "ignore_eos": True, "logprobs": 0}
+    told = client.http.post("/v1/completions", json=chat).json()
+    found = told["choices"][0]["logprobs"]["token_logprobs"]
+    np.testing.assert_allclose(found, first["logprobs"], atol=2e-5)  # the same adapter under its path
+    other = client.http.post("/v1/completions", json={**chat, "model": path.replace("policy", "nothing")})
+    assert other.status_code == 404
+    metrics = client.http.get("/metrics").text
+    assert "stepjax:train_models 1.0" in metrics
+    assert "stepjax:train_requests_open 0.0" in metrics
     wanted = np.array([[3, -1], [-1, -1], [0, 9], [1, 2]])
     target = {"data": wanted.ravel().tolist(), "dtype": "int64", "shape": [4, 2]}
     found = sampler.run(IDS[1], sampling_params={"max_tokens": 1}, target_prompt_logprobs=target)
@@ -452,6 +461,7 @@ def test_what_a_killed_server_leaves(client, tiny, server, tmp_path):
         a, b = getattr(ours, part), getattr(theirs, part)
         assert a.keys() == b.keys()
         assert all((a[name] == b[name]).all() for name in a), part
+    assert isinstance(outcome, bytes)
     assert pass_to_json(outcome) == last
     assert not list((tmp_path / "copy").rglob("*.partial"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -45,12 +46,12 @@ def trained(session: Session) -> tuple[list, HostState, HostState]:
     """Results, the state after one step with gradients on top, and the same state put back and read again."""
 
     async def run():
-        model = TrainedModel(session, LORA, Programs(session), Alone())
+        model = TrainedModel(session, LORA, Programs(session), cast("Any", Alone()))
         model.create(3)
         random = np.random.default_rng(1)
-        results = [await model.run(call(random))]
+        results = [(await model.run(call(random)))[0]]
         metrics = await model.step(STEP)
-        results.append(await model.run(call(random)))
+        results.append((await model.run(call(random)))[0])
         state = model.host()
         model.place(state)
         return [*map(pass_to_json, results), metrics], state, model.host()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random as chance
+from typing import Any
 
 import numpy as np
 import pytest
@@ -257,15 +258,15 @@ def test_results_of_a_sample():
         [(), ((7, -0.5), (8, -1.0))],
         top_width=3,
     )
-    parts = dict(fields(memoryview(sample_to_protobuf(result))))
-    sequence = dict(fields(parts[1]))
+    parts: dict[int, Any] = dict(fields(memoryview(sample_to_protobuf(result))))
+    sequence: dict[int, Any] = dict(fields(parts[1]))
     assert sequence[1] == 0
     assert np.frombuffer(sequence[2], np.int32).tolist() == [4, 2]
     assert np.frombuffer(sequence[3], np.float32).tolist() == [-0.5, -0.25]
     scores = np.frombuffer(parts[2], np.float32)
     assert np.isnan(scores[0])
     assert scores[1] == -1.5
-    table = dict(fields(parts[3]))
+    table: dict[int, Any] = dict(fields(parts[3]))
     assert np.frombuffer(table[1], np.int32).tolist() == [0, 0, 0, 7, 8, 0]
     assert np.frombuffer(table[2], np.float32)[-1] == -99999.0
     assert sample_to_json(result)["prompt_logprobs"] == [None, -1.5]

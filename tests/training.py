@@ -70,10 +70,10 @@ def datum(tokens: Sequence[int], **inputs: Any) -> bytes:
     return written((1, chunk), *written_map(2, {name: tensor(value) for name, value in inputs.items()}))
 
 
-def next_tokens(ids: Sequence[int], weights: Sequence[float] | None = None) -> bytes:
+def next_tokens(ids: Sequence[int], weights: Sequence[float] | np.ndarray | None = None) -> bytes:
     """A datum of cross_entropy in which each token is to be followed by the next."""
-    weights = np.ones(len(ids) - 1) if weights is None else np.asarray(weights)
-    return datum(ids[:-1], target_tokens=np.asarray(ids[1:]), weights=weights.astype(np.float32))
+    factors = np.ones(len(ids) - 1) if weights is None else np.asarray(weights)
+    return datum(ids[:-1], target_tokens=np.asarray(ids[1:]), weights=factors.astype(np.float32))
 
 
 class Client:

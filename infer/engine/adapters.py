@@ -121,7 +121,11 @@ class AdapterPin:
     """A version of an adapter that a request has been promised. While a pin exists, no other adapter takes its slot."""
 
     def __init__(self, key: str):
-        self.key = key
+        self.key, self.ended = key, False
+
+    def end(self) -> None:
+        """End it before it is garbage; no later `Engine.add` may use it. Answers that have begun keep their version."""
+        self.ended = True
 
 
 class AdapterNames:
@@ -211,7 +215,7 @@ class AdapterNames:
     def _pinned(self) -> set[str]:
         """Versions that requests have been promised."""
         with self._lock:
-            return {pin.key for pin in self._pins}
+            return {pin.key for pin in self._pins if not pin.ended}
 
     def _release(self, in_use: Collection[str]) -> None:
         kept = {*self._keys.values(), *in_use}

@@ -21,7 +21,7 @@ from stepjax.infer.serve.api import Api, ServeOptions
 from stepjax.infer.serve.bodies import StrictBodies
 from stepjax.infer.serve.endpoints import chat, completions, messages, models, page, responses, tokens
 from stepjax.infer.serve.errors import ApiError
-from stepjax.infer.serve.extension import Extension
+from stepjax.infer.serve.extension import Extension, PreparedRequests
 from stepjax.infer.serve.middleware import Access, App, Failures, RequestLog
 from stepjax.infer.serve.replies import error_response, json_response, readiness, refuse
 from stepjax.infer.serve.routes import IGNORED, validation_error
@@ -144,6 +144,8 @@ def _wrapped(app: App, options: ServeOptions, extensions: Sequence[Extension]) -
     """
     raw_paths = frozenset().union(*(extension.raw_paths for extension in extensions))
     open_prefixes = tuple(prefix for extension in extensions for prefix in extension.open_prefixes)
+    if extensions:
+        app = PreparedRequests(app, extensions, refuse)
     app = Access(StrictBodies(app, refuse, raw_paths=raw_paths), options.keys, refuse, open_prefixes=open_prefixes)
     app = Failures(app, refuse)
     if options.cors_origins:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from fastapi import APIRouter
 
 from stepjax.infer.serve.api import Api
+from stepjax.infer.serve.errors import ApiError
+from stepjax.infer.serve.middleware import App, Receive, Refuse, Scope, Send
 
 
 class Extension(Protocol):
@@ -19,6 +22,14 @@ class Extension(Protocol):
         """The endpoints."""
         ...
 
+    async def prepare(self, scope: Scope) -> None:
+        """Called for each request that may have a body, once that has been read and before the endpoint runs.
+
+        Raises:
+          ApiError: the request is refused.
+        """
+        ...
+
     async def start(self) -> None:
         """Called once the engine's thread runs, before the first request."""
         ...
@@ -26,3 +37,20 @@ class Extension(Protocol):
     async def stop(self) -> None:
         """Called before the engine's thread ends."""
         ...
+
+
+class PreparedRequests:
+    """Lets extensions see each request before its endpoint does."""
+
+    def __init__(self, app: App, extensions: Sequence[Extension], refuse: Refuse):
+        self._app, self._extensions, self._refuse = app, extensions, refuse
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST":
+            try:
+                for extension in self._extensions:
+                    await extension.prepare(scope)
+            except ApiError as error:
+                await self._refuse(scope, receive, send, error)
+                return
+        await self._app(scope, receive, send)

@@ -54,6 +54,10 @@ class ServerMetrics:
         self._sizes = self._histogram("request_generation_tokens", "Tokens of an answer", _TOKENS)
         self._registry.register(_EngineCollector(engine, model))
 
+    def register(self, collector: Collector) -> None:
+        """Expose what another part of the server counts, too."""
+        self._registry.register(collector)
+
     def expose(self) -> bytes:
         """The text that Prometheus reads."""
         return generate_latest(self._registry)

@@ -221,6 +221,9 @@ class Service:
         del submission.open[index]
         if not submission.open:
             self._submissions.discard(submission)
+            for request in submission.requests:
+                if request.adapter is not None:  # now, not when some cycle that holds it is collected
+                    request.adapter.end()
         if not self._open:
             self._idle.set()
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from stepjax.train.losses.divergence import Kind
 from stepjax.train.losses.target_losses import CONFIG_NAMES, TARGET_LOSSES, TargetLoss
 from stepjax.train.service.micro_batches import Datum
 from stepjax.train.service.programs import TeacherLoss
@@ -15,7 +16,7 @@ from stepjax.train.service.wire.calls import Config, GivenDatum, TrainCall
 from stepjax.train.service.wire.tensors import NamedTensor, bad
 
 # Losses over the whole vocabulary, which are an extension: name → kind of divergence.
-TEACHER_LOSSES = {"reverse_kl": "reverse", "forward_kl": "forward", "jsd": "jsd"}
+TEACHER_LOSSES: dict[str, Kind] = {"reverse_kl": "reverse", "forward_kl": "forward", "jsd": "jsd"}
 _REFUSED = {
     "stable_reinforce": "its formula is not public; use importance_sampling, ppo or cispo",
     "custom": "it needs a loss that the server stores; losses of your own run in the client (forward_backward_custom)",

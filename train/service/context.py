@@ -51,6 +51,16 @@ class ReadOnlyAdapters:
         self._kept.pop(path, None)
 
 
+@dataclass
+class ServiceCounts:
+    """What the service has done since it started."""
+
+    tokens: int = 0  # of forward_backward calls
+    steps: int = 0  # of optimisers
+    samples: int = 0
+    loss: float = 0.0  # a token, of the last forward_backward call
+
+
 @dataclass(frozen=True)
 class SharedParts:
     """What all models share."""
@@ -67,6 +77,7 @@ class SharedParts:
     limits: ServiceLimits
     budget: TokenBudget
     room: ModelRoom
+    counts: ServiceCounts
 
     async def forget_adapter(self, path: str) -> None:
         """Drop what is in memory of a checkpoint that was replaced or removed."""

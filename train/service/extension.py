@@ -5,8 +5,12 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from stepjax.infer.serve.api import Api
+from stepjax.infer.serve.bodies import PARSED
+from stepjax.infer.serve.middleware import ApiKeys, Scope
+from stepjax.train.service.registry import SCHEME
 from stepjax.train.service.routes.calls import RAW_PATHS, calls_router
 from stepjax.train.service.routes.files import FILES_PREFIX, files_router
+from stepjax.train.service.routes.reading import owner_of_scope
 from stepjax.train.service.routes.records import records_router
 from stepjax.train.service.routes.sessions import sessions_router
 from stepjax.train.service.training_service import TrainingService
@@ -15,17 +19,26 @@ from stepjax.train.service.training_service import TrainingService
 class TrainingExtension:
     """Adds the paths of the Tinker API to a server (`stepjax.infer.serve.extension.Extension`)."""
 
-    raw_paths = RAW_PATHS
-    open_prefixes = (FILES_PREFIX,)
+    raw_paths: frozenset[str] = RAW_PATHS
+    open_prefixes: tuple[str, ...] = (FILES_PREFIX,)
 
     def __init__(self, service: TrainingService):
         self.service = service
+        self._keys = ApiKeys(())
 
     def router(self, api: Api) -> APIRouter:
+        self._keys = api.options.keys
         routes = APIRouter(prefix="/api/v1", tags=["Tinker"])
         for part in (sessions_router, calls_router, records_router, files_router):
             routes.include_router(part(self.service, api.options.keys))
         return routes
+
+    async def prepare(self, scope: Scope) -> None:
+        """A chat request may name saved weights of a sampler as its model, if it has the key that saved them."""
+        body = scope.get(PARSED)
+        model = body.get("model") if isinstance(body, dict) else None
+        if isinstance(model, str) and model.startswith(SCHEME):
+            await self.service.provide(model, owner_of_scope(scope, self._keys))
 
     async def start(self) -> None:
         await self.service.start()

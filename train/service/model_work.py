@@ -113,13 +113,19 @@ class ModelWork:
             await asyncio.sleep(wait)
             call.promise.queue_state = "active"
         self._unsaved_bytes += 16 * request.num_tokens
-        return await self.model.run(request, teacher)
+        result, loss = await self.model.run(request, teacher)
+        if call.promise is not None and not request.forward_only:
+            shared.counts.tokens += request.num_tokens
+            shared.counts.loss = loss / request.num_tokens
+        return result
 
     async def _create_model(self, call: LaneCall, body: Mapping[str, Any]) -> Outcome:
         return {"type": "create_model", "model_id": self.row.id}
 
     async def _optim_step(self, call: LaneCall, body: Mapping[str, Any]) -> Outcome:
-        return {"type": "optim_step", "metrics": await self.model.step(read_adam(body))}
+        metrics = await self.model.step(read_adam(body))
+        self._shared.counts.steps += call.promise is not None
+        return {"type": "optim_step", "metrics": metrics}
 
     async def _save_weights(self, call: LaneCall, body: Mapping[str, Any]) -> Outcome:
         save = read_save(body)

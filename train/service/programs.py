@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -236,7 +236,8 @@ def adam_step(
     )
     none = optax.EmptyState()
     state = (optax.ScaleByAdamState(moments.count, moments.first, moments.second), none, none)
-    new_leaves, (adam, *_) = apply(optimizer, clipped, state, leaves)
+    new_leaves, after = apply(optimizer, clipped, state, leaves)
+    adam: Any = cast("Any", after)[0]
     finite = jnp.isfinite(norm)
     finite &= jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(new_leaves)]))
     new = new_leaves, Moments(adam.count, adam.mu, adam.nu)

@@ -78,13 +78,13 @@ class TrainedModel:
             self._num_tokens,
         )
 
-    async def run(self, call: CheckedCall, teacher: AdapterOnDevice | None = None) -> bytes:
+    async def run(self, call: CheckedCall, teacher: AdapterOnDevice | None = None) -> tuple[bytes, float]:
         """A forward call, or a forward_backward call, whose gradients are added to those of earlier calls.
 
         Args:
           teacher: of a loss that has one; None: the base.
 
-        Returns: the result in the client's form.
+        Returns: the result in the client's form, and the loss.
         """
         packed = await asyncio.to_thread(pack_call, call.data)
         scored: list[PassScores] = []
@@ -98,7 +98,8 @@ class TrainedModel:
             raise
         if not call.forward_only:
             self._num_tokens += call.num_tokens
-        return await asyncio.to_thread(_result, call, packed, scored)
+        loss = sum(float(part.loss) for part in scored)
+        return await asyncio.to_thread(_result, call, packed, scored), loss
 
     async def step(self, numbers: AdamNumbers) -> dict[str, float]:
         """One step of AdamW with the gradients since the last one, which are gone afterwards. Returns metrics.

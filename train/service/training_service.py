@@ -9,20 +9,23 @@ import hashlib
 import logging
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from stepjax.adapters.lora import LoraConfig
 from stepjax.infer.serve.errors import ApiError
+from stepjax.infer.serve.metrics import PREFIX
 from stepjax.infer.serve.service import Service
 from stepjax.infer.session import Session, model_identity, num_tokens_of
 from stepjax.train.runs.lock import locked
 from stepjax.train.service.answering import answered, fitted
 from stepjax.train.service.checks import ModelRoom
-from stepjax.train.service.context import ReadOnlyAdapters, SharedParts
+from stepjax.train.service.context import ReadOnlyAdapters, ServiceCounts, SharedParts
 from stepjax.train.service.device import DeviceTurns
 from stepjax.train.service.journal import Journal
 from stepjax.train.service.lane import Lane, LaneCall
@@ -86,7 +89,9 @@ class TrainingService:
             limits,
             TokenBudget(limits.tokens_per_minute),
             ModelRoom(context, num_tokens_of(session)),
+            ServiceCounts(),
         )
+        service.metrics.register(_ServiceCollector(self))
         self.tokenizer = tokenizer
         self.promises = Promises()
         self.url_key = secrets.token_bytes(32)
@@ -272,6 +277,7 @@ class TrainingService:
                     shared.slots.give_back(path)
             if call.targets is not None:
                 result = dataclasses.replace(result, target_logprobs=await self._targets(call, path))
+            shared.counts.samples += call.num_samples
             promise.settle(result)
         except asyncio.CancelledError:
             promise.settle(Failure("the request was cancelled, since its session ended", "server"))
@@ -280,6 +286,17 @@ class TrainingService:
             if not isinstance(error, ApiError):
                 log.exception("sample %s failed", promise.id)
             promise.settle(Failure.of(error))
+
+    async def provide(self, path: str, owner: str) -> None:
+        """Load saved weights for a request of another interface, which names them as its model.
+
+        Raises:
+          ApiError: there are none at this path, or they are of another key.
+        """
+        shared = self.shared
+        row = await asyncio.to_thread(shared.registry.checkpoint, path, owner)
+        if row.kind == "sampler_weights":
+            await shared.slots.show(path)
 
     async def _targets(self, call: SampleCall, path: str | None) -> NamedTensor:
         """Log-probabilities of the ids that a sample request names at positions of its prompt."""
@@ -411,6 +428,31 @@ class TrainingService:
             log.info("carrying on with %d calls of %d models", len(rows), len(models))
         for model in models:
             self.lane(model)
+
+
+class _ServiceCollector(Collector):
+    """Figures of the service for Prometheus, beside those of the server."""
+
+    def __init__(self, training: TrainingService):
+        self._training = training
+
+    def collect(self) -> Iterator[Metric]:
+        counts = self._training.shared.counts
+        gauges = {
+            "train_sessions": ("Sessions that were heard of lately", len(self._training._seen)),
+            "train_models": ("Models in memory", len(self._training._lanes)),
+            "train_requests_open": ("Requests without a result", self._training.promises.num_open),
+            "train_loss": ("Loss a token of the last forward_backward call", counts.loss),
+        }
+        counters = {
+            "train_tokens": ("Tokens of forward_backward calls", counts.tokens),
+            "train_steps": ("Steps of optimisers", counts.steps),
+            "train_samples": ("Answers to sample requests", counts.samples),
+        }
+        for name, (text, value) in gauges.items():
+            yield GaugeMetricFamily(f"{PREFIX}:{name}", text, value=value)
+        for name, (text, value) in counters.items():
+            yield CounterMetricFamily(f"{PREFIX}:{name}", text, value=value)
 
 
 def _digest(kind: str, body: bytes) -> str:

@@ -9,15 +9,20 @@ from fastapi import Request
 
 from stepjax.infer.serve.bodies import PARSED
 from stepjax.infer.serve.errors import ApiError
-from stepjax.infer.serve.middleware import ApiKeys, key_of
+from stepjax.infer.serve.middleware import ApiKeys, Scope, key_of
 from stepjax.train.service.limits import MAX_BODY_BYTES
 
 
 def owner_of(request: Request, keys: ApiKeys) -> str:
     """Whose a request is: a digest of its key. A server without keys has one owner, whatever key a client sends."""
+    return owner_of_scope(request.scope, keys)
+
+
+def owner_of_scope(scope: Scope, keys: ApiKeys) -> str:
+    """`owner_of` before there is a request."""
     if not keys:
         return ""
-    return hashlib.sha256(b"owner\0" + key_of(dict(request.scope["headers"]))).hexdigest()[:24]
+    return hashlib.sha256(b"owner\0" + key_of(dict(scope["headers"]))).hexdigest()[:24]
 
 
 def json_body(request: Request) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from fastapi import APIRouter, Request, Response
 
 from stepjax.infer.serve.middleware import ApiKeys
 from stepjax.infer.serve.replies import json_response
+from stepjax.train.losses.target_losses import TARGET_LOSSES
+from stepjax.train.service.checks import TEACHER_LOSSES
 from stepjax.train.service.requests import integer, metadata, only, string
 from stepjax.train.service.routes.reading import json_body, owner_of
 from stepjax.train.service.training_service import TrainingService
@@ -34,7 +36,7 @@ def sessions_router(service: TrainingService, keys: ApiKeys) -> APIRouter:
             {"model_name": name, "max_context_length": most, "trainable": True, "sampleable": True}
             for name in service.shared.names
         ]
-        return json_response({"supported_models": models})
+        return json_response({"supported_models": models, "losses": [*TARGET_LOSSES, *TEACHER_LOSSES]})
 
     @routes.post("/client/config")
     async def client_config() -> Response:

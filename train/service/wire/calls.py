@@ -6,6 +6,8 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -229,7 +231,7 @@ def inflated(body: bytes, encoding: str, *, most: int) -> bytes:
     if encoding != "zstd" or not has_zstd():
         expected = "zstd or none" if has_zstd() else "none"
         raise ApiError(f"content-encoding: is {encoding[:40]!a}, expected {expected}", code="unsupported_encoding")
-    import zstandard
+    zstandard: Any = import_module("zstandard")
 
     out = bytearray()
     try:
@@ -252,8 +254,6 @@ def inflated(body: bytes, encoding: str, *, most: int) -> bytes:
 
 def has_zstd() -> bool:
     """Whether bodies compressed with zstd can be read: the library is the extra ``zstd``."""
-    from importlib.util import find_spec
-
     return find_spec("zstandard") is not None
 
 

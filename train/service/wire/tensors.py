@@ -65,7 +65,8 @@ def tensor_from_json(name: str, value: Any) -> NamedTensor:
     unknown = {*value} - {"data", "dtype", "shape", "sparse_crow_indices", "sparse_col_indices"}
     if unknown:
         raise bad(name, f"has the unknown field {min(unknown)[:80]!a}")
-    dtype = _NAMES.get(value.get("dtype")) if isinstance(value.get("dtype"), str) else None
+    named = value.get("dtype")
+    dtype = _NAMES.get(named) if isinstance(named, str) else None
     if dtype is None:
         raise bad(name, f"dtype is {str(value.get('dtype'))[:80]!a}, expected float32 or int64")
     data = _listed(name, value.get("data"), dtype)
