@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from checkpoints import speaking_folder
 
+from stepjax.calibration.certificate import Scored, certificate, overlap
 from stepjax.cli import main
 from stepjax.errors import RequestError
-from stepjax.infer.certificate import Scored, certificate, overlap
 
 T, V, L, A = 300, 17, 2, 3
 
