@@ -85,7 +85,12 @@ class Forward:
         padded = np.zeros((1, width), np.int32)
         padded[0, : len(ids)] = ids  # attention is causal: what follows changes no earlier row
         hidden, choices, inputs = self._run(self._params, padded)
-        return hidden, *([np.asarray(array)[0, : len(ids)] for array in arrays] for arrays in (choices, inputs))
+        rows = slice(0, len(ids))
+        return (
+            hidden,
+            [np.asarray(array)[0, rows] for array in choices],
+            [np.asarray(array)[0, rows] for array in inputs],
+        )
 
     def _forward(
         self, params: Any, ids_BT: jax.Array
