@@ -12,7 +12,7 @@ from stepjax.infer.commands.options import add_model_arguments, open_session
 from stepjax.infer.commands.progress import shown_startup
 
 if TYPE_CHECKING:
-    from stepjax.calibration.certificate import Scored
+    from stepjax.calibration.certificate import SequenceScores
     from stepjax.infer.session import Session
     from stepjax.startup import Startup
 
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _other(args: argparse.Namespace, prompts: list[list[int]], startup: Startup) -> list[Scored]:
+def _other(args: argparse.Namespace, prompts: list[list[int]], startup: Startup) -> list[SequenceScores]:
     """What the other checkpoint makes of the sequences; it is let go before ours is loaded."""
     options = {**vars(args), "model": args.against, "quantize": None, "keep_fp8": False, "mtp_from": None}
     session = open_session(argparse.Namespace(**options), startup=startup)
@@ -95,15 +95,15 @@ def _other(args: argparse.Namespace, prompts: list[list[int]], startup: Startup)
     return out
 
 
-def _scored(session: Session, ids: list[int]) -> Scored:
+def _scored(session: Session, ids: list[int]) -> SequenceScores:
     import numpy as np
 
-    from stepjax.calibration.certificate import Scored
+    from stepjax.calibration.certificate import SequenceScores
 
-    return Scored(np.asarray(ids, np.int32), *session.routed(ids))
+    return SequenceScores(np.asarray(ids, np.int32), *session.routed(ids))
 
 
-def _compare(args: argparse.Namespace, session: Session, prompts: list[list[int]], other: list[Scored]) -> None:
+def _compare(args: argparse.Namespace, session: Session, prompts: list[list[int]], other: list[SequenceScores]) -> None:
     """Print the distance of the two checkpoints, and write it as JSON."""
     from stepjax.calibration.certificate import certificate, write_certificate
 

@@ -22,7 +22,7 @@ _ROWS = 256  # of logits that are compared at a time
 
 
 @dataclass(frozen=True)
-class Scored:
+class SequenceScores:
     """What a model makes of one sequence of T tokens."""
 
     ids: np.ndarray  # int32 [T]
@@ -30,7 +30,9 @@ class Scored:
     experts: np.ndarray  # int32 [T, L, A]: choices of each MoE layer's router
 
 
-def certificate(ours: Sequence[Scored], other: Sequence[Scored], *, layers: Sequence[int]) -> dict[str, Any]:
+def certificate(
+    ours: Sequence[SequenceScores], other: Sequence[SequenceScores], *, layers: Sequence[int]
+) -> dict[str, Any]:
     """The distance of ours to the other, over all sequences, in JSON's terms.
 
     Args:

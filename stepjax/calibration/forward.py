@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stepjax.calibration.certificate import Scored
+from stepjax.calibration.certificate import SequenceScores
 from stepjax.checkpoint.reader import load_params
 from stepjax.checkpoint.source import WeightSource
 from stepjax.model.cache import Chunk
@@ -68,7 +68,7 @@ class Forward:
             for i, index in enumerate(layers)
         }
 
-    def scored(self, sequences: Sequence[Sequence[int]]) -> list[Scored]:
+    def scored(self, sequences: Sequence[Sequence[int]]) -> list[SequenceScores]:
         """Logits and router choices of each sequence."""
         out = []
         for ids in sequences:
@@ -77,7 +77,7 @@ class Forward:
                 np.asarray(self._head(self._params, hidden, np.int32(start)))[: len(ids) - start]
                 for start in range(0, len(ids), HEAD_ROWS)
             ]
-            out.append(Scored(np.asarray(ids, np.int32), np.concatenate(blocks), np.stack(choices, axis=1)))
+            out.append(SequenceScores(np.asarray(ids, np.int32), np.concatenate(blocks), np.stack(choices, axis=1)))
         return out
 
     def _whole(self, ids: Sequence[int], *, width: int) -> tuple[jax.Array, list[np.ndarray], list[np.ndarray]]:

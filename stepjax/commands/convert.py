@@ -9,13 +9,11 @@ import sys
 from pathlib import Path
 
 from stepjax.checkpoint.folder import ModelFolder, open_folder
-from stepjax.checkpoint.form_writer import write_form
 from stepjax.checkpoint.gguf.model import GgufCheckpoint
 from stepjax.checkpoint.gguf.writer import FORMS as GGUF_FORMS, write_gguf
 from stepjax.checkpoint.reader import Checkpoint
 from stepjax.checkpoint.stored_weights import StoredWeights
 from stepjax.checkpoint.text_files import text_files
-from stepjax.checkpoint.writer import check_target
 from stepjax.commands.writing import add_size, max_shard_bytes, progress_bar
 from stepjax.errors import RequestError
 from stepjax.packings.written import FORMS, WrittenForm
@@ -91,6 +89,8 @@ def _check_form(args: argparse.Namespace, *, into_file: bool) -> None:
 
 def _write_form(folder: ModelFolder, args: argparse.Namespace, size: int) -> Path:
     """The experts as another tool spells them."""
+    from stepjax.checkpoint.form_writer import write_form
+
     form = FORMS[args.form]
     form = form if args.group is None else form.with_group(args.group)
     files = None if folder.path.is_dir() else text_files(folder)
@@ -114,6 +114,7 @@ def _write_calibrated(
 ) -> Path:
     from stepjax.calibration.convert import CERTIFICATE, write_calibrated
     from stepjax.calibration.data import read_data
+    from stepjax.checkpoint.writer import check_target
 
     check_target(args.target, overwrite=False)  # before the model runs
     data = read_data(args.calibrate, folder)
