@@ -133,6 +133,18 @@ class Session:
         depths = [self.head_rows(state, max(len(ids) - k, 0), k - 1) for k, state in enumerate(states, start=1)]
         return self.head_rows(hidden, len(ids), None), depths
 
+    def routed(self, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """`logits` and the experts that each MoE layer's router chose: int32 [T, L, A]."""
+
+        def run(params: Params, ids_BT: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+            out = bind(self.model, params).forward(ids_BT, Chunk.whole(*ids_BT.shape))
+            return out.hidden_BTD, out.expert_ids
+
+        hidden, choices = self.stored("score experts", run)(self.table, self.padded(ids))
+        experts = [np.asarray(layer)[0, : len(ids)] for layer in choices]
+        none = np.zeros((len(ids), 0, self.config.top_k), np.int32)
+        return self.head_rows(hidden, len(ids)), np.stack(experts, axis=1) if experts else none
+
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """Ids of raw text, after the beginning-of-sequence token unless ``bos`` is false."""
         return self._require_tokenizer().encode(text, bos=bos)

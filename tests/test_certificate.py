@@ -9,24 +9,24 @@ import numpy as np
 import pytest
 from checkpoints import speaking_folder
 
+from stepjax.calibration.certificate import SequenceScores, certificate, overlap
 from stepjax.cli import main
 from stepjax.errors import RequestError
-from stepjax.infer.certificate import Scored, certificate, overlap
 
 T, V, L, A = 300, 17, 2, 3
 
 
-def made(seed: int, near: Scored | None = None) -> Scored:
+def made(seed: int, near: SequenceScores | None = None) -> SequenceScores:
     random = np.random.default_rng(seed)
     ids = np.arange(T, dtype=np.int32) % V
     logits = 2 * random.standard_normal((T, V)).astype(np.float32)
     if near is not None:
         logits = near.logits + 0.1 * logits
     experts = np.stack([[random.permutation(8)[:A] for _ in range(L)] for _ in range(T)]).astype(np.int32)
-    return Scored(ids, logits, experts)
+    return SequenceScores(ids, logits, experts)
 
 
-def slow(ours: Scored, other: Scored) -> dict[str, float]:
+def slow(ours: SequenceScores, other: SequenceScores) -> dict[str, float]:
     """Position by position, in float64."""
     kl, top, loss, agree = [], [], [], []
     for t in range(T):
@@ -72,7 +72,7 @@ def test_choices_agree_in_any_order():
 
 def test_logits_that_are_not_finite_have_no_distance():
     one = made(0)
-    broken = Scored(one.ids, np.full_like(one.logits, np.nan), one.experts)
+    broken = SequenceScores(one.ids, np.full_like(one.logits, np.nan), one.experts)
     with pytest.raises(RequestError, match="ours logits are not finite"):
         certificate([broken], [one], layers=[3, 5])
 

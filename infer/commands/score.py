@@ -12,7 +12,7 @@ from stepjax.infer.commands.options import add_model_arguments, open_session
 from stepjax.infer.commands.progress import shown_startup
 
 if TYPE_CHECKING:
-    from stepjax.infer.certificate import Scored
+    from stepjax.calibration.certificate import SequenceScores
     from stepjax.infer.session import Session
     from stepjax.startup import Startup
 
@@ -81,10 +81,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _other(args: argparse.Namespace, prompts: list[list[int]], startup: Startup) -> list[Scored]:
+def _other(args: argparse.Namespace, prompts: list[list[int]], startup: Startup) -> list[SequenceScores]:
     """What the other checkpoint makes of the sequences; it is let go before ours is loaded."""
-    from stepjax.infer.certificate import scored
-
     options = {**vars(args), "model": args.against, "quantize": None, "keep_fp8": False, "mtp_from": None}
     session = open_session(argparse.Namespace(**options), startup=startup)
     for ids in prompts:
@@ -93,15 +91,23 @@ def _other(args: argparse.Namespace, prompts: list[list[int]], startup: Startup)
         out = []
         for j, ids in enumerate(prompts):
             stage.advance(j, len(prompts))
-            out.append(scored(session, ids))
+            out.append(_scored(session, ids))
     return out
 
 
-def _compare(args: argparse.Namespace, session: Session, prompts: list[list[int]], other: list[Scored]) -> None:
-    """Print the distance of the two checkpoints, and write it as JSON."""
-    from stepjax.infer.certificate import certificate, scored, write_certificate
+def _scored(session: Session, ids: list[int]) -> SequenceScores:
+    import numpy as np
 
-    ours = [scored(session, ids) for ids in prompts]
+    from stepjax.calibration.certificate import SequenceScores
+
+    return SequenceScores(np.asarray(ids, np.int32), *session.routed(ids))
+
+
+def _compare(args: argparse.Namespace, session: Session, prompts: list[list[int]], other: list[SequenceScores]) -> None:
+    """Print the distance of the two checkpoints, and write it as JSON."""
+    from stepjax.calibration.certificate import certificate, write_certificate
+
+    ours = [_scored(session, ids) for ids in prompts]
     if ours[0].logits.shape[1] != other[0].logits.shape[1] or ours[0].experts.shape != other[0].experts.shape:
         raise RequestError(f"--against {args.against}: is of another model than {args.model}, expected one of its size")
     found = certificate(ours, other, layers=[layer.index for layer in session.config.moe_layers])

@@ -32,6 +32,8 @@ from stepjax.weights.finite import not_finite
 from stepjax.weights.inventory import TensorSpec, inventory
 from stepjax.whole_file import sync
 
+Encode = Callable[[str, int, np.ndarray], tuple[np.ndarray, ...]]
+
 _PLAN = "plan.json"  # of the work folder: what is being written, so that only the same is continued
 _LISTS = ("layer_types", "rope_theta", "partial_rotary_factors", "swiglu_limits", "swiglu_limits_shared")
 
@@ -55,6 +57,7 @@ def write_form(
     form: WrittenForm,
     *,
     changed: Mapping[str, Any] | None = None,
+    encode: Encode | None = None,
     companions: Mapping[str, bytes] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: ProgressCallback | None = None,
@@ -65,6 +68,8 @@ def write_form(
     Args:
       changed: values of some weights instead of the source's, by path; their matrices are computed when they are asked
         for. With it, a run that was ended begins anew.
+      encode: makes the tensors of one expert's matrix, float32, of its path and number, in place of the form's own
+        rounding. With it, a run that was ended begins anew.
       companions: content of files by name, where the source is no folder that has them.
       say: told once that an earlier run is continued.
 
@@ -74,16 +79,16 @@ def write_form(
     """
     folder = Path(os.path.abspath(folder))
     check_target(folder, overwrite=False)
-    plan = _plan(source, form)
+    plan, again = _plan(source, form), changed is None and encode is None
     files = _files(plan, max_shard_bytes)
-    with _work_folder(folder, _fingerprint(source, form, files, changed), say) as work:
+    with _work_folder(folder, _fingerprint(source, form, files) if again else None, say) as work:
         target = work / "new"
         done = {name for name in files if (target / name).exists()}
         left = sum(tensor.num_bytes for name in files if name not in done for tensor in files[name])
         _check_free(folder, left)
         if done:
             say(f"{folder}: going on with {len(done)} of {len(files)} files that an earlier run wrote")
-        _write_files(target, plan, files, done, _Values(source, form, changed or {}), progress)
+        _write_files(target, plan, files, done, _Values(source, form, changed or {}, encode), progress)
         _write_small_files(target, source, form, files, companions or {})
         sync(target)
         if folder.exists():
@@ -136,6 +141,7 @@ class _Values:
     source: WeightSource
     form: WrittenForm
     changed: Mapping[str, Any]
+    encode: Encode | None
 
     def tensors(self, weight: _Weight) -> Iterator[np.ndarray]:
         """The tensors of a weight, in its order."""
@@ -156,6 +162,8 @@ class _Values:
     def _encoded(self, weight: _Weight, expert: int) -> tuple[np.ndarray, ...]:
         path = weight.spec.path
         matrix = self._matrix(path, expert)
+        if self.encode:
+            return self.encode(path, expert, matrix)
         largest = float(np.abs(matrix).max(initial=0))
         partner = path.replace(".gate", ".up") if path.endswith(".gate") else path.replace(".up", ".gate")
         if self.form.shares and partner != path:
@@ -263,15 +271,8 @@ def _same(one: ModelConfig, other: ModelConfig) -> bool:
     return first == second
 
 
-def _fingerprint(
-    source: WeightSource,
-    form: WrittenForm,
-    files: Mapping[str, Sequence[TensorSpec]],
-    changed: Mapping[str, Any] | None,
-) -> str | None:
-    """What a run writes and of what, as a hash; None: it cannot be continued."""
-    if changed:
-        return None
+def _fingerprint(source: WeightSource, form: WrittenForm, files: Mapping[str, Sequence[TensorSpec]]) -> str:
+    """What a run writes and of what, as a hash."""
     folders = [source.folder, *getattr(source, "donors", ())]
     stats = []
     for folder in folders:

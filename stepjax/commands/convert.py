@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 import sys
 from pathlib import Path
 
 from stepjax.checkpoint.folder import ModelFolder, open_folder
-from stepjax.checkpoint.form_writer import write_form
 from stepjax.checkpoint.gguf.model import GgufCheckpoint
 from stepjax.checkpoint.gguf.writer import FORMS as GGUF_FORMS, write_gguf
 from stepjax.checkpoint.reader import Checkpoint
@@ -16,7 +16,7 @@ from stepjax.checkpoint.stored_weights import StoredWeights
 from stepjax.checkpoint.text_files import text_files
 from stepjax.commands.writing import add_size, max_shard_bytes, progress_bar
 from stepjax.errors import RequestError
-from stepjax.packings.written import FORMS
+from stepjax.packings.written import FORMS, WrittenForm
 from stepjax.weights.formats import FORMATS
 from stepjax.weights.int_groups import GROUP
 
@@ -43,6 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help=f"columns that share a scale (default: 32 in --form int4, {GROUP} in --experts int4, all in int8)",
+    )
+    parser.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="DATA",
+        help="round --form int4 or int8 by what experts are given: a .json file with lists of token ids, or text; "
+        "the folder holds its distance to SRC as quantisation.json (default: round to nearest)",
     )
     parser.add_argument(
         "--mtp-from",
@@ -73,25 +80,69 @@ def _check_form(args: argparse.Namespace, *, into_file: bool) -> None:
         )
     if into_file and args.group is not None:
         raise RequestError(f"--group: {args.form} in a .gguf file has no groups to choose; leave it out")
-    if args.experts and args.mtp_from:
-        raise RequestError("--mtp-from: goes with --form, such as --form bf16")
+    if args.experts and (args.mtp_from or args.calibrate):
+        name = "--mtp-from" if args.mtp_from else "--calibrate"
+        raise RequestError(f"{name}: goes with --form, such as --form int4")
+    if into_file and args.calibrate:
+        raise RequestError("--calibrate: goes with a folder in --form int4 or int8, not with a .gguf file")
 
 
 def _write_form(folder: ModelFolder, args: argparse.Namespace, size: int) -> Path:
     """The experts as another tool spells them."""
+    from stepjax.checkpoint.form_writer import write_form
+
     form = FORMS[args.form]
     form = form if args.group is None else form.with_group(args.group)
     files = None if folder.path.is_dir() else text_files(folder)
+    companions = files.contents(folder.checkpoint.config) if files else None
+    if args.calibrate:
+        return _write_calibrated(folder, args, size, form, companions)
     with progress_bar() as progress:
         return write_form(
             args.target,
             folder.checkpoint,
             form,
-            companions=files.contents(folder.checkpoint.config) if files else None,
+            companions=companions,
             max_shard_bytes=size,
             progress=progress,
-            say=lambda text: print(f"stepjax: {text}", file=sys.stderr),
+            say=_say,
         )
+
+
+def _write_calibrated(
+    folder: ModelFolder, args: argparse.Namespace, size: int, form: WrittenForm, companions: dict[str, bytes] | None
+) -> Path:
+    from stepjax.calibration.convert import CERTIFICATE, write_calibrated
+    from stepjax.calibration.data import read_data
+    from stepjax.checkpoint.writer import check_target
+
+    check_target(args.target, overwrite=False)  # before the model runs
+    data = read_data(args.calibrate, folder)
+    given = [str(args.source), str(args.target), "--form", args.form, "--calibrate", str(args.calibrate)]
+    given += ["--group", str(args.group)] if args.group else []
+    given += ["--mtp-from", args.mtp_from] if args.mtp_from else []
+    with progress_bar() as progress:
+        found = write_calibrated(
+            args.target,
+            folder,
+            form,
+            data,
+            command=shlex.join(["stepjax", "convert", *given]),
+            companions=companions,
+            max_shard_bytes=size,
+            progress=progress,
+            say=_say,
+        )
+    held_out = found["held_out"]
+    print(
+        f"{args.target / CERTIFICATE}: KL to {args.source} {held_out['kl']['mean']:.6f}, same top token "
+        f"{held_out['same_top']:.2%}, on {held_out['tokens']:,} tokens that were held out"
+    )
+    return args.target
+
+
+def _say(text: str) -> None:
+    print(f"stepjax: {text}", file=sys.stderr)
 
 
 def _write_own(folder: ModelFolder, args: argparse.Namespace, size: int) -> Path:

@@ -177,7 +177,7 @@ def read_wide(packing: Packing, weight: PackedWeight, where: Index) -> np.ndarra
         for part, size, unit in zip((rows, columns), weight.shape[-2:], held.unit_of(weight.shape), strict=True)
     ]
     leaves = read_leaves(packing, weight, (*lead, *covers), held)
-    wide = held.widen_with(*leaves, np) if len(leaves) > 2 else held.widen(*leaves, np)
+    wide = held.widen_leaves(leaves, np)
     spans = (
         slice(part.start - cover.start, part.stop - cover.start)
         for part, cover in zip((rows, columns), covers, strict=True)

@@ -137,10 +137,13 @@ class PackedInts(WrittenForm):
 
     def encode(self, w: np.ndarray, largest: float) -> tuple[np.ndarray, ...]:
         groups = w.reshape(w.shape[0], -1, self.columns or w.shape[-1])
-        q, scale = rounded_groups(groups, self.bits)
-        low = 1 << (self.bits - 1)
-        words = pack_rows((q + low).astype(np.uint8).reshape(w.shape), self.bits)
-        return words, scale, np.array(w.shape, np.int64)
+        return self.arrays(*rounded_groups(groups, self.bits))
+
+    def arrays(self, q: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The tensors of signed integers [R, groups, columns] and their scales [R, groups]."""
+        shape = q.shape[0], q.shape[1] * q.shape[2]
+        words = pack_rows((q + (1 << (self.bits - 1))).astype(np.uint8).reshape(shape), self.bits)
+        return words, scale, np.array(shape, np.int64)
 
     def settings(self, config: ModelConfig, plain: Sequence[str]) -> dict[str, Any]:
         strategy = {"strategy": "group", "group_size": self.columns} if self.columns else {"strategy": "channel"}
@@ -262,15 +265,10 @@ FORMS: Mapping[str, WrittenForm] = {
 }
 
 
-def rounded_groups(groups: np.ndarray, bits: int, scale: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Signed integers [..., columns] and bfloat16 scales of groups of float32 values, by rounding to nearest.
-
-    Args:
-      scale: to use; None: that of the largest magnitude of each group.
-    """
+def rounded_groups(groups: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Signed integers [..., columns] and bfloat16 scales of groups of float32 values, by rounding to nearest."""
     dtype = DTYPES["BF16"]
-    if scale is None:
-        scale = np.abs(groups).max(axis=-1) / np.float32(((1 << bits) - 1) / 2)
+    scale = np.abs(groups).max(axis=-1) / np.float32(((1 << bits) - 1) / 2)
     if not np.isfinite(scale).all():
         raise ConfigError(f"int{bits}: the weight has values that are not finite and cannot be quantised")
     stored = scale.astype(dtype)

@@ -177,6 +177,11 @@ class ExpertFormat(ABC):
         """`widen` of a format with a third array."""
         return self.widen(q, scale, array)
 
+    def widen_leaves(self, leaves: Sequence[Any], array: ModuleType) -> Any:
+        """The weight in float32, of its arrays in the order of `dtypes`."""
+        q, scale, *extra = leaves
+        return self.widen_with(q, scale, extra[0], array) if extra else self.widen(q, scale, array)
+
     def pack(self, values: np.ndarray) -> np.ndarray:
         """Values [..., R, C], one an element, as the format lays them out."""
         return values

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any, overload
 
 import jax
@@ -50,13 +49,13 @@ class Quantised:
     def dequantize(self, dtype: Any) -> jax.Array:
         """The weight in ``dtype``: multiplied in float32, rounded once. A quantised weight is frozen: no gradient."""
         leaves = jax.lax.stop_gradient(self.leaves)
-        return _widened(self.format, leaves, jnp).astype(dtype)
+        return self.format.widen_leaves(leaves, jnp).astype(dtype)
 
     def dequantize_numpy(self, dtype: Any) -> np.ndarray:
         """`dequantize` of numpy leaves, one matrix at a time."""
         out = np.empty(self.shape, dtype)
         for lead in np.ndindex(out.shape[:-2]):
-            out[lead] = _widened(self.format, [leaf[lead] for leaf in self.leaves], np).astype(dtype)
+            out[lead] = self.format.widen_leaves([leaf[lead] for leaf in self.leaves], np).astype(dtype)
         return out
 
     def take(self, ids: jax.Array) -> Quantised:
@@ -86,11 +85,6 @@ def quantised_from(leaves: Sequence[Any], format: ExpertFormat) -> Quantised:
     """A weight of its arrays, in the order of `ExpertFormat.dtypes`."""
     q, scale, *extra = leaves
     return Quantised(q, scale, format, *extra)
-
-
-def _widened(format: ExpertFormat, leaves: Sequence[Any], array: ModuleType) -> Any:
-    """The weight of some leaves in float32."""
-    return format.widen_with(*leaves, array) if len(leaves) > 2 else format.widen(*leaves, array)
 
 
 def format_of(w: Weight) -> ExpertFormat:

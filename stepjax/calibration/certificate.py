@@ -11,23 +11,18 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from stepjax.errors import RequestError
-from stepjax.infer.session import Session
-from stepjax.model.step3p5 import bind
 from stepjax.weights.finite import not_finite
-
-if TYPE_CHECKING:
-    import jax
 
 _ROWS = 256  # of logits that are compared at a time
 
 
 @dataclass(frozen=True)
-class Scored:
+class SequenceScores:
     """What a model makes of one sequence of T tokens."""
 
     ids: np.ndarray  # int32 [T]
@@ -35,25 +30,9 @@ class Scored:
     experts: np.ndarray  # int32 [T, L, A]: choices of each MoE layer's router
 
 
-def scored(session: Session, ids: Sequence[int]) -> Scored:
-    """Logits and router choices of one sequence."""
-    from stepjax.model.cache import Chunk
-
-    def run(params: Any, ids_BT: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        out = bind(session.model, params).forward(ids_BT, Chunk.whole(*ids_BT.shape))
-        return out.hidden_BTD, out.expert_ids
-
-    hidden, choices = session.stored("score experts", run)(session.table, session.padded(ids))
-    experts = [np.asarray(layer)[0, : len(ids)] for layer in choices]
-    empty = np.zeros((len(ids), 0, session.config.top_k), np.int32)
-    return Scored(
-        np.asarray(ids, np.int32),
-        session.head_rows(hidden, len(ids)),
-        np.stack(experts, axis=1) if experts else empty,
-    )
-
-
-def certificate(ours: Sequence[Scored], other: Sequence[Scored], *, layers: Sequence[int]) -> dict[str, Any]:
+def certificate(
+    ours: Sequence[SequenceScores], other: Sequence[SequenceScores], *, layers: Sequence[int]
+) -> dict[str, Any]:
     """The distance of ours to the other, over all sequences, in JSON's terms.
 
     Args:
