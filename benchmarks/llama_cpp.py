@@ -2,7 +2,7 @@
 
     python benchmarks/llama_cpp.py FILE.gguf [--tokens 100] [--out RESULT.json]
 
-llama.cpp (the package xllamacpp, in this environment) answers a prompt greedily with its end tokens forbidden, and gives
+llama.cpp (the package xllamacpp, in this environment) answers a prompt greedily, its end tokens forbidden, and gives
 the five likeliest tokens at each place. ``stepjax score`` then reads prompt and answer. llama.cpp rounds activations to
 8 bits where weights are quantised, so that only a file in floats compares to rounding.
 """
