@@ -8,6 +8,7 @@ from checkpoints import random_tensors, tiny_hub_config, write_folder
 
 from stepjax.checkpoint import hub
 from stepjax.checkpoint.reader import Checkpoint
+from stepjax.checkpoint.weight_files import inside
 from stepjax.config import ASSETS
 from stepjax.errors import CheckpointError, ConfigError
 
@@ -83,6 +84,37 @@ def test_another_model_is_refused_before_its_weights(fake):
     assert len(fake.calls) == 1
 
 
+@pytest.mark.parametrize(
+    ("file", "pattern"),
+    [
+        ("model.gguf", "model.gguf"),
+        ("Q4_K_S/step-00001-of-00002.gguf", "Q4_K_S/step-*-of-00002.gguf"),
+    ],
+)
+def test_a_gguf_file_of_a_repository_is_downloaded_with_its_parts(fake, file, pattern):
+    target = fake.folder / file
+    target.parent.mkdir(exist_ok=True)
+    blob = fake.folder.parent.parent / "blobs" / "abc"
+    blob.parent.mkdir()
+    blob.write_bytes(b"GGUF")
+    target.symlink_to(blob)
+    assert hub.resolve(f"org/name/{file}@v1") == target
+    assert fake.calls == [("org/name", "v1", (pattern,))]
+    assert inside(target.parent, target.name) == target
+
+
+def test_a_repository_with_gguf_files_only_names_them(fake, monkeypatch):
+    (fake.folder / "config.json").unlink()
+    names = ["b-00001-of-00002.gguf", "b-00002-of-00002.gguf", "a.gguf", "mmproj-a.gguf", "README.md"]
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo, revision=None: names)
+    with pytest.raises(
+        CheckpointError, match=r"2 GGUF files of models: a.gguf, b-00001-of-00002.gguf; .* org/name/a.gguf"
+    ):
+        hub.resolve("org/name")
+    with pytest.raises(CheckpointError, match=r"org/name: has no file c.gguf; it has a.gguf, b-00001-of-00002.gguf"):
+        hub.resolve("org/name/c.gguf")
+
+
 def test_the_bar_is_silent_without_a_terminal(fake):
     hub.resolve("org/name", weights=False)
     bar = fake.bar(total=3, desc="file", disable=False)
@@ -116,7 +148,19 @@ def test_offline_without_a_cached_copy(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    ["", "no-such-model", "a/b/c", "./missing/folder", "org/name@", "https://x.y/z", "../up", "a\0b", "x" * 5000],
+    [
+        "",
+        "no-such-model",
+        "missing.gguf",
+        "folder/missing.gguf",
+        "a/b/c",
+        "./missing/folder",
+        "org/name@",
+        "https://x.y/z",
+        "../up",
+        "a\0b",
+        "x" * 5000,
+    ],
 )
 def test_anything_else_lists_the_forms(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from stepjax.checkpoint.gguf.parts import models_in
+from stepjax.checkpoint.gguf.parts import first_parts, models_in, pattern_of_parts
 from stepjax.checkpoint.reader import read_config
 from stepjax.config import ASSETS
 from stepjax.errors import CheckpointError
@@ -18,10 +18,12 @@ RELEASE = "stepfun-ai/Step-3.5-Flash"  # where the weights of the embedded step-
 # Nothing that could run: no Python files, no pickles.
 _SMALL_FILES = ("*.json", "*.jinja", "*.txt")
 _WEIGHTS = ("*.safetensors",)
-_HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
+_HUB_ID = re.compile(
+    r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?P<file>(?:/\w[\w. -]*)*/\w[\w. -]*\.gguf)?(?:@(?P<revision>[\w./-]+))?", re.ASCII
+)
 _FORMS = (
-    "give a checkpoint folder, an embedded name (step-tiny, step-tiny-student), or a hub id as org/name or "
-    "org/name@revision"
+    "give a checkpoint folder, a .gguf file, an embedded name (step-tiny, step-tiny-student), or a hub id as org/name, "
+    "org/name@revision or org/name/FILE.gguf"
 )
 
 
@@ -50,8 +52,10 @@ def resolve(name_or_path: str | Path, *, weights: bool = True) -> Path:
     if name in EMBEDDED:
         return _embedded(name, weights=weights)
     match = _HUB_ID.fullmatch(name) if isinstance(name_or_path, str) else None
-    if not match:
+    if not match or (name.endswith(".gguf") and not match["file"]):
         raise CheckpointError(f"{name[:200]!r}: is neither a folder nor a name of a model; {_FORMS}")
+    if match["file"]:
+        return _download_file(match["repo"], match["revision"], match["file"].removeprefix("/"))
     return _download(match["repo"], match["revision"], weights=weights)
 
 
@@ -87,10 +91,36 @@ def _embedded(name: str, *, weights: bool) -> Path:
 def _download(repo: str, revision: str | None, *, weights: bool) -> Path:
     """A snapshot in the hub's cache. The configuration comes first, so that another model costs no download."""
     folder = _snapshot(repo, revision, _SMALL_FILES)
+    if not (folder / "config.json").exists() and (models := _gguf_of(repo, revision)):
+        listed = ", ".join(models[:5]) + (" …" if len(models) > 5 else "")
+        raise CheckpointError(
+            f"{repo}: has no config.json, but {len(models)} GGUF files of models: {listed}; name one of them, as "
+            f"{repo}/{models[0]}"
+        )
     if not weights:
         return folder
     read_config(folder)
     return _snapshot(repo, folder.name, _SMALL_FILES + _WEIGHTS)  # the commit just checked, whatever moved since
+
+
+def _download_file(repo: str, revision: str | None, name: str) -> Path:
+    """A GGUF file of a repository, with the other parts of a split one."""
+    folder = _snapshot(repo, revision, (pattern_of_parts(name),))
+    if not (folder / name).exists():
+        models = _gguf_of(repo, revision)
+        listed = f"; it has {', '.join(models[:5])}{' …' if len(models) > 5 else ''}" if models else ""
+        raise CheckpointError(f"{repo}: has no file {name}{listed}")
+    return folder / name
+
+
+def _gguf_of(repo: str, revision: str | None) -> list[str]:
+    """The GGUF models of a repository, of split ones the first part."""
+    from huggingface_hub import list_repo_files
+
+    try:
+        return first_parts(list_repo_files(repo, revision=revision))
+    except Exception:  # as of a snapshot; here only the message would have been better
+        return []
 
 
 def _snapshot(repo: str, revision: str | None, patterns: tuple[str, ...]) -> Path:

@@ -64,13 +64,16 @@ def open_shards(folder: Path) -> Shards:
 def inside(folder: Path, name: str) -> Path:
     """The file ``name`` of ``folder``, which no link may lead out of.
 
-    The hub's cache is the exception: ``snapshots/<revision>/`` holds links into the ``blobs/`` beside it.
+    The hub's cache is the exception: ``snapshots/<revision>/`` and its folders hold links into the ``blobs/`` beside.
     """
     path, real = folder / name, folder.resolve()
     if not path.is_symlink():
         return path
     target = Path(os.path.realpath(path))  # Path.resolve raises on a loop of links
-    homes = [real, real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [real]
+    homes = [
+        real,
+        *(above.parent.parent / "blobs" for above in (real, *real.parents) if above.parent.name == "snapshots"),
+    ]
     if not any(target.is_relative_to(home) for home in homes):
         raise CheckpointError(f"{path}: is a link out of the folder, to {target}; replace it by the file itself")
     return path

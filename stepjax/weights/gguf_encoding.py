@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-_SEARCHED = 12  # scales that are tried for a group, on either side of the plain one
+_SEARCHED = 8  # ranges that are tried for a group
 
 
 def q8_0(w: np.ndarray) -> np.ndarray:
@@ -59,8 +59,7 @@ def q4_k(w: np.ndarray) -> np.ndarray:
 def q6_k(w: np.ndarray) -> np.ndarray:
     """Groups of 16 with a signed scale of 8 bits, as a multiple of a float16 number."""
     groups = w.reshape(-1, 16, 16)
-    largest = np.take_along_axis(groups, np.abs(groups).argmax(axis=-1, keepdims=True), axis=-1)[..., 0]
-    scale = largest / np.float32(-32)
+    scale = _fitted_scale(groups, -32)
     extreme = np.take_along_axis(scale, np.abs(scale).argmax(axis=-1, keepdims=True), axis=-1)
     d = _half(extreme / np.float32(-128))
     steps = np.clip(np.rint(scale * _inverse(d)), -128, 127)
@@ -83,19 +82,39 @@ ENCODERS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def _fitted_range(groups: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and minimum ≥ 0 of each group, ``w ≈ scale · code − minimum``: of some narrower ranges, the best."""
+    """Scale and minimum ≥ 0 of each group, ``w ≈ scale · code − minimum``.
+
+    Codes are made with some ranges, each with the scale and the minimum that fit them best by least squares.
+    """
     low = np.minimum(groups.min(axis=-1, keepdims=True), 0)
     span = np.maximum(groups.max(axis=-1, keepdims=True), 0) - low
     best = np.full(span.shape, np.inf, np.float32)
-    scale, least = np.zeros_like(span), -low
-    for narrowed in range(_SEARCHED):
-        share = np.float32(1 - narrowed / 40)
-        step, begin = span * share / np.float32(most), low * share
-        codes = np.clip(np.rint((groups - begin) * _inverse(step)), 0, most)
+    scale, least = span / np.float32(most), -low
+    sum_w, size = groups.sum(axis=-1, keepdims=True), np.float32(groups.shape[-1])
+    for levels in np.linspace(-0.9, 1.1, _SEARCHED, dtype=np.float32) + np.float32(most):
+        codes = np.clip(np.rint((groups - low) * (_inverse(span) * levels)), 0, most)
+        sum_c, sum_cc, sum_cw = (x.sum(axis=-1, keepdims=True) for x in (codes, codes * codes, codes * groups))
+        step = (size * sum_cw - sum_c * sum_w) * _inverse(size * sum_cc - sum_c * sum_c)
+        begin = (sum_w - step * sum_c) / size
+        from_zero = begin > 0
+        step, begin = np.where(from_zero, sum_cw * _inverse(sum_cc), step), np.where(from_zero, np.float32(0), begin)
         error = np.square(codes * step + begin - groups).sum(axis=-1, keepdims=True)
-        better = error < best
+        better = (error < best) & (step > 0)
         best, scale, least = (np.where(better, x, y) for x, y in ((error, best), (step, scale), (-begin, least)))
     return scale[..., 0], least[..., 0]
+
+
+def _fitted_scale(groups: np.ndarray, low: int) -> np.ndarray:
+    """The signed scale of each group, ``w ≈ scale · code`` with codes from ``low`` to ``−low − 1``."""
+    largest = np.take_along_axis(groups, np.abs(groups).argmax(axis=-1, keepdims=True), axis=-1)
+    best, scale = np.full(largest.shape, np.inf, np.float32), largest / np.float32(low)
+    for levels in np.linspace(-0.8, 0.8, _SEARCHED, dtype=np.float32) + np.float32(low):
+        codes = np.clip(np.rint(groups * (_inverse(largest) * levels)), low, -low - 1)
+        step = (codes * groups).sum(axis=-1, keepdims=True) * _inverse((codes * codes).sum(axis=-1, keepdims=True))
+        error = np.square(codes * step - groups).sum(axis=-1, keepdims=True)
+        better = error < best
+        best, scale = np.where(better, error, best), np.where(better, step, scale)
+    return scale[..., 0]
 
 
 def _six_bits(steps: np.ndarray, minima: np.ndarray) -> np.ndarray:

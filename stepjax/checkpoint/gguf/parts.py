@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,10 +61,23 @@ def open_files(path: Path) -> GgufFiles:
 
 
 def models_in(folder: Path) -> list[Path]:
-    """The GGUF models of a folder, of split ones the first part; vision halves (mmproj) are none."""
-    names = sorted(file.name for file in folder.glob("*.gguf") if not file.name.lower().startswith("mmproj"))
-    parts = {name: match for name in names if (match := _PART.fullmatch(name))}
-    return [folder / name for name in names if name not in parts or int(parts[name]["number"]) == 1]
+    """The GGUF models of a folder, of split ones the first part."""
+    return [folder / name for name in first_parts([file.name for file in folder.glob("*.gguf")])]
+
+
+def first_parts(names: Iterable[str]) -> list[str]:
+    """Those of some files that are GGUF models, of split ones the first part; vision halves (mmproj) are none."""
+    models = sorted(
+        name for name in names if name.endswith(".gguf") and not Path(name).name.lower().startswith("mmproj")
+    )
+    parts = {name: match for name in models if (match := _PART.fullmatch(name))}
+    return [name for name in models if name not in parts or int(parts[name]["number"]) == 1]
+
+
+def pattern_of_parts(name: str) -> str:
+    """A glob for a file and, if it is a part, all the others."""
+    match = _PART.fullmatch(name)
+    return f"{glob.escape(match['stem'])}-*-of-{match['count']}.gguf" if match else glob.escape(name)
 
 
 def _part_paths(path: Path, match: re.Match[str]) -> list[Path]:

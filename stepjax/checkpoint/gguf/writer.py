@@ -14,6 +14,7 @@ import os
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ _TYPE_CODES = {  # of metadata, by numpy's name
 }
 _STRING, _ARRAY = 8, 9
 _VALUES = 2**22  # of a matrix that are read at a time
+_THREADS = os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -257,8 +259,12 @@ def _pieces(tensor: _Planned, source: WeightSource) -> Iterator[Any]:
         full = next(layer for layer in source.config.layers if layer.window is None)
         yield rope_factors(full, width=full.head_dim).astype("<f4").tobytes()
         return
-    for index in _runs(spec.shape):
-        yield np.ascontiguousarray(_stored(tensor, spec, source, index)).reshape(-1).view(np.uint8).data
+    runs = list(_runs(spec.shape))
+    with ThreadPoolExecutor(_THREADS) as pool:  # numpy releases the interpreter's lock
+        for first in range(0, len(runs), _THREADS):
+            parts = pool.map(lambda index: _stored(tensor, spec, source, index), runs[first : first + _THREADS])
+            for part in parts:
+                yield np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
 
 
 def _stored(tensor: _Planned, spec: TensorSpec, source: WeightSource, index: tuple[slice, ...]) -> np.ndarray:
