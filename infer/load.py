@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 import warnings
@@ -13,6 +14,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from stepjax.cache_folder import MAX_GIB, CacheFolder
 from stepjax.checkpoint.folder import ModelFolder, open_folder
@@ -27,7 +29,9 @@ from stepjax.model.period import period_of
 from stepjax.model.step3p5 import abstract, axes_of
 from stepjax.program_cache import ProgramCache, everywhere
 from stepjax.sharding.devices import want_virtual_devices
-from stepjax.sharding.dispatch import Dispatch
+from stepjax.sharding.dispatch import CHEAPEST, Dispatch
+from stepjax.sharding.expert_order import balanced_order, copy_table, replicated_order
+from stepjax.sharding.expert_parallel import Group
 from stepjax.sharding.expert_traffic import domain_size
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
@@ -55,6 +59,8 @@ def load(
     strategy: str = "expert_tensor",
     dispatch: Dispatch | None = None,
     expert_order: ExpertOrder | None = None,
+    expert_slots: int | None = None,
+    expert_loads: np.ndarray | None = None,
     progress: Callable[[int, int], None] | None = None,
     program_cache: ProgramCache | None = None,
     layers: LayerForm = "auto",
@@ -77,6 +83,10 @@ def load(
       dispatch: how tokens reach the experts under a wide strategy; None: in the form that is cheapest for a step.
       expert_order: with a mesh, by layer: which stored expert becomes our j-th, so that busy ones lie on different
         devices (`stepjax.sharding.expert_order.balanced_order`); answers do not change.
+      expert_slots: with a mesh, places for experts' weights in each layer; those beyond the number of experts hold the
+        busiest a second time (`stepjax.sharding.expert_order.replicated_order`). Answers do not change.
+      expert_loads: how often each expert is chosen, [E] or [L, E], from `Session.expert_load`: gives the order or the
+        copies. None: as if all were alike.
       progress: called with (bytes read, bytes in all) after each tensor.
       program_cache: executables of earlier runs, as `use_caches` opens them; None: every run compiles its own.
       layers: "looped" holds the repeated layers as stacks, and programs run them in a loop, so that they are compiled
@@ -97,11 +107,20 @@ def load(
     folder = name_or_path if isinstance(name_or_path, ModelFolder) else open_folder(name_or_path)
     checkpoint = folder.checkpoint
     experts = _experts(checkpoint, requested(keep_fp8=keep_fp8, quantize=quantize, group=group))
-    experts, layout = _layout(mesh, strategy, dispatch, checkpoint.config, experts)
+    config = checkpoint.config
+    if expert_slots is not None:
+        if mesh is None or expert_order:
+            raise RequestError("expert_slots: give it together with a mesh, and without expert_order")
+        if expert_slots < config.num_experts:
+            raise RequestError(f"expert_slots: {expert_slots}, but there are {config.num_experts} experts to hold")
+        config = dataclasses.replace(config, expert_slots=expert_slots)
+    experts, layout = _layout(mesh, strategy, dispatch, config, experts)
     chosen = _resolve_dtype(dtype)
     looped = _looped(layers, checkpoint, experts)
     report = None
-    if layout.replicated:
+    if isinstance(layout, MeshLayout):
+        if expert_slots is not None or expert_loads is not None:
+            expert_order = _expert_order(config, layout, expert_loads)
         axes = axes_of(abstract(checkpoint.config, layout=layout, mtp=checkpoint.has_mtp))
         shardings = {path: sharding for path, names in axes.items() if (sharding := layout.parameter(*names))}
         params, report = load_sharded(
@@ -112,16 +131,18 @@ def load(
             expert_order=expert_order,
             progress=progress,
         )
+        if expert_order and config.expert_slots:
+            params = params | _copy_tables(config, layout, expert_order)
     else:
-        if expert_order:
+        if expert_order or expert_loads is not None:
             raise RequestError("expert_order: one device holds all experts; give it together with a mesh")
         params = load_params(checkpoint, chosen, experts=experts, progress=progress)
     if looped:
-        model = abstract(checkpoint.config, layout=layout, mtp=checkpoint.has_mtp, looped=True)
+        model = abstract(config, layout=layout, mtp=checkpoint.has_mtp, looped=True)
         assert model.period is not None
         stack_layers(params, model.period, axes_of(model), layout)
     return Session(
-        checkpoint.config,
+        config,
         params,
         dtype=chosen,
         mtp=checkpoint.has_mtp,
@@ -173,6 +194,40 @@ def _experts(checkpoint: WeightSource, requested: ExpertFormat | None) -> Expert
     }
 
 
+def _expert_order(config: ModelConfig, layout: MeshLayout, loads: np.ndarray | None) -> ExpertOrder:
+    """Which stored expert each slot holds, by layer.
+
+    Raises:
+      RequestError: the loads are not of this model.
+      MeshError: the ranks do not divide the slots.
+    """
+    num_ranks, moe = Group.of(layout.rules).num_ranks, [layer.index for layer in config.moe_layers]
+    shape = len(moe), config.num_experts
+    given = np.ones(shape) if loads is None else np.asarray(loads, np.float64)
+    if given.shape not in (shape, shape[1:]) or not np.isfinite(given).all() or (given < 0).any():
+        raise RequestError(
+            f"expert_loads: of shape {given.shape}, expected finite numbers ≥ 0 for the {shape[1]} experts, or for "
+            f"those of each of the {shape[0]} MoE layers"
+        )
+    given = np.broadcast_to(given, shape)
+    if config.expert_slots:
+        order = replicated_order(given, num_ranks, config.expert_slots)
+    else:
+        order = balanced_order(given, num_ranks)
+    return dict(zip(moe, (row.tolist() for row in order), strict=True))
+
+
+def _copy_tables(config: ModelConfig, layout: MeshLayout, order: ExpertOrder) -> dict[str, Any]:
+    """Where the router finds the copies of each expert, of every MoE layer."""
+    place = layout.parameter("router", "copy")
+    tables = {layer: copy_table(np.asarray(row), config.num_experts) for layer, row in order.items()}
+
+    def placed(table: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(table.shape, place, lambda index: table[index])
+
+    return {f"layers.{layer}.moe.copies": placed(table) for layer, table in tables.items()}
+
+
 def _layout(
     mesh: str | MeshSpec | None,
     strategy: str,
@@ -193,7 +248,7 @@ def _layout(
     spec = spec.resolve(jax.device_count())
     mesh_of_devices = spec.build()
     domain = domain_size(mesh_of_devices.devices.flat[0].device_kind)
-    make = functools.partial(MeshLayout, mesh_of_devices, dispatch=dispatch or Dispatch(), domain=domain)
+    make = functools.partial(MeshLayout, mesh_of_devices, dispatch=dispatch or CHEAPEST, domain=domain)
     if not isinstance(experts, Mapping):
         return experts, make(ShardingRules(config, spec, strategy, experts or PLAIN))
     fitted = {form: _fitted(form, config, spec, strategy) for form in dict.fromkeys(experts.values())}

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from stepjax.config import ModelConfig
@@ -19,6 +20,7 @@ from stepjax.model.cache import MAX_DRAFTS, Chunk
 from stepjax.model.layer_tables import FlatParams
 from stepjax.model.layout import Layout
 from stepjax.model.step3p5 import Params, Step3p5, abstract, bind
+from stepjax.ops.experts import expert_load
 from stepjax.program_cache import ProgramCache
 from stepjax.sharding.sharded_load import LoadReport
 from stepjax.stored_function import StoredFunction
@@ -144,6 +146,19 @@ class Session:
         experts = [np.asarray(layer)[0, : len(ids)] for layer in choices]
         none = np.zeros((len(ids), 0, self.config.top_k), np.int32)
         return self.head_rows(hidden, len(ids)), np.stack(experts, axis=1) if experts else none
+
+    def expert_load(self, ids: Sequence[int]) -> np.ndarray:
+        """How many of these tokens chose each expert, int32 [L, E] for the L MoE layers."""
+
+        def run(params: Params, ids_BT: jax.Array, count: jax.Array) -> jax.Array:
+            num_experts = self.config.num_experts
+            out = bind(self.model, params).forward(ids_BT, Chunk.whole(*ids_BT.shape))
+            real = jnp.arange(ids_BT.shape[1])[None, :, None] < count
+            chosen = [jnp.where(real, layer_BTA, num_experts) for layer_BTA in out.expert_ids]
+            return jnp.stack([expert_load(layer_BTA, num_experts) for layer_BTA in chosen])
+
+        count = self.stored("expert load", run, out_shardings=self.model.layout.replicated)
+        return np.asarray(count(self.table, self.padded(ids), np.int32(len(ids))))
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """Ids of raw text, after the beginning-of-sequence token unless ``bos`` is false."""

@@ -56,7 +56,7 @@ class Dispatch:
 
     def check(self, rules: ShardingRules) -> None:
         """Raise MeshError unless tokens can be sent so under these rules."""
-        if self != Dispatch() and not rules.wide:
+        if self != CHEAPEST and not rules.wide:
             raise MeshError(
                 f"dispatch: strategy {rules.strategy} sends no tokens of its own to the experts; leave it out, or take "
                 "--strategy wide or wide_data"
@@ -67,6 +67,9 @@ class Dispatch:
                 "over data and another axis; take --strategy wide_data with --mesh data=NODES,expert=DEVICES, or "
                 "another form"
             )
+
+
+CHEAPEST = Dispatch()
 
 
 class Tokens(NamedTuple):

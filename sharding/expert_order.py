@@ -53,6 +53,57 @@ def balanced_order(load_E: np.ndarray, num_ranks: int) -> np.ndarray:
     return greedy if after < before else stored
 
 
+def replicated_order(load_E: np.ndarray, num_ranks: int, slots: int) -> np.ndarray:
+    """Which expert each of ``slots`` slots holds, [E] → [S] or [L, E] → [L, S]: the busiest experts more than once.
+
+    As DeepSeek's EPLB does without groups: again and again one more copy of the expert with the largest load a copy,
+    then the copies to ranks, heaviest first, each to the lightest rank with room, and of those to one without the
+    expert. A router that still numbers experts finds their slots in `copy_table`.
+
+    Raises:
+      MeshError: there are fewer slots than experts, or the ranks do not divide them.
+    """
+    if load_E.ndim > 1:
+        return np.stack([replicated_order(layer_E, num_ranks, slots) for layer_E in load_E])
+    num_experts = load_E.size
+    if slots < num_experts or slots % num_ranks:
+        least = num_ranks * -(-num_experts // num_ranks)
+        raise MeshError(
+            f"expert slots: {slots} for {num_experts} experts on {num_ranks} ranks, expected a multiple of {num_ranks} "
+            f"from {least} on"
+        )
+    copies = np.ones(num_experts, np.int64)
+    for _ in range(slots - num_experts):
+        copies[np.argmax(load_E / copies)] += 1
+    share, room = load_E / copies, slots // num_ranks
+    held: list[list[int]] = [[] for _ in range(num_ranks)]
+    total = np.zeros(num_ranks)
+    for expert in np.argsort(-share, kind="stable"):
+        for _ in range(copies[expert]):
+            open_ranks = [rank for rank in range(num_ranks) if len(held[rank]) < room]
+            rank = min(open_ranks, key=lambda rank: (expert in held[rank], total[rank]))
+            held[rank].append(int(expert))
+            total[rank] += share[expert]
+    return np.array([expert for experts in held for expert in sorted(experts)])
+
+
+def copy_table(order_S: np.ndarray, num_experts: int) -> np.ndarray:
+    """The number of copies of each expert and then their slots, int32 [E, 2 + S − E]; places without a copy are 0."""
+    table = np.zeros((num_experts, 2 + order_S.size - num_experts), np.int32)
+    for slot, expert in enumerate(order_S):
+        table[expert, 0] += 1
+        table[expert, table[expert, 0]] = slot
+    return table
+
+
+def slot_experts(table: np.ndarray, slots: int) -> np.ndarray:
+    """The expert in each slot, int64 [S]: the order that `copy_table` was made of."""
+    order = np.zeros(slots, np.int64)
+    for expert, (count, *places) in enumerate(table):
+        order[places[:count]] = expert
+    return order
+
+
 def _greedy(load_E: np.ndarray, num_ranks: int) -> np.ndarray:
     """Heaviest expert first, each to the lightest rank with room; among equals the lowest expert and rank."""
     room = load_E.size // num_ranks

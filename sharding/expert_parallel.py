@@ -47,7 +47,7 @@ class Group:
     num_ranks: int
     num_shares: int  # of an expert's width
     num_shared: int  # of the shared expert's
-    num_experts: int  # of the whole model
+    num_experts: int  # of the whole model, copies counted
     num_nodes: int = 1  # along `data`, if experts are split over it
 
     @classmethod
@@ -63,7 +63,7 @@ class Group:
             num_ranks=rules.size(ranks),
             num_shares=rules.size(width),
             num_shared=rules.size(rules.table["mlp"]),
-            num_experts=rules.config.num_experts,
+            num_experts=rules.config.num_slots,
             num_nodes=rules.size(tuple(axis for axis in ranks if axis == NODE)),
         )
 
@@ -176,7 +176,7 @@ def exchanged(
 def exchanged_exchanges(config: ModelConfig, group: Group, num_tokens: int, *, itemsize: int) -> list[Exchange]:
     """What `exchanged` launches for ``num_tokens`` tokens of one device in one pass, nearly always the only one."""
     row = float(config.hidden_size * itemsize)
-    rows = group.num_ranks * exchange_rows(num_tokens, config.num_experts, config.top_k, group.num_ranks)
+    rows = group.num_ranks * exchange_rows(num_tokens, group.num_experts, config.top_k, group.num_ranks)
     table = 8.0 * config.top_k  # ids and weights, both as float32
     exchanges = [
         Exchange("all-reduce", group.axes, 4.0, 1),  # number of passes
@@ -278,7 +278,7 @@ def exchange_rows(num_tokens: int, num_experts: int, top_k: int, num_ranks: int)
 def exchange_pays(config: ModelConfig, group: Group, num_tokens: int) -> bool:
     """Whether the links have clearly less to do if each device's ``num_tokens`` tokens are exchanged."""
     row_bytes, num_devices = 2 * config.hidden_size, group.num_ranks * group.num_shares  # bfloat16
-    rows = exchange_rows(num_tokens, config.num_experts, config.top_k, group.num_ranks)
+    rows = exchange_rows(num_tokens, group.num_experts, config.top_k, group.num_ranks)
     exchange = exchanged_traffic(
         row_bytes,
         group.num_ranks,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import jax
@@ -21,7 +21,7 @@ from stepjax.model.layout import Routed
 from stepjax.ops.attention import Heads, KeyValues
 from stepjax.ops.expert_choice import Formulation
 from stepjax.sharding.context_parallel import Split, attend_split
-from stepjax.sharding.dispatch import Dispatch, choose_way, dispatch_body
+from stepjax.sharding.dispatch import CHEAPEST, Dispatch, choose_way, dispatch_body
 from stepjax.sharding.expert_parallel import EXCHANGED, GATHERED, REPLICATED, ExpertBody, Group, exchange_pays
 from stepjax.sharding.expert_traffic import NVLINK_DOMAIN
 from stepjax.sharding.rules import Axes, ShardingRules
@@ -51,7 +51,7 @@ class MeshLayout:
     stream_tokens: int = STREAM_TOKENS
     split_batch: bool = True  # sequences over `data`
     exchange: bool | None = None  # whether rows of a split stream travel to their experts; None: where it pays
-    dispatch: Dispatch = field(default_factory=Dispatch)  # how tokens reach the experts under a wide strategy
+    dispatch: Dispatch = CHEAPEST  # how tokens reach the experts under a wide strategy
     domain: int = NVLINK_DOMAIN  # devices that NVLink joins
 
     def __post_init__(self) -> None:
@@ -165,7 +165,7 @@ class MeshLayout:
         """The body for tokens that lie with their sequences."""
         split = {axis for entry in spec for axis in _axes(entry)}
         alike = tuple(axis for axis in group.axes if axis not in split)
-        if not group.axes or (alike == group.axes and self.dispatch == Dispatch()):
+        if not group.axes or (alike == group.axes and self.dispatch == CHEAPEST):
             return REPLICATED  # every device has all tokens, unless it is to take a share of them
         batch, tokens, _ = NamedSharding(self.mesh, spec).shard_shape(shape)
         way = choose_way(

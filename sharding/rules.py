@@ -238,9 +238,12 @@ class ShardingRules:
         legal = [n for n in range(1, common + 1) if common % n == 0]
         ways = self.size(axes)
         near = min(legal, key=lambda n: (abs(n - ways), n))
+        twice = ""
+        if what.startswith(_MEANING["expert"]) and common > ways:
+            twice = f", or hold some of them twice: --expert-slots {ways * math.ceil(common / ways)}"
         return (
             f"{_text(self.mesh, axes)}: {what} cannot be split {ways} ways; the nearest that can is {near} "
-            f"(all that can: {', '.join(map(str, legal))})"
+            f"(all that can: {', '.join(map(str, legal))}){twice}"
         )
 
 
@@ -272,7 +275,7 @@ def _sizes(config: ModelConfig, name: str) -> frozenset[int]:
             "heads": [layer.num_heads for layer in layers],
             "kv_heads": [layer.num_kv_heads for layer in layers],
             "mlp": [config.shared_size, *([config.intermediate_size] if dense else [])],
-            "expert": [config.num_experts],
+            "expert": [config.num_slots],
             "expert_mlp": [config.expert_size],
         }[name]
     )

@@ -29,7 +29,7 @@ AHEAD = 0.2  # of the largest weight's part: how much more than that may be read
 _BY_EXPERT = re.compile(r"layers\.(\d+)\.moe\.(?:experts\.(?:gate|up|down)|router\.(?:weight|bias))")
 
 Read = np.ndarray | Quantised
-ExpertOrder = Mapping[int, Sequence[int]]  # by layer: our expert j is the stored expert order[j]
+ExpertOrder = Mapping[int, Sequence[int]]  # by layer: our expert (or slot) j holds the stored expert order[j]
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,15 @@ def load_sharded(
       experts: how to hold the routed experts: all of them, or each weight by its path; None: as the checkpoint has
         them in memory.
       expert_order: relabel experts while reading, so that busy ones lie on different devices; answers do not change.
+        If an order names experts twice, their weights are read as often, and the router's stay as they are stored.
       progress: called with (bytes read, bytes that this process will read).
     """
     assert set(shardings) == set(checkpoint.paths), set(shardings) ^ set(checkpoint.paths)
     began, before = time.perf_counter(), _resident_bytes()
-    slices = [piece for path in checkpoint.paths for piece in _slices(checkpoint, path, shardings[path])]
+    read = _Reader(checkpoint, dtype, experts=experts, order=expert_order or {})
+    slices = [piece for path in checkpoint.paths for piece in _slices(read, path, shardings[path])]
     total, done, placed_bytes = sum(piece.num_bytes for piece in slices), 0, 0
     arrays: dict[str, list[Any]] = {}
-    read = _Reader(checkpoint, dtype, experts=experts, order=expert_order or {})
     for piece, value in _read_ahead(slices, read, limit=(1 + AHEAD) * _largest(slices)):
         copies = [jax.tree.map(lambda x, to=device: jax.device_put(x, to), value) for device in piece.devices]
         arrays.setdefault(piece.path, []).extend(jax.block_until_ready(copies))
@@ -81,7 +82,7 @@ def load_sharded(
         done += piece.num_bytes
         if progress:
             progress(done, total)
-    params = {path: _assembled(checkpoint.shape(path), shardings[path], pieces) for path, pieces in arrays.items()}
+    params = {path: _assembled(read.shape(path), shardings[path], pieces) for path, pieces in arrays.items()}
     report = LoadReport(
         process=jax.process_index(),
         num_weights=len(params),
@@ -103,15 +104,16 @@ class _Slice:
     num_bytes: int  # in the file
 
 
-def _slices(checkpoint: WeightSource, path: str, sharding: Sharding) -> Iterator[_Slice]:
-    shape = checkpoint.shape(path)
+def _slices(read: _Reader, path: str, sharding: Sharding) -> Iterator[_Slice]:
+    shape = read.shape(path)
     holders: dict[tuple[tuple[int, int], ...], list[Any]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         ranges = [part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True)]
         holders.setdefault(tuple((start, stop) for start, stop in ranges), []).append(device)
     for ranges, devices in holders.items():
         index = tuple(slice(start, stop) for start, stop in ranges)
-        yield _Slice(path, index, tuple(devices), checkpoint.stored_bytes(path, index))
+        num_bytes = sum(read.checkpoint.stored_bytes(path, part) for part in read.stored(path, index))
+        yield _Slice(path, index, tuple(devices), num_bytes)
 
 
 def _largest(slices: Sequence[_Slice]) -> int:
@@ -151,22 +153,33 @@ class _Reader:
     order: ExpertOrder
 
     def __call__(self, piece: _Slice) -> Read:
-        parts = [self._part(piece.path, index) for index in self._stored(piece)]
+        parts = [self._part(piece.path, index) for index in self.stored(piece.path, piece.index)]
         return parts[0] if len(parts) == 1 else jax.tree.map(lambda *pieces: np.concatenate(pieces), *parts)
 
     def _part(self, path: str, index: Index) -> Read:
         return read_as(self.checkpoint, path, self.dtype, self.experts, index=index, copy=True)
 
-    def _stored(self, piece: _Slice) -> list[Index]:
-        """Where the slice lies in the file: more than one run of experts if they are relabelled."""
-        match = _BY_EXPERT.fullmatch(piece.path)
+    def shape(self, path: str) -> tuple[int, ...]:
+        """Of a whole weight as it is held: as many experts as the order names."""
+        first, *rest = self.checkpoint.shape(path)
+        order = self._order(path)
+        return (first if order is None else len(order), *rest)
+
+    def _order(self, path: str) -> Sequence[int] | None:
+        """The stored experts of a weight, one after the other. Copies have one row of the router between them."""
+        match = _BY_EXPERT.fullmatch(path)
         order = self.order.get(int(match[1])) if match else None
+        return None if order is None or (".router." in path and len(set(order)) < len(order)) else order
+
+    def stored(self, path: str, index: Index) -> list[Index]:
+        """Where a slice lies in the file: more than one run of experts if they are relabelled or copied."""
+        order = self._order(path)
         if order is None:
-            return [piece.index]
-        chosen = list(order[piece.index[0]])
+            return [index]
+        chosen = list(order[index[0]])
         starts = [i for i, expert in enumerate(chosen) if i == 0 or expert != chosen[i - 1] + 1]
         runs = zip(starts, [*starts[1:], len(chosen)], strict=True)
-        return [(slice(chosen[i], chosen[i] + j - i), *piece.index[1:]) for i, j in runs]
+        return [(slice(chosen[i], chosen[i] + j - i), *index[1:]) for i, j in runs]
 
 
 def _assembled(shape: tuple[int, ...], sharding: Sharding, pieces: list[Any]) -> Any:

@@ -98,6 +98,12 @@ class ModelConfig:
     bos_id: int
     eos_ids: tuple[int, ...]
     fp8_block: tuple[int, int] | None = None  # rows, columns per scale of the FP8 release; None for the BF16 release
+    expert_slots: int = 0  # places for routed experts' weights where some are held more than once; 0: one for each
+
+    @property
+    def num_slots(self) -> int:
+        """Places for the weights of routed experts."""
+        return self.expert_slots or self.num_experts
 
     @classmethod
     def from_hf(cls, hub: Mapping[str, Any]) -> ModelConfig:

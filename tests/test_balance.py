@@ -1,5 +1,8 @@
 """Load per expert and rank, and orders of experts that even it out."""
 
+from dataclasses import replace
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +15,14 @@ from stepjax.model.cache import Chunk
 from stepjax.model.layout import SingleDevice
 from stepjax.model.step3p5 import abstract, bind
 from stepjax.ops.experts import expert_load
-from stepjax.sharding.expert_order import balanced_order, imbalance, rank_load
+from stepjax.sharding.expert_order import (
+    balanced_order,
+    copy_table,
+    imbalance,
+    rank_load,
+    replicated_order,
+    slot_experts,
+)
 
 
 def test_load_counts_assignments_and_no_padding():
@@ -57,6 +67,59 @@ def test_a_skewed_load_becomes_nearly_even():
     order = balanced_order(load, 8)
     assert imbalance(rank_load(load, 8)).max() > 1.5
     assert imbalance(rank_load(np.take_along_axis(load, order, axis=1), 8)).max() < 1.06
+
+
+def shares(load: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Load of each slot if copies share their expert's."""
+    return load[order] / np.bincount(order)[order]
+
+
+@given(st.data())
+def test_copies_leave_no_expert_out_and_are_never_worse(data):
+    num_ranks, num_experts = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 40))
+    slots = num_ranks * (-(-num_experts // num_ranks) + data.draw(st.integers(0, 3)))
+    load = np.array(data.draw(st.lists(st.integers(0, 10**6), min_size=num_experts, max_size=num_experts)))
+    order = replicated_order(load, num_ranks, slots)
+    assert (order.size, set(order)) == (slots, set(range(num_experts)))
+    np.testing.assert_array_equal(order, replicated_order(load, num_ranks, slots))
+    table = copy_table(order, num_experts)
+    np.testing.assert_array_equal(slot_experts(table, slots), order)
+    np.testing.assert_array_equal(table[:, 0], np.bincount(order))
+    assert shares(load, order).max() <= load.max()
+
+
+def test_an_expert_busier_than_a_rank_is_shared():
+    """An eighth of all assignments, 288 experts on 32 ranks: over four times the mean, with one spare slot each 1.1."""
+    load = np.full(288, 700)
+    load[17] = load.sum() // 7
+    plain = balanced_order(load, 32)
+    assert imbalance(rank_load(load[plain], 32)) > 4
+    order = replicated_order(load, 32, 320)
+    assert imbalance(rank_load(shares(load, order), 32)) < 1.1
+    with pytest.raises(MeshError, match="300 for 288 experts on 32 ranks, expected a multiple of 32 from 288 on"):
+        replicated_order(load, 32, 300)
+
+
+def test_copies_of_experts_give_the_same_bits():
+    config = small_config()
+    params = {name: value for name, value in random_params(config, 0).items() if not name.startswith("mtp")}
+    tokens = jax.random.randint(jax.random.key(1), (2, 24), 0, 128)
+    order = np.array([3, 0, 3, 1, 2, 4, 5, 3, 6, 7, 0, 2])
+    copied = dict(params)
+    for layer in config.moe_layers:
+        prefix = f"layers.{layer.index}.moe"
+        copied[f"{prefix}.copies"] = jnp.asarray(copy_table(order, config.num_experts))
+        copied |= {
+            f"{prefix}.experts.{name}": params[f"{prefix}.experts.{name}"][order] for name in ("gate", "up", "down")
+        }
+
+    def run(config: Any, params: Any) -> Any:
+        skeleton = abstract(config, dtype=jnp.float32, layout=SingleDevice("gathered"), mtp=False)
+        out = jax.jit(lambda params: bind(skeleton, params).forward(tokens, Chunk.whole(*tokens.shape)))(params)
+        return out.hidden_BTD, jnp.stack(out.expert_ids)
+
+    for a, b in zip(run(replace(config, expert_slots=12), copied), run(config, params), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_reordered_experts_are_the_same_model():

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from adapters import lora_config, trained
-from checkpoints import hub_config_of_layers
+from checkpoints import hub_config_of_layers, speaking_folder
 from mixtures import largest_error
 from tiny import random_params
 
 from stepjax.adapters.lora import attach
 from stepjax.config import ModelConfig
-from stepjax.errors import MeshError
+from stepjax.errors import MeshError, StepjaxError
+from stepjax.infer.load import load
 from stepjax.infer.session import Session
 from stepjax.model.cache import Chunk
 from stepjax.model.layout import Layout, SingleDevice
@@ -112,6 +113,28 @@ def test_a_device_holds_its_share_of_the_experts_and_all_of_the_rest():
     for name, value in PARAMS.items():
         (rows, *_) = where.parameter(*axes[name]).shard_shape(value.shape)
         assert rows == value.shape[0] // (8 if ".experts." in name else 1), name
+
+
+@pytest.mark.parametrize("strategy", ["wide", pytest.param("expert", marks=SLOW)])
+def test_experts_that_are_held_twice_change_no_score(tmp_path, strategy):
+    folder, ids = speaking_folder(tmp_path / "model"), [0, 3, 5, 300, 17, 8, 9]
+    alone = load(folder, dtype="float32")
+    counts = alone.expert_load(ids)
+    assert counts.sum(axis=-1).tolist() == [len(ids) * alone.config.top_k] * len(alone.config.moe_layers)
+    options = {"mesh": "expert=4", "strategy": strategy, "expert_slots": 12, "expert_loads": counts}
+    there = load(folder, dtype="float32", **options)
+    held = there.params[f"layers.{alone.config.moe_layers[0].index}.moe.experts.gate"]
+    assert (held.shape[0], held.addressable_shards[0].data.shape[0]) == (12, 3)
+    np.testing.assert_allclose(there.logits(ids), alone.logits(ids), atol=2e-4)
+    np.testing.assert_array_equal(there.expert_load(ids), counts)
+    for wrong, message in (
+        ({"expert_slots": 4}, "expert_slots: 4, but there are 8 experts"),
+        ({"expert_slots": 10}, "cannot be split 4 ways"),
+        ({"expert_loads": counts[:, :3]}, "expert_loads: of shape"),
+        ({"mesh": None}, "together with a mesh"),
+    ):
+        with pytest.raises(StepjaxError, match=message):
+            load(folder, dtype="float32", **options | wrong)
 
 
 def test_what_sends_nothing_takes_no_options():

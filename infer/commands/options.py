@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
@@ -19,6 +21,8 @@ from stepjax.weights.formats import made_while_loading
 from stepjax.weights.int_groups import GROUP
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from stepjax.infer.sampling.params import SamplingParams
     from stepjax.infer.session import Session
     from stepjax.infer.transcript import Delta
@@ -56,6 +60,18 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_dispatch_arguments(parser)
     parser.add_argument(
+        "--expert-slots",
+        type=int,
+        metavar="S",
+        help="places for experts on a mesh; the busiest take those beyond their number (default: one each)",
+    )
+    parser.add_argument(
+        "--expert-loads",
+        type=Path,
+        metavar="FILE.json",
+        help="how often each expert is chosen, from score --record-loads, to spread them (default: all alike)",
+    )
+    parser.add_argument(
         "--layers",
         default="auto",
         choices=("auto", "looped", "unrolled"),
@@ -84,11 +100,28 @@ def add_dispatch_arguments(parser: argparse.ArgumentParser) -> None:
 
 def dispatch_of(args: argparse.Namespace) -> Dispatch | None:
     """What these options say; None if all have their defaults."""
-    from stepjax.sharding.dispatch import Dispatch
+    from stepjax.sharding.dispatch import CHEAPEST, Dispatch
 
     form = None if args.dispatch == "auto" else args.dispatch
     dispatch = Dispatch(form, fp8=args.dispatch_fp8, halves=args.dispatch_halves)
-    return None if dispatch == Dispatch() else dispatch
+    return None if dispatch == CHEAPEST else dispatch
+
+
+def read_loads(path: Path) -> np.ndarray:
+    """Numbers of tokens of each expert, [E], or of each MoE layer's, [L, E].
+
+    Raises:
+      RequestError: the file holds something else.
+    """
+    import numpy as np
+
+    try:
+        loads = np.asarray(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise RequestError(f"{path}: cannot be read as JSON numbers ({error})") from None
+    if loads.ndim not in (1, 2) or loads.dtype.kind not in "iuf":
+        raise RequestError(f"{path}: expected a list of numbers, the tokens of each expert, or such lists by layer")
+    return loads
 
 
 def add_mtp_argument(parser: argparse.ArgumentParser) -> None:
@@ -193,6 +226,7 @@ def open_session(
     """
     mesh = None if args.mesh is None else MeshSpec.parse(args.mesh)
     folder = folder or checked_folder(args.model, mtp_from=args.mtp_from, needs=needs)
+    loads = None if args.expert_loads is None else read_loads(args.expert_loads)
     with startup.stage("importing", "starting jax"):
         from stepjax.infer.load import load, use_caches
 
@@ -207,6 +241,8 @@ def open_session(
             mesh=mesh,
             strategy=args.strategy,
             dispatch=dispatch_of(args),
+            expert_slots=args.expert_slots,
+            expert_loads=loads,
             layers=args.layers,
             progress=stage.advance,
             program_cache=cache,

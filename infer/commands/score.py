@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out", type=Path, required=True, metavar="OUT.npz", help="file to write, in NumPy's .npz format"
+    )
+    parser.add_argument(
+        "--record-loads",
+        type=Path,
+        metavar="OUT.json",
+        help="also write how many tokens chose each expert of each layer, for --expert-loads (default: no)",
     )
     parser.add_argument("--mtp", action="store_true", help="also write the logits of the MTP layers (default: no)")
     parser.add_argument(
@@ -58,11 +65,13 @@ def run(args: argparse.Namespace) -> int:
     import jax
     import numpy as np
 
-    arrays = {}
+    arrays, loads = {}, np.zeros((len(session.config.moe_layers), session.config.num_experts), np.int64)
     with startup.stage("scoring", "scoring", unit="sequences") as stage:
         for j, ids in enumerate(prompts):
             stage.advance(j, len(prompts))
             arrays[f"p{j}_ids"] = np.asarray(ids, np.int32)
+            if args.record_loads:
+                loads += session.expert_load(ids)
             if not args.mtp:
                 arrays[f"p{j}_logits"] = session.logits(ids)
                 continue
@@ -73,8 +82,10 @@ def run(args: argparse.Namespace) -> int:
     try:
         with args.out.open("wb") as file:  # a file object: numpy would append .npz to another name
             np.savez(file, **arrays)
+        if args.record_loads:
+            args.record_loads.write_text(json.dumps(loads.tolist()), encoding="utf-8")
     except OSError as error:
-        raise RequestError(f"{args.out}: cannot be written ({error.strerror})") from None
+        raise RequestError(f"{error.filename}: cannot be written ({error.strerror})") from None
     print(f"{args.out}: {len(prompts)} sequences, {sum(map(len, prompts))} tokens")
     if args.against:
         _compare(args, session, prompts, other)

@@ -12,7 +12,7 @@ import functools
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from stepjax.adapters.lora import TARGETS, LoraConfig, adapted_paths, check_fit,
 from stepjax.errors import RequestError
 from stepjax.model.layer_tables import flat_paths, stacked_path
 from stepjax.model.step3p5 import axes_of
+from stepjax.sharding.expert_order import slot_experts
 from stepjax.weights.adapted import Adapted, factor_axes
 
 if TYPE_CHECKING:
@@ -47,7 +48,9 @@ class AdapterStack:
     def __init__(self, session: Session, size: StackSize):
         self.size = size
         lora = LoraConfig(rank=size.rank, targets=_targets(session), experts="per_expert", expert_rank=size.expert_rank)
-        self._targets = {target.path: target for target in targets(session.config, lora)}
+        stored = dataclasses.replace(session.config, expert_slots=0)
+        self._targets = {target.path: target for target in targets(stored, lora)}
+        self._experts = _held_experts(session, self._targets)
         axes, layout = axes_of(session.model), session.model.layout
         self._period = session.model.period
         self.params: dict[str, Any] = dict(session.table)
@@ -56,8 +59,11 @@ class AdapterStack:
             if (target := self._targets.get(flat[0])) is None:
                 continue
             stack = (len(flat),) if path != flat[0] else ()
-            *lead, rank, size_in = (*stack, *target.a_shape)
-            shapes = (*lead, size.num_slots * rank, size_in), (*stack, *target.b_shape[:-1], size.num_slots * rank)
+            a_shape, b_shape = target.a_shape, target.b_shape
+            if flat[0] in self._experts:
+                a_shape, b_shape = ((session.config.num_slots, *shape[1:]) for shape in (a_shape, b_shape))
+            *lead, rank, size_in = (*stack, *a_shape)
+            shapes = (*lead, size.num_slots * rank, size_in), (*stack, *b_shape[:-1], size.num_slots * rank)
             axes_of_factors = factor_axes(axes[path], a_ndim=len(shapes[0]), b_ndim=len(shapes[1]))
             a, b = (
                 _zeros(shape, session.dtype, layout.parameter(*names))
@@ -104,6 +110,8 @@ class AdapterStack:
 
     def _written(self, path: str, slot: int, a: np.ndarray, b: np.ndarray) -> Adapted:
         """A weight with these factors in a slot; the stack keeps its own."""
+        if path in self._experts:
+            a, b = a[self._experts[path]], b[self._experts[path]]
         held = stacked_path(path, self._period)
         weight, first = self.params[held.path if held else path], slot * self._targets[path].rank
         layer = 0
@@ -115,6 +123,16 @@ class AdapterStack:
             a=put_a(weight.a, _placed(a, weight.a), layer, first),
             b=put_b(weight.b, _placed(b, weight.b), layer, first),
         )
+
+
+def _held_experts(session: Session, paths: Iterable[str]) -> dict[str, np.ndarray]:
+    """By weight of experts some of which have copies: the expert in each slot."""
+    held: dict[str, np.ndarray] = {}
+    for path in paths if session.config.expert_slots else ():
+        if ".moe.experts." in path:
+            table = session.params[f"{path.partition('.experts.')[0]}.copies"]
+            held[path] = slot_experts(np.asarray(table), session.config.expert_slots)
+    return held
 
 
 class AdapterPin:

@@ -169,6 +169,7 @@ def held_bytes(step: Step, config: ModelConfig) -> dict[str, int]:
     for spec in inventory(config):
         if (weight := step.params.get(spec.path)) is not None:
             sizes[counted_as(spec, num_layers=len(config.layers))] += device_bytes(weight)
+    sizes["router"] += device_bytes([table for path, table in step.params.items() if path.endswith(".moe.copies")])
     for view in jax.tree.leaves(step.cache, is_leaf=lambda node: isinstance(node, Ring | RowCache)):
         sizes["cache_rings" if isinstance(view, Ring) else "cache_rows"] += device_bytes(view)
     sizes["optimizer"] += device_bytes(step.optimizer)

@@ -30,6 +30,7 @@ from stepjax.weights.expert_format import ExpertFormat
 from stepjax.weights.inventory import counted_as, inventory, quantized
 from stepjax.weights.plain import PLAIN
 
+COPIES, ROUTER = ".moe.copies", ".moe.router.weight"  # a table beside the router, which no file has
 PAGE = 64  # positions (`stepjax.infer.engine.config`)
 
 
@@ -138,7 +139,7 @@ def _parameters(key: ById, experts: ExpertFormat, depths: int, dtype: str) -> tu
     model = abstract(small, dtype=jnp.dtype(dtype), mtp=bool(small.mtp_layers))
     axes, kinds = axes_of(model), Counter()
     for path, value in params_of(model).items():
-        spec = part_of[path]
+        spec = part_of.get(path) or part_of[path.replace(COPIES, ROUTER)]
         part = counted_as(spec, num_layers=len(small.layers))
         shapes = [(tuple(value.shape), value.dtype.itemsize)]
         if experts.quantised and ".experts." in path:

@@ -32,6 +32,7 @@ AXES = (
     "head",  # width of one head
     "mlp",  # hidden width of a dense or shared MLP
     "router",  # experts, as the router scores them
+    "copy",  # of an expert that is held more than once
     "expert",  # experts, as their weights lie
     "expert_mlp",  # hidden width of one routed expert
     "layers",  # of a stack, which a loop runs through

@@ -27,6 +27,10 @@ class RouterBias(nnx.Variable):
     """Selection bias of the router: part of the checkpoint, never trained by gradient."""
 
 
+class ExpertCopies(nnx.Variable):
+    """Where the copies of each expert lie: int32 [E, 1 + C], their number and then their slots. Made when loading."""
+
+
 class Router(nnx.Module):
     """Chooses A of E experts a token. Scores are a true float32 product (``need_fp32_gate``)."""
 
@@ -67,7 +71,7 @@ class Experts(nnx.Module):
     """The routed experts' weights, fused over experts in the hub's orientation."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, scale: float):
-        E, F, D = config.num_experts, config.expert_size, config.hidden_size
+        E, F, D = config.num_slots, config.expert_size, config.hidden_size
         wide = ("expert", "expert_mlp", "embed")
         self.gate = normal(rngs, (E, F, D), wide, std=D**-0.5, dtype=dtype)
         self.up = normal(rngs, (E, F, D), wide, std=D**-0.5, dtype=dtype)
@@ -90,7 +94,11 @@ class MoE(nnx.Module):
         layout: Layout,
         scale: float = 1.0,
     ):
-        self.spec, self.layout, self.num_experts = spec, layout, config.num_experts
+        self.spec, self.layout = spec, layout
+        self.num_experts, self.num_slots = config.num_experts, config.num_slots
+        if config.expert_slots:
+            width = 2 + config.num_slots - config.num_experts  # the most copies that one expert can have
+            self.copies = ExpertCopies(jnp.ones((config.num_experts, width), jnp.int32), axes=("router", "copy"))
         self.router = Router(config, rngs=rngs, dtype=dtype)
         self.experts = Experts(config, rngs=rngs, dtype=dtype, scale=scale / 2)
         self.shared = SwiGLU(
@@ -118,17 +126,32 @@ class MoE(nnx.Module):
     def route(self, x_BTD: jax.Array, real_BT: jax.Array, recorded_BTA: jax.Array | None = None) -> Routes:
         if recorded_BTA is None:
             ids_TA, combine_TA = self.router(x_BTD.reshape(-1, x_BTD.shape[-1]))
-            ids_BTA = self._unpadded(ids_TA, real_BT)
-            return Routes(ids_BTA, combine_TA.reshape(ids_BTA.shape), ids_BTA)
+            chosen_BTA = self._unpadded(ids_TA, real_BT)
+            return Routes(self._slots(ids_TA, real_BT), combine_TA.reshape(chosen_BTA.shape), chosen_BTA)
         scores_TE = self.router.scores(x_BTD.reshape(-1, x_BTD.shape[-1]))
         own_TA = self.router.choose(scores_TE)
         given_TA = recorded_BTA.reshape(own_TA.shape).astype(own_TA.dtype)
         ids_TA = jnp.where(given_TA < self.num_experts, given_TA, own_TA)
-        ids_BTA, chosen_BTA = self._unpadded(ids_TA, real_BT), self._unpadded(own_TA, real_BT)
+        ids_BTA, chosen_BTA = self._slots(ids_TA, real_BT), self._unpadded(own_TA, real_BT)
         return Routes(ids_BTA, self.router.weigh(scores_TE, ids_TA).reshape(ids_BTA.shape), chosen_BTA)
 
-    def _unpadded(self, ids_TA: jax.Array, real_BT: jax.Array) -> jax.Array:
-        return jnp.where(real_BT.reshape(-1, 1), ids_TA, self.num_experts).reshape(*real_BT.shape, -1)
+    def _unpadded(self, ids_TA: jax.Array, real_BT: jax.Array, *, none: int | None = None) -> jax.Array:
+        none = self.num_experts if none is None else none
+        return jnp.where(real_BT.reshape(-1, 1), ids_TA, none).reshape(*real_BT.shape, -1)
+
+    def _slots(self, ids_TA: jax.Array, real_BT: jax.Array) -> jax.Array:
+        """Where the weights of these experts lie, S for padding.
+
+        Which copy a token takes follows from the experts that it chose, so that it depends on no other token, and
+        tokens of one expert, which differ in their others, spread over its copies.
+        """
+        if self.num_slots == self.num_experts:
+            return self._unpadded(ids_TA, real_BT)
+        table = self.copies.get_value()
+        row_TAC = (table.sliced() if isinstance(table, LayerWeight) else table)[ids_TA]
+        turn_TA = jnp.sum(ids_TA, axis=-1, keepdims=True) % row_TAC[:, :, 0]
+        slot_TA = jnp.take_along_axis(row_TAC, 1 + turn_TA[:, :, None], axis=-1)[:, :, 0]
+        return self._unpadded(slot_TA, real_BT, none=self.num_slots)
 
     def local(
         self,
@@ -144,7 +167,7 @@ class MoE(nnx.Module):
         bare, slot_T = by_token(self.weights(), (x_BTD.shape[0], x_BTD.shape[1]))
         weights = ExpertWeights(*bare)
         count = weights.gate.shape[0]
-        ours, load = held_ids(ids_TA, first_expert, count), ids_TA.size * count // self.num_experts
+        ours, load = held_ids(ids_TA, first_expert, count), ids_TA.size * count // self.num_slots
         routed = routed_experts(x_TD, ours, combine_TA, weights, limit=self.limit, form=form, load=load, slot_T=slot_T)
         return routed.reshape(x_BTD.shape), self.common(x_BTD)
 

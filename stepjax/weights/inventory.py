@@ -113,12 +113,12 @@ def _layer(config: ModelConfig, layer: LayerSpec) -> Iterator[TensorSpec]:
         yield spec(f"self_attn.{name}.weight", f"{prefix}.attn.{name}.weight", shape, "attention")
     yield spec("post_attention_layernorm.weight", f"{prefix}.post_norm.weight", (width,), "norm")
     if layer.moe:
-        num_experts, hidden = config.num_experts, config.expert_size
+        num_experts, num_slots, hidden = config.num_experts, config.num_slots, config.expert_size
         yield spec("moe.gate.weight", f"{prefix}.moe.router.weight", (num_experts, width), "router")
         yield spec("moe.router_bias", f"{prefix}.moe.router.bias", (num_experts,), "router", "F32")
-        yield spec("moe.gate_proj.weight", f"{prefix}.moe.experts.gate", (num_experts, hidden, width), "experts")
-        yield spec("moe.up_proj.weight", f"{prefix}.moe.experts.up", (num_experts, hidden, width), "experts")
-        yield spec("moe.down_proj.weight", f"{prefix}.moe.experts.down", (num_experts, width, hidden), "experts")
+        yield spec("moe.gate_proj.weight", f"{prefix}.moe.experts.gate", (num_slots, hidden, width), "experts")
+        yield spec("moe.up_proj.weight", f"{prefix}.moe.experts.up", (num_slots, hidden, width), "experts")
+        yield spec("moe.down_proj.weight", f"{prefix}.moe.experts.down", (num_slots, width, hidden), "experts")
         yield from mlp("share_expert", f"{prefix}.moe.shared", config.shared_size, "shared")
     else:
         yield from mlp("mlp", f"{prefix}.mlp", config.intermediate_size, "dense")

@@ -16,7 +16,7 @@ from stepjax.adapters.lora import LoraConfig
 from stepjax.config import ModelConfig
 from stepjax.infer.steps.abstract_steps import sequence_bytes
 from stepjax.sharding.compiled.report import CompileReport, size_text
-from stepjax.sharding.dispatch import Dispatch
+from stepjax.sharding.dispatch import CHEAPEST, Dispatch
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.planner.device_bytes import PAGE, layout_of, local_shape, paged, parameters, placed
@@ -165,7 +165,7 @@ def planned(
     workload.check(config)
     experts = workload.experts.for_model(config)
     config = dataclasses.replace(config, mtp_layers=config.mtp_layers[: workload.drafts])
-    layout = dataclasses.replace(layout_of(config, mesh, strategy, experts), dispatch=dispatch or Dispatch())
+    layout = dataclasses.replace(layout_of(config, mesh, strategy, experts), dispatch=dispatch or CHEAPEST)
     dtype = jnp.dtype(workload.resolved_dtype)
     weights = placed(parameters(config, experts=experts, depths=workload.drafts, dtype=dtype.name), layout)
     weight_bytes = sum(weight.num_bytes for weight in weights)

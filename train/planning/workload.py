@@ -20,7 +20,7 @@ from stepjax.model.cache import MAX_DRAFTS
 from stepjax.model.step3p5 import Params, Step3p5, abstract, axes_of
 from stepjax.sharding.compiled.step_study import Step, StepStudy, abstract_params, copies, study
 from stepjax.sharding.devices import Target, devices, gpu_of
-from stepjax.sharding.dispatch import Dispatch
+from stepjax.sharding.dispatch import CHEAPEST, Dispatch
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.rules import ShardingRules
@@ -147,7 +147,7 @@ def study_model(
     spec, num_devices = study_mesh(mesh, num_devices)
     config = dataclasses.replace(config, mtp_layers=config.mtp_layers[: workload.drafts])
     rules = ShardingRules(config, spec, strategy, workload.experts.for_model(config))
-    layout = MeshLayout(spec.build(devices(target, num_devices)), rules, dispatch=dispatch or Dispatch())
+    layout = MeshLayout(spec.build(devices(target, num_devices)), rules, dispatch=dispatch or CHEAPEST)
     layout = layout.together() if workload.served else layout
     notes = copies(layout, batch=workload.batch, context=workload.context)
     if num_devices > spec.num_devices:
