@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import os
 import warnings
@@ -111,9 +110,7 @@ def load(
     if expert_slots is not None:
         if mesh is None or expert_order:
             raise RequestError("expert_slots: give it together with a mesh, and without expert_order")
-        if expert_slots < config.num_experts:
-            raise RequestError(f"expert_slots: {expert_slots}, but there are {config.num_experts} experts to hold")
-        config = dataclasses.replace(config, expert_slots=expert_slots)
+        config = config.with_slots(expert_slots)
     experts, layout = _layout(mesh, strategy, dispatch, config, experts)
     chosen = _resolve_dtype(dtype)
     looped = _looped(layers, checkpoint, experts)

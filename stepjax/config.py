@@ -100,6 +100,12 @@ class ModelConfig:
     fp8_block: tuple[int, int] | None = None  # rows, columns per scale of the FP8 release; None for the BF16 release
     expert_slots: int = 0  # places for routed experts' weights where some are held more than once; 0: one for each
 
+    def with_slots(self, slots: int) -> ModelConfig:
+        """The model with ``slots`` places for the weights of its experts; ConfigError if they are fewer."""
+        if slots < self.num_experts:
+            raise ConfigError(f"expert slots: {slots}, expected at least the {self.num_experts} experts")
+        return dataclasses.replace(self, expert_slots=slots)
+
     @property
     def num_slots(self) -> int:
         """Places for the weights of routed experts."""

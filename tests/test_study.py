@@ -24,6 +24,7 @@ from stepjax.sharding.compiled.hlo import Collective
 from stepjax.sharding.compiled.step_study import Launches, Places, StepStudy, by_place, copies, held_bytes
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
+from stepjax.sharding.planner.device_bytes import bytes_by_part, parameters, placed
 from stepjax.sharding.rules import ShardingRules
 from stepjax.train.planning.workload import Workload, step_of, study_model
 from stepjax.weights.formats import FORMATS
@@ -283,6 +284,19 @@ def test_a_device_of_a_wide_mesh_holds_its_experts_and_its_sequences():
     assert hybrid["experts"] == eighth["experts"]
     assert hybrid["cache_rows"] == page * (4 * 4 + 1) // 2
     assert hybrid["attention"] < 0.6 * eighth["attention"]
+
+
+def test_a_study_counts_copies_of_experts():
+    rules = ShardingRules(CONFIG.with_slots(16), MeshSpec.parse("expert=8"), "wide")
+    step = step_of(rules.config, Workload("decode", batch=16, context=256), MeshLayout(rules.mesh.build(), rules))
+    held = held_bytes(step, rules.config)
+    layers = len(CONFIG.moe_layers)
+    assert held["experts"] == layers * 2 * 3 * D * F * 2  # two each, in bfloat16
+    assert held["router"] == layers * (E * D * 2 + E * 4 + E * (2 + 16 - E) * 4)
+    weights = placed(parameters(rules.config), MeshLayout(rules.mesh.build(), rules))
+    assert {part: held[part] for part in ("experts", "router")} == {
+        part: size for part, size in bytes_by_part(weights).items() if part in ("experts", "router")
+    }
 
 
 def test_what_a_wide_step_leaves_unsplit_is_noted():

@@ -18,12 +18,14 @@ from tiny import random_params
 from stepjax.adapters.lora import attach
 from stepjax.config import ModelConfig
 from stepjax.errors import MeshError, StepjaxError
+from stepjax.infer.engine.adapters import AdapterStack, StackSize
 from stepjax.infer.load import load
 from stepjax.infer.session import Session
 from stepjax.model.cache import Chunk
 from stepjax.model.layout import Layout, SingleDevice
 from stepjax.model.step3p5 import abstract, axes_of, bind
 from stepjax.sharding.dispatch import Dispatch
+from stepjax.sharding.expert_order import slot_experts
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.rules import ShardingRules
@@ -115,6 +117,20 @@ def test_a_device_holds_its_share_of_the_experts_and_all_of_the_rest():
         assert rows == value.shape[0] // (8 if ".experts." in name else 1), name
 
 
+def assert_adapters_reach_every_copy(session: Session) -> None:
+    lora = lora_config(experts="per_expert")
+    stored = replace(session.config, expert_slots=0)
+    adapter, stack = trained(stored, lora), AdapterStack(session, StackSize(2, lora.rank, lora.rank))
+    stack.write(1, adapter, lora)
+    layer = session.config.moe_layers[0].index
+    order = slot_experts(np.asarray(session.params[f"layers.{layer}.moe.copies"]), session.config.expert_slots)
+    factor, held = adapter[f"layers.{layer}.moe.experts.gate.a"], stack.params[f"layers.{layer}.moe.experts.gate"].a
+    assert sorted(set(order)) == list(range(session.config.num_experts))
+    rank = held.shape[1] // 2
+    np.testing.assert_array_equal(held[:, rank : rank + factor.shape[1]], np.asarray(factor)[order])
+    assert not np.any(held[:, :rank])
+
+
 @pytest.mark.parametrize("strategy", ["wide", pytest.param("expert", marks=SLOW)])
 def test_experts_that_are_held_twice_change_no_score(tmp_path, strategy):
     folder, ids = speaking_folder(tmp_path / "model"), [0, 3, 5, 300, 17, 8, 9]
@@ -127,8 +143,9 @@ def test_experts_that_are_held_twice_change_no_score(tmp_path, strategy):
     assert (held.shape[0], held.addressable_shards[0].data.shape[0]) == (12, 3)
     np.testing.assert_allclose(there.logits(ids), alone.logits(ids), atol=2e-4)
     np.testing.assert_array_equal(there.expert_load(ids), counts)
+    assert_adapters_reach_every_copy(there)
     for wrong, message in (
-        ({"expert_slots": 4}, "expert_slots: 4, but there are 8 experts"),
+        ({"expert_slots": 4}, "expert slots: 4, expected at least the 8 experts"),
         ({"expert_slots": 10}, "cannot be split 4 ways"),
         ({"expert_loads": counts[:, :3]}, "expert_loads: of shape"),
         ({"mesh": None}, "together with a mesh"),

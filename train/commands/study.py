@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="which weights the mesh splits over which axis (default: %(default)s)",
     )
     add_dispatch_arguments(parser)
+    parser.add_argument(
+        "--expert-slots", type=int, metavar="S", help="places for experts, some of them twice (default: one each)"
+    )
     parser.add_argument("--devices", type=int, metavar="N", help="number of devices (default: as many as the mesh has)")
     parser.add_argument(
         "--step",
@@ -83,6 +86,8 @@ def run(args: argparse.Namespace) -> int:
 
     mesh, num_devices = study_mesh(mesh, args.devices)
     config = first_layers(config, args.layers)
+    if args.expert_slots is not None:
+        config = config.with_slots(args.expert_slots)
     workload = Workload(
         step=args.step,
         batch=args.batch,
