@@ -25,7 +25,7 @@ from stepjax.packings.written import FORMS, PackedInts
 GATE = "layers.2.moe.experts.gate"
 # Largest error of a value over the largest magnitude of its matrix: half a step at its widest.
 ERRORS = {
-    "bf16": 2**-9,
+    "bf16": 2**-8,
     "fp8": 2**-4,
     "int8": 0.005,
     "int4": 0.075,
