@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from checkpoints import BF16, speaking_folder, without_mtp, write_folder
 from packed_folders import folder_of, golden
 
+from stepjax.adapters.lora import LoraConfig, shapes as lora_shapes
+from stepjax.adapters.merge import Merged, merge_checkpoint
 from stepjax.checkpoint.folder import open_weights
 from stepjax.checkpoint.form_writer import write_form
-from stepjax.checkpoint.reader import Checkpoint
+from stepjax.checkpoint.reader import Checkpoint, load_params
+from stepjax.checkpoint.writer import save
 from stepjax.cli import main
 from stepjax.packings.words import pack_rows, unpack_rows
 from stepjax.packings.written import FORMS, PackedInts
@@ -21,7 +25,7 @@ from stepjax.packings.written import FORMS, PackedInts
 GATE = "layers.2.moe.experts.gate"
 # Largest error of a value over the largest magnitude of its matrix: half a step at its widest.
 ERRORS = {
-    "bf16": 2**-9,
+    "bf16": 2**-8,
     "fp8": 2**-4,
     "int8": 0.005,
     "int4": 0.075,
@@ -203,3 +207,39 @@ def test_weights_that_are_not_finite_are_refused(capsys, folder, tmp_path, form)
     assert convert(bad, tmp_path / "out", "--form", form) == 1
     assert "layers.1.moe.experts.up of expert 3 has values that are not finite" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["bad"]
+
+
+@pytest.mark.parametrize("case", ["modelopt-nvfp4", "int4-zeros", "awq", "fp8-channel"])
+def test_what_other_tools_quantised_is_saved_wide(tmp_path, case):
+    """Neither the weights of a loaded model nor those of a folder have a name of ours in these formats."""
+    source = Checkpoint(folder_of(tmp_path / "packed", case))
+    params = load_params(source, jnp.float32)
+    save(tmp_path / "params", source.config, params)
+    assert convert(source.folder, tmp_path / "copied", "--experts", "bf16") == 0
+    for folder in (tmp_path / "params", tmp_path / "copied"):
+        plain = Checkpoint(folder)
+        assert not plain.experts.quantised
+        assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+        for path in source.paths:
+            np.testing.assert_array_equal(plain.read(path, dtype=BF16), source.read(path, dtype=BF16))
+
+
+@pytest.mark.parametrize("form", [None, "int4", "nvfp4"])
+def test_an_adapter_is_merged_into_any_packing_and_written_in_any_form(tmp_path, form):
+    source = Checkpoint(folder_of(tmp_path / "base", "modelopt-nvfp4"))
+    lora = LoraConfig(rank=2, alpha=4.0, targets=("q",), experts="per_expert")
+    random = np.random.default_rng(0)
+    shapes = {name: leaf.shape for name, leaf in lora_shapes(source.config, lora).items()}
+    adapter = {name: (0.1 * random.standard_normal(shape)).astype(np.float32) for name, shape in shapes.items()}
+    merge_checkpoint(source.folder, tmp_path / "out", adapter, lora, form=FORMS[form] if form else None)
+    merged, sums = Checkpoint(tmp_path / "out"), Merged(source, adapter, lora)
+    for path in source.paths:
+        exact = source.read(path, dtype=np.float32)
+        if path in sums and exact.ndim == 3:
+            exact = np.stack([sums.matrix(path, (e,)) for e in range(len(exact))])
+        elif path in sums:
+            exact = sums.matrix(path, ())
+        wide = merged.read(path, dtype=np.float32)
+        largest = np.abs(exact).max()
+        error = ERRORS[form or "bf16"] if ".experts." in path else ERRORS["bf16"]
+        assert np.abs(wide - exact).max() <= error * largest, path

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 
 from stepjax.adapters.lora import LoraConfig, adapted_paths, check_fit
+from stepjax.checkpoint.form_writer import write_form
 from stepjax.checkpoint.reader import Checkpoint, ProgressCallback
 from stepjax.checkpoint.writer import MAX_SHARD_BYTES, Share, save
 from stepjax.errors import CheckpointError
+from stepjax.packings.written import WrittenForm
 from stepjax.weights.dtypes import DTYPES
 from stepjax.weights.expert_format import ExpertFormat
 from stepjax.weights.finite import not_finite
@@ -39,6 +41,7 @@ def merge_checkpoint(
     adapter: Mapping[str, Any],
     lora: LoraConfig,
     *,
+    form: WrittenForm | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
     share: Share | None = None,
@@ -47,6 +50,8 @@ def merge_checkpoint(
     """Write the checkpoint at ``source`` with an adapter added to its weights.
 
     Args:
+      form: how the routed experts are written, by one process; None: as they are stored, and in bfloat16 where another
+        tool quantised them.
       share: the part that this process writes; it reads only that part.
 
     Raises:
@@ -54,6 +59,11 @@ def merge_checkpoint(
     """
     checkpoint = Checkpoint(source)
     sums = Merged(checkpoint, adapter, lora)
+    if form is not None:
+        if share is not None:
+            raise CheckpointError(f"merge: several processes run, but one alone writes --form {form.name}")
+        written = write_form(target, checkpoint, form, changed=sums, max_shard_bytes=max_shard_bytes, progress=progress)
+        return MergeReport(written, len(sums), sums.lost)
     folder = save(
         target,
         checkpoint.config,
@@ -70,7 +80,7 @@ def merge_checkpoint(
 
 def _experts(checkpoint: Checkpoint, sums: Mapping[str, Any]) -> ExpertFormat | None:
     """How adapted experts are stored again. Other quantised weights, as some FP8 releases have, are refused."""
-    formats = {path: checkpoint.format(path) for path in sums}
+    formats = {path: checkpoint.format(path) for path in sums if path not in checkpoint.packed}
     other = next((path for path, format in formats.items() if format.quantised and ".experts." not in path), None)
     if other:
         raise CheckpointError(

@@ -257,6 +257,7 @@ def _hub_config(source: WeightSource) -> dict[str, Any]:
         config = source.config if source.has_mtp else dataclasses.replace(source.config, mtp_layers=())
         return to_hf(dataclasses.replace(config, fp8_block=None))
     hub = dict(text_config(read_json(inside(source.folder, "config.json"))))
+    hub["architectures"] = ours["architectures"]  # a vision half is not written
     hub.pop("quantization_config", None)
     if _same(ModelConfig.from_hf(hub), source.config):
         return hub

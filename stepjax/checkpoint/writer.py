@@ -28,13 +28,13 @@ import numpy as np
 from stepjax.checkpoint.hf_config import quantization_config, to_hf
 from stepjax.checkpoint.reader import Checkpoint, ProgressCallback, read_config
 from stepjax.checkpoint.weight_files import INDEX, inside, read_json
-from stepjax.config import ModelConfig
+from stepjax.config import VISION_TYPE, ModelConfig, text_config
 from stepjax.errors import CheckpointError
 from stepjax.weights.dtypes import DTYPES, ITEM_BYTES
 from stepjax.weights.expert_format import ExpertFormat
 from stepjax.weights.inventory import TensorSpec, inventory, quantized
 from stepjax.weights.plain import PLAIN
-from stepjax.weights.quantised import Quantised, format_of, quantise
+from stepjax.weights.quantised import Quantised, format_of, quantise, quantised_from
 from stepjax.whole_file import sync
 
 MAX_SHARD_BYTES = 9 * 2**30  # about the release's 44 files
@@ -125,6 +125,8 @@ class _Weight:
     def arrays(self) -> Iterator[tuple[TensorSpec, np.ndarray]]:
         """The tensors with their values, in the stored dtype."""
         value = self.get()
+        if isinstance(value, Quantised) and value.format != self.format:
+            value = quantised_from(list(map(np.asarray, value.leaves)), value.format).dequantize_numpy(DTYPES["BF16"])
         if not self.format.quantised:
             yield self.tensors[0], np.asarray(value).astype(DTYPES[self.tensors[0].dtype], copy=False)
             return
@@ -154,7 +156,8 @@ def save(
 ) -> Path:
     """Write ``params`` as a checkpoint folder and return its path.
 
-    Weights become BF16 and the router's bias F32, as in the release; quantised weights are written as they are.
+    Weights become BF16 and the router's bias F32, as in the release; quantised weights are written as they are, and
+    widened where the release's layout has no names for their format, as for those of other tools.
 
     Args:
       params: by our path. An entry may be computed on access; it is read twice, to be checked and to be written.
@@ -234,7 +237,7 @@ def _from_params(spec: TensorSpec, params: Weights, wanted: ExpertFormat | None)
     if tuple(value.shape) != spec.shape:
         raise CheckpointError(f"export: {spec.path} has shape {list(value.shape)}, expected {list(spec.shape)}")
     format = format_of(value)
-    if not format.quantised:
+    if not format.quantised or not format.spelled:
         format = wanted or PLAIN
     elif not spec.may_be(format):
         raise CheckpointError(f"export: {spec.path} is quantised, but this weight is stored as {spec.dtype} only")
@@ -247,9 +250,11 @@ def _from_params(spec: TensorSpec, params: Weights, wanted: ExpertFormat | None)
 
 
 def _from_source(spec: TensorSpec, origin: Checkpoint, wanted: ExpertFormat | None) -> _Weight:
-    stored = origin.format(spec.path)
+    packed = spec.path in origin.packed  # by another tool: widened, unless a format of ours is wanted
+    stored = PLAIN if packed else origin.format(spec.path)
     format, dtype = wanted or stored, DTYPES[spec.dtype]
-    return _Weight(quantized(spec, format), format, lambda: origin.read(spec.path, dtype=dtype, keep=stored == format))
+    keep = stored == format and not packed
+    return _Weight(quantized(spec, format), format, lambda: origin.read(spec.path, dtype=dtype, keep=keep))
 
 
 def _format_of(plan: list[_Weight]) -> ExpertFormat:
@@ -305,6 +310,10 @@ def _config_file(config: ModelConfig, *, source: Path | None, format: ExpertForm
     else:
         path = inside(source, "config.json")
         hub, described = read_json(path), read_config(source)
+        if hub.get("model_type") == VISION_TYPE:
+            hub = dict(text_config(hub)) | {"architectures": ["Step3p5ForCausalLM"]}  # its vision half is not written
+            hub.pop("quantization_config", None)
+            return _json(hub | ({"quantization_config": about} if about else {}))
         same_blocks = described.fp8_block is not None and format.configured(described) == described
         if hub.get("quantization_config") == about or same_blocks:
             return path.read_bytes()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from stepjax.checkpoint.hub import resolve
 from stepjax.checkpoint.reader import Checkpoint
 from stepjax.commands.writing import add_leave_out, add_size, left_out, max_shard_bytes, progress_bar
+from stepjax.packings.written import FORMS
 
 if TYPE_CHECKING:
     from stepjax.checkpoint.writer import Share
@@ -20,6 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="BASE", help="checkpoint folder, hub id or embedded name")
     parser.add_argument("adapter", metavar="ADAPTER", type=Path, help="PEFT folder, as export-adapter writes it")
     parser.add_argument("target", metavar="DST", type=Path, help="folder to write; it appears complete or not at all")
+    parser.add_argument(
+        "--form",
+        choices=tuple(FORMS),
+        help="form of the routed experts, as of stepjax convert (default: as BASE has them, bf16 if another tool "
+        "quantised them)",
+    )
     add_leave_out(parser)
     add_size(parser)
     parser.add_argument("--json", action="store_true", help="print one line of JSON (default: text)")
@@ -38,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
             args.target,
             adapter,
             lora,
+            form=FORMS[args.form] if args.form else None,
             max_shard_bytes=size,
             share=_share(),
             progress=progress,

@@ -84,6 +84,11 @@ class ExpertFormat(ABC):
         return self.unit
 
     @property
+    def spelled(self) -> bool:
+        """Whether a folder in the release's layout has names for it; otherwise it is widened to be saved."""
+        return bool(self.scale_suffix) or not self.quantised
+
+    @property
     def dtypes(self) -> tuple[str, ...]:
         """Of the stored tensors: values, scales, and the third array if there is one."""
         held = self.value_dtype, self.scale_dtypes[0]

@@ -50,6 +50,11 @@ class IntGroups(ExpertFormat):
         return (self.scale_type or ("F32" if self.num_bits == 8 else "BF16"),)
 
     @property
+    def spelled(self) -> bool:
+        """Only as this package makes it."""
+        return not self.scale_type and not self.zeros
+
+    @property
     def extra_dtype(self) -> str | None:
         return "I8" if self.zeros else None
 
