@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,17 @@ def test_the_command_gives_intervals(capsys, tmp_path: Path):
     for option in found["options"]:
         low, high = option["step_ms_interval"]
         assert low < option["step_ms"] < high
+
+
+def test_what_is_far_from_the_measured_steps_is_refused(capsys, tmp_path: Path):
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps(benched("expert=8", TRUE)))
+    asked = ["plan", "--hardware", "8xH100", "--experts", "fp8", "--goal", "lora", "--calibrate", str(path), "--json"]
+    assert main(asked) == 1  # a training step takes far longer than an engine's
+    refused = json.loads(capsys.readouterr().out)["refusals"]
+    assert any(re.match(r"not measured: a step of \d+ rows takes ", each["reason"]) for each in refused)
+    assert main([*asked, "--extrapolate"]) == 0
+    assert json.loads(capsys.readouterr().out)["options"]
 
 
 def test_a_cluster_is_what_the_shares_are_of():

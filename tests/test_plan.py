@@ -15,13 +15,15 @@ import stepjax.train.planning.plan
 from stepjax.cli import main
 from stepjax.config import ModelConfig
 from stepjax.errors import ConfigError, RequestError
+from stepjax.sharding.exchange import Exchange
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.planner.hardware import DEVICES, parse, read_devices
 from stepjax.sharding.planner.options import Choice, Goal, Option, Plan, PlanRequest, Refusal
-from stepjax.sharding.planner.search import BATCHES, by_batch, choices, rank_options, weigh
-from stepjax.sharding.planner.step_time import RoutingDistribution
-from stepjax.sharding.rules import ShardingRules
+from stepjax.sharding.planner.search import BATCHES, by_batch, choices, rank_options, weigh, wide_meshes
+from stepjax.sharding.planner.step_time import RoutingDistribution, exchange_time
+from stepjax.sharding.rules import WIDE, ShardingRules
 from stepjax.train.planning.plot import Dot, front
+from stepjax.weights.expert_format import ExpertFormat
 from stepjax.weights.formats import FORMATS
 from stepjax.weights.plain import PLAIN
 
@@ -247,7 +249,70 @@ def test_there_are_enough_choices_to_be_worth_the_name():
     assert rank_options(small, parse("2xH100"), PlanRequest("latency", context=128, experts=(PLAIN,))).options
 
 
+# Experts
+
+
+def experts_of(mesh: str, batch: int, experts: ExpertFormat, cluster: str = "4xH100") -> Option:
+    request = PlanRequest("latency", batch=batch)
+    found = weigh(FLASH, parse(cluster), request, Choice(MeshSpec.parse(mesh), "expert_tensor", experts))
+    assert isinstance(found, Option)
+    return found
+
+
+def test_experts_that_are_gathered_are_bound_by_instructions_and_foreign_ones_count():
+    """Of bf16 on an H100: 8.9 instructions a weight where its 2 bytes take as long as 20."""
+    one, few = (experts_of("expert=8", batch, PLAIN, "8xH100").step for batch in (1, 4))
+    weights = 3 * 4096 * 1280 * 42
+    assert few.parts["experts"] >= 4 * 8 * weights * 8.9 / DEVICES["H100"].issue  # all assignments, on every rank
+    assert one.parts["experts"] < few.parts["experts"]
+
+
+def test_quantised_experts_are_read_as_they_are_stored():
+    """Each that is touched once, and no foreign one: bytes decide, and instructions where bytes are few."""
+    fp8, int4 = (experts_of("expert=4", 32, FORMATS[name]).step for name in ("fp8", "int4"))
+    held = 3 * 4096 * 1280 * 42 * 288 / 4
+    assert fp8.parts["experts"] < held * (1 + 4 / 128**2) / 3.35e12
+    assert int4.parts["experts"] > 0.5 * fp8.parts["experts"]
+    assert fp8.host_syncs == 0
+    assert experts_of("tensor=8", 512, PLAIN, "8xH100").step.host_syncs == 42  # passes over a capacity
+
+
+# Wide
+
+
+def test_sequences_are_split_over_devices_where_there_are_many():
+    request = PlanRequest("throughput", batch=4096, experts=(PLAIN,), drafts=(0,), strategies=("expert_tensor",))
+    found = rank_options(FLASH, parse("2 nodes of 8xH100"), request)
+    best = found.options[0]
+    assert best.choice.strategy in WIDE
+    narrow = next(option for option in found.options if option.choice.strategy == "expert_tensor")
+    assert best.tokens_per_s > narrow.tokens_per_s
+    assert best.batch > narrow.batch
+
+
+def test_every_shard_of_a_wide_engine_has_sequences():
+    meshes = [*wide_meshes(8, most_shards=4)]
+    assert {mesh.data * mesh.expert for mesh, _ in meshes} == {2, 4}
+    assert {mesh.num_devices for mesh, _ in meshes} == {8}
+    assert all((strategy == "wide") == (mesh.data == 1) for mesh, strategy in meshes)
+    assert not [*wide_meshes(8, most_shards=1)]
+
+
 # Hardware
+
+
+def test_a_small_all_reduce_takes_as_long_as_was_measured():
+    cluster, mesh = parse("8xH100"), MeshSpec(tensor=8)
+    small, large, larger = (
+        exchange_time(Exchange("all-reduce", ("tensor",), size, 1), mesh, cluster) for size in (8192, 32768, 2**20)
+    )
+    assert 32e-6 < small < large == pytest.approx(34e-6)
+    assert larger == pytest.approx(34e-6 + 2 * 7 / 8 * (2**20 - 32768) / 450e9)
+    assert exchange_time(Exchange("all-reduce", ("tensor",), 8, 1), mesh, cluster) == pytest.approx(32e-6)
+    across = exchange_time(
+        Exchange("all-reduce", ("tensor",), 8192, 1), MeshSpec(tensor=16), parse("2 nodes of 8xH100")
+    )
+    assert across > small
 
 
 @pytest.mark.parametrize(
@@ -258,6 +323,8 @@ def test_there_are_enough_choices_to_be_worth_the_name():
         ("4 nodes of 8xH200", "H200", 32, 4, 8),
         ("64xH100", "H100", 64, 8, 8),
         ("72xGB200", "GB200", 72, 1, 72),
+        ("2 nodes of 4xGB200", "GB200", 8, 2, 8),  # trays of one rack
+        ("36 nodes of 4xGB200", "GB200", 144, 36, 72),
         ("2x DGX Spark", "DGX-Spark", 2, 2, 1),
         ("8 x a100 80gb", "A100-80", 8, 1, 8),
         ("8×b200", "B200", 8, 1, 8),
@@ -296,6 +363,8 @@ def test_a_file_changes_figures_and_adds_devices(tmp_path: Path):
         ("[new]\nbandwidth = 1e12", "lacks memory_bytes"),
         ('[new]\nbase = "H900"', "base = 'H900'"),
         ("[H100]\nbandwidth = -1", "bandwidth = -1"),
+        ("[H100]\nall_reduce = [[2048, 1e-5], [1024, 2e-5]]", "fewest bytes first"),
+        ("[H100]\nall_reduce = [[2048, 0]]", "pairs of bytes and seconds"),
         ("[H100]\nbandwidth = 0", "more than 0"),
         ("[H100", "cannot be read as TOML"),
     ]:

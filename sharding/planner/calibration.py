@@ -22,6 +22,7 @@ from stepjax.sharding.planner.step_time import Efficiency
 
 NAMES = ("memory", "compute", "link", "launch")
 MOST_POINTS = 5  # that are fitted; the rest show how good the fit is
+BEYOND = 2.0  # times the longest measured step, or a part of the shortest: further nothing is predicted
 LEAST = 1e-3  # of a coefficient
 FLOOR = 0.05  # least error of a prediction, relative: runs of the same program differ by a few per cent
 # Two-sided 90 % quantiles of Student's t by degrees of freedom.
@@ -44,6 +45,12 @@ class Calibration:
         """Where a step that is predicted to take this long lies, nine times of ten."""
         return seconds / self.factor, seconds * self.factor
 
+    @property
+    def range_s(self) -> tuple[float, float]:
+        """The shortest and the longest step that it may predict: `BEYOND` times outside of those that were fitted."""
+        seconds = [point.seconds for point in self.points]
+        return min(seconds) / BEYOND, max(seconds) * BEYOND
+
     def as_dict(self) -> dict[str, Any]:
         return {
             "device": self.device,
@@ -52,6 +59,7 @@ class Calibration:
             "points": [point.name for point in self.points],
             "spread": self.spread,
             "interval_factor": self.factor,
+            "step_ms_range": [1e3 * bound for bound in self.range_s],
             "held_out": dict(self.held_out),
         }
 
@@ -100,7 +108,7 @@ def _decided(points: Sequence[MeasuredStep], cluster: Cluster) -> list[str]:
     """The efficiencies that these points can decide, no more than there are points."""
     device, names = cluster.device, ["memory"]
     parts = [part for point in points for part in point.parts]
-    if any(part.operations / device.bf16 > 0.5 * part.bytes / device.bandwidth for part in parts):
+    if any(part.computing_s(device) > 0.5 * part.bytes / device.bandwidth for part in parts):
         names.append("compute")
 
     def read(point: MeasuredStep) -> float:
@@ -148,7 +156,7 @@ def _seconds(point: MeasuredStep, cluster: Cluster, last: Efficiency) -> tuple[f
     """A step at the datasheet's speeds by `NAMES`, each part counted where it is bound."""
     device, read, done = cluster.device, 0.0, 0.0
     for part in point.parts:
-        by_memory, by_compute = part.bytes / device.bandwidth, part.operations / device.bf16
+        by_memory, by_compute = part.bytes / device.bandwidth, part.computing_s(device)
         if by_memory / last.memory >= by_compute / last.compute:
             read += by_memory
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 from stepjax.config import ModelConfig
@@ -25,6 +26,7 @@ from stepjax.sharding.planner.hardware import Cluster
 from stepjax.sharding.planner.options import Choice, Memory, Option, PlanRequest, Refusal
 from stepjax.sharding.planner.step_time import (
     StepTime,
+    host_syncs,
     kernels_of,
     load_time,
     serving_parts,
@@ -34,6 +36,7 @@ from stepjax.sharding.planner.step_time import (
 from stepjax.sharding.planner.temporaries import serving_temporaries
 from stepjax.weights.expert_format import ExpertFormat
 
+NOT_MEASURED = "not measured"  # begins the reason of a refusal
 MAX_ROWS_PER_DEVICE = 64  # of a training step
 
 
@@ -70,7 +73,7 @@ class Candidate:
             weights=bytes_by_part(self.weights),
             pages=cache.full_bytes,
             rings=cache.ring_bytes * (1 + request.snapshots / batch),
-            sequences=batch * request.sequence_bytes(choice.drafts),
+            sequences=-(-batch // self.layout.together().num_shards) * request.sequence_bytes(choice.drafts),
             training=0,
             temporaries=max(serving_temporaries(self.layout, shape, cache) for shape in (decode, piece)),
             usable=self.cluster.device.usable_bytes,
@@ -78,6 +81,8 @@ class Candidate:
         if memory.free < 0:
             return self._does_not_fit(memory, f"{batch} sequences of {context:,} positions")
         step = self._serving_time(decode, cache, filled=request.filled)
+        if refused := self._unmeasured(step, f"of {batch} sequences"):
+            return refused
         tpot = step.seconds / tokens_per_step(choice.drafts, request.acceptance)
         if request.tpot_s is not None and tpot > request.tpot_s:
             limit = f"expected {1e3 * request.tpot_s:g} at most"
@@ -128,6 +133,8 @@ class Candidate:
             efficiency=request.efficiency,
             overlap=request.overlap,
         )
+        if refused := self._unmeasured(step, f"of {rows} rows"):
+            return refused
         return Option(
             choice=choice,
             batch=rows,
@@ -141,6 +148,17 @@ class Candidate:
             notes=layout.notes,
         )
 
+    def _unmeasured(self, step: StepTime, load: str) -> Refusal | None:
+        """A refusal if a step is predicted to be far shorter or longer than those that were measured."""
+        low, high = self.request.measured_s or (0.0, math.inf)
+        if low <= step.seconds <= high:
+            return None
+        bounds = f"measured ones allow {1e3 * low:.2f} to {1e3 * high:.2f}"
+        advice = "measure such a step, or give --extrapolate"
+        return Refusal(
+            self.choice, f"{NOT_MEASURED}: a step {load} takes {1e3 * step.seconds:.2f} ms, {bounds}; {advice}"
+        )
+
     def _cache(self, batch: int, context: int) -> CacheBytes:
         return paged(self.config, self.layout, batch=batch, context=context, depths=len(self.config.mtp_layers))
 
@@ -152,6 +170,7 @@ class Candidate:
             self.choice.mesh,
             self.cluster,
             kernels=kernels_of(self.layout.rules.config, shape),
+            syncs=host_syncs(self.layout, shape),
             efficiency=request.efficiency,
             overlap=request.overlap,
         )

@@ -49,7 +49,9 @@ def option_dict(option: Option, calibration: Calibration | None = None) -> dict[
         "ms_per_token": 1e3 * option.tpot_s,
         "step_ms": 1e3 * step.seconds,
         "step": {name: 1e3 * seconds for name, seconds in step.parts.items()}
-        | {"exchange": 1e3 * step.exchange_s, "launches": 1e3 * step.launch_s},
+        | {"exchange": 1e3 * step.exchange_s, "launches": 1e3 * step.launch_s, "host_syncs": 1e3 * step.sync_s},
+        "kernels": round(step.kernels),
+        "host_syncs": round(step.host_syncs),
         "bound_by": step.bound_by,
         "prompt_s": option.prompt_s,
         "load_s": option.load_s,
@@ -200,6 +202,7 @@ def _held(winner: Option) -> Table:
     held = [(name, f"{1e-9 * size:.2f}") for name, size in parts.items() if size]
     step = winner.step
     times = {**step.parts, "exchange": step.exchange_s, "launches": step.launch_s}
+    times["waits of the host"] = step.sync_s
     spent = [(name, f"{1e3 * seconds:.2f}") for name, seconds in times.items() if seconds]
     for i in range(max(len(held), len(spent))):
         table.add_row(*(held[i] if i < len(held) else ("", "")), *(spent[i] if i < len(spent) else ("", "")))

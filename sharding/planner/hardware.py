@@ -12,12 +12,16 @@ Figures are those of datasheets and therefore bounds. A TOML file replaces any o
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from stepjax.errors import ConfigError
 
@@ -33,6 +37,9 @@ FLASHINFER = "https://github.com/flashinfer-ai/flashinfer/pull/5023"
 LINK_LATENCY = 10e-6  # NCCL all-reduce of one row of 4096 inside a node: 8 to 14 µs, FLASHINFER
 NETWORK_LATENCY = 25e-6  # the same over InfiniBand: assumed, two to three times that of NVLink
 KERNEL = 2e-6  # from one small kernel to the next that waits for it, in a CUDA graph. Assumed
+SYNC = 20e-6  # until the host has read a predicate and launched what follows. Assumed
+# NCCL's all-reduce on 8 H100 in one node, by bytes: 32 to 34 µs up to 32 KB, NVIDIA/nccl#2094.
+NCCL_ALL_REDUCE = ((1024.0, 32e-6), (32768.0, 34e-6))
 STORAGE = 7e9  # bytes/s of one NVMe drive (PCIe 4 ×4)
 
 
@@ -54,19 +61,34 @@ class Device:
     link_latency: float = LINK_LATENCY
     network_latency: float = NETWORK_LATENCY
     kernel: float = KERNEL
+    sync: float = SYNC
+    issue: float = 33.4e12  # instructions of single threads a second: multiprocessors × 128 × clock
+    board: int = 0  # devices of a node where links join several nodes (a tray of a rack); 0: they join one node alone
+    all_reduce: tuple[tuple[float, float], ...] = ()  # measured seconds by bytes, of small ones inside a domain
     target: str = ""  # of `stepjax study --target`, "" if there is none
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         for figure in dataclasses.fields(self):
-            value, zero = getattr(self, figure.name), figure.name in ("fp8", "int8")
-            number = figure.name not in ("name", "target", "sources")
+            value, zero = getattr(self, figure.name), figure.name in ("fp8", "int8", "board")
+            number = figure.name not in ("name", "target", "sources", "all_reduce")
             if number and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
                 raise ConfigError(f"hardware {self.name}: {figure.name} = {value!r}, expected a positive number")
             if number and not value and not zero:
                 raise ConfigError(f"hardware {self.name}: {figure.name} = {value!r}, expected more than 0")
+        curve = [*self.all_reduce]
+        rising = all(len(point) == 2 for point in curve) and all(a[0] < b[0] for a, b in itertools.pairwise(curve))
+        if not rising or any(value <= 0 for point in curve for value in point):
+            raise ConfigError(
+                f"hardware {self.name}: all_reduce = {curve!r}, expected pairs of bytes and seconds, fewest bytes first"
+            )
         if self.usable > 1 or self.domain != int(self.domain):
             raise ConfigError(f"hardware {self.name}: usable is a share of the memory, domain a number of devices")
+
+    def small_all_reduce(self, size: float) -> float:
+        """Seconds of an all-reduce of ``size`` bytes between its measured points, and outside of them the nearest's."""
+        sizes, seconds = zip(*self.all_reduce, strict=True)
+        return float(np.interp(math.log(max(size, 1.0)), np.log(sizes), seconds))
 
     @property
     def usable_bytes(self) -> float:
@@ -74,9 +96,16 @@ class Device:
         return self.usable * self.memory_bytes
 
 
-_HGX8 = {"domain": 8, "network": 50e9, "host": 63e9}  # ConnectX-7, 400 Gb/s a GPU; PCIe 5 ×16
+_HGX8: dict[str, Any] = {"domain": 8, "network": 50e9, "host": 63e9}  # ConnectX-7, 400 Gb/s a GPU; PCIe 5 ×16
 
-_HOPPER = {"bf16": 989.4e12, "fp8": 1978.9e12, "int8": 1978.9e12, "link": 450e9, **_HGX8}
+_HOPPER: dict[str, Any] = {
+    "all_reduce": NCCL_ALL_REDUCE,
+    "bf16": 989.4e12,
+    "fp8": 1978.9e12,
+    "int8": 1978.9e12,
+    "link": 450e9,
+    **_HGX8,
+}
 
 DEVICES: dict[str, Device] = {
     device.name: device
@@ -89,6 +118,7 @@ DEVICES: dict[str, Device] = {
             fp8=0,
             int8=624e12,
             link=300e9,
+            issue=19.5e12,
             domain=8,
             network=25e9,
             host=31.5e9,
@@ -105,6 +135,7 @@ DEVICES: dict[str, Device] = {
             fp8=0,
             int8=624e12,
             link=300e9,
+            issue=19.5e12,
             domain=8,
             network=25e9,
             host=31.5e9,
@@ -145,6 +176,7 @@ DEVICES: dict[str, Device] = {
             fp8=4500e12,
             int8=4500e12,
             link=900e9,
+            issue=37.2e12,
             **_HGX8,
             target="b200",
             sources={
@@ -162,6 +194,8 @@ DEVICES: dict[str, Device] = {
             int8=5000e12,
             link=900e9,
             domain=72,
+            board=4,
+            issue=37.2e12,
             network=50e9,
             host=450e9,
             sources={
@@ -176,6 +210,7 @@ DEVICES: dict[str, Device] = {
             fp8=250e12,
             int8=250e12,
             link=25e9,
+            issue=15e12,
             domain=1,
             network=25e9,
             host=273e9,
@@ -204,7 +239,9 @@ class Cluster:
 
     @property
     def domain(self) -> int:
-        """Devices that fast links join here."""
+        """Devices that fast links join here: of a rack those of all its trays."""
+        if self.device.board:
+            return min(int(self.device.domain), self.num_devices)
         return min(int(self.device.domain), self.num_devices if self.per_node >= self.num_devices else self.per_node)
 
     def __str__(self) -> str:
@@ -257,6 +294,8 @@ def read_devices(path: Path) -> dict[str, Device]:
 def _changed(path: Path, name: str, figures: dict[str, Any], devices: Mapping[str, Device]) -> Device:
     known = {field.name for field in dataclasses.fields(Device)} - {"name", "sources"}
     base = figures.pop("base", name)
+    if isinstance(curve := figures.get("all_reduce"), list):
+        figures["all_reduce"] = tuple(tuple(map(float, point)) for point in curve)
     if unknown := sorted(figures.keys() - known):
         raise ConfigError(f"{path}: [{name}] has {unknown[0]!r}, expected of {', '.join(sorted(known))}, base")
     sources = {**(devices[base].sources if base in devices else {}), ", ".join(figures): str(path.name)}

@@ -57,6 +57,7 @@ class PlanRequest:
     snapshots: int = 0  # of rings, for the prefix cache
     routing: RoutingDistribution = field(default_factory=RoutingDistribution)
     efficiency: Efficiency = field(default_factory=Efficiency)
+    measured_s: tuple[float, float] | None = None  # shortest and longest step that may be predicted; None: any
     overlap: bool = False  # whether exchanges overlap with computation
     lora: LoraConfig = field(default_factory=LoraConfig)  # the adapter that is trained
     storage: float = STORAGE  # bytes per second of a node's disks

@@ -11,12 +11,13 @@ from collections.abc import Iterable, Iterator
 
 from stepjax.config import ModelConfig
 from stepjax.sharding.mesh import MeshSpec
-from stepjax.sharding.planner.candidate import Candidate
+from stepjax.sharding.planner.candidate import NOT_MEASURED, Candidate
 from stepjax.sharding.planner.device_bytes import PAGE
 from stepjax.sharding.planner.hardware import Cluster
 from stepjax.sharding.planner.options import Choice, Goal, Option, Plan, PlanRequest, Refusal
+from stepjax.sharding.rules import WIDE
 
-BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+BATCHES = tuple(1 << power for power in range(14))  # 1 to 8,192
 
 
 def rank_options(config: ModelConfig, cluster: Cluster, request: PlanRequest) -> Plan:
@@ -57,6 +58,17 @@ def choices(config: ModelConfig, cluster: Cluster, request: PlanRequest) -> Iter
                 for experts in request.experts:
                     form = experts.for_model(config)
                     yield from (Choice(mesh, strategy, form, number, replicas) for number in drafts)
+        for mesh, strategy in wide_meshes(count, most_shards=request.batch):
+            for experts in request.experts:
+                form = experts.for_model(config)
+                yield from (Choice(mesh, strategy, form, number, replicas) for number in drafts)
+
+
+def wide_meshes(count: int, *, most_shards: int) -> Iterator[tuple[MeshSpec, str]]:
+    """Meshes of so many devices, and strategies, whose sequences are split over at least two and ``most_shards``."""
+    for data, expert, tensor in _factorings(count, 3):
+        if 1 < data * expert <= most_shards:
+            yield MeshSpec(data, 1, expert, tensor), "wide" if data == 1 else "wide_data"
 
 
 def weigh(config: ModelConfig, cluster: Cluster, request: PlanRequest, choice: Choice) -> Option | Refusal:
@@ -108,6 +120,8 @@ def _busiest(candidate: Candidate) -> Option | Refusal:
         outcome = candidate.serve(batch=batch, context=request.context)
         if isinstance(outcome, Refusal):
             best = best or outcome
+            if outcome.reason.startswith(NOT_MEASURED):
+                continue  # longer steps may be
             break  # more sequences need more memory and more time
         if best is None or isinstance(best, Refusal) or outcome.tokens_per_s > best.tokens_per_s:
             best = outcome
@@ -137,7 +151,13 @@ def _without_duplicates(options: Iterable[Option]) -> list[Option]:
     kept: dict[object, Option] = {}
     for option in options:
         choice = option.choice
-        layout = choice.mesh.data, choice.mesh.context, choice.num_devices, choice.experts, choice.drafts
+        layout = (
+            choice.mesh.context,
+            choice.strategy in WIDE or choice.mesh.data,
+            choice.num_devices,
+            choice.experts,
+            choice.drafts,
+        )
         key = layout, option.memory.total, round(1e9 * option.step.seconds), option.batch, option.context
         kept.setdefault(key, option)
     return list(kept.values())

@@ -2,7 +2,8 @@
 
 A step is a sum over its parts (attention and dense maps, experts, caches, output matrices) of the longer of two times:
 
-    t = Σ_parts max(bytes / bandwidth, operations / peak) + Σ_collectives (bytes / link + latency) + kernels · launch
+    t = Σ_parts max(bytes / bandwidth, operations / peak, instructions / issue)
+        + Σ_collectives (bytes / link + latency) + kernels · launch + waits of the host · sync
 
 Weights are read once a step and stay in no cache; parts follow one another; exchanges wait for them unless ``overlap``
 is set. Every figure of a device is its datasheet's, so a time is a bound, not a forecast, until
@@ -24,20 +25,27 @@ from dataclasses import dataclass
 import numpy as np
 
 from stepjax.config import LayerSpec, ModelConfig
-from stepjax.ops.expert_choice import buffer_rows, choose_form
+from stepjax.gpu_target import HOPPER
+from stepjax.ops.expert_choice import Formulation, buffer_rows, choose_form
+from stepjax.ops.stored_matrix import reader_of
 from stepjax.sharding.exchange import Exchange
 from stepjax.sharding.expert_parallel import Group
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.planner.device_bytes import CacheBytes, PlacedArrays
 from stepjax.sharding.planner.exchanges import LocalTokens, StepShape
-from stepjax.sharding.planner.hardware import Cluster
+from stepjax.sharding.planner.hardware import Cluster, Device
 from stepjax.sharding.rules import Axes
 
-# Kernels of a decode step that wait for the one before, counted in programs compiled for H100s: 36 in a layer with a
-# window, 39 in one with full attention, 17 around them (jax 0.10.2, expert=8, batch 1).
-LAYER_KERNELS, OTHER_KERNELS = 37, 17
-PAGE_PASSES = 3  # pages are gathered into a copy: read, written, read
+# Kernels of a decode step that wait for the one before, counted by `stepjax study --target h200` (jax 0.10.2): 26 to 34
+# in a layer on one device, 31 to 45 in one on a mesh; 32 around the layers, 60 for a temperature with top-p.
+LAYER_KERNELS, OTHER_KERNELS = 34, 90
+# Instructions that a weight of an expert takes, from PTX for sm_90: `gathered` one assignment at a time, and `stored`
+# one block of rows at a time, whatever the format.
+GATHERED_INSTRUCTIONS = {16: 8.9, 8: 14.6, 4: 26.6}  # by bits as stored
+STORED_INSTRUCTIONS = 5.0
+STORED_ROWS = 64  # of a block, at most
+WAITING_FORMS = ("grouped", "capacity")  # have a loop whose length the host reads, one in a layer
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,11 @@ class WorkPart:
     name: str
     bytes: float
     operations: float
+    instructions: float = 0.0  # of single threads, where they may take longer than bytes and operations
+
+    def computing_s(self, device: Device) -> float:
+        """Seconds of its operations or instructions, at the datasheet's speed."""
+        return max(self.operations / device.bf16, self.instructions / device.issue if self.instructions else 0.0)
 
 
 @dataclass(frozen=True)
@@ -69,6 +82,9 @@ class StepTime:
     read_bytes: float  # by one device
     operations: float
     overlapped: bool = False
+    kernels: float = 0.0
+    host_syncs: float = 0.0  # loops and conditionals whose predicate the host reads
+    sync_s: float = 0.0
 
     @property
     def work_s(self) -> float:
@@ -77,12 +93,13 @@ class StepTime:
     @property
     def seconds(self) -> float:
         rest = max(self.work_s, self.exchange_s) if self.overlapped else self.work_s + self.exchange_s
-        return rest + self.launch_s
+        return rest + self.launch_s + self.sync_s
 
     @property
     def bound_by(self) -> str:
         """What takes the most time."""
         causes = {**self.parts, "exchange": self.exchange_s, "launching kernels": self.launch_s}
+        causes["waits of the host"] = self.sync_s
         return max(causes, key=lambda name: causes[name])
 
 
@@ -183,8 +200,9 @@ def serving_parts(
             tokens = shares.batch * (work.count if work.step == "decode" and name == "output" else 1)
         read[name] += share * array.num_bytes
         done[name] += share * tokens * 2 * array.num_elements if len(array.shape) > 1 else 0
-    read["experts"], done["experts"] = _experts(layout, shares, expert_bytes, config, routing)
-    parts = [WorkPart(name, read[name], done[name]) for name in ("maps", "experts", "output", "drafts") if read[name]]
+    experts = _experts(layout, shares, expert_bytes, config, routing)
+    parts = [WorkPart(name, read[name], done[name]) for name in ("maps", "output", "drafts") if read[name]]
+    parts[1:1] = [experts] if expert_bytes else []
     return [*parts, _caches(layout, work, shares, held, filled)]
 
 
@@ -194,31 +212,62 @@ def _part_of(array: PlacedArrays) -> str:
     return parts.get(array.kind.part, "drafts" if array.kind.part.startswith("mtp") else "maps")
 
 
+def serving_form(layout: MeshLayout, tokens: int) -> Formulation:
+    """The form of the experts that a GPU takes for so many tokens of one copy of them (`stepjax.ops.experts`)."""
+    config, group, experts = layout.rules.config, Group.of(layout.rules), layout.rules.experts
+    if experts.quantised:
+        rows, columns = config.expert_size // group.num_shares, config.hidden_size
+        shapes = (group.experts_each, rows, columns), (group.experts_each, columns, rows)
+        if all(reader_of(experts, shape, capability=HOPPER, exact=False) for shape in shapes):
+            return "stored"
+    return choose_form(tokens, group.experts_each, config.top_k, widened=experts.quantised)
+
+
+def tokens_of_experts(layout: MeshLayout, shares: LocalTokens) -> int:
+    """Tokens of all devices that share one copy of the experts: of wide strategies they come from several."""
+    rules = layout.rules
+    return shares.tokens * rules.size(tuple(axis for axis in rules.activation("batch") if axis in rules.group))
+
+
 def _experts(
     layout: MeshLayout, shares: LocalTokens, held_bytes: float, config: ModelConfig, routing: RoutingDistribution
-) -> tuple[float, float]:
-    """Bytes and operations of the fullest rank, in the form that the runtime chooses (`stepjax.ops.experts`).
+) -> WorkPart:
+    """Work of the fullest rank, in the form that the runtime chooses.
 
-    gathered: its assignments, each read by itself, and one expert that stands for those of other ranks.
-    batched: all its experts, each on all tokens. capacity: all of them, on buffers of 1.5 × the mean load, once more
-    for each time that the fullest expert overflows.
+    gathered: its assignments, each read by itself, and one expert that stands for those of other ranks, which are
+    computed too. stored: the experts that its tokens touch, once for each block of rows. batched: all its experts,
+    each on all tokens. capacity: all of them, on buffers of 1.5 × the mean load, once more for each time that the
+    fullest expert overflows.
     """
     if not held_bytes:
-        return 0.0, 0.0
+        return WorkPart("experts", 0.0, 0.0)
     group, layers = Group.of(layout.rules), len(config.moe_layers)
-    experts, tokens = group.experts_each, shares.tokens
+    experts, tokens = group.experts_each, tokens_of_experts(layout, shares)
     one_bytes = held_bytes / experts  # of an expert in all layers
-    one_row = 6.0 * config.hidden_size * config.expert_size / group.num_shares * layers  # operations
-    form = choose_form(tokens, experts, config.top_k, widened=layout.rules.experts.quantised)
-    if form == "gathered":
-        rows, _ = routing.fullest_rank(config, group.num_ranks, tokens)
-        return (rows + (group.num_ranks > 1)) * one_bytes, rows * one_row
+    one_weights = 3.0 * config.hidden_size * config.expert_size / group.num_shares * layers
+    one_row = 2 * one_weights  # operations
+    form = serving_form(layout, tokens)
+    if form in ("gathered", "stored"):
+        rows, distinct = routing.fullest_rank(config, group.num_ranks, tokens)
+        if form == "stored":
+            blocks = distinct + rows / STORED_ROWS
+            return WorkPart("experts", distinct * one_bytes, rows * one_row, blocks * one_weights * STORED_INSTRUCTIONS)
+        foreign = tokens * config.top_k - rows
+        near = min(GATHERED_INSTRUCTIONS, key=lambda bits: abs(bits - layout.rules.experts.bits))
+        instructions = (rows + foreign) * one_weights * GATHERED_INSTRUCTIONS[near]
+        return WorkPart("experts", (rows + (group.num_ranks > 1)) * one_bytes, (rows + foreign) * one_row, instructions)
     if form == "batched":
-        return held_bytes, experts * tokens * one_row
+        return WorkPart("experts", held_bytes, experts * tokens * one_row)
     rows = buffer_rows(tokens * config.top_k / config.num_experts, most=tokens)
     hottest = tokens * float(routing.probabilities(config).max())
     passes = max(1, math.ceil(hottest / rows))
-    return passes * held_bytes, passes * rows * experts * one_row
+    return WorkPart("experts", passes * held_bytes, passes * rows * experts * one_row)
+
+
+def host_syncs(layout: MeshLayout, work: StepShape) -> int:
+    """Loops and conditionals of a step whose predicate the host reads, before it launches what follows."""
+    form = serving_form(layout, tokens_of_experts(layout, LocalTokens.of(layout, work)))
+    return len(layout.rules.config.moe_layers) if form in WAITING_FORMS else 0
 
 
 def _caches(layout: MeshLayout, work: StepShape, shares: LocalTokens, held: CacheBytes, filled: float) -> WorkPart:
@@ -232,7 +281,7 @@ def _caches(layout: MeshLayout, work: StepShape, shares: LocalTokens, held: Cach
     done = sum(4.0 * layer.num_heads * layer.head_dim * pairs(layer) for layer in layout.rules.config.layers)
     heads = layout.rules.size(layout.rules.table["heads"])
     stripes = work.context / held.full_shape[1] if held.rows_split else 1
-    read = held.full_bytes * filled * PAGE_PASSES + held.ring_bytes
+    read = held.full_bytes * filled + held.ring_bytes  # pages are read where they lie
     return WorkPart("caches", read, shares.batch * done / heads / stripes)
 
 
@@ -243,19 +292,23 @@ def step_time(
     cluster: Cluster,
     *,
     kernels: float,
+    syncs: float = 0.0,
     efficiency: Efficiency = Efficiency(),
     overlap: bool = False,
 ) -> StepTime:
     """Seconds of a step; see the top of this file."""
     device, parts = cluster.device, list(parts)
-    rate, peak = device.bandwidth * efficiency.memory, device.bf16 * efficiency.compute
+    rate = device.bandwidth * efficiency.memory
     return StepTime(
-        parts={part.name: max(part.bytes / rate, part.operations / peak) for part in parts},
+        parts={part.name: max(part.bytes / rate, part.computing_s(device) / efficiency.compute) for part in parts},
         exchange_s=sum(exchange_time(exchange, mesh, cluster, efficiency.link) for exchange in exchanges),
         launch_s=kernels * device.kernel * efficiency.launch,
         read_bytes=sum(part.bytes for part in parts),
         operations=sum(part.operations for part in parts),
         overlapped=overlap,
+        kernels=kernels,
+        host_syncs=syncs,
+        sync_s=syncs * device.sync,
     )
 
 
@@ -265,7 +318,8 @@ def exchange_time(exchange: Exchange, mesh: MeshSpec, cluster: Cluster, efficien
     Rings inside a node carry 2·(n−1)/n of the payload for an all-reduce and (n−1)/n for a gather or a scatter
     (https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md). Across nodes each of a node's d devices
     carries 1/d of a ring with its own adapter, and of an all-to-all all that leaves the node
-    (`stepjax.sharding.expert_parallel`). Latency is that of a small all-reduce, once a launch.
+    (`stepjax.sharding.expert_parallel`). Latency is that of a small all-reduce, once a launch: as measured where it was
+    (`Device.all_reduce`), for as many bytes as it was measured, and beyond these with the rest of the bytes on top.
     """
     size = math.prod(mesh.sizes[axis] for axis in exchange.axes)
     if size == 1:
@@ -278,6 +332,9 @@ def exchange_time(exchange: Exchange, mesh: MeshSpec, cluster: Cluster, efficien
         far = leaving if exchange.kind == "all-to-all" else exchange.payload_bytes * share / inside
         near = near if inside > 1 else 0.0
     latency = device.network_latency if far else device.link_latency
+    if exchange.kind == "all-reduce" and device.all_reduce:
+        latency = max(device.small_all_reduce(exchange.payload_bytes), device.network_latency if far else 0.0)
+        near = max(0.0, near - share * device.all_reduce[-1][0])  # what was measured has its bytes in it
     return exchange.launches * (max(near / device.link, far / device.network) / efficiency + latency)
 
 

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from stepjax.config import LayerSpec
 from stepjax.model.cache import GATHERED_ROWS, LARGE_BLOCK, SMALL_BLOCK
 from stepjax.ops.attention import BLOCK, WINDOWED_BLOCK
-from stepjax.ops.expert_choice import buffer_rows, choose_form, tile_size
+from stepjax.ops.expert_choice import buffer_rows, tile_size
 from stepjax.sharding.expert_parallel import Group
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.planner.device_bytes import CacheBytes
 from stepjax.sharding.planner.exchanges import LocalTokens, StepShape
+from stepjax.sharding.planner.step_time import serving_form, tokens_of_experts
 from stepjax.weights.expert_format import ExpertFormat
 
 F32 = 4
@@ -133,13 +134,13 @@ def _experts(step: _Step) -> float:
     config, group, size = step.layout.rules.config, Group.of(step.layout.rules), step.work.itemsize
     if not config.moe_layers:
         return 0.0
-    tokens, experts, width = step.shares.tokens, group.experts_each, config.hidden_size
+    tokens, experts, width = tokens_of_experts(step.layout, step.shares), group.experts_each, config.hidden_size
     hidden = config.expert_size // group.num_shares
     after = config.layers[config.moe_layers[0].index + 1 :]  # whose zeros are there already
     base = step.streams + step.loop_zeros(after)
-    form = choose_form(tokens, experts, config.top_k, widened=step.experts.quantised)
-    if form == "gathered":
-        scales = step.experts.gathered_scale_bytes * 3 * width * hidden
+    form = serving_form(step.layout, tokens)
+    if form in ("gathered", "stored"):
+        scales = step.experts.gathered_scale_bytes * 3 * width * hidden if form == "gathered" else 0.0
         return base + tokens * config.top_k * (F32 * (3.0 * hidden + width) + scales)
     rows = tokens
     if form == "capacity":

@@ -82,6 +82,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fit the efficiencies to the output of `stepjax bench --json` or benchmarks/gpu.py (default: built-in)",
     )
     parser.add_argument(
+        "--extrapolate",
+        action="store_true",
+        help="with --calibrate, also rank steps of half the shortest or twice the longest measured time (default: no)",
+    )
+    parser.add_argument(
         "--plot", type=Path, metavar="PNG", help="write a plot of throughput against latency (default: none)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object (default: tables)")
@@ -140,6 +145,7 @@ def _request_of(args: argparse.Namespace, config: Any, cluster: Cluster) -> tupl
         overlap=args.overlap,
         routing=routing,
         efficiency=calibration.efficiency if calibration else Efficiency(),
+        measured_s=calibration.range_s if calibration and not args.extrapolate else None,
     )
     return request, calibration
 
