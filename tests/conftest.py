@@ -17,6 +17,7 @@ import pytest
 from agents import PACKAGES, executable
 from devices import VIRTUAL_DEVICES
 from hypothesis import HealthCheck, settings
+from tinker_loops import interpreter
 
 if TYPE_CHECKING:
     from serving import Serving
@@ -84,6 +85,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out.add("clients")
     if not find_spec("litellm"):
         left_out.add("litellm")
+    if not interpreter():
+        left_out.add("tinker")
     if JAX < (0, 11):  # its interpreter knows no transposed references
         left_out.add("mosaic")
     if not find_spec("pyarrow"):

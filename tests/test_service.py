@@ -17,7 +17,9 @@ from training import Client, datum, logprobs, next_tokens, serving
 
 from stepjax.adapters.lora import LoraConfig, attach
 from stepjax.adapters.peft import import_adapter
+from stepjax.errors import ConfigError
 from stepjax.infer.session import Session
+from stepjax.train.client import forward_kl, jsd, reverse_kl
 from stepjax.train.config.tune import LoraSettings, OptimSettings
 from stepjax.train.losses.divergence import divergence
 from stepjax.train.objectives.objective import Batch, LossContext, LossSettings
@@ -650,3 +652,18 @@ def test_changed_bodies_are_refused_or_run(client, server):
                 assert answer.status_code < 500, (name, at, new, answer.text)
     assert {200, 400, 404} <= statuses
     assert client.get("healthz") == {"status": "ok"}
+
+
+def test_losses_with_a_teacher_for_users_of_the_sdk(server, monkeypatch):
+    """The call that the SDK sends; a server that has no such loss is named."""
+
+    class Sdk:
+        def forward_backward(self, data, loss, config):
+            return data, loss, config
+
+    monkeypatch.setenv("TINKER_BASE_URL", server.url)
+    assert reverse_kl(Sdk(), [1], teacher="tiny") == ([1], "reverse_kl", {"teacher": "tiny"})
+    assert jsd(Sdk(), [1], teacher="tiny", beta=0.3)[2] == {"teacher": "tiny", "beta": 0.3}
+    monkeypatch.delenv("TINKER_BASE_URL")
+    with pytest.raises(ConfigError, match="hosted service has no forward_kl"):
+        forward_kl(Sdk(), [1], teacher="tiny")
