@@ -21,6 +21,7 @@ from stepjax.config import ModelConfig
 from stepjax.errors import CheckpointError, RequestError
 from stepjax.infer.load import load
 from stepjax.weights.gguf_blocks import GGUF_TYPES
+from stepjax.weights.int_groups import IntGroups
 from stepjax.weights.min_groups import MinGroups
 from stepjax.weights.quantised import Quantised
 
@@ -265,11 +266,15 @@ def test_deepseeks_splits_are_those_of_its_tokenizer(tmp_path):
 
 def test_a_mesh_that_would_cut_blocks_widens_them_and_says_so(tmp_path):
     file = file_of(HUB, TENSORS)  # experts of 32: two halves of 16
-    in_blocks(file, "blk.1.ffn_down_exps.weight", "q8_0")
+    format, tensor = GGUF_TYPES["iq4_nl"], file.tensor("blk.1.ffn_down_exps.weight")
+    rows = int(np.prod(tensor.shape[:-1]))
+    tensor.code, tensor.content = format.layout.code, bytes(rows * format.file_bytes(tensor.shape[-1]))
+    in_blocks(file, "blk.1.ffn_up_exps.weight", "q4_0")
     session = load(file.write(tmp_path / "model.gguf"), dtype="float32", mesh="tensor=2")
-    assert not any(isinstance(value, Quantised) for value in session.params.values())
+    held = {value.format for value in session.params.values() if isinstance(value, Quantised)}
+    assert held == {IntGroups(4, 16, "F16")}  # a group may repeat its scale
     (note,) = [note for note in session.model.layout.notes if "widened" in note]
-    assert "would cut experts inside units of gguf-q8_0" in note
+    assert "would cut experts inside units of gguf-iq4_nl" in note
 
 
 def wide_file() -> File:

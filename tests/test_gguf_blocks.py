@@ -50,7 +50,23 @@ def test_groups_of_a_block_by_themselves_hold_the_same_numbers(name, columns):
     np.testing.assert_array_equal(quantised_from(leaves, finer).dequantize_numpy(np.float32), expected)
     held = jax.tree.map(jnp.asarray, quantised_from(leaves, finer))
     np.testing.assert_allclose(held.dequantize(jnp.float32), expected, rtol=1e-6)
-    assert GGUF_TYPES["q8_0"].refined(columns) == GGUF_TYPES["q8_0"]
+
+
+@pytest.mark.parametrize("columns", [32, 16])
+@pytest.mark.parametrize("name", ["q4_0", "q8_0", "mxfp4"])
+def test_types_that_other_formats_hold(name, columns):
+    """The same numbers in as many bits, and products that know the format."""
+    format, expected, stored = GGUF_TYPES[name], GOLDEN[f"{name}.wide"], GOLDEN[f"{name}.stored"]
+    finer = format.refined(columns)
+    assert (finer == format.held) == (columns == 32)
+    leaves = format.refine(*format.split(stored), finer)
+    assert tuple((leaf.shape, leaf.dtype) for leaf in leaves) == tuple(
+        zip(finer.shapes(expected.shape), finer.numpy_dtypes, strict=True)
+    )
+    if columns == 32:
+        assert sum(leaf.nbytes for leaf in leaves) == stored.nbytes
+    with np.errstate(over="ignore"):  # MXFP4's largest exponent
+        np.testing.assert_allclose(quantised_from(leaves, finer).dequantize_numpy(np.float32), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

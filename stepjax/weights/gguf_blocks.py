@@ -19,6 +19,7 @@ import numpy as np
 from stepjax.config import ModelConfig
 from stepjax.errors import ConfigError
 from stepjax.weights.expert_format import ExpertFormat, Shapes, Unit
+from stepjax.weights.fp4 import MxFp4
 from stepjax.weights.gguf_encoding import ENCODERS
 from stepjax.weights.int_groups import IntGroups
 from stepjax.weights.min_groups import MinGroups
@@ -147,10 +148,19 @@ class GgufBlocks(ExpertFormat):
         )
         return blocks.reshape(*lead, -1)
 
+    @property
+    def held(self) -> ExpertFormat:
+        """The format on devices: one that products know, if it holds the same numbers in as many bits."""
+        return _SAME.get(self.type_name, self)
+
     def refined(self, columns: int) -> ExpertFormat:
-        """Of types with several groups in a block: whole numbers with scales in float32, for groups by themselves."""
+        """`held` with smaller units. Of types with several groups in a block: whole numbers with scales in float32."""
         layout = self.layout
-        if layout.groups is None or columns < 2:
+        if columns < 2:
+            return self
+        if self.type_name in _SAME:
+            return self.held.refined(math.gcd(layout.values, columns))
+        if layout.groups is None:
             return self
         group = math.gcd(_GROUPS[self.type_name], columns)
         if self.type_name in _WITH_MINIMA:
@@ -160,12 +170,14 @@ class GgufBlocks(ExpertFormat):
     def refine(self, values: np.ndarray, scales: np.ndarray, finer: ExpertFormat) -> tuple[np.ndarray, ...]:
         """The arrays of a `refined` format of numpy values and scales [..., R, bytes]."""
         layout, lead = self.layout, values.shape[:-1]
-        assert layout.groups is not None, self
         columns = finer.unit[1]
         assert columns, finer
-        codes, scale, least = layout.groups(
-            values.reshape(*lead, -1, layout.value_bytes), scales.reshape(*lead, -1, layout.scale_bytes), np
+        values, scales = (
+            x.reshape(*lead, -1, size) for x, size in ((values, layout.value_bytes), (scales, layout.scale_bytes))
         )
+        codes, scale, least = (layout.groups or _as_they_are)(values, scales, np)
+        if self.type_name == "q4_0":
+            codes = codes.astype(np.int8) - np.int8(8)
         times = codes.shape[-1] // columns
         spread = [np.repeat(x.reshape(*lead, -1), times, axis=-1) for x in (scale, least) if x is not None]
         return finer.pack(codes.reshape(*lead, -1)), *spread
@@ -330,6 +342,18 @@ def _of_groups(groups: Callable[[Any, Any, ModuleType], Groups]) -> Decoder:
     return decode
 
 
+def _as_they_are(values: Any, scales: Any, array: ModuleType) -> Groups:
+    """Codes and scales of a type with one group in a block that another format of this package holds."""
+    codes = values.view(np.int8) if values.shape[-1] == 32 else _halves(values, array)
+    return codes[..., None, :], scales.view(np.float16) if scales.shape[-1] == 2 else scales, None
+
+
+# Other formats of this package that hold the same numbers.
+_SAME: Mapping[str, ExpertFormat] = {
+    "q4_0": IntGroups(4, 32, "F16"),
+    "q8_0": IntGroups(8, 32, "F16"),
+    "mxfp4": MxFp4(),
+}
 _GROUPS = {"q2_k": 16, "q3_k": 16, "q4_k": 32, "q5_k": 32, "q6_k": 16, "iq4_xs": 32}  # columns that share a scale
 _WITH_MINIMA = ("q2_k", "q4_k", "q5_k")
 

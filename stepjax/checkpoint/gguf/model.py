@@ -115,7 +115,8 @@ class GgufCheckpoint:
 
     def resident(self, path: str) -> ExpertFormat:
         """The format of this weight in memory: blocks stay where a product of experts takes them."""
-        return self.format(path) if ".experts." in path else PLAIN
+        blocks = self._entry(path).blocks
+        return blocks.held if blocks is not None and ".experts." in path else PLAIN
 
     def stored_as(self, path: str) -> str:
         """GGUF's name of a weight's type, such as Q4_K."""
@@ -300,9 +301,7 @@ class GgufCheckpoint:
         if not types:
             return []
         listed = ", ".join(f"{count} in {name}" for name, count in sorted(types.items()))
-        return [
-            f"the routed experts stay in their blocks; of the other tensors {listed} are widened to the model's dtype"
-        ]
+        return [f"the routed experts keep their bits; of the other tensors {listed} are widened to the model's dtype"]
 
     def _spec(self, path: str) -> TensorSpec:
         if path not in self._specs:
