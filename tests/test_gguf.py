@@ -21,6 +21,8 @@ from stepjax.config import ModelConfig
 from stepjax.errors import CheckpointError, RequestError
 from stepjax.infer.load import load
 from stepjax.weights.gguf_blocks import GGUF_TYPES
+from stepjax.weights.int_groups import IntGroups
+from stepjax.weights.min_groups import MinGroups
 from stepjax.weights.quantised import Quantised
 
 HUB = small_hub()
@@ -264,11 +266,51 @@ def test_deepseeks_splits_are_those_of_its_tokenizer(tmp_path):
 
 def test_a_mesh_that_would_cut_blocks_widens_them_and_says_so(tmp_path):
     file = file_of(HUB, TENSORS)  # experts of 32: two halves of 16
-    in_blocks(file, "blk.1.ffn_down_exps.weight", "q8_0")
+    format, tensor = GGUF_TYPES["iq4_nl"], file.tensor("blk.1.ffn_down_exps.weight")
+    rows = int(np.prod(tensor.shape[:-1]))
+    tensor.code, tensor.content = format.layout.code, bytes(rows * format.file_bytes(tensor.shape[-1]))
+    in_blocks(file, "blk.1.ffn_up_exps.weight", "q4_0")
     session = load(file.write(tmp_path / "model.gguf"), dtype="float32", mesh="tensor=2")
-    assert not any(isinstance(value, Quantised) for value in session.params.values())
+    held = {value.format for value in session.params.values() if isinstance(value, Quantised)}
+    assert held == {IntGroups(4, 16, "F16")}  # a group may repeat its scale
     (note,) = [note for note in session.model.layout.notes if "widened" in note]
-    assert "would cut experts inside units of gguf-q8_0" in note
+    assert "would cut experts inside units of gguf-iq4_nl" in note
+
+
+def wide_file() -> File:
+    hub = small_hub(hidden_size=256, moe_intermediate_size=256, moe_num_experts=2, num_attention_heads=2)
+    hub["attention_other_setting"]["num_attention_heads"] = 2
+    return file_of(hub, random_tensors(hub))
+
+
+def test_parts_of_blocks_are_read_in_finer_groups(tmp_path):
+    file = wide_file()
+    wide = in_blocks(file, "blk.1.ffn_down_exps.weight", "q4_k")
+    checkpoint = GgufCheckpoint(file.write(tmp_path / "model.gguf"))
+    finer, path = MinGroups(4, 32), "layers.1.moe.experts.down"
+    for columns in (slice(0, 128), slice(128, 256), slice(96, 160)):
+        index = (slice(1, 2), slice(3, 9), columns)
+        held = checkpoint.read(path, dtype=np.float32, keep=True, index=index, held=finer)
+        assert isinstance(held, Quantised)
+        assert held.format == finer
+        np.testing.assert_array_equal(held.dequantize_numpy(np.float32), wide[index])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["q4_k", "q6_k"])
+def test_a_mesh_cuts_inside_blocks_of_256(tmp_path, kind):
+    """Half an expert of 256 columns: held in groups, with the answers of one device."""
+    file = wide_file()
+    names = [f"blk.{layer}.ffn_{part}_exps.weight" for layer in (1, 2) for part in ("gate", "up", "down")]
+    for name in names:
+        in_blocks(file, name, kind)
+    path = file.write(tmp_path / "model.gguf")
+    session = load(path, dtype="float32", mesh="expert=2,tensor=2")
+    held = {value.format.name for value in session.params.values() if isinstance(value, Quantised)}
+    assert held == {{"q4_k": "uint4", "q6_k": "int8"}[kind]}
+    assert not any("widened" in note for note in session.model.layout.notes)
+    ids = list(range(20, 60))
+    np.testing.assert_allclose(session.logits(ids), load(path, dtype="float32").logits(ids), atol=2e-4)
 
 
 def test_integers_are_not_made_of_blocks(tmp_path, file):

@@ -15,7 +15,8 @@ from stepjax.ops.experts import routed_experts
 from stepjax.weights.formats import BLOCK_FORMATS, described
 from stepjax.weights.gguf_blocks import GGUF_TYPES
 from stepjax.weights.gguf_encoding import ENCODERS
-from stepjax.weights.quantised import Quantised, dequantize, quantise
+from stepjax.weights.min_groups import MinGroups
+from stepjax.weights.quantised import Quantised, dequantize, quantise, quantised_from
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "gguf_blocks.npz", allow_pickle=False)
 # Least quantisation error of normal values, relative to their root mean square, that each written type reaches.
@@ -35,6 +36,48 @@ def test_a_type_is_dequantised_as_ggufs_own_package_does(name):
     assert held.shape == expected.shape
     # A device may take subnormal numbers for zero.
     np.testing.assert_allclose(held.dequantize(jnp.float32), expected, rtol=1e-6, atol=1e-37)
+
+
+@pytest.mark.parametrize("columns", [128, 32, 16])
+@pytest.mark.parametrize("name", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs"])
+def test_groups_of_a_block_by_themselves_hold_the_same_numbers(name, columns):
+    """For meshes that cut inside a block."""
+    format, expected = GGUF_TYPES[name], GOLDEN[f"{name}.wide"]
+    finer = format.refined(columns)
+    leaves = format.refine(*format.split(GOLDEN[f"{name}.stored"]), finer)
+    assert tuple(leaf.shape for leaf in leaves) == finer.shapes(expected.shape)
+    assert tuple(leaf.dtype for leaf in leaves) == finer.numpy_dtypes
+    np.testing.assert_array_equal(quantised_from(leaves, finer).dequantize_numpy(np.float32), expected)
+    held = jax.tree.map(jnp.asarray, quantised_from(leaves, finer))
+    np.testing.assert_allclose(held.dequantize(jnp.float32), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("columns", [32, 16])
+@pytest.mark.parametrize("name", ["q4_0", "q8_0", "mxfp4"])
+def test_types_that_other_formats_hold(name, columns):
+    """The same numbers in as many bits, and products that know the format."""
+    format, expected, stored = GGUF_TYPES[name], GOLDEN[f"{name}.wide"], GOLDEN[f"{name}.stored"]
+    finer = format.refined(columns)
+    assert (finer == format.held) == (columns == 32)
+    leaves = format.refine(*format.split(stored), finer)
+    assert tuple((leaf.shape, leaf.dtype) for leaf in leaves) == tuple(
+        zip(finer.shapes(expected.shape), finer.numpy_dtypes, strict=True)
+    )
+    if columns == 32:
+        assert sum(leaf.nbytes for leaf in leaves) == stored.nbytes
+    with np.errstate(over="ignore"):  # MXFP4's largest exponent
+        np.testing.assert_allclose(quantised_from(leaves, finer).dequantize_numpy(np.float32), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_whole_numbers_with_minima(bits):
+    w = GOLDEN["weights"]
+    held = quantise(w, MinGroups(bits, 32))
+    step = np.asarray(held.scale).repeat(32, axis=-1)
+    assert (np.abs(held.dequantize_numpy(np.float32) - w) <= 0.5001 * step).all()
+    assert held.nbytes == held.format.num_bytes(w.shape) == w.size * bits // 8 + 2 * 4 * w.size // 32
+    with pytest.raises(ConfigError, match="expected a multiple of 32"):
+        quantise(w[:, :40], MinGroups(bits, 32))
 
 
 @pytest.mark.parametrize("name", ["q8_0", "q4_0", "mxfp4"])

@@ -53,6 +53,8 @@ def contents(source: WeightSource) -> dict[str, Any]:
 
 def _held(source: WeightSource, path: str) -> ExpertFormat:
     form = wanted_form(source, path, None)
+    if source.by_path:
+        return form
     stored = source.format(path)
     return stored if ".experts." in path and form.quantised and form == stored else PLAIN
 

@@ -11,13 +11,17 @@ from stepjax.weights.fp4 import MxFp4, NvFp4
 from stepjax.weights.fp8 import Fp8Blocks
 from stepjax.weights.gguf_blocks import GGUF_TYPES
 from stepjax.weights.int_groups import GROUP, IntGroups
+from stepjax.weights.min_groups import MinGroups
 from stepjax.weights.plain import PLAIN
 
 FORMATS: dict[str, ExpertFormat] = {  # by name
     format.name: format for format in (PLAIN, Fp8Blocks(), IntGroups(8, None), IntGroups(4, GROUP), NvFp4(), MxFp4())
 }
-# The block types of GGUF files, by name. No folder is written in them, and plans do not compare them unless asked.
-BLOCK_FORMATS: dict[str, ExpertFormat] = {format.name: format for format in GGUF_TYPES.values()}
+# The block types of GGUF files and what meshes make of them, by name. No folder is written in them, and plans do not
+# compare them unless asked.
+BLOCK_FORMATS: dict[str, ExpertFormat] = {
+    format.name: format for format in (*GGUF_TYPES.values(), MinGroups(4, 32), MinGroups(8, 32))
+}
 
 
 def named(names: Sequence[str]) -> tuple[ExpertFormat, ...]:

@@ -8,6 +8,7 @@ no more than in the file and may be cut between blocks. ``d`` and ``m`` below ar
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -18,10 +19,15 @@ import numpy as np
 from stepjax.config import ModelConfig
 from stepjax.errors import ConfigError
 from stepjax.weights.expert_format import ExpertFormat, Shapes, Unit
+from stepjax.weights.fp4 import MxFp4
 from stepjax.weights.gguf_encoding import ENCODERS
+from stepjax.weights.int_groups import IntGroups
+from stepjax.weights.min_groups import MinGroups
 
 # (values [..., B, value bytes], scales [..., B, scale bytes], numpy or jax.numpy) → float32 [..., B, block]
 Decoder = Callable[[Any, Any, ModuleType], Any]
+# Whole numbers [..., B, groups, columns], a scale of each group, and what is taken off, if anything.
+Groups = tuple[Any, Any, Any]
 
 # IQ4_NL's and IQ4_XS's sixteen levels (ggml-common.h, kvalues_iq4nl).
 IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -41,6 +47,7 @@ class BlockLayout:
     decode: Decoder
     floats: tuple[int, ...]  # where float16 numbers begin among the scales
     exponent: bool = False  # the scale is a power of two (E8M0)
+    groups: Callable[[Any, Any, ModuleType], Groups] | None = None  # of a type with more than one in a block
 
     @property
     def scale_bytes(self) -> int:
@@ -141,6 +148,40 @@ class GgufBlocks(ExpertFormat):
         )
         return blocks.reshape(*lead, -1)
 
+    @property
+    def held(self) -> ExpertFormat:
+        """The format on devices: one that products know, if it holds the same numbers in as many bits."""
+        return _SAME.get(self.type_name, self)
+
+    def refined(self, columns: int) -> ExpertFormat:
+        """`held` with smaller units. Of types with several groups in a block: whole numbers with scales in float32."""
+        layout = self.layout
+        if columns < 2:
+            return self
+        if self.type_name in _SAME:
+            return self.held.refined(math.gcd(layout.values, columns))
+        if layout.groups is None:
+            return self
+        group = math.gcd(_GROUPS[self.type_name], columns)
+        if self.type_name in _WITH_MINIMA:
+            return MinGroups(4 if self.type_name == "q4_k" else 8, group)
+        return IntGroups(8, group, "F32")
+
+    def refine(self, values: np.ndarray, scales: np.ndarray, finer: ExpertFormat) -> tuple[np.ndarray, ...]:
+        """The arrays of a `refined` format of numpy values and scales [..., R, bytes]."""
+        layout, lead = self.layout, values.shape[:-1]
+        columns = finer.unit[1]
+        assert columns, finer
+        values, scales = (
+            x.reshape(*lead, -1, size) for x, size in ((values, layout.value_bytes), (scales, layout.scale_bytes))
+        )
+        codes, scale, least = (layout.groups or _as_they_are)(values, scales, np)
+        if self.type_name == "q4_0":
+            codes = codes.astype(np.int8) - np.int8(8)
+        times = codes.shape[-1] // columns
+        spread = [np.repeat(x.reshape(*lead, -1), times, axis=-1) for x in (scale, least) if x is not None]
+        return finer.pack(codes.reshape(*lead, -1)), *spread
+
     def scale_problem(self, scale: np.ndarray) -> str:
         layout = self.layout
         scales = scale.reshape(-1, layout.scale_bytes)
@@ -232,66 +273,89 @@ def _six_bits(packed: Any, array: ModuleType) -> tuple[Any, Any]:
     return scale.astype(array.float32), least.astype(array.float32)
 
 
-def _with_minima(codes: Any, scales: Any, array: ModuleType) -> Any:
-    """``d · scale · code − dmin · minimum`` for groups of 32: products of 21 bits at most, hence exact."""
+def _minima(scales: Any, array: ModuleType) -> tuple[Any, Any]:
+    """``d · scale`` and ``dmin · minimum`` of groups of 32, exact: of 17 bits at most."""
     scale, least = _six_bits(scales[..., 4:], array)
-    scale, least = scale * _half(scales, 0, array), least * _half(scales, 2, array)
-    out = scale[..., None] * codes.astype(array.float32) - least[..., None]
-    return out.reshape(*out.shape[:-2], 256)
+    return scale * _half(scales, 0, array), least * _half(scales, 2, array)
 
 
-def _q4_k(values: Any, scales: Any, array: ModuleType) -> Any:
-    return _with_minima(_nibbles(values, array), scales, array)
+def _bits_of_rows(values: Any, array: ModuleType) -> Any:
+    """Bit g of 32 bytes for group g: [..., B, 8, 32]."""
+    shifts = array.arange(8, dtype=array.uint8)[(None,) * (values.ndim - 1)][..., None]
+    return (values[..., None, :] >> shifts) & 1
 
 
-def _q5_k(values: Any, scales: Any, array: ModuleType) -> Any:
-    high = values[..., None, :32] >> array.arange(8, dtype=array.uint8)[(None,) * (values.ndim - 1)][..., None]
-    return _with_minima(_nibbles(values[..., 32:], array) | ((high & 1) << 4), scales, array)
+def _q4_k(values: Any, scales: Any, array: ModuleType) -> Groups:
+    return _nibbles(values, array), *_minima(scales, array)
 
 
-def _q6_k(values: Any, scales: Any, array: ModuleType) -> Any:
+def _q5_k(values: Any, scales: Any, array: ModuleType) -> Groups:
+    codes = _nibbles(values[..., 32:], array) | (_bits_of_rows(values[..., :32], array) << 4)
+    return codes, *_minima(scales, array)
+
+
+def _q6_k(values: Any, scales: Any, array: ModuleType) -> Groups:
     lead = values.shape[:-1]
     low = values[..., :128].reshape(*lead, 2, 64)
-    low = array.stack([low & 15, low >> 4], axis=-2).reshape(*lead, 256)
-    high = _quarters(values[..., 128:], array).reshape(*lead, 256)
-    codes = (low | (high << 4)).astype(array.float32) - 32
-    scale = _half(scales, 16, array) * scales[..., :16].astype(array.int8).astype(array.float32)
-    return (scale[..., None] * codes.reshape(*lead, 16, 16)).reshape(*lead, 256)
+    low = array.stack([low & 15, low >> 4], axis=-2).reshape(*lead, 16, 16)
+    codes = (low | (_quarters(values[..., 128:], array) << 4)).astype(array.int8) - array.int8(32)
+    return codes, _half(scales, 16, array) * scales[..., :16].astype(array.int8).astype(array.float32), None
 
 
 def _quarters(values: Any, array: ModuleType) -> Any:
-    """The 2-bit codes of 64 bytes, four runs of 32 from each 32 bytes: [..., B, 256]."""
+    """The 2-bit codes of 64 bytes, four runs of 32 from each 32 bytes: [..., B, 16, 16]."""
     bytes_ = values.reshape(*values.shape[:-1], 2, 1, 32)
     shifts = array.asarray([0, 2, 4, 6], array.uint8).reshape(*(1,) * (bytes_.ndim - 2), 4, 1)
-    return ((bytes_ >> shifts) & 3).reshape(*values.shape[:-1], 256)
+    return ((bytes_ >> shifts) & 3).reshape(*values.shape[:-1], 16, 16)
 
 
-def _q2_k(values: Any, scales: Any, array: ModuleType) -> Any:
-    codes = _quarters(values, array).astype(array.float32).reshape(*values.shape[:-1], 16, 16)
+def _q2_k(values: Any, scales: Any, array: ModuleType) -> Groups:
     scale = _half(scales, 16, array) * (scales[..., :16] & 15).astype(array.float32)
     least = _half(scales, 18, array) * (scales[..., :16] >> 4).astype(array.float32)
-    return (scale[..., None] * codes - least[..., None]).reshape(*values.shape[:-1], 256)
+    return _quarters(values, array), scale, least
 
 
-def _q3_k(values: Any, scales: Any, array: ModuleType) -> Any:
-    lead = values.shape[:-1]
-    low = _quarters(values[..., 32:], array)
-    high = values[..., None, :32] >> array.arange(8, dtype=array.uint8)[(None,) * (values.ndim - 1)][..., None]
-    codes = (low | ((high & 1).reshape(*lead, 256) << 2)).astype(array.float32) - 4
+def _q3_k(values: Any, scales: Any, array: ModuleType) -> Groups:
+    high = _bits_of_rows(values[..., :32], array).reshape(*values.shape[:-1], 16, 16)
+    codes = (_quarters(values[..., 32:], array) | (high << 2)).astype(array.int8) - array.int8(4)
     six = _halves(scales[..., :8], array)
     two = array.concatenate([(scales[..., 8:12] >> shift) & 3 for shift in (0, 2, 4, 6)], axis=-1)
-    scale = _half(scales, 12, array) * ((six | (two << 4)).astype(array.float32) - 32)
-    return (scale[..., None] * codes.reshape(*lead, 16, 16)).reshape(*lead, 256)
+    return codes, _half(scales, 12, array) * ((six | (two << 4)).astype(array.float32) - 32), None
 
 
-def _iq4_xs(values: Any, scales: Any, array: ModuleType) -> Any:
+def _iq4_xs(values: Any, scales: Any, array: ModuleType) -> Groups:
     lead = values.shape[:-1]
     six = array.stack([scales[..., 4:8] & 15, scales[..., 4:8] >> 4], axis=-1).reshape(*lead, 8)
     two = array.stack([(scales[..., 2:4] >> shift) & 3 for shift in (0, 2, 4, 6)], axis=-1).reshape(*lead, 8)
-    scale = _half(scales, 0, array) * ((six | (two << 4)).astype(array.float32) - 32)
-    codes = _halves(values.reshape(*lead, 8, 16), array)
-    return (scale[..., None] * _levels(codes, IQ4_LEVELS, array)).reshape(*lead, 256)
+    codes = _levels(_halves(values.reshape(*lead, 8, 16), array), IQ4_LEVELS, array).astype(array.int8)
+    return codes, _half(scales, 0, array) * ((six | (two << 4)).astype(array.float32) - 32), None
 
+
+def _of_groups(groups: Callable[[Any, Any, ModuleType], Groups]) -> Decoder:
+    """A decoder of a type with 256 values in groups."""
+
+    def decode(values: Any, scales: Any, array: ModuleType) -> Any:
+        codes, scale, least = groups(values, scales, array)
+        out = scale[..., None] * codes.astype(array.float32)
+        return (out if least is None else out - least[..., None]).reshape(*values.shape[:-1], 256)
+
+    return decode
+
+
+def _as_they_are(values: Any, scales: Any, array: ModuleType) -> Groups:
+    """Codes and scales of a type with one group in a block that another format of this package holds."""
+    codes = values.view(np.int8) if values.shape[-1] == 32 else _halves(values, array)
+    return codes[..., None, :], scales.view(np.float16) if scales.shape[-1] == 2 else scales, None
+
+
+# Other formats of this package that hold the same numbers.
+_SAME: Mapping[str, ExpertFormat] = {
+    "q4_0": IntGroups(4, 32, "F16"),
+    "q8_0": IntGroups(8, 32, "F16"),
+    "mxfp4": MxFp4(),
+}
+_GROUPS = {"q2_k": 16, "q3_k": 16, "q4_k": 32, "q5_k": 32, "q6_k": 16, "iq4_xs": 32}  # columns that share a scale
+_WITH_MINIMA = ("q2_k", "q4_k", "q5_k")
 
 LAYOUTS: Mapping[str, BlockLayout] = {
     "q4_0": BlockLayout(2, 32, 18, 2, 16, _q4_0, (0,)),
@@ -299,13 +363,13 @@ LAYOUTS: Mapping[str, BlockLayout] = {
     "q5_0": BlockLayout(6, 32, 22, 2, 20, _q5_0, (0,)),
     "q5_1": BlockLayout(7, 32, 24, 4, 20, _q5_1, (0, 2)),
     "q8_0": BlockLayout(8, 32, 34, 2, 32, _q8_0, (0,)),
-    "q2_k": BlockLayout(10, 256, 84, 16, 64, _q2_k, (16, 18)),
-    "q3_k": BlockLayout(11, 256, 110, 0, 96, _q3_k, (12,)),
-    "q4_k": BlockLayout(12, 256, 144, 16, 128, _q4_k, (0, 2)),
-    "q5_k": BlockLayout(13, 256, 176, 16, 160, _q5_k, (0, 2)),
-    "q6_k": BlockLayout(14, 256, 210, 0, 192, _q6_k, (16,)),
+    "q2_k": BlockLayout(10, 256, 84, 16, 64, _of_groups(_q2_k), (16, 18), groups=_q2_k),
+    "q3_k": BlockLayout(11, 256, 110, 0, 96, _of_groups(_q3_k), (12,), groups=_q3_k),
+    "q4_k": BlockLayout(12, 256, 144, 16, 128, _of_groups(_q4_k), (0, 2), groups=_q4_k),
+    "q5_k": BlockLayout(13, 256, 176, 16, 160, _of_groups(_q5_k), (0, 2), groups=_q5_k),
+    "q6_k": BlockLayout(14, 256, 210, 0, 192, _of_groups(_q6_k), (16,), groups=_q6_k),
     "iq4_nl": BlockLayout(20, 32, 18, 2, 16, _iq4_nl, (0,)),
-    "iq4_xs": BlockLayout(23, 256, 136, 8, 128, _iq4_xs, (0,)),
+    "iq4_xs": BlockLayout(23, 256, 136, 8, 128, _of_groups(_iq4_xs), (0,), groups=_iq4_xs),
     "mxfp4": BlockLayout(39, 32, 17, 1, 16, _mxfp4, (), exponent=True),
 }
 

@@ -115,7 +115,8 @@ class GgufCheckpoint:
 
     def resident(self, path: str) -> ExpertFormat:
         """The format of this weight in memory: blocks stay where a product of experts takes them."""
-        return self.format(path) if ".experts." in path else PLAIN
+        blocks = self._entry(path).blocks
+        return blocks.held if blocks is not None and ".experts." in path else PLAIN
 
     def stored_as(self, path: str) -> str:
         """GGUF's name of a weight's type, such as Q4_K."""
@@ -168,7 +169,7 @@ class GgufCheckpoint:
             blocks do.
           index: one slice per axis, without steps.
           copy: read into new memory rather than map the file, where nothing else makes new memory.
-          held: the format of a weight that is kept, which can only be its own.
+          held: the format of a weight that is kept: its own, or a refinement of it, for smaller parts.
 
         Raises:
           CheckpointError: a block's scale is not finite.
@@ -186,12 +187,27 @@ class GgufCheckpoint:
         num_bytes = slice(*(entry.blocks.file_bytes(edge) for edge in (columns.start, columns.stop)))
         blocks = stored[(*rows, num_bytes)]
         if keep:
-            assert held in (None, entry.blocks), f"{path}: is {entry.type_name}, and cannot be kept in {held}"
-            assert outer == where, f"{path}: {index} does not begin and end at blocks of {entry.type_name}"
-            from stepjax.weights.quantised import Quantised
-
-            return Quantised(*self._split(path, blocks), entry.blocks)
+            return self._held(path, blocks, where[-1], held or entry.blocks)
         return self._widened(path, blocks, inner[-1], np.float32 if spec.dtype == "F32" else dtype)
+
+    def _held(self, path: str, blocks: np.ndarray, columns: slice, held: ExpertFormat) -> Quantised:
+        """The weight of some blocks in their own format, or of those of their ``columns`` in a refinement of it."""
+        from stepjax.weights.quantised import Quantised, quantised_from
+
+        format = self._entry(path).blocks
+        assert format is not None
+        values, scales = self._split(path, blocks)
+        unit = held.unit[1] or 1
+        assert columns.start % unit == columns.stop % unit == 0, f"{path}: {columns} are no whole units of {held}"
+        if held == format:
+            return Quantised(values, scales, format)
+        finer = format.refine(values, scales, held)
+        whole = blocks.shape[-1] // format.layout.num_bytes * format.layout.values
+        start = columns.start % format.layout.values
+        shares = [array.shape[-1] / whole for array in finer]  # elements of a column
+        stop = start + columns.stop - columns.start
+        cut = [array[..., int(start * share) : int(stop * share)] for array, share in zip(finer, shares, strict=True)]
+        return quantised_from([np.ascontiguousarray(array) for array in cut], held)
 
     def _floats(self, spec: TensorSpec, value: np.ndarray, dtype: Any, *, copy: bool) -> np.ndarray:
         if is_norm(spec):
@@ -285,9 +301,7 @@ class GgufCheckpoint:
         if not types:
             return []
         listed = ", ".join(f"{count} in {name}" for name, count in sorted(types.items()))
-        return [
-            f"the routed experts stay in their blocks; of the other tensors {listed} are widened to the model's dtype"
-        ]
+        return [f"the routed experts keep their bits; of the other tensors {listed} are widened to the model's dtype"]
 
     def _spec(self, path: str) -> TensorSpec:
         if path not in self._specs:
