@@ -22,6 +22,7 @@ from tinker_loops import interpreter
 if TYPE_CHECKING:
     from serving import Serving
     from tokenizers import Tokenizer
+    from training import Client
 
     from stepjax.infer.session import Session
     from stepjax.train.data.tasks import TinyTemplate
@@ -200,3 +201,28 @@ def server(step_tiny) -> Iterator[Serving]:
 
     with Serving(step_tiny) as serving:
         yield serving
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Session:
+    """A small random model."""
+    from tiny import tiny_session
+
+    return tiny_session()
+
+
+@pytest.fixture(scope="module")
+def training_server(tiny, tmp_path_factory) -> Iterator[Serving]:
+    """A server of it that trains."""
+    from training import serving
+
+    with serving(tiny, tmp_path_factory.mktemp("service")) as server:
+        yield server
+
+
+@pytest.fixture
+def training_client(training_server) -> Iterator[Client]:
+    from training import Client
+
+    with Client(training_server) as client:
+        yield client

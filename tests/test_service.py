@@ -2,61 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
-import random as chance
-import shutil
-import time
-from concurrent.futures import ThreadPoolExecutor
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny_session
-from training import Client, datum, logprobs, next_tokens, serving
+from training import IDS, Client, datum, logprobs, next_tokens, saved
 
 from stepjax.adapters.lora import LoraConfig, attach
 from stepjax.adapters.peft import import_adapter
-from stepjax.errors import ConfigError
 from stepjax.infer.session import Session
-from stepjax.train.client import forward_kl, jsd, reverse_kl
 from stepjax.train.config.tune import LoraSettings, OptimSettings
 from stepjax.train.losses.divergence import divergence
 from stepjax.train.objectives.objective import Batch, LossContext, LossSettings
 from stepjax.train.objectives.table import OBJECTIVES
 from stepjax.train.packing.rows import Example, pack
 from stepjax.train.runs.optimizer import adamw
-from stepjax.train.service.limits import ServiceLimits
 from stepjax.train.service.state_files import read_checkpoint
-from stepjax.train.service.training_service import TrainingService
-from stepjax.train.service.wire.results import pass_to_json
 from stepjax.train.tune.setup import _make_state, schedule_of
 from stepjax.train.tune.trainable import trainable
 from stepjax.train.tune.update import LossProgram, TuneState, TuneUpdate
-
-IDS = [[5, 9, 2, 30, 31, 7, 8], [4, 4, 18, 90, 3], [60, 2, 2, 9, 9, 9, 1, 77, 30], [8, 7]]
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Session:
-    return tiny_session()
-
-
-@pytest.fixture(scope="module")
-def server(tiny, tmp_path_factory):
-    with serving(tiny, tmp_path_factory.mktemp("service")) as server:
-        yield server
-
-
-@pytest.fixture
-def client(server):
-    with Client(server) as client:
-        yield client
-
-
-def saved(server, path: str, *, optimizer: bool = False):
-    """The state and the settings of a checkpoint."""
-    return read_checkpoint(server.training.shared.registry.checkpoint_folder(path), optimizer=optimizer)
 
 
 def dense(session: Session, ids) -> np.ndarray:
@@ -65,9 +29,9 @@ def dense(session: Session, ids) -> np.ndarray:
     return logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
 
 
-def test_forward_is_the_log_softmax(client, tiny):
+def test_forward_is_the_log_softmax(training_client, tiny):
     """Weights of any sign; several data of different lengths; the sum."""
-    model = client.model()
+    model = training_client.model()
     weights = [[1, 0, -2, 0.5, 3, 0], [1, 1, 1, 1], [0.1] * 8, [2]]
     result = model.run([next_tokens(ids, w) for ids, w in zip(IDS, weights, strict=True)], forward=True)
     total = 0.0
@@ -82,8 +46,8 @@ def test_forward_is_the_log_softmax(client, tiny):
     assert step["metrics"]["no_gradient"] == 1
 
 
-def test_several_targets_dense_and_sparse(client, tiny):
-    model, ids = client.model(), [5, 9, 2]
+def test_several_targets_dense_and_sparse(training_client, tiny):
+    model, ids = training_client.model(), [5, 9, 2]
     targets = np.array([[1, 2], [3, 0], [0, 0]])
     weights = np.array([[0.5, 0.25], [1, 0], [0, 0]], np.float32)
     found = model.run([datum(ids, target_tokens=targets, weights=weights)], forward=True)
@@ -113,14 +77,14 @@ def sft_states(session: Session, ids, *, steps: int) -> list[TuneState]:
 
 
 @pytest.mark.parametrize("chunks", [1, 3])
-def test_a_batch_is_one_update_of_sft(client, tiny, server, chunks):
+def test_a_batch_is_one_update_of_sft(training_client, tiny, training_server, chunks):
     """Every leaf after one update, to 1e-6, whatever the chunks in which the batch comes. Of the second, the moments:
     AdamW makes large steps of small gradients, which differ by rounding between two ways to pack rows.
     """
     expected = sft_states(tiny, IDS, steps=2)
     tokens = sum(len(ids) - 1 for ids in IDS)
     data = [next_tokens(ids, np.full(len(ids) - 1, 1 / tokens)) for ids in IDS]
-    model = client.model(seed=7)
+    model = training_client.model(seed=7)
     optim = OptimSettings()
     numbers = {"learning_rate": 1e-3, "beta1": optim.b1, "beta2": optim.b2, "eps": 1e-8, "weight_decay": 0.1}
     for number, state in enumerate(expected, start=1):
@@ -129,7 +93,7 @@ def test_a_batch_is_one_update_of_sft(client, tiny, server, chunks):
         found = model.step(**numbers, grad_clip_norm=0.5)
         assert found["metrics"]["num_tokens"] == tokens
         path = model.save(f"after-{number}")
-        after, config = saved(server, path, optimizer=True)
+        after, config = saved(training_server, path, optimizer=True)
         assert config == LoraConfig(rank=4)
         assert after.count == number
         adam = next(part for part in jax.tree.leaves(state.optimizer, is_leaf=_is_adam) if _is_adam(part))
@@ -144,9 +108,9 @@ def _is_adam(value) -> bool:
     return hasattr(value, "mu")
 
 
-def test_calls_run_in_the_order_of_their_numbers(client):
+def test_calls_run_in_the_order_of_their_numbers(training_client):
     """The first number comes last; results are as if all had come in order."""
-    first, second = client.model(), client.model()
+    first, second = training_client.model(), training_client.model()
     data = [next_tokens(IDS[0])]
     for _ in range(3):
         first.run(data)
@@ -163,36 +127,38 @@ def test_calls_run_in_the_order_of_their_numbers(client):
         else:
             second.numbers = iter([number])
             body = second.body(data)
-        promises.append((client.post(path, body), path, body))
+        promises.append((training_client.post(path, body), path, body))
     for promise, path, body in promises:
-        client.poll(promise)
-        assert client.post(path, body) == promise  # a repeated submission gets its promise and runs nothing
+        training_client.poll(promise)
+        assert training_client.post(path, body) == promise  # a repeated submission gets its promise and runs nothing
     second.numbers = iter([7])
     assert second.run(data, forward=True)["metrics"] == expected
 
 
-def test_a_number_cannot_be_used_twice(client):
-    model = client.model()
+def test_a_number_cannot_be_used_twice(training_client):
+    model = training_client.model()
     model.run([next_tokens(IDS[0])])
     model.numbers = iter([1])
-    answer = client.send("forward_backward", model.body([next_tokens(IDS[1])]))
+    answer = training_client.send("forward_backward", model.body([next_tokens(IDS[1])]))
     assert answer.status_code == 400
     assert "seq_id" in answer.json()["detail"]
 
 
-def test_a_refused_call_spends_its_number(client):
+def test_a_refused_call_spends_its_number(training_client):
     """What came before it stays accumulated, nothing of it is, and the next call runs."""
-    model = client.model()
+    model = training_client.model()
     model.run([next_tokens(IDS[0])])
-    bad = client.send("forward_backward", model.body([datum([5, 999], target_tokens=[1, 2], weights=[1.0, 1.0])]))
+    bad = training_client.send(
+        "forward_backward", model.body([datum([5, 999], target_tokens=[1, 2], weights=[1.0, 1.0])])
+    )
     assert (bad.status_code, "999" in bad.json()["detail"]) == (400, True)
     worse = {"model_id": model.id, "seq_id": next(model.numbers), "adam_params": {"learning_rate": "fast"}}
-    assert client.send("optim_step", worse).status_code == 400
+    assert training_client.send("optim_step", worse).status_code == 400
     assert model.step()["metrics"]["num_tokens"] == len(IDS[0]) - 1
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing(client):
-    model = client.model()
+def test_a_gradient_that_is_not_finite_changes_nothing(training_client):
+    model = training_client.model()
     before = model.run([next_tokens(IDS[0])], forward=True)
     ids = IDS[0]
     rl = {"logprobs": np.full(len(ids) - 1, -1e4, np.float32), "advantages": np.ones(len(ids) - 1, np.float32)}
@@ -203,14 +169,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing(client):
     assert model.run([next_tokens(ids)], forward=True)["loss_fn_outputs"] == before["loss_fn_outputs"]
 
 
-def test_checkpoints_carry_on(client):
+def test_checkpoints_carry_on(training_client):
     """With the optimiser the next losses are those of the uninterrupted model; without it the moments are fresh."""
-    model, data = client.model(), [next_tokens(ids) for ids in IDS]
+    model, data = training_client.model(), [next_tokens(ids) for ids in IDS]
     for _ in range(2):
         model.send(data)
         model.step(learning_rate=1e-2)
     path = model.save("mid", user_metadata={"renderer_name": "role_colon"})
-    with Client(client.serving) as other:
+    with Client(training_client.serving) as other:
         loaded, fresh = other.load(path, optimizer=True), other.load(path, optimizer=False)
         losses = []
         for each in (model, loaded, fresh):
@@ -219,39 +185,43 @@ def test_checkpoints_carry_on(client):
                 each.step(learning_rate=1e-2)
             losses.append(each.run(data, forward=True)["metrics"]["loss:sum"])
         assert losses[0] == losses[1] != losses[2]
-    info = client.post("weights_info", {"tinker_path": path})
+    info = training_client.post("weights_info", {"tinker_path": path})
     assert (info["lora_rank"], info["train_unembed"], info["train_mlp"]) == (4, False, True)
     again = model.call("save_weights", path="mid")
     assert again["category"] == "user"
     assert "exists" in again["error"]
     assert model.save("mid", overwrite=True) == path
-    runs = client.get(f"training_runs/{model.id}")
+    runs = training_client.get(f"training_runs/{model.id}")
     assert runs["last_checkpoint"]["tinker_path"] == path
     place = f"/api/v1/training_runs/{model.id}/checkpoints/weights/mid"
-    assert client.http.put(f"{place}/ttl", json={"ttl_seconds": 10}).status_code == 400
-    assert client.http.put(f"{place}/ttl", json={"ttl_seconds": 3600}).status_code == 200
-    assert client.get("checkpoints")["checkpoints"][0]["expires_at"]
-    assert client.http.delete(place).status_code == 200
-    assert client.http.delete(place).status_code == 404
-    refused = client.send(
-        "load_weights", {"session_id": client.session, "model_seq_id": 9, "path": path, "optimizer": True}
+    assert training_client.http.put(f"{place}/ttl", json={"ttl_seconds": 10}).status_code == 400
+    assert training_client.http.put(f"{place}/ttl", json={"ttl_seconds": 3600}).status_code == 200
+    assert training_client.get("checkpoints")["checkpoints"][0]["expires_at"]
+    assert training_client.http.delete(place).status_code == 200
+    assert training_client.http.delete(place).status_code == 404
+    refused = training_client.send(
+        "load_weights", {"session_id": training_client.session, "model_seq_id": 9, "path": path, "optimizer": True}
     )
     assert refused.status_code == 404
 
 
-def test_samples_are_of_the_saved_policy(client, tiny, server):
+def test_samples_are_of_the_saved_policy(training_client, tiny, training_server):
     """A path sampled after more training gives what was saved; its scores are those of a forward pass; the download is
     a PEFT folder with the same factors.
     """
-    model, data = client.model(), [next_tokens(ids) for ids in IDS]
+    model, data = training_client.model(), [next_tokens(ids) for ids in IDS]
     model.send(data)
     model.step(learning_rate=3e-2)
     path = model.save_sampler("policy")
     scores = model.run([next_tokens(IDS[2])], forward=True)
     model.send(data)
     model.step(learning_rate=3e-2)
-    sampler = client.sampler(path)
-    assert client.get(f"samplers/{sampler.id}") == {"sampler_id": sampler.id, "base_model": "tiny", "model_path": path}
+    sampler = training_client.sampler(path)
+    assert training_client.get(f"samplers/{sampler.id}") == {
+        "sampler_id": sampler.id,
+        "base_model": "tiny",
+        "model_path": path,
+    }
     scored = sampler.run(IDS[2], sampling_params={"max_tokens": 1}, prompt_logprobs=True)["prompt_logprobs"]
     assert scored[0] is None
     np.testing.assert_allclose(scored[1:], logprobs(scores)[0], atol=2e-5)  # float32, in other blocks
@@ -260,7 +230,7 @@ def test_samples_are_of_the_saved_policy(client, tiny, server):
     first = answer["sequences"][0]
     assert first["stop_reason"] == "length"
     assert all(sequence["tokens"] == first["tokens"] for sequence in answer["sequences"])
-    state, config = saved(server, path)
+    state, config = saved(training_server, path)
     leaves = {name: jnp.asarray(leaf) for name, leaf in state.leaves.items()}
     adapted = Session(tiny.config, attach(tiny.params, leaves, config), dtype=jnp.float32)
     ids = [*IDS[0], *first["tokens"]]
@@ -268,18 +238,18 @@ def test_samples_are_of_the_saved_policy(client, tiny, server):
     assert expected.argmax(axis=-1).tolist() == first["tokens"]
     np.testing.assert_allclose(first["logprobs"], expected.max(axis=-1), atol=2e-5)
     np.testing.assert_allclose([row[0][1] for row in first["topk_logprobs"]], first["logprobs"], atol=1e-6)
-    factors, described = import_adapter(server.training.shared.registry.checkpoint_folder(path), tiny.config)
+    factors, described = import_adapter(training_server.training.shared.registry.checkpoint_folder(path), tiny.config)
     assert described == config
     np.testing.assert_allclose(
         factors["layers.0.attn.q_proj.weight.a"], state.leaves["layers.0.attn.q_proj.weight.a"], atol=0
     )
     chat = {"model": path, "prompt": IDS[0], "max_tokens": 6, "temperature": 0, "ignore_eos": True, "logprobs": 0}
-    told = client.http.post("/v1/completions", json=chat).json()
+    told = training_client.http.post("/v1/completions", json=chat).json()
     found = told["choices"][0]["logprobs"]["token_logprobs"]
     np.testing.assert_allclose(found, first["logprobs"], atol=2e-5)  # the same adapter under its path
-    other = client.http.post("/v1/completions", json={**chat, "model": path.replace("policy", "nothing")})
+    other = training_client.http.post("/v1/completions", json={**chat, "model": path.replace("policy", "nothing")})
     assert other.status_code == 404
-    metrics = client.http.get("/metrics").text
+    metrics = training_client.http.get("/metrics").text
     assert "stepjax:train_models 1.0" in metrics
     assert "stepjax:train_requests_open 0.0" in metrics
     wanted = np.array([[3, -1], [-1, -1], [0, 9], [1, 2]])
@@ -292,8 +262,8 @@ def test_samples_are_of_the_saved_policy(client, tiny, server):
     )
 
 
-def test_stops_and_seeds(client, tiny):
-    sampler = client.sampler()
+def test_stops_and_seeds(training_client, tiny):
+    sampler = training_client.sampler()
     free = {"max_tokens": 8, "seed": 5, "stop": []}
     one, same = (sampler.run(IDS[0], sampling_params=free)["sequences"][0] for _ in range(2))
     assert one == same
@@ -311,37 +281,39 @@ def test_stops_and_seeds(client, tiny):
     assert [[pair[0] for pair in row] for row in top[1:]] == expected[:-1].tolist()
 
 
-def test_more_samplers_than_slots(client):
+def test_more_samplers_than_slots(training_client):
     """Three adapters in two slots: all answer, each with its own weights."""
     answers = []
     for seed in (1, 2, 3):
-        model = client.model(seed=seed)
+        model = training_client.model(seed=seed)
         model.send([next_tokens(IDS[seed])])
         model.step(learning_rate=0.1)
         expected = model.run([next_tokens(IDS[0])], forward=True)
-        answers.append((client.sampler(model.save_sampler("a")), logprobs(expected)[0]))
+        answers.append((training_client.sampler(model.save_sampler("a")), logprobs(expected)[0]))
     promises = [
         (
-            client.post("asample", sampler.body(IDS[0], sampling_params={"max_tokens": 1}, prompt_logprobs=True)),
+            training_client.post(
+                "asample", sampler.body(IDS[0], sampling_params={"max_tokens": 1}, prompt_logprobs=True)
+            ),
             expected,
         )
         for _ in range(2)
         for sampler, expected in answers
     ]
     for promise, expected in promises:
-        np.testing.assert_allclose(client.poll(promise)["prompt_logprobs"][1:], expected, atol=5e-5)
+        np.testing.assert_allclose(training_client.poll(promise)["prompt_logprobs"][1:], expected, atol=5e-5)
 
 
-def test_reverse_kl_is_over_the_whole_vocabulary(client, tiny, server):
+def test_reverse_kl_is_over_the_whole_vocabulary(training_client, tiny, training_server):
     """Against Σ π (log π − log q) of all logits, with the base and with a saved policy as the teacher."""
-    model, ids = client.model(), IDS[0]
+    model, ids = training_client.model(), IDS[0]
     model.send([next_tokens(ids)])
     model.step(learning_rate=3e-2)
     weights = np.array([1, 0.5, 0, 2, 1, 1], np.float32)
     item = datum(ids[:-1], target_tokens=ids[1:], weights=weights)
     result = model.run([item], "reverse_kl", teacher="tiny")
     state, config = read_checkpoint(
-        server.training.shared.registry.checkpoint_folder(model.save("kl")), optimizer=False
+        training_server.training.shared.registry.checkpoint_folder(model.save("kl")), optimizer=False
     )
     leaves = {name: jnp.asarray(leaf) for name, leaf in state.leaves.items()}
     adapted = Session(tiny.config, attach(tiny.params, leaves, config), dtype=jnp.float32)
@@ -352,12 +324,12 @@ def test_reverse_kl_is_over_the_whole_vocabulary(client, tiny, server):
     assert result["metrics"]["kl:sum"] == pytest.approx(float(np.sum(distance)), abs=1e-4)
     itself = model.run([item], "reverse_kl", forward=True, teacher=model.save_sampler("teacher"))
     assert itself["metrics"]["loss:sum"] == pytest.approx(0, abs=1e-5)
-    unknown = client.send("forward_backward", model.body([item], "reverse_kl", teacher="nobody"))
+    unknown = training_client.send("forward_backward", model.body([item], "reverse_kl", teacher="nobody"))
     assert (unknown.status_code, "nobody" in unknown.json()["detail"]) == (400, True)
 
 
-def test_json_calls_do_the_same(client):
-    first, second = client.model(), client.model()
+def test_json_calls_do_the_same(training_client):
+    first, second = training_client.model(), training_client.model()
     ids = IDS[1]
     given = {
         "model_input": {"chunks": [{"type": "encoded_text", "tokens": ids[:-1]}]},
@@ -368,9 +340,9 @@ def test_json_calls_do_the_same(client):
     }
     inner = {"data": [given], "loss_fn": "cross_entropy"}
     body = {"model_id": second.id, "seq_id": 1, "forward_backward_input": inner}
-    assert client.result("forward_backward", body) == first.run([next_tokens(ids)])
+    assert training_client.result("forward_backward", body) == first.run([next_tokens(ids)])
     older = {"model_id": second.id, "seq_id": 2, "forward_input": inner}
-    assert client.result("forward", older)["metrics"] == first.run([next_tokens(ids)], forward=True)["metrics"]
+    assert training_client.result("forward", older)["metrics"] == first.run([next_tokens(ids)], forward=True)["metrics"]
 
 
 REFUSED = [
@@ -411,259 +383,12 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("path", "body", "named"), REFUSED)
-def test_what_is_refused_is_named(client, path, body, named):
+def test_what_is_refused_is_named(training_client, path, body, named):
     if isinstance(body, dict):
         body = {
-            name: value.replace("S", client.session) if isinstance(value, str) else value
+            name: value.replace("S", training_client.session) if isinstance(value, str) else value
             for name, value in body.items()
         }
-    answer = client.send(path, body)
+    answer = training_client.send(path, body)
     assert 400 <= answer.status_code < 500, answer.text
     assert any(name in answer.json()["detail"] for name in named.split("|"))
-
-
-def test_a_session_ends(client):
-    """Its models give their memory back; what it saved stays; calls are refused by name."""
-    model = client.model()
-    path = model.save("kept")
-    assert client.post(f"sessions/{client.session}/finish", {"reason": {"type": "success"}})
-    assert client.send("session_heartbeat", {"session_id": client.session}).status_code == 410
-    refused = client.send("forward_backward", model.body([next_tokens(IDS[0])]))
-    assert (refused.status_code, "ended" in refused.json()["detail"]) == (400, True)
-    assert client.post("weights_info", {"tinker_path": path})["lora_rank"] == 4
-
-
-def test_what_a_killed_server_leaves(client, tiny, server, tmp_path):
-    """Another service in a copy of the folder, as after a kill: it has the weights, the moments and the gradients that
-    were not stepped, to the bit, and the results that were not fetched.
-    """
-    model, data = client.model(), [next_tokens(ids) for ids in IDS]
-    model.run(data)
-    model.run(data[:1])
-    model.step(learning_rate=1e-2)
-    last = model.run(data)
-    folder = server.training.shared.registry.state_file("x").parents[2]
-    shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns(".lock"))
-    (tmp_path / "copy" / "checkpoints" / "x" / ".a.partial").mkdir(parents=True)
-
-    async def recover():
-        limits = ServiceLimits(max_rank=4)
-        other = TrainingService(tiny, server.service, ("tiny",), folder=tmp_path / "copy", limits=limits)
-        lane = other.lane(model.id)
-        while not lane.idle or not lane.begun.done():
-            await asyncio.sleep(0.01)
-        promise = await other.promise("", f"{model.id}:4")
-        states = [works[model.id][1].model.host() for works in (server.training._lanes, other._lanes)]
-        await other.stop()
-        return states, promise.outcome
-
-    (ours, theirs), outcome = asyncio.run_coroutine_threadsafe(recover(), server.loop).result(120)
-    assert (ours.count, theirs.count) == (1, 1)
-    for part in ("leaves", "first", "second", "gradients"):
-        a, b = getattr(ours, part), getattr(theirs, part)
-        assert a.keys() == b.keys()
-        assert all((a[name] == b[name]).all() for name in a), part
-    assert isinstance(outcome, bytes)
-    assert pass_to_json(outcome) == last
-    assert not list((tmp_path / "copy").rglob("*.partial"))
-
-
-@pytest.mark.slow
-def test_a_killed_server_carries_on(tiny, tmp_path):
-    """Killed with calls that were accepted and not run, and with gradients that were not stepped: the next server runs
-    the first and has the second, and the weights are those of a model that nothing happened to, to the bit.
-    """
-    data = [next_tokens(ids) for ids in IDS]
-
-    def finish(model):
-        for _ in range(2):
-            model.send(data)
-            model.step(learning_rate=1e-2)
-        return model.run(data, forward=True)
-
-    with serving(tiny, tmp_path / "whole") as server, Client(server) as client:
-        model = client.model()
-        model.run(data)
-        model.run(data[:1])
-        model.step(learning_rate=1e-2)
-        expected = finish(model)
-    with serving(tiny, tmp_path / "killed", killed=True) as server, Client(server) as client:
-        model = client.model()
-        model.run(data)
-        fetched = model.send(data[:1])
-        first = client.poll(fetched)
-        session = client.session
-    with serving(tiny, tmp_path / "killed", killed=True) as server, Client(server, session=session) as client:
-        assert client.poll(fetched) == first  # a result of the earlier server
-        again = type(model)(client, model.id, first=3)
-        again.step(learning_rate=1e-2)
-        assert finish(again) == expected
-    with serving(tiny, tmp_path / "killed") as server, Client(server, session=session) as client:
-        last = type(model)(client, model.id, first=9)
-        assert last.run(data, forward=True) == expected
-
-
-def test_keys_see_only_their_own(tiny, tmp_path):
-    with (
-        serving(tiny, tmp_path, keys=("tml-a", "tml-b")) as server,
-        Client(server, "tml-a") as a,
-        Client(server, "tml-b") as b,
-    ):
-        model = a.model()
-        path = model.save("mine")
-        sampler = a.sampler(model.save_sampler("mine"))
-        for path_, body in (
-            ("get_info", {"model_id": model.id}),
-            ("weights_info", {"tinker_path": path}),
-            ("optim_step", {"model_id": model.id, "seq_id": 4, "adam_params": {}}),
-            ("retrieve_future", {"request_id": f"{model.id}:1"}),
-            ("asample", sampler.body(IDS[0])),
-            ("session_heartbeat", {"session_id": a.session}),
-        ):
-            assert b.send(path_, body).status_code == 404, path_
-        assert b.get("training_runs")["training_runs"] == []
-        place = f"/api/v1/training_runs/{model.id}/checkpoints/weights/mine"
-        assert b.http.delete(place).status_code == 404
-        assert a.http.post(f"{place}/publish").status_code == 200
-        assert b.post("weights_info", {"tinker_path": path})["base_model"] == "tiny"
-        assert b.http.delete(place).status_code == 404  # published is not given away
-        urls = a.get(f"training_runs/{model.id}/checkpoints/weights/mine/external_weights_urls")["urls"]
-        bare = b.http.__class__(timeout=60)
-        assert {*urls} == {"adapter_model.safetensors", "adapter_config.json"}
-        assert bare.get(urls["adapter_config.json"]).json()["r"] == 4  # signed: it needs no key
-        assert bare.get(urls["adapter_config.json"].replace("adapter_config.json", "journal.sqlite")).status_code == 404
-        bare.close()
-        assert a.http.get("/api/v1/healthz", headers={"x-api-key": "tml-c"}).status_code == 401
-
-
-def test_clients_together_are_as_alone(server):
-    """Four clients at once, each with its own adapter, data and samples: each ends with the weights of its solo run, to
-    the bit, and leaves no slot in use.
-    """
-
-    def train(seed: int) -> str:
-        with Client(server) as client:
-            model = client.model(seed=seed)
-            for number in range(3):
-                model.send([next_tokens(IDS[(seed + number) % 4])])
-                model.send([next_tokens(IDS[(seed + number + 1) % 4])])
-                model.step(learning_rate=1e-2)
-            sampler = client.sampler(model.save_sampler("end"))
-            sampler.run(IDS[0], num_samples=2)
-            return model.save("end")
-
-    alone = [saved(server, train(seed), optimizer=True)[0] for seed in range(4)]
-    with ThreadPoolExecutor(4) as pool:
-        together = [saved(server, path, optimizer=True)[0] for path in pool.map(train, range(4))]
-    for one, other in zip(alone, together, strict=True):
-        for part in ("leaves", "first", "second"):
-            for name, value in getattr(one, part).items():
-                np.testing.assert_array_equal(getattr(other, part)[name], value)
-    assert not server.training.shared.slots._active
-    assert server.service.num_open == 0
-
-
-def test_a_client_that_vanishes_gives_its_memory_back(server):
-    """What it saved stays, and it can come back: its model is read from its snapshot and the journal."""
-    training = server.training
-
-    async def sweep():
-        for _ in range(100):
-            for session, seen in list(training._seen.items()):
-                if time.time() - seen > 0:
-                    await training._quieten(session)
-            if not training._lanes:
-                return
-            await asyncio.sleep(0.05)
-
-    with Client(server, vanishes=True) as client:
-        model = client.model()
-        model.run([next_tokens(IDS[0])])
-        before = model.run([next_tokens(IDS[0])], forward=True)["metrics"]
-    asyncio.run_coroutine_threadsafe(sweep(), server.loop).result(60)
-    assert not training._lanes
-    with Client(server, session=client.session) as back:
-        again = type(model)(back, model.id, first=3)
-        assert again.run([next_tokens(IDS[0])], forward=True)["metrics"] == before
-        assert again.step()["metrics"]["num_tokens"] == len(IDS[0]) - 1  # its gradients too
-
-
-def test_changed_bodies_are_refused_or_run(client, server):
-    """Hundreds of bodies with something replaced: no answer is a failure of the server, and it goes on."""
-    model, random = client.model(), chance.Random(1)
-    path = model.save_sampler("fuzz")
-    sampler = client.sampler(path)
-    odd = [None, True, -1, 2**70, 1.5, "", "x" * 2000, "\u2028", [], {}, [[]], {"a": 1}, "tinker://a/b/c", [0] * 99]
-    lora = {"rank": 4, "seed": 1, "train_attn": True}
-    given = {
-        "data": [{"model_input": {"chunks": [{"type": "encoded_text", "tokens": [1, 2]}]}, "loss_fn_inputs": {}}],
-        "loss_fn": "cross_entropy",
-        "loss_fn_config": {"beta": 1},
-    }
-    bodies = {
-        "create_session": {"tags": ["a"], "user_metadata": {"a": "b"}, "sdk_version": "1"},
-        "session_heartbeat": {"session_id": client.session},
-        "create_model": {"session_id": client.session, "model_seq_id": 0, "base_model": "tiny", "lora_config": lora},
-        "get_info": {"model_id": model.id},
-        "forward_backward": {"model_id": model.id, "seq_id": 2, "forward_backward_input": given},
-        "optim_step": {"model_id": model.id, "seq_id": 2, "adam_params": {"learning_rate": 1e-3, "beta1": 0.9}},
-        "save_weights": {"model_id": model.id, "seq_id": 2, "path": "a", "ttl_seconds": 3600},
-        "save_weights_for_sampler": {"model_id": model.id, "seq_id": 2, "path": "b", "kind": "snapshot"},
-        "save_weights_external": {"model_id": model.id, "seq_id": 2, "path": "b"},
-        "load_weights": {"session_id": client.session, "model_seq_id": 0, "path": path, "optimizer": False},
-        "create_sampling_session": {
-            "session_id": client.session,
-            "sampling_session_seq_id": 0,
-            "base_model": "tiny",
-            "model_path": path,
-        },
-        "asample": sampler.body(IDS[0], num_samples=1, prompt_logprobs=True, topk_prompt_logprobs=1),
-        "retrieve_future": {"request_id": f"{model.id}:1", "allow_metadata_only": False},
-        "weights_info": {"tinker_path": path},
-        f"sessions/{client.session}x/finish": {"reason": {"type": "success"}},
-        "telemetry": {"events": []},
-        "client/config": {"sdk_version": "1"},
-    }
-
-    def places(value, at=()):
-        yield at
-        if isinstance(value, dict):
-            for name, item in value.items():
-                yield from places(item, (*at, name))
-        if isinstance(value, list):
-            for index, item in enumerate(value[:1]):
-                yield from places(item, (*at, index))
-
-    def changed(value, at, new):
-        if not at:
-            return new
-        copy = dict(value) if isinstance(value, dict) else list(value)
-        copy[at[0]] = changed(value[at[0]], at[1:], new)
-        return copy
-
-    statuses = set()
-    for name, body in bodies.items():
-        for at in places(body):
-            if at in (("model_seq_id",), ("seq_id",)):  # a number that runs would change what is compared
-                continue
-            for new in random.sample(odd, 3):
-                answer = client.send(name, changed(body, at, new) if at else {"x": new})
-                statuses.add(answer.status_code)
-                assert answer.status_code < 500, (name, at, new, answer.text)
-    assert {200, 400, 404} <= statuses
-    assert client.get("healthz") == {"status": "ok"}
-
-
-def test_losses_with_a_teacher_for_users_of_the_sdk(server, monkeypatch):
-    """The call that the SDK sends; a server that has no such loss is named."""
-
-    class Sdk:
-        def forward_backward(self, data, loss, config):
-            return data, loss, config
-
-    monkeypatch.setenv("TINKER_BASE_URL", server.url)
-    assert reverse_kl(Sdk(), [1], teacher="tiny") == ([1], "reverse_kl", {"teacher": "tiny"})
-    assert jsd(Sdk(), [1], teacher="tiny", beta=0.3)[2] == {"teacher": "tiny", "beta": 0.3}
-    monkeypatch.delenv("TINKER_BASE_URL")
-    with pytest.raises(ConfigError, match="hosted service has no forward_kl"):
-        forward_kl(Sdk(), [1], teacher="tiny")

@@ -16,10 +16,12 @@ from stepjax.infer.engine.config import EngineConfig
 from stepjax.infer.session import Session
 from stepjax.train.service.extension import TrainingExtension
 from stepjax.train.service.limits import ServiceLimits
+from stepjax.train.service.state_files import read_checkpoint
 from stepjax.train.service.training_service import TrainingService
 from stepjax.train.service.wire.protobuf import packed, written, written_map
 
 PROTOBUF = "application/x-protobuf"
+IDS = [[5, 9, 2, 30, 31, 7, 8], [4, 4, 18, 90, 3], [60, 2, 2, 9, 9, 9, 1, 77, 30], [8, 7]]
 ENGINE = EngineConfig(
     num_slots=2,
     context=64,
@@ -56,6 +58,11 @@ def serving(
             for lane, work in made[0]._lanes.values():
                 server.loop.call_soon_threadsafe(lane.task.cancel)
                 work.done = work.saved  # nothing is written
+
+
+def saved(server: Serving, path: str, *, optimizer: bool = False):
+    """The state and the settings of a checkpoint."""
+    return read_checkpoint(server.training.shared.registry.checkpoint_folder(path), optimizer=optimizer)
 
 
 def tensor(value: Any) -> bytes:
