@@ -61,7 +61,7 @@ class Dispatch:
                 f"dispatch: strategy {rules.strategy} sends no tokens of its own to the experts; leave it out, or take "
                 "--strategy wide or wide_data"
             )
-        if self.form == "node" and not Group.of(rules).by_node():
+        if self.form == "node" and not Group.of(rules).has_nodes:
             raise MeshError(
                 "dispatch: the form node sends over data first and then inside a node, but the experts are not split "
                 "over data and another axis; take --strategy wide_data with --mesh data=NODES,expert=DEVICES, or "
@@ -139,7 +139,8 @@ def dispatched(
         x_BTD, combine = (jax.lax.pcast(x, alike, to="varying") for x in (x_BTD, combine))
     shared = once(_shared(moe, x_BTD, group, alike), {*alike} - {*group.shared})
     bare, slot = by_token(moe.weights(), (x_BTD.shape[0], x_BTD.shape[1]))
-    tokens = Tokens(*(x.reshape(-1, x.shape[-1]) for x in (x_BTD, ids, combine)), slot)
+    x_TD, ids, combine = (x.reshape(-1, x.shape[-1]) for x in (x_BTD, ids, combine))
+    tokens = Tokens(x_TD, ids, combine, slot)
     own, weights, parts, start = _share(tokens, way), ExpertWeights(*bare), [], 0
     for size in way.parts(len(tokens.x)):
         part = jax.tree.map(lambda x, start=start, size=size: x[start : start + size], own)
@@ -203,7 +204,7 @@ def dispatch_seconds(
     """
     row = LegBytes(row_bytes(config, itemsize=2, fp8=fp8), 2.0 * config.hidden_size)
     seconds: dict[DispatchForm, float] = {"gather": gathering_leg(row, num_tokens, group.num_devices, domain).seconds}
-    forms: tuple[DispatchForm, ...] = ("exchange", "node") if group.by_node() else ("exchange",)
+    forms: tuple[DispatchForm, ...] = ("exchange", "node") if group.has_nodes else ("exchange",)
     for form in forms if group.ranks else ():
         hop, tokens = Way(group, form, (), 1).hop(num_tokens, config.top_k), num_tokens
         seconds[form] = 0.0

@@ -72,11 +72,15 @@ class Group:
         """Experts that a rank holds."""
         return self.num_experts // self.num_ranks
 
-    def by_node(self) -> tuple[Group, Group] | None:
-        """The nodes (`data`) as ranks, and the devices of one node with its experts alone; None: not both are split."""
+    @property
+    def has_nodes(self) -> bool:
+        """Whether whole experts are split over nodes (`data`), and over the devices of each."""
+        return NODE in self.ranks and len(self.ranks) > 1
+
+    def by_node(self) -> tuple[Group, Group]:
+        """The nodes as ranks, and the devices of one node with its experts alone."""
+        assert self.has_nodes, f"{self.ranks}: one level of ranks"
         axes, ranks = (tuple(axis for axis in names if axis != NODE) for names in (self.axes, self.ranks))
-        if NODE not in self.ranks or not ranks:
-            return None
         size = self.num_ranks // self.num_nodes
         nodes = replace(self, ranks=(NODE,), width=(), num_ranks=self.num_nodes, num_shares=1)
         devices = replace(

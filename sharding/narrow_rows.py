@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,13 @@ LARGEST = 448.0  # of float8_e4m3fn
 Move = Callable[[jax.Array], jax.Array]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def sent(move: Move, fp8: bool, x_TD: jax.Array, table_TC: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Rows and a float32 table, moved as one array of bits by a collective ``move`` that is linear along rows."""
+    return cast(tuple[jax.Array, jax.Array], _sent(move, fp8, x_TD, table_TC))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sent(move: Move, fp8: bool, x_TD: jax.Array, table_TC: jax.Array) -> tuple[jax.Array, jax.Array]:
     if fp8:
         values, scale = narrowed(x_TD)
         values, table = _moved(move, values, jnp.concatenate([table_TC, scale], axis=-1))
@@ -32,7 +36,7 @@ def sent(move: Move, fp8: bool, x_TD: jax.Array, table_TC: jax.Array) -> tuple[j
 
 
 def _sent_fwd(move: Move, fp8: bool, x_TD: jax.Array, table_TC: jax.Array):
-    return sent(move, fp8, x_TD, table_TC), (x_TD, table_TC)
+    return _sent(move, fp8, x_TD, table_TC), (x_TD, table_TC)
 
 
 def _sent_bwd(move: Move, fp8: bool, saved: Any, cotangents: Any):
@@ -40,7 +44,7 @@ def _sent_bwd(move: Move, fp8: bool, saved: Any, cotangents: Any):
     return tuple(jax.vjp(move, array)[1](cotangent)[0] for array, cotangent in zip(saved, cotangents, strict=True))
 
 
-sent.defvjp(_sent_fwd, _sent_bwd)
+_sent.defvjp(_sent_fwd, _sent_bwd)
 
 
 def _moved(move: Move, x_TD: jax.Array, table_TC: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -261,7 +261,7 @@ def test_the_cheapest_form_is_chosen_from_the_number_of_tokens(mesh, strategy, d
 
 def test_the_form_node_needs_nodes():
     with pytest.raises(MeshError, match="take --strategy wide_data with --mesh data=NODES,expert=DEVICES"):
-        choose_way(FLASH, group_of("expert=8", "wide"), 8, options=Dispatch("node"), alike=(), num_alike=1)
+        Dispatch("node").check(ShardingRules(FLASH, MeshSpec.parse("expert=8"), "wide"))
     with pytest.raises(MeshError, match="dispatch: is 'direct', expected one of gather, exchange, node"):
         Dispatch("direct")  # type: ignore[arg-type]
 

@@ -65,10 +65,19 @@ def together(*args: object, cwd: Path, devices: int | None = 4) -> list[str]:
     return [out for out, _ in ended]
 
 
-def test_scores_are_those_of_one_device(folder, tmp_path):
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        ("--mesh", "expert=8"),
+        pytest.param(
+            ("--mesh", "data=2,expert=4", "--strategy", "wide_data", "--dispatch", "node"), marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_scores_are_those_of_one_device(folder, tmp_path, mesh):
     (tmp_path / "in.json").write_text(json.dumps(TOKENS))
     flags = ["--model", folder, "--tokens", "in.json", "--out", "out.npz", "--dtype", "float32", "--mtp"]
-    outs = together("score", *flags, "--mesh", "expert=8", cwd=tmp_path)
+    outs = together("score", *flags, *mesh, cwd=tmp_path)
     assert outs == ["out.npz: 2 sequences, 80 tokens\n", ""]
     session = load(folder, dtype="float32")
     with np.load(tmp_path / "out.npz") as found:

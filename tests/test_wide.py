@@ -137,7 +137,7 @@ def test_experts_that_are_held_twice_change_no_score(tmp_path, strategy):
     alone = load(folder, dtype="float32")
     counts = alone.expert_load(ids)
     assert counts.sum(axis=-1).tolist() == [len(ids) * alone.config.top_k] * len(alone.config.moe_layers)
-    options = {"mesh": "expert=4", "strategy": strategy, "expert_slots": 12, "expert_loads": counts}
+    options: dict[str, Any] = {"mesh": "expert=4", "strategy": strategy, "expert_slots": 12, "expert_loads": counts}
     there = load(folder, dtype="float32", **options)
     held = there.params[f"layers.{alone.config.moe_layers[0].index}.moe.experts.gate"]
     assert (held.shape[0], held.addressable_shards[0].data.shape[0]) == (12, 3)

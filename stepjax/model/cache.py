@@ -191,7 +191,7 @@ class Pages:
 
     k_PRKH: jax.Array
     v_PRKH: jax.Array
-    axes: ClassVar[tuple[str | None, ...]] = (None, "rows", "kv_heads", "head")
+    axes: ClassVar[tuple[str | None, ...]] = ("pages", "rows", "kv_heads", "head")
 
     def look(
         self,
