@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -9,15 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from stepjax.gpu_target import HOPPER
 from stepjax.ops.expert_dense import ExpertWeights
 from stepjax.ops.expert_stored import stored
 from stepjax.ops.experts import routed_experts
+from stepjax.ops.stored_matrix import reader_of
 from stepjax.weights.adapted import Adapted
 from stepjax.weights.expert_format import ExpertFormat
+from stepjax.weights.fp4 import MxFp4, NvFp4
 from stepjax.weights.fp8 import Fp8Blocks
 from stepjax.weights.int_groups import IntGroups
 from stepjax.weights.plain import PLAIN
-from stepjax.weights.quantised import quantise
+from stepjax.weights.quantised import Quantised, quantise
 from stepjax.weights.stacked import LayerWeight
 
 E, D, F = 6, 128, 64
@@ -148,6 +153,30 @@ def test_products_that_are_added_up_in_slices_give_the_same(monkeypatch):
     whole = kernel(*given, weights)
     monkeypatch.setattr("stepjax.ops.expert_stored.SLICE_BYTES", 33 * 2 * 64 * 4)
     np.testing.assert_allclose(kernel(*given, weights), whole, atol=1e-6)
+
+
+def test_zero_points_are_taken_from_the_values_of_their_group():
+    random = np.random.default_rng(3)
+    asymmetric = dataclasses.replace(FORMATS["int4"], zeros=True)
+
+    def beside(w: Any) -> Quantised:
+        zero = jnp.asarray(random.integers(-2, 3, w.scale.shape), jnp.int8)
+        return Quantised(w.q, w.scale, asymmetric, zero)
+
+    weights, given = ExpertWeights(*map(beside, experts(FORMATS["int4"]))), drawn(16)
+    close(kernel(*given, weights), reference(*given, weights))
+
+    def loss(run: Any, x: Any) -> jax.Array:
+        return jnp.sum(jnp.sin(run(x, *given[1:], weights, limit=None)))
+
+    close_gradient(*(jax.grad(functools.partial(loss, run))(given[0]) for run in (kernel, reference)))
+
+
+@pytest.mark.parametrize(
+    "format", [NvFp4(), MxFp4(), IntGroups(8, 32), IntGroups(8, None, zeros=True), IntGroups(4, 16), IntGroups(4, None)]
+)
+def test_formats_that_no_kernel_reads_keep_their_forms(format):
+    assert reader_of(format, (E, F, D), capability=HOPPER) is None
 
 
 def test_a_layer_of_a_stack_is_read_in_its_stack():

@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from stepjax.adapters import lora
 from stepjax.adapters.lora import LoraConfig
 from stepjax.config import LayerSpec, ModelConfig
+from stepjax.gpu_target import HOPPER
 from stepjax.model.step3p5 import KEPT_LAYERS
-from stepjax.ops.attention import WINDOWED_BLOCK
+from stepjax.ops.attention import BLOCK, WINDOWED_BLOCK
 from stepjax.ops.expert_choice import buffer_rows, tile_size
+from stepjax.ops.expert_stored import SLICE_BYTES
+from stepjax.ops.stored_matrix import reader_of
 from stepjax.sharding.exchange import Exchange
 from stepjax.sharding.expert_parallel import Group
 from stepjax.sharding.mesh_layout import MeshLayout
@@ -32,6 +35,9 @@ LOGIT_ROWS = 512  # tokens whose logits a chunked loss makes at once (`stepjax.t
 # Float32 arrays that a layer's backward pass holds at once, counted in a program compiled for eight H100s (4 × 1,024
 # tokens): in the experts' order, and as tokens.
 BUFFERS, STREAMS = 6, 13
+# Counted in a program compiled for an H200 (4,096 tokens, int4): hidden states of all assignments and their cotangents,
+# in the dtype of activations; scores of a block of queries, their weights and a cotangent, in float32.
+HIDDEN_STATES, SCORES = 5, 3
 NO_CACHE = CacheBytes(0, 0, (0, 0, 0, 0), (0, 0, 0, 0), False, 0)
 
 
@@ -82,38 +88,56 @@ def training_bytes(layout: MeshLayout, work: StepShape, factors: Sequence[Placed
     stream = shares.batch * shares.stream * config.hidden_size * work.itemsize
     kept = len(config.layers) * stream
     if len(config.layers) <= KEPT_LAYERS:
-        kept += sum(_pair_bytes(layout, work, layer) for layer in config.layers)
+        kept += sum(_query_bytes(layout, work, layer) for layer in config.layers)
     return TrainingBytes(
         adapter, MOMENTS * adapter, adapter, kept + max(_layer_bytes(layout, work), _head_bytes(layout))
     )
 
 
-def _pair_bytes(layout: MeshLayout, work: StepShape, layer: LayerSpec) -> float:
-    """Two float32 for each query and key of a head, which attention keeps: its blocks of queries are not run again."""
+def _score_bytes(layout: MeshLayout, work: StepShape, layer: LayerSpec) -> float:
+    """What the backward pass of attention holds for a block of queries, whose scores it makes again."""
     shares = LocalTokens.of(layout, work)
-    keys = min(work.count, WINDOWED_BLOCK + layer.window - 1) if layer.window else work.count
+    block = min(work.count, WINDOWED_BLOCK if layer.window else BLOCK)
+    keys = min(work.count, block + layer.window - 1) if layer.window else work.count
     heads = layer.num_heads // layout.rules.size(layout.rules.table["heads"])
-    return 2.0 * 4 * shares.tokens * keys * heads
+    return SCORES * 4.0 * shares.batch * block * keys * heads
+
+
+def _query_bytes(layout: MeshLayout, work: StepShape, layer: LayerSpec) -> float:
+    """Float32 queries of a layer, or what attention returns for them."""
+    heads = layer.num_heads // layout.rules.size(layout.rules.table["heads"])
+    return 4.0 * LocalTokens.of(layout, work).tokens * heads * layer.head_dim
 
 
 def _layer_bytes(layout: MeshLayout, work: StepShape) -> float:
-    """What the backward pass of one layer holds at once on its way through the experts.
+    """What the backward pass of one layer holds at once, on its way through attention and the experts.
 
-    One of their matrices, or a tile of it, in float32, as cotangents are; rows of tokens and their cotangents, in the
-    experts' order and in their own.
+    Of experts that are multiplied by jax a matrix, or a tile of it, in float32, as cotangents are; rows of tokens and
+    their cotangents, in the experts' order and in their own. Others are read as they are stored, by a kernel
+    (`stepjax.ops.expert_stored`).
     """
     config, group, shares = layout.rules.config, Group.of(layout.rules), LocalTokens.of(layout, work)
-    tokens = float(shares.tokens * config.hidden_size)
-    matrix = buffer = 0.0
-    if config.moe_layers:
+    streams = 4.0 * STREAMS * shares.tokens * config.hidden_size
+    experts = 0.0
+    if config.moe_layers and _read_as_stored(layout):
+        hidden = shares.tokens * config.top_k * config.expert_size // group.num_shares
+        experts = float(SLICE_BYTES + HIDDEN_STATES * hidden * work.itemsize)
+    elif config.moe_layers:
         rows = buffer_rows(shares.tokens * config.top_k / config.num_experts, most=shares.tokens)
-        buffer = float(group.experts_each * rows * config.hidden_size)
         values = config.hidden_size * config.expert_size // group.num_shares
-        widened = layout.rules.experts.quantised
-        tile = tile_size(group.experts_each, values, work.itemsize) if widened else group.experts_each
-        matrix = float(tile * values)
-    pairs = max(_pair_bytes(layout, work, layer) for layer in config.layers)
-    return pairs + 4 * (matrix + BUFFERS * buffer + STREAMS * tokens)
+        quantised = layout.rules.experts.quantised
+        tile = tile_size(group.experts_each, values, work.itemsize) if quantised else group.experts_each
+        experts = 4.0 * (tile * values + BUFFERS * group.experts_each * rows * config.hidden_size)
+    queries = max(2 * _query_bytes(layout, work, layer) for layer in config.layers)
+    return max(_score_bytes(layout, work, layer) for layer in config.layers) + queries + experts + streams
+
+
+def _read_as_stored(layout: MeshLayout) -> bool:
+    """Whether a kernel multiplies by the experts without widening them in memory."""
+    config, experts, shares = layout.rules.config, layout.rules.experts, Group.of(layout.rules).num_shares
+    size = config.expert_size // shares
+    shapes = (size, config.hidden_size), (config.hidden_size, size)
+    return experts.quantised and all(reader_of(experts, shape, capability=HOPPER) is not None for shape in shapes)
 
 
 def _head_bytes(layout: MeshLayout) -> float:

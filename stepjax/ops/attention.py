@@ -239,6 +239,9 @@ def _by_blocks(
     # With that many empty rows in front, the keys of the block at query i start at row offset + i.
     padded = [part.padded(before, blocks * size - T) if band else part for part, band in zip(parts, bands, strict=True)]
 
+    @functools.partial(
+        jax.checkpoint, prevent_cse=False
+    )  # a gradient makes a block's scores again: all at once are T × S
     def one(i: jax.Array) -> Partial:
         rows = [
             part.sliced(part.offset + i * size, before + size) if band and part.offset is not None else part

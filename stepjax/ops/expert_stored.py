@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from stepjax.gpu_target import Gpu
+from stepjax.gpu_target import HOPPER, Gpu
 from stepjax.ops.expert_dense import ExpertWeights, Slot
 from stepjax.ops.pallas_triton import LEAST
 from stepjax.ops.stored_factors import factor_product, outer_products, sum_by_token
@@ -73,7 +73,7 @@ def stored_readers(
         return None
     if any(isinstance(w, Adapted) and any(size % LEAST for size in w.shape[1:]) for w in weights):
         return None
-    capability = gpu.capability if gpu else 90
+    capability = gpu.capability if gpu else HOPPER
     inner, outer = (reader_of(format_of(w), w.shape, capability=capability, exact=exact) for w in (gate, down))
     return None if inner is None or outer is None else (inner, outer)
 
@@ -102,10 +102,10 @@ def _forward(
     )
     addend = run.addend(weights.down, run.low(weights.down, hidden))
 
-    def part(span: tuple[int, int], wait: Any) -> jax.Array:
-        matrices = [_matrices(outer, weights.down, wait)]
-        [out] = multiply(hidden, matrices, run.plan, addends=[addend], span=span, **run.cut())
-        return run.by_token(out, combine, small=span[1] == outer.rows)
+    def part(begin: int, count: int, wait: Any) -> jax.Array:
+        matrices, span = [_matrices(outer, weights.down, wait)], {"begin": begin, "count": count}
+        [out] = multiply(hidden, matrices, run.plan, addends=[addend], **span, **run.cut())
+        return run.by_token(out, combine, small=count == outer.rows)
 
     return run.in_slices(part, outer.rows, tile=min(setup.tiling.columns, outer.row_limit))
 
@@ -147,10 +147,10 @@ def _experts_bwd(setup, saved, dy):
     backs = [run.low(w, d, transposed=True) for w, d in zip(weights[:2], (dgate, dup), strict=True)]
     addends = [run.addend(w, low, transposed=True) for w, low in zip(weights[:2], backs, strict=True)]
 
-    def part(span: tuple[int, int], wait: Any) -> jax.Array:
-        matrices = [_matrices(inner, w, wait) for w in weights[:2]]
-        out = multiply_transposed([dgate, dup], matrices, run.plan, addends=addends, span=span, **run.cut())
-        return run.by_token(out, jnp.ones_like(combine), small=span[1] == inner.columns)
+    def part(begin: int, count: int, wait: Any) -> jax.Array:
+        matrices, span = [_matrices(inner, w, wait) for w in weights[:2]], {"begin": begin, "count": count}
+        out = multiply_transposed([dgate, dup], matrices, run.plan, addends=addends, **span, **run.cut())
+        return run.by_token(out, jnp.ones_like(combine), small=count == inner.columns)
 
     dx = run.in_slices(part, inner.columns, tile=inner.column_tile(setup.tiling.columns)).astype(x.dtype)
     scaled = functools.partial(_scaled, share=share)
@@ -241,7 +241,7 @@ class _Run:
             slices *= 2
         size, parts, wait = width // slices, [], 0
         for i in range(slices):
-            parts.append(part((i * size, size), wait))
+            parts.append(part(i * size, size, wait))
             wait = _zero_after(parts[-1])
         return jnp.concatenate(parts, axis=1)
 
@@ -285,5 +285,5 @@ def _matrices(reader: Reader, w: AnyWeight, wait: Any = 0) -> Matrices:
     held, first = plain(w), wait
     if isinstance(held, LayerWeight):
         first, held = held.layer * held.shape[0] + wait, held.joined()
-    arrays = (held.q, held.scale) if isinstance(held, Quantised) else (held,)
+    arrays = held.leaves if isinstance(held, Quantised) else (held,)
     return Matrices(reader, jax.lax.stop_gradient(arrays), first)

@@ -8,6 +8,7 @@ never depend on its neighbours. A loop's length is read on the device: the host 
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,6 +57,7 @@ def num_parts(num_queries: int, group: int, num_kv_heads: int, num_rows: int, *,
     return max(1, min(wanted, -(-num_rows // (2 * KEYS))))
 
 
+@functools.partial(jax.jit, static_argnames=("window", "parts", "interpret"))  # lowered once for all layers
 def paged_attention(
     q_BTNH: jax.Array,
     position_BT: jax.Array,

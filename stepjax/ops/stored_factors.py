@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from stepjax.ops.pallas_triton import launched, pallas, power_above, power_below
 from stepjax.ops.stored_rows import Plan, Tiling, block_rows_of, num_assignments, num_blocks
 
 
+@functools.partial(jax.jit, static_argnames=("num_experts", "share", "tiling", "by_column", "interpret"))
 def factor_product(
     x: jax.Array,
     factor: jax.Array,
@@ -59,6 +61,7 @@ def factor_product(
     return launched(kernel, out, grid, warps=4, stages=3, interpret=interpret)(*plan, x, factor)
 
 
+@functools.partial(jax.jit, static_argnames="interpret")
 def sum_by_token(out: jax.Array, known_TA: jax.Array, share_TA: jax.Array, *, interpret: bool = False) -> jax.Array:
     """``Σ_a share[t, a] · out[t · A + a]`` over the known assignments of each token: float32 [T, N].
 
@@ -82,6 +85,7 @@ def sum_by_token(out: jax.Array, known_TA: jax.Array, share_TA: jax.Array, *, in
     return run(known_TA.astype(jnp.int32), share_TA, out)
 
 
+@functools.partial(jax.jit, static_argnames=("shares", "interpret"))
 def outer_products(
     u: jax.Array,
     v: jax.Array,

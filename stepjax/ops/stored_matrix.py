@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,6 @@ class Reader:
     rows: int
     columns: int
     exact: bool = False  # arithmetic that the interpreter knows, in place of a GPU's own instructions
-    arrays: ClassVar[int] = 1
 
     @property
     def depth(self) -> int:
@@ -97,8 +96,6 @@ class Reader:
 class RowScaledReader(Reader):
     """int8 with a scale for each row."""
 
-    arrays: ClassVar[int] = 2
-
     def finish(self, refs: Sequence[Any], place: Place, rows: Any, total: jax.Array) -> jax.Array:
         return total * refs[1][*place, rows, 0].astype(jnp.float32)[None, :]
 
@@ -115,7 +112,6 @@ class BlockScaledReader(Reader):
 
     block: tuple[int, int] = (128, 128)
     capability: tuple[int, int] = _FP8_CAPABILITY
-    arrays: ClassVar[int] = 2
 
     @property
     def depth(self) -> int:
@@ -160,10 +156,13 @@ class BlockScaledReader(Reader):
 
 @dataclass(frozen=True)
 class GroupedReader(Reader):
-    """int4: two values in a byte, the first half of a group in the low bits, and a scale for each group of a row."""
+    """int4: two values in a byte, the first half of a group in the low bits, and a scale for each group of a row.
+
+    ``zeros``: a third array has a zero point for each group, which is taken from its values.
+    """
 
     group: int = 64
-    arrays: ClassVar[int] = 2
+    zeros: bool = False
 
     @property
     def depth(self) -> int:
@@ -182,6 +181,9 @@ class GroupedReader(Reader):
         pl, gpu = pallas()
         low, high = self._halves(refs[0][*place, rows, pl.ds(step * (self.group // 2), self.group // 2)], xs[0].dtype)
         total = gpu.dot(xs[0], low.T) + gpu.dot(xs[1], high.T)
+        if self.zeros:
+            sums = sum(jnp.sum(x.astype(jnp.float32), axis=1) for x in xs)
+            total -= sums[:, None] * refs[2][*place, rows, step].astype(jnp.float32)[None, :]
         return total * refs[1][*place, rows, step].astype(jnp.float32)[None, :]
 
     @property
@@ -198,8 +200,9 @@ class GroupedReader(Reader):
         pl, _ = pallas()
         rows, half = pl.ds(row, self.row_step), self.group // 2
         scale = refs[1][*place, rows, tile].astype(jnp.float32)[:, None]
+        zero = refs[2][*place, rows, tile].astype(jnp.float32)[:, None] if self.zeros else 0.0
         halves = self._halves(refs[0][*place, rows, pl.ds(tile * half, half)], dtype)
-        return [(part.astype(jnp.float32) * scale).astype(dtype) for part in halves]
+        return [((part.astype(jnp.float32) - zero) * scale).astype(dtype) for part in halves]
 
     def _halves(self, packed: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
         if self.exact or dtype != jnp.bfloat16:
@@ -250,8 +253,8 @@ def reader_of(
     elif isinstance(format, Fp8Blocks):
         reader = BlockScaledReader(rows, columns, exact, format.block, capability)
     elif isinstance(format, IntGroups) and format.num_bits == 4 and format.columns:
-        reader = GroupedReader(rows, columns, exact, format.columns)
-    elif isinstance(format, IntGroups) and format.num_bits == 8 and format.columns is None:
+        reader = GroupedReader(rows, columns, exact, format.columns, format.zeros)
+    elif isinstance(format, IntGroups) and format.num_bits == 8 and format.columns is None and not format.zeros:
         reader = RowScaledReader(rows, columns, exact)
     else:
         return None

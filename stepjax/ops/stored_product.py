@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -20,10 +21,12 @@ from stepjax.ops.stored_rows import BlockRows, Plan, Tiling, block_rows_of, num_
 from stepjax.ops.swiglu import swiglu
 
 
-class Matrices(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Matrices:
     """Matrices as a kernel reads them: arrays of a `Reader`."""
 
-    reader: Reader
+    reader: Reader = field(metadata={"static": True})
     arrays: tuple[jax.Array, ...]  # [M, N, …], or [N, …] for one matrix that all experts share
     first: jax.Array | int = 0  # of the experts' matrices among all M
 
@@ -46,6 +49,10 @@ class Cotangent(NamedTuple):
     scale_A: jax.Array
 
 
+_STATIC = ("num_experts", "share", "tiling", "activation", "count", "dtype", "interpret")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)  # lowered once for all layers, and for all parts of a result
 def multiply(
     x: jax.Array,
     matrices: Sequence[Matrices],
@@ -57,7 +64,8 @@ def multiply(
     activation: float | bool | None = False,
     addends: Sequence[Addend | None] = (),
     outer: Cotangent | None = None,
-    span: tuple[int, int] | None = None,
+    begin: jax.Array | int = 0,
+    count: int | None = None,
     dtype: Any = jnp.float32,
     interpret: bool = False,
 ) -> list[jax.Array]:
@@ -69,10 +77,10 @@ def multiply(
       activation: ``swiglu`` of two products in place of both, with this limit or None; False: none.
       addends: of each matrix.
       outer: of the activation's result: the cotangents of both products and the activation itself come instead of it.
-      span: first row and number of rows of the matrices that are wanted; None: all.
+      begin, count: first row and number of rows of the matrices that are wanted, both multiples of a tile; None: all.
     """
     reader, size = matrices[0].reader, num_assignments(plan)
-    start, count = span or (0, reader.rows)
+    count = count or reader.rows
     columns = power_below(count, reader.row_limit, tiling.columns)
     num_x = 1 if outer is None else 3
     addends = tuple(addends) or (None,) * len(matrices)
@@ -80,12 +88,13 @@ def multiply(
     def kernel(*refs: Any) -> None:
         pl, _ = pallas()
         first, plan_refs, x_ref, sources, extras, outs = _taken_apart(refs, plan, matrices, addends, num_x)
-        tile, rows = pl.program_id(0), block_rows_of(plan, plan_refs, num_experts, tiling.rows)
+        tile, rows = first[-1] + pl.program_id(0), block_rows_of(plan, plan_refs, num_experts, tiling.rows)
+        column = pl.program_id(0) * columns
 
         @pl.when(rows.used)
         def _() -> None:
             source = jnp.where(rows.valid, rows.index, 0) // share
-            wanted = pl.ds(start + tile * columns, columns)
+            wanted = pl.ds(tile * columns, columns)
             places = [_place(held, first[i], rows.expert) for i, held in enumerate(matrices)]
 
             def step(number: Any, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -105,14 +114,16 @@ def multiply(
                 gated = functools.partial(swiglu, limit=activation)
                 totals = [gated(*totals)] if outer is None else _pulled(gated, totals, x_ref[1:], rows, tile, columns)
             for out, total in zip(outs, totals, strict=True):
-                _store(out, rows, tile * columns, total.astype(dtype))
+                _store(out, rows, column, total.astype(dtype))
 
     shape = jax.ShapeDtypeStruct((size, count), dtype)
     outs = [shape] * (len(matrices) if activation is False else 1 if outer is None else 3)
     grid = count // columns, num_blocks(plan)
-    return _launch(kernel, [x, *(outer or ())], matrices, plan, addends, outs, grid, tiling, interpret)
+    xs = [x, *(outer or ())]
+    return _launch(kernel, xs, matrices, plan, addends, outs, grid, tiling, interpret, begin // columns)
 
 
+@functools.partial(jax.jit, static_argnames=[name for name in _STATIC if name != "activation"])
 def multiply_transposed(
     xs: Sequence[jax.Array],
     matrices: Sequence[Matrices],
@@ -122,17 +133,18 @@ def multiply_transposed(
     share: int,
     tiling: Tiling,
     addends: Sequence[Addend | None] = (),
-    span: tuple[int, int] | None = None,
+    begin: jax.Array | int = 0,
+    count: int | None = None,
     dtype: Any = jnp.float32,
     interpret: bool = False,
 ) -> jax.Array:
     """``Σ_i x_i[a // share] · W_i[expert of a]``: ``dtype`` [A, K].
 
     Args:
-      span: first column and number of columns of the matrices that are wanted, both multiples of a tile; None: all.
+      begin, count: as for `multiply`, of columns.
     """
     reader, size = matrices[0].reader, num_assignments(plan)
-    start, count = span or (0, reader.columns)
+    count = count or reader.columns
     columns, depth = reader.column_tile(tiling.columns), reader.row_step
     columns = columns if reader.column_parts > 1 else power_below(count, columns)
     addends = tuple(addends) or (None,) * len(matrices)
@@ -140,7 +152,7 @@ def multiply_transposed(
     def kernel(*refs: Any) -> None:
         pl, gpu = pallas()
         first, plan_refs, x_refs, sources, extras, (out,) = _taken_apart(refs, plan, matrices, addends, len(xs))
-        tile, rows = pl.program_id(0) + start // columns, block_rows_of(plan, plan_refs, num_experts, tiling.rows)
+        tile, rows = first[-1] + pl.program_id(0), block_rows_of(plan, plan_refs, num_experts, tiling.rows)
 
         @pl.when(rows.used)
         def _() -> None:
@@ -161,11 +173,11 @@ def multiply_transposed(
             for (column, size), total in zip(parts, totals, strict=True):
                 for extra in extras:
                     total = _with_addend(total, extra, rows, pl.ds(column, size), by_column=True)
-                _store(out, rows, column - start, total.astype(dtype))
+                _store(out, rows, column - first[-1] * columns, total.astype(dtype))
 
     out = jax.ShapeDtypeStruct((size, count), dtype)
     grid = count // columns, num_blocks(plan)
-    return _launch(kernel, list(xs), matrices, plan, addends, [out], grid, tiling, interpret)[0]
+    return _launch(kernel, list(xs), matrices, plan, addends, [out], grid, tiling, interpret, begin // columns)[0]
 
 
 def _loop(steps: int, unroll: int, step: Callable[..., Any], start: Any) -> Any:
@@ -234,8 +246,9 @@ def _launch(
     grid: tuple[int, int],
     tiling: Tiling,
     interpret: bool,
+    first_tile: Any,
 ) -> list[jax.Array]:
-    first = jnp.stack([jnp.asarray(held.first, jnp.int32) for held in matrices])
+    first = jnp.stack([jnp.asarray(value, jnp.int32) for value in (*(held.first for held in matrices), first_tile)])
     extras = [array for extra in addends if extra is not None for array in extra]
     arguments = [first, *plan, *xs, *(array for held in matrices for array in held.arrays), *extras]
     run = launched(kernel, outs, grid, warps=tiling.warps, stages=tiling.stages, interpret=interpret)
