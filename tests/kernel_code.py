@@ -66,9 +66,11 @@ def compiled(folder: Path, name: str, tokens: str) -> dict[str, Any]:
     with compiling_for(gpu_of("h200")):
         executable = layer.lower(*arguments, weights).compile()
     ptx = "".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.ptx")))
-    text = executable.as_text()
+    text, memory = executable.as_text(), executable.memory_analysis()
+    assert text
+    assert memory
     return {
-        "temp_bytes": executable.memory_analysis().temp_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
         "loops": loops(ptx),
         "whiles": len(re.findall(r" while\(", text)),
         "widened": sorted(set(re.findall(rf"(?:bf16|f32)\[\d+,(?:{WIDTH},{HIDDEN}|{HIDDEN},{WIDTH})\]", text))),

@@ -197,7 +197,7 @@ def test_a_layer_of_a_stack_is_read_in_its_stack():
 )
 def test_gradients_agree_with_those_of_the_reference(name, tokens, shared):
     """280 tokens are sorted, 5 are not."""
-    weights = adapted(experts(FORMATS[name]), rank=4, shared=shared)
+    weights: Any = adapted(experts(FORMATS[name]), rank=4, shared=shared)
     x, ids, combine = drawn(tokens)
     factors = tuple((w.a, w.b) for w in weights)
 

@@ -153,12 +153,12 @@ def _experts_bwd(setup, saved, dy):
         return run.by_token(out, jnp.ones_like(combine), small=count == inner.columns)
 
     dx = run.in_slices(part, inner.columns, tile=inner.column_tile(setup.tiling.columns)).astype(x.dtype)
-    scaled = functools.partial(_scaled, share=share)
     low_down = run.low(weights.down, hidden)
+    low_down = None if low_down is None else _scaled(low_down, share)
     gradients = (
         run.gradients(weights.gate, dgate, (x, True), lows[0], backs[0]),
         run.gradients(weights.up, dup, (x, True), lows[1], backs[1]),
-        run.gradients(weights.down, dy, (scaled(hidden), False), scaled(low_down), back, per_token=True),
+        run.gradients(weights.down, dy, (_scaled(hidden, share), False), low_down, back, per_token=True),
     )
     return dx, dcombine, ExpertWeights(*map(cotangent, weights, gradients)), None, None
 
@@ -166,8 +166,8 @@ def _experts_bwd(setup, saved, dy):
 _experts.defvjp(_experts_fwd, _experts_bwd)
 
 
-def _scaled(rows: jax.Array | None, *, share: jax.Array) -> jax.Array | None:
-    return None if rows is None else (rows.astype(jnp.float32) * share[:, None]).astype(rows.dtype)
+def _scaled(rows: jax.Array, share: jax.Array) -> jax.Array:
+    return (rows.astype(jnp.float32) * share[:, None]).astype(rows.dtype)
 
 
 class _Run:

@@ -182,8 +182,8 @@ class GroupedReader(Reader):
         low, high = self._halves(refs[0][*place, rows, pl.ds(step * (self.group // 2), self.group // 2)], xs[0].dtype)
         total = gpu.dot(xs[0], low.T) + gpu.dot(xs[1], high.T)
         if self.zeros:
-            sums = sum(jnp.sum(x.astype(jnp.float32), axis=1) for x in xs)
-            total -= sums[:, None] * refs[2][*place, rows, step].astype(jnp.float32)[None, :]
+            low_sum, high_sum = (jnp.sum(x.astype(jnp.float32), axis=1) for x in xs)
+            total -= (low_sum + high_sum)[:, None] * refs[2][*place, rows, step].astype(jnp.float32)[None, :]
         return total * refs[1][*place, rows, step].astype(jnp.float32)[None, :]
 
     @property

@@ -112,7 +112,11 @@ def multiply(
             ]
             if not isinstance(activation, bool):
                 gated = functools.partial(swiglu, limit=activation)
-                totals = [gated(*totals)] if outer is None else _pulled(gated, totals, x_ref[1:], rows, tile, columns)
+                totals = (
+                    [gated(totals[0], totals[1])]
+                    if outer is None
+                    else _pulled(gated, totals, x_ref[1:], rows, tile, columns)
+                )
             for out, total in zip(outs, totals, strict=True):
                 _store(out, rows, column, total.astype(dtype))
 
