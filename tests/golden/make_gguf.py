@@ -1,5 +1,7 @@
-"""Makes gguf_blocks.npz: blocks of every type that is read, and what the gguf package's own dequantiser makes of them;
-and gguf_model.gguf, a model by the package's own writer, with what its dequantiser makes of each tensor in an npz beside.
+"""Makes what tests know of GGUF by the gguf package itself.
+
+gguf_blocks.npz has blocks of every type that is read and what the package's own dequantiser makes of them.
+gguf_model.gguf is a model by its own writer, with sums of its dequantised tensors beside it.
 
     python tests/golden/make_gguf.py
 
