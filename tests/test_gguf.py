@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from gguf_files import F32, I32, STRING, U16, U32, File, factors_of, file_of, ke
 
 from stepjax.checkpoint.folder import open_folder, open_weights
 from stepjax.checkpoint.gguf.model import GgufCheckpoint
+from stepjax.checkpoint.gguf.names import gguf_name
 from stepjax.checkpoint.gguf.settings import rope_factors, to_hub
 from stepjax.checkpoint.reader import Checkpoint
 from stepjax.commands.info import read_config
@@ -22,6 +24,7 @@ from stepjax.errors import CheckpointError, RequestError
 from stepjax.infer.load import load
 from stepjax.weights.gguf_blocks import GGUF_TYPES
 from stepjax.weights.int_groups import IntGroups
+from stepjax.weights.inventory import inventory
 from stepjax.weights.min_groups import MinGroups
 from stepjax.weights.quantised import Quantised
 
@@ -85,7 +88,7 @@ def test_parts_of_weights_are_those_of_the_whole(tmp_path, file):
     assert "1 in Q4_0 are widened" in " ".join(checkpoint.notes)
 
 
-@pytest.mark.parametrize("mesh", [None, "expert=2,tensor=2"])
+@pytest.mark.parametrize("mesh", [pytest.param(None, marks=pytest.mark.slow), "expert=2,tensor=2"])
 def test_experts_of_several_types_stay_in_their_blocks_and_answer_as_widened(tmp_path, file, folder, mesh):
     names = {
         "token_embd.weight": "q8_0",
@@ -336,3 +339,28 @@ def test_mtp_layers_are_taken_from_a_file_and_given_to_one(tmp_path, file, folde
         grafted.read("mtp.1.merge.weight", dtype=np.float32),
         GgufCheckpoint(whole).read("mtp.1.merge.weight", dtype=np.float32),
     )
+
+
+def test_a_file_of_ggufs_own_package():
+    """Written by its GGUFWriter and quantised by its quantisers (tests/golden/make_gguf.py)."""
+    file = Path(__file__).parent / "golden" / "gguf_model.gguf"
+    sums = np.load(file.with_suffix(".npz"), allow_pickle=False)
+    checkpoint = GgufCheckpoint(file)
+    config = checkpoint.config
+    assert [layer.num_heads for layer in config.layers] == [2, 4, 2]
+    assert [layer.moe for layer in config.layers] == [False, True, True]
+    assert [(layer.window, layer.limit, layer.limit_shared) for layer in config.layers[1:]] == [
+        (8, None, None),
+        (None, 7.0, 16.0),
+    ]
+    assert [layer.rope.width for layer in config.layers] == [8, 16, 8]
+    assert (config.eos_ids, config.router_scale, config.norm_eps) == ((3,), 3.0, 1e-5)
+    specs = inventory(config)
+    assert {gguf_name(spec.hub_name) for spec in specs} == set(sums.files)
+    kinds = set()
+    for spec in specs:
+        value = checkpoint.read(spec.path, dtype=np.float32).astype(np.float64)
+        value += 1 if spec.hub_name.endswith("norm.weight") else 0
+        np.testing.assert_allclose(value.sum(axis=0), sums[gguf_name(spec.hub_name)], rtol=1e-6, atol=1e-6)
+        kinds.add(checkpoint.type_name(spec.path))
+    assert kinds >= {"Q8_0", "Q4_0", "MXFP4", "BF16", "F16", "Q4_1", "Q5_0", "F32"}

@@ -60,8 +60,8 @@ def resolve(name_or_path: str | Path, *, weights: bool = True) -> Path:
 
 
 def _gguf_in(folder: Path) -> Path | None:
-    """The GGUF model of a folder that is no checkpoint folder."""
-    if (folder / "config.json").exists() or any(folder.glob("*.safetensors")):
+    """The GGUF model of a folder without safetensors."""
+    if any(folder.glob("*.safetensors")):
         return None
     models = models_in(folder)
     if len(models) > 1:

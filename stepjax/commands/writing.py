@@ -47,7 +47,7 @@ def add_size(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=9.0,
         metavar="X",
-        help="size of the largest file (default: %(default)s, as in the release)",
+        help="size of the largest file of a folder (default: %(default)s, as in the release)",
     )
 
 

@@ -51,7 +51,7 @@ _TYPE_CODES = {  # of metadata, by numpy's name
 }
 _STRING, _ARRAY = 8, 9
 _VALUES = 2**22  # of a matrix that are read at a time
-_THREADS = os.cpu_count() or 1
+_THREADS = min(8, os.cpu_count() or 1)  # each with some copies of so many values
 
 
 @dataclass(frozen=True)
