@@ -48,7 +48,9 @@ def sdk(folder: Path) -> dict[str, Any]:
     batch = [types.Datum(model_input=types.ModelInput.from_ints(ids[:-1]), loss_fn_inputs=inputs)] * 3
     pairs = []
     for _ in range(4):  # all sent before the first is done
-        pairs.append((model.forward_backward(batch, "cross_entropy"), model.optim_step(types.AdamParams(learning_rate=1e-3))))
+        pairs.append(
+            (model.forward_backward(batch, "cross_entropy"), model.optim_step(types.AdamParams(learning_rate=1e-3)))
+        )
     losses = [loss.result().metrics["loss:sum"] for loss, _ in pairs]
     norms = [step.result().metrics["grad_norm"] for _, step in pairs]
 
