@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from packed_folders import CASES, folder_of, golden, packed, plain_folder
 
 from stepjax.checkpoint.reader import Checkpoint
 from stepjax.infer.load import load
+from stepjax.infer.session import Session
 from stepjax.weights.quantised import Quantised
 
 WIDENED = {"gptq-order"}  # no form in memory has columns in another order
@@ -81,3 +84,54 @@ def test_a_model_answers_as_its_dequantised_twin(tmp_path, case):
         kept = {path for path, value in session.params.items() if isinstance(value, Quantised)}
         assert kept == (set() if case in WIDENED else {path for path in session.params if ".experts." in path})
         np.testing.assert_allclose(session.logits(ids), plain, atol=2e-4)  # sums in another order
+
+
+def mixed_folder(folder: Path) -> Path:
+    """int4 with zero points in layer 1, int8 in layer 2, and one matrix of attention in FP8."""
+    first, second = packed("int4-zeros"), packed("int8-zeros")
+    tensors = {name: value for name, value in first.items() if ".layers.2.moe.experts." not in name}
+    tensors |= {name: value for name, value in second.items() if ".layers.2.moe.experts." in name}
+    query = "model.layers.1.self_attn.q_proj.weight"
+    wide = tensors[query].astype(np.float32)
+    scale = np.abs(wide).max(axis=1, keepdims=True) / np.float32(448)
+    tensors |= {query: (wide / scale).astype(ml_dtypes.float8_e4m3fn), f"{query}_scale": scale}
+    weights = {bits: {"num_bits": bits, "type": "int", "symmetric": False, "group_size": 32} for bits in (4, 8)}
+    groups = {
+        "first": {"targets": [r"re:.*layers\.1\.moe.*"], "weights": weights[4], "format": "pack-quantized"},
+        "second": {"targets": [r"re:.*layers\.2\.moe.*"], "weights": weights[8], "format": "pack-quantized"},
+    }
+    settings = {"quant_method": "compressed-tensors", "format": "mixed-precision", "config_groups": groups}
+    return folder_of(folder, "int4", tensors, quantization_config=settings)
+
+
+def test_layers_and_parts_may_differ(tmp_path):
+    checkpoint = Checkpoint(mixed_folder(tmp_path))
+    held = {path: checkpoint.resident(path) for path in moe_paths(checkpoint)}
+    assert {path.split(".")[1]: (form.name, form.bits) for path, form in held.items()} == {
+        "1": ("int4", 4),
+        "2": ("int8", 8),
+    }
+    assert any(
+        "1 quantised weights are widened while loading (float-quantized FP8" in note for note in checkpoint.notes
+    )
+    for path in held:
+        case = "int4-zeros" if ".1." in path else "int8-zeros"
+        exact = expected(case, path)
+        np.testing.assert_allclose(checkpoint.read(path, dtype=np.float32), exact, rtol=tolerance(case), atol=0)
+    query = "layers.1.attn.q_proj.weight"
+    exact = np.asarray(packed("int4")["model.layers.1.self_attn.q_proj.weight"], np.float32)
+    np.testing.assert_allclose(checkpoint.read(query, dtype=np.float32), exact, atol=0.05 * np.abs(exact).max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["mixed", "fp8-tensor", "fp8-channel", "fp8-block"])
+@pytest.mark.parametrize("mesh", [None, "expert=2,tensor=2"])
+def test_kept_in_any_mixture_it_answers_as_its_widened_twin(tmp_path, case, mesh):
+    folder = mixed_folder(tmp_path / "model") if case == "mixed" else folder_of(tmp_path / "model", case)
+    source = Checkpoint(folder)
+    tensors = {path: source.read(path, dtype=np.float32) for path in source.paths}
+    kept = load(folder, dtype="float32", keep_fp8=True, mesh=mesh)
+    plain = Session(source.config, {p: jnp.asarray(v) for p, v in tensors.items()}, dtype=jnp.float32)
+    assert mesh or any(isinstance(value, Quantised) for value in kept.params.values())
+    ids = list(range(20, 60))
+    np.testing.assert_allclose(kept.logits(ids), plain.logits(ids), atol=2e-4)  # sums in another order

@@ -96,7 +96,7 @@ def _index(folder: Path) -> tuple[dict[str, str] | None, list[str]]:
                 f"{path}: tensor {name[:120]!r} is said to be in {str(file)[:120]!r}, expected the plain name of a "
                 ".safetensors file in the same folder; do not use this checkpoint unless you know who made it"
             )
-    absent = sorted({file for file in weight_map.values() if not (folder / file).exists()})
+    absent = sorted(file for file in {*weight_map.values()} if not (folder / file).exists())
     if absent:
         listed = ", ".join(absent[:5]) + (" …" if len(absent) > 5 else "")
         held = [name for name, file in weight_map.items() if file == absent[0]]
