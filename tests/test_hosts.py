@@ -89,6 +89,20 @@ def test_scores_are_those_of_one_device(folder, tmp_path, mesh):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("form", ["int4", "nvfp4"])
+def test_what_other_tools_read_is_scored_by_two_processes(folder, tmp_path, form):
+    """Experts in another tool's form, whose groups the mesh cuts, and MTP layers of another checkpoint."""
+    assert main(["convert", str(folder), str(tmp_path / "packed"), "--form", form]) == 0
+    (tmp_path / "in.json").write_text(json.dumps(TOKENS[:1]))
+    flags = ["--model", "packed", "--tokens", "in.json", "--out", "out.npz", "--dtype", "float32", "--mtp"]
+    together("score", *flags, "--mtp-from", folder, "--mesh", "expert=4,tensor=2", cwd=tmp_path)
+    logits, depths = load(tmp_path / "packed", dtype="float32").score(TOKENS[0])
+    with np.load(tmp_path / "out.npz") as found:
+        np.testing.assert_allclose(found["p0_logits"], logits, atol=2e-4)
+        np.testing.assert_allclose(found["p0_mtp3_logits"], depths[2], atol=2e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("strategy", ["expert_tensor", "wide"])
 def test_an_engine_that_the_others_follow_answers_as_one_device(folder, tmp_path, strategy):

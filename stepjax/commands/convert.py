@@ -156,6 +156,8 @@ def _write_own(folder: ModelFolder, args: argparse.Namespace, size: int) -> Path
         config = config if source.has_mtp else dataclasses.replace(config, mtp_layers=())
         weights, origin, companions = StoredWeights(source), None, files.contents(config) if files else None
     format = FORMATS[args.experts].for_model(source.config)
+    if format.name in ("int8", "int4"):
+        _say(f"--experts {format.name}: no other engine reads this, and a later version writes it no more; use --form")
     with progress_bar() as progress:
         return save(
             args.target,
