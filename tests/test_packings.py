@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints import Tensors
+from checkpoints import Tensors, renamed
 from packed_folders import CASES, folder_of, golden, packed, plain_folder
 
 from stepjax.checkpoint.reader import Checkpoint
@@ -135,3 +136,67 @@ def test_kept_in_any_mixture_it_answers_as_its_widened_twin(tmp_path, case, mesh
     assert mesh or any(isinstance(value, Quantised) for value in kept.params.values())
     ids = list(range(20, 60))
     np.testing.assert_allclose(kept.logits(ids), plain.logits(ids), atol=2e-4)  # sums in another order
+
+
+SPELLINGS = {
+    "legacy": ((".moe.experts.", ".moe."),),
+    "transformers": ((".moe.experts.", ".mlp.experts."), (".moe.gate.weight", ".mlp.gate.weight")),
+    "step-3.7": (("model.layers.", "model.language_model.layers."),),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("case", ["int4-zeros", "modelopt-nvfp4", "gptq"])
+def test_names_are_those_of_any_tool(tmp_path, spelling, case):
+    checkpoint = Checkpoint(folder_of(tmp_path, case, renamed(packed(case), SPELLINGS[spelling])))
+    for path in moe_paths(checkpoint)[:2]:
+        exact = expected(case, path)
+        np.testing.assert_allclose(checkpoint.read(path, dtype=np.float32), exact, rtol=tolerance(case), atol=0)
+
+
+def test_auto_round_names_the_layout_that_it_packed(tmp_path):
+    settings = {"quant_method": "auto-round", "bits": 4, "group_size": 16, "sym": False}
+    for case in ("gptq", "awq"):
+        given = settings | {"packing_format": f"auto_round:auto_{case}"}
+        checkpoint = Checkpoint(folder_of(tmp_path / case, case, quantization_config=given))
+        path = moe_paths(checkpoint)[0]
+        np.testing.assert_allclose(checkpoint.read(path, dtype=np.float32), expected(case, path), rtol=1e-6, atol=0)
+
+
+def test_settings_may_lie_in_a_file_of_their_own(tmp_path):
+    """GPTQ's quantize_config.json says which of the two zero points is meant."""
+    folder = folder_of(tmp_path, "gptq-v2", quantization_config=None)
+    path = "layers.1.moe.experts.gate"
+    assert not np.allclose(Checkpoint(folder).read(path, dtype=np.float32), expected("gptq-v2", path))
+    (folder / "quantize_config.json").write_text(json.dumps({"bits": 4, "checkpoint_format": "gptq_v2"}))
+    np.testing.assert_allclose(
+        Checkpoint(folder).read(path, dtype=np.float32), expected("gptq-v2", path), rtol=1e-6, atol=0
+    )
+
+
+@pytest.mark.parametrize("spelled", ["each", "each-1", "channel", "blocks"])
+def test_fp8_of_modelopt(tmp_path, spelled):
+    """Stacked, with a scale for each expert, each row or each block, the last as four axes."""
+    tensors = dict(plain("fp8-tensor"))
+    stacks = {name: value for name, value in tensors.items() if ".moe." in name and name.endswith("_proj.weight")}
+    wide = {}
+    for name, value in stacks.items():
+        experts, rows, _ = value.shape
+        random = np.random.default_rng(3)
+        shape = {
+            "each": (experts,),
+            "each-1": (experts, 1),
+            "channel": (experts, rows),
+            "blocks": (experts, 1, 1, 1, 1),
+        }
+        scale = random.uniform(0.5, 2, shape[spelled]).astype(np.float32)
+        q = (value / np.abs(value).max()).astype(ml_dtypes.float8_e4m3fn)
+        tensors |= {name: q, f"{name}_scale": scale}
+        factor = scale.reshape(experts, rows, 1) if spelled == "channel" else scale.reshape(experts, 1, 1)
+        wide[name] = q.astype(np.float32) * factor
+    settings = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]}
+    checkpoint = Checkpoint(folder_of(tmp_path, "fp8-tensor", tensors, quantization_config=settings))
+    for path in moe_paths(checkpoint):
+        _, layer, _, _, projection = path.split(".")
+        exact = wide[f"model.layers.{layer}.moe.{projection}_proj.weight"]
+        np.testing.assert_allclose(checkpoint.read(path, dtype=np.float32), exact, rtol=1e-6, atol=0)

@@ -298,9 +298,12 @@ def _work_folder(folder: Path, fingerprint: str | None, say: Callable[[str], Non
             path.unlink()
         try:
             yield work
-        except Exception as error:
-            if not isinstance(error, OSError):
+        except BaseException as error:
+            finished = any((work / "new").glob("*.safetensors"))
+            if not finished or not isinstance(error, OSError | KeyboardInterrupt) or fingerprint is None:
                 shutil.rmtree(work, ignore_errors=True)
+            elif not isinstance(error, OSError):
+                say(f"{folder}: ended; finished files are kept in {work}, and the same command goes on with them")
             raise
         shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
