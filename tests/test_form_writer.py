@@ -101,6 +101,15 @@ def test_a_folder_in_a_form_is_the_model_again(capsys, folder, tmp_path, form):
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_in_the_form_already_is_copied(folder, tmp_path, form):
+    """To round it again would change it."""
+    assert convert(folder, tmp_path / "one", "--form", form) == 0
+    assert convert(tmp_path / "one", tmp_path / "two", "--form", form) == 0
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes(), file.name
+
+
 def test_gate_and_up_of_an_expert_share_a_factor(folder, tmp_path):
     """An engine that fuses the two uses one of the factors for both."""
     assert convert(folder, tmp_path / "out", "--form", "nvfp4") == 0

@@ -19,17 +19,19 @@ from typing import Any
 
 import numpy as np
 
+from stepjax.checkpoint.graft import Grafted
 from stepjax.checkpoint.hf_config import plain_matrices, to_hf
-from stepjax.checkpoint.reader import ProgressCallback
+from stepjax.checkpoint.reader import Checkpoint, ProgressCallback
 from stepjax.checkpoint.source import WeightSource
 from stepjax.checkpoint.weight_files import INDEX, inside, read_json
 from stepjax.checkpoint.writer import MAX_SHARD_BYTES, ShardWriter, check_target, copy_companions
 from stepjax.config import ModelConfig, text_config
 from stepjax.errors import CheckpointError
-from stepjax.packings.written import Written, WrittenForm
+from stepjax.packings.written import Written, WrittenForm, WrittenFp8
 from stepjax.weights.dtypes import DTYPES
 from stepjax.weights.finite import not_finite
 from stepjax.weights.inventory import TensorSpec, inventory
+from stepjax.weights.quantised import Quantised
 from stepjax.whole_file import sync
 
 Encode = Callable[[str, int, np.ndarray], tuple[np.ndarray, ...]]
@@ -161,6 +163,8 @@ class _Values:
 
     def _encoded(self, weight: _Weight, expert: int) -> tuple[np.ndarray, ...]:
         path = weight.spec.path
+        if copied := self._copied(weight, expert):
+            return copied
         matrix = self._matrix(path, expert)
         if self.encode:
             return self.encode(path, expert, matrix)
@@ -169,6 +173,21 @@ class _Values:
         if self.form.shares and partner != path:
             largest = max(largest, float(np.abs(self._matrix(partner, expert)).max(initial=0)))
         return self.form.encode(matrix, largest)
+
+    def _copied(self, weight: _Weight, expert: int) -> tuple[np.ndarray, ...] | None:
+        """The tensors of a matrix that is in the form already: to round it again would change it."""
+        path = weight.spec.path
+        source = self.source.backbone if isinstance(self.source, Grafted) else self.source
+        if self.encode or path in self.changed or not isinstance(source, Checkpoint):
+            return None
+        if path in source.packed:
+            arrays = source.packed.stored_matrix(path, expert, self.form, weight.roles)
+            return tuple(arrays) if arrays else None
+        if isinstance(self.form, WrittenFp8) and source.format(path) == self.form.format:
+            index = slice(expert, expert + 1), slice(None), slice(None)
+            held = source.read(path, dtype=np.float32, keep=True, index=index, copy=True)
+            return tuple(leaf[0] for leaf in held.leaves) if isinstance(held, Quantised) else None
+        return None
 
     def _matrix(self, path: str, expert: int) -> np.ndarray:
         """One expert's matrix, float32."""

@@ -36,7 +36,7 @@ class Grafted:
         if not donor.has_mtp:
             raise CheckpointError(f"{donor.folder}: has no MTP layers to take; name a checkpoint that has them")
         check_same_base(backbone, donor)
-        self._backbone, self._donor = backbone, donor
+        self.backbone, self._donor = backbone, donor
         self.folder: Path = backbone.folder
         self.config: ModelConfig = dataclasses.replace(backbone.config, mtp_layers=donor.config.mtp_layers)
         self.has_mtp = True
@@ -49,19 +49,19 @@ class Grafted:
 
     @property
     def experts(self) -> ExpertFormat:
-        return self._backbone.experts
+        return self.backbone.experts
 
     @property
     def resident_experts(self) -> ExpertFormat:
-        return self._backbone.resident_experts
+        return self.backbone.resident_experts
 
     @property
     def by_path(self) -> bool:
-        return self._backbone.by_path
+        return self.backbone.by_path
 
     @property
     def left_out(self) -> Mapping[str, int]:
-        return self._backbone.left_out
+        return self.backbone.left_out
 
     @property
     def num_bytes(self) -> int:
@@ -111,7 +111,7 @@ class Grafted:
         return self._of(path).read(path, dtype=dtype, keep=keep, index=index, copy=copy, held=held)
 
     def _of(self, path: str) -> WeightSource:
-        return self._donor if path.startswith("mtp.") else self._backbone
+        return self._donor if path.startswith("mtp.") else self.backbone
 
 
 def check_same_base(one: WeightSource, other: WeightSource) -> None:

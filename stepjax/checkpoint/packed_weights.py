@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from stepjax.errors import CheckpointError
 from stepjax.packings.packing import Index, PackedWeight, Packing, StoredTensor, read_leaves, read_wide
 from stepjax.packings.rules import QuantRules
 from stepjax.packings.table import is_packed, recognise
+from stepjax.packings.written import Written, WrittenForm
 from stepjax.weights.expert_format import ExpertFormat
 
 CHECKED_BYTES = 2**30  # of scales that are read before the first weight is; those beyond are checked when they are used
@@ -80,6 +81,21 @@ class PackedWeights:
         if not problems:
             self._parts[recipe.spec.path] = parts
         return problems
+
+    def stored_matrix(
+        self, path: str, matrix: int, form: WrittenForm, roles: Sequence[Written]
+    ) -> list[np.ndarray] | None:
+        """The tensors of one matrix of a stack as they are in the files, if they are those of a form; else None."""
+        parts = self._parts[path]
+        weight, packing = (parts[0] if parts[0].weight.lead else parts[matrix]).weight, parts[0].packing
+        arrays = []
+        for written in roles if form.holds(packing) else ():
+            tensor = weight.tensors.get(written.role)
+            if tensor is None or tensor.dtype != written.dtype or tensor.shape != (*weight.lead, *written.shape):
+                return None
+            one = slice(matrix, matrix + 1), *(slice(0, size) for size in tensor.shape[1:])
+            arrays.append(tensor.read(one)[0] if weight.lead else tensor.all())
+        return arrays or None
 
     def num_bytes(self, path: str, share: float) -> int:
         """Bytes in the files of a share of a weight."""

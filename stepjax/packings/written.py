@@ -15,6 +15,8 @@ import numpy as np
 
 from stepjax.config import ModelConfig
 from stepjax.errors import ConfigError, RequestError
+from stepjax.packings.compressed import PackedFp4, PackQuantized
+from stepjax.packings.packing import Packing
 from stepjax.packings.words import pack_rows
 from stepjax.weights.dtypes import DTYPES
 from stepjax.weights.fp4 import MxFp4, NvFp4, mxfp4_codes, nvfp4_codes
@@ -54,6 +56,10 @@ class WrittenForm(ABC):
     @abstractmethod
     def encode(self, w: np.ndarray, largest: float) -> tuple[np.ndarray, ...]:
         """The tensors of a float32 matrix; ``largest``: magnitude among the matrices that share a factor."""
+
+    def holds(self, packing: Packing) -> bool:
+        """Whether a weight that lies so in files is already in this form."""
+        return False
 
     @abstractmethod
     def settings(self, config: ModelConfig, plain: Sequence[str]) -> dict[str, Any] | None:
@@ -145,6 +151,10 @@ class PackedInts(WrittenForm):
         words = pack_rows((q + (1 << (self.bits - 1))).astype(np.uint8).reshape(shape), self.bits)
         return words, scale, np.array(shape, np.int64)
 
+    def holds(self, packing: Packing) -> bool:
+        ours = isinstance(packing, PackQuantized) and packing.bits == self.bits
+        return ours and not (packing.zeros or packing.ordered) and self.columns in (None, packing.columns)
+
     def settings(self, config: ModelConfig, plain: Sequence[str]) -> dict[str, Any]:
         strategy = {"strategy": "group", "group_size": self.columns} if self.columns else {"strategy": "channel"}
         weights = {"num_bits": self.bits, "type": "int", "symmetric": True, "dynamic": False, **strategy}
@@ -175,6 +185,9 @@ class PackedNvFp4(WrittenForm):
     def encode(self, w: np.ndarray, largest: float) -> tuple[np.ndarray, ...]:
         codes, scale, divisor = nvfp4_codes(w, NvFp4().columns, largest=largest)
         return _pairs(codes), scale, np.array([divisor], np.float32)
+
+    def holds(self, packing: Packing) -> bool:
+        return isinstance(packing, PackedFp4) and packing.factor == self.tensors(1, 16)[2].role
 
     def settings(self, config: ModelConfig, plain: Sequence[str]) -> dict[str, Any]:
         weights = {"num_bits": 4, "type": "float", "symmetric": True, "dynamic": False}
@@ -244,6 +257,9 @@ class PackedMxFp4(WrittenForm):
     def encode(self, w: np.ndarray, largest: float) -> tuple[np.ndarray, ...]:
         codes, exponent = mxfp4_codes(w, MxFp4().columns)
         return _pairs(codes), exponent
+
+    def holds(self, packing: Packing) -> bool:
+        return isinstance(packing, PackedFp4) and not packing.factor
 
     def settings(self, config: ModelConfig, plain: Sequence[str]) -> dict[str, Any]:
         weights = {"num_bits": 4, "type": "float", "symmetric": True, "dynamic": False}
