@@ -152,8 +152,9 @@ class PackedInts(WrittenForm):
         return words, scale, np.array(shape, np.int64)
 
     def holds(self, packing: Packing) -> bool:
-        ours = isinstance(packing, PackQuantized) and packing.bits == self.bits
-        return ours and not (packing.zeros or packing.ordered) and self.columns in (None, packing.columns)
+        if not isinstance(packing, PackQuantized) or packing.zeros or packing.ordered:
+            return False
+        return packing.bits == self.bits and self.columns in (None, packing.columns)
 
     def settings(self, config: ModelConfig, plain: Sequence[str]) -> dict[str, Any]:
         strategy = {"strategy": "group", "group_size": self.columns} if self.columns else {"strategy": "channel"}
