@@ -284,7 +284,7 @@ def _eos_ids(meta: Metadata) -> tuple[list[int], list[str]]:
 
 
 def _factors(scaling: RopeScaling, *, theta: float, width: int) -> np.ndarray:
-    """By how much the llama3 rule divides each of the ``width / 2`` frequencies (docs/architecture.md, Rotary embedding)."""
+    """The llama3 rule's divisors of ``width / 2`` frequencies (docs/architecture.md, Rotary embedding)."""
     turns = _turns(theta, width) * scaling.original_max_position
     keep = np.clip((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0, 1)
     return 1 / ((1 - keep) / scaling.factor + keep)
