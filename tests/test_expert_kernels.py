@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stepjax.gpu_target import HOPPER
+from stepjax.errors import RequestError
+from stepjax.gpu_target import HOPPER, Gpu, compiling_for, kernel_choice
 from stepjax.ops.expert_dense import ExpertWeights
 from stepjax.ops.expert_stored import stored
 from stepjax.ops.experts import routed_experts
@@ -225,3 +226,28 @@ def close_gradient(found: jax.Array, expected: jax.Array) -> None:
     """By the size of the whole: cotangents are rounded to bfloat16 on the way, each to 2⁻⁹ of itself."""
     a, b = np.asarray(found, np.float32), np.asarray(expected, np.float32)
     assert np.linalg.norm(a - b) < 2e-2 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize(
+    ("choice", "name", "taken"),
+    [
+        ("on", "int4", True),
+        ("on", "bf16", False),
+        ("all", "bf16", True),
+        ("measured", "int4", False),
+        ("off", "int4", False),
+    ],
+)
+def test_the_environment_chooses_the_kernels(monkeypatch, choice, name, taken):
+    """Of a GPU that is compiled for; nothing is compiled here."""
+    monkeypatch.setenv("STEPJAX_KERNELS", choice)
+    weights, given = experts(FORMATS[name]), drawn(4)
+    with compiling_for(Gpu((8, 0), 108)):
+        traced = jax.make_jaxpr(functools.partial(routed_experts, limit=None))(*given, weights)
+    assert ("pallas_call" in str(traced)) == taken
+
+
+def test_an_unknown_choice_of_kernels_is_refused(monkeypatch):
+    monkeypatch.setenv("STEPJAX_KERNELS", "fast")
+    with pytest.raises(RequestError, match="STEPJAX_KERNELS: is 'fast', expected one of on, measured, all, off"):
+        kernel_choice()

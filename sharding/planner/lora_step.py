@@ -19,7 +19,7 @@ from stepjax.gpu_target import HOPPER
 from stepjax.model.step3p5 import KEPT_LAYERS
 from stepjax.ops.attention import BLOCK, WINDOWED_BLOCK
 from stepjax.ops.expert_choice import buffer_rows, tile_size
-from stepjax.ops.expert_stored import SLICE_BYTES
+from stepjax.ops.expert_stored import MOST_SLICES, SLICE_BYTES
 from stepjax.ops.stored_matrix import reader_of
 from stepjax.sharding.exchange import Exchange
 from stepjax.sharding.expert_parallel import Group
@@ -121,7 +121,8 @@ def _layer_bytes(layout: MeshLayout, work: StepShape) -> float:
     experts = 0.0
     if config.moe_layers and _read_as_stored(layout):
         hidden = shares.tokens * config.top_k * config.expert_size // group.num_shares
-        experts = float(SLICE_BYTES + HIDDEN_STATES * hidden * work.itemsize)
+        rows = 4.0 * shares.tokens * config.top_k * config.hidden_size
+        experts = max(SLICE_BYTES, rows / MOST_SLICES) + HIDDEN_STATES * hidden * work.itemsize
     elif config.moe_layers:
         rows = buffer_rows(shares.tokens * config.top_k / config.num_experts, most=shares.tokens)
         values = config.hidden_size * config.expert_size // group.num_shares

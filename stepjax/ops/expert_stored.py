@@ -25,6 +25,7 @@ from stepjax.weights.stacked import LayerWeight
 
 UNSORTED = 512  # assignments, up to which a program finds its rows by itself
 SLICE_BYTES = 32 * 2**20  # of products with down that wait to be added up
+MOST_SLICES = 8  # each is a kernel of its own to compile
 
 
 class _Setup(NamedTuple):
@@ -237,7 +238,9 @@ class _Run:
         Each waits for the one before, which the compiler would otherwise keep beside it.
         """
         slices = 1
-        while self._ids.size * (width // slices) * 4 > SLICE_BYTES and width % (2 * slices * tile) == 0:
+        while slices < MOST_SLICES and self._ids.size * (width // slices) * 4 > SLICE_BYTES:
+            if width % (2 * slices * tile):
+                break
             slices *= 2
         size, parts, wait = width // slices, [], 0
         for i in range(slices):
