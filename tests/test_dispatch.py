@@ -90,7 +90,7 @@ SLOW = pytest.mark.slow
         ("expert=4,tensor=2", "wide", 1024, "gather"),  # devices over tensor take half of their tokens each
         ("expert=4,tensor=2", "wide", 1024, "exchange"),
         ("expert=2,tensor=2,data=2", "wide_data", 16, "node"),  # tokens split over tensor already
-        ("expert=4,data=2", "wide_data", 1024, "node"),
+        pytest.param("expert=4,data=2", "wide_data", 1024, "node", marks=SLOW),
         pytest.param("expert=8", "wide", 1024, "gather", marks=SLOW),
         pytest.param("expert=8", "wide", 1024, "exchange", marks=SLOW),
         pytest.param("expert=2,tensor=2,data=2", "wide_data", 16, "gather", marks=SLOW),
@@ -111,7 +111,7 @@ def test_two_halves_give_what_one_device_gives(monkeypatch):
     assert_as_on_one_device(layout("expert=4", dispatch=Dispatch("exchange", halves=True)), ("spread", "empty shards"))
 
 
-@pytest.mark.parametrize("batch", [1, 4, 6, 7])
+@pytest.mark.parametrize("batch", [1, 6, pytest.param(4, marks=SLOW), pytest.param(7, marks=SLOW)])
 def test_batches_that_do_not_fill_the_shards_give_what_one_device_gives(batch):
     """One on all devices, one for every second, and two sizes that only `data` or nothing divides."""
     where = layout("data=2,expert=4", "wide_data")
@@ -212,10 +212,10 @@ def test_rows_in_eight_bits_change_little_and_alike_in_each_form():
     ("mesh", "strategy", "stream", "dispatch"),
     [
         ("expert=4,tensor=2", "wide", 1024, Dispatch("gather")),
-        ("expert=4,tensor=2", "wide", 64, Dispatch("gather", fp8=True)),
+        pytest.param("expert=4,tensor=2", "wide", 64, Dispatch("gather", fp8=True), marks=SLOW),
         ("expert=4,tensor=2", "wide", 1024, Dispatch("exchange", fp8=True)),
         ("data=2,expert=2,tensor=2", "wide_data", 64, Dispatch("node")),
-        ("expert=8", "wide", 1024, Dispatch("exchange", halves=True)),
+        pytest.param("expert=8", "wide", 1024, Dispatch("exchange", halves=True), marks=SLOW),
     ],
     ids=["gather", "gather of a split stream in 8 bits", "exchange in 8 bits", "node", "halves"],
 )
