@@ -76,18 +76,27 @@ def sft_states(session: Session, ids, *, steps: int) -> list[TuneState]:
     return states
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_a_batch_is_one_update_of_sft(training_client, tiny, training_server, chunks):
+=======
+@pytest.fixture(scope="module")
+def two_updates(tiny) -> list[TuneState]:
+    return sft_states(tiny, IDS, steps=2)
+
+
+@pytest.mark.parametrize("chunks", [1, 3, 4])
+def test_a_batch_is_one_update_of_sft(client, two_updates, server, chunks):
+>>>>>>> 7b9a78ed (tests: what sft makes of a batch is computed once; the mesh of the service is a slow test)
     """Every leaf after one update, to 1e-6, whatever the chunks in which the batch comes. Of the second, the moments:
     AdamW makes large steps of small gradients, which differ by rounding between two ways to pack rows.
     """
-    expected = sft_states(tiny, IDS, steps=2)
     tokens = sum(len(ids) - 1 for ids in IDS)
     data = [next_tokens(ids, np.full(len(ids) - 1, 1 / tokens)) for ids in IDS]
     model = training_client.model(seed=7)
     optim = OptimSettings()
     numbers = {"learning_rate": 1e-3, "beta1": optim.b1, "beta2": optim.b2, "eps": 1e-8, "weight_decay": 0.1}
-    for number, state in enumerate(expected, start=1):
+    for number, state in enumerate(two_updates, start=1):
         for part in np.array_split(np.arange(len(data)), chunks):
             model.send([data[i] for i in part])
         found = model.step(**numbers, grad_clip_norm=0.5)
@@ -426,6 +435,7 @@ def test_what_a_killed_server_leaves(client, tiny, server, tmp_path):
     async def recover():
         limits = ServiceLimits(max_rank=4)
         other = TrainingService(tiny, server.service, ("tiny",), folder=tmp_path / "copy", limits=limits)
+        other.shared.programs._made = server.training.shared.programs._made  # compiled once
         lane = other.lane(model.id)
         while not lane.idle or not lane.begun.done():
             await asyncio.sleep(0.01)
