@@ -6,7 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+<<<<<<< HEAD
 from training import IDS, Client, datum, logprobs, next_tokens, saved
+=======
+from tiny import tiny_session
+from training import Client, datum, logprobs, next_tokens
+>>>>>>> 861d65b3 (tests: the life of the training service in a file of its own, one server for both)
 
 from stepjax.adapters.lora import LoraConfig, attach
 from stepjax.adapters.peft import import_adapter
@@ -22,6 +27,32 @@ from stepjax.train.tune.setup import _make_state, schedule_of
 from stepjax.train.tune.trainable import trainable
 from stepjax.train.tune.update import LossProgram, TuneState, TuneUpdate
 
+<<<<<<< HEAD
+=======
+IDS = [[5, 9, 2, 30, 31, 7, 8], [4, 4, 18, 90, 3], [60, 2, 2, 9, 9, 9, 1, 77, 30], [8, 7]]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Session:
+    return tiny_session()
+
+
+@pytest.fixture
+def server(training_server):
+    return training_server
+
+
+@pytest.fixture
+def client(server):
+    with Client(server) as client:
+        yield client
+
+
+def saved(server, path: str, *, optimizer: bool = False):
+    """The state and the settings of a checkpoint."""
+    return read_checkpoint(server.training.shared.registry.checkpoint_folder(path), optimizer=optimizer)
+
+>>>>>>> 861d65b3 (tests: the life of the training service in a file of its own, one server for both)
 
 def dense(session: Session, ids) -> np.ndarray:
     """Log-softmax of all logits, float64 [T, V]."""
@@ -351,6 +382,7 @@ def test_json_calls_do_the_same(training_client):
     body = {"model_id": second.id, "seq_id": 1, "forward_backward_input": inner}
     assert training_client.result("forward_backward", body) == first.run([next_tokens(ids)])
     older = {"model_id": second.id, "seq_id": 2, "forward_input": inner}
+<<<<<<< HEAD
     assert training_client.result("forward", older)["metrics"] == first.run([next_tokens(ids)], forward=True)["metrics"]
 
 
@@ -655,3 +687,6 @@ def test_losses_with_a_teacher_for_users_of_the_sdk(server, monkeypatch):
     with pytest.raises(ConfigError, match="hosted service has no forward_kl"):
         forward_kl(Sdk(), [1], teacher="tiny")
 >>>>>>> 5c64dfe5 (service: the calls of an ended session are forgotten; CHANGELOG and the walk of a call)
+=======
+    assert client.result("forward", older)["metrics"] == first.run([next_tokens(ids)], forward=True)["metrics"]
+>>>>>>> 861d65b3 (tests: the life of the training service in a file of its own, one server for both)
