@@ -59,7 +59,8 @@ def trained(session: Session) -> tuple[list, HostState, HostState]:
     return asyncio.run(run())
 
 
-@pytest.mark.parametrize("mesh", ["expert=2,tensor=2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["expert=2,tensor=2", "data=2,expert=2"])
 def test_a_model_on_a_mesh_is_that_of_one_device(mesh):
     one, state, _ = trained(Session(CONFIG, PARAMS, dtype=jnp.float32, mtp=False))
     places = layout(mesh, "expert_tensor")

@@ -144,9 +144,8 @@ class Journal:
         stored = dict(self._about())
         for name, value in expected.items():
             if stored.setdefault(name, value) != value:
-                raise ConfigError(
-                    f"{path}: is of {name} {stored[name][:200]}, expected {value[:200]}; choose another --train-folder"
-                )
+                what = {"form": "another version of stepjax", "base": "another base model or dtype"}[name]
+                raise ConfigError(f"{path}: is the journal of {what}; choose another --train-folder")
             self.insert("about", name=name, value=value)
 
     def _about(self) -> Iterator[tuple[str, str]]:

@@ -71,7 +71,7 @@ class TrainingService:
         self._closing = contextlib.ExitStack()
         self._closing.enter_context(locked(folder))
         remove_leftovers(folder)
-        journal = Journal(folder / "journal.sqlite", identity=model_identity(session).partition(", mtp")[0])
+        journal = Journal(folder / "journal.sqlite", identity=_base_identity(session))
         self._closing.callback(journal.close)
         registry, programs, device = Registry(journal, folder), Programs(session), DeviceTurns(service)
         adapters = ReadOnlyAdapters(registry, programs)
@@ -98,6 +98,7 @@ class TrainingService:
         self._lanes: dict[str, tuple[Lane, ModelWork]] = {}
         self._seen: dict[str, float] = {}  # session → when it was heard of last
         self._quiet: set[str] = set()  # sessions whose memory is to be given back
+        self._ended: set[str] = set()  # sessions that have ended, whose calls are still kept
         self._samples: dict[str, set[asyncio.Task[None]]] = {}  # session → answers under way
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -381,6 +382,17 @@ class TrainingService:
             ):
                 if checkpoint.name.startswith(HIDDEN):
                     await self.delete_checkpoint(checkpoint.path)
+        self._ended.add(session)
+        await self._forget_ended()
+
+    async def _forget_ended(self) -> None:
+        """Remove the calls and states of sessions that have ended, once none of their models is in memory."""
+        shared = self.shared
+        for session in [session for session in self._ended if session not in self._quiet]:
+            self._ended.discard(session)
+            for row in await asyncio.to_thread(lambda session=session: shared.journal.rows("models", session=session)):
+                await asyncio.to_thread(lambda row=row: shared.journal.delete("calls", model=row.id))
+                await asyncio.to_thread(shared.registry.forget_model, row.id)
 
     async def delete_checkpoint(self, path: str) -> None:
         await asyncio.to_thread(self.shared.registry.delete_checkpoint, path)
@@ -413,6 +425,7 @@ class TrainingService:
                         await self._quieten(session)
                 for session in list(self._quiet):
                     await self._quieten(session)
+                await self._forget_ended()
                 for row in await asyncio.to_thread(self.shared.journal.expired):
                     await self.delete_checkpoint(row.path)
             except Exception:
@@ -453,6 +466,11 @@ class _ServiceCollector(Collector):
             yield GaugeMetricFamily(f"{PREFIX}:{name}", text, value=value)
         for name, (text, value) in counters.items():
             yield CounterMetricFamily(f"{PREFIX}:{name}", text, value=value)
+
+
+def _base_identity(session: Session) -> str:
+    """What saved states depend on: the model's configuration and its dtype, as a digest."""
+    return hashlib.sha256(model_identity(session).partition(", mtp")[0].encode()).hexdigest()
 
 
 def _digest(kind: str, body: bytes) -> str:
