@@ -25,7 +25,7 @@ from stepjax.infer.engine.engine import Engine, Update
 from stepjax.infer.engine.executor import Executor, Order, Progress
 from stepjax.infer.engine.ready_programs import ProgramShape
 from stepjax.infer.engine.sequence import HostMove, StepPlan
-from stepjax.infer.steps.state import Emitted, SlotParts, State, slot_parts, with_slot_parts
+from stepjax.infer.steps.state import Emitted, State, slot_parts, with_slot_parts
 from stepjax.program_cache import compile_program
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class PairedExecutor(Executor):
 
     def _hand_over_slot(self, slot: int) -> None:
         taken = self._taker(self.prefiller.state, self.prefiller._on_shard(slot, 0)[0])
-        there = jax.tree.map(lambda x: x.sharding, _entries(self.state))
+        there = [x.sharding for x in jax.tree.leaves(_entries(self.state))]
         self.state = self._putter(self.state, jax.device_put(taken, there), self._on_shard(slot, 0)[0])
 
     @cached_property
@@ -84,43 +84,43 @@ class PairedExecutor(Executor):
         source = self.prefiller
         layout = source.runner.model.layout
 
-        def take(state: State, slot_N: jax.Array) -> Any:
-            def one(tree: Any, slot_N: jax.Array) -> Any:
-                return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, jnp.maximum(slot_N[0], 0), 0), tree)
+        def take(state: State, slot_N: jax.Array) -> list[jax.Array]:
+            def one(leaves: list[jax.Array], slot_N: jax.Array) -> list[jax.Array]:
+                return [jax.lax.dynamic_index_in_dim(x, jnp.maximum(slot_N[0], 0), 0) for x in leaves]
 
-            return layout.by_shard(one, _entries(state), slot_N)
+            return layout.by_shard(one, jax.tree.leaves(_entries(state)), slot_N)
 
         return compile_program(
             source.runner.cache,
             take,
             (source.state, source._on_shard(0, 0)[0]),
             identity=f"take slots {layout!r}",
-            types=(SlotParts,),
-            out_shardings=jax.tree.map(lambda x: x.sharding, _entries(source.state)),
+            out_shardings=[x.sharding for x in jax.tree.leaves(_entries(source.state))],
         )
 
     @cached_property
     def _putter(self) -> Callable[..., Any]:
         layout = self.runner.model.layout
 
-        def put(state: State, values: Any, slot_N: jax.Array) -> State:
-            def one(tree: Any, values: Any, slot_N: jax.Array) -> Any:
+        def put(state: State, values: list[jax.Array], slot_N: jax.Array) -> State:
+            def one(leaves: list[jax.Array], values: list[jax.Array], slot_N: jax.Array) -> list[jax.Array]:
                 slot = jnp.maximum(slot_N[0], 0)
 
                 def into(x: jax.Array, value: jax.Array) -> jax.Array:
                     kept = jax.lax.dynamic_index_in_dim(x, slot, 0)
                     return jax.lax.dynamic_update_slice_in_dim(x, jnp.where(slot_N[0] >= 0, value, kept), slot, 0)
 
-                return jax.tree.map(into, tree, values)
+                return list(map(into, leaves, values))
 
-            parts, progress, sampling = layout.by_shard(one, _entries(state), values, slot_N)
+            leaves, structure = jax.tree.flatten(_entries(state))
+            parts, progress, sampling = jax.tree.unflatten(structure, layout.by_shard(one, leaves, values, slot_N))
             state = with_slot_parts(state, parts._replace(tails=progress.tails))
             return state._replace(progress=progress, sampling=sampling)
 
-        shards, entries = self.size.num_shards, _entries(self.state)
-        values = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((shards, *x.shape[1:]), x.dtype, sharding=x.sharding), entries
-        )
+        values = [
+            jax.ShapeDtypeStruct((self.size.num_shards, *x.shape[1:]), x.dtype, sharding=x.sharding)
+            for x in jax.tree.leaves(_entries(self.state))
+        ]
         return compile_program(
             self.runner.cache,
             put,
