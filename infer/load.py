@@ -63,6 +63,7 @@ def load(
     progress: Callable[[int, int], None] | None = None,
     program_cache: ProgramCache | None = None,
     layers: LayerForm = "auto",
+    first_device: int = 0,
 ) -> Session:
     """Open a checkpoint and place its weights.
 
@@ -92,6 +93,8 @@ def load(
         once; "unrolled" compiles each by itself, as training needs it. "auto" takes what `LAYER_FORMS` says of the
         device. Layers whose experts are in different formats, as a GGUF file may have them, are never stacked.
 
+      first_device: the mesh takes devices from this one on, where those before it are another mesh's.
+
     Raises:
       CheckpointError, ConfigError, TokenizerError, TemplateError: the folder is not a usable checkpoint. Everything is
         checked before the first weight is placed.
@@ -111,7 +114,7 @@ def load(
         if mesh is None or expert_order:
             raise RequestError("expert_slots: give it together with a mesh, and without expert_order")
         config = config.with_slots(expert_slots)
-    experts, layout = _layout(mesh, strategy, dispatch, config, experts)
+    experts, layout = _layout(mesh, strategy, dispatch, config, experts, first_device)
     chosen = _resolve_dtype(dtype)
     looped = _looped(layers, checkpoint, experts)
     report = None
@@ -231,6 +234,7 @@ def _layout(
     dispatch: Dispatch | None,
     config: ModelConfig,
     experts: ExpertForms,
+    first_device: int,
 ) -> tuple[ExpertForms, Layout]:
     """The layout, and the forms of experts: with smaller units where the mesh cuts inside one."""
     if mesh is None:
@@ -241,9 +245,9 @@ def _layout(
         return experts, SingleDevice()
     spec = MeshSpec.parse(mesh) if isinstance(mesh, str) else mesh
     if -1 not in spec.sizes.values() and not jax.distributed.is_initialized():
-        want_virtual_devices(spec.num_devices)
-    spec = spec.resolve(jax.device_count())
-    mesh_of_devices = spec.build()
+        want_virtual_devices(first_device + spec.num_devices)
+    spec = spec.resolve(jax.device_count() - first_device)
+    mesh_of_devices = spec.build(jax.devices()[first_device:])
     domain = domain_size(mesh_of_devices.devices.flat[0].device_kind)
     make = functools.partial(MeshLayout, mesh_of_devices, dispatch=dispatch or CHEAPEST, domain=domain)
     if not isinstance(experts, Mapping):

@@ -82,11 +82,7 @@ class Device:
         self.loaded = {}
         for move in plan.moves:
             self.move(move)
-        for slot in plan.resets:
-            self.slots[slot].table = [0] * self.width
-        for slot, first, pages in plan.page_updates:
-            assert first + len(pages) <= self.width
-            self.slots[slot].table[first : first + len(pages)] = pages
+        self.update_tables(plan)
         restored = self.loaded
         for slot, snapshot in plan.restores:
             restored[slot], ring = self.snapshots[self.slots[slot].shard, snapshot]
@@ -100,6 +96,13 @@ class Device:
             at = self.slots[slot].shard, snapshot
             self.snapshots[at] = self.slots[slot].length, dict(self.slots[slot].ring)
         return StepOutput(tuple(out))
+
+    def update_tables(self, plan: StepPlan) -> None:
+        for slot in plan.resets:
+            self.slots[slot].table = [0] * self.width
+        for slot, first, pages in plan.page_updates:
+            assert first + len(pages) <= self.width
+            self.slots[slot].table[first : first + len(pages)] = pages
 
     def step(self, plan: StepPlan, row: Row, sequence: Sequence) -> tuple[int, ...]:
         slot, owner = self.slots[row.slot], sequence.owner

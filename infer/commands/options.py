@@ -217,14 +217,18 @@ def open_session(
     startup: Startup,
     folder: ModelFolder | None = None,
     needs: Literal["ids", "text", "chat"] = "ids",
+    mesh: MeshSpec | None = None,
+    first_device: int = 0,
 ) -> Session:
     """Import jax and load the weights, after all that can be checked without.
 
     Args:
       startup: shows what is done.
       folder: that of the model, if it has been checked.
+      mesh, first_device: in place of ``--mesh``, and from which device on.
     """
-    mesh = None if args.mesh is None else MeshSpec.parse(args.mesh)
+    if mesh is None and args.mesh is not None:
+        mesh = MeshSpec.parse(args.mesh)
     folder = folder or checked_folder(args.model, mtp_from=args.mtp_from, needs=needs)
     loads = None if args.expert_loads is None else read_loads(args.expert_loads)
     with startup.stage("importing", "starting jax"):
@@ -239,6 +243,7 @@ def open_session(
             quantize=args.quantize,
             group=args.group,
             mesh=mesh,
+            first_device=first_device,
             strategy=args.strategy,
             dispatch=dispatch_of(args),
             expert_slots=args.expert_slots,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import logging
 import os
 import sys
@@ -20,6 +21,7 @@ from stepjax.infer.commands.options import (
     open_session,
     printable,
 )
+from stepjax.sharding.mesh import MeshSpec
 from stepjax.startup import StartLines, Startup
 
 if TYPE_CHECKING:
@@ -132,6 +134,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine.add_argument(
         "--speculate", type=int, metavar="K", help="MTP drafts per step, 0 to 3 (default: chosen by load)"
     )
+    engine.add_argument(
+        "--prefill-mesh",
+        metavar="AXES",
+        help="compute prompts on a mesh of their own; with --decode-mesh, in place of --mesh (default: one for both)",
+    )
+    engine.add_argument(
+        "--decode-mesh",
+        metavar="AXES",
+        help="the mesh of answers, on the devices after those of --prefill-mesh (default: one mesh for both)",
+    )
 
 
 def run(args: argparse.Namespace, extend: Extend | None = None) -> int:
@@ -143,6 +155,7 @@ def run(args: argparse.Namespace, extend: Extend | None = None) -> int:
     args.model = args.name or args.model
     keys = _keys(args)
     _check_tls(args)
+    _meshes(args)
     folder = checked_folder(args.model, mtp_from=args.mtp_from)
     from stepjax.infer.serve.middleware import ApiKeys
     from stepjax.infer.serve.server import Gate, Server, ServerConfig, log_to_stderr
@@ -185,9 +198,9 @@ async def _start(
         while not server.started:
             await asyncio.sleep(0.01)
         log.info("listening on %s; /health says 200 once requests are answered", server.url)
-        session = await asyncio.to_thread(open_session, args, startup=startup, folder=folder)
+        session, prefill = await asyncio.to_thread(_sessions, args, startup, folder)
         with startup.stage("building", "building the engine"):
-            engine = await asyncio.to_thread(_engine, args, session)
+            engine = await asyncio.to_thread(_engine, args, session, prefill)
             from stepjax.infer.serve.api import ServeOptions
             from stepjax.infer.serve.app import create_app
             from stepjax.infer.serve.metrics import ServerMetrics
@@ -215,13 +228,37 @@ async def _start(
     return service
 
 
-def _engine(args: argparse.Namespace, session: Session) -> Engine:
+def _meshes(args: argparse.Namespace) -> tuple[MeshSpec, MeshSpec] | None:
+    """Those of prompts and of answers, if they are apart."""
+    if args.prefill_mesh is None and args.decode_mesh is None:
+        return None
+    if args.prefill_mesh is None or args.decode_mesh is None or args.mesh is not None:
+        raise RequestError("--prefill-mesh and --decode-mesh: expected both, without --mesh, or none of them")
+    meshes = MeshSpec.parse(args.prefill_mesh), MeshSpec.parse(args.decode_mesh)
+    if any(-1 in mesh.sizes.values() for mesh in meshes):
+        raise RequestError("--prefill-mesh and --decode-mesh: leave an axis open, expected the size of each")
+    return meshes
+
+
+def _sessions(args: argparse.Namespace, startup: Startup, folder: ModelFolder) -> tuple[Session, Session | None]:
+    """The model, and if prompts have a mesh of their own the model there."""
+    meshes = _meshes(args)
+    if meshes is None:
+        return open_session(args, startup=startup, folder=folder), None
+    prefill, decode = meshes
+    session = open_session(args, startup=startup, folder=folder, mesh=decode, first_device=prefill.num_devices)
+    return session, open_session(args, startup=startup, folder=folder, mesh=prefill)
+
+
+def _engine(args: argparse.Namespace, session: Session, prefill: Session | None) -> Engine:
     """The engine, with the adapters of the command line."""
     from stepjax.infer.engine.config import EngineConfig
     from stepjax.infer.engine.engine import Engine
+    from stepjax.infer.separate_meshes import SeparateConfig, SeparateEngine
 
     given = GivenAdapters.read(args, session, _served_names(args))
-    config = EngineConfig(
+    make = EngineConfig if prefill is None else functools.partial(SeparateConfig, prefill=prefill)
+    config = make(
         num_slots=args.max_seqs,
         context=args.context,
         cache_bytes=None if args.cache_gib is None else int(args.cache_gib * 2**30),
@@ -232,7 +269,7 @@ def _engine(args: argparse.Namespace, session: Session) -> Engine:
         max_waiting=args.max_queue,
         deterministic=args.deterministic,
     )
-    engine = Engine(session, config)
+    engine = Engine(session, config) if prefill is None else SeparateEngine(session, config)
     for name, (factors, lora) in given.adapters.items():
         engine.load_adapter(name, factors, lora)
     return engine
@@ -317,6 +354,9 @@ def _announce(url: str, session: Session, engine: Engine, options: ServeOptions)
 
     size, mesh = engine.executor.size, getattr(session.model.layout, "mesh", None)
     split = "" if mesh is None else f", mesh {','.join(f'{axis}={n}' for axis, n in mesh.shape.items() if n > 1)}"
+    prefiller = getattr(engine.executor, "prefiller", None)
+    if prefiller is not None:
+        split += f", prompts on {prefiller.runner.model.layout.describe()['mesh']}"
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(session.params))
     body = f'{{"model": "{options.names[0]}", "messages": [{{"role": "user", "content": "What is 467 + 358?"}}]}}'
     key = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if options.keys else ""

@@ -49,6 +49,7 @@ class SchedulerConfig:
     prefill_rows: int = 1 << 30  # prompts that a prefill step may run pieces of, on all shards together
     reserve: bool = False  # allocate the pages of the whole answer at once, so that no sequence is preempted
     num_shards: int = 1  # groups of devices with slots and pages of their own
+    separate: bool = False  # prefill and decode run on devices of their own, so that neither waits for the other
 
     def __post_init__(self) -> None:
         for name in ("num_slots", "context", "page_size", "max_waiting", "prefill_rows", "num_shards"):

@@ -143,6 +143,7 @@ class EngineConfig:
             prefill_rows=1 if self.deterministic else sizes.all_slots,
             reserve=self.deterministic,
             num_shards=sizes.num_shards,
+            separate=executor.separate,
         )
 
     def slot_buckets(self, size: CacheSize) -> tuple[int, ...]:

@@ -75,6 +75,8 @@ class Order(NamedTuple):
 class Executor:
     """Holds the device's state, and runs orders on it as they arrive."""
 
+    separate = False  # whether prefill and decode run on devices of their own
+
     def __init__(
         self,
         runner: Runner,

@@ -112,11 +112,12 @@ class HostCopies:
         return pages, rings
 
     def warm(self) -> None:
-        """Compile what `run` needs."""
+        """Compile what `run` and `copy` need."""
         for count in COPIED:
             self._taker(self._page_shapes, count)
             self._putter(count)
-        self._taker(self._snapshot_shapes, 1)
+        if self._snapshot_shapes:
+            self._taker(self._snapshot_shapes, 1)
 
     def forget(self) -> None:
         """Forget all copies."""
@@ -162,6 +163,19 @@ class HostCopies:
             for move, copy in zip(some, copies[shard], strict=True):
                 copy.ready = ready
                 self._copies[move.id] = copy
+
+    def copy(
+        self, moves: Iterable[HostMove], pages: list[jax.Array], other: HostCopies, source: list[jax.Array]
+    ) -> list[jax.Array]:
+        """The arrays of all pages, which are donated, with those of ``moves`` from the same places of another device's
+        arrays. Both have as many shards.
+        """
+        for some in _chunks(moves):
+            count = _bucket(some)
+            taken = other._taker(other._page_shapes, count)(source, other._places(some, count))
+            there = [self._rows_of(shape, count).sharding for shape in self._page_shapes]
+            pages = self._putter(count)(pages, jax.device_put(taken, there), self._places(some, count))
+        return pages
 
     def _put(self, pages: list[jax.Array], moves: ByShard) -> list[jax.Array]:
         count = _bucket(moves)

@@ -63,14 +63,21 @@ class Scheduler:
 
         None if there is nothing to do before the plan in flight is committed.
         """
+        if self.config.separate:
+            return self._plan_separate()
         assert len(self._in_flight) <= 1, "commit the plan before the last one first"
         if self._prefilled_last and any(run.needs_step for run in self.admission.running):
             return self._plan_decode() or self._plan_prefill()
         return self._plan_prefill() or self._plan_decode()
 
     def commit(self, plan: StepPlan, output: StepOutput) -> list[Sequence]:
-        """Take a step's tokens, in the order of the plans. Returns the sequences that reached their last token."""
-        expected, parts = self._in_flight.popleft()
+        """Take a step's tokens, in the order of the plans; where prefill and decode have devices of their own, of the
+        plans of its kind. Returns the sequences that reached their last token.
+        """
+        kinds = [launched.kind for launched, _ in self._in_flight]
+        place = kinds.index(plan.kind) if self.config.separate else 0
+        expected, parts = self._in_flight[place]
+        del self._in_flight[place]
         assert plan is expected, "plans are committed in their order"
         finished = []
         for (row, run, least, most, snapshot), tokens in zip(parts, output.tokens, strict=True):
@@ -79,6 +86,7 @@ class Scheduler:
             run.least -= least
             run.most -= most
             if plan.kind == "prefill":
+                run.awaited = run.awaited and row.next_id >= 0
                 self.admission.keep_prefix(run, row.start + row.count, snapshot)
             if not tokens or sequence.state is SequenceState.FINISHED:
                 continue
@@ -88,6 +96,14 @@ class Scheduler:
                 self.finish(sequence.id, "length")
                 finished.append(sequence)
         return finished
+
+    def _plan_separate(self) -> StepPlan | None:
+        """A step for devices that decode or for those that prefill; both may have two in flight. A sequence decodes
+        once the end of its prompt is committed, so that no decode step waits for a prompt.
+        """
+        in_flight = Counter(plan.kind for plan, _ in self._in_flight)
+        plan = self._plan_decode() if in_flight["decode"] < 2 else None
+        return plan or (self._plan_prefill() if in_flight["prefill"] < 2 else None)
 
     def _plan_prefill(self) -> StepPlan | None:
         """The next chunk of the first in rank, and chunks of others that are not wider, within each shard's token
@@ -127,6 +143,7 @@ class Scheduler:
         if last:
             run.sequence.state = SequenceState.DECODING
             run.least = run.most = 1
+            run.awaited = self.config.separate
         full = end % self.config.page_size == 0
         snapshot = run.shard.prefix.reserve_snapshot(evict=end in run.marks) if full and run.keys else None
         return _Part(row, run, int(last), int(last), snapshot)

@@ -73,6 +73,11 @@ class Row(NamedTuple):
     ids: tuple[int, ...] = ()  # prefill: the chunk
     next_id: int = -1  # prefill: the prompt token after the chunk; −1 where the prompt ends and a token is sampled
 
+    def filled_pages(self, page_size: int) -> range:
+        """Places among the sequence's pages of those that a piece of a prompt fills, and at its end of the last too."""
+        end = self.start + self.count
+        return range(self.start // page_size, -(-end // page_size) if self.next_id < 0 else end // page_size)
+
 
 class PageUpdate(NamedTuple):
     """Entries first, first + 1, … of a slot's row of the page table."""

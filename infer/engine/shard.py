@@ -81,6 +81,7 @@ class RunningSequence:
     least: int = 0  # fewest tokens that plans in flight add
     most: int = 0
     left: bool = False
+    awaited: bool = False  # the piece that ends its prompt is in flight on devices other than those that decode
     shared: dict[Sequence, bool] = field(
         default_factory=dict
     )  # whether others' prompts begin with ours up to the last mark
@@ -93,6 +94,8 @@ class RunningSequence:
     def needs_step(self) -> bool:
         """Whether it decodes, is not held, and does not certainly end with the steps in flight."""
         sequence = self.sequence
+        if self.awaited:
+            return False
         return self.prefilled and not sequence.held and len(sequence.output) + self.least < sequence.params.max_tokens
 
     def will_cache_part_of(self, other: Sequence) -> bool:
