@@ -104,6 +104,8 @@ def add_flags(environment: MutableMapping[str, str], uses: Sequence[Use]) -> Non
       '--xla_gpu_graph_min_graph_size=3 --xla_gpu_enable_command_buffer=+COLLECTIVES'
     """
     given = environment.get("XLA_FLAGS", "")
+    if given.strip() and not given.lstrip().startswith("-"):
+        return  # XLA reads its flags from the file of that name
     names = {word.partition("=")[0] for word in given.split()}
     added = [str(flag) for flag in FLAGS if {*flag.uses} & {*uses} and flag.name not in names]
     environment["XLA_FLAGS"] = " ".join([given, *added]).strip()
