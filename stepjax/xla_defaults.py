@@ -53,9 +53,9 @@ FLAGS = (
         "--xla_gpu_dot_merger_threshold_mb",
         "0",
         ("training",),
-        "a base matrix is not joined with its adapter's, which copies it in every step: the gradients of an adapter for "
-        "four layers of the release and 1,024 tokens take 2,285 MB of temporaries in place of 4,938 (bfloat16, compiled "
-        "for an H200, jax 0.10.2)",
+        "a base matrix is not joined with its adapter's, which copies it in every step: the gradients of an adapter "
+        "for four layers of the release and 1,024 tokens take 2,285 MB of temporaries in place of 4,938 (bfloat16, "
+        "compiled for an H200, jax 0.10.2)",
     ),
 )
 
