@@ -56,6 +56,12 @@ def test_a_flag_of_the_user_stays():
     assert again == environment
 
 
+def test_a_file_of_flags_stays():
+    environment = {"XLA_FLAGS": "/etc/xla.flags"}
+    add_flags(environment, ["training"])
+    assert environment == {"XLA_FLAGS": "/etc/xla.flags"}
+
+
 def test_nothing_is_set_that_this_jax_may_not_know(fresh):
     for versions in ("0.9.1", "0.13.0", "1.0", "unknown"):
         fresh.setattr(xla_defaults, "version", lambda _, versions=versions: versions)
