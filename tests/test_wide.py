@@ -144,12 +144,13 @@ def test_experts_that_are_held_twice_change_no_score(tmp_path, strategy):
     np.testing.assert_allclose(there.logits(ids), alone.logits(ids), atol=2e-4)
     np.testing.assert_array_equal(there.expert_load(ids), counts)
     assert_adapters_reach_every_copy(there)
-    for wrong, message in (
+    refused: tuple[tuple[dict[str, Any], str], ...] = (
         ({"expert_slots": 4}, "expert slots: 4, expected at least the 8 experts"),
         ({"expert_slots": 10}, "cannot be split 4 ways"),
         ({"expert_loads": counts[:, :3]}, "expert_loads: of shape"),
         ({"mesh": None}, "together with a mesh"),
-    ):
+    )
+    for wrong, message in refused:
         with pytest.raises(StepjaxError, match=message):
             load(folder, dtype="float32", **options | wrong)
 

@@ -263,7 +263,7 @@ def test_rules_masks_and_scores_are_those_of_one_device():
         )
         scores = [np.array([score.logprob for score in answer.pop("scores")]) for answer in (one, wide)]
         assert one == wide
-        np.testing.assert_allclose(*scores, atol=2e-4)
+        np.testing.assert_allclose(scores[0], scores[1], atol=2e-4)
 
 
 @pytest.mark.slow

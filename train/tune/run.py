@@ -204,7 +204,7 @@ def about_warmup(optim: OptimSettings) -> str:
     """A line on a warm-up that the run does not reach the end of; else none."""
     if optim.num_warmup_steps <= optim.steps:
         return ""
-    reached = float(schedule_of(optim)((optim.steps - 1) * optim.updates))
+    reached = float(np.asarray(schedule_of(optim)((optim.steps - 1) * optim.updates)))
     return (
         f"optim.warmup_steps: the warm-up has {optim.num_warmup_steps} steps and the run {optim.steps}, so its largest "
         f"rate is {reached:.3g}, not optim.lr = {optim.lr:g}"

@@ -1,6 +1,6 @@
 """Answers of llama.cpp and of this package from one GGUF file, token by token.
 
-    python benchmarks/llama_cpp.py FILE.gguf [--tokens 100] [--out RESULT.json]
+    python benchmarks/gguf_answers.py FILE.gguf [--tokens 100] [--out RESULT.json]
 
 llama.cpp (the package xllamacpp, in this environment) answers a prompt greedily, its end tokens forbidden, and gives
 the five likeliest tokens at each place. ``stepjax score`` then reads prompt and answer. llama.cpp rounds activations to
