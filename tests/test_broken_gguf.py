@@ -247,9 +247,9 @@ def test_scales_that_are_no_numbers_are_found_when_they_are_read(tmp_path, kind)
     blocks[3, :2] = 0xFF
     tensor.code, tensor.content = format.layout.code, blocks.tobytes()
     checkpoint = GgufCheckpoint(file.write(tmp_path / "model.gguf"))
-    for keep in (False, True):
+    for read in (checkpoint.read, checkpoint.read_kept):
         with pytest.raises(CheckpointError, match=rf"model.gguf: tensor {EXPERTS} has a block whose scale is"):
-            checkpoint.read("layers.1.moe.experts.up", dtype=np.float32, keep=keep)
+            read("layers.1.moe.experts.up", dtype=np.float32)
 
 
 def test_a_file_that_shrinks_is_not_mapped(tmp_path):

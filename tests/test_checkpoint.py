@@ -96,7 +96,7 @@ def test_fp8_is_widened_or_kept(tmp_path, block):
             assert checkpoint.read(path, dtype=np.float32).tobytes() == expected(path).astype(np.float32).tobytes()
             continue
         q, scale = expected(path, tensors), tensors[f"{NAMES[path]}_scale_inv"]
-        kept = checkpoint.read(path, dtype=BF16, keep=True)
+        kept = checkpoint.read_kept(path, dtype=BF16)
         assert isinstance(kept, Quantised)
         assert (kept.q.dtype, kept.q.tobytes(), kept.format) == (FP8, q.tobytes(), Fp8Blocks(block))
         assert kept.scale.tobytes() == scale.tobytes()
@@ -114,7 +114,7 @@ def test_part_of_an_fp8_weight(tmp_path):
     for _ in range(50):
         index = tuple(slice(*sorted(random.choice(size + 1, 2, replace=False).tolist())) for size in whole.shape)
         assert np.array_equal(checkpoint.read(EXPERTS, dtype=np.float32, index=index), whole[index])
-    kept = checkpoint.read(EXPERTS, dtype=BF16, keep=True, index=(slice(1, 3), slice(24, None), slice(20, 60)))
+    kept = checkpoint.read_kept(EXPERTS, dtype=BF16, index=(slice(1, 3), slice(24, None), slice(20, 60)))
     assert isinstance(kept, Quantised)
     assert kept.q.tobytes() == expected(EXPERTS, tensors)[1:3, 24:, 20:60].tobytes()
     assert kept.scale.tobytes() == tensors[f"{NAMES[EXPERTS]}_scale_inv"][1:3, 1:, 1:3].tobytes()
@@ -208,7 +208,7 @@ def test_other_tools_fp8_spellings_load_as_the_release(tmp_path, spell):
     tensors = fp8_tensors(TENSORS)
     checkpoint = Checkpoint(write_folder(tmp_path, fp8_hub_config(), spell(tensors)))
     for path in (EXPERTS, EXPERTS.replace("up", "gate"), EXPERTS.replace("up", "down")):
-        found = checkpoint.read(path, dtype=BF16, keep=True)
+        found = checkpoint.read_kept(path, dtype=BF16)
         assert isinstance(found, Quantised)
         assert found.q.tobytes() == expected(path, tensors).tobytes()
         assert found.scale.tobytes() == tensors[f"{NAMES[path]}_scale_inv"].tobytes()

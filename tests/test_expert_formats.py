@@ -124,7 +124,7 @@ def test_convert_writes_it_and_the_reader_recognises_it(folder, converted):
     release = inventory(checkpoint.config, experts=HALF)
     assert checkpoint.num_bytes == sum(tensor.num_bytes for tensor in release)
     exact = plain.read(GATE, dtype=np.float32)
-    stored = checkpoint.read(GATE, dtype=np.float32, keep=True)
+    stored = checkpoint.read_kept(GATE, dtype=np.float32)
     assert isinstance(stored, Quantised)
     expected = quantise(exact, HALF)
     assert stored.q.tobytes() == expected.q.tobytes()

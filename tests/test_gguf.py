@@ -76,7 +76,7 @@ def test_parts_of_weights_are_those_of_the_whole(tmp_path, file):
     checkpoint = GgufCheckpoint(file.write(tmp_path / "model.gguf"))
     part = (slice(1, 3), slice(2, 9), slice(4, 41))
     np.testing.assert_array_equal(checkpoint.read(GATE, dtype=np.float32, index=part), wide[part])
-    whole = checkpoint.read(GATE, dtype=np.float32, keep=True, index=(slice(1, 3), slice(2, 9), slice(32, 64)))
+    whole = checkpoint.read_kept(GATE, dtype=np.float32, index=(slice(1, 3), slice(2, 9), slice(32, 64)))
     assert isinstance(whole, Quantised)
     np.testing.assert_array_equal(whole.dequantize_numpy(np.float32), wide[1:3, 2:9, 32:])
     assert checkpoint.stored_bytes(GATE, part) == 2 * 7 * 2 * 34
@@ -293,7 +293,7 @@ def test_parts_of_blocks_are_read_in_finer_groups(tmp_path):
     finer, path = MinGroups(4, 32), "layers.1.moe.experts.down"
     for columns in (slice(0, 128), slice(128, 256), slice(96, 160)):
         index = (slice(1, 2), slice(3, 9), columns)
-        held = checkpoint.read(path, dtype=np.float32, keep=True, index=index, held=finer)
+        held = checkpoint.read_kept(path, dtype=np.float32, index=index, held=finer)
         assert isinstance(held, Quantised)
         assert held.format == finer
         np.testing.assert_array_equal(held.dequantize_numpy(np.float32), wide[index])

@@ -126,7 +126,7 @@ def test_quantised_experts_are_added_to_in_float32_and_quantised_again(tmp_path,
     path = "layers.4.moe.experts.down"
     a, b = adapter[f"{path}.a"], adapter[f"{path}.b"]
     exact = checkpoint.read(path, dtype=np.float32) + np.float32(LORA.scale(a.shape[-2])) * (b @ a)
-    held: Any = found.read(path, dtype=np.float32, keep=True)
+    held: Any = found.read_kept(path, dtype=np.float32)
     if form == "fp8":
         assert config.fp8_block
         expected: Any = quantise(exact, Fp8Blocks(config.fp8_block))

@@ -60,7 +60,7 @@ def test_values_are_those_of_the_tool(tmp_path, case, stacked):
 def test_what_is_kept_is_what_is_widened(tmp_path, case):
     checkpoint = Checkpoint(folder_of(tmp_path, case))
     path = moe_paths(checkpoint)[0]
-    kept = checkpoint.read(path, dtype=np.float32, keep=True)
+    kept = checkpoint.read_kept(path, dtype=np.float32)
     assert isinstance(kept, Quantised)
     wide = checkpoint.read(path, dtype=np.float32)
     assert kept.shape == wide.shape

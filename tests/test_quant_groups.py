@@ -187,7 +187,7 @@ def test_part_of_a_stored_weight_is_that_part(folder, tmp_path):
     whole = checkpoint.read(path, dtype=np.float32)
     index = (slice(1, 3), slice(5, 20), slice(16, 48))
     np.testing.assert_array_equal(checkpoint.read(path, dtype=np.float32, index=index), whole[index])
-    kept = checkpoint.read(path, dtype=np.float32, index=index, keep=True, copy=True)
+    kept = checkpoint.read_kept(path, dtype=np.float32, index=index, copy=True)
     assert isinstance(kept, Quantised)
     np.testing.assert_array_equal(dequantize(jax.tree.map(jnp.asarray, kept), jnp.float32), whole[index])
     assert checkpoint.stored_bytes(path, index) == kept.nbytes

@@ -185,7 +185,7 @@ class _Values:
             return tuple(arrays) if arrays else None
         if isinstance(self.form, WrittenFp8) and source.format(path) == self.form.format:
             index = slice(expert, expert + 1), slice(None), slice(None)
-            held = source.read(path, dtype=np.float32, keep=True, index=index, copy=True)
+            held = source.read_kept(path, dtype=np.float32, index=index, copy=True)
             return tuple(leaf[0] for leaf in held.leaves) if isinstance(held, Quantised) else None
         return None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -82,33 +82,15 @@ class Grafted:
     def stored_as(self, path: str) -> str:
         return self._of(path).stored_as(path)
 
-    @overload
-    def read(
-        self, path: str, *, dtype: Any, keep: Literal[False] = False, index: Index | None = None, copy: bool = False
-    ) -> np.ndarray: ...
-    @overload
-    def read(
-        self,
-        path: str,
-        *,
-        dtype: Any,
-        keep: bool,
-        index: Index | None = None,
-        copy: bool = False,
-        held: ExpertFormat | None = None,
-    ) -> np.ndarray | Quantised: ...
-    def read(
-        self,
-        path: str,
-        *,
-        dtype: Any,
-        keep: bool = False,
-        index: Index | None = None,
-        copy: bool = False,
-        held: ExpertFormat | None = None,
-    ) -> np.ndarray | Quantised:
+    def read(self, path: str, *, dtype: Any, index: Index | None = None, copy: bool = False) -> np.ndarray:
         """As the checkpoint that a weight comes from reads it."""
-        return self._of(path).read(path, dtype=dtype, keep=keep, index=index, copy=copy, held=held)
+        return self._of(path).read(path, dtype=dtype, index=index, copy=copy)
+
+    def read_kept(
+        self, path: str, *, dtype: Any, index: Index | None = None, copy: bool = False, held: ExpertFormat | None = None
+    ) -> np.ndarray | Quantised:
+        """The same."""
+        return self._of(path).read_kept(path, dtype=dtype, index=index, copy=copy, held=held)
 
     def _of(self, path: str) -> WeightSource:
         return self._donor if path.startswith("mtp.") else self.backbone

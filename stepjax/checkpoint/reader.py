@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -133,42 +133,40 @@ class Checkpoint:
         stored = self.format(path)
         return stored.name if stored.quantised else self._entry(self._recipe(path).parts[0].name).dtype
 
-    @overload
-    def read(
-        self, path: str, *, dtype: Any, keep: Literal[False] = False, index: Index | None = None, copy: bool = False
-    ) -> np.ndarray: ...
-    @overload
-    def read(
-        self,
-        path: str,
-        *,
-        dtype: Any,
-        keep: bool,
-        index: Index | None = None,
-        copy: bool = False,
-        held: ExpertFormat | None = None,
-    ) -> np.ndarray | Quantised: ...
-    def read(
-        self,
-        path: str,
-        *,
-        dtype: Any,
-        keep: bool = False,
-        index: Index | None = None,
-        copy: bool = False,
-        held: ExpertFormat | None = None,
-    ) -> np.ndarray | Quantised:
+    def read(self, path: str, *, dtype: Any, index: Index | None = None, copy: bool = False) -> np.ndarray:
         """One weight, or the part of it at ``index``, in ``dtype``. The router's bias is always float32.
 
         A weight stored whole in ``dtype`` comes back as a read-only view of the file, not yet in memory.
 
         Args:
-          keep: leave a quantised weight as `Quantised` with numpy leaves; ``index`` must then begin and end where its
-            scales do.
           index: one slice per axis, without steps.
           copy: read into new memory rather than map the file.
-          held: of a weight in another tool's packing that is kept: `format`, or a refinement of it.
         """
+        value = self._read(path, dtype, index, copy=copy)
+        assert isinstance(value, np.ndarray)
+        return value
+
+    def read_kept(
+        self, path: str, *, dtype: Any, index: Index | None = None, copy: bool = False, held: ExpertFormat | None = None
+    ) -> np.ndarray | Quantised:
+        """As `read`, with a quantised weight left as `Quantised` with numpy leaves.
+
+        Args:
+          index: must begin and end where a weight's scales do.
+          held: of a weight in another tool's packing: `format`, or a refinement of it.
+        """
+        return self._read(path, dtype, index, copy=copy, keep=True, held=held)
+
+    def _read(
+        self,
+        path: str,
+        dtype: Any,
+        index: Index | None,
+        *,
+        copy: bool,
+        keep: bool = False,
+        held: ExpertFormat | None = None,
+    ) -> np.ndarray | Quantised:
         recipe = self._recipe(path)
         where = absolute_index(index, recipe.spec.shape)
         if path in self.packed:
@@ -402,7 +400,10 @@ def read_as(
         kept = form.quantised and ".experts." in path and form in (stored, stored.refined(form.unit[1] or 0))
     else:
         kept = form == stored
-    value = checkpoint.read(path, dtype=dtype, keep=kept, index=index, copy=copy, held=form if kept else None)
+    if kept:
+        value = checkpoint.read_kept(path, dtype=dtype, index=index, copy=copy, held=form)
+    else:
+        value = checkpoint.read(path, dtype=dtype, index=index, copy=copy)
     if not form.quantised or ".experts." not in path or not isinstance(value, np.ndarray):
         return value
     from stepjax.weights.quantised import quantise

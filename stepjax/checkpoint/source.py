@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -74,36 +74,18 @@ class WeightSource(Protocol):
         """Tensors of the files that are not read, by what they are."""
         ...
 
-    @overload
-    def read(
-        self, path: str, *, dtype: Any, keep: Literal[False] = False, index: Index | None = None, copy: bool = False
-    ) -> np.ndarray: ...
-    @overload
-    def read(
-        self,
-        path: str,
-        *,
-        dtype: Any,
-        keep: bool,
-        index: Index | None = None,
-        copy: bool = False,
-        held: ExpertFormat | None = None,
-    ) -> np.ndarray | Quantised: ...
-    def read(
-        self,
-        path: str,
-        *,
-        dtype: Any,
-        keep: bool = False,
-        index: Index | None = None,
-        copy: bool = False,
-        held: ExpertFormat | None = None,
-    ) -> np.ndarray | Quantised:
+    def read(self, path: str, *, dtype: Any, index: Index | None = None, copy: bool = False) -> np.ndarray:
         """One weight, or the part of it at ``index``, in ``dtype``.
 
         Args:
-          keep: leave a quantised weight in its format, or, of weights that are held `by_path`, in a refinement of it.
           copy: read into new memory rather than map the file.
-          held: the format of a weight that is kept.
+        """
+        ...
+
+    def read_kept(
+        self, path: str, *, dtype: Any, index: Index | None = None, copy: bool = False, held: ExpertFormat | None = None
+    ) -> np.ndarray | Quantised:
+        """As `read`, with a quantised weight left in its format, or, of weights that are held `by_path`, in ``held``, a
+        refinement of it.
         """
         ...

@@ -253,8 +253,8 @@ def _from_source(spec: TensorSpec, origin: Checkpoint, wanted: ExpertFormat | No
     packed = spec.path in origin.packed  # by another tool: widened, unless a format of ours is wanted
     stored = PLAIN if packed else origin.format(spec.path)
     format, dtype = wanted or stored, DTYPES[spec.dtype]
-    keep = stored == format and not packed
-    return _Weight(quantized(spec, format), format, lambda: origin.read(spec.path, dtype=dtype, keep=keep))
+    read = origin.read_kept if stored == format and not packed else origin.read
+    return _Weight(quantized(spec, format), format, lambda: read(spec.path, dtype=dtype))
 
 
 def _format_of(plan: list[_Weight]) -> ExpertFormat:

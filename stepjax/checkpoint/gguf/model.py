@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -137,43 +137,41 @@ class GgufCheckpoint:
         self._spec(path)
         return self._entry(path).type_name
 
-    @overload
-    def read(
-        self, path: str, *, dtype: Any, keep: Literal[False] = False, index: Index | None = None, copy: bool = False
-    ) -> np.ndarray: ...
-    @overload
-    def read(
-        self,
-        path: str,
-        *,
-        dtype: Any,
-        keep: bool,
-        index: Index | None = None,
-        copy: bool = False,
-        held: ExpertFormat | None = None,
-    ) -> np.ndarray | Quantised: ...
-    def read(
-        self,
-        path: str,
-        *,
-        dtype: Any,
-        keep: bool = False,
-        index: Index | None = None,
-        copy: bool = False,
-        held: ExpertFormat | None = None,
-    ) -> np.ndarray | Quantised:
+    def read(self, path: str, *, dtype: Any, index: Index | None = None, copy: bool = False) -> np.ndarray:
         """One weight, or the part of it at ``index``, in ``dtype``. The router's bias is always float32.
 
         Args:
-          keep: leave a weight in blocks as `Quantised` with numpy leaves; ``index`` must then begin and end where
-            blocks do.
           index: one slice per axis, without steps.
           copy: read into new memory rather than map the file, where nothing else makes new memory.
-          held: the format of a weight that is kept: its own, or a refinement of it, for smaller parts.
 
         Raises:
           CheckpointError: a block's scale is not finite.
         """
+        value = self._read(path, dtype, index, copy=copy)
+        assert isinstance(value, np.ndarray)
+        return value
+
+    def read_kept(
+        self, path: str, *, dtype: Any, index: Index | None = None, copy: bool = False, held: ExpertFormat | None = None
+    ) -> np.ndarray | Quantised:
+        """As `read`, with a weight in blocks left as `Quantised` with numpy leaves.
+
+        Args:
+          index: must begin and end where blocks do.
+          held: the weight's own format, or a refinement of it, for smaller parts.
+        """
+        return self._read(path, dtype, index, copy=copy, keep=True, held=held)
+
+    def _read(
+        self,
+        path: str,
+        dtype: Any,
+        index: Index | None,
+        *,
+        copy: bool,
+        keep: bool = False,
+        held: ExpertFormat | None = None,
+    ) -> np.ndarray | Quantised:
         spec, entry = self._spec(path), self._entry(path)
         where = absolute_index(index, spec.shape)
         part = self._parts[path]

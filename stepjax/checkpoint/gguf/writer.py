@@ -271,7 +271,7 @@ def _stored(tensor: _Planned, spec: TensorSpec, source: WeightSource, index: tup
     from stepjax.weights.quantised import Quantised
 
     if tensor.blocks is not None and source.format(spec.path) == tensor.blocks:
-        held = source.read(spec.path, dtype=np.float32, keep=True, index=index)
+        held = source.read_kept(spec.path, dtype=np.float32, index=index)
         assert isinstance(held, Quantised)
         return tensor.blocks.joined(held.q, held.scale)
     wide = source.read(spec.path, dtype=np.float32, index=index)
