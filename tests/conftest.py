@@ -204,7 +204,6 @@ def server(step_tiny) -> Iterator[Serving]:
 
 
 @pytest.fixture(scope="session")
-<<<<<<< HEAD
 def tiny() -> Session:
     """A small random model."""
     from tiny import tiny_session
@@ -227,12 +226,3 @@ def training_client(training_server) -> Iterator[Client]:
 
     with Client(training_server) as client:
         yield client
-=======
-def training_server(tmp_path_factory) -> Iterator[Serving]:
-    """One server with a training service on a small random model, for all tests that do not end it."""
-    from tiny import tiny_session
-    from training import serving
-
-    with serving(tiny_session(), tmp_path_factory.mktemp("training")) as serving_:
-        yield serving_
->>>>>>> 861d65b3 (tests: the life of the training service in a file of its own, one server for both)

@@ -6,12 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-<<<<<<< HEAD
 from training import IDS, Client, datum, logprobs, next_tokens, saved
-=======
-from tiny import tiny_session
-from training import Client, datum, logprobs, next_tokens
->>>>>>> 861d65b3 (tests: the life of the training service in a file of its own, one server for both)
 
 from stepjax.adapters.lora import LoraConfig, attach
 from stepjax.adapters.peft import import_adapter
@@ -27,32 +22,6 @@ from stepjax.train.tune.setup import _make_state, schedule_of
 from stepjax.train.tune.trainable import trainable
 from stepjax.train.tune.update import LossProgram, TuneState, TuneUpdate
 
-<<<<<<< HEAD
-=======
-IDS = [[5, 9, 2, 30, 31, 7, 8], [4, 4, 18, 90, 3], [60, 2, 2, 9, 9, 9, 1, 77, 30], [8, 7]]
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Session:
-    return tiny_session()
-
-
-@pytest.fixture
-def server(training_server):
-    return training_server
-
-
-@pytest.fixture
-def client(server):
-    with Client(server) as client:
-        yield client
-
-
-def saved(server, path: str, *, optimizer: bool = False):
-    """The state and the settings of a checkpoint."""
-    return read_checkpoint(server.training.shared.registry.checkpoint_folder(path), optimizer=optimizer)
-
->>>>>>> 861d65b3 (tests: the life of the training service in a file of its own, one server for both)
 
 def dense(session: Session, ids) -> np.ndarray:
     """Log-softmax of all logits, float64 [T, V]."""
@@ -107,18 +76,13 @@ def sft_states(session: Session, ids, *, steps: int) -> list[TuneState]:
     return states
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize("chunks", [1, 3])
-def test_a_batch_is_one_update_of_sft(training_client, tiny, training_server, chunks):
-=======
 @pytest.fixture(scope="module")
 def two_updates(tiny) -> list[TuneState]:
     return sft_states(tiny, IDS, steps=2)
 
 
 @pytest.mark.parametrize("chunks", [1, 3, 4])
-def test_a_batch_is_one_update_of_sft(client, two_updates, server, chunks):
->>>>>>> 7b9a78ed (tests: what sft makes of a batch is computed once; the mesh of the service is a slow test)
+def test_a_batch_is_one_update_of_sft(training_client, two_updates, training_server, chunks):
     """Every leaf after one update, to 1e-6, whatever the chunks in which the batch comes. Of the second, the moments:
     AdamW makes large steps of small gradients, which differ by rounding between two ways to pack rows.
     """
@@ -382,7 +346,6 @@ def test_json_calls_do_the_same(training_client):
     body = {"model_id": second.id, "seq_id": 1, "forward_backward_input": inner}
     assert training_client.result("forward_backward", body) == first.run([next_tokens(ids)])
     older = {"model_id": second.id, "seq_id": 2, "forward_input": inner}
-<<<<<<< HEAD
     assert training_client.result("forward", older)["metrics"] == first.run([next_tokens(ids)], forward=True)["metrics"]
 
 
@@ -433,260 +396,3 @@ def test_what_is_refused_is_named(training_client, path, body, named):
     answer = training_client.send(path, body)
     assert 400 <= answer.status_code < 500, answer.text
     assert any(name in answer.json()["detail"] for name in named.split("|"))
-<<<<<<< HEAD
-=======
-
-
-def test_a_session_ends(client, server):
-    """Its models give their memory back; what it saved stays; calls are refused by name."""
-    model = client.model()
-    path = model.save("kept")
-    assert client.post(f"sessions/{client.session}/finish", {"reason": {"type": "success"}})
-    assert client.send("session_heartbeat", {"session_id": client.session}).status_code == 410
-    refused = client.send("forward_backward", model.body([next_tokens(IDS[0])]))
-    assert (refused.status_code, "ended" in refused.json()["detail"]) == (400, True)
-    assert client.post("weights_info", {"tinker_path": path})["lora_rank"] == 4
-    registry = server.training.shared.registry
-    assert not registry.state_file(model.id).parent.exists()
-    assert registry.journal.rows("calls", model=model.id) == []
-
-
-def test_what_a_killed_server_leaves(client, tiny, server, tmp_path):
-    """Another service in a copy of the folder, as after a kill: it has the weights, the moments and the gradients that
-    were not stepped, to the bit, and the results that were not fetched.
-    """
-    model, data = client.model(), [next_tokens(ids) for ids in IDS]
-    model.run(data)
-    model.run(data[:1])
-    model.step(learning_rate=1e-2)
-    last = model.run(data)
-    folder = server.training.shared.registry.state_file("x").parents[2]
-    shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns(".lock"))
-    (tmp_path / "copy" / "checkpoints" / "x" / ".a.partial").mkdir(parents=True)
-
-    async def recover():
-        limits = ServiceLimits(max_rank=4)
-        other = TrainingService(tiny, server.service, ("tiny",), folder=tmp_path / "copy", limits=limits)
-        other.shared.programs._made = server.training.shared.programs._made  # compiled once
-        lane = other.lane(model.id)
-        while not lane.idle or not lane.begun.done():
-            await asyncio.sleep(0.01)
-        promise = await other.promise("", f"{model.id}:4")
-        states = [works[model.id][1].model.host() for works in (server.training._lanes, other._lanes)]
-        await other.stop()
-        return states, promise.outcome
-
-    (ours, theirs), outcome = asyncio.run_coroutine_threadsafe(recover(), server.loop).result(120)
-    assert (ours.count, theirs.count) == (1, 1)
-    for part in ("leaves", "first", "second", "gradients"):
-        a, b = getattr(ours, part), getattr(theirs, part)
-        assert a.keys() == b.keys()
-        assert all((a[name] == b[name]).all() for name in a), part
-    assert isinstance(outcome, bytes)
-    assert pass_to_json(outcome) == last
-    assert not list((tmp_path / "copy").rglob("*.partial"))
-
-
-@pytest.mark.slow
-def test_a_killed_server_carries_on(tiny, tmp_path):
-    """Killed with calls that were accepted and not run, and with gradients that were not stepped: the next server runs
-    the first and has the second, and the weights are those of a model that nothing happened to, to the bit.
-    """
-    data = [next_tokens(ids) for ids in IDS]
-
-    def finish(model):
-        for _ in range(2):
-            model.send(data)
-            model.step(learning_rate=1e-2)
-        return model.run(data, forward=True)
-
-    with serving(tiny, tmp_path / "whole") as server, Client(server) as client:
-        model = client.model()
-        model.run(data)
-        model.run(data[:1])
-        model.step(learning_rate=1e-2)
-        expected = finish(model)
-    with serving(tiny, tmp_path / "killed", killed=True) as server, Client(server) as client:
-        model = client.model()
-        model.run(data)
-        fetched = model.send(data[:1])
-        first = client.poll(fetched)
-        session = client.session
-    with serving(tiny, tmp_path / "killed", killed=True) as server, Client(server, session=session) as client:
-        assert client.poll(fetched) == first  # a result of the earlier server
-        again = type(model)(client, model.id, first=3)
-        again.step(learning_rate=1e-2)
-        assert finish(again) == expected
-    with serving(tiny, tmp_path / "killed") as server, Client(server, session=session) as client:
-        last = type(model)(client, model.id, first=9)
-        assert last.run(data, forward=True) == expected
-
-
-def test_keys_see_only_their_own(tiny, tmp_path):
-    with (
-        serving(tiny, tmp_path, keys=("tml-a", "tml-b")) as server,
-        Client(server, "tml-a") as a,
-        Client(server, "tml-b") as b,
-    ):
-        model = a.model()
-        path = model.save("mine")
-        sampler = a.sampler(model.save_sampler("mine"))
-        for path_, body in (
-            ("get_info", {"model_id": model.id}),
-            ("weights_info", {"tinker_path": path}),
-            ("optim_step", {"model_id": model.id, "seq_id": 4, "adam_params": {}}),
-            ("retrieve_future", {"request_id": f"{model.id}:1"}),
-            ("asample", sampler.body(IDS[0])),
-            ("session_heartbeat", {"session_id": a.session}),
-        ):
-            assert b.send(path_, body).status_code == 404, path_
-        assert b.get("training_runs")["training_runs"] == []
-        place = f"/api/v1/training_runs/{model.id}/checkpoints/weights/mine"
-        assert b.http.delete(place).status_code == 404
-        assert a.http.post(f"{place}/publish").status_code == 200
-        assert b.post("weights_info", {"tinker_path": path})["base_model"] == "tiny"
-        assert b.http.delete(place).status_code == 404  # published is not given away
-        urls = a.get(f"training_runs/{model.id}/checkpoints/weights/mine/external_weights_urls")["urls"]
-        bare = b.http.__class__(timeout=60)
-        assert {*urls} == {"adapter_model.safetensors", "adapter_config.json"}
-        assert bare.get(urls["adapter_config.json"]).json()["r"] == 4  # signed: it needs no key
-        assert bare.get(urls["adapter_config.json"].replace("adapter_config.json", "journal.sqlite")).status_code == 404
-        bare.close()
-        assert a.http.get("/api/v1/healthz", headers={"x-api-key": "tml-c"}).status_code == 401
-
-
-def test_clients_together_are_as_alone(server):
-    """Four clients at once, each with its own adapter, data and samples: each ends with the weights of its solo run, to
-    the bit, and leaves no slot in use.
-    """
-
-    def train(seed: int) -> str:
-        with Client(server) as client:
-            model = client.model(seed=seed)
-            for number in range(3):
-                model.send([next_tokens(IDS[(seed + number) % 4])])
-                model.send([next_tokens(IDS[(seed + number + 1) % 4])])
-                model.step(learning_rate=1e-2)
-            sampler = client.sampler(model.save_sampler("end"))
-            sampler.run(IDS[0], num_samples=2)
-            return model.save("end")
-
-    alone = [saved(server, train(seed), optimizer=True)[0] for seed in range(4)]
-    with ThreadPoolExecutor(4) as pool:
-        together = [saved(server, path, optimizer=True)[0] for path in pool.map(train, range(4))]
-    for one, other in zip(alone, together, strict=True):
-        for part in ("leaves", "first", "second"):
-            for name, value in getattr(one, part).items():
-                np.testing.assert_array_equal(getattr(other, part)[name], value)
-    assert not server.training.shared.slots._active
-    assert server.service.num_open == 0
-
-
-def test_a_client_that_vanishes_gives_its_memory_back(server):
-    """What it saved stays, and it can come back: its model is read from its snapshot and the journal."""
-    training = server.training
-
-    async def sweep():
-        for _ in range(100):
-            for session, seen in list(training._seen.items()):
-                if time.time() - seen > 0:
-                    await training._quieten(session)
-            if not training._lanes:
-                return
-            await asyncio.sleep(0.05)
-
-    with Client(server, vanishes=True) as client:
-        model = client.model()
-        model.run([next_tokens(IDS[0])])
-        before = model.run([next_tokens(IDS[0])], forward=True)["metrics"]
-    asyncio.run_coroutine_threadsafe(sweep(), server.loop).result(60)
-    assert not training._lanes
-    with Client(server, session=client.session) as back:
-        again = type(model)(back, model.id, first=3)
-        assert again.run([next_tokens(IDS[0])], forward=True)["metrics"] == before
-        assert again.step()["metrics"]["num_tokens"] == len(IDS[0]) - 1  # its gradients too
-
-
-def test_changed_bodies_are_refused_or_run(client, server):
-    """Hundreds of bodies with something replaced: no answer is a failure of the server, and it goes on."""
-    model, random = client.model(), chance.Random(1)
-    path = model.save_sampler("fuzz")
-    sampler = client.sampler(path)
-    odd = [None, True, -1, 2**70, 1.5, "", "x" * 2000, "\u2028", [], {}, [[]], {"a": 1}, "tinker://a/b/c", [0] * 99]
-    lora = {"rank": 4, "seed": 1, "train_attn": True}
-    given = {
-        "data": [{"model_input": {"chunks": [{"type": "encoded_text", "tokens": [1, 2]}]}, "loss_fn_inputs": {}}],
-        "loss_fn": "cross_entropy",
-        "loss_fn_config": {"beta": 1},
-    }
-    bodies = {
-        "create_session": {"tags": ["a"], "user_metadata": {"a": "b"}, "sdk_version": "1"},
-        "session_heartbeat": {"session_id": client.session},
-        "create_model": {"session_id": client.session, "model_seq_id": 0, "base_model": "tiny", "lora_config": lora},
-        "get_info": {"model_id": model.id},
-        "forward_backward": {"model_id": model.id, "seq_id": 2, "forward_backward_input": given},
-        "optim_step": {"model_id": model.id, "seq_id": 2, "adam_params": {"learning_rate": 1e-3, "beta1": 0.9}},
-        "save_weights": {"model_id": model.id, "seq_id": 2, "path": "a", "ttl_seconds": 3600},
-        "save_weights_for_sampler": {"model_id": model.id, "seq_id": 2, "path": "b", "kind": "snapshot"},
-        "save_weights_external": {"model_id": model.id, "seq_id": 2, "path": "b"},
-        "load_weights": {"session_id": client.session, "model_seq_id": 0, "path": path, "optimizer": False},
-        "create_sampling_session": {
-            "session_id": client.session,
-            "sampling_session_seq_id": 0,
-            "base_model": "tiny",
-            "model_path": path,
-        },
-        "asample": sampler.body(IDS[0], num_samples=1, prompt_logprobs=True, topk_prompt_logprobs=1),
-        "retrieve_future": {"request_id": f"{model.id}:1", "allow_metadata_only": False},
-        "weights_info": {"tinker_path": path},
-        f"sessions/{client.session}x/finish": {"reason": {"type": "success"}},
-        "telemetry": {"events": []},
-        "client/config": {"sdk_version": "1"},
-    }
-
-    def places(value, at=()):
-        yield at
-        if isinstance(value, dict):
-            for name, item in value.items():
-                yield from places(item, (*at, name))
-        if isinstance(value, list):
-            for index, item in enumerate(value[:1]):
-                yield from places(item, (*at, index))
-
-    def changed(value, at, new):
-        if not at:
-            return new
-        copy = dict(value) if isinstance(value, dict) else list(value)
-        copy[at[0]] = changed(value[at[0]], at[1:], new)
-        return copy
-
-    statuses = set()
-    for name, body in bodies.items():
-        for at in places(body):
-            if at in (("model_seq_id",), ("seq_id",)):  # a number that runs would change what is compared
-                continue
-            for new in random.sample(odd, 3):
-                answer = client.send(name, changed(body, at, new) if at else {"x": new})
-                statuses.add(answer.status_code)
-                assert answer.status_code < 500, (name, at, new, answer.text)
-    assert {200, 400, 404} <= statuses
-    assert client.get("healthz") == {"status": "ok"}
-
-
-def test_losses_with_a_teacher_for_users_of_the_sdk(server, monkeypatch):
-    """The call that the SDK sends; a server that has no such loss is named."""
-
-    class Sdk:
-        def forward_backward(self, data, loss, config):
-            return data, loss, config
-
-    monkeypatch.setenv("TINKER_BASE_URL", server.url)
-    assert reverse_kl(Sdk(), [1], teacher="tiny") == ([1], "reverse_kl", {"teacher": "tiny"})
-    assert jsd(Sdk(), [1], teacher="tiny", beta=0.3)[2] == {"teacher": "tiny", "beta": 0.3}
-    monkeypatch.delenv("TINKER_BASE_URL")
-    with pytest.raises(ConfigError, match="hosted service has no forward_kl"):
-        forward_kl(Sdk(), [1], teacher="tiny")
->>>>>>> 5c64dfe5 (service: the calls of an ended session are forgotten; CHANGELOG and the walk of a call)
-=======
-    assert client.result("forward", older)["metrics"] == first.run([next_tokens(ids)], forward=True)["metrics"]
->>>>>>> 861d65b3 (tests: the life of the training service in a file of its own, one server for both)

@@ -19,7 +19,7 @@ from stepjax.train.service.training_service import TrainingService
 from stepjax.train.service.wire.results import pass_to_json
 
 
-def test_a_session_ends(training_client):
+def test_a_session_ends(training_client, training_server):
     """Its models give their memory back; what it saved stays; calls are refused by name."""
     model = training_client.model()
     path = model.save("kept")
@@ -28,6 +28,9 @@ def test_a_session_ends(training_client):
     refused = training_client.send("forward_backward", model.body([next_tokens(IDS[0])]))
     assert (refused.status_code, "ended" in refused.json()["detail"]) == (400, True)
     assert training_client.post("weights_info", {"tinker_path": path})["lora_rank"] == 4
+    registry = training_server.training.shared.registry
+    assert not registry.state_file(model.id).parent.exists()
+    assert registry.journal.rows("calls", model=model.id) == []
 
 
 def test_what_a_killed_server_leaves(training_client, tiny, training_server, tmp_path):
@@ -46,6 +49,7 @@ def test_what_a_killed_server_leaves(training_client, tiny, training_server, tmp
     async def recover():
         limits = ServiceLimits(max_rank=4)
         other = TrainingService(tiny, training_server.service, ("tiny",), folder=tmp_path / "copy", limits=limits)
+        other.shared.programs._made = training_server.training.shared.programs._made  # compiled once
         lane = other.lane(model.id)
         while not lane.idle or not lane.begun.done():
             await asyncio.sleep(0.01)

@@ -48,14 +48,9 @@ def sdk(folder: Path) -> dict[str, Any]:
     batch = [types.Datum(model_input=types.ModelInput.from_ints(ids[:-1]), loss_fn_inputs=inputs)] * 3
     pairs = []
     for _ in range(4):  # all sent before the first is done
-<<<<<<< HEAD
         pairs.append(
             (model.forward_backward(batch, "cross_entropy"), model.optim_step(types.AdamParams(learning_rate=1e-3)))
         )
-=======
-        loss = model.forward_backward(batch, "cross_entropy")
-        pairs.append((loss, model.optim_step(types.AdamParams(learning_rate=1e-3))))
->>>>>>> 861d65b3 (tests: the life of the training service in a file of its own, one server for both)
     losses = [loss.result().metrics["loss:sum"] for loss, _ in pairs]
     norms = [step.result().metrics["grad_norm"] for _, step in pairs]
 
@@ -164,8 +159,8 @@ def supervised(folder: Path) -> dict[str, Any]:
 
     asyncio.run(train.main(config(6)))
     saved = folder / "run" / "checkpoints.jsonl"
-    rows_ = [line for line in saved.read_text().splitlines() if json.loads(line)["name"] != "final"]
-    saved.write_text("".join(f"{line}\n" for line in rows_))  # as if it had been killed
+    kept = [line for line in saved.read_text().splitlines() if json.loads(line)["name"] != "final"]
+    saved.write_text("".join(f"{line}\n" for line in kept))  # as if it had been killed
     asyncio.run(train.main(config(10)))
     return {"nll": [row["train_mean_nll"] for row in metrics(folder / "run") if "train_mean_nll" in row]}
 
