@@ -5,16 +5,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from stepjax.commands.info import read_config
+from stepjax.errors import RequestError
 from stepjax.infer.commands.options import add_dispatch_arguments, dispatch_of
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.weights.formats import made_while_loading, requested
 from stepjax.weights.plain import PLAIN
 from stepjax.xla_defaults import flags_in_force
+
+if TYPE_CHECKING:
+    from stepjax.sharding.planner.picture import Picture
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,14 +80,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("cpu", "h100", "h200", "b200"),
         help="device to compile for (default: %(default)s)",
     )
+    parser.add_argument(
+        "--picture",
+        action="store_true",
+        help="draw which sequences, heads, widths and experts each device holds, and compile nothing (default: no)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object (default: tables)")
 
 
 def run(args: argparse.Namespace) -> int:
     mesh, config = MeshSpec.parse(args.mesh), read_config(args.model)
     from stepjax.train.planning.check import check
-    from stepjax.train.planning.workload import Workload, first_layers, study_mesh, study_model
+    from stepjax.train.planning.workload import Workload, first_layers, picture_of, study_mesh, study_model
 
+    _check(args)
     mesh, num_devices = study_mesh(mesh, args.devices)
     config = first_layers(config, args.layers)
     if args.expert_slots is not None:
@@ -97,6 +107,8 @@ def run(args: argparse.Namespace) -> int:
         experts=requested(keep_fp8=args.keep_fp8, quantize=args.quantize) or PLAIN,
         dtype=args.dtype,
     )
+    if args.picture:
+        return _draw(args, picture_of(config, workload, mesh, strategy=args.strategy, dispatch=dispatch_of(args)))
     console = Console(stderr=True)
     with console.status("compiling") if console.is_terminal else contextlib.nullcontext():
         result = study_model(
@@ -139,6 +151,25 @@ def run(args: argparse.Namespace) -> int:
         )
     print(drawn.get(), end="")
     return 0 if checked is None or checked.holds else 1
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise RequestError where a picture is asked for beside what only a compiler can tell."""
+    for option, given in (("--check", args.check), ("--target", args.target != "cpu")):
+        if args.picture and given:
+            raise RequestError(f"{option}: is about a compiled step, and --picture compiles none; give one of the two")
+
+
+def _draw(args: argparse.Namespace, held: Picture) -> int:
+    """Print a picture."""
+    if args.json:
+        print(json.dumps({"model": args.model} | held.as_dict(), indent=2))
+        return 0
+    printer = Console()
+    with printer.capture() as drawn:
+        printer.print(f"{args.model}: {held.mesh}, {args.strategy}", held.shown())
+    print(drawn.get(), end="")
+    return 0
 
 
 def _title(about: dict[str, Any], *, sliced: bool) -> str:

@@ -23,6 +23,8 @@ from stepjax.sharding.devices import Target, devices, gpu_of
 from stepjax.sharding.dispatch import CHEAPEST, Dispatch
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
+from stepjax.sharding.planner.device_bytes import layout_of
+from stepjax.sharding.planner.picture import Picture, picture
 from stepjax.sharding.rules import ShardingRules
 from stepjax.sharding.sharded_checkpoint import shardings
 from stepjax.train.config.tune import OptimSettings
@@ -67,6 +69,10 @@ class Workload:
     def served(self) -> bool:
         """Whether an engine runs this step, whose sequences share a cache (`MeshLayout.together`)."""
         return self.step in ("decode", "prefill")
+
+    def placed(self, layout: MeshLayout) -> int:
+        """Sequences, or the slots that an engine has for them: as many on each shard."""
+        return layout.num_shards * -(-self.batch // layout.num_shards) if self.served else self.batch
 
     @property
     def resolved_dtype(self) -> Any:
@@ -149,11 +155,35 @@ def study_model(
     rules = ShardingRules(config, spec, strategy, workload.experts.for_model(config))
     layout = MeshLayout(spec.build(devices(target, num_devices)), rules, dispatch=dispatch or CHEAPEST)
     layout = layout.together() if workload.served else layout
-    notes = copies(layout, batch=workload.batch, context=workload.context)
+    notes = copies(layout, batch=workload.placed(layout), context=workload.context)
     if num_devices > spec.num_devices:
         notes.append(f"the mesh uses {spec.num_devices} of {num_devices} devices")
     with compiling_for(gpu_of(target)):
         return study(step_of(config, workload, layout), layout, notes=notes)
+
+
+def picture_of(
+    config: ModelConfig, workload: Workload, mesh: MeshSpec, *, strategy: str, dispatch: Dispatch | None = None
+) -> Picture:
+    """Which device would hold what in a step that `study_model` would compile.
+
+    Raises:
+      RequestError: a size is out of range for the model.
+      MeshError: the mesh is not legal for the model.
+    """
+    workload.check(config)
+    layout = layout_of(config, mesh, strategy, workload.experts.for_model(config))
+    layout = dataclasses.replace(layout, dispatch=dispatch or CHEAPEST)
+    layout = layout.together() if workload.served else layout
+    return picture(
+        layout,
+        batch=workload.batch,
+        context=workload.context,
+        served=workload.served,
+        depths=workload.drafts,
+        dtype=workload.resolved_dtype.name,
+        notes=copies(layout, batch=workload.placed(layout), context=workload.context),
+    )
 
 
 def step_of(config: ModelConfig, workload: Workload, layout: MeshLayout) -> Step:
