@@ -10,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from training import IDS, Client, next_tokens, saved, serving
+from training import IDS, Client, Sampling, next_tokens, saved, serving
 
 from stepjax.errors import ConfigError
+from stepjax.infer.session import Session
 from stepjax.train.client import forward_kl, jsd, reverse_kl
 from stepjax.train.service.limits import ServiceLimits
 from stepjax.train.service.training_service import TrainingService
@@ -141,6 +142,59 @@ def test_keys_see_only_their_own(tiny, tmp_path):
         assert bare.get(urls["adapter_config.json"].replace("adapter_config.json", "journal.sqlite")).status_code == 404
         bare.close()
         assert a.http.get("/api/v1/healthz", headers={"x-api-key": "tml-c"}).status_code == 401
+
+
+def test_adapters_of_other_keys_are_not_named(tiny, tmp_path):
+    """Neither in lists of models nor in errors. No key can unload or replace them by hand."""
+
+    def names(client, path=""):
+        answer = client.http.get(f"/v1/models{path}")
+        return [card["id"] for card in answer.json()["data"]] if not path else answer.status_code
+
+    with (
+        serving(tiny, tmp_path, keys=("tml-a", "tml-b"), adapter_updates=True) as training_server,
+        Client(training_server, "tml-a") as a,
+        Client(training_server, "tml-b") as b,
+    ):
+        model = a.model()
+        path = model.save_sampler("mine")
+        live = model.call("save_weights_for_sampler", sampling_session_seq_id=7)["sampling_session_id"]
+        assert len(Sampling(a, live).run(IDS[0])["sequences"]) == 1
+        assert len(training_server.engine.adapters) == 2
+        assert names(a) == ["tiny", path]  # not the unnamed one of the session
+        assert names(b) == ["tiny"]
+        assert (names(a, f"/{path}"), names(b, f"/{path}")) == (200, 404)
+        for body in ({"model": path}, {"model": "x"}):
+            refused = b.http.post("/v1/completions", json={"prompt": [5, 9], "max_tokens": 1, **body})
+            assert refused.status_code == 404
+            assert (body["model"] == path) or path not in refused.text
+        assert names(b) == ["tiny"]
+        for client in (a, b):
+            load = {"lora_name": path, "lora_path": str(tmp_path), "load_inplace": True}
+            assert client.http.post("/v1/load_lora_adapter", json=load).status_code == 400
+            assert client.http.post("/v1/unload_lora_adapter", json={"lora_name": path}).status_code == 404
+        training_server.training.shared.registry.journal.update("checkpoints", {"path": path}, public=1)
+        assert names(b) == ["tiny", path]
+
+
+def test_a_folder_of_other_weights_is_refused(tiny, training_server, tmp_path):
+    """The configuration is the same, the numbers are not; those of the MTP layers may differ."""
+
+    async def serve(params):
+        base = Session(tiny.config, params, dtype=tiny.dtype)
+        limits = ServiceLimits(max_rank=4)
+        service = TrainingService(base, training_server.service, ("tiny",), folder=tmp_path / "run", limits=limits)
+        await service.stop()
+
+    def start(params):
+        asyncio.run_coroutine_threadsafe(serve(params), training_server.loop).result(60)
+
+    params = dict(tiny.params)
+    name = next(name for name in params if name.startswith("layers.") and name.endswith("norm.weight"))
+    start(params)
+    with pytest.raises(ConfigError, match=r"other weights .*serve the checkpoint"):
+        start(params | {name: params[name].at[0].add(1e-6)})
+    start(params | {name: value + 1 for name, value in params.items() if name.startswith("mtp.")})
 
 
 def test_clients_together_are_as_alone(training_server):

@@ -206,9 +206,9 @@ class AdapterNames:
         if free is None and name in self._keys and self._keys[name] not in in_use:
             return self._slots[self._keys[name]]  # no running answer uses the old version
         if free is None:
-            raise RequestError(
-                f"adapter: all {self._num_slots} slots are taken (by {', '.join(self._keys)}, or by versions that "
-                "still answer); unload one, or give the engine more"
+            raise RequestError(  # without names: some are not for every client to see
+                f"adapter: all {self._num_slots} slots are taken, by {len(self._keys)} adapters or by versions that "
+                "still answer; unload one, or give the engine more"
             )
         return free
 

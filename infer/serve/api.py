@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -19,7 +19,7 @@ from stepjax.infer.serve.answers import Answers
 from stepjax.infer.serve.conversations.reading import in_clients_words
 from stepjax.infer.serve.errors import ApiError, Dialect
 from stepjax.infer.serve.formats import wants_grammar
-from stepjax.infer.serve.middleware import ApiKeys
+from stepjax.infer.serve.middleware import ApiKeys, Scope
 from stepjax.infer.serve.replies import json_response
 from stepjax.infer.serve.requests import read_chat
 from stepjax.infer.serve.routes import header_value
@@ -46,6 +46,18 @@ class ServeOptions:
     priorities: bool = False  # whether clients may decide which requests go first
 
 
+class AdapterOwner(Protocol):
+    """Loads adapters of its own into the engine (`stepjax.infer.serve.extension.Extension`)."""
+
+    def owns(self, name: str) -> bool:
+        """Whether the adapter of this name is one of them."""
+        ...
+
+    def shows(self, name: str, scope: Scope | None) -> bool:
+        """Whether a request may learn of such an adapter. None: whether all requests may."""
+        ...
+
+
 class AnswerWriter(Protocol):
     """Writes the answers of one request in the form of one interface."""
 
@@ -61,8 +73,18 @@ class AnswerWriter(Protocol):
 class Api:
     """What all endpoints share."""
 
-    def __init__(self, service: Service, session: Session, options: ServeOptions):
-        self.service, self.session, self.options = service, session, options
+    def __init__(
+        self,
+        service: Service,
+        session: Session,
+        options: ServeOptions,
+        owners: Sequence[AdapterOwner] = (),
+    ):
+        """
+        Args:
+          owners: what loads adapters of its own, which not every request may see.
+        """
+        self.service, self.session, self.options, self._owners = service, session, options, tuple(owners)
         self._num_compiling = 0
         self._compilers = ThreadPoolExecutor(MAX_COMPILING, thread_name_prefix="grammar")
 
@@ -101,8 +123,19 @@ class Api:
         except RequestError:
             raise self._unknown(name) from None
 
+    def names(self, scope: Scope | None) -> tuple[str, ...]:
+        """The models and adapters that a request may learn of. None: those that every request may."""
+        return (*self.options.names, *(name for name in self.service.engine.adapters if self._shown(name, scope)))
+
+    def owned(self, name: str) -> bool:
+        """Whether an adapter of this name is not for clients to load and unload."""
+        return any(owner.owns(name) for owner in self._owners)
+
+    def _shown(self, name: str, scope: Scope | None) -> bool:
+        return all(owner.shows(name, scope) for owner in self._owners if owner.owns(name))
+
     def _unknown(self, name: str) -> ApiError:
-        known = ", ".join((*self.options.names, *self.service.engine.adapters))
+        known = ", ".join(self.names(None))
         return ApiError(
             f"model: {name[:80]!a} is not served here, but {known}", status=404, code="model_not_found", param="model"
         )

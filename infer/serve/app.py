@@ -94,7 +94,7 @@ ROUTERS: tuple[Callable[[Api], APIRouter], ...] = (
 def create_app(service: Service, session: Session, options: ServeOptions, extensions: Sequence[Extension] = ()) -> App:
     """The application; ``service`` and ``extensions`` start and stop with it."""
 
-    api = Api(service, session, options)
+    api = Api(service, session, options, extensions)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -30,6 +30,17 @@ class Extension(Protocol):
         """
         ...
 
+    def owns(self, name: str) -> bool:
+        """Whether this extension loads and unloads the adapter of this name, so that clients may not."""
+        ...
+
+    def shows(self, name: str, scope: Scope | None) -> bool:
+        """Whether a request may learn of an adapter that the extension owns. None: whether all requests may.
+
+        It may read files, so it is called in a thread where it can be.
+        """
+        ...
+
     async def start(self) -> None:
         """Called once the engine's thread runs, before the first request."""
         ...

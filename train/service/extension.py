@@ -40,6 +40,15 @@ class TrainingExtension:
         if isinstance(model, str) and model.startswith(SCHEME):
             await self.service.provide(model, owner_of_scope(scope, self._keys))
 
+    def owns(self, name: str) -> bool:
+        """Saved weights are named by their paths."""
+        return name.startswith(SCHEME)
+
+    def shows(self, name: str, scope: Scope | None) -> bool:
+        """Named weights, to the key that saved them, and to all once they are published."""
+        owner = None if scope is None and self._keys else owner_of_scope(scope or {}, self._keys)
+        return self.service.shows(name, owner)
+
     async def start(self) -> None:
         await self.service.start()
 

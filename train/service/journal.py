@@ -36,6 +36,14 @@ CREATE TABLE IF NOT EXISTS checkpoints (
   path TEXT PRIMARY KEY, owner TEXT NOT NULL, model TEXT NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL,
   created REAL NOT NULL, bytes INTEGER NOT NULL, expires REAL, public INTEGER NOT NULL, about TEXT NOT NULL);
 """
+# Why a journal cannot be carried on with, by the entry that differs.
+_OTHER = {
+    "form": "is the journal of another version of stepjax; choose another --train-folder",
+    "base": "is the journal of another base model or --dtype; serve that one, or choose another --train-folder",
+    "weights": "is the journal of adapters that were trained on other weights (fingerprint {found}) than the served "
+    "model has ({expected}), though the configuration is the same; serve the checkpoint that they were trained on, "
+    "or choose another --train-folder",
+}
 
 
 @dataclass(frozen=True)
@@ -54,10 +62,11 @@ class JournalRow:
 class Journal:
     """The file. Rows are dictionaries of their columns."""
 
-    def __init__(self, path: Path, *, identity: str):
+    def __init__(self, path: Path, *, identity: str, weights: str):
         """
         Args:
-          identity: of the base model; a journal of another one is refused.
+          identity: of the base model's configuration and dtype; a journal of another one is refused.
+          weights: a digest of the base model's weights; a journal of other ones is refused.
 
         Raises:
           ConfigError: the file is of another form, or of another base model.
@@ -69,7 +78,7 @@ class Journal:
             self._file.execute("PRAGMA journal_mode=WAL")
             self._file.execute("PRAGMA synchronous=FULL")
             self._file.executescript(_TABLES)
-            self._check(path, {"form": str(FORM), "base": identity})
+            self._check(path, {"form": str(FORM), "base": identity, "weights": weights})
         except sqlite3.DatabaseError as error:
             raise ConfigError(f"{path}: is no journal of a training service ({error})") from None
 
@@ -141,11 +150,12 @@ class Journal:
             self._file.execute(statement, values)
 
     def _check(self, path: Path, expected: dict[str, str]) -> None:
+        """Compare what the journal is of with what is served; a new journal, or an entry that it lacks, is written."""
         stored = dict(self._about())
         for name, value in expected.items():
             if stored.setdefault(name, value) != value:
-                what = {"form": "another version of stepjax", "base": "another base model or dtype"}[name]
-                raise ConfigError(f"{path}: is the journal of {what}; choose another --train-folder")
+                raise ConfigError(f"{path}: {_OTHER[name].format(found=stored[name], expected=value)}")
+        for name, value in expected.items():
             self.insert("about", name=name, value=value)
 
     def _about(self) -> Iterator[tuple[str, str]]:

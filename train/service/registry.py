@@ -138,11 +138,16 @@ class Registry:
     def checkpoint(self, path: str, owner: str) -> JournalRow:
         """A checkpoint that an owner may read: an own one, or one that is published."""
         split_path(path)
-        row = self.journal.row("checkpoints", path=path)
-        readable = row is not None and (row.owner == owner or row.public) and not _expired(row)
-        if row is None or not readable:
+        row = self.readable(path, owner)
+        if row is None:
             raise not_found(path[:300])
         return row
+
+    def readable(self, path: str, owner: str | None) -> JournalRow | None:
+        """`checkpoint`, or None where it raises. Of no owner: one that is published."""
+        row = self.journal.row("checkpoints", path=path)
+        readable = row is not None and (row.owner == owner or row.public) and not _expired(row)
+        return row if readable else None
 
     def own_checkpoint(self, path: str, owner: str) -> JournalRow:
         row = self.checkpoint(path, owner)

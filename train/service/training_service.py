@@ -39,6 +39,7 @@ from stepjax.train.service.state_files import remove_leftovers
 from stepjax.train.service.trained_model import target_scores
 from stepjax.train.service.wire.sample_requests import SampleCall
 from stepjax.train.service.wire.tensors import NamedTensor, bad
+from stepjax.train.tune.fingerprint import fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -66,12 +67,17 @@ class TrainingService:
           tokenizer: folder that clients on this machine load the tokenizer from.
 
         Raises:
-          ConfigError: another server uses the folder, or it is of another model.
+          ConfigError: another server uses the folder, or it is of another model or of other weights.
         """
         self._closing = contextlib.ExitStack()
         self._closing.enter_context(locked(folder))
         remove_leftovers(folder)
-        journal = Journal(folder / "journal.sqlite", identity=_base_identity(session))
+        try:
+            weights = _base_weights(session)
+            journal = Journal(folder / "journal.sqlite", identity=_base_identity(session), weights=weights)
+        except BaseException:
+            self._closing.close()  # the folder's lock
+            raise
         self._closing.callback(journal.close)
         registry, programs, device = Registry(journal, folder), Programs(session), DeviceTurns(service)
         adapters = ReadOnlyAdapters(registry, programs)
@@ -299,6 +305,11 @@ class TrainingService:
         if row.kind == "sampler_weights":
             await shared.slots.show(path)
 
+    def shows(self, path: str, owner: str | None) -> bool:
+        """Whether lists of models name saved weights to an owner. None: to everybody."""
+        row = self.shared.registry.readable(path, owner)
+        return row is not None and not row.name.startswith(HIDDEN)
+
     async def _targets(self, call: SampleCall, path: str | None) -> NamedTensor:
         """Log-probabilities of the ids that a sample request names at positions of its prompt."""
         shared, tensor = self.shared, call.targets
@@ -471,6 +482,11 @@ class _ServiceCollector(Collector):
 def _base_identity(session: Session) -> str:
     """What saved states depend on: the model's configuration and its dtype, as a digest."""
     return hashlib.sha256(model_identity(session).partition(", mtp")[0].encode()).hexdigest()
+
+
+def _base_weights(session: Session) -> str:
+    """A digest of the weights that adapters are trained on; those of the MTP layers change nothing in them."""
+    return fingerprint({name: value for name, value in session.params.items() if not name.startswith("mtp.")})
 
 
 def _digest(kind: str, body: bytes) -> str:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
 from stepjax.adapters.peft import import_adapter
@@ -53,15 +53,15 @@ def router(api: Api) -> APIRouter:
         }
 
     @routes.get("/v1/models")
-    async def models() -> Response:
-        """All models that a request can name."""
-        cards = [card(name) for name in (*options.names, *service.engine.adapters)]
-        return json_response({"object": "list", "data": cards})
+    async def models(request: Request) -> Response:
+        """All models that a request can name, without the adapters of other keys."""
+        names = await asyncio.to_thread(api.names, request.scope)
+        return json_response({"object": "list", "data": [card(name) for name in names]})
 
     @routes.get("/v1/models/{name:path}")
-    async def model(name: str) -> Response:
+    async def model(name: str, request: Request) -> Response:
         """One model."""
-        if name not in options.names and name not in service.engine.adapters:
+        if name not in await asyncio.to_thread(api.names, request.scope):
             raise ApiError(f"model: {name[:80]!a} is not served here", status=404, code="model_not_found")
         return json_response(card(name))
 
@@ -78,7 +78,10 @@ def adapter_router(api: Api) -> APIRouter:
     async def load_lora_adapter(body: LoadAdapter) -> Response:
         """Load an adapter from a folder on the server, which requests then name as ``model``."""
         service.check_open()
-        _check_name(body.lora_name, api.options.names)
+        if body.lora_name in api.options.names:
+            raise _not_for_clients(body.lora_name, "is the model's own name; choose another")
+        if api.owned(body.lora_name):
+            raise _not_for_clients(body.lora_name, "is a name of saved weights; choose another")
         try:
             adapter, lora = await asyncio.to_thread(import_adapter, Path(body.lora_path), api.session.config)
         except (CheckpointError, ConfigError, OSError, ValueError) as error:
@@ -92,7 +95,7 @@ def adapter_router(api: Api) -> APIRouter:
     async def unload_lora_adapter(body: UnloadAdapter) -> Response:
         """Unload an adapter; running answers keep it to their end."""
         service.check_open()
-        if body.lora_name not in service.engine.adapters:
+        if body.lora_name not in service.engine.adapters or api.owned(body.lora_name):
             raise ApiError(
                 f"lora_name: {body.lora_name[:80]!a} is not loaded", status=404, code="not_found", param="lora_name"
             )
@@ -102,9 +105,5 @@ def adapter_router(api: Api) -> APIRouter:
     return routes
 
 
-def _check_name(name: str, names: tuple[str, ...]) -> None:
-    """Raise ApiError if an adapter would hide the model itself."""
-    if name in names:
-        raise ApiError(
-            f"lora_name: {name[:80]!a} is the model's own name; choose another", code="invalid_value", param="lora_name"
-        )
+def _not_for_clients(name: str, reason: str) -> ApiError:
+    return ApiError(f"lora_name: {name[:80]!a} {reason}", code="invalid_value", param="lora_name")
