@@ -1,29 +1,34 @@
-"""Writes the worked machines of docs/planning.md again: what to choose, why, and the published point.
+"""Writes the worked machines of docs/planning.md again: what to choose, why, vLLM's recipe, and the published point.
 
     python benchmarks/studies.py
 
-Needs neither weights nor GPUs; takes about a minute. Everything between the two marks of the page is replaced.
+Needs neither weights nor GPUs; takes about four minutes. Everything between the two marks of the page is replaced, and
+benchmarks/results/studies.json has the same with every byte and every part of a step.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import jax
+from provenance import commit
 
 from stepjax.config import ModelConfig
 from stepjax.infer.engine.draft_policy import PRIOR
 from stepjax.infer.steps.abstract_steps import sequence_bytes
 from stepjax.sharding.mesh import MeshSpec
-from stepjax.sharding.planner.explain import rivals, would_change
-from stepjax.sharding.planner.hardware import parse
-from stepjax.sharding.planner.options import Choice, Goal, Option, PlanRequest
+from stepjax.sharding.planner.explain import option_dict, rivals, would_change
+from stepjax.sharding.planner.hardware import Cluster, parse
+from stepjax.sharding.planner.options import Choice, Goal, Option, PlanRequest, Refusal
 from stepjax.sharding.planner.search import rank_options, weigh
 from stepjax.sharding.rules import WIDE
 from stepjax.weights.formats import FORMATS
 from stepjax.weights.plain import PLAIN
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "planning.md"
+ROOT = Path(__file__).resolve().parent.parent
+PAGE, RESULTS = ROOT / "docs" / "planning.md", ROOT / "benchmarks" / "results" / "studies.json"
 FIRST, LAST = "<!-- studies: written by benchmarks/studies.py -->", "<!-- end of studies -->"
 WHOLE = ModelConfig.preset("step-3.5-flash")
 MACHINES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -57,14 +62,17 @@ def main() -> None:
     text = PAGE.read_text(encoding="utf-8")
     before, _, rest = text.partition(FIRST)
     _, _, after = rest.partition(LAST)
+    records: list[dict[str, Any]] = []
     body = "\n".join(
         [
-            *(section(*each, GOALS) for each in MACHINES),
-            *(section(*each, BUSY_GOALS) for each in BUSY_MACHINES),
+            *(section(*each, GOALS, records) for each in MACHINES),
+            *(section(*each, BUSY_GOALS, records) for each in BUSY_MACHINES),
             published(),
         ]
     )
     PAGE.write_text(f"{before}{FIRST}\n\n{body}\n{LAST}{after}", encoding="utf-8")
+    found = {"command": "python benchmarks/studies.py", "commit": commit(check=False), "studies": records}
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def section(
@@ -72,7 +80,9 @@ def section(
     hardware: str,
     experts: tuple[str, ...],
     goals: tuple[tuple[Goal, str, int, int, float | None], ...],
+    records: list[dict[str, Any]],
 ) -> str:
+    """The machine's part of the page; what it says is added to the records too."""
     cluster = parse(hardware)
     rows, words = [], []
     for goal, name, batch, context, tpot in goals:
@@ -85,21 +95,52 @@ def section(
             acceptance=PRIOR,
             sequence_bytes=lambda drafts: sequence_bytes(WHOLE, drafts),
         )
-        found = rank_options(WHOLE, cluster, request)
-        if not found.options:
-            rows.append(f"| {name} | – | | | | | {found.refusals[0].reason if found.refusals else ''} |")
+        plan = rank_options(WHOLE, cluster, request)
+        record: dict[str, Any] = {"machine": title, "hardware": hardware, "goal": name}
+        records.append(record)
+        if not plan.options:
+            record["refused"] = plan.refusals[0].reason if plan.refusals else ""
+            rows.append(f"| {name} | – | | | | | {record['refused']} |")
             continue
-        rows.append(row(name, goal, found.options[0]))
-        narrow = next((option for option in found.options if option.choice.strategy not in WIDE), None)
-        if goals is BUSY_GOALS and narrow is not None and narrow is not found.options[0]:
-            rows.append(row(f"{name}, not wide", goal, narrow))
+        best = plan.options[0]
+        record |= {"best": option_dict(best), "why": rivals(plan), "would_change": would_change(plan, WHOLE)}
+        rows.append(row(name, goal, best))
+        if goals is BUSY_GOALS:
+            narrow = next((option for option in plan.options if option.choice.strategy not in WIDE), None)
+            if narrow is not None and narrow is not best:
+                record["not_wide"] = option_dict(narrow)
+                rows.append(row(f"{name}, not wide", goal, narrow))
+            recipe = recipe_of(cluster, request)
+            if isinstance(recipe, Refusal):
+                record["recipe"] = {"refused": recipe.reason}
+                rows.append(f"| {name}, vLLM's recipe | {_placed(recipe.choice)} | | | | | {recipe.reason} |")
+            elif recipe.choice != best.choice:
+                record["recipe"] = option_dict(recipe)
+                rows.append(row(f"{name}, vLLM's recipe", goal, recipe))
         if goal in ("latency", "throughput"):
-            words += [f"- **{name}.** {' '.join(rivals(found)[:3])}"]
-            words += [
-                f"  Would change: {'; '.join(changes[:3])}." for changes in [would_change(found, WHOLE)] if changes
-            ]
+            changes = record["would_change"][:3]
+            words += [f"- **{name}.** {' '.join(record['why'][:3])}"]
+            words += [f"  Would change: {'; '.join(changes)}."] if changes else []
     head = "| goal | `--mesh`, `--strategy` | experts, drafts | engines × batch | GB a device | tokens/s | time |"
     return "\n".join([f"### {title}", "", head, "|---|---|---|---|---|---|---|", *rows, "", *words, ""])
+
+
+def recipe_of(cluster: Cluster, request: PlanRequest) -> Option | Refusal:
+    """vLLM's `--data-parallel-size N --enable-expert-parallel` over the whole machine, with the best format and drafts.
+
+    Attention is whole on each device, and so is every expert, on one of all devices (vllm-project/recipes,
+    StepFun/Step-3.5-Flash.md has N = 4).
+    """
+    near = min(cluster.per_node, cluster.num_devices)
+    mesh = MeshSpec(data=cluster.num_devices // near, expert=near)
+    strategy = "wide" if mesh.data == 1 else "wide_data"
+    weighed = [
+        weigh(WHOLE, cluster, request, Choice(mesh, strategy, experts, drafts))
+        for experts in request.experts
+        for drafts in request.drafts
+    ]
+    options = [option for option in weighed if isinstance(option, Option)]
+    return max(options, key=lambda option: option.tokens_per_s) if options else weighed[0]
 
 
 def row(name: str, goal: Goal, best: Option) -> str:
@@ -111,10 +152,14 @@ def row(name: str, goal: Goal, best: Option) -> str:
         time = f"{1e3 * best.tpot_s:,.0f} ms a step, {best.step.bound_by} most"
     drafts = "" if goal == "lora" else f", {choice.drafts}"
     return (
-        f"| {name} | `{choice.mesh}` `{choice.strategy}` | {choice.experts.name}{drafts} "
+        f"| {name} | {_placed(choice)} | {choice.experts.name}{drafts} "
         f"| {choice.replicas} × {best.batch} | "
         f"{1e-9 * memory.total:.1f} of {1e-9 * memory.usable:.1f} | {best.tokens_per_s:,.0f} | {time} |"
     )
+
+
+def _placed(choice: Choice) -> str:
+    return f"`{choice.mesh}` `{choice.strategy}`"
 
 
 def published() -> str:

@@ -139,11 +139,15 @@ def test_what_takes_too_much_memory_or_time():
         ({"chunk": 0}, "chunk: is 0"),
         ({"acceptance": 1.5}, "shares"),
         ({"tpot_s": -1.0}, "tpot"),
+        ({"ttft_s": 0.0}, "ttft: is 0.0 ms, expected more than 0"),
+        ({"ttft_s": float("nan")}, "ttft"),
+        ({"goal": "lora", "ttft_s": 1.0}, "ttft: is a limit of serving"),
+        ({"goal": "lora", "tpot_s": 1.0}, "tpot: is a limit of serving"),
     ],
 )
 def test_a_question_that_makes_no_sense(given, message):
     with pytest.raises(RequestError, match=message):
-        planned("8xH100", "latency", **given)
+        planned("8xH100", **{"goal": "latency"} | given)
 
 
 # What wins

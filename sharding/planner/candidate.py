@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stepjax.config import ModelConfig
 from stepjax.errors import MeshError
+from stepjax.sharding.expert_traffic import domain_size
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.planner import lora_step
@@ -58,7 +59,10 @@ class Candidate:
             return Refusal(choice, f"{choice.drafts} drafts: the model has {len(config.mtp_layers)} MTP layers")
         if choice.num_devices > cluster.num_devices:
             return Refusal(choice, f"mesh: {choice.mesh} takes {choice.num_devices} devices of {cluster.num_devices}")
-        placement = _placement(ById(config), choice.mesh, choice.strategy, choice.experts, request.goal == "lora")
+        domain = domain_size(cluster.device.name)
+        placement = _placement(
+            ById(config), choice.mesh, choice.strategy, choice.experts, train=request.goal == "lora", domain=domain
+        )
         if isinstance(placement, str):
             return Refusal(choice, placement)
         return cls(config, cluster, request, choice, *placement)
@@ -88,13 +92,17 @@ class Candidate:
             limit = f"expected {1e3 * request.tpot_s:g} at most"
             return Refusal(choice, f"too slow: {1e3 * tpot:.2f} ms a token at batch {batch}, {limit}")
         prefill = self._serving_time(piece, self._cache(1, context), filled=0.5)
+        prompt_s = -(-context // piece.count) * prefill.seconds
+        if request.ttft_s is not None and prompt_s > request.ttft_s:
+            limit = f"expected {1e3 * request.ttft_s:g} at most"
+            return Refusal(choice, f"late first token: a prompt of {context:,} takes {1e3 * prompt_s:.0f} ms, {limit}")
         return Option(
             choice=choice,
             batch=batch,
             context=context,
             memory=memory,
             step=step,
-            prompt_s=-(-context // piece.count) * prefill.seconds,
+            prompt_s=prompt_s,
             tokens_per_s=choice.replicas * batch / tpot,
             tpot_s=tpot,
             load_s=self._load_s(),
@@ -202,12 +210,12 @@ class Candidate:
 
 @functools.lru_cache(maxsize=50_000)
 def _placement(
-    config: ById, mesh: MeshSpec, strategy: str, experts: ExpertFormat, train: bool
+    config: ById, mesh: MeshSpec, strategy: str, experts: ExpertFormat, *, train: bool, domain: int
 ) -> tuple[MeshLayout, tuple[PlacedArrays, ...]] | str:
     """The layout and the weights of each device, or the runtime's reason to refuse."""
     model_config: ModelConfig = config.value
     try:
-        layout = layout_of(model_config, mesh, strategy, experts)
+        layout = replace(layout_of(model_config, mesh, strategy, experts), domain=domain)
         depths = 0 if train else len(model_config.mtp_layers)  # a checkpoint's drafters are loaded even if not used
         return layout, placed(parameters(model_config, experts=experts, depths=depths), layout)
     except MeshError as error:

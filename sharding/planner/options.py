@@ -49,6 +49,7 @@ class PlanRequest:
     context: int = 4096  # positions of each sequence, prompt and answer
     filled: float = 1.0  # mean share of the context that is filled while an answer is written
     tpot_s: float | None = None  # longest time between two tokens of a sequence; None: no limit
+    ttft_s: float | None = None  # longest time to the first token after a prompt as long as the context, alone
     experts: tuple[ExpertFormat, ...] = field(default_factory=lambda: tuple(FORMATS.values()))  # that are compared
     drafts: tuple[int, ...] = DRAFTS
     strategies: tuple[str, ...] = ("expert_tensor", "expert", "tensor")
@@ -76,8 +77,11 @@ class PlanRequest:
             raise RequestError(
                 f"acceptance and filled: are {self.acceptance} and {self.filled}, expected shares above 0, at most 1"
             )
-        if self.tpot_s is not None and self.tpot_s <= 0:
-            raise RequestError(f"tpot: is {1e3 * self.tpot_s} ms, expected more than 0")
+        for name, limit in (("tpot", self.tpot_s), ("ttft", self.ttft_s)):
+            if limit is not None and not limit > 0:
+                raise RequestError(f"{name}: is {1e3 * limit} ms, expected more than 0")
+            if limit is not None and self.goal == "lora":
+                raise RequestError(f"{name}: is a limit of serving, and the goal is lora; leave it out")
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="longest time between two tokens of a sequence, e.g. 25 (default: no limit)",
     )
     parser.add_argument(
+        "--ttft-ms",
+        type=float,
+        metavar="X",
+        help="longest time to the first token after a prompt of --context tokens, alone, e.g. 500 (default: no limit)",
+    )
+    parser.add_argument(
         "--experts", default=",".join(FORMATS), metavar="LIST", help="formats to consider (default: %(default)s)"
     )
     parser.add_argument(
@@ -139,6 +145,7 @@ def _request_of(args: argparse.Namespace, config: Any, cluster: Cluster) -> tupl
         batch=args.batch,
         context=args.context,
         tpot_s=None if args.tpot_ms is None else 1e-3 * args.tpot_ms,
+        ttft_s=None if args.ttft_ms is None else 1e-3 * args.ttft_ms,
         experts=named([name.strip() for name in args.experts.split(",")]),
         chunk=args.chunk,
         acceptance=PRIOR if args.accept is None else args.accept,

@@ -23,6 +23,7 @@ def plan(
     batch: int | None = None,
     context: int = 4096,
     tpot_s: float | None = None,
+    ttft_s: float | None = None,
     experts: Sequence[str] = tuple(FORMATS),
 ) -> Plan:
     """Rank every mesh, strategy, expert precision and number of drafts for a machine. No weights are read.
@@ -35,6 +36,7 @@ def plan(
         for ``throughput`` the largest that is tried; for ``lora`` 8 rows per device.
       context: positions of each sequence, prompt and answer.
       tpot_s: the longest time between two tokens of a sequence, in seconds.
+      ttft_s: the longest time to the first token, in seconds, after a prompt of ``context`` tokens that is alone.
       experts: names of the expert formats to consider, such as ``bf16``, ``fp8``, ``int8``, ``int4``.
 
     Returns:
@@ -52,7 +54,16 @@ def plan(
     """
     config = read_config(model) if isinstance(model, str) else model
     cluster = parse(hardware)
-    request = request_for(config, cluster, goal, batch=batch, context=context, tpot_s=tpot_s, experts=named(experts))
+    request = request_for(
+        config,
+        cluster,
+        goal,
+        batch=batch,
+        context=context,
+        tpot_s=tpot_s,
+        ttft_s=ttft_s,
+        experts=named(experts),
+    )
     return rank_options(config, cluster, request)
 
 
