@@ -12,32 +12,38 @@ from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.planner.candidate import Candidate
 from stepjax.sharding.planner.exchanges import StepShape, serving_exchanges
 from stepjax.sharding.planner.hardware import parse
-from stepjax.sharding.planner.options import Choice, Plan, PlanRequest
-from stepjax.sharding.planner.search import rank_options
+from stepjax.sharding.planner.options import Choice, Goal, Option, PlanRequest, Refusal
+from stepjax.sharding.planner.search import weigh
 from stepjax.weights.plain import PLAIN
 
 FLASH = ModelConfig.preset("step-3.5-flash")
 
 
-def plan(**given: Any) -> Plan:
-    """Of two nodes of eight H100 in bfloat16 without drafts."""
-    return rank_options(FLASH, parse("2 nodes of 8xH100"), PlanRequest(experts=(PLAIN,), drafts=(0,), **given))
+TENSOR = Choice(MeshSpec(tensor=8), "expert_tensor", PLAIN)
 
 
-def test_a_first_token_in_time_may_take_another_layout():
-    """A limit leaves out what is slower, ranks the others as before, and a context is as long as it allows."""
-    free = plan(goal="latency", context=32768)
-    limit = sorted(option.prompt_s for option in free.options)[0]
-    held = plan(goal="latency", context=32768, ttft_s=limit)
-    assert [o.choice for o in held.options] == [o.choice for o in free.options if o.prompt_s <= limit]
-    late = [refusal.reason for refusal in held.refusals if "late first token" in refusal.reason]
-    assert len(late) >= len(free.options) - len(held.options) > 0
-    assert all(
-        "a prompt of 32,768 takes" in reason and f"expected {1e3 * limit:g} at most" in reason for reason in late
-    )
-    longest = plan(goal="context", ttft_s=limit).options[0]
+def weighed(goal: Goal, **given: Any) -> Option | Refusal:
+    """Eight H100 in bfloat16 without drafts."""
+    return weigh(FLASH, parse("8xH100"), PlanRequest(goal, **given), TENSOR)
+
+
+def test_a_first_token_that_is_late_is_refused():
+    free = weighed("latency", context=32768)
+    assert isinstance(free, Option)
+    assert weighed("latency", context=32768, ttft_s=free.prompt_s) == free
+    late = weighed("latency", context=32768, ttft_s=0.9 * free.prompt_s)
+    assert isinstance(late, Refusal)
+    assert late.reason.startswith("late first token: a prompt of 32,768 takes ")
+    assert late.reason.endswith(f" ms, expected {0.9e3 * free.prompt_s:g} at most")
+
+
+def test_a_context_is_as_long_as_its_first_token_allows():
+    free = weighed("latency", context=32768)
+    assert isinstance(free, Option)
+    longest = weighed("context", ttft_s=free.prompt_s)
+    assert isinstance(longest, Option)
     assert 32768 <= longest.context < FLASH.max_positions
-    assert longest.prompt_s <= limit
+    assert longest.prompt_s <= free.prompt_s
 
 
 def test_a_rack_chooses_how_tokens_reach_experts_as_its_runtime_does():
