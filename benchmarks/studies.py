@@ -104,18 +104,20 @@ def section(
             continue
         best = plan.options[0]
         record |= {"best": option_dict(best), "why": rivals(plan)}
-        rows.append(row(name, goal, best))
-        if goals is BUSY_GOALS:
+        recipe = recipe_of(cluster, request) if goals is BUSY_GOALS else None
+        wins = isinstance(recipe, Option) and recipe.choice == best.choice
+        rows.append(row(f"{name}: vLLM's recipe" if wins else name, goal, best))
+        if recipe is not None:
             narrow = next((option for option in plan.options if option.choice.strategy not in WIDE), None)
             if narrow is not None and narrow is not best:
                 record["not_wide"] = option_dict(narrow)
                 rows.append(row(f"{name}, not wide", goal, narrow))
-            recipe = recipe_of(cluster, request)
             if isinstance(recipe, Refusal):
                 record["recipe"] = {"refused": recipe.reason}
                 rows.append(f"| {name}, vLLM's recipe | {_placed(recipe.choice)} | | | | | {recipe.reason} |")
-            elif recipe.choice != best.choice:
+            else:
                 record["recipe"] = option_dict(recipe)
+            if isinstance(recipe, Option) and not wins:
                 rows.append(row(f"{name}, vLLM's recipe", goal, recipe))
         if goal in ("latency", "throughput"):
             changes = would_change(plan, WHOLE)[:3] if goals is GOALS else []  # it weighs 256 choices at every batch
