@@ -110,6 +110,14 @@ def test_a_folder_is_made_of_a_file(folder, tmp_path):
         opened.template.close()
 
 
+def test_a_name_in_capitals_is_a_gguf_file_too(folder, tmp_path, capsys):
+    assert convert(folder, tmp_path / "MODEL.GGUF", "f32") == 0
+    assert GgufCheckpoint(tmp_path / "MODEL.GGUF").paths == Checkpoint(folder).paths
+    for name in (tmp_path, tmp_path / "MODEL.GGUF"):
+        assert main(["info", str(name), "--json"]) == 0
+        assert open_folder(name).path == tmp_path / "MODEL.GGUF"
+
+
 def test_a_trunk_without_mtp_becomes_a_folder_without(tmp_path):
     hub = small_hub()
     file = file_of(hub, random_tensors(hub))

@@ -14,6 +14,7 @@ from stepjax.checkpoint.folder import open_folder, open_weights
 from stepjax.checkpoint.graft import Grafted
 from stepjax.checkpoint.reader import Checkpoint
 from stepjax.cli import main
+from stepjax.config import ASSETS
 from stepjax.errors import CheckpointError
 
 CUT = ("layer_types", "rope_theta", "partial_rotary_factors", "swiglu_limits", "swiglu_limits_shared")
@@ -146,3 +147,21 @@ def test_info_says_what_a_folder_is(capsys, tmp_path):
     assert held["file_bytes"] == open_weights(folder).num_bytes
     assert main(["info", str(folder)]) == 0
     assert "ModelOpt" in capsys.readouterr().out
+
+
+def test_info_says_that_weights_are_missing_or_never_read(capsys, tmp_path):
+    (tmp_path / "config.json").write_text((ASSETS / "step-tiny" / "config.json").read_text())
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model.safetensors"}}')
+    assert main(["info", str(tmp_path), "--json"]) == 0
+    held = json.loads(capsys.readouterr().out)["checkpoint"]
+    assert (held["missing"], held["file_bytes"], held["mtp"]) == (["weights"], 0, {"declared": 3, "held": 0})
+    assert main(["info", str(tmp_path)]) == 0
+    assert "a configuration and no weights" in capsys.readouterr().out
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    (tmp_path / "model.safetensors.index.json").unlink()
+    assert main(["info", str(tmp_path)]) == 1
+    assert "never read" in capsys.readouterr().err
+    single = tmp_path / "large.safetensors"
+    single.write_bytes(b"\0" * 2**21)
+    assert main(["info", str(single)]) == 1
+    assert "expected a checkpoint folder or a .gguf file" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from typing import Any
 
 from stepjax.checkpoint.reader import wanted_form
 from stepjax.checkpoint.source import WeightSource
+from stepjax.config import ModelConfig
 from stepjax.weights.expert_format import ExpertFormat
 from stepjax.weights.inventory import inventory
 from stepjax.weights.plain import PLAIN
@@ -48,6 +49,19 @@ def contents(source: WeightSource) -> dict[str, Any]:
         "missing": [] if source.has_mtp or not declared else ["mtp"],
         "left_out": dict(source.left_out),
         "notes": list(source.notes),
+    }
+
+
+def configuration_alone(folder: str, config: ModelConfig) -> dict[str, Any]:
+    """As `contents`, of a folder that has a configuration and no weights."""
+    return {
+        "parts": [],
+        "file_bytes": 0,
+        "device_bytes": 0,
+        "mtp": {"declared": len(config.mtp_layers), "held": 0},
+        "missing": ["weights"],
+        "left_out": {},
+        "notes": [f"{folder}: holds a configuration and no weights; download the .safetensors files to run it"],
     }
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from stepjax.checkpoint.gguf.parts import first_parts, models_in, pattern_of_parts
+from stepjax.checkpoint.gguf.parts import first_parts, is_gguf, models_in, pattern_of_parts
 from stepjax.checkpoint.reader import read_config
 from stepjax.config import ASSETS
 from stepjax.errors import CheckpointError
@@ -43,7 +43,7 @@ def resolve(name_or_path: str | Path, *, weights: bool = True) -> Path:
     is_folder, exists = _look_at(path) if name else (False, False)
     if is_folder:
         return _gguf_in(path) or path
-    if exists and path.suffix == ".gguf":
+    if exists and is_gguf(path):
         return path
     if exists:
         raise CheckpointError(
@@ -52,7 +52,7 @@ def resolve(name_or_path: str | Path, *, weights: bool = True) -> Path:
     if name in EMBEDDED:
         return _embedded(name, weights=weights)
     match = _HUB_ID.fullmatch(name) if isinstance(name_or_path, str) else None
-    if not match or (name.endswith(".gguf") and not match["file"]):
+    if not match or (is_gguf(name) and not match["file"]):
         raise CheckpointError(f"{name[:200]!r}: is neither a folder nor a name of a model; {_FORMS}")
     if match["file"]:
         return _download_file(match["repo"], match["revision"], match["file"].removeprefix("/"))

@@ -63,6 +63,12 @@ def open_shards(folder: Path) -> Shards:
     return Shards(files, tuple(problems), tuple(notes))
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has safetensors, or weights in a form that is never read."""
+    pickles = {*_PICKLES} - {".npz"}  # scores of tokens lie in .npz files too
+    return any(file.suffix in {".safetensors", *pickles} for file in folder.iterdir())
+
+
 def inside(folder: Path, name: str) -> Path:
     """The file ``name`` of ``folder``, which no link may lead out of.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from stepjax.checkpoint.folder import ModelFolder, open_folder
 from stepjax.checkpoint.gguf.model import GgufCheckpoint
+from stepjax.checkpoint.gguf.parts import is_gguf
 from stepjax.checkpoint.gguf.writer import FORMS as GGUF_FORMS, write_gguf
 from stepjax.checkpoint.reader import Checkpoint
 from stepjax.checkpoint.stored_weights import StoredWeights
@@ -60,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    into_file = args.target.suffix == ".gguf"
+    into_file = is_gguf(args.target)
     _check_form(args, into_file=into_file)
     folder = open_folder(args.source, mtp_from=args.mtp_from)
     if into_file:

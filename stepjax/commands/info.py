@@ -14,11 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from stepjax.checkpoint import reader as checkpoint
-from stepjax.checkpoint.contents import contents
+from stepjax.checkpoint.contents import configuration_alone, contents
 from stepjax.checkpoint.folder import open_weights
-from stepjax.checkpoint.gguf.parts import models_in
+from stepjax.checkpoint.gguf.parts import is_gguf, models_in
 from stepjax.checkpoint.hub import EMBEDDED, resolve
 from stepjax.checkpoint.source import WeightSource
+from stepjax.checkpoint.weight_files import has_weights
 from stepjax.config import PRESETS, ModelConfig
 from stepjax.weights.expert_format import ExpertFormat
 from stepjax.weights.formats import FORMATS
@@ -42,9 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     source = open_source(args.model)
-    found = describe(source.config if source else read_config(args.model))
+    config = source.config if source else read_config(args.model)
+    found = describe(config)
     if source:
         found["checkpoint"] = contents(source)
+    elif os.path.isdir(args.model):
+        found["checkpoint"] = configuration_alone(args.model, config)
     if args.json:
         print(json.dumps(found, indent=2))
     else:
@@ -63,17 +67,15 @@ def open_source(name_or_path: str) -> WeightSource | None:
         path = path.parent
     elif name_or_path in EMBEDDED and not os.path.isdir(path):
         path = resolve(name_or_path, weights=False)
-    if os.path.isdir(path) and not models_in(path) and not any(path.glob("*.safetensors")):
-        return None
-    return open_weights(path) if os.path.isdir(path) or path.suffix == ".gguf" else None
+    if os.path.isdir(path):
+        return open_weights(path) if models_in(path) or has_weights(path) else None
+    return open_weights(path) if is_gguf(path) else None
 
 
 def read_config(name_or_path: str) -> ModelConfig:
     """The configuration of an embedded name, a ``config.json``, a checkpoint folder, a GGUF file or a hub id."""
     path = Path(name_or_path).expanduser()
-    if (
-        os.path.isfile(path) and path.suffix != ".gguf"
-    ):  # False for text that cannot be a path, where Path.is_file raises
+    if os.path.isfile(path) and path.suffix == ".json":  # isfile: False for text that is no path, where pathlib raises
         return checkpoint.read_config(path.parent, path.name)
     if name_or_path in PRESETS and not os.path.isdir(path):
         return ModelConfig.preset(name_or_path)

@@ -60,16 +60,19 @@ def open_files(path: Path) -> GgufFiles:
     return GgufFiles(opened[0], files)
 
 
+def is_gguf(name: str | Path) -> bool:
+    """Whether a file is one of GGUF by its name, in capitals too."""
+    return Path(name).suffix.lower() == ".gguf"
+
+
 def models_in(folder: Path) -> list[Path]:
     """The GGUF models of a folder, of split ones the first part."""
-    return [folder / name for name in first_parts([file.name for file in folder.glob("*.gguf")])]
+    return [folder / name for name in first_parts([file.name for file in folder.iterdir()])]
 
 
 def first_parts(names: Iterable[str]) -> list[str]:
     """Those of some files that are GGUF models, of split ones the first part; vision halves (mmproj) are none."""
-    models = sorted(
-        name for name in names if name.endswith(".gguf") and not Path(name).name.lower().startswith("mmproj")
-    )
+    models = sorted(name for name in names if is_gguf(name) and not Path(name).name.lower().startswith("mmproj"))
     parts = {name: match for name in models if (match := _PART.fullmatch(name))}
     return [name for name in models if name not in parts or int(parts[name]["number"]) == 1]
 
