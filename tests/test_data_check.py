@@ -66,6 +66,29 @@ def test_good_rows_are_counted_and_shown(tmp_path, capsys):
     assert [part["trained"] for part in report["example"]] == [False, True]
 
 
+def test_each_sequence_of_the_first_row_is_shown_by_itself(tmp_path, capsys):
+    """What follows the last trained text of one sequence is another sequence, not its continuation."""
+    file = write(tmp_path / "rows.jsonl", {"messages": [USER, ANSWER] * 2})
+    assert main(["data", "check", str(file), "--model", "step-tiny", "--train-on", "all"]) == 0
+    shown = capsys.readouterr().out.partition("the first row, with the trained text between » and «:\n")[2]
+    first, last = shown.index("    sequence 1 of 2:\n"), shown.index("«\n    sequence 2 of 2:\n")
+    assert 0 == first < last
+    assert main(["data", "check", str(file), "--model", "step-tiny", "--train-on", "all", "--json"]) == 0
+    (report,) = json.loads(capsys.readouterr().out)["files"]
+    assert [(part["sequence"], part["trained"]) for part in report["example"]] == [
+        *((0, False), (0, True)),
+        *((1, False), (1, True)),
+    ]
+
+
+def test_a_row_of_which_nothing_is_trained_is_shown_without_talk_of_marks(tmp_path, capsys):
+    file = write(tmp_path / "rows.jsonl", {"messages": [USER], "answer": "5"})
+    assert main(["data", "check", str(file), "--model", "step-tiny", "--for", "rl"]) == 0
+    out = capsys.readouterr().out
+    assert "  the first row, as the model sees it:\n" in out
+    assert "»" not in out
+
+
 def test_what_is_said_of_lengths_is_what_training_does(tmp_path):
     rows = [{"messages": [USER, {"role": "assistant", "content": "5" * i}]} for i in range(1, 40, 3)]
     rows += [{"messages": [{"role": "user", "content": "5" * i}, ANSWER]} for i in range(1, 60, 3)]

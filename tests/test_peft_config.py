@@ -431,3 +431,14 @@ def test_commands_leave_out_parts_and_say_so(capsys, tmp_path):
     with pytest.raises(SystemExit):
         main(["merge", base, source, again, "--leave-out", "nose"])
     assert "'nose' is unknown, expected some of vision, lm_head" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["run", "run/adapter", "run/leaves/4.safetensors"])
+def test_what_a_run_wrote_is_told_from_a_peft_folder(tmp_path, given):
+    """Whoever names a run, its adapter or its leaves is told the command that makes a PEFT folder."""
+    run = tmp_path / "run"
+    for name in ("adapter/_CHECKPOINT_METADATA", "leaves/4.safetensors"):
+        (run / name).parent.mkdir(parents=True)
+        (run / name).write_text("")
+    with pytest.raises(CheckpointError, match=f"has no adapter_config.json; .*export-adapter {run}/adapter FOLDER"):
+        import_adapter(tmp_path / given, MODEL)

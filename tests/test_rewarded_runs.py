@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from tuning import SHORT, changed, history
 
@@ -18,7 +20,8 @@ from stepjax.train.objectives.table import OBJECTIVES
 from stepjax.train.rollouts.failures import RewardFailures, reward_record
 from stepjax.train.rollouts.sampler import Rollout
 from stepjax.train.runs.report import series
-from stepjax.train.tune.run import tune
+from stepjax.train.tune.run import check_learned, tune
+from stepjax.train.tune.update import TuneState
 
 CODE = '''
 def length(answer):
@@ -141,6 +144,18 @@ def test_means_are_over_what_is_there():
     with pytest.raises(TrainingError, match=r"step 1: 1 of 3 answers have no reward, more than rewards\.max_failed"):
         failures.check(1, rollouts[1:], fatal=True)
     failures.check(1, rollouts[1:], fatal=False)
+
+
+@pytest.mark.parametrize(("count", "words"), [(0, "had a token"), (2, "changed a trained value")])
+def test_a_run_at_its_end_that_learned_nothing_is_not_told_to_go_on_as_it_is(config, count, words):
+    """The same command has no step left to make."""
+    leaves = {"a": jnp.ones(2)}
+    optimizer = (optax.ScaleByScheduleState(count=jnp.int32(count)),)
+    state = TuneState(leaves, optimizer, jnp.int32(2), jnp.zeros(2, jnp.int32), {}, {})
+    with pytest.raises(TrainingError, match=f"none of 2 steps {words}.*another run folder.*more optim.steps") as error:
+        check_learned(config, leaves, state)
+    assert "same command" not in str(error.value)
+    check_learned(config, {"a": jnp.zeros(2)}, state._replace(optimizer=(optax.ScaleByScheduleState(jnp.int32(1)),)))
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from stepjax.cli import main
 from stepjax.errors import ConfigError
 from stepjax.infer.load import load
 from stepjax.infer.session import Session
@@ -26,6 +27,7 @@ from stepjax.train.environments.episode import Turn
 from stepjax.train.rollouts.sampler import Rollout, data_rollouts
 from stepjax.train.runs.sinks import TensorBoard, flat, open_sinks
 from stepjax.train.teachers.scoring import cut_to_rows, make_batch
+from stepjax.train.tune import verbs
 
 RECIPES = Path(__file__).parents[1] / "train" / "recipes"
 
@@ -179,7 +181,7 @@ def test_array_records(tmp_path, session):
     found = [rows.row(0, i).ids for i in range(12)]
     assert len(set(found[:6])) == 6
     assert sorted(found[:6]) == sorted(found[6:])
-    with pytest.raises(ConfigError, match="does not exist"):
+    with pytest.raises(ConfigError, match=r"^data\.rows: .*none-\*: does not exist"):
         FileSource("rows", DataSettings(path=str(tmp_path / "none-*")), session)
 
 
@@ -311,3 +313,23 @@ def test_numbers_go_to_weights_and_biases(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"run\.wandb: needs wandb"):
         open_sinks(RunSettings(wandb="mine"), tmp_path, 0, {})
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_run_ends_with_where_its_result_is_and_what_makes_an_adapter_of_it(tmp_path, monkeypatch, capsys, kind):
+    """The adapter is what the next command reads. A run of all weights has leaves alone."""
+
+    def ended(config: TuneConfig, folder: Path, **others: object) -> verbs.TuneResult:
+        adapter = folder / "adapter" if config.lora.kind == "lora" else None
+        return verbs.TuneResult(folder, 2, (), folder / "leaves" / "2.safetensors", adapter)
+
+    monkeypatch.setattr(verbs, "run_tuning", ended)
+    file, out = tmp_path / "mine.toml", tmp_path / "a run"
+    data = '[data.a]\n[rollout]\nsource = "data"\n[loss]\nobjective = "sft"\n'
+    file.write_text(f'model.path = "step-tiny"\n{data}[lora]\nkind = "{kind}"\n')
+    assert main(["sft", str(file), "--out", str(out), "--no-program-cache"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    result = out / "adapter" if kind == "lora" else out / "leaves" / "2.safetensors"
+    assert lines[0] == f"{out}: 2 steps done; the result is in {result}"
+    following = f"stepjax export-adapter '{out}/adapter' FOLDER --model step-tiny"
+    assert lines[1:] == ([f"as a PEFT folder, to serve or to merge: {following}"] if kind == "lora" else [])

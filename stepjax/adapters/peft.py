@@ -178,8 +178,16 @@ def _inside(folder: Path, name: str) -> Path:
             advice = "pickled adapters (.bin) are not read, save it again"
         elif folder.is_dir() and (nested := sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))):
             advice = f"name one of the folders in it that have: {', '.join(nested[:5])}"
+        elif trained := _run_adapter(folder):
+            advice = f"make one of the run's adapter: stepjax export-adapter {trained} FOLDER --model BASE"
         raise CheckpointError(f"{folder}: has no {name}; {advice}")
     return inside(folder, name)
+
+
+def _run_adapter(path: Path) -> Path | None:
+    """The trained adapter that was meant by the adapter itself, by the run folder around it, or by the run's leaves."""
+    places = [path.parent.parent / "adapter"] if path.is_file() else [path, path / "adapter"]
+    return next((place for place in places if (place / "_CHECKPOINT_METADATA").is_file()), None)
 
 
 def _open(folder: Path) -> SafetensorsFile:

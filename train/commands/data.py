@@ -102,9 +102,18 @@ def _print(report: FileReport, args: argparse.Namespace) -> None:
         for places, what in ((lengths.cut, "cut"), (lengths.left_out, "left out")):
             some = f" ({', '.join(places[:5])}{', …' if len(places) > 5 else ''})" if places else ""
             print(f"  {what} at a length of {args.length} tokens: {counted(len(places))}{some}")
-    print("  the first row, with the trained text between » and «:")
-    shown = "".join(f"»{text}«" if trained else text for text, trained in lengths.example)
-    print("\n".join(f"    {line}" for line in printable(shown).splitlines()))
+    _print_example(lengths.example)
+
+
+def _print_example(sequences: list[list[tuple[str, bool]]]) -> None:
+    """The first row as the model sees it, sequence by sequence, with what is trained between marks."""
+    is_trained = any(trained for parts in sequences for _, trained in parts)
+    print(f"  the first row, {'with the trained text between » and «' if is_trained else 'as the model sees it'}:")
+    for number, parts in enumerate(sequences, 1):
+        if len(sequences) > 1:
+            print(f"    sequence {number} of {len(sequences)}:")
+        shown = "".join(f"»{text}«" if trained else text for text, trained in parts)
+        print("\n".join(f"    {line}" for line in printable(shown).splitlines()))
 
 
 _COUNTED = {"prompt": "prompt", "sequence": "sequence, prompt included", "trained": "trained of a sequence"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from stepjax.infer.commands.options import add_cache_arguments
@@ -36,5 +37,8 @@ def run(args: argparse.Namespace) -> int:
     config = read_settings(TuneConfig, recipe(args.config), args.set, changes={"verb": args.verb})
     cache = use_caches(programs=not args.no_program_cache, max_gib=args.program_cache_gib)
     result = run_tuning(config, args.out, cache=cache, startup=startup, write=write_line)
-    print(f"{result.folder}: {result.steps} steps done; the result is in {result.leaves}")
+    print(f"{result.folder}: {result.steps} steps done; the result is in {result.adapter or result.leaves}")
+    if result.adapter:
+        paths = f"{shlex.quote(str(result.adapter))} FOLDER --model {shlex.quote(config.model.path)}"
+        print(f"as a PEFT folder, to serve or to merge: stepjax export-adapter {paths}")
     return 0

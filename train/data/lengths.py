@@ -27,7 +27,7 @@ class Lengths:
     cut: list[str] = field(default_factory=list)  # places of rows that lose their end
     left_out: list[str] = field(default_factory=list)  # places of rows of which nothing can be trained
     faults: list[RowFault] = field(default_factory=list)  # rows that the model's template refuses
-    example: list[tuple[str, bool]] = field(default_factory=list)  # text of the first row, and whether it is trained
+    example: list[list[tuple[str, bool]]] = field(default_factory=list)  # of the first row, as `marked`
 
     def table(self) -> dict[str, dict[str, float]]:
         """Least, median, greatest and total number of tokens, by what is counted."""
@@ -74,18 +74,19 @@ def look(
     return lengths
 
 
-def marked(model: TextModel, prompt: Prompt) -> list[tuple[str, bool]]:
-    """The text of a row in parts, and whether each is trained. Sequences follow each other."""
-    parts: list[tuple[str, bool]] = []
+def marked(model: TextModel, prompt: Prompt) -> list[list[tuple[str, bool]]]:
+    """The text of each sequence of a row in parts, and whether each part is trained. The prompt, if nothing is."""
+    sequences = []
     for sequence in prompt.trained:
-        parts.append((model.tokenizer.decode(sequence.prompt, skip_special=False), False))
+        parts = [(model.tokenizer.decode(sequence.prompt, skip_special=False), False)]
         begin = 0
         for end in range(1, len(sequence.ids) + 1):
             if end == len(sequence.ids) or sequence.mask[end] != sequence.mask[begin]:
                 text = model.tokenizer.decode(sequence.ids[begin:end], skip_special=False)
                 parts.append((text, sequence.mask[begin]))
                 begin = end
-    return parts or [(model.tokenizer.decode(prompt.ids, skip_special=False), False)]
+        sequences.append(parts)
+    return sequences or [[(model.tokenizer.decode(prompt.ids, skip_special=False), False)]]
 
 
 def _fit(lengths: Lengths, prompt: Prompt, length: int, *, writes: bool) -> None:

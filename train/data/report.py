@@ -38,7 +38,11 @@ class FileReport:
             record["looked_at"] = self.lengths.looked_at
             record["tokens"] = self.lengths.table()
             record["cut"], record["left_out"] = self.lengths.cut, self.lengths.left_out
-            record["example"] = [{"text": text, "trained": trained} for text, trained in self.lengths.example]
+            record["example"] = [
+                {"text": text, "trained": trained, "sequence": number}
+                for number, parts in enumerate(self.lengths.example)
+                for text, trained in parts
+            ]
         return record
 
 

@@ -148,7 +148,10 @@ def held_out_rows(questions: np.ndarray, share: float) -> np.ndarray:
 
 def _surveyed(name: str, settings: DataSettings, path: str) -> tuple[Records, Survey]:
     """Rows that are all good, and what they are. ConfigError: some are bad; the first of them are named."""
-    records = open_records(settings, path)
+    try:
+        records = open_records(settings, path)
+    except ConfigError as error:
+        raise ConfigError(f"data.{name}: {error}") from None
     survey = known_survey(settings, records, path)
     if survey.faults:
         lines = "\n  ".join(fault_lines(survey.faults, MAX_FAULTS))

@@ -163,17 +163,6 @@ def _train(
                         check_finite(done, state.leaves)
                         checkpoints.save(done, state, run.about)
                     advance(note)
-        done = int(state.step)
-        if done and not int(update_count(state.optimizer)):
-            raise TrainingError(
-                f"none of {done} steps had a token and a finite gradient, so nothing was learned; read the transcripts"
-            )
-        if done and config.optim.lr and not changed(initial, state.leaves):
-            raise TrainingError(
-                f"none of {done} steps changed a trained value, since every gradient was 0: the answers to each prompt "
-                "had equal rewards. Read reward in metrics.jsonl; "
-                "give harder or easier prompts, rewards with more values, or more rollout.samples"
-            )
     except (TrainingError, OSError) as error:
         raise TrainingError(f"{error}; {checkpoints.kept()}") from None
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
@@ -183,7 +172,27 @@ def _train(
             f"out of memory ({_first_line(error)}); lower optim.rows, optim.length, rollout.slots or loss.chunk; "
             f"{checkpoints.kept()}"
         ) from None
+    check_learned(config, initial, state)
     return state
+
+
+def check_learned(config: TuneConfig, initial: Leaves, state: TuneState) -> None:
+    """TrainingError: the run is at its end, and no step has changed a leaf."""
+    done = int(state.step)
+    again = (
+        "Other settings need another run folder (--out); in this one, more optim.steps go on from the last checkpoint"
+    )
+    if done and not int(update_count(state.optimizer)):
+        raise TrainingError(
+            f"none of {done} steps had a token and a finite gradient, so nothing was learned; read the transcripts. "
+            f"{again}"
+        )
+    if done and config.optim.lr and not changed(initial, state.leaves):
+        raise TrainingError(
+            f"none of {done} steps changed a trained value, since every gradient was 0: the answers to each prompt "
+            "had equal rewards. Read reward in metrics.jsonl; give harder or easier prompts, rewards with more values, "
+            f"or more rollout.samples. {again}"
+        )
 
 
 def leaves_file(out: Path, step: int) -> Path:
