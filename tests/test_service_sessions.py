@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random as chance
+import re
 import shutil
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from training import IDS, Client, Sampling, next_tokens, saved, serving
+from training import IDS, Client, Model, Sampling, next_tokens, saved, serving
 
 from stepjax.errors import ConfigError
 from stepjax.infer.session import Session
 from stepjax.train.client import forward_kl, jsd, reverse_kl
+from stepjax.train.service import model_work
 from stepjax.train.service.limits import ServiceLimits
 from stepjax.train.service.training_service import TrainingService
 from stepjax.train.service.wire.results import pass_to_json
@@ -224,6 +228,93 @@ def test_clients_together_are_as_alone(training_server):
     assert training_server.service.num_open == 0
 
 
+def _work(seed: int):
+    """Twenty steps of a client, each of one to three calls, as data and settings alone."""
+    random = chance.Random(seed)
+    for _ in range(20):
+        calls = [[next_tokens(ids) for ids in random.choices(IDS, k=2)] for _ in range(random.randint(1, 3))]
+        yield calls, {"learning_rate": random.choice([1e-3, 1e-2]), "grad_clip_norm": random.choice([0.0, 0.5])}
+
+
+def _train(server, seed: int, *, vanishes: tuple[int, ...] = ()):
+    """A client's whole run; returns the state that it ends with.
+
+    Args:
+      vanishes: steps in which the client is gone without a word, with calls and a sample under way. It comes back and
+        sends what had no answer again. After the first time its memory has been given back.
+    """
+    training, client = server.training, Client(server)
+    model = client.model(seed=seed)
+    for number, (calls, adam) in enumerate(_work(seed)):
+        if number % 7 == 3:
+            client.sampler(model.save_sampler(f"at-{number}")).run(IDS[0], num_samples=2)
+        for data in calls[:-1]:
+            model.send(data)
+        first = next(model.numbers)
+        model.numbers = itertools.count(first)
+        if number in vanishes:
+            sampler = client.sampler()
+            client.post("asample", sampler.body(IDS[1], num_samples=2, sampling_params={"max_tokens": 40}))
+            model.send(calls[-1])
+            client.http.close()
+            if number == vanishes[0]:
+                asyncio.run_coroutine_threadsafe(training._quieten(client.session), server.loop).result(60)
+            samplers = client._samplers
+            client = Client(server, session=client.session)
+            client._samplers, model = samplers, Model(client, model.id, first=first)
+        model.send(calls[-1])  # again, if it vanished: the same call with the same number
+        step = model.step(**adam)
+        assert step["metrics"]["grad_norm"] > 0
+    path = model.save("end")
+    with client:
+        return saved(server, path, optimizer=True)[0]
+
+
+@pytest.mark.slow
+def test_eight_clients_of_which_some_vanish(tiny, tmp_path):
+    """Eight at once, each with an adapter of its own, in any order, some gone in the middle and back: each ends with
+    the weights and moments of its solo run, to the bit. Then no slot, page, state or half-written file is left.
+    """
+    with serving(tiny, tmp_path) as server:
+        training, all_pages = server.training, server.engine.scheduler.admission.prefix.num_available
+        alone = [_train(server, seed) for seed in range(8)]
+        gone = {1: (4, 9), 3: (0, 19), 4: (12,), 6: (2, 3, 17)}
+        with ThreadPoolExecutor(8) as pool:
+            together = list(pool.map(lambda seed: _train(server, seed, vanishes=gone.get(seed, ())), range(8)))
+        for one, other in zip(alone, together, strict=True):
+            assert one.count == other.count == 20
+            for part in ("leaves", "first", "second"):
+                for name, value in getattr(one, part).items():
+                    np.testing.assert_array_equal(getattr(other, part)[name], value)
+
+        async def settle():
+            for _ in range(200):
+                for session in list(training._quiet):
+                    await training._quieten(session)
+                await training._forget_ended()
+                if not (training._quiet or training._ended or server.service.num_open):
+                    return
+                await asyncio.sleep(0.05)
+
+        asyncio.run_coroutine_threadsafe(settle(), server.loop).result(60)
+        journal = training.shared.registry.journal
+        assert not training._lanes
+        assert not any(training._samples.values())
+        assert not training.shared.slots._active
+        assert server.service.num_open == 0
+        assert training.promises.num_open == 0
+        assert journal.rows("calls") == []
+        assert not list((tmp_path / "models").glob("*"))
+        for row in journal.rows("checkpoints"):
+            place = f"/api/v1/training_runs/{row.model}/checkpoints/{row.kind}/{row.name}"
+            assert server.client.delete(place).status_code == 200
+        assert not server.engine.adapters
+        names = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+        assert {name for name in names if not name.startswith("journal.sqlite")} <= {".lock"}
+        pool = server.engine.scheduler.admission.prefix
+        assert pool.num_available == all_pages
+
+
 def test_a_client_that_vanishes_gives_its_memory_back(training_server):
     """What it saved stays, and it can come back: its model is read from its snapshot and the journal."""
     training = training_server.training
@@ -247,6 +338,30 @@ def test_a_client_that_vanishes_gives_its_memory_back(training_server):
         again = type(model)(back, model.id, first=3)
         assert again.run([next_tokens(IDS[0])], forward=True)["metrics"] == before
         assert again.step()["metrics"]["num_tokens"] == len(IDS[0]) - 1  # its gradients too
+
+
+def test_a_client_that_returns_while_its_memory_is_given_back(training_client, training_server, monkeypatch):
+    """Its call waits for the snapshot and then runs on the model, which stays."""
+    training, session = training_server.training, training_client.session
+    begun, goes_on, write = threading.Event(), threading.Event(), model_work.write_snapshot
+
+    def slow(*arguments, **options):
+        begun.set()
+        assert goes_on.wait(60)
+        write(*arguments, **options)
+
+    model, data = training_client.model(), [next_tokens(IDS[0])]
+    model.run(data)
+    monkeypatch.setattr(model_work, "write_snapshot", slow)
+    lane, _ = training._lanes[model.id]
+    quiet = asyncio.run_coroutine_threadsafe(training._quieten(session), training_server.loop)
+    assert begun.wait(60)
+    sent = model.send(data)
+    goes_on.set()
+    quiet.result(60)
+    assert training_client.poll(sent)["metrics"]["num_tokens:sum"] == len(IDS[0]) - 1
+    assert training._lanes[model.id][0] is lane
+    assert model.step()["metrics"]["num_tokens"] == 2 * (len(IDS[0]) - 1)
 
 
 def test_changed_bodies_are_refused_or_run(training_client, training_server):
@@ -318,6 +433,15 @@ def test_changed_bodies_are_refused_or_run(training_client, training_server):
                 assert answer.status_code < 500, (name, at, new, answer.text)
     assert {200, 400, 404} <= statuses
     assert training_client.get("healthz") == {"status": "ok"}
+
+
+def test_the_page_shows_figures_that_there_are(training_server):
+    page = training_server.client.get("/").text
+    names = re.findall(r'figure\("(\w+)"\)', page)
+    assert {"sessions", "models", "adapters", "tokens_total", "loss"} <= {*names}
+    lines = training_server.client.get("/metrics").text.splitlines()
+    for name in names:
+        assert any(line.startswith(f"stepjax:train_{name} ") for line in lines), name
 
 
 def test_losses_with_a_teacher_for_users_of_the_sdk(training_server, monkeypatch):

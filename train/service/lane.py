@@ -47,6 +47,7 @@ class Lane:
           first: number of the first call.
         """
         self.name, self.next = name, first
+        self.turn = asyncio.Lock()  # whoever holds it has the model's state for itself
         self.begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._run, self._begin, self._after = run, begin, after
         self._waiting: dict[int, LaneCall | None] = {}  # None: the number was refused
@@ -90,15 +91,20 @@ class Lane:
             if call is None:
                 continue
             self._running = call
-            outcome = await self._outcome(call)
-            try:
-                await self._after(call, outcome)
-            except Exception as error:  # a full disk: what was computed is not durable, and must not seem so
-                log.exception("%s: call %d could not be recorded", self.name, call.seq)
-                outcome = Failure.of(error)
-            if call.promise is not None:
-                call.promise.settle(outcome)
+            async with self.turn:
+                await self._finish(call)
             self._running = None
+
+    async def _finish(self, call: LaneCall) -> None:
+        """Run a call, record its outcome and settle its promise."""
+        outcome = await self._outcome(call)
+        try:
+            await self._after(call, outcome)
+        except Exception as error:  # a full disk: what was computed is not durable, and must not seem so
+            log.exception("%s: call %d could not be recorded", self.name, call.seq)
+            outcome = Failure.of(error)
+        if call.promise is not None:
+            call.promise.settle(outcome)
 
     async def _take(self) -> LaneCall | None:
         """The next call, once it is there. None: its number was refused, or never came."""

@@ -28,6 +28,11 @@ class AdapterSlots:
         self._active: Counter[str] = Counter()
         self._lock, self._freed = asyncio.Lock(), asyncio.Event()
 
+    @property
+    def num_loaded(self) -> int:
+        """Adapters that the service has in slots."""
+        return len(self._used)
+
     async def take(self, path: str, waits: Callable[[], None]) -> AdapterPin:
         """The version of an adapter for answers that begin now; `give_back` it when they have ended.
 

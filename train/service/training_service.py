@@ -9,22 +9,20 @@ import hashlib
 import logging
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
 from stepjax.adapters.lora import LoraConfig
 from stepjax.infer.serve.errors import ApiError
-from stepjax.infer.serve.metrics import PREFIX
 from stepjax.infer.serve.service import Service
 from stepjax.infer.session import Session, model_identity, num_tokens_of
 from stepjax.train.runs.lock import locked
 from stepjax.train.service.answering import answered, fitted
 from stepjax.train.service.checks import ModelRoom
+from stepjax.train.service.collector import ServiceCollector
 from stepjax.train.service.context import ReadOnlyAdapters, ServiceCounts, SharedParts
 from stepjax.train.service.device import DeviceTurns
 from stepjax.train.service.journal import Journal
@@ -97,7 +95,7 @@ class TrainingService:
             ModelRoom(context, num_tokens_of(session)),
             ServiceCounts(),
         )
-        service.metrics.register(_ServiceCollector(self))
+        service.metrics.register(ServiceCollector(self.shared.counts, self._gauges))
         self.tokenizer = tokenizer
         self.promises = Promises()
         self.url_key = secrets.token_bytes(32)
@@ -119,6 +117,8 @@ class TrainingService:
             task.cancel()
         for model in list(self._lanes):
             await self.release(model)
+            if model in self._lanes:  # a call runs; what is cut short leaves the state half changed
+                await self._lanes.pop(model)[0].stop()
         self._closing.close()
 
     # Training calls.
@@ -131,6 +131,7 @@ class TrainingService:
         Raises:
           ApiError: there is no such model, its session has ended, or the number was used for another call.
         """
+        self._returned(model.partition(":")[0])
         id, digest = f"{model}:{seq}", _digest(kind, body)
         if promise := self.promises.repeated(id, digest, owner):
             return promise
@@ -234,14 +235,19 @@ class TrainingService:
         return lane
 
     async def release(self, model: str) -> None:
-        """Take a model out of memory; what it has is in its snapshot and in the journal."""
-        lane, work = self._lanes.pop(model, (None, None))
-        if lane is None or work is None:
+        """Take an idle model out of memory; what it has is in its snapshot and in the journal.
+
+        It stays if a call has come by the time that the snapshot is written: its client is back.
+        """
+        lane, work = self._lanes.get(model, (None, None))
+        if lane is None or work is None or not lane.idle:
             return
-        idle = lane.begun.done() and lane.idle and lane.begun.exception() is None
-        await lane.stop()
-        if idle:  # a call that was cut short has left the state half changed
-            await work.snapshot()
+        async with lane.turn:
+            if lane.begun.done() and lane.begun.exception() is None:
+                await work.snapshot()
+            if lane.idle and self._lanes.get(model) == (lane, work):
+                del self._lanes[model]
+                lane.task.cancel()
 
     # Samples.
 
@@ -380,20 +386,27 @@ class TrainingService:
         if now - self._seen.get(session, 0.0) > SEEN_S:
             self.shared.journal.update("sessions", {"id": session}, seen=now)
         self._seen[session] = now
+        self._returned(session)
+
+    def _returned(self, session: str) -> None:
+        """Note that a session that was silent has a client again, so that its samples are not cancelled."""
+        if session not in self._ended:
+            self._quiet.discard(session)
 
     async def end_session(self, session: str, reason: str) -> None:
         """Give back what a session has in memory. Its checkpoints stay."""
         shared = self.shared
         await asyncio.to_thread(lambda: shared.journal.update("sessions", {"id": session}, ended=reason))
+        self._quiet.add(session)
+        self._ended.add(session)
+        await asyncio.to_thread(lambda: shared.journal.update("models", {"session": session}, ended=1))
         await self._quieten(session)
         for row in await asyncio.to_thread(lambda: shared.journal.rows("models", session=session)):
-            await asyncio.to_thread(lambda row=row: shared.journal.update("models", {"id": row.id}, ended=1))
             for checkpoint in await asyncio.to_thread(
                 lambda row=row: shared.journal.rows("checkpoints", model=row.id, owner=row.owner)
             ):
                 if checkpoint.name.startswith(HIDDEN):
                     await self.delete_checkpoint(checkpoint.path)
-        self._ended.add(session)
         await self._forget_ended()
 
     async def _forget_ended(self) -> None:
@@ -414,14 +427,21 @@ class TrainingService:
         for task in list(self._samples.pop(session, ())):
             task.cancel()
         for model in [model for model in self._lanes if model.startswith(f"{session}:")]:
-            lane, _ = self._lanes[model]
-            if lane.idle:
-                await self.release(model)
+            await self.release(model)
         self._seen.pop(session, None)
         if any(model.startswith(f"{session}:") for model in self._lanes):
             self._quiet.add(session)  # a call runs: again later
         else:
             self._quiet.discard(session)
+
+    def _gauges(self) -> dict[str, int]:
+        """What there is now."""
+        return {
+            "sessions": len(self._seen),
+            "models": len(self._lanes),
+            "adapters": self.shared.slots.num_loaded,
+            "requests_open": self.promises.num_open,
+        }
 
     async def _sweep(self) -> None:
         """Forget what is old, now and then."""
@@ -452,31 +472,6 @@ class TrainingService:
             log.info("carrying on with %d calls of %d models", len(rows), len(models))
         for model in models:
             self.lane(model)
-
-
-class _ServiceCollector(Collector):
-    """Figures of the service for Prometheus, beside those of the server."""
-
-    def __init__(self, training: TrainingService):
-        self._training = training
-
-    def collect(self) -> Iterator[Metric]:
-        counts = self._training.shared.counts
-        gauges = {
-            "train_sessions": ("Sessions that were heard of lately", len(self._training._seen)),
-            "train_models": ("Models in memory", len(self._training._lanes)),
-            "train_requests_open": ("Requests without a result", self._training.promises.num_open),
-            "train_loss": ("Loss a token of the last forward_backward call", counts.loss),
-        }
-        counters = {
-            "train_tokens": ("Tokens of forward_backward calls", counts.tokens),
-            "train_steps": ("Steps of optimisers", counts.steps),
-            "train_samples": ("Answers to sample requests", counts.samples),
-        }
-        for name, (text, value) in gauges.items():
-            yield GaugeMetricFamily(f"{PREFIX}:{name}", text, value=value)
-        for name, (text, value) in counters.items():
-            yield CounterMetricFamily(f"{PREFIX}:{name}", text, value=value)
 
 
 def _base_identity(session: Session) -> str:
