@@ -15,11 +15,20 @@ from typing import Any
 
 import numpy as np
 from distillation_report import interval, publish, runs_of
-from recovery_arms import ARMS, PARTS
+from recovery_arms import ARMS, PARTS, SEEDS
 
 FIRST, LAST = "<!-- recovery: written by benchmarks/recovery_report.py -->", "<!-- end of recovery -->"
 COLOURS = dict(zip(ARMS, ("tab:blue", "tab:orange", "tab:red", "tab:grey", "tab:cyan", "tab:green"), strict=True))
 Results = Mapping[str, Any]
+
+
+def finished(results: Results) -> list[str]:
+    """The parts of which every arm has all of its seeds."""
+    return [
+        part
+        for part, about in PARTS.items()
+        if all(len(runs_of(results, part, arm)) == len(SEEDS) for arm in about.arms)
+    ]
 
 
 def main() -> None:
@@ -46,8 +55,8 @@ def right_at(points: Sequence[Results], tokens: float, names: Sequence[str]) -> 
 
 
 def tables(results: Results) -> str:
-    """All parts, in Markdown."""
-    return "\n".join(line for part in PARTS for line in [*table(results, part), ""])
+    """All finished parts, in Markdown."""
+    return "\n".join(line for part in finished(results) for line in [*table(results, part), ""])
 
 
 def table(results: Results, part: str) -> list[str]:
@@ -79,10 +88,12 @@ def plot(results: Results, path: Path) -> None:
     """Learnt tasks over tokens, and against kept tasks. A line is the mean of the seeds, a point a checkpoint."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 8), layout="constrained")
-    for column, (part, about) in enumerate(PARTS.items()):
-        over = figure.add_subplot(2, len(PARTS), column + 1)
-        beside = figure.add_subplot(2, len(PARTS), len(PARTS) + column + 1) if about.kept else None
+    parts = finished(results)
+    figure = Figure(figsize=(5 * len(parts), 8), layout="constrained")
+    for column, part in enumerate(parts):
+        about = PARTS[part]
+        over = figure.add_subplot(2, len(parts), column + 1)
+        beside = figure.add_subplot(2, len(parts), len(parts) + column + 1) if about.kept else None
         for arm in about.arms:
             runs = runs_of(results, part, arm)
             tokens = np.mean([[point["tokens"] for point in run["points"]] for run in runs], axis=0)

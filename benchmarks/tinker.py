@@ -170,12 +170,14 @@ class Served:
         with ThreadPoolExecutor(args.prompts) as pool:
             return sum(pool.map(ask, range(len(prompts)), prompts))
 
-    def _call(self, path: str, **fields: Any) -> dict[str, Any]:
-        return self._post(path, {"model_id": self.model, "seq_id": next(self.numbers), **fields})
+    def _call(self, endpoint: str, /, **fields: Any) -> dict[str, Any]:
+        return self._post(endpoint, {"model_id": self.model, "seq_id": next(self.numbers), **fields})
 
     def _post(self, path: str, body: dict[str, Any] | bytes) -> dict[str, Any]:
-        sent = {"content": body, "headers": {"content-type": PROTOBUF}} if isinstance(body, bytes) else {"json": body}
-        answer = self.http.post(path, **sent)
+        if isinstance(body, bytes):
+            answer = self.http.post(path, content=body, headers={"content-type": PROTOBUF})
+        else:
+            answer = self.http.post(path, json=body)
         if answer.status_code != 200:
             raise SystemExit(f"{path}: {answer.text}")
         return answer.json()

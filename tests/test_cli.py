@@ -363,11 +363,15 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(capsys, monke
     assert str(tmp_path) in refused(capsys, "score", "--model", bare, "--tokens", tokens, "--out", tmp_path / out)
 
 
-def test_a_full_disk_is_one_line(capsys, bare, tokens):
+def test_a_full_disk_is_one_line(capsys, tmp_path, bare, tokens):
     if not Path("/dev/full").exists():  # Linux only
         return
     assert "/dev/full: cannot be written" in refused(
         capsys, "score", "--model", bare, "--tokens", tokens, "--out", "/dev/full"
+    )
+    assert "/dev/full: cannot be written" in refused(
+        *(capsys, "score", "--model", bare, "--tokens", tokens, "--out", tmp_path / "a.npz"),
+        *("--record-loads", "/dev/full"),
     )
 
 

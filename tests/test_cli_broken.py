@@ -63,7 +63,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no-layers": (field(CONFIG, "layer_types", None), "layer_types"),
     "zero-experts": (field(CONFIG, "moe_top_k", 0), "moe_top_k"),
     "nan-theta": (field(CONFIG, "rope_theta", float("nan")), "rope_theta"),
-    "other-quantization": (field(CONFIG, "quantization_config", {"quant_method": "gptq"}), "quant_method"),
+    "other-quantization": (field(CONFIG, "quantization_config", {"quant_method": "bitsandbytes"}), "quant_method"),
     "cut-weights": (cut_file, "truncated"),
     "empty-weights": (text(FIRST, ""), "0 bytes"),
     "text-weights": (text(FIRST, "<!DOCTYPE html>" * 9), FIRST),

@@ -24,11 +24,15 @@ from stepjax.train.tune.run import check_learned, tune
 from stepjax.train.tune.update import TuneState
 
 CODE = '''
+import itertools
+
+calls = itertools.count()
+
 def length(answer):
-    """Longer answers are better; half of them have none."""
+    """Later answers are better, also of two that are the same; half of them have none."""
     if sum(answer.ids) % 2:
         raise ValueError("odd")
-    return {"long": len(answer.text) / 10, "finished": answer.finished}
+    return {"long": next(calls) / 10, "finished": answer.finished}
 
 def never(answer):
     raise ValueError("never")
@@ -73,8 +77,8 @@ def test_a_run_logs_the_parts_and_counts_what_failed(config, tmp_path, capsys):
     assert all("eval_reward_failed" in record for record in evaluations)
     assert {"reward_failed", "eval_reward_failed"} <= set(series(records))
     told = capsys.readouterr().err
-    assert "answers have no reward: reward mine.py:length failed: ValueError: odd (mine.py:5)" in told
-    assert told.count("mine.py:5") == 1  # each reason once
+    assert "answers have no reward: reward mine.py:length failed: ValueError: odd (mine.py:9)" in told
+    assert told.count("mine.py:9") == 1  # each reason once
     shown = (tmp_path / "run" / "transcripts" / "0.md").read_text()
     assert "(length/long " in shown
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,17 +81,24 @@ def run(args: argparse.Namespace) -> int:
             arrays |= {f"p{j}_mtp{k}_logits": logits for k, logits in enumerate(depths, start=1)}
     if jax.process_index():  # all processes have the same arrays; one writes them
         return 0
-    try:
-        with args.out.open("wb") as file:  # a file object: numpy would append .npz to another name
-            np.savez(file, **arrays)
-        if args.record_loads:
+    with _writing(args.out), args.out.open("wb") as file:  # a file object: numpy would append .npz to another name
+        np.savez(file, **arrays)
+    if args.record_loads:
+        with _writing(args.record_loads):
             args.record_loads.write_text(json.dumps(loads.tolist()), encoding="utf-8")
-    except OSError as error:
-        raise RequestError(f"{error.filename}: cannot be written ({error.strerror})") from None
     print(f"{args.out}: {len(prompts)} sequences, {sum(map(len, prompts))} tokens")
     if args.against:
         _compare(args, session, prompts, other)
     return 0
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """RequestError, which names the file, where writing it fails; a full disk's own error names none."""
+    try:
+        yield
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def _other(args: argparse.Namespace, prompts: list[list[int]], startup: Startup) -> list[SequenceScores]:
