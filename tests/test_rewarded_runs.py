@@ -89,7 +89,7 @@ def test_a_run_in_which_too_many_rewards_fail_ends(config, tmp_path):
     (tmp_path / "mine.py").write_text(CODE + "\nlength = never\n")
     failing = changed(config, rewards={"max_failed": 0.5})
     with pytest.raises(
-        TrainingError, match=r"step 0: 4 of 4 answers have no reward.*4 times: .*ValueError: never \(mine\.py:9\)"
+        TrainingError, match=r"step 0: 4 of 4 answers have no reward.*4 times: .*ValueError: never \(mine\.py:13\)"
     ):
         tune(failing, tmp_path / "run")
     shown = (tmp_path / "run" / "transcripts" / "0.md").read_text()
