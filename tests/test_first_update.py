@@ -38,6 +38,7 @@ def cache(tmp_path, monkeypatch):
     return ProgramCache.open()
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_after_the_first_update_and_evaluation(tmp_path, monkeypatch):
     """Whatever the lengths of answers and the number of micro-batches."""
     counts: list[Counter[str]] = []

@@ -183,6 +183,7 @@ def test_nobody_waits_for_the_first_mask_of_another():
     check_nothing_is_left(engine, threads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_masks_that_come_at_random_times(seed):
     """Arrivals, cancels and preemptions while masks are computed: each guided answer follows its script."""

@@ -212,6 +212,7 @@ class Dice:
 """
 
 
+@pytest.mark.slow
 def test_rewards_that_draw_random_numbers_are_the_same_in_all_processes(tmp_path):
     """One process runs the code of the user, and all have what it returned, its failures too."""
     (tmp_path / "dice.py").write_text(DICE)

@@ -154,6 +154,7 @@ def test_rows_that_travel_to_their_experts_change_nothing():
     assert_as_on_one_device(replace(layout("expert=4,tensor=2", "expert_tensor", 16, "capacity"), exchange=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plan", "exchange"),
     [

@@ -144,6 +144,7 @@ def test_two_devices_learn_what_one_learns(params, rows):
     assert all((one.params[name] != params[name]).any() for name in norms if name.startswith("layers"))
 
 
+@pytest.mark.slow
 def test_a_state_in_parts_learns_what_a_whole_one_learns(rows):
     short = dataclasses.replace(CONFIG, layers=CONFIG.layers[:2], mtp_layers=())  # for the sake of compiling
     params = random_params(short, 3)
@@ -254,6 +255,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(finished, brief, tmp_pat
     assert all(0 < record["held_out_loss"] < 10 for record in held_out)
 
 
+@pytest.mark.slow
 def test_a_run_whose_loss_is_no_number_stops_and_keeps_its_checkpoints(brief, tmp_path, monkeypatch):
     """The step that ruins the weights reports a good loss; the next one finds out."""
     brief(monkeypatch)

@@ -193,6 +193,7 @@ def answers(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_fresh_programs(cache, answers, caplog):
     plain, first, second = answers(None), answers(cache), answers(cache)
     assert plain == first == second

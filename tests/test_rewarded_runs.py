@@ -93,7 +93,7 @@ def test_a_run_in_which_too_many_rewards_fail_ends(config, tmp_path):
     ):
         tune(failing, tmp_path / "run")
     shown = (tmp_path / "run" / "transcripts" / "0.md").read_text()
-    assert "reward none (reward mine.py:length failed: ValueError: never (mine.py:9))" in shown
+    assert "reward none (reward mine.py:length failed: ValueError: never (mine.py:13))" in shown
     (tmp_path / "mine.py").write_text("def length(answer):\n    return 1.0\n")
     tune(failing, tmp_path / "run")
     assert [record["reward"] for record in history(tmp_path / "run") if "loss" in record] == [1.0, 1.0]

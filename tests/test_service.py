@@ -308,6 +308,7 @@ def test_more_samplers_than_slots(training_client):
         np.testing.assert_allclose(training_client.poll(promise)["prompt_logprobs"][1:], expected, atol=5e-5)
 
 
+@pytest.mark.slow
 def test_reverse_kl_is_over_the_whole_vocabulary(training_client, tiny, training_server):
     """Against Σ π (log π − log q) of all logits, with the base and with a saved policy as the teacher."""
     model, ids = training_client.model(), IDS[0]

@@ -23,6 +23,7 @@ def test_the_answer_is_the_same_with_any_number_of_drafts(params, drafts):
     assert len({tuple(ids) for ids in plain}) == 3
 
 
+@pytest.mark.slow
 def test_a_prompt_alone_and_among_others_gets_the_same_answer():
     session = tiny_session()
     prompts = [PROMPT[:1], PROMPT[:9], PROMPT, PROMPT * 3]
@@ -87,6 +88,7 @@ def test_partly_right_drafts_are_accepted_as_far_as_they_are_right():
     assert known == answer[: len(known)]
 
 
+@pytest.mark.slow
 def test_an_idle_row_keeps_its_state():
     session = tiny_session()
     pair = Batch(session.runner(3), session.params, [PROMPT, PROMPT[:5]], [GREEDY] * 2, dtype=session.dtype)

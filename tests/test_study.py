@@ -74,6 +74,7 @@ def test_a_single_token_does_not_gather_the_embedding():
     assert max(each.payload_bytes for each in study.report.collectives) == V * 4  # the logits
 
 
+@pytest.mark.slow
 def test_a_draft_costs_four_reductions():
     """Embedding, merge, attention and MLP of each depth; two small gathers for the argmax, which no layer owns."""
     study = studied("expert=4,tensor=2", dataclasses.replace(DECODE, drafts=2))
@@ -117,6 +118,7 @@ def test_parameters_and_arguments_are_the_arithmetic():
     assert study.report.alias_bytes >= study.cache_bytes
 
 
+@pytest.mark.slow
 def test_blocks_of_8_bits_are_counted_with_their_scales():
     blocks = dataclasses.replace(CONFIG, fp8_block=(16, 16))
     workload = dataclasses.replace(DECODE, experts=FORMATS["fp8"])
@@ -132,6 +134,7 @@ def test_blocks_of_8_bits_are_counted_with_their_scales():
 # Prefill
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on", ["cpu", pytest.param("h100", marks=pytest.mark.aot)])
 def test_a_long_chunk_is_gathered_and_scattered(on):
     """The stream lies split by tokens: each part of a layer gathers it and reduces into it; ids and weights go along.
@@ -148,6 +151,7 @@ def test_a_long_chunk_is_gathered_and_scattered(on):
         assert launched(study)["reduce-scatter", "tensor"] == 5 + 1  # attentions, dense MLP
 
 
+@pytest.mark.slow
 def test_a_short_chunk_is_reduced():
     study = studied("expert=4,tensor=2", Workload("prefill", batch=4, context=256, chunk=64))
     assert launched(study, inside="layer_2") == {("all-reduce", "tensor"): 1, ("all-reduce", GROUP): 1}

@@ -139,6 +139,7 @@ def rewards_by_text(monkeypatch, *, level: int) -> None:
     monkeypatch.setattr(Sampler, "run", run)
 
 
+@pytest.mark.slow
 def test_a_run_says_how_many_groups_were_replaced(tmp_path, monkeypatch, setup):
     """One of two groups is level each time: it is replaced by one that is level too, and left out."""
     rewards_by_text(monkeypatch, level=1)

@@ -274,6 +274,7 @@ def verifier(**options) -> DataSettings:
     return DataSettings(kind="environment", environment="verifiers:echo", environment_options=options)
 
 
+@pytest.mark.slow
 def test_an_environment_of_verifiers_plays_its_own_rollout(session, fake_verifiers):
     prompt, replies, reward = play(session, verifier(), said("I say a and b"), said("a b", finished=False))
     word = prompt.messages[0]["content"].removeprefix("Say ").removesuffix(".")
@@ -285,6 +286,7 @@ def test_an_environment_of_verifiers_plays_its_own_rollout(session, fake_verifie
     assert reward == {"total": pytest.approx(0.1), "parts": {"told": 0.0, "turns": 1.0}}
 
 
+@pytest.mark.slow
 def test_what_verifiers_would_hide_is_told(session, fake_verifiers):
     """An exception in a rubric is no 0, and earlier messages cannot change."""
     reward = play(session, verifier(fails=True), said("a b"), said("a b"))[2]
