@@ -370,8 +370,7 @@ def test_a_full_disk_is_one_line(capsys, tmp_path, bare, tokens):
         capsys, "score", "--model", bare, "--tokens", tokens, "--out", "/dev/full"
     )
     assert "/dev/full: cannot be written" in refused(
-        *(capsys, "score", "--model", bare, "--tokens", tokens, "--out", tmp_path / "a.npz"),
-        *("--record-loads", "/dev/full"),
+        *(capsys, "score", "--model", bare, "--tokens", tokens, "--out", tmp_path / "a", "--record-loads", "/dev/full")
     )
 
 

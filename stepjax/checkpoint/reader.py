@@ -399,7 +399,7 @@ def read_as(
     if checkpoint.by_path:
         kept = form.quantised and ".experts." in path and form in (stored, stored.refined(form.unit[1] or 0))
     else:
-        kept = form == stored
+        kept = form.quantised and form == stored
     if kept:
         value = checkpoint.read_kept(path, dtype=dtype, index=index, copy=copy, held=form)
     else:
