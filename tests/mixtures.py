@@ -58,6 +58,11 @@ def adapters() -> dict[str, tuple[jax.Array, jax.Array]]:
     }
 
 
+def biased(*experts: int) -> dict:
+    """The parameters with a bias that makes every token choose these experts."""
+    return PARAMS | {"router.bias": jnp.zeros((E,)).at[jnp.array(experts)].set(9.0)}
+
+
 def largest_error(found: Any, expected: Any) -> float:
     """Over the leaves, the largest difference relative to the leaf's largest entry."""
     errors = jax.tree.map(lambda a, b: np.abs(a - b).max() / max(np.abs(b).max(), 1e-9), found, expected)

@@ -3,6 +3,7 @@
 import random
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 from stepjax.infer.engine.admission import SchedulerConfig
 from stepjax.infer.engine.pages import TRASH_PAGE, PagePool
@@ -206,6 +207,20 @@ def random_requests(rng: random.Random, count: int, *, priorities: int = 1, stem
     return out
 
 
+def random_config(rng: random.Random, *, snapshots: int | None = None, **fields: Any) -> SchedulerConfig:
+    """A cache with room for few; ``snapshots`` are drawn too unless given."""
+    return SchedulerConfig(
+        num_slots=rng.randint(1, 5),
+        num_pages=rng.choice([13, 14, 17, 25, 60]),
+        context=48,
+        page_size=PAGE,
+        widths=rng.choice([(2, 4, 8), (3, 5), (16,)]),
+        token_budget=rng.choice([16, 32]),
+        num_snapshots=rng.choice([0, 1, 2, 8]) if snapshots is None else snapshots,
+        **fields,
+    )
+
+
 def play(
     seed: int,
     *,
@@ -218,18 +233,7 @@ def play(
 ) -> Server:
     """One random schedule: arrivals and cancels at random times, invariants checked after every step."""
     rng = random.Random(seed)
-    config = SchedulerConfig(
-        num_slots=rng.randint(1, 5),
-        num_pages=rng.choice([13, 14, 17, 25, 60]),
-        context=48,
-        page_size=PAGE,
-        widths=rng.choice([(2, 4, 8), (3, 5), (16,)]),
-        token_budget=rng.choice([16, 32]),
-        num_snapshots=rng.choice([0, 1, 2, 8]) if snapshots is None else snapshots,
-        host_pages=host,
-        snapshot_pages=2,
-        num_shards=shards,
-    )
+    config = random_config(rng, snapshots=snapshots, host_pages=host, snapshot_pages=2, num_shards=shards)
     server = Server(config, k=rng.choice([0, 1, 3]), lag=rng.randint(0, 1), seed=seed)
     requests = deque(random_requests(rng, rng.randint(1, count), priorities=rng.choice([1, 3]), stems=stems))
     busy = True

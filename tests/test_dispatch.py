@@ -12,7 +12,7 @@ import mixtures
 import numpy as np
 import pytest
 from flax import nnx
-from mixtures import CONFIG, PARAMS, SPEC, D, E, adapters, largest_error, measure, taken_apart
+from mixtures import CONFIG, PARAMS, SPEC, D, E, adapters, biased, largest_error, measure, taken_apart
 
 import stepjax.sharding.dispatch
 import stepjax.sharding.expert_parallel
@@ -42,9 +42,6 @@ def layout(mesh: str, strategy: str = "wide", *, dispatch: Dispatch = AUTO, stre
 def cases() -> dict[str, tuple[dict, jax.Array, jax.Array]]:
     """Parameters, tokens and padding masks that route in special ways."""
     x, real = jax.random.normal(jax.random.key(1), (B, T, D)), jnp.ones((B, T), bool)
-
-    def biased(*experts: int) -> dict:
-        return PARAMS | {"router.bias": jnp.zeros((E,)).at[jnp.array(experts)].set(9.0)}
 
     return {
         "spread": (PARAMS, x, real),

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mixtures import CONFIG, PARAMS, B, D, E, T, adapters, collectives_of, largest_error, measure, taken_apart
+from mixtures import CONFIG, PARAMS, B, D, E, T, adapters, biased, collectives_of, largest_error, measure, taken_apart
 
 import stepjax.sharding.expert_parallel
 from stepjax.config import ModelConfig
@@ -42,9 +42,6 @@ def cases() -> dict[str, tuple[dict, jax.Array, jax.Array]]:
     """Parameters, tokens and padding masks that route in special ways."""
     x, real = jax.random.normal(jax.random.key(1), (B, T, D)), jnp.ones((B, T), bool)
     alike = x.at[0].set(x[0, 0])  # the first sequence overflows, the second, on another replica, does not
-
-    def biased(*experts: int) -> dict:
-        return PARAMS | {"router.bias": jnp.zeros((E,)).at[jnp.array(experts)].set(9.0)}
 
     return {
         "spread": (PARAMS, x, real),

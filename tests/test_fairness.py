@@ -8,7 +8,7 @@ import random
 from collections import deque
 
 import pytest
-from scheduling import PAGE, Server, random_requests, request
+from scheduling import PAGE, Server, random_config, random_requests, request
 
 from stepjax.infer.engine.admission import SchedulerConfig
 from stepjax.infer.engine.sequence import Sequence, SequenceState
@@ -168,15 +168,7 @@ class Promise:
 def under_load(seed: int, *, priorities: int) -> tuple[Server, int]:
     """Two clients under different adapters, one of whom sends nearly everything, in a cache with room for few."""
     rng = random.Random(seed)
-    config = SchedulerConfig(
-        num_slots=rng.randint(1, 5),
-        num_pages=rng.choice([13, 14, 17, 25, 60]),
-        context=48,
-        page_size=PAGE,
-        widths=rng.choice([(2, 4, 8), (3, 5), (16,)]),
-        token_budget=rng.choice([16, 32]),
-        num_snapshots=rng.choice([0, 1, 2, 8]),
-    )
+    config = random_config(rng)
     server = Server(config, k=rng.choice([0, 1, 3]), lag=rng.randint(0, 1), seed=seed)
     promise, requests, steps = Promise(server), deque(random_requests(rng, 16, priorities=priorities)), 0
     working = True

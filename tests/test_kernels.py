@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from partials import weight
 
 from stepjax.ops.attention import KeyValues, Partial, attention_to, finish, flash
 from stepjax.ops.expert_dense import ExpertWeights
@@ -105,11 +106,6 @@ def test_flash_attention_agrees_with_blocks(interpreter, query, key, first, end,
 
 def average(part: Partial) -> jax.Array:
     return finish(part, jnp.float32)
-
-
-def weight(part: Partial) -> np.ndarray:
-    """The logarithm of the sum of exp(score): what merging with other keys depends on."""
-    return np.where(part.total_BTKG == 0, 0.0, part.top_BTKG + jnp.log(jnp.maximum(part.total_BTKG, 1e-30)))
 
 
 def test_the_gradient_of_flash_attention_is_that_of_blocks(interpreter):

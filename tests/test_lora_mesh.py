@@ -13,6 +13,7 @@ import pytest
 from adapters import lora_config, trained
 from checkpoints import tiny_hub_config
 from flax import nnx
+from mixtures import largest_error
 from tiny import random_params
 
 from stepjax.adapters.lora import attach, axes
@@ -57,12 +58,6 @@ def layout(mesh: str, strategy: str, *, stream: int = 1024, exchange: bool | Non
     if rules.wide and exchange is not None:
         dispatch = Dispatch("exchange" if exchange else "gather")
     return MeshLayout(spec.build(), rules, stream_tokens=stream, exchange=exchange, dispatch=dispatch)
-
-
-def largest_error(found: Any, expected: Any) -> float:
-    """Over the leaves, the largest difference relative to the leaf's largest entry."""
-    errors = jax.tree.map(lambda a, b: np.abs(a - b).max() / max(np.abs(b).max(), 1e-9), found, expected)
-    return max(jax.tree.leaves(errors))
 
 
 # The whole model

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import hub_config_of_layers, tiny_hub_config
+from mixtures import largest_error
 from tiny import random_params
 
 import stepjax.ops.experts
@@ -137,12 +138,6 @@ def found(where: MeshLayout, replay: bool = False) -> Any:
     skeleton = abstract(CONFIG, dtype=jnp.float32, layout=where, mtp=False)
     run = measure(where, RECORDED if replay else None)
     return jax.device_get(run(placed(BACKBONE, skeleton, where), LOW_RANK, TOKENS))
-
-
-def largest_error(found: Any, expected: Any) -> float:
-    """Over the leaves, the largest difference relative to the leaf's largest entry."""
-    errors = jax.tree.map(lambda a, b: np.abs(a - b).max() / max(np.abs(b).max(), 1e-9), found, expected)
-    return max(jax.tree.leaves(errors))
 
 
 @pytest.mark.parametrize("plan", CASES)

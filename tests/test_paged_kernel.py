@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from partials import weight
 
 from stepjax.model.cache import EVERYTHING, SPARE_ROWS, Chunk, Pages, Ring, Stripe, cached_rows
 from stepjax.ops.attention import KeyValues, Partial, empty_partial, finish, kernel_partial, merge
@@ -32,11 +33,6 @@ def same(found: Partial, expected: Partial) -> None:
     np.testing.assert_array_equal(found.total_BTKG == 0, expected.total_BTKG == 0)
     np.testing.assert_allclose(finish(found, jnp.float32), finish(expected, jnp.float32), atol=1e-2)
     np.testing.assert_allclose(weight(found), weight(expected), atol=1e-4)
-
-
-def weight(part: Partial) -> np.ndarray:
-    """The logarithm of the sum of exp(score): what merging with other keys depends on."""
-    return np.where(part.total_BTKG == 0, 0.0, part.top_BTKG + jnp.log(jnp.maximum(part.total_BTKG, 1e-30)))
 
 
 def kernel(

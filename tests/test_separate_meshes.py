@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from adapters import lora_config, trained
 from alone import alone as answer_alone
-from scheduling import PAGE, Device, Server, random_requests, request
+from scheduling import PAGE, Device, Server, random_config, random_requests, request
 from tiny import random_params, short_config, tiny_session
 
 from stepjax.adapters.lora import merge
@@ -81,17 +81,8 @@ class SeparateServer(Server):
 
 def play(seed: int) -> SeparateServer:
     rng = random.Random(seed)
-    config = SchedulerConfig(
-        num_slots=rng.randint(1, 5),
-        num_pages=rng.choice([13, 14, 17, 25, 60]),
-        context=48,
-        page_size=PAGE,
-        widths=rng.choice([(2, 4, 8), (3, 5), (16,)]),
-        token_budget=rng.choice([16, 32]),
-        num_snapshots=rng.choice([0, 1, 2, 8]),
-        num_shards=rng.choice([1, 1, 2, 4]),
-        separate=True,
-    )
+    config = random_config(rng, separate=True)
+    config = dataclasses.replace(config, num_shards=rng.choice([1, 1, 2, 4]))
     server = SeparateServer(config, k=rng.choice([0, 1, 3]), seed=seed)
     requests = deque(random_requests(rng, rng.randint(1, 20), priorities=rng.choice([1, 3])))
     busy = True

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from training import datum
 
 from stepjax.infer.serve.errors import ApiError
 from stepjax.train.service.checks import ModelRoom, check_call
@@ -32,16 +33,6 @@ from stepjax.train.service.wire.tensors import (
 )
 
 ROOM = ModelRoom(16, 320)
-
-
-def tensor(value: np.ndarray) -> bytes:
-    kind = 1 if value.dtype == np.float32 else 2
-    return written((1, value.tobytes()), (3, kind), (4, packed(value.shape)))
-
-
-def datum(tokens, **inputs) -> bytes:
-    chunk = written((1, written((1, np.asarray(tokens, "<i4").tobytes()))))
-    return written((1, chunk), *written_map(2, {name: tensor(value) for name, value in inputs.items()}))
 
 
 def body(*data: bytes, loss: str = "cross_entropy", seq: int = 3, **config) -> bytes:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from adapters import lora_config, trained
 from alone import alone as answer_alone
+from test_engine import EvenTokens
 from tiny import random_params, short_config, tiny_session
 
 from stepjax.adapters.lora import LoraConfig, merge
@@ -20,7 +21,6 @@ from stepjax.infer.engine.config import EngineConfig
 from stepjax.infer.engine.engine import Engine
 from stepjax.infer.engine.ready_programs import ProgramShape
 from stepjax.infer.sampling.params import SamplingParams
-from stepjax.infer.sampling.state import num_words
 from stepjax.infer.session import Session
 from stepjax.model.step3p5 import abstract, axes_of
 from stepjax.sharding.compiled.hlo import collectives
@@ -212,21 +212,6 @@ def test_two_hundred_requests_are_answered_as_alone(mesh, strategy, drafts):
     assert engine.executor.host.num_copies == sum(len(shard.prefix.host) for shard in admission.shards)
     assert_nothing_is_held(engine)
     assert {id: tokens[id] for id in asked} == {id: alone(*request) for id, request in asked.items()}
-
-
-class EvenTokens:
-    """A constraint and its guide: only even tokens, for the whole answer."""
-
-    active, done = True, False
-
-    def guide(self) -> EvenTokens:
-        return self
-
-    def ahead(self, drafts: Any) -> np.ndarray:
-        return np.full((1 + len(drafts), num_words(128)), 0x55555555, np.uint32)
-
-    def push(self, token: int) -> None:
-        assert token % 2 == 0
 
 
 @pytest.mark.slow
