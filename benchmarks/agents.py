@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import sys
 import time
@@ -139,22 +138,17 @@ def run(model: Any, prompts: list[list[list[int]]], sizes: dict[str, Any]) -> di
 
 
 def ask(engine: Any, model: Any, prompt: list[int], id: str) -> Turn:
-    began, cpu_began = time.perf_counter(), _cpu_s()
+    began, cpu_began = time.perf_counter(), time.process_time()
     engine.add(prompt, model.sampling(temperature=0.0, max_tokens=ANSWER, ignore_eos=True, logprobs=0, seed=0), id=id)
     first_s = first_cpu_s = 0.0
     updates = []
     for update in engine.run():
         if not updates:
-            first_s, first_cpu_s = time.perf_counter() - began, _cpu_s() - cpu_began
+            first_s, first_cpu_s = time.perf_counter() - began, time.process_time() - cpu_began
         updates.append(update)
     tokens = tuple(token for update in updates for token in update.tokens)
     logprobs = tuple(score.logprob for update in updates for score in update.scores)
     return Turn(len(prompt), updates[0].num_cached, first_s, first_cpu_s, tokens, logprobs)
-
-
-def _cpu_s() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
 
 
 def on_paper(last: list[int], added: int) -> dict[str, Any]:

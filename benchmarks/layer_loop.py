@@ -16,7 +16,7 @@ import dataclasses
 import json
 import math
 import re
-import resource
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -92,13 +92,13 @@ def main() -> None:
 
 def report(jitted: Any, arguments: tuple[Any, ...]) -> dict[str, Any]:
     """Seconds of trace, lower and compile, lines, temporaries, and bytes that large copies write in one run."""
-    clocks = [cpu_s()]
+    clocks = [time.process_time()]
     traced = jitted.trace(*arguments)
-    clocks.append(cpu_s())
+    clocks.append(time.process_time())
     lowered = traced.lower()
-    clocks.append(cpu_s())
+    clocks.append(time.process_time())
     compiled = lowered.compile()
-    clocks.append(cpu_s())
+    clocks.append(time.process_time())
     text, memory = compiled.as_text(), compiled.memory_analysis()
     names = ("trace_s", "lower_s", "compile_s")
     seconds = {name: round(b - a, 1) for name, a, b in zip(names, clocks, clocks[1:], strict=False)}
@@ -109,11 +109,6 @@ def report(jitted: Any, arguments: tuple[Any, ...]) -> dict[str, Any]:
         "argument_gb": round(memory.argument_size_in_bytes / 1e9, 2),
         "copied_mb": round(sum(copied(text)) / 1e6, 1),
     }
-
-
-def cpu_s() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
 
 
 def copied(text: str) -> Iterator[int]:

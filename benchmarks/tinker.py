@@ -14,7 +14,6 @@ import asyncio
 import itertools
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -258,11 +257,6 @@ class Child:
         self.process.wait(60)
 
 
-def own_cpu_s() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
-
-
 def measure(args: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
     """Tokens, wall and processor seconds of each round, by kind of work and by who did it."""
     found: dict[str, Any] = {kind: {"service": [], "verbs": []} for kind in ("train", "sample")}
@@ -271,7 +265,7 @@ def measure(args: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
         for number, kind in itertools.product(range(-args.warm, args.rounds), found):
             turns = [("service", server), ("verbs", other)]
             for name, child in turns if number % 2 else reversed(turns):
-                child_cpu, client_cpu, began = child.cpu_s(), own_cpu_s(), time.perf_counter()
+                child_cpu, client_cpu, began = child.cpu_s(), time.process_time(), time.perf_counter()
                 if name == "service":
                     tokens = getattr(client, kind)(number + args.warm, args)
                 else:
@@ -280,7 +274,7 @@ def measure(args: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
                     "tokens": tokens,
                     "wall_s": time.perf_counter() - began,
                     "cpu_s": child.cpu_s() - child_cpu,
-                    "client_cpu_s": own_cpu_s() - client_cpu,
+                    "client_cpu_s": time.process_time() - client_cpu,
                 }
                 print(f"round {number}: {kind} {name} {times}", file=sys.stderr)
                 if number >= 0:

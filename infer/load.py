@@ -92,7 +92,6 @@ def load(
       layers: "looped" holds the repeated layers as stacks, and programs run them in a loop, so that they are compiled
         once; "unrolled" compiles each by itself, as training needs it. "auto" takes what `LAYER_FORMS` says of the
         device. Layers whose experts are in different formats, as a GGUF file may have them, are never stacked.
-
       first_device: the mesh takes devices from this one on, where those before it are another mesh's.
 
     Raises:

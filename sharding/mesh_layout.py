@@ -24,7 +24,7 @@ from stepjax.sharding.context_parallel import Split, attend_split
 from stepjax.sharding.dispatch import CHEAPEST, Dispatch, choose_way, dispatch_body
 from stepjax.sharding.expert_parallel import EXCHANGED, GATHERED, REPLICATED, ExpertBody, Group, exchange_pays
 from stepjax.sharding.expert_traffic import NVLINK_DOMAIN
-from stepjax.sharding.rules import Axes, ShardingRules
+from stepjax.sharding.rules import Axes, ShardingRules, entry_axes
 from stepjax.weights.adapted import Adapted, factor_axes
 from stepjax.weights.stacked import LayerWeight
 
@@ -117,7 +117,7 @@ class MeshLayout:
             rows=any(spec[-3] is not None for spec in jax.tree.leaves(cache_spec)),
         )
         group = heads.q_BTNH.shape[2] // heads.k_BTKH.shape[2]
-        local_heads = LocalHeads(group, _axes(q_spec[2]), _axes(kv_spec[2]))
+        local_heads = LocalHeads(group, entry_axes(q_spec[2]), entry_axes(kv_spec[2]))
 
         def body(heads: Heads, chunk: Chunk, cache: CacheView | None) -> Any:
             select = functools.partial(local_heads.used, num_heads=heads.q_BTNH.shape[2])
@@ -163,7 +163,7 @@ class MeshLayout:
 
     def _wide_body(self, group: Group, shape: tuple[int, ...], spec: PartitionSpec) -> ExpertBody:
         """The body for tokens that lie with their sequences."""
-        split = {axis for entry in spec for axis in _axes(entry)}
+        split = {axis for entry in spec for axis in entry_axes(entry)}
         alike = tuple(axis for axis in group.axes if axis not in split)
         if not group.axes or (alike == group.axes and self.dispatch == CHEAPEST):
             return REPLICATED  # every device has all tokens, unless it is to take a share of them
@@ -261,11 +261,11 @@ def _gather(value: Any, spec: Any, storage: Axes) -> Any:
         base, a, b = (_gather(x, place, storage) for x, place in parts)
         return replace(value, base=base, a=a, b=b)
     if isinstance(value, LayerWeight):
-        if not any(axis in storage for entry in spec.stack for axis in _axes(entry)):
+        if not any(axis in storage for entry in spec.stack for axis in entry_axes(entry)):
             return value
         value, spec = value.sliced(), PartitionSpec(*spec.stack[1:])
     for dimension, entry in enumerate(spec):
-        if stored := tuple(axis for axis in _axes(entry) if axis in storage):
+        if stored := tuple(axis for axis in entry_axes(entry) if axis in storage):
             gather = functools.partial(jax.lax.all_gather, axis_name=stored, axis=dimension, tiled=True)
             value = jax.tree.map(gather, value)
     return value
@@ -274,8 +274,3 @@ def _gather(value: Any, spec: Any, storage: Axes) -> Any:
 def _index(axes: Axes) -> jax.Array | int:
     """This device's place along these mesh axes together."""
     return jax.lax.axis_index(axes) if axes else 0
-
-
-def _axes(entry: Any) -> Axes:
-    """The mesh axes of one entry of a PartitionSpec."""
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)

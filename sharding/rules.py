@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from jax.sharding import PartitionSpec
 
@@ -279,3 +280,8 @@ def _sizes(config: ModelConfig, name: str) -> frozenset[int]:
             "expert_mlp": [config.expert_size],
         }[name]
     )
+
+
+def entry_axes(entry: Any) -> Axes:
+    """The mesh axes of one entry of a PartitionSpec."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)

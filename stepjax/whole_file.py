@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from stepjax.errors import RequestError
+
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
@@ -34,6 +36,18 @@ def write_whole(path: Path, content: bytes) -> None:
     """Write a file as `whole_file` does."""
     with whole_file(path) as partial:
         partial.write_bytes(content)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """
+    Raises:
+      RequestError: the block cannot write the file, which it names; the error of a full disk has no name.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def sync(path: Path) -> None:

@@ -15,7 +15,7 @@ from rich.table import Table
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.planner.device_bytes import PAGE, bytes_by_part, paged, parameters, placed
-from stepjax.sharding.rules import Axes
+from stepjax.sharding.rules import Axes, entry_axes
 
 BAR = 8  # cells of a bar
 NUMBERS = 6  # of devices that are named in a row of equal ones
@@ -168,15 +168,15 @@ def _of_engine(layout: MeshLayout, batch: int) -> list[Dimension]:
     rows = layout.sharding((PAGE,), "rows").spec[0]
     return [
         Dimension("sequences", batch, layout.rules.activation("pages"), numbered=True),
-        Dimension("positions of a page", PAGE, _axes(rows), numbered=True),
+        Dimension("positions of a page", PAGE, entry_axes(rows), numbered=True),
     ]
 
 
 def _of_training(layout: MeshLayout, rows: int, length: int) -> list[Dimension]:
     batch, positions = layout.sharding((rows, length), "batch", "length").spec
     return [
-        Dimension("rows", rows, _axes(batch), numbered=True),
-        Dimension("positions", length, _axes(positions), numbered=True),
+        Dimension("rows", rows, entry_axes(batch), numbered=True),
+        Dimension("positions", length, entry_axes(positions), numbered=True),
     ]
 
 
@@ -199,11 +199,6 @@ def _of_model(layout: MeshLayout) -> list[Dimension]:
             Dimension("widths of an expert", config.expert_size, table.get("expert_mlp", ()), numbered=False),
         ]
     return dimensions
-
-
-def _axes(entry: Any) -> Axes:
-    """The mesh axes of one entry of a PartitionSpec."""
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def _joined(split: Iterable[Dimension]) -> list[list[Dimension]]:

@@ -17,6 +17,7 @@ import numpy as np
 
 from stepjax.errors import RequestError
 from stepjax.weights.finite import not_finite
+from stepjax.whole_file import writing
 
 _ROWS = 256  # of logits that are compared at a time
 
@@ -86,10 +87,8 @@ def write_certificate(path: Path, found: Mapping[str, Any]) -> None:
     Raises:
       RequestError: it cannot be written.
     """
-    try:
+    with writing(path):
         path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise RequestError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def overlap(ours: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ from stepjax.checkpoint.graft import Grafted
 from stepjax.checkpoint.hf_config import plain_matrices, to_hf
 from stepjax.checkpoint.reader import Checkpoint, ProgressCallback
 from stepjax.checkpoint.source import WeightSource
-from stepjax.checkpoint.weight_files import INDEX, inside, read_json
+from stepjax.checkpoint.weight_files import INDEX, inside, json_bytes, read_json
 from stepjax.checkpoint.writer import MAX_SHARD_BYTES, ShardWriter, check_target, copy_companions
 from stepjax.config import ModelConfig, text_config
 from stepjax.errors import CheckpointError
@@ -32,7 +32,7 @@ from stepjax.weights.dtypes import DTYPES
 from stepjax.weights.finite import not_finite
 from stepjax.weights.inventory import TensorSpec, inventory
 from stepjax.weights.quantised import Quantised
-from stepjax.whole_file import sync
+from stepjax.whole_file import sync, write_whole
 
 Encode = Callable[[str, int, np.ndarray], tuple[np.ndarray, ...]]
 
@@ -261,12 +261,9 @@ def _write_small_files(
     places = {tensor.hub_name: name for name, tensors in files.items() for tensor in tensors}
     total = sum(tensor.num_bytes for tensors in files.values() for tensor in tensors)
     content[INDEX] = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-    texts = {name: (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode() for name, value in content.items()}
+    texts = {name: json_bytes(value) for name, value in content.items()}
     for name, text in {**companions, **texts}.items():
-        with (target / name).open("wb") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        write_whole(target / name, text)
 
 
 def _hub_config(source: WeightSource) -> dict[str, Any]:

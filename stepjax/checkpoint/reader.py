@@ -15,7 +15,7 @@ from stepjax.checkpoint.hub_names import Recipe, Resolution, StoredPart, resolve
 from stepjax.checkpoint.packed_weights import PackedWeights
 from stepjax.checkpoint.safetensors_file import Entry, regular_size
 from stepjax.checkpoint.slices import Index, absolute_index, covering, num_elements
-from stepjax.checkpoint.source import WeightSource
+from stepjax.checkpoint.source import CheckpointFiles, WeightSource
 from stepjax.checkpoint.weight_files import inside, open_shards, read_json
 from stepjax.config import VISION_TYPE, ModelConfig, text_config
 from stepjax.errors import CheckpointError, ConfigError
@@ -38,7 +38,7 @@ _FLOATS = ("BF16", "F32", "F16")
 _LISTED = 5  # problems that a message names
 
 
-class Checkpoint:
+class Checkpoint(CheckpointFiles):
     """A folder in the hub's layout whose every tensor has been checked against its configuration.
 
     Raises:
@@ -98,11 +98,6 @@ class Checkpoint:
         stored = self.format(path)
         return stored if ".experts." in path and stored.kept_as_stored else PLAIN
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all weights in the files."""
-        return sum(map(self.stored_bytes, self.paths))
-
     def shape(self, path: str) -> tuple[int, ...]:
         """Shape of a weight."""
         return self._recipe(path).spec.shape
@@ -133,39 +128,8 @@ class Checkpoint:
         stored = self.format(path)
         return stored.name if stored.quantised else self._entry(self._recipe(path).parts[0].name).dtype
 
-    def read(self, path: str, *, dtype: Any, index: Index | None = None, copy: bool = False) -> np.ndarray:
-        """One weight, or the part of it at ``index``, in ``dtype``. The router's bias is always float32.
-
-        A weight stored whole in ``dtype`` comes back as a read-only view of the file, not yet in memory.
-
-        Args:
-          index: one slice per axis, without steps.
-          copy: read into new memory rather than map the file.
-        """
-        value = self._read(path, dtype, index, copy=copy)
-        assert isinstance(value, np.ndarray)
-        return value
-
-    def read_kept(
-        self, path: str, *, dtype: Any, index: Index | None = None, copy: bool = False, held: ExpertFormat | None = None
-    ) -> np.ndarray | Quantised:
-        """As `read`, with a quantised weight left as `Quantised` with numpy leaves.
-
-        Args:
-          index: must begin and end where a weight's scales do.
-          held: of a weight in another tool's packing: `format`, or a refinement of it.
-        """
-        return self._read(path, dtype, index, copy=copy, keep=True, held=held)
-
     def _read(
-        self,
-        path: str,
-        dtype: Any,
-        index: Index | None,
-        *,
-        copy: bool,
-        keep: bool = False,
-        held: ExpertFormat | None = None,
+        self, path: str, dtype: Any, index: Index | None, *, copy: bool, keep: bool, held: ExpertFormat | None
     ) -> np.ndarray | Quantised:
         recipe = self._recipe(path)
         where = absolute_index(index, recipe.spec.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -89,3 +90,54 @@ class WeightSource(Protocol):
         refinement of it.
         """
         ...
+
+
+class CheckpointFiles(ABC):
+    """What folders and GGUF files have alike: one way to read a weight, widened or as it is held."""
+
+    @property
+    @abstractmethod
+    def paths(self) -> tuple[str, ...]:
+        """Every weight of the model that the files hold."""
+
+    @abstractmethod
+    def stored_bytes(self, path: str, index: Index | None = None) -> int:
+        """Bytes in the files of a weight, or of its part at ``index``, including scales."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all weights in the files."""
+        return sum(map(self.stored_bytes, self.paths))
+
+    def read(self, path: str, *, dtype: Any, index: Index | None = None, copy: bool = False) -> np.ndarray:
+        """One weight, or the part of it at ``index``, in ``dtype``. The router's bias is always float32.
+
+        A plain weight that a file holds whole in ``dtype`` comes back as a read-only view of it, not yet in memory.
+
+        Args:
+          index: one slice per axis, without steps.
+          copy: read into new memory rather than map the file, where nothing else makes new memory.
+
+        Raises:
+          CheckpointError: a scale in a GGUF file is not finite.
+        """
+        value = self._read(path, dtype, index, copy=copy, keep=False, held=None)
+        assert isinstance(value, np.ndarray)
+        return value
+
+    def read_kept(
+        self, path: str, *, dtype: Any, index: Index | None = None, copy: bool = False, held: ExpertFormat | None = None
+    ) -> np.ndarray | Quantised:
+        """As `read`, with a quantised weight left as `Quantised` with numpy leaves.
+
+        Args:
+          index: must begin and end where a weight's scales or blocks do.
+          held: of a weight that is held `by_path`: its own format, or a refinement of it, for smaller parts.
+        """
+        return self._read(path, dtype, index, copy=copy, keep=True, held=held)
+
+    @abstractmethod
+    def _read(
+        self, path: str, dtype: Any, index: Index | None, *, copy: bool, keep: bool, held: ExpertFormat | None
+    ) -> np.ndarray | Quantised:
+        """`read`, or with ``keep`` `read_kept`."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from stepjax.checkpoint.folder import ModelFolder
 from stepjax.checkpoint.gguf.parts import open_files
 from stepjax.checkpoint.gguf.vocabulary import TEMPLATE_KEY, generation_config, to_vocabulary, tokenizer_files
-from stepjax.checkpoint.weight_files import inside, read_json
+from stepjax.checkpoint.weight_files import inside, json_bytes, read_json
 from stepjax.config import ModelConfig
 
 
@@ -34,9 +33,9 @@ class TextFiles:
         """As a folder has them, by name of the file."""
         generation = {"bos_token_id": config.bos_id, "eos_token_id": list(config.eos_ids), **self.generation}
         files = {
-            "tokenizer.json": _json(self.tokenizer),
-            "tokenizer_config.json": _json(self.tokenizer_config),
-            "generation_config.json": _json(generation),
+            "tokenizer.json": json_bytes(self.tokenizer),
+            "tokenizer_config.json": json_bytes(self.tokenizer_config),
+            "generation_config.json": json_bytes(generation),
         }
         return files | ({"chat_template.jinja": self.template.encode()} if self.template is not None else {})
 
@@ -60,7 +59,3 @@ def text_files(model: ModelFolder) -> TextFiles | None:
         config["chat_template"] = listed
     spec = read_json(inside(model.path, "tokenizer.json"))
     return TextFiles(spec, config, template, dict(model.generation_config))
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -5,6 +5,7 @@ A name in an index is input from a stranger: it may only name a file of this fol
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -111,6 +112,11 @@ def _index(folder: Path) -> tuple[dict[str, str] | None, list[str]]:
             f"{absent[0]} holds {len(held)} tensors, as {held[0]}; download the missing files"
         )
     return weight_map, []
+
+
+def json_bytes(value: Any) -> bytes:
+    """As the hub's files have it: indented, in UTF-8, with a last line end."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def read_json(path: Path) -> dict[str, Any]:

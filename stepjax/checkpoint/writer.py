@@ -27,7 +27,7 @@ import numpy as np
 
 from stepjax.checkpoint.hf_config import quantization_config, to_hf
 from stepjax.checkpoint.reader import Checkpoint, ProgressCallback, read_config
-from stepjax.checkpoint.weight_files import INDEX, inside, read_json
+from stepjax.checkpoint.weight_files import INDEX, inside, json_bytes, read_json
 from stepjax.config import VISION_TYPE, ModelConfig, text_config
 from stepjax.errors import CheckpointError
 from stepjax.weights.dtypes import DTYPES, ITEM_BYTES
@@ -313,16 +313,12 @@ def _config_file(config: ModelConfig, *, source: Path | None, format: ExpertForm
         if hub.get("model_type") == VISION_TYPE:
             hub = dict(text_config(hub)) | {"architectures": ["Step3p5ForCausalLM"]}  # its vision half is not written
             hub.pop("quantization_config", None)
-            return _json(hub | ({"quantization_config": about} if about else {}))
+            return json_bytes(hub | ({"quantization_config": about} if about else {}))
         same_blocks = described.fp8_block is not None and format.configured(described) == described
         if hub.get("quantization_config") == about or same_blocks:
             return path.read_bytes()
     hub.pop("quantization_config", None)
-    return _json(hub | ({"quantization_config": about} if about else {}))
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    return json_bytes(hub | ({"quantization_config": about} if about else {}))
 
 
 def _check_same_model(config: ModelConfig, source: Path) -> None:

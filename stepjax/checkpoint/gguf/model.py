@@ -16,6 +16,7 @@ from stepjax.checkpoint.gguf.names import ROPE_FACTORS, GgufPart, find, gguf_nam
 from stepjax.checkpoint.gguf.parts import open_files
 from stepjax.checkpoint.gguf.settings import check_architecture, to_hub
 from stepjax.checkpoint.slices import Index, absolute_index, covering, num_elements
+from stepjax.checkpoint.source import CheckpointFiles
 from stepjax.config import ModelConfig
 from stepjax.errors import CheckpointError, ConfigError
 from stepjax.weights.expert_format import ExpertFormat
@@ -31,7 +32,7 @@ _ROW_VALUES = 2**22  # that are widened at a time
 _EMBEDDING = "token_embd.weight"
 
 
-class GgufCheckpoint:
+class GgufCheckpoint(CheckpointFiles):
     """A GGUF file, or the parts of one, whose every tensor has been checked against its metadata.
 
     Args:
@@ -90,11 +91,6 @@ class GgufCheckpoint:
         """Their format in memory, unless another is requested."""
         return self.experts
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all weights in the files."""
-        return sum(map(self.stored_bytes, self.paths))
-
     def shape(self, path: str) -> tuple[int, ...]:
         """Shape of a weight."""
         return self._spec(path).shape
@@ -137,40 +133,8 @@ class GgufCheckpoint:
         self._spec(path)
         return self._entry(path).type_name
 
-    def read(self, path: str, *, dtype: Any, index: Index | None = None, copy: bool = False) -> np.ndarray:
-        """One weight, or the part of it at ``index``, in ``dtype``. The router's bias is always float32.
-
-        Args:
-          index: one slice per axis, without steps.
-          copy: read into new memory rather than map the file, where nothing else makes new memory.
-
-        Raises:
-          CheckpointError: a block's scale is not finite.
-        """
-        value = self._read(path, dtype, index, copy=copy)
-        assert isinstance(value, np.ndarray)
-        return value
-
-    def read_kept(
-        self, path: str, *, dtype: Any, index: Index | None = None, copy: bool = False, held: ExpertFormat | None = None
-    ) -> np.ndarray | Quantised:
-        """As `read`, with a weight in blocks left as `Quantised` with numpy leaves.
-
-        Args:
-          index: must begin and end where blocks do.
-          held: the weight's own format, or a refinement of it, for smaller parts.
-        """
-        return self._read(path, dtype, index, copy=copy, keep=True, held=held)
-
     def _read(
-        self,
-        path: str,
-        dtype: Any,
-        index: Index | None,
-        *,
-        copy: bool,
-        keep: bool = False,
-        held: ExpertFormat | None = None,
+        self, path: str, dtype: Any, index: Index | None, *, copy: bool, keep: bool, held: ExpertFormat | None
     ) -> np.ndarray | Quantised:
         spec, entry = self._spec(path), self._entry(path)
         where = absolute_index(index, spec.shape)
