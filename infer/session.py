@@ -140,7 +140,8 @@ class Session:
 
         def run(params: Params, ids_BT: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
             out = bind(self.model, params).forward(ids_BT, Chunk.whole(*ids_BT.shape))
-            return out.hidden_BTD, out.expert_ids
+            whole = self.model.layout.constrain  # other processes may have parts of a split choice
+            return out.hidden_BTD, tuple(whole(choice, None, None, None) for choice in out.expert_ids)
 
         hidden, choices = self.stored("score experts", run)(self.table, self.padded(ids))
         experts = [np.asarray(layer)[0, : len(ids)] for layer in choices]

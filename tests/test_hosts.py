@@ -103,6 +103,29 @@ def test_what_other_tools_read_is_scored_by_two_processes(folder, tmp_path, form
 
 
 @pytest.mark.slow
+def test_two_checkpoints_are_compared_by_two_processes(folder, tmp_path):
+    """Each process takes part in both checkpoints' passes, and one of them writes."""
+    assert main(["convert", str(folder), str(tmp_path / "packed"), "--form", "int8"]) == 0
+    (tmp_path / "in.json").write_text(json.dumps(TOKENS))
+    flags = [
+        "--model",
+        tmp_path / "packed",
+        "--against",
+        folder,
+        "--tokens",
+        tmp_path / "in.json",
+        "--dtype",
+        "float32",
+    ]
+    outs = together("score", *flags, "--out", tmp_path / "two.npz", "--mesh", "expert=8", cwd=tmp_path)
+    assert outs[1] == ""
+    assert main([*map(str, ["score", *flags, "--out", tmp_path / "one.npz"])]) == 0
+    two, one = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("two", "one"))
+    assert two["kl"]["mean"] == pytest.approx(one["kl"]["mean"], rel=1e-3, abs=1e-6)
+    assert two["router_agreement"]["mean"] == one["router_agreement"]["mean"]
+
+
+@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("strategy", ["expert_tensor", "wide"])
 def test_an_engine_that_the_others_follow_answers_as_one_device(folder, tmp_path, strategy):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +11,7 @@ from stepjax.errors import RequestError
 from stepjax.infer.commands.generate import read_tokens
 from stepjax.infer.commands.options import add_model_arguments, open_session
 from stepjax.infer.commands.progress import shown_startup
+from stepjax.whole_file import writing
 
 if TYPE_CHECKING:
     from stepjax.calibration.certificate import SequenceScores
@@ -79,26 +78,18 @@ def run(args: argparse.Namespace) -> int:
                 continue
             arrays[f"p{j}_logits"], depths = session.score(ids)
             arrays |= {f"p{j}_mtp{k}_logits": logits for k, logits in enumerate(depths, start=1)}
+    ours = [_scored(session, ids) for ids in prompts] if args.against else []
     if jax.process_index():  # all processes have the same arrays; one writes them
         return 0
-    with _writing(args.out), args.out.open("wb") as file:  # a file object: numpy would append .npz to another name
+    with writing(args.out), args.out.open("wb") as file:  # a file object: numpy would append .npz to another name
         np.savez(file, **arrays)
     if args.record_loads:
-        with _writing(args.record_loads):
+        with writing(args.record_loads):
             args.record_loads.write_text(json.dumps(loads.tolist()), encoding="utf-8")
     print(f"{args.out}: {len(prompts)} sequences, {sum(map(len, prompts))} tokens")
     if args.against:
-        _compare(args, session, prompts, other)
+        _compare(args, session, ours, other)
     return 0
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """RequestError, which names the file, where writing it fails; a full disk's own error names none."""
-    try:
-        yield
-    except OSError as error:
-        raise RequestError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def _other(args: argparse.Namespace, prompts: list[list[int]], startup: Startup) -> list[SequenceScores]:
@@ -123,11 +114,12 @@ def _scored(session: Session, ids: list[int]) -> SequenceScores:
     return SequenceScores(np.asarray(ids, np.int32), *session.routed(ids))
 
 
-def _compare(args: argparse.Namespace, session: Session, prompts: list[list[int]], other: list[SequenceScores]) -> None:
+def _compare(
+    args: argparse.Namespace, session: Session, ours: list[SequenceScores], other: list[SequenceScores]
+) -> None:
     """Print the distance of the two checkpoints, and write it as JSON."""
     from stepjax.calibration.certificate import certificate, write_certificate
 
-    ours = [_scored(session, ids) for ids in prompts]
     if ours[0].logits.shape[1] != other[0].logits.shape[1] or ours[0].experts.shape != other[0].experts.shape:
         raise RequestError(f"--against {args.against}: is of another model than {args.model}, expected one of its size")
     found = certificate(ours, other, layers=[layer.index for layer in session.config.moe_layers])
