@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -337,11 +337,8 @@ class Executor:
         rows = count * size.num_shards
         slot, on = np.full((rows,), size.num_slots, np.int32), np.zeros((rows,), bool)
         words = np.zeros((rows, *shape), np.uint32)
-        taken = Counter[int]()
-        for mask in masks:
-            shard = size.shard(mask.slot)
-            at, given = shard * count + taken[shard], np.frombuffer(mask.words, np.uint32).reshape(-1, shape[1])
-            taken[shard] += 1
+        for at, mask in zip(size.packed((mask.slot for mask in masks), count), masks, strict=True):
+            given = np.frombuffer(mask.words, np.uint32).reshape(-1, shape[1])
             slot[at], on[at], words[at, : len(given)] = mask.slot % size.num_slots, len(given) > 0, given
         arguments = ({}, self.state, *self._placed((slot, on, words)))
         self.state, _ = self.runner.guide().compiled(*arguments)(*arguments)

@@ -54,12 +54,16 @@ class CacheSize:
         Args:
           count: slots or rows that the step runs of each shard.
         """
+        if plan.kind == "decode":
+            return [self.shard(row.slot) * count + row.slot % self.num_slots for row in plan.rows]
+        return self.packed((row.slot for row in plan.rows), count)
+
+    def packed(self, slots: Iterable[int], count: int) -> list[int]:
+        """Places for rows of these slots among ``count`` of each shard: a shard's rows one after the other."""
         taken = Counter[int]()
         places = []
-        for row in plan.rows:
-            shard = self.shard(row.slot)
-            within = row.slot % self.num_slots if plan.kind == "decode" else taken[shard]
-            places.append(shard * count + within)
+        for shard in map(self.shard, slots):
+            places.append(shard * count + taken[shard])
             taken[shard] += 1
         return places
 
