@@ -40,6 +40,7 @@ def test_least_length_counts_the_tokens_after_the_thinking(server, step_tiny):
     assert len(message["content"]) > len(before["content"])
 
 
+@pytest.mark.slow
 def test_least_length_is_the_same_with_and_without_drafts(server, step_tiny):
     params = step_tiny.sampling(temperature=0.0, max_tokens=80, min_tokens=12)
     (single,) = generate(step_tiny, [step_tiny.encode_chat(SUM)], params, speculate=0)

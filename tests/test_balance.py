@@ -100,6 +100,7 @@ def test_an_expert_busier_than_a_rank_is_shared():
         replicated_order(load, 32, 300)
 
 
+@pytest.mark.slow
 def test_copies_of_experts_give_the_same_bits():
     config = small_config()
     params = {name: value for name, value in random_params(config, 0).items() if not name.startswith("mtp")}
@@ -122,6 +123,7 @@ def test_copies_of_experts_give_the_same_bits():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_reordered_experts_are_the_same_model():
     config = small_config()
     params = {name: value for name, value in random_params(config, 0).items() if not name.startswith("mtp")}

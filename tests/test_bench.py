@@ -19,6 +19,7 @@ PARAMS = SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True, seed=0)
 CONFIG = EngineConfig(num_slots=2, context=64, page_size=8, widths=(32,), token_budget=32, speculate=0, num_snapshots=2)
 
 
+@pytest.mark.slow
 def test_the_report_counts_what_was_asked():
     engine = Engine(tiny_session(), CONFIG)
     prompts = np.random.default_rng(0).integers(8, 128, (5, 20)).tolist()

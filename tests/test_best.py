@@ -64,6 +64,7 @@ def evaluations(out: Path) -> dict[int, float]:
     return {record["updates"]: record[NAME] for record in read_metrics(out) if NAME in record}
 
 
+@pytest.mark.slow
 def test_the_held_out_loss_is_of_rows_that_are_not_trained(finished):
     """Against the logits of each sequence, one at a time."""
     out, config = finished

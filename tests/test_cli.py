@@ -427,6 +427,7 @@ def test_a_prompt_of_text(capsys):
     assert lines(capsys)[0]["text"] == line["text"].removesuffix("25")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", ["", "<|im_end|></think><tool_call>", "\0\x1b[31m", "é" * 50])
 def test_strange_prompts_are_text(capsys, whole, prompt):
     ask = ["generate", "--model", whole, "--max-tokens", "1", "--speculate", "0", "--temperature", "0", "--json"]

@@ -123,6 +123,7 @@ def terminal(whole) -> Iterator[Terminal]:
     one.close()
 
 
+@pytest.mark.slow
 def test_chat_on_a_terminal(terminal):
     terminal.until("Ctrl-C stops an answer")
     terminal.until("> ")

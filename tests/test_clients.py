@@ -228,6 +228,7 @@ def packages(tmp_path_factory) -> Path:
     return home
 
 
+@pytest.mark.slow
 @pytest.mark.node
 def test_the_node_client(server, packages):
     node = shutil.which("node")

@@ -101,6 +101,7 @@ def test_the_prefix_cache_changes_no_token():
     assert tuple(found[0]["2"]) == alone(tuple(prompts[2]), GREEDY)
 
 
+@pytest.mark.slow
 def test_drafts_go_on_after_steps_without_them():
     """A depth that was left out begins anew: its cache has a gap, and only what it drafts may suffer."""
     engine = Engine(tiny_session(), EngineConfig(**{**SMALL.__dict__, "speculate": None}))
@@ -204,6 +205,7 @@ def test_cancelling_leaves_nothing_behind(steps):
     check_nothing_is_held(engine)
 
 
+@pytest.mark.slow
 def test_what_is_no_number_ends_one_request_only():
     """Token 100 has a poisoned embedding: who meets it fails, the others and the prefix cache do not."""
     base = tiny_session()
@@ -230,6 +232,7 @@ OPTIONS = {
 OPTIONS["all"] = {name: value for changes in OPTIONS.values() for name, value in changes.items()}
 
 
+@pytest.mark.slow
 def test_every_option_with_drafts_is_as_without():
     """All options together, in slots of one engine and with three drafts: the same answers as one by one with none."""
     prompt = np.random.default_rng(3).integers(8, 128, 12).tolist()
@@ -255,6 +258,7 @@ def probe(engine: Engine, prompt: list[int], neighbours: list[tuple[list[int], S
     return [update for update in engine.run() if update.id == "probe"]
 
 
+@pytest.mark.slow
 def test_deterministic_log_probabilities_are_bitwise_those_of_any_company():
     config = dataclasses.replace(SMALL, deterministic=True, num_snapshots=0, num_pages=60, speculate=1)
     engine = Engine(tiny_session(), config)
@@ -328,6 +332,7 @@ class EvenTokens:
         assert token % 2 == 0
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_after_warming_up(caplog):
     """Whatever number of drafts is chosen and whatever is asked for, with adapters that are loaded meanwhile; of a
     single layer and a head, since there are many programs.

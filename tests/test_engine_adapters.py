@@ -70,6 +70,7 @@ def _empty(request: pytest.FixtureRequest) -> Any:
             made.unload_adapter(name)
 
 
+@pytest.mark.slow
 def test_a_mixed_batch_answers_as_each_request_alone(engine):
     """Greedy and sampled, with a shared beginning, in a cache so small that some must go and come back."""
     for name in "abc":
@@ -91,6 +92,7 @@ def test_a_mixed_batch_answers_as_each_request_alone(engine):
     assert len({tuple(each) for each in same}) == 3  # other adapters, other answers
 
 
+@pytest.mark.slow
 def test_an_answer_keeps_the_version_that_it_began_with(engine):
     """Replaced and unloaded in the middle of answers, one of which waits for a slot of the batch."""
     prompt, old, new = [5, 6, 7, 8], adapter("a"), adapter("a", seed=50)

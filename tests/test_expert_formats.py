@@ -142,8 +142,15 @@ def test_a_checkpoint_of_it_goes_back_to_the_release_s_format(converted, tmp_pat
     np.testing.assert_array_equal(back.read(GATE, dtype=jnp.bfloat16), half.read(GATE, dtype=jnp.bfloat16))
 
 
-@pytest.mark.parametrize("mesh", [None, "expert=8"])
-@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize(
+    ("mesh", "stored"),
+    [
+        (None, False),
+        ("expert=8", True),
+        pytest.param(None, True, marks=pytest.mark.slow),
+        pytest.param("expert=8", False, marks=pytest.mark.slow),
+    ],
+)
 def test_it_is_loaded_and_answers_as_its_widened_twin(folder, converted, mesh, stored):
     source, quantize = (converted, None) if stored else (folder, "half")
     session = load(source, dtype="float32", quantize=quantize, mesh=mesh)

@@ -63,6 +63,7 @@ def test_nothing_is_compiled_after_the_first_update_and_evaluation(tmp_path, mon
     assert counts[1:] == [Counter()] * 4
 
 
+@pytest.mark.slow
 def test_the_split_into_micro_batches_is_exact():
     """Gradients over one, two and four micro-batches are those of all rows at once, to 1e-5 of the norm."""
     whole = open_run(changed(SHORT, optim={"rows": 4}))
@@ -101,9 +102,13 @@ def run_twice(config, tmp_path, cache, caplog):
     ("config", "objective"),
     [
         (SHORT, "exact"),
-        (changed(SHORT, rollout={"replay": True}), "exact"),
-        (dataclasses.replace(SHORT, teachers={"main": TeacherSettings(kind="base", system="Be brief.")}), "exact"),
-        (SHORT, "sft"),
+        pytest.param(changed(SHORT, rollout={"replay": True}), "exact", marks=pytest.mark.slow),
+        pytest.param(
+            dataclasses.replace(SHORT, teachers={"main": TeacherSettings(kind="base", system="Be brief.")}),
+            "exact",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(SHORT, "sft", marks=pytest.mark.slow),
     ],
     ids=["a teacher", "router replay", "a teacher with another prompt", "no teacher"],
 )
@@ -125,6 +130,7 @@ class Foreign(Exact):
     """An objective that is not ours."""
 
 
+@pytest.mark.slow
 def test_an_objective_of_the_user_is_compiled_by_each_run(cache, monkeypatch):
     """Its code may change between two runs, and no key would tell."""
     setup = open_run(SHORT, cache=cache)

@@ -121,7 +121,7 @@ def compiled(mesh: str, workload: Workload):
 @pytest.mark.parametrize(
     ("mesh", "workload"),
     [
-        ("expert=4,tensor=2", DECODE),
+        pytest.param("expert=4,tensor=2", DECODE, marks=pytest.mark.slow),
         ("data=2,context=2,tensor=2", DECODE),
         pytest.param("expert=4,tensor=2", LORA, marks=pytest.mark.slow),
     ],
@@ -328,6 +328,7 @@ def test_a_long_piece_is_exchanged_where_the_runtime_exchanges():
     assert math.isfinite(sum(each.payload_bytes for each in serving_exchanges(layout, work, rows_split=False)))
 
 
+@pytest.mark.slow
 def test_check_is_printed(capsys):
     from stepjax.cli import main
 

@@ -12,7 +12,7 @@ RNG = np.random.default_rng(3)
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, seed=0)
 
 
-@pytest.mark.parametrize("length", [1, 7, 40])
+@pytest.mark.parametrize("length", [1, 7, pytest.param(40, marks=pytest.mark.slow)])
 def test_greedy_equals_argmax_of_recomputed_logits(length):
     session = tiny_session()
     prompt = RNG.integers(8, 128, length).tolist()
@@ -94,6 +94,7 @@ def test_bad_prompts_are_refused(prompt, message):
         generate(tiny_session(), [prompt], GREEDY)
 
 
+@pytest.mark.slow
 def test_max_tokens_is_cut_to_the_room_in_the_context():
     done = generate(tiny_session(), [[5] * 250], GREEDY.replace(max_tokens=1000))[0]
     assert len(done.ids) == 6

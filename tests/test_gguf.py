@@ -88,6 +88,7 @@ def test_parts_of_weights_are_those_of_the_whole(tmp_path, file):
     assert "1 in Q4_0 are widened" in " ".join(checkpoint.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [pytest.param(None, marks=pytest.mark.slow), "expert=2,tensor=2"])
 def test_experts_of_several_types_stay_in_their_blocks_and_answer_as_widened(tmp_path, file, folder, mesh):
     names = {

@@ -138,7 +138,7 @@ def test_a_block_type_survives_json(name):
     assert described(BLOCK_FORMATS[name].describe()) == BLOCK_FORMATS[name]
 
 
-@pytest.mark.parametrize("form", ["gathered", "batched", "capacity"])
+@pytest.mark.parametrize("form", [pytest.param("gathered", marks=pytest.mark.slow), "batched", "capacity"])
 def test_products_of_mixed_types_agree_with_the_widened_weights(monkeypatch, form):
     """gate is plain, up and down are of two types, as a file may have them."""
     num_experts, width, hidden = 4, 256, 256

@@ -127,6 +127,7 @@ def test_cached_pieces_equal_reference(other):
     assert difference({"logits": found}, golden, "logits") < TOLERANCE
 
 
+@pytest.mark.slow
 def test_cached_drafting_equals_reference(other):
     """The same for every MTP depth over the reference's hidden states, with the ring of its own."""
     config, params, golden = other
@@ -151,6 +152,7 @@ def test_cached_drafting_equals_reference(other):
         hidden = out[0, :, config.vocab_size :]
 
 
+@pytest.mark.slow
 def test_bfloat16_is_within_rounding_of_float32(cases):
     """Weights are bfloat16 already, so only activations are rounded.
 

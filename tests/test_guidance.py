@@ -138,6 +138,7 @@ def check_nothing_is_left(engine: Engine, threads: SlowThreads) -> None:
     assert engine._guidance.num_pending == 0
 
 
+@pytest.mark.slow
 def test_an_answer_that_returns_before_its_mask_is_ready_waits_for_it():
     """It was preempted while its mask was computed. That mask is for its next token only, never for the one after."""
     engine, threads = make()

@@ -141,6 +141,7 @@ def test_thoughts_do_not_end_by_markers_that_are_spelled(session):
     assert words[0] >> np.uint32(session.tokenizer.special.think_close) & 1
 
 
+@pytest.mark.slow
 def test_guided_answers_and_others_leave_each_other_alone(session):
     """The first three are in the middle of their answers when those that go before them come."""
     forms = [regex("[a-z]{30,40}"), json_schema(SHORT, strict=True), None, choice(["a", "bb"]), regex("[a-z]{9}"), None]

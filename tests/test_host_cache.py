@@ -52,6 +52,7 @@ def ask(engine: Engine, prompts: list[list[int]], params: SamplingParams = GREED
     return answers
 
 
+@pytest.mark.slow
 def test_answers_after_a_restore_are_those_of_a_cache_that_holds_everything():
     """The same tokens, and bitwise the same log-probabilities: what comes back is what was there."""
     prompts, answers, hits = turns(), {}, {}

@@ -173,6 +173,7 @@ def test_processes_take_a_stored_program_together_or_not_at_all(tmp_path):
     assert compiled() == [0, 0]
 
 
+@pytest.mark.slow
 def test_processes_without_accelerators_make_the_devices_of_the_mesh(folder, tmp_path):
     (tmp_path / "in.json").write_text("[[7, 8]]")
     flags = ["--model", folder, "--tokens", "in.json", "--out", "o.npz", "--mesh", "expert=4"]
@@ -193,6 +194,7 @@ def test_answers_are_those_of_one_device(folder, tmp_path):
     assert greedy[1] == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["expert=8", pytest.param("data=2,expert=4", marks=pytest.mark.slow)])
 def test_a_process_reads_its_own_part(folder, mesh):
     """Copied weights are read by both; with data outermost each process holds everything."""
@@ -248,6 +250,7 @@ def test_rewards_that_draw_random_numbers_are_the_same_in_all_processes(tmp_path
     assert first["results"][-1].endswith("has no 'none'; it defines Dice, drawn, fails")
 
 
+@pytest.mark.slow
 def test_a_merge_is_written_file_by_file_by_both(folder, tmp_path):
     """The bytes of one process, in files that two wrote."""
     config = Checkpoint(folder).config

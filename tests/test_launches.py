@@ -177,10 +177,10 @@ def test_a_loop_widens_a_tile_at_a_time():
     [
         ("bf16[4,64,128]", True),
         ("bf16[4,64,2,64]", True),
-        ("bf16[256,128]", True),  # joined
-        ("bf16[250,128]", False),
+        pytest.param("bf16[256,128]", True, marks=pytest.mark.slow),  # joined
+        pytest.param("bf16[250,128]", False, marks=pytest.mark.slow),
         ("bf16[4,64,64]", True),  # the lower halves of each byte
-        ("u8[4,64,128]", False),
+        pytest.param("u8[4,64,128]", False, marks=pytest.mark.slow),
         ("bf16[16,64,2]", False),  # scales
     ],
 )

@@ -214,6 +214,7 @@ def test_load_takes_either_form():
         stepjax.load("step-tiny", layers="scanned")  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.slow
 def test_host_memory_is_refused_for_stacks():
     session = stepjax.Session(CONFIG, looped_params(flat_params()), dtype=jnp.float32, looped=True)
     with pytest.raises(ConfigError, match="host_cache_bytes: is 1048576, expected 0 for a model whose layers run in"):

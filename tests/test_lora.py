@@ -115,6 +115,7 @@ def test_every_form_gives_what_merged_experts_give(of, base):
         assert_close(found, expected, 1e-5)
 
 
+@pytest.mark.slow
 def test_experts_that_are_widened_in_turn_keep_their_own_factors(monkeypatch):
     monkeypatch.setattr("stepjax.ops.expert_choice.WIDENED_BYTES", 2 * F * D * 4)
     run = jax.jit(pulled, static_argnames="form")
@@ -125,7 +126,7 @@ def test_experts_that_are_widened_in_turn_keep_their_own_factors(monkeypatch):
             assert_close(run(x, weights, ids, combine, form=form), expected, 1e-5)
 
 
-@pytest.mark.parametrize("of", ["per_expert", "shared_outer"])
+@pytest.mark.parametrize("of", [pytest.param("per_expert", marks=pytest.mark.slow), "shared_outer"])
 def test_each_token_meets_the_adapter_of_its_slot(of):
     (x, weights), (ids, combine) = expert_sample(of, slots=3), routing()
     slot = jnp.asarray(np.random.default_rng(1).integers(-1, 3, T), jnp.int32)
@@ -159,7 +160,7 @@ def test_a_linear_map_meets_the_adapter_of_each_sequence():
 # The model
 
 
-@pytest.mark.parametrize("experts", ["per_expert", "shared_outer"])
+@pytest.mark.parametrize("experts", [pytest.param("per_expert", marks=pytest.mark.slow), "shared_outer"])
 def test_merged_weights_give_the_same_logits(experts):
     lora = lora_config(experts=experts)
     adapter = trained(CONFIG, lora)
@@ -169,6 +170,7 @@ def test_merged_weights_give_the_same_logits(experts):
     assert np.abs(found - logits_of()(params(), TOKENS)).max() > 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("experts", "dtype"), [("shared_outer", jnp.float32), ("per_expert", jnp.bfloat16)])
 def test_a_fresh_adapter_changes_no_bit(experts, dtype):
     lora = lora_config(experts=experts)
@@ -183,6 +185,7 @@ def test_a_fresh_adapter_changes_no_bit(experts, dtype):
     np.testing.assert_array_equal(found, run(base))
 
 
+@pytest.mark.slow
 def test_only_the_adapter_has_a_gradient():
     lora = lora_config()
     adapter = trained(CONFIG, lora)

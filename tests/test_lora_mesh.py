@@ -86,8 +86,8 @@ def expected(form: str) -> Any:
 @pytest.mark.parametrize(
     ("mesh", "strategy", "stream"),
     [
-        ("expert=8", "expert_tensor", 1024),
         ("expert=4,tensor=2", "expert_tensor", 16),
+        pytest.param("expert=8", "expert_tensor", 1024, marks=pytest.mark.slow),
         pytest.param("expert=2,tensor=2,data=2", "fsdp", 16, marks=pytest.mark.slow),
         pytest.param("tensor=4,data=2", "tensor", 1024, marks=pytest.mark.slow),
         pytest.param("expert=2,tensor=2", "wide", 1024, marks=pytest.mark.slow),  # logits too: tests/test_wide.py
@@ -155,12 +155,16 @@ def one_device(form: str, slots: int, quantized: bool) -> Any:
 @pytest.mark.parametrize(
     ("form", "mesh", "strategy", "stream", "exchange", "slots", "quantized"),
     [
-        ("shared_outer", "expert=4,tensor=2", "expert_tensor", 16, True, 1, False),  # rows travel to their experts
-        ("per_expert", "expert=2,tensor=2,data=2", "expert", 1024, False, 2, False),  # replicated, one for a sequence
+        pytest.param(  # rows travel to their experts
+            "shared_outer", "expert=4,tensor=2", "expert_tensor", 16, True, 1, False, marks=pytest.mark.slow
+        ),
+        pytest.param(  # replicated, one for a sequence
+            "per_expert", "expert=2,tensor=2,data=2", "expert", 1024, False, 2, False, marks=pytest.mark.slow
+        ),
         ("shared_outer", "expert=4,data=2", "expert", 16, True, 2, True),  # slots travel; whole numbers do not learn
         ("shared_outer", "expert=2,tensor=2,data=2", "fsdp", 16, False, 1, False),  # factors in pieces, gathered
         ("per_expert", "data=2,tensor=2", "wide_data", 1024, False, 2, True),  # slots of other sequences arrive
-        ("shared_outer", "expert=2,tensor=2", "wide", 1024, True, 2, False),
+        pytest.param("shared_outer", "expert=2,tensor=2", "wide", 1024, True, 2, False, marks=pytest.mark.slow),
         pytest.param("per_expert", "expert=2,tensor=2", "wide", 16, True, 2, True, marks=pytest.mark.slow),
         pytest.param("per_expert", "expert=4,tensor=2", "expert_tensor", 16, True, 2, True, marks=pytest.mark.slow),
         pytest.param("per_expert", "expert=2,tensor=2,data=2", "fsdp", 16, True, 2, False, marks=pytest.mark.slow),

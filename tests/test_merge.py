@@ -104,7 +104,7 @@ def test_a_merged_checkpoint_answers_as_the_adapted_model(base, tmp_path):
     assert np.abs(rounded - adapted).max() < 0.15 * np.abs(adapted).max()  # what bfloat16 costs
 
 
-@pytest.mark.parametrize("form", ["fp8", "int4"])
+@pytest.mark.parametrize("form", [pytest.param("fp8", marks=pytest.mark.slow), "int4"])
 def test_quantised_experts_are_added_to_in_float32_and_quantised_again(tmp_path, form):
     hub = fp8_hub_config() if form == "fp8" else small_hub_config()
     tensors = random_tensors(hub)
@@ -164,6 +164,7 @@ def test_an_adapter_of_another_model_is_refused_and_nothing_is_left(base, tmp_pa
 # Adapters on disk, and the commands
 
 
+@pytest.mark.slow
 def test_an_adapter_goes_from_one_device_to_a_mesh(tmp_path):
     config = ModelConfig.from_hf(small_hub_config(num_attention_heads=8))
     adapter = trained(config, LORA)
@@ -177,6 +178,7 @@ def test_an_adapter_goes_from_one_device_to_a_mesh(tmp_path):
     assert found["layers.1.moe.experts.gate.b"].addressable_shards[0].data.shape == (2, 16, 3)
 
 
+@pytest.mark.slow
 def test_commands_take_an_adapter_there_and_back(capsys, base, tmp_path):
     config = Checkpoint(base).config
     adapter = adapter_of(config)

@@ -145,6 +145,7 @@ def test_logits_and_gradients_are_those_of_one_device(plan):
     assert_as_on_one_device(layout(*plan))
 
 
+@pytest.mark.slow
 def test_rows_that_travel_to_their_experts_change_nothing():
     assert_as_on_one_device(replace(layout("expert=4,tensor=2", "expert_tensor", 16, "capacity"), exchange=True))
 
@@ -175,6 +176,7 @@ def assert_as_on_one_device(where: MeshLayout, *, replay: bool = False) -> None:
     assert largest_error(gradients, gradients_1) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_experts_need_their_cast(monkeypatch):
     """What `vary_alike` is for. Around a loop jax notices that it is missing; where there is none, nothing would."""
     monkeypatch.setattr(stepjax.ops.experts, "vary_alike", lambda tree: tree)
@@ -230,6 +232,7 @@ def test_a_cache_is_split_by_sequence_position_and_head():
     assert {shard.data.nbytes for shard in full.k_BSKH.addressable_shards} == {full.k_BSKH.nbytes // 8}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 20])
 def test_keys_that_pass_round_are_keys_that_were_gathered(monkeypatch, window):
     where = layout("context=4,tensor=2", "tensor")
@@ -269,7 +272,11 @@ def test_a_layer_costs_two_reductions():
     assert kinds == {"all-reduce": 2 * 3 + 1, "all-gather": 2}
 
 
-HEADS = [(8, 2, 4), (16, 2, 8), (12, 3, 4), (8, 8, 8), (16, 1, 8), (24, 3, 8)]
+HEADS = [
+    (8, 2, 4),
+    (12, 3, 4),
+    *(pytest.param(*heads, marks=pytest.mark.slow) for heads in ((16, 2, 8), (8, 8, 8), (16, 1, 8), (24, 3, 8))),
+]
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv", "tensor"), HEADS)

@@ -154,6 +154,7 @@ def test_gradients_of_the_model_do_not_depend_on_the_form():
         assert (scale > 0) == learns, path
 
 
+@pytest.mark.slow
 def test_layers_that_run_again_keep_their_inputs_alone():
     """The gradients are the same; what lies between the passes is a stream a layer, beside the weights."""
     config = dataclasses.replace(ModelConfig.from_hf(SHORT), mtp_layers=())

@@ -78,6 +78,7 @@ def test_a_new_objective_is_a_class_and_a_line(tmp_path, monkeypatch):
         np.testing.assert_allclose(record["loss"], 3 * record["nll"], rtol=1e-5)  # float32 sums
 
 
+@pytest.mark.slow
 def test_the_objective_of_the_documentation_trains(tmp_path, monkeypatch):
     """The class that docs/extending.md shows runs as it stands: its loss is twice the negative log-likelihood."""
     shown = re.search(r"```python\n(?P<code>(?:(?!```).)*class Doubt.*?)```", EXTENDING.read_text("utf-8"), re.DOTALL)
@@ -122,6 +123,7 @@ class Nameless(Objective):
 """
 
 
+@pytest.mark.slow
 def test_an_objective_from_a_file_with_an_option_of_its_own(tmp_path):
     (tmp_path / "my_loss.py").write_text(OWN)
     recipe = tmp_path / "recipe.toml"

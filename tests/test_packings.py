@@ -73,7 +73,7 @@ LOADED = ["int4-zeros", "mxfp4", "modelopt-nvfp4", "gptq-order"]
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=() if case in LOADED[1:3] else pytest.mark.slow) for case in LOADED]
+    "case", [pytest.param(case, marks=() if case == "modelopt-nvfp4" else pytest.mark.slow) for case in LOADED]
 )
 def test_a_model_answers_as_its_dequantised_twin(tmp_path, case):
     """Kept or widened, on one device and on a mesh that cuts inside what shares a scale."""

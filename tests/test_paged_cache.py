@@ -52,7 +52,7 @@ def filled(rows, pages, chunk_pages):
     return rows.write(chunk, heads.k_BTKH, heads.v_BTKH), pages.write(chunk, heads.k_BTKH, heads.v_BTKH)
 
 
-@pytest.mark.parametrize("length", [1, 4, 6])
+@pytest.mark.parametrize("length", [6, *(pytest.param(length, marks=pytest.mark.slow) for length in (1, 4))])
 def test_pages_hold_what_rows_hold(blocks, length):
     where = table()
     rows, pages = filled(empty(RowCache, (BATCH, 36)), empty(Pages, (NUM_PAGES, SIZE)), where)
@@ -148,7 +148,8 @@ def test_a_gap_hides_what_lies_before_it():
     assert early.position_BT.tolist() == [[-1, -1, 7, 8]]
 
 
-@pytest.mark.parametrize("slots", [pytest.param(3, marks=pytest.mark.slow), 2], ids=["all slots", "the first slots"])
+@pytest.mark.slow
+@pytest.mark.parametrize("slots", [3, 2], ids=["all slots", "the first slots"])
 def test_no_program_copies_a_cache(slots):
     """Keys are written in place although they are read in the same step; a copy would cost more than attention."""
     session = tiny_session()

@@ -189,6 +189,7 @@ def test_four_h100_need_eight_bits():
     assert all(FITS in each for each in reasons)
 
 
+@pytest.mark.slow
 def test_goals_ask_for_different_things():
     quick = planned("8xH100", "latency", experts=(PLAIN,)).options[0]
     many = planned("8xH100", "throughput", experts=(PLAIN,), batch=256, tpot_s=0.03).options[0]
@@ -436,7 +437,11 @@ def test_a_batch_grows_until_memory_ends():
 
 @pytest.mark.parametrize(
     "asked",
-    ["--goal throughput --batch 8 --tpot-ms 20", "--goal context", "--goal lora --batch 4"],
+    [
+        "--goal throughput --batch 8 --tpot-ms 20",
+        pytest.param("--goal context", marks=pytest.mark.slow),
+        pytest.param("--goal lora --batch 4", marks=pytest.mark.slow),
+    ],
 )
 def test_a_picture_is_drawn(capsys, tmp_path: Path, asked):
     pytest.importorskip("matplotlib")

@@ -224,6 +224,7 @@ def finished(tmp_path_factory, brief) -> tuple[Path, TrainState]:
         return out, loop.pretrain(SHORT, out)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(finished, brief, tmp_path, monkeypatch):
     """Killed after the save at step 2, in the middle of step 4 (the MTP heads have joined), and finished."""
     whole, expected = finished

@@ -11,7 +11,7 @@ import stepjax
 
 ERRORS = [name for name in stepjax.__all__ if name.endswith("Error")]
 OTHERS = [name for name in stepjax.__all__ if name not in ERRORS]
-LONG = ("Engine", "distill", "rl", "sft")  # tests/test_engine.py and tests/test_tune.py have quick examples
+LONG = ("Engine", "Step3p5", "generate", "distill", "rl", "sft")  # test_engine, test_model and test_tune are quick
 
 
 def test_the_names_are_those_that_the_reference_lists():

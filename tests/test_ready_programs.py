@@ -99,6 +99,7 @@ def test_a_program_that_fails_is_left_out(caplog):
     wait_for(lambda: not programs.compiling)
 
 
+@pytest.mark.slow
 def test_answers_do_not_depend_on_the_programs(monkeypatch):
     monkeypatch.setattr("stepjax.infer.engine.ready_programs.NICE", 0)  # a busy machine may never run what is nicer
     session = tiny_session()
@@ -123,6 +124,7 @@ def test_answers_do_not_depend_on_the_programs(monkeypatch):
     engine.close()
 
 
+@pytest.mark.slow
 def test_a_deterministic_engine_compiles_everything_first():
     config = EngineConfig(num_slots=2, context=128, num_snapshots=0, widths=(16,), deterministic=True)
     engine = Engine(tiny_session(), config)

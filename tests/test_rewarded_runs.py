@@ -61,6 +61,7 @@ def config(tmp_path) -> TuneConfig:
     )
 
 
+@pytest.mark.slow
 def test_a_run_logs_the_parts_and_counts_what_failed(config, tmp_path, capsys):
     tune(config, tmp_path / "run")
     records = history(tmp_path / "run")

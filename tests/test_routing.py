@@ -104,6 +104,7 @@ def test_the_engine_tells_the_experts_of_every_token():
         np.testing.assert_array_equal(np.sort(experts[:-1]), np.sort(own_experts(ids)[:-1]))
 
 
+@pytest.mark.slow
 def test_an_engine_tells_nothing_unless_asked():
     engine = Engine(tiny_session(), EngineConfig(num_slots=1, context=LENGTH, num_pages=8, widths=(32,), speculate=0))
     engine.add([5, 9, 20], SamplingParams(max_tokens=3, temperature=0.0, seed=0))
@@ -212,6 +213,7 @@ def test_replay_changes_nothing_where_the_routers_agree(tmp_path):
     assert history(tmp_path / "run") == history(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_replay_undoes_a_router_that_went_elsewhere():
     """The trainer's biases are moved: without replay it disagrees with the sampler, with it only on the routing."""
     setup = open_run(SHORT)

@@ -87,7 +87,9 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if at % 4 == 0 else pytest.mark.slow) for at, kind in enumerate(DAMAGE)]
+)
 def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_it_taken(tmp_path, capfd, kind):
     folder_with(tmp_path, 2, 4)
     DAMAGE[kind](tmp_path / "checkpoints" / "4")

@@ -120,6 +120,7 @@ def test_every_option_gives_the_slow_twins_tokens(name, greedy):
         assert found[b, t] == expected, (b, t)
 
 
+@pytest.mark.slow
 def test_no_option_of_a_neighbour_changes_a_token():
     """Every option alone, among all others, and beside slots that nobody took."""
     rng, names = np.random.default_rng(12), list(OPTIONS)

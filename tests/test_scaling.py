@@ -124,6 +124,7 @@ def test_the_event_loop_does_little_for_a_large_body(server, kind):
     assert steps < received + 8000, (steps, received)
 
 
+@pytest.mark.slow
 def test_others_are_answered_while_a_large_body_is_read(server, monkeypatch):
     reading, go_on = threading.Event(), threading.Event()
 

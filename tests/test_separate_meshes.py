@@ -186,6 +186,7 @@ def answers_as_alone(engine: SeparateEngine, count: int, adapters: dict[str, Any
     assert tokens == expected
 
 
+@pytest.mark.slow
 def test_answers_of_two_meshes_are_those_of_one_device():
     """Prompts on one device, answers on another; pages so few that answers go back to be prefilled again."""
     engine = SeparateEngine(session("tensor=1", 1), config(session("tensor=1", 0)))
@@ -213,6 +214,7 @@ def test_answers_of_two_meshes_with_adapters(prefill, decode, strategy, drafts):
     answers_as_alone(SeparateEngine(second, settings), 40, {"a": adapter})
 
 
+@pytest.mark.slow
 def test_meshes_that_number_pages_in_different_ways_are_refused():
     with pytest.raises(ConfigError, match="in 1 shards and the decode mesh in 2"):
         SeparateEngine(session("expert=2", 0, "wide"), config(session("tensor=1", 0)))

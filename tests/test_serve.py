@@ -431,6 +431,7 @@ def test_a_server_with_keys(session):
     assert server.exit_code == 0
 
 
+@pytest.mark.slow
 def test_a_full_queue_and_the_end(session):
     """Few places; then a drain that ends what runs, refuses what comes, and fails what takes too long."""
     config = dataclasses.replace(CONFIG, num_slots=1, max_waiting=1, speculate=0)

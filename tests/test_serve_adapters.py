@@ -118,6 +118,7 @@ def test_adapters_are_models_of_their_own(server, folders, expected):
     assert (gone.status_code, gone.json()["error"]["code"]) == (404, "model_not_found")
 
 
+@pytest.mark.slow
 def test_an_answer_is_of_one_version_while_they_change(server, folders, expected):
     """Four clients ask without a pause while two adapters replace each other under one name."""
     assert change(server, "load", lora_name="x", lora_path=str(folders["a"]))[0] == 200
@@ -244,6 +245,7 @@ def test_an_adapter_that_goes_before_a_request_is_accepted_is_not_replaced_by_th
     assert (found["code"], found["param"]) == ("model_not_found", "model")
 
 
+@pytest.mark.slow
 def test_an_accepted_request_keeps_its_adapter_whatever_is_loaded_before_it_begins(
     server, folders, expected, monkeypatch
 ):

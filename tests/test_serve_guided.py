@@ -68,6 +68,7 @@ def format_of(schema: Any, *, strict: bool = True) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": strict}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "choice", ["required", {"type": "function", "function": {"name": "get_weather"}}], ids=["required", "named"]
 )
@@ -157,6 +158,7 @@ def test_an_answer_fits_its_schema(server, body, quiet):
     assert bool(found.get("reasoning_content")) == (not quiet)
 
 
+@pytest.mark.slow
 def test_several_structured_answers_streamed(server):
     body = {**ASK, "response_format": format_of(SCHEMA), "n": 2, "temperature": 1.0, "seed": 5}
     whole = [choice["message"]["content"] for choice in chat(server, **body)["choices"]]
@@ -239,6 +241,7 @@ def test_what_cannot_be_held_to_is_refused(server, body, said):
     assert said in response.json()["error"]["message"]
 
 
+@pytest.mark.slow
 def test_grammars_that_take_too_long_disturb_nobody(server):
     """Neighbours answer while children are killed for them."""
     slow = {"allOf": [{"type": "string", "pattern": f".*{c}.*"} for c in "abcdefghijklmnop"]}
@@ -278,6 +281,7 @@ class Weather(BaseModel):
     temp: int = Field(ge=-99, le=999)
 
 
+@pytest.mark.slow
 def test_openais_client_parses_answers_and_calls_into_its_models(server):
     """What its helpers send, and what they expect."""
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:

@@ -50,7 +50,7 @@ def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
             np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=path)
 
 
-@pytest.mark.parametrize("name", ["bf16", "fp8", "int8"])
+@pytest.mark.parametrize("name", ["fp8", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bf16", "int8"))])
 def test_weights_saved_on_eight_devices_are_restored_on_fewer(tmp_path, name):
     fp8 = name == "fp8"
     hub = short_hub_config(**({"quantization_config": fp8_hub_config()["quantization_config"]} if fp8 else {}))
@@ -65,6 +65,7 @@ def test_weights_saved_on_eight_devices_are_restored_on_fewer(tmp_path, name):
         same(restore_params(tmp_path / "base", layout(checkpoint.config, mesh, experts=experts)), expected)
 
 
+@pytest.mark.slow
 def test_two_processes_restore_what_one_saved(tmp_path):
     folder = speaking_folder(tmp_path / "model")
     checkpoint = Checkpoint(folder)

@@ -177,6 +177,7 @@ def test_an_order_of_experts_needs_a_mesh(tmp_path):
     np.testing.assert_allclose(plain.logits([1, 2, 3]), moved.logits([1, 2, 3]), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_session_on_a_mesh(tmp_path):
     folder = speaking_folder(tmp_path / "model")
     alone, there = load(folder, dtype="float32"), load(folder, dtype="float32", mesh="expert=4,tensor=2")

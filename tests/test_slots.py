@@ -124,6 +124,7 @@ def test_an_answer_that_has_ended_adds_no_work_to_the_steps_of_its_neighbour(wor
         assert found == expected, way
 
 
+@pytest.mark.slow
 def test_prompt_pieces_need_no_sampling_before_the_last_one(work):
     """Nor do rows that only pad the batch, whose slot is clipped to that of another answer."""
     engine = engine_of()

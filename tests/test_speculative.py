@@ -56,6 +56,7 @@ def with_drafts(state, drafts):
     return state._replace(progress=state.progress._replace(draft_SK=drafts))
 
 
+@pytest.mark.slow
 def test_right_drafts_are_all_accepted():
     """With the answer itself as drafts, every step emits four tokens, past the window and round the ring."""
     session = tiny_session()

@@ -85,6 +85,7 @@ def test_bars_on_a_terminal_disappear():
     assert "1.0 of 2.0 MiB" in file.getvalue() or "2.0 of 2.0 MiB" in file.getvalue()
 
 
+@pytest.mark.slow
 def test_generate_says_what_it_waits_for(capsys):
     assert main(["generate", "--tokens", _tokens("[[0, 5, 300]]"), "--max-tokens", "4", "--json"]) == 0
     out, err = capsys.readouterr()

@@ -84,6 +84,7 @@ def test_a_draft_costs_four_reductions():
     assert launched(study) == {("all-reduce", GROUP): 1, ("all-gather", GROUP): 1 + 2 * 2}
 
 
+@pytest.mark.slow
 def test_replicas_of_an_engine_exchange_nothing():
     """Each holds all pages. Over context the maximum and the sums of each full-attention layer."""
     study = studied("data=2,context=2,tensor=2", DECODE, "tensor")
@@ -163,6 +164,7 @@ def test_a_short_chunk_is_reduced():
 TRAIN = Workload("train", batch=8, context=64)
 
 
+@pytest.mark.slow
 def test_a_training_step_holds_its_moments_where_its_parameters_lie():
     study = studied("data=4,tensor=2", TRAIN, "fsdp")
     biases = 4 * E

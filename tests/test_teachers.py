@@ -49,6 +49,7 @@ def exact_sampled_kl(setup: Setup, rollouts) -> float:
     return float(sums.sampled_kl) / float(sums.tokens)
 
 
+@pytest.mark.slow
 def test_teachers_scores_are_those_of_unpacked_sequences(setup, rollouts):
     """Divergence and sampled KL, summed by hand over each sequence alone."""
     teacher, total, sampled, count = load("step-tiny"), 0.0, 0.0, 0
@@ -68,6 +69,7 @@ def test_teachers_scores_are_those_of_unpacked_sequences(setup, rollouts):
     np.testing.assert_allclose(float(sums.sampled_kl), sampled, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_teacher_with_another_prompt(rollouts):
     """Its states are taken from its own rows: the same divergence as by hand, with the system text in front."""
     system = "Answer briefly."
@@ -111,6 +113,7 @@ def remote(server_url: str, setup: Setup, **more) -> Remote:
     return Remote(settings, setup.base, name="far")
 
 
+@pytest.mark.slow
 def test_our_own_server_as_teacher(setup, rollouts, server):
     """The sampled-token KL of the teacher in this process, to 1e-4; its top-k to the same."""
     found = remote(server.url, setup, workers=2).score(rollouts, top=5)

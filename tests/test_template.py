@@ -78,7 +78,9 @@ def time_of_children() -> float:
     return used.ru_utime + used.ru_stime
 
 
-@pytest.mark.parametrize("name", BOMBS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if at % 3 == 0 else pytest.mark.slow) for at, name in enumerate(BOMBS)]
+)
 def test_bombs_are_defused_in_time(name):
     """Whether compiling, rendering or allocating is what explodes. The bound leaves a second for starting the child."""
     limits = TemplateLimits(render_s=0.4, memory_bytes=1 << 29)

@@ -269,6 +269,7 @@ def test_the_engine_runs_the_live_leaves(setup, rollouts):
     np.testing.assert_allclose(one.logprobs, np.asarray(logs)[np.arange(len(one.ids)), one.ids], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_episodes_with_tools_that_answer():
     """The teacher calls a tool, reads its answer and tells it; only its own words count."""
     session = load("step-tiny")
@@ -308,6 +309,7 @@ def test_rows_of_data_are_rollouts_too(setup):
 # --- other objectives
 
 
+@pytest.mark.slow
 def test_rewards_move_what_was_said(rollouts):
     """GRPO: the better answer of each pair becomes likelier, the other less so; a pair of equals teaches nothing."""
     pairs = changed(SHORT, rollout={"samples": 2}, optim={"lr": 1e-2})

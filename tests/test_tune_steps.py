@@ -169,6 +169,7 @@ def scored(setup) -> list[Rollout]:
     return rated(setup)
 
 
+@pytest.mark.slow
 def test_parts_have_the_advantages_of_whole_groups(setup, scored):
     """Each answer is in one part, in the order that the seed gives, with the advantage that it has in its group."""
     expected = group_advantages(np.asarray([1.0, 0.0, 0.25, 0.5]), np.asarray([0, 0, 1, 1]))
@@ -225,6 +226,7 @@ def test_several_updates_of_a_step_are_one_step(tmp_path, monkeypatch, setup):
     assert history(out) == records
 
 
+@pytest.mark.slow
 def test_a_run_that_learned_nothing_says_so(tmp_path, monkeypatch, setup):
     """All answers were cut off and are masked, so that a step has one update in place of two, and that is skipped."""
     config = changed(REWARDED, optim={"minibatches": 2, "steps": 1})

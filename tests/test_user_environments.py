@@ -215,6 +215,7 @@ def answers(session: Session, settings: DataSettings, *, samples: int = 1) -> li
         return sampler.run(session.params, prompts, samples=samples, seed=0, policy_step=0, greedy=True)
 
 
+@pytest.mark.slow
 def test_step_tiny_calls_tools_of_the_user(session, rows):
     """A file with tools and a reward, and an environment with prompts of its own: the same two turns."""
     settings = DataSettings(

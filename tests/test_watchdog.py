@@ -67,7 +67,7 @@ def cluster(tmp_path) -> Iterator[type]:
         each.close()
 
 
-@pytest.mark.parametrize("task", ["sum", "compute"])
+@pytest.mark.parametrize("task", ["sum", pytest.param("compute", marks=pytest.mark.slow)])
 def test_processes_that_finish_end_with_0(cluster, task):
     """Also when Python keeps its lock for longer than the timeout; and only process 0 writes to stdout."""
     group = cluster(task, timeout_s=4)
@@ -77,7 +77,7 @@ def test_processes_that_finish_end_with_0(cluster, task):
 
 
 LOSSES = [*itertools.product((signal.SIGKILL, signal.SIGSTOP), (0, 1), ("collect", "idle"))]
-ALWAYS = (0, 3, 5, 6)  # every pair of two of the three; the others go with --slow
+ALWAYS = (0, 7)  # each signal, each victim, each task; the others go with --slow
 
 
 @pytest.mark.parametrize(
@@ -108,6 +108,7 @@ def test_a_failure_is_told_to_all(cluster):
         assert "process 1 ended with exit code 1" in group.logs[other].read_text()
 
 
+@pytest.mark.slow
 def test_a_process_that_finds_nobody_says_so(tmp_path, monkeypatch):
     script = "import sys; from stepjax.sharding import cluster; cluster.JOIN_S = 1; from stepjax.cli import main; "
     flags = ["--coordinator", f"localhost:{two_free_ports()}", "--processes", "2", "--process-id", "1"]

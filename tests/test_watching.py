@@ -56,6 +56,7 @@ def ready(*processes: subprocess.Popen[bytes]) -> None:
         assert process.stdout.readline() == b"ready\n"
 
 
+@pytest.mark.slow
 def test_early_processes_wait_for_a_late_one(group):
     """For longer than the silence that ends them later; one of them is even started again meanwhile."""
     early = [group.start(0, of=3), group.start(1, of=3)]
@@ -73,10 +74,12 @@ def test_early_processes_wait_for_a_late_one(group):
     assert [process.wait(10) for process in early] == [EXIT_CODE] * 2
 
 
+@pytest.mark.slow
 def test_processes_may_end_seconds_apart(group):
     assert [process.wait(20) for process in [group.start(j, of=3, task="end") for j in range(3)]] == [0, 0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full", [False, True])
 def test_nobody_needs_to_read_the_last_words(group, full):
     """stderr is a pipe whose reader has gone, or has stopped reading."""
@@ -98,6 +101,7 @@ def test_nobody_needs_to_read_the_last_words(group, full):
         os.close(reader)
 
 
+@pytest.mark.slow
 def test_a_process_that_never_gives_up_its_lock_ends_as_well(group):
     first, second = group.start(0, task="lock"), group.start(1, task="lock")
     assert first.wait(15) == EXIT_CODE
@@ -140,6 +144,7 @@ def test_who_has_another_key_cannot_join():
     assert watchdog.key() == b""
 
 
+@pytest.mark.slow
 def test_who_listens_without_the_key_is_not_process_0():
     with Listener("localhost", 0, 1) as server:
 

@@ -131,7 +131,8 @@ def assert_adapters_reach_every_copy(session: Session) -> None:
     assert not np.any(held[:, :rank])
 
 
-@pytest.mark.parametrize("strategy", ["wide", pytest.param("expert", marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("strategy", ["wide", "expert"])
 def test_experts_that_are_held_twice_change_no_score(tmp_path, strategy):
     folder, ids = speaking_folder(tmp_path / "model"), [0, 3, 5, 300, 17, 8, 9]
     alone = load(folder, dtype="float32")

@@ -123,6 +123,7 @@ def engine() -> Engine:
     return engine
 
 
+@pytest.mark.slow
 def test_answers_over_shards_are_those_of_requests_run_alone(engine):
     """Greedy and sampled, with three adapters and none, in a cache so small that some must go and come back."""
     asked = requests(28)
