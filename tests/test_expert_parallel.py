@@ -84,12 +84,12 @@ def assert_as_on_one_device(where: MeshLayout, names: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("mesh", "strategy", "form"),
     [
-        ("expert=8", "expert_tensor", "capacity"),  # one expert a device
+        pytest.param("expert=8", "expert_tensor", "capacity", marks=pytest.mark.slow),  # one expert a device
         ("expert=4,tensor=2", "expert_tensor", "capacity"),  # rows are gathered over tensor
         ("expert=4,tensor=2", "expert", "batched"),  # ranks along both axes
         ("expert=2,tensor=2,data=2", "expert", "capacity"),  # replicas may differ in their number of passes
-        ("expert=2,tensor=2,data=2", "fsdp", None),
-        ("expert=4,context=2", "expert", None),
+        pytest.param("expert=2,tensor=2,data=2", "fsdp", None, marks=pytest.mark.slow),
+        pytest.param("expert=4,context=2", "expert", None, marks=pytest.mark.slow),
     ],
 )
 def test_exchanged_rows_give_what_one_device_gives(mesh, strategy, form):
@@ -105,7 +105,7 @@ def test_buffers_of_these_tests_overflow():
 
 
 @pytest.mark.parametrize("stream", [16, 1024])
-@pytest.mark.parametrize("size", [1, 2, 4, 8])
+@pytest.mark.parametrize("size", [2, 8, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 4))])
 def test_replicated_and_gathered_tokens_give_what_one_device_gives(size, stream):
     where = layout(
         f"expert={size}", "expert", exchange=False, form="capacity" if stream == 16 else "batched", stream=stream

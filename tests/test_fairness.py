@@ -184,7 +184,7 @@ def under_load(seed: int, *, priorities: int) -> tuple[Server, int]:
 
 
 @pytest.mark.parametrize("priorities", [1, 3])
-@pytest.mark.parametrize("block", range(3))
+@pytest.mark.parametrize("block", [0, *(pytest.param(block, marks=pytest.mark.slow) for block in (1, 2))])
 def test_random_schedules_keep_the_promise(block, priorities):
     for seed in range(block * 100, block * 100 + 100):
         server, _ = under_load(seed, priorities=priorities)

@@ -43,7 +43,9 @@ def wide_folder(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("form", ["f32", "bf16", "q8_0", "q4_0", "mxfp4"])
+@pytest.mark.parametrize(
+    "form", ["bf16", "q4_0", *(pytest.param(form, marks=pytest.mark.slow) for form in ("f32", "q8_0", "mxfp4"))]
+)
 def test_a_file_holds_what_its_form_makes_of_the_weights(folder, tmp_path, form):
     assert convert(folder, tmp_path / "model.gguf", form) == 0
     plain, written = Checkpoint(folder), GgufCheckpoint(tmp_path / "model.gguf")

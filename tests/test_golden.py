@@ -42,7 +42,7 @@ def cases():
     [
         ("tiny", 0, None),  # what the token count chooses
         pytest.param("tiny", 1, "capacity", marks=pytest.mark.slow),
-        ("tiny", 2, "gathered"),
+        pytest.param("tiny", 2, "gathered", marks=pytest.mark.slow),
         ("other", 0, "capacity"),
         pytest.param("other", 1, None, marks=pytest.mark.slow),
         pytest.param("other", 2, "gathered", marks=pytest.mark.slow),

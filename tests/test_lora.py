@@ -101,7 +101,12 @@ def assert_close(found: Any, expected: Any, tolerance: float) -> None:
 
 @pytest.mark.parametrize(
     ("of", "base"),
-    [("per_expert", "plain"), ("shared_outer", "plain"), ("shared_outer", "fp8"), ("per_expert", "int4")],
+    [
+        ("per_expert", "plain"),
+        pytest.param("shared_outer", "plain", marks=pytest.mark.slow),
+        ("shared_outer", "fp8"),
+        pytest.param("per_expert", "int4", marks=pytest.mark.slow),
+    ],
 )
 def test_every_form_gives_what_merged_experts_give(of, base):
     """In value and in every gradient: `reference` merges. A tile of two experts widens quantised ones in turn."""

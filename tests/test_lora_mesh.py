@@ -31,7 +31,6 @@ from stepjax.weights.int_groups import IntGroups
 from stepjax.weights.quantised import quantise
 
 B, T = 2, 64
-FORMS = ("per_expert", "shared_outer")
 
 
 def config() -> ModelConfig:
@@ -82,7 +81,7 @@ def expected(form: str) -> Any:
     return jax.device_get(measure(SingleDevice("reference"), form)(adapter, PARAMS, TOKENS))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [pytest.param("per_expert", marks=pytest.mark.slow), "shared_outer"])
 @pytest.mark.parametrize(
     ("mesh", "strategy", "stream"),
     [
@@ -162,7 +161,9 @@ def one_device(form: str, slots: int, quantized: bool) -> Any:
             "per_expert", "expert=2,tensor=2,data=2", "expert", 1024, False, 2, False, marks=pytest.mark.slow
         ),
         ("shared_outer", "expert=4,data=2", "expert", 16, True, 2, True),  # slots travel; whole numbers do not learn
-        ("shared_outer", "expert=2,tensor=2,data=2", "fsdp", 16, False, 1, False),  # factors in pieces, gathered
+        pytest.param(  # factors in pieces, gathered
+            "shared_outer", "expert=2,tensor=2,data=2", "fsdp", 16, False, 1, False, marks=pytest.mark.slow
+        ),
         ("per_expert", "data=2,tensor=2", "wide_data", 1024, False, 2, True),  # slots of other sequences arrive
         pytest.param("shared_outer", "expert=2,tensor=2", "wide", 1024, True, 2, False, marks=pytest.mark.slow),
         pytest.param("per_expert", "expert=2,tensor=2", "wide", 16, True, 2, True, marks=pytest.mark.slow),

@@ -54,7 +54,7 @@ def kernel(
     return jax.jit(run)(q, rows)
 
 
-@pytest.mark.parametrize("queries", [1, 2, 3, 4])
+@pytest.mark.parametrize("queries", [1, 4, *(pytest.param(count, marks=pytest.mark.slow) for count in (2, 3))])
 @pytest.mark.parametrize("window", [None, 70])
 def test_pages_of_any_length_agree_with_gathered_ones(queries, window):
     lengths = [0, 1, 63, 64, 200, 517]

@@ -150,7 +150,7 @@ def test_one_call_or_several(server):
     ],
     ids=["format", "not strict", "vllm", "guided", "text", "nim", "no tools"],
 )
-@pytest.mark.parametrize("quiet", [{}, QUIET], ids=["thinking", "quiet"])
+@pytest.mark.parametrize("quiet", [pytest.param({}, marks=pytest.mark.slow), QUIET], ids=["thinking", "quiet"])
 def test_an_answer_fits_its_schema(server, body, quiet):
     found = message(server, **body, **quiet)
     jsonschema.validate(json.loads(found["content"]), SCHEMA)

@@ -30,7 +30,7 @@ def shard_of(server: Server, id: str) -> int:
     return slot // server.admission.config.num_slots
 
 
-@pytest.mark.parametrize("block", [*range(4), *(pytest.param(block, marks=pytest.mark.slow) for block in range(4, 10))])
+@pytest.mark.parametrize("block", [*range(2), *(pytest.param(block, marks=pytest.mark.slow) for block in range(2, 10))])
 def test_random_schedules_over_shards_give_everyone_their_own_tokens(block):
     """Two thousand: 2 to 8 shards, small caches, priorities, cancels, drafts, and host memory in every second one."""
     preemptions = hits = host_hits = 0

@@ -57,7 +57,13 @@ def reference(name: str, logprob: np.ndarray, inputs: TargetInputs, held: np.nda
     return total
 
 
-@pytest.mark.parametrize(("name", "width"), [*((name, 1) for name in TARGET_LOSSES), ("cross_entropy", 3)])
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [
+        *(pytest.param(name, 1, marks=() if name in ("ppo", "gspo") else pytest.mark.slow) for name in TARGET_LOSSES),
+        ("cross_entropy", 3),
+    ],
+)
 def test_value_and_gradient(name, width):
     logprob, inputs = example(width)
     config = jnp.asarray([LOW, HIGH, BETA], jnp.float32)

@@ -86,7 +86,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "strategy", "form", "batch", "stream"),
     [
-        ("expert=4,tensor=2", "wide", "exchange", 8, 1024),
+        pytest.param("expert=4,tensor=2", "wide", "exchange", 8, 1024, marks=SLOW),
         ("data=2,expert=4", "wide_data", "node", 8, 1024),
         pytest.param("expert=8", "wide", "gather", 8, 1024, marks=SLOW),
         pytest.param("data=2,expert=4", "wide", "exchange", 8, 1024, marks=SLOW),
