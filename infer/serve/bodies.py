@@ -39,16 +39,19 @@ async def off_loop(size: int, work: Callable[..., T], *arguments: Any) -> T:
 class StrictBodies:
     """Reads the body of every request that may have one, parses it, and passes it on in the scope."""
 
-    def __init__(self, app: App, refuse: Refuse, *, raw_paths: Collection[str] = ()):
+    def __init__(
+        self, app: App, refuse: Refuse, *, has_endpoint: Callable[[Scope], bool], raw_paths: Collection[str] = ()
+    ):
         """
         Args:
+          has_endpoint: whether an endpoint takes a request. The body of one that none takes is not read.
           raw_paths: their endpoints read and bound the body themselves.
         """
-        self._app, self._refuse, self._raw_paths = app, refuse, raw_paths
+        self._app, self._refuse, self._has_endpoint, self._raw_paths = app, refuse, has_endpoint, raw_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         bodiless = scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS")
-        if bodiless or scope["path"] in self._raw_paths:
+        if bodiless or scope["path"] in self._raw_paths or not self._has_endpoint(scope):
             await self._app(scope, receive, send)
             return
         try:
