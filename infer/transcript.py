@@ -11,6 +11,7 @@ from stepjax.text.reasoning import ReasoningParser, reasoning_ended
 from stepjax.text.tokenizer import IncrementalDetokenizer, Tokenizer
 from stepjax.text.tool_calls import (
     ArgumentsDelta,
+    CallSchemas,
     CallStart,
     ContentDelta,
     ToolCall,
@@ -83,7 +84,7 @@ class Transcript:
         eos_ids: Collection[int],
         tokenizer: Tokenizer | None = None,
         in_reasoning: bool = False,
-        tools: ToolSchemas | None = None,
+        tools: ToolSchemas | CallSchemas | None = None,
         include_stop: bool = False,
         skip_special: bool = True,
         verbatim: bool = False,

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
-from scaling import ASKED, Case, Reader, cases, events, raw_bodies, seconds
+from scaling import ADAPTERS, ASKED, Case, Cost, Meter, Reader, cases, events, item_cases, power, raw_bodies, size_of
+from scripted import ScriptedEngine
 from serving import GREEDY, SUM, Serving
 
 from stepjax.infer.serve import bodies
 from stepjax.infer.serve.bodies import parse_json
 from stepjax.infer.serve.errors import ApiError
+from stepjax.infer.serve.middleware import ApiKeys
 
 # Fields that are read item by item; the others hold one value of little size.
 LONG = {"messages", "input", "prompt", "tokens", "tools", "system", "tool_choice", "stop", "unknown", "metadata"}
@@ -29,14 +31,10 @@ def reader(server) -> Reader:
     return Reader(server.engine, server.session)
 
 
-def power(small: float, large: float) -> float:
-    """The power of n with which the work grew when n became fourfold."""
-    return math.log(max(large, 1e-9) / max(small, 1e-9), 4)
-
-
 def test_the_steps_of_reading_grow_with_the_body_and_no_faster(reader):
     """Counted, and not timed; in C each step may still take longer, which the slow test sees."""
-    chosen = [case for number, case in enumerate(cases()) if case.field in LONG or number % 97 == 0]
+    known = (case for case in cases() if case.path in ASKED)
+    chosen = [case for number, case in enumerate(known) if case.field in LONG or number % 97 == 0]
     assert len({case.path for case in chosen}) == len(ASKED)
     found: dict[Case, float] = {}
     for case in chosen:
@@ -145,31 +143,106 @@ def test_others_are_answered_while_a_large_body_is_read(server, monkeypatch):
         assert posted.result().status_code == 400
 
 
+UNROUTED = ["/api/v1/create_session", "/api/v1/forward_backward", "/v1/load_lora_adapter", "/v1/embeddings", "/x"]
+
+
+@pytest.fixture(scope="module")
+def meter(step_tiny) -> Iterator[Meter]:
+    with Meter(ScriptedEngine(step_tiny), step_tiny) as meter:
+        yield meter
+
+
+@pytest.mark.parametrize("path", UNROUTED)
+def test_a_body_that_no_endpoint_takes_is_not_read(meter, path):
+    """Without --train and adapter updates these paths do not exist."""
+    answer = meter.cost(path, b"[" * MB)
+    assert (answer.status, answer.num_received) == (404, 0)
+
+
+def test_without_the_key_no_body_is_read(step_tiny):
+    with Meter(ScriptedEngine(step_tiny), step_tiny, keys=ApiKeys(("a key",)), adapter_updates=True) as locked:
+        for path in (*ASKED, *ADAPTERS, *UNROUTED):
+            for key in ("", "Bearer another key"):
+                answer = locked.cost(path, b"[" * MB, headers={"authorization": key})
+                assert (answer.status, answer.num_received) == (401, 0), path
+
+
+SMALL = 24 * 2**10  # bytes of the first body of a case
+JUDGED_S = 0.02  # processor time below which a power says nothing
+# Caches and the collection of garbage make linear work grow with a power of up to 1.4; quadratic work has 2.
+MOST = 1.5
+
+
+@pytest.fixture(scope="module")
+def fuzzed(step_tiny) -> Iterator[Meter]:
+    with Meter(ScriptedEngine(step_tiny), step_tiny, adapter_updates=True) as meter:
+        yield meter
+
+
+class Measured(NamedTuple):
+    """What a case cost at n, 2 n and 4 n."""
+
+    label: str
+    make: Callable[[int], bytes]
+    size: int
+    costs: tuple[Cost, ...]
+
+    @property
+    def power(self) -> float:
+        """Of all threads' time, where there is enough of it."""
+        first, _, last = self.costs
+        return power(first.total_s, last.total_s) if last.total_s >= JUDGED_S else 0.0
+
+    @property
+    def loop_growth_s(self) -> float:
+        return self.costs[-1].loop_s - self.costs[0].loop_s
+
+
+def measured(meter: Meter, path: str, label: str, make: Callable[[int], bytes]) -> Measured:
+    """A case at 4 n and, unless that is cheap, at n and 2 n; again with bodies four times as long, and more carefully,
+    if it grew fast.
+    """
+    size = size_of(make, SMALL)
+    last = meter.cost(path, make(4 * size))
+    case = Measured(label, make, size, (last, last, last))
+    if last.total_s < JUDGED_S and last.loop_s < 0.004:
+        return case
+    for times in (1, 3):
+        costs = tuple(meter.cost(path, make(n), times=times) for n in (size, 2 * size, 4 * size))
+        case = Measured(label, make, size, costs)
+        if case.power <= MOST and case.loop_growth_s < 0.002:
+            return case
+        size *= 4
+    return case
+
+
 @pytest.mark.slow
 @pytest.mark.long
-def test_no_field_of_any_endpoint_takes_more_than_linear_time(reader, capsys):
-    """The fuzzer's long form: every field with every value, by processor time at n and 4 n. Prints the worst power of
-    each endpoint. Values that stay below 20 ms at any allowed size are not judged. Caches and the collection of garbage
-    make linear work grow with a power of up to 1.6 on a busy machine; quadratic work has 2.
+@pytest.mark.parametrize("path", [*ASKED, *ADAPTERS])
+def test_no_field_of_any_endpoint_takes_more_than_linear_time(fuzzed, path, capsys):
+    """Every field with every value at n, 2 n and 4 n, by processor time; the worst cases of the event loop's thread
+    then with bodies of 8 MiB. Prints a row of the table in the notes.
     """
-    worst: dict[str, tuple[float, str]] = {}
-
-    def judge(label: str, path: str, make: Any) -> None:
-        size = 2000
-        while (taken := seconds(reader, path, make(size))) < 0.02:
-            size *= 4
-            if size > 200_000:
-                return
-        data = make(4 * size)
-        if len(data) <= 8 * MB:
-            grown = power(taken, seconds(reader, path, data))
-            worst[path] = max(worst.get(path, (0.0, "")), (grown, f"{label} at {size}"))
-
-    for kind, make in raw_bodies().items():
-        judge(f"raw: {kind}", "/tokenize", make)
-    for case in cases():
-        if case.field in LONG or "." in case.field or "guided" in case.field:
-            judge(f"{case.field}: {case.kind}", case.path, lambda size: json.dumps(case.body(size)).encode())  # noqa: B023
+    bodies = [
+        (f"{case.field}[{case.item}]: {case.kind}", lambda n, case=case: json.dumps(case.body(n)).encode())
+        for case in (*cases(), *item_cases())
+        if case.path == path
+    ]
+    bodies += [(f"raw: {kind}", make) for kind, make in raw_bodies().items()]
+    found = [measured(fuzzed, path, label, make) for label, make in bodies]
+    worst = max(found, key=lambda case: case.power)
+    busiest = sorted(found, key=lambda case: -case.loop_growth_s)[:3]
+    busiest += sorted(found, key=lambda case: -case.costs[-1].loop_s)[:1]
+    large = []
+    for case in {id(case): case for case in busiest}.values():
+        data = case.make(size_of(case.make, 8 * MB - 2**16))
+        loop_s = min(fuzzed.cost(path, data).loop_s for _ in range(2))
+        large.append((1000 * loop_s / (len(data) / MB), case.label))
     with capsys.disabled():
-        print("\n" + "\n".join(f"{path}: n^{grown:.2f} ({label})" for path, (grown, label) in worst.items()))
-    assert {path: found for path, found in worst.items() if found[0] > 1.7} == {}
+        judged, (slowest, label) = sum(case.power > 0 for case in found), max(large)
+        print(
+            f"\n| {path} | {len(found)} | {judged} | {worst.power:.2f} ({worst.label}) |",
+            f"{slowest:.2f} ms/MB ({label}) |",
+        )
+    assert [(case.label, case.costs) for case in found if case.power > MOST] == []
+    assert [row for row in large if row[0] > 1.5] == []

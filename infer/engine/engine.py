@@ -135,6 +135,7 @@ class Engine:
         """
         id = id if id is not None else f"request-{next(self._numbers)}"
         params = self.fit(prompt, params)
+        prompt = tuple(map(int, prompt))
         version = adapter.key if isinstance(adapter, AdapterPin) else self._adapters.key(adapter)
         guided = params.replace(min_tokens=0) if constraint is not None else params  # the guide holds to it
         answers = split_request(id, guided)
@@ -142,7 +143,7 @@ class Engine:
         for index, (answer_id, answer_params) in enumerate(answers):
             sequence = Sequence(
                 answer_id,
-                tuple(map(int, prompt)),
+                prompt,
                 answer_params,
                 priority,
                 version,

@@ -114,7 +114,7 @@ class Answers:
         finally:
             self._service.close(self.submission)
 
-    async def whole(self) -> None:
+    async def ended(self) -> None:
         """Wait for all answers to end."""
         async for _ in self.pieces():
             pass

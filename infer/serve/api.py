@@ -61,8 +61,14 @@ class AdapterOwner(Protocol):
 class AnswerWriter(Protocol):
     """Writes the answers of one request in the form of one interface."""
 
-    async def whole(self) -> dict[str, Any]:
-        """The body of a response that is not streamed."""
+    async def ended(self) -> None:
+        """Wait for the end of all answers."""
+        ...
+
+    def whole(self) -> dict[str, Any]:
+        """The body of a response that is not streamed, once the answers have ended. It is called in a thread: scores of
+        a hundred thousand tokens take seconds to write.
+        """
         ...
 
     def events(self) -> AsyncIterator[bytes | None] | AsyncIterator[bytes]:
@@ -193,8 +199,9 @@ class Api:
         if body.stream:
             close = functools.partial(self.service.close, answers.submission)
             return EventStream(writer.events(), close=close, dialect=dialect)
-        content = await unless_disconnected(request.receive, writer.whole())
-        return await asyncio.to_thread(json_response, content)
+        if not await unless_disconnected(request.receive, writer.ended()):
+            return Response()  # nobody reads it
+        return await asyncio.to_thread(lambda: json_response(writer.whole()))
 
 
 def check_stream(body: SampledRequest) -> None:

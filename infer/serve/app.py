@@ -22,7 +22,7 @@ from stepjax.infer.serve.bodies import StrictBodies
 from stepjax.infer.serve.endpoints import chat, completions, messages, models, page, responses, tokens
 from stepjax.infer.serve.errors import ApiError
 from stepjax.infer.serve.extension import Extension, PreparedRequests
-from stepjax.infer.serve.middleware import Access, App, Failures, RequestLog
+from stepjax.infer.serve.middleware import Access, App, Failures, RequestLog, Scope
 from stepjax.infer.serve.replies import error_response, json_response, readiness, refuse
 from stepjax.infer.serve.routes import IGNORED, validation_error
 from stepjax.infer.serve.service import Service
@@ -138,25 +138,29 @@ def create_app(service: Service, session: Session, options: ServeOptions, extens
     return _wrapped(app, options, extensions)
 
 
-def _wrapped(app: App, options: ServeOptions, extensions: Sequence[Extension]) -> App:
+def _has_endpoint(app: FastAPI, scope: Scope) -> bool:
+    return any(route.matches(scope)[0].name == "FULL" for route in app.routes)
+
+
+def _wrapped(app: FastAPI, options: ServeOptions, extensions: Sequence[Extension]) -> App:
     """The application behind what every request passes, from the outside: the log, headers for other web pages, which
     every answer needs, errors too, the key, and the body.
     """
     raw_paths = frozenset().union(*(extension.raw_paths for extension in extensions))
     open_prefixes = tuple(prefix for extension in extensions for prefix in extension.open_prefixes)
-    if extensions:
-        app = PreparedRequests(app, extensions, refuse)
-    app = Access(StrictBodies(app, refuse, raw_paths=raw_paths), options.keys, refuse, open_prefixes=open_prefixes)
-    app = Failures(app, refuse)
+    outer: App = PreparedRequests(app, extensions, refuse) if extensions else app
+    outer = StrictBodies(outer, refuse, has_endpoint=functools.partial(_has_endpoint, app), raw_paths=raw_paths)
+    outer = Access(outer, options.keys, refuse, open_prefixes=open_prefixes)
+    outer = Failures(outer, refuse)
     if options.cors_origins:
-        app = CORSMiddleware(
-            app,
+        outer = CORSMiddleware(
+            outer,
             allow_origins=options.cors_origins,
             allow_methods=["*"],
             allow_headers=["*"],
             expose_headers=["retry-after", IGNORED, "x-request-id"],
         )
-    return RequestLog(app)
+    return RequestLog(outer)
 
 
 async def _become_ready(api: Api) -> None:

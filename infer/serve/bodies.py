@@ -23,7 +23,9 @@ PARSED = "stepjax.body"  # where the scope holds the parsed body
 SIZE = "stepjax.body_bytes"
 
 # A string, or what is left of one that does not end: its end is not sought again from every quote inside.
-_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)|[\[{]|[\]}]', re.DOTALL)
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)', re.DOTALL)
+_ALL_SQUARE = bytes.maketrans(b"{}", b"[]")
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _SUSPECT = re.compile(rb"\\u(?:[dD][89a-fA-F]|0000)")
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 _MAX_DIGITS = 400  # of an integer; the longest finite float has 309
@@ -39,16 +41,19 @@ async def off_loop(size: int, work: Callable[..., T], *arguments: Any) -> T:
 class StrictBodies:
     """Reads the body of every request that may have one, parses it, and passes it on in the scope."""
 
-    def __init__(self, app: App, refuse: Refuse, *, raw_paths: Collection[str] = ()):
+    def __init__(
+        self, app: App, refuse: Refuse, *, has_endpoint: Callable[[Scope], bool], raw_paths: Collection[str] = ()
+    ):
         """
         Args:
+          has_endpoint: whether an endpoint takes a request. The body of one that none takes is not read.
           raw_paths: their endpoints read and bound the body themselves.
         """
-        self._app, self._refuse, self._raw_paths = app, refuse, raw_paths
+        self._app, self._refuse, self._has_endpoint, self._raw_paths = app, refuse, has_endpoint, raw_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         bodiless = scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS")
-        if bodiless or scope["path"] in self._raw_paths:
+        if bodiless or scope["path"] in self._raw_paths or not self._has_endpoint(scope):
             await self._app(scope, receive, send)
             return
         try:
@@ -113,7 +118,7 @@ def parse_json(body: bytes | bytearray) -> dict[str, Any]:
     surrogates, the character NUL, and deep nesting.
     """
     most = int(LIMITS["json_depth"].high)
-    if _depth(body, most) > most:
+    if _is_deeper(body, most):
         raise _bad(f"expected at most {most} levels of nesting")
     try:
         value = json.loads(
@@ -136,18 +141,16 @@ def parse_json(body: bytes | bytearray) -> dict[str, Any]:
     return value
 
 
-def _depth(body: bytes | bytearray, most: int) -> int:
-    """Levels of brackets, or the first number past ``most``."""
-    level = deepest = 0
-    for token in _BRACKETS.finditer(body):
-        if token[0] in b"[{":
-            level += 1
-            deepest = max(deepest, level)
-            if deepest > most:
-                break
-        elif token[0] in b"]}":
-            level -= 1
-    return deepest
+def _is_deeper(body: bytes | bytearray, most: int) -> bool:
+    """Whether brackets are nested deeper than ``most`` levels. Each pass takes away the innermost ones of all, which is
+    a hundred times faster than a look at one after the other.
+    """
+    brackets = _STRING.sub(b"", body).translate(_ALL_SQUARE, _NO_BRACKETS)
+    for _ in range(most):
+        if len(outer := brackets.replace(b"[]", b"")) == len(brackets):
+            break
+        brackets = outer
+    return b"[]" in brackets or brackets.count(b"[") > most  # the second: without their ends
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

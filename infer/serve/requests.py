@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from stepjax.infer.serve.service import EngineRequest
 from stepjax.infer.serve.thinking import thinking_of
 from stepjax.infer.transcript import Transcript, begins_in_reasoning
 from stepjax.text.chat import read_template_kwargs
+from stepjax.text.tool_calls import CallSchemas
 
 if TYPE_CHECKING:
     from stepjax.infer.engine.engine import Engine
@@ -31,7 +32,7 @@ class TranscriptOptions:
     tokenizer: Tokenizer | None
     eos_ids: tuple[int, ...]
     in_reasoning: bool = False
-    tools: Sequence[Mapping[str, Any]] | None = None
+    tools: CallSchemas | None = None
     include_stop: bool = False
     skip_special: bool = True
     verbatim: bool = False  # after the thinking no text is a marker or a call
@@ -66,7 +67,7 @@ def read_chat(engine: Engine, session: Session, body: ChatRequest) -> tuple[Engi
         session,
         body,
         in_reasoning=in_reasoning,
-        tools=None if verbatim else tools,
+        tools=None if verbatim or tools is None else CallSchemas(tools),
         verbatim=verbatim,
         max_calls=1 if body.parallel_tool_calls is False else None,
     )

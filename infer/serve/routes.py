@@ -20,6 +20,7 @@ from stepjax.infer.serve.middleware import Scope
 T = TypeVar("T", bound=BaseModel)
 
 IGNORED = "x-stepjax-ignored"  # the header that names the fields without effect
+_MAX_HEADER = 1000  # characters of its value
 
 
 class BodyRoute(APIRoute):
@@ -79,5 +80,10 @@ def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
 
 
 def header_value(names: Sequence[str]) -> str:
-    """Names as the value of a header; characters that no header may hold become "?"."""
-    return ", ".join(re.sub("[^!-~]+", "?", name) for name in names)[:1000].strip()
+    """Names as the value of a header, cut where it is long; characters that no header may hold become "?"."""
+    value = ""
+    for name in names:
+        value += ", " * bool(value) + re.sub("[^!-~]+", "?", name[:_MAX_HEADER])
+        if len(value) >= _MAX_HEADER:
+            break
+    return value[:_MAX_HEADER].strip()

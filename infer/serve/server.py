@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
+from stepjax.infer.serve.connection import PiecewiseProtocol
 from stepjax.infer.serve.limits import LIMITS
 from stepjax.infer.serve.middleware import Access, ApiKeys, App, AsgiMessage, Receive, RequestLog, Scope, Send
 from stepjax.infer.serve.replies import json_response, readiness, refuse, warming_up
@@ -53,7 +54,7 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                http="h11",  # bounds the size of headers; the faster parser does not
+                http=PiecewiseProtocol,  # h11 bounds the size of headers; the faster parser does not
                 h11_max_incomplete_event_size=int(LIMITS["header_bytes"].high),
                 ws="none",
                 timeout_keep_alive=75,

@@ -8,14 +8,13 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import Response
 
 from stepjax.infer.serve.errors import ApiError, Dialect
 from stepjax.infer.serve.middleware import Receive, Scope, Send
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 PING_S = 5.0  # between bytes: clients give up after 60 s of silence
@@ -79,12 +78,14 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of ``work``; None if the client disconnected first, which cancels the work."""
+async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, None]) -> bool:
+    """Whether ``work`` ended before the client disconnected, which cancels it; raises what it raises."""
     working, disconnecting = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
     try:
         await asyncio.wait({working, disconnecting}, return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
+        if working.done():
+            working.result()
+        return working.done()
     finally:
         for task in (working, disconnecting):
             task.cancel()

@@ -106,26 +106,29 @@ class ToolCallParser:
     where a call may follow that would drop it.
     """
 
-    def __init__(self, tools: ToolSchemas | None = None):
-        """tools are the request's, in OpenAI's form; whatever in them cannot be read types nothing."""
-        self._schemas = _schemas(tools)
+    def __init__(self, tools: ToolSchemas | CallSchemas | None = None):
+        """tools are the request's, in OpenAI's form or read already; whatever in them cannot be read types nothing."""
+        self._schemas = (tools if isinstance(tools, CallSchemas) else CallSchemas(tools)).types
         self._held = ""
         self._start = 0  # of the text in _held that is not emitted; above 0 only within a push
         self._block: _Block | None = None  # at _start
-        self._space: str | None = ""  # whitespace that a call would drop; None once other text came after the last call
+        # Pieces of whitespace that a call would drop; None once other text came after the last call.
+        self._space: list[str] | None = []
         self._calls = 0
 
     def push(self, delta: str) -> list[ToolEvent]:
         """Take the next piece of the answer, and return the events that are now certain."""
-        self._held += delta
+        held, self._held = self._held, ""  # of a text with one name += copies nothing; a call may be very long
+        held += delta
+        self._held = held
         return self._advance(final=False)
 
     def flush(self) -> list[ToolEvent]:
         """End the answer: an unclosed block is content."""
         events = self._advance(final=True)
-        if self._space and not self._calls:
-            events.append(ContentDelta(self._space))
-        self._space = None
+        space, self._space = "".join(self._space or ()), None
+        if space and not self._calls:
+            events.append(ContentDelta(space))
         return events
 
     def _advance(self, *, final: bool) -> list[ToolEvent]:
@@ -157,20 +160,22 @@ class ToolCallParser:
             events.append(ArgumentsDelta(self._calls, arguments))
             self._calls += 1
         self._start = extent.end
-        self._space = ""
+        self._space = []
 
     def _emit_text(self, events: list[ToolEvent], end: int) -> None:
         text, self._start = self._held[self._start : end], end
         if self._space is not None:
-            text = self._space + text
-            self._space = text if text.isspace() or not text else None
-        if text and self._space is None:
+            self._space.append(text)
+            if not text or text.isspace():
+                return
+            text, self._space = "".join(self._space), None
+        if text:
             events.append(ContentDelta(text))
 
 
 def parse(content: str, tools: ToolSchemas | None = None) -> tuple[str, list[ToolCall]]:
     """Splits a whole answer into (content, calls). Written apart from the stream, which is tested against it."""
-    schemas = _schemas(tools)
+    schemas = CallSchemas(tools).types
     pieces: list[str] = []  # text before each block of calls, then the text after the last
     calls: list[ToolCall] = []
     position = text_start = 0
@@ -320,14 +325,15 @@ def _clean_name(text: str) -> str:
     return text.strip(" \t\r\"'=")
 
 
-def _schemas(tools: ToolSchemas | None) -> dict[str, dict[str, list[str]]]:
-    """`argument_types` by function name."""
-    schemas: dict[str, dict[str, list[str]]] = {}
-    for tool in tools or ():
-        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-        if isinstance(function, Mapping) and isinstance(function.get("name"), str):
-            schemas[function["name"]] = argument_types(function.get("parameters"))
-    return schemas
+class CallSchemas:
+    """What a parser needs of a request's tools. Reading them takes a while, so the answers to a request share it."""
+
+    def __init__(self, tools: ToolSchemas | None = None):
+        self.types: dict[str, dict[str, list[str]]] = {}  # `argument_types` by function name
+        for tool in tools or ():
+            function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+            if isinstance(function, Mapping) and isinstance(function.get("name"), str):
+                self.types[function["name"]] = argument_types(function.get("parameters"))
 
 
 def argument_types(parameters: Any) -> dict[str, list[str]]:

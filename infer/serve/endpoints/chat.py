@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from itertools import zip_longest
@@ -57,10 +58,13 @@ class ChatAnswer:
             "system_fingerprint": FINGERPRINT,
         }
 
-    async def whole(self) -> dict[str, Any]:
+    async def ended(self) -> None:
+        """Wait for the end of all answers."""
+        await self._answers.ended()
+
+    def whole(self) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
         answers = self._answers
-        await answers.whole()
         body = {
             **self._head,
             "object": "chat.completion",
@@ -72,18 +76,18 @@ class ChatAnswer:
     async def events(self) -> AsyncIterator[bytes | None]:
         """The chunks of a stream."""
         answers, wanted = self._answers, self._body.stream_options
-        self._unsent = self._prompt_ids()
-        for answer in answers.all:
-            yield self._chunk(answer.index, {"role": "assistant", "content": ""})
-        scored = False  # whether the scores of the prompt are known
+        unscored = self._body.prompt_logprobs is not None  # the first piece has the scores of the prompt
+        for chunk in await asyncio.to_thread(self._begin) if self._body.return_token_ids else self._begin():
+            yield chunk
         async for piece in answers.pieces(PING_S):
             if piece is None:
                 yield None
                 continue
-            if not scored and piece.index == 0:
-                scored = True
-                self._unsent = self._prompt_scores()
-            chunks = self._chunks(piece)
+            if unscored and piece.index == 0:
+                unscored = False
+                chunks = await asyncio.to_thread(self._scored_chunks, piece)
+            else:
+                chunks = self._chunks(piece)
             for chunk in chunks:
                 yield chunk
             if not chunks:  # so that a comment is due after a while
@@ -91,6 +95,16 @@ class ChatAnswer:
         if wanted is not None and wanted.include_usage:
             yield event(self._head | {"object": "chat.completion.chunk", "choices": [], "usage": answers.usage()})
         yield DONE
+
+    def _begin(self) -> list[bytes]:
+        """The first chunk of each answer; one lists the prompt's tokens if they are wanted."""
+        self._unsent = self._prompt_ids()
+        return [self._chunk(answer.index, {"role": "assistant", "content": ""}) for answer in self._answers.all]
+
+    def _scored_chunks(self, piece: AnswerPiece) -> list[bytes]:
+        """The chunks of the first piece, with the scores of the prompt."""
+        self._unsent = self._prompt_scores()
+        return self._chunks(piece)
 
     @property
     def _tokenizer(self) -> Tokenizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any, Literal
@@ -12,7 +13,7 @@ from pydantic import Field, WithJsonSchema
 from stepjax.errors import RequestError
 from stepjax.infer.engine.answer import TokenScore
 from stepjax.infer.engine.engine import Engine
-from stepjax.infer.serve.answers import Answers, TextAnswer
+from stepjax.infer.serve.answers import AnswerPiece, Answers, TextAnswer
 from stepjax.infer.serve.api import Api, check_stream
 from stepjax.infer.serve.endpoints.chat import FINGERPRINT, prompt_logprobs
 from stepjax.infer.serve.formats import constraint_of
@@ -129,9 +130,12 @@ class CompletionAnswer:
             "system_fingerprint": FINGERPRINT,
         }
 
-    async def whole(self) -> dict[str, Any]:
+    async def ended(self) -> None:
+        """Wait for the end of all answers."""
+        await self._answers.ended()
+
+    def whole(self) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
-        await self._answers.whole()
         choices = [self._choice(answer) for answer in self._answers.all]
         return {**self._head, "choices": choices, "usage": self._usage()}
 
@@ -142,16 +146,29 @@ class CompletionAnswer:
             if piece is None or not (piece.delta.content or piece.finish_reason or piece.ids):
                 yield None
                 continue
-            answer, ids, scores = answers.all[piece.index], piece.ids, piece.scores
-            begins = len(ids) == len(answer.transcript.ids)
-            choice = self._text(answer, piece.delta.content, ids, scores, begins=begins)
-            chunk: dict[str, Any] = {"choices": [choice]}
-            if wanted is not None and wanted.continuous:
-                chunk["usage"] = self._usage()
-            yield event(self._head | chunk)
+            begins = len(piece.ids) == len(answers.all[piece.index].transcript.ids)
+            if begins and self._tells_prompt:
+                yield await asyncio.to_thread(self._chunk, piece, begins=True)
+            else:
+                yield self._chunk(piece, begins=begins)
         if wanted is not None and wanted.include_usage:
             yield event(self._head | {"choices": [], "usage": self._usage()})
         yield DONE
+
+    @property
+    def _tells_prompt(self) -> bool:
+        """Whether the chunk that begins an answer says something of its prompt, which may be long."""
+        body = self._body
+        return bool(body.echo or body.return_token_ids) or body.prompt_logprobs is not None
+
+    def _chunk(self, piece: AnswerPiece, *, begins: bool) -> bytes:
+        """The chunk of a piece."""
+        answer, wanted = self._answers.all[piece.index], self._body.stream_options
+        choice = self._text(answer, piece.delta.content, piece.ids, piece.scores, begins=begins)
+        chunk: dict[str, Any] = {"choices": [choice]}
+        if wanted is not None and wanted.continuous:
+            chunk["usage"] = self._usage()
+        return event(self._head | chunk)
 
     def _usage(self) -> dict[str, Any]:
         usage = self._answers.usage()

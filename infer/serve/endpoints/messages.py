@@ -213,16 +213,20 @@ class MessagesAnswer:
         self._answers, self._model = answers, model
         self._blocks: list[dict[str, Any]] = []  # of the content, in order
         self._ended = True  # whether the last of them is complete
+        self._text: list[str] = []  # of the block that is being written
         self._arguments = ""  # of the call that is being written
 
     @property
     def _transcript(self) -> Transcript:
         return self._answers.all[0].transcript
 
-    async def whole(self) -> dict[str, Any]:
-        """The body of an answer that is not streamed."""
+    async def ended(self) -> None:
+        """Write all of the content."""
         async for _ in self._written():
             pass
+
+    def whole(self) -> dict[str, Any]:
+        """The body of an answer that is not streamed."""
         return self._message(self._blocks, self._usage()) | self._end()
 
     async def events(self) -> AsyncIterator[bytes]:
@@ -290,7 +294,7 @@ class MessagesAnswer:
                 yield self._delta({"type": "input_json_delta", "partial_json": part.text})
 
     def _add(self, kind: str, text: str) -> bytes:
-        self._blocks[-1][kind] += text
+        self._text.append(text)
         return self._delta({"type": f"{kind}_delta", kind: text})
 
     def _open_block(self, kind: str, empty: dict[str, Any]) -> Iterator[bytes]:
@@ -308,6 +312,8 @@ class MessagesAnswer:
         self._ended, block = True, self._blocks[-1]
         if block["type"] == "tool_use":
             block["input"], self._arguments = json.loads(self._arguments or "{}"), ""
+        else:
+            block[block["type"]], self._text = "".join(self._text), []
         yield _event("content_block_stop", index=len(self._blocks) - 1)
 
     def _delta(self, delta: dict[str, Any]) -> bytes:

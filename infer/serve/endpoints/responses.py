@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import secrets
 import time
@@ -188,9 +189,10 @@ async def _overflow(body: ResponsesRequest, model: str, error: ContextError) -> 
         "usage": None,
     }
     created = {"type": "response.created", "sequence_number": 0, "response": response}
-    yield event(created, name="response.created")
+    yield await asyncio.to_thread(event, created, name="response.created")
     failed = response | {"status": "failed", "error": _failure(ApiError.of(error))}
-    yield event({"type": "response.failed", "sequence_number": 1, "response": failed}, name="response.failed")
+    last = {"type": "response.failed", "sequence_number": 1, "response": failed}
+    yield await asyncio.to_thread(event, last, name="response.failed")
 
 
 # Kinds of calls: prefix of their ids, the field that they are called with, and its value at first.
@@ -210,6 +212,7 @@ class ResponsesAnswer:
         self._items: list[dict[str, Any]] = []  # of the output, in order
         self._ended = True  # whether the last of them is complete
         self._num_scored = 0  # tokens whose scores were given, or are not given
+        self._unsettled: list[str] = []  # text of the last item, which has it once it is needed
         self._arguments = ""  # of a call that is written once they are complete
         self._numbers = itertools.count()
 
@@ -217,26 +220,27 @@ class ResponsesAnswer:
     def _transcript(self) -> Transcript:
         return self._answers.all[0].transcript
 
-    async def whole(self) -> dict[str, Any]:
-        """The body of an answer that is not streamed."""
+    async def ended(self) -> None:
+        """Write all of the output."""
         async for _ in self._written():
             pass
+
+    def whole(self) -> dict[str, Any]:
+        """The body of an answer that is not streamed."""
         return self._response(self._status())
 
     async def events(self) -> AsyncIterator[bytes | None]:
         """The events of a stream. One that fails says so in its last response, as Codex reads it."""
         for kind in ("response.created", "response.in_progress"):
-            yield self._event(kind, response=self._response("in_progress"))
+            yield await self._whole_event(kind, "in_progress")
         try:
             async for data in self._written(PING_S):
                 yield data
         except Exception as error:
-            failure = ApiError.of(error)
-            failed = self._response("failed") | {"error": _failure(failure)}
-            yield self._event("response.failed", response=failed)
+            yield await self._whole_event("response.failed", "failed", error=_failure(ApiError.of(error)))
             raise
         status = self._status()
-        yield self._event(f"response.{status}", response=self._response(status))
+        yield await self._whole_event(f"response.{status}", status)
 
     async def _written(self, wait_s: float | None = None) -> AsyncIterator[bytes | None]:
         """The events of the output; None if ``wait_s`` pass without one."""
@@ -249,11 +253,16 @@ class ResponsesAnswer:
         for data in self._close_item():
             yield data
 
+    async def _whole_event(self, kind: str, status: str, **fields: Any) -> bytes:
+        """An event that holds the response, and with it what the request sent: made in a thread, since that is long."""
+        return await asyncio.to_thread(lambda: self._event(kind, response=self._response(status) | fields))
+
     def _status(self) -> str:
         return "incomplete" if self._transcript.finish_reason == "length" else "completed"
 
     def _response(self, status: str) -> dict[str, Any]:
         body, params = self._body, self._answers.all[0].request.params
+        self._settle()
         return {
             "id": f"resp_{self._answers.submission.id}",
             "object": "response",
@@ -348,12 +357,18 @@ class ResponsesAnswer:
         yield self._item_event("response.content_part.added", content_index=0, part=part)
 
     def _add(self, text: str, kind: str, **fields: Any) -> Iterator[bytes]:
-        item = self._items[-1]
-        if item["type"] in _CALLS:
-            item[_CALLS[item["type"]][1]] += text
-        else:
-            item["content"][0]["text"] += text
+        self._unsettled.append(text)
         yield self._item_event(kind, delta=text, **fields)
+
+    def _settle(self) -> None:
+        """Give the last item the text that was written."""
+        if self._unsettled:
+            item, text = self._items[-1], "".join(self._unsettled)
+            self._unsettled.clear()
+            if item["type"] in _CALLS:
+                item[_CALLS[item["type"]][1]] += text
+            else:
+                item["content"][0]["text"] += text
 
     def _close_item(self) -> Iterator[bytes]:
         """Complete the item that is being written."""
@@ -362,6 +377,7 @@ class ResponsesAnswer:
         item = self._items[-1]
         if item["type"] == "custom_tool_call" and (text := custom_input(self._arguments)):
             yield from self._add(text, "response.custom_tool_call_input.delta")
+        self._settle()
         self._ended, item["status"] = True, "completed"
         if item["type"] == "tool_search_call":
             item["arguments"] = call_arguments(self._arguments)
