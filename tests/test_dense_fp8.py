@@ -17,7 +17,9 @@ from tiny import small_config
 
 from stepjax.adapters.lora import attach
 from stepjax.checkpoint.reader import Checkpoint, load_params
+from stepjax.config import ModelConfig
 from stepjax.errors import RequestError
+from stepjax.gpu_target import compiling_for
 from stepjax.infer.engine.config import EngineConfig
 from stepjax.infer.engine.engine import Engine
 from stepjax.infer.load import load
@@ -25,7 +27,9 @@ from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.session import Session
 from stepjax.model.cache import Chunk
 from stepjax.model.step3p5 import bind
+from stepjax.sharding.compiled.module import HloModule
 from stepjax.sharding.compiled.step_study import held_bytes
+from stepjax.sharding.devices import devices, gpu_of
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.planner.device_bytes import layout_of, parameters, placed
@@ -271,6 +275,44 @@ def test_a_plan_says_which_options_it_was_made_for():
     assert both.tpot_s < plain.tpot_s
     saved = plain.memory.weight_bytes - both.memory.weight_bytes
     assert 8.5e9 < saved < 8.55e9  # 6.12 billion values of the backbone and 2.43 of three MTP depths, without scales
+
+
+# What a GPU's compiler makes of it
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(("step", "batch"), [("decode", 1), ("decode", 8), ("prefill", 1)])
+def test_no_widened_map_or_cache_reaches_memory(step, batch):
+    """Outside of fusions nothing is as large as the smallest map and wider than stored, but for activations."""
+    config = ModelConfig.preset("step-3.5-flash")
+    config = dataclasses.replace(config, layers=config.layers[:1], mtp_layers=(), dense_fp8=True, cache_fp8=True)
+    spec, chunk = MeshSpec(), 512 if step == "prefill" else None
+    layout = MeshLayout(spec.build(devices("h200", 1)), ShardingRules(config, spec)).together()
+    with compiling_for(gpu_of("h200")):
+        work = step_of(config, Workload(step, batch=batch, context=4096, chunk=chunk), layout)
+        module = HloModule(work.function.lower(*work.arguments).compile().as_text())
+    text = "\n".join(each.line for computation in module.computations for each in module[computation])
+    fused = {
+        name
+        for computation in module.computations
+        for each in module[computation]
+        for name in each.computations
+        if each.opcode == "fusion"
+    }
+    maps = {tuple(weight.shape) for path, weight in work.params.items() if is_dense_map(path)}
+    wide = [
+        each.line
+        for computation in module.computations
+        if computation not in fused
+        for each in module[computation]
+        if each.opcode not in ("parameter", "get-tuple-element", "tuple", "bitcast")
+        for array in each.arrays
+        if array.dtype in ("bf16", "f32") and (array.shape in maps or array.shape[::-1] in maps)
+    ]
+    assert not wide
+    assert "f8e4m3fn" in text
+    cached = [array for each in module[module.entry] for array in each.arrays if array.shape[-2:] == (8, 128)]
+    assert {array.dtype for array in cached if array.num_elements >= 2**21} == {"f8e4m3fn"}
 
 
 # Refusals
