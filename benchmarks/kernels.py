@@ -1,127 +1,96 @@
-"""The kernels that no GPU has run yet, each beside what it replaces: milliseconds, agreement, share of its bytes' time.
+"""Rows of `gpu.py` for kernels, each beside what it replaces: milliseconds, agreement, share of its bytes' time.
 
-    python benchmarks/kernels.py --json benchmarks/results/kernels-h200.json
-
-The most telling rows come first, everything of a part is compiled by several threads before it is timed, and each row
-is written as soon as it is done. Run again, it goes on where it stopped; ``--seconds`` ends a run (default: 600). Needs
-no network and no checkpoint. ``--small`` runs tiny widths, on a CPU by Pallas's interpreter.
+Small ones have tiny widths, and their kernels run in Pallas's interpreter.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
-import os
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, NamedTuple
-
-os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu")
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gpu import device, expert_weights, parity
-from provenance import commit
-from slices import timed
+from slices import random_weight, timed
 
 from stepjax.gpu_target import target_gpu
-from stepjax.infer.load import use_caches
 from stepjax.model.cache import EVERYTHING, Chunk, Pages, Ring, cached_rows
 from stepjax.ops.attention import kernel_partial
 from stepjax.ops.expert_dense import ExpertWeights
 from stepjax.ops.expert_stored import stored
 from stepjax.ops.experts import routed_experts
 from stepjax.ops.paged import num_parts
+from stepjax.weights.expert_format import ExpertFormat
 from stepjax.weights.formats import FORMATS
 
-PARTS = ("device", "experts", "attention", "parity")
 TOKENS = (1, 8, 64, 4, 16, 32, 128, 2048, 8192)
 LENGTHS = (4096, 131072, 32768, 262144)
+DTYPES = {"bfloat16": jnp.bfloat16, "fp8": jnp.float8_e4m3fn}  # of caches
 PAGE = 64
 
+Groups = Iterator[tuple[tuple[str, ...], Callable[[tuple[str, ...]], list[Any]]]]
 
-class Row(NamedTuple):
+
+class CopySpeed(Protocol):
+    """What `KernelRow.measure` has to know of a device."""
+
+    @property
+    def copy_bytes_per_s(self) -> float | None: ...
+
+
+@dataclass
+class KernelRow:
     """One shape: the new form, those that it may replace, and the bytes that it has to read."""
 
     name: str
     forms: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]  # jitted functions and their arguments
     num_bytes: float
+    about: dict[str, Any]
+
+    def compile(self) -> None:
+        for run, arguments in self.forms.values():
+            run.lower(*arguments).compile()
+
+    def measure(self, speeds: CopySpeed) -> dict[str, Any]:
+        """Milliseconds of each form, its largest difference from the last one, and its share of the bytes' time."""
+        outputs = {name: np.asarray(run(*arguments), np.float32) for name, (run, arguments) in self.forms.items()}
+        last = list(outputs.values())[-1]
+        result: dict[str, Any] = {"bytes": self.num_bytes, **self.about}
+        for name, (run, arguments) in self.forms.items():
+            took = timed(functools.partial(run, *arguments), rounds=10)
+            error = np.abs(outputs[name] - last).max() / np.abs(last).max()
+            result[name] = {"ms": round(1e3 * took, 4), "relative_error": float(f"{error:.2e}")}
+            if speeds.copy_bytes_per_s:
+                result[name]["of_bytes"] = round(self.num_bytes / speeds.copy_bytes_per_s / took, 3)
+        return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default=",".join(PARTS), help="(default: %(default)s)")
-    parser.add_argument("--small", action="store_true", help="tiny widths (default: those of the release)")
-    parser.add_argument("--seconds", type=float, default=600, help="no row begins later (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="rows of an earlier run that are kept, and all that are made")
-    args = parser.parse_args()
-    use_caches()
-    end = time.monotonic() + args.seconds
-    found: dict[str, Any] = {}
-    if args.json and args.json.exists():
-        found = json.loads(args.json.read_text(encoding="utf-8"))
-    found |= {"hardware": jax.devices()[0].device_kind, "jax": jax.__version__, "commit": commit(check=False)}
-
-    def keep(part: str, name: str, value: Any) -> None:
-        found.setdefault(part, {})[name] = value
-        print(part, name, value, flush=True)
-        if args.json:
-            args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-
-    for part in args.parts.split(","):
-        if part in ("device", "parity"):
-            if part not in found and time.monotonic() < end:
-                for name, value in {"device": device, "parity": parity}[part](small=args.small).items():
-                    keep(part, name, value)
-            continue
-        speed = found.get("device", {}).get("copy_bytes_per_s")
-        for group in {"experts": experts, "attention": attention}[part](small=args.small):
-            rows = [row for row in group if row.name not in found.get(part, {})]
-            with ThreadPoolExecutor(8) as pool:
-                list(pool.map(compile_row, rows))
-            for row in rows:
-                if time.monotonic() > end:
-                    return
-                keep(part, row.name, measured(row, speed))
-
-
-def compile_row(row: Row) -> None:
-    for run, arguments in row.forms.values():
-        run.lower(*arguments).compile()
-
-
-def measured(row: Row, speed: float | None) -> dict[str, Any]:
-    """Milliseconds of each form, its largest difference from the last one, and the new form's share of the roofline."""
-    outputs = {name: np.asarray(run(*arguments), np.float32) for name, (run, arguments) in row.forms.items()}
-    last = list(outputs.values())[-1]
-    result: dict[str, Any] = {"bytes": row.num_bytes}
-    for name, (run, arguments) in row.forms.items():
-        took = timed(functools.partial(run, *arguments), rounds=10)
-        error = np.abs(outputs[name] - last).max() / np.abs(last).max()
-        result[name] = {"ms": round(1e3 * took, 4), "relative_error": float(f"{error:.2e}")}
-        if speed:
-            result[name]["of_bytes"] = round(row.num_bytes / speed / took, 3)
-    return result
-
-
-def experts(*, small: bool) -> Iterator[list[Row]]:
+def expert_groups(*, small: bool) -> Groups:
     """One layer's experts, a format at a time: its weights are on the device together."""
-    sizes = (16, 128, 64) if small else (288, 4096, 1280)
-    top_k = 4 if small else 8
+    sizes, top_k = ((16, 128, 64), 4) if small else ((288, 4096, 1280), 8)
     for name in ("int4", "fp8", "int8", "bf16"):
-        weights = expert_weights(sizes, FORMATS[name])
-        yield [
-            expert_row(name, weights, tokens, top_k, skew, small=small)
+        cases = {
+            f"{name}, {tokens} tokens{', skewed' if skew else ''}": (tokens, skew)
             for tokens in ((1, 16) if small else TOKENS)
             for skew in ((0.0, 1.0) if tokens > 16 else (0.0,))
-        ]
+        }
+
+        def make(names: tuple[str, ...], name: str = name, cases: dict[str, Any] = cases) -> list[Any]:
+            weights = expert_weights(sizes, FORMATS[name])
+            return [expert_row(row, weights, *cases[row], top_k=top_k, small=small) for row in names]
+
+        yield tuple(cases), make
 
 
-def expert_row(name: str, weights: ExpertWeights, tokens: int, top_k: int, skew: float, *, small: bool) -> Row:
+def expert_weights(sizes: tuple[int, int, int], format: ExpertFormat) -> ExpertWeights:
+    num_experts, width, hidden = sizes
+    shapes = (num_experts, hidden, width), (num_experts, hidden, width), (num_experts, width, hidden)
+    return ExpertWeights(*(random_weight(shape, jnp.bfloat16, at, format) for at, shape in enumerate(shapes)))
+
+
+def expert_row(name: str, weights: ExpertWeights, tokens: int, skew: float, *, top_k: int, small: bool) -> KernelRow:
     """``skew`` spreads the experts' log-odds; with 1 the fullest has some seven mean loads."""
     num_experts, _, width = weights.gate.shape
     rng = np.random.default_rng(tokens)
@@ -134,43 +103,59 @@ def expert_row(name: str, weights: ExpertWeights, tokens: int, top_k: int, skew:
     for form in ("gathered", "batched", "capacity"):
         if not (form == "gathered" and tokens > 128) and not (form == "batched" and tokens > 256):
             forms[form] = (jax.jit(functools.partial(routed_experts, limit=None, form=form)), arguments)
-    distinct = len(np.unique(ids))
+    load = np.bincount(ids.ravel(), minlength=num_experts)
+    distinct = int((load > 0).sum())
     num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) * distinct / num_experts
-    return Row(f"{name}, {tokens} tokens{', skewed' if skew else ''}, {distinct} experts", forms, num_bytes)
+    about = {"distinct_experts": distinct, "fullest_over_mean": float(load.max() / load.mean())}
+    return KernelRow(name, forms, num_bytes, about)
 
 
-def attention(*, small: bool) -> Iterator[list[Row]]:
-    """A full layer's pages at each length and a window layer's ring, with 1 and 4 query tokens."""
+def attention_groups(*, small: bool) -> Groups:
+    """A full layer's pages at each length and a window layer's ring, with 1 and 4 query tokens, in both dtypes."""
     for length in (128,) if small else LENGTHS:
-        yield [attention_row(length, batch, queries, small=small) for batch in (1, 8) for queries in (1, 4)]
-    yield [ring_row(batch, small=small) for batch in (1, 8, 64)]
+        cases = {
+            f"{length} positions, {batch} sequences, {queries} queries, {held}": (length, batch, queries, held)
+            for held in DTYPES
+            for batch in (1, 8)
+            for queries in (1, 4)
+        }
+        yield tuple(cases), functools.partial(_attention_rows, cases, small=small)
+    rings = {f"ring, {batch} sequences, {held}": (batch, held) for held in DTYPES for batch in (1, 8, 64)}
+    yield tuple(rings), functools.partial(_ring_rows, rings, small=small)
 
 
-def attention_row(length: int, batch: int, queries: int, *, small: bool) -> Row:
+def _attention_rows(cases: dict[str, Any], names: tuple[str, ...], *, small: bool) -> list[Any]:
+    return [attention_row(name, *cases[name], small=small) for name in names]
+
+
+def _ring_rows(cases: dict[str, Any], names: tuple[str, ...], *, small: bool) -> list[Any]:
+    return [ring_row(name, *cases[name], small=small) for name in names]
+
+
+def attention_row(name: str, length: int, batch: int, queries: int, held: str, *, small: bool) -> KernelRow:
     heads, kv_heads, width = (4, 2, 32) if small else (64, 8, 128)
     pages = -(-length // PAGE) + 1
     rng = np.random.default_rng(0)
-    cache = Pages(*(drawn(rng, batch * pages, PAGE, kv_heads, width) for _ in range(2)))
+    cache = Pages(*(drawn(rng, batch * pages, PAGE, kv_heads, width, held=held) for _ in range(2)))
     table = jnp.asarray(rng.permutation(batch * pages).reshape(batch, pages), jnp.int32)
     start = jnp.full((batch,), length, jnp.int32)
     chunk = Chunk.at(start, jnp.full_like(start, queries), queries, page_BN=table)
-    name = f"{length} positions, {batch} sequences, {queries} queries"
     return looked(name, cache, chunk, drawn(rng, batch, queries, heads, width), None, batch * length, small=small)
 
 
-def ring_row(batch: int, *, small: bool) -> Row:
+def ring_row(name: str, batch: int, held: str, *, small: bool) -> KernelRow:
     heads, kv_heads, width, window = (4, 2, 32, 16) if small else (96, 8, 128, 512)
     rng = np.random.default_rng(0)
-    ring = Ring(*(drawn(rng, batch, window + 4, kv_heads, width) for _ in range(2)))
+    ring = Ring(*(drawn(rng, batch, window + 4, kv_heads, width, held=held) for _ in range(2)))
     start = jnp.full((batch,), 4000, jnp.int32)
     chunk = Chunk.at(start, jnp.ones_like(start), 1)
     q = drawn(rng, batch, 1, heads, width)
-    return looked(f"ring, {batch} sequences", ring, chunk, q, window, batch * window, small=small)
+    return looked(name, ring, chunk, q, window, batch * window, small=small)
 
 
 def looked(
     name: str, cache: Pages | Ring, chunk: Chunk, q: Any, window: int | None, positions: int, *, small: bool
-) -> Row:
+) -> KernelRow:
     rows = cached_rows(cache, chunk, EVERYTHING)
     kv_heads, width = rows.k_PRKH.shape[2:]
     group = q.shape[2] // kv_heads
@@ -189,14 +174,11 @@ def looked(
         return part.out_BTKGH / part.total_BTKG[..., None]
 
     arguments = q, chunk, cache
-    num_bytes = 2.0 * positions * kv_heads * width * q.dtype.itemsize
-    return Row(name, {"in place": (jax.jit(new), arguments), "gathered": (jax.jit(old), arguments)}, num_bytes)
+    num_bytes = 2.0 * positions * kv_heads * width * rows.k_PRKH.dtype.itemsize
+    forms = {"in place": (jax.jit(new), arguments), "gathered": (jax.jit(old), arguments)}
+    return KernelRow(name, forms, num_bytes, {})
 
 
-def drawn(rng: np.random.Generator, *shape: int) -> jax.Array:
+def drawn(rng: np.random.Generator, *shape: int, held: str = "bfloat16") -> jax.Array:
     """Made on the device: a cache of 256K positions has 4 GB."""
-    return jax.random.normal(jax.random.key(int(rng.integers(2**31))), shape, jnp.bfloat16)
-
-
-if __name__ == "__main__":
-    main()
+    return jax.random.normal(jax.random.key(int(rng.integers(2**31))), shape, jnp.bfloat16).astype(DTYPES[held])

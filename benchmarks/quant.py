@@ -1,4 +1,4 @@
-"""What quantising the routed experts does to a model: errors of each layer's weights, and of the next token.
+"""What quantising does to a model: errors of each layer's weights, and of the next token.
 
     python benchmarks/quant.py --json benchmarks/results/quant.json
 
@@ -28,13 +28,16 @@ from stepjax.infer.generate import generate
 from stepjax.infer.load import load, use_caches
 from stepjax.infer.session import Session
 from stepjax.weights.fp8 import Fp8Blocks
-from stepjax.weights.quantised import dequantize
+from stepjax.weights.quantised import Quantised, dequantize
 
 FORMATS: dict[str, dict[str, Any]] = {
     "fp8": {"keep_fp8": True},
     "int8": {"quantize": "int8"},
     "int4, 32": {"quantize": "int4", "group": 32},
     "int4, 64": {"quantize": "int4", "group": 64},
+    "other maps in FP8": {"dense_fp8": True},
+    "cache in FP8": {"cache_fp8": True},
+    "int4, 64, all else in FP8": {"quantize": "int4", "group": 64, "dense_fp8": True, "cache_fp8": True},
 }
 CHATS = ("What is 12 + 30?", "Say abc backwards.", "Hello!", "Which is more, 7 or 9?", "Copy: river", "47 - 18 = ?")
 
@@ -55,7 +58,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             held = load(source(args.model, name, Path(scratch)), dtype="float32", **options)
             found[name] = {
-                "expert_bytes": sum(w.nbytes for path, w in held.params.items() if ".experts." in path),
+                "quantised_bytes": sum(w.nbytes for w in held.params.values() if isinstance(w, Quantised)),
                 "layers": by_layer(base, held),
                 **end_to_end(expected, [held.logits(ids) for ids in rows]),
             }
@@ -85,13 +88,18 @@ def source(model: str, name: str, scratch: Path) -> Path | str:
 
 
 def by_layer(base: Session, held: Session) -> dict[str, float]:
-    """Root-mean-square error of the experts' weights over their own, by layer."""
+    """Root-mean-square error of the quantised weights over their own, by layer; an output matrix is one too."""
     errors: dict[str, list[float]] = {}
     for path, weight in held.params.items():
-        if ".experts." in path:
+        if isinstance(weight, Quantised):
             wide, exact = np.asarray(dequantize(weight, jnp.float32)), np.asarray(base.params[path])
-            errors.setdefault(path.split(".")[1], []).append(float(np.mean((wide - exact) ** 2) / np.mean(exact**2)))
+            errors.setdefault(_layer(path), []).append(float(np.mean((wide - exact) ** 2) / np.mean(exact**2)))
     return {layer: float(np.sqrt(np.mean(each))) for layer, each in errors.items()}
+
+
+def _layer(path: str) -> str:
+    part, number, *_ = path.split(".")
+    return {"layers": number, "mtp": f"mtp {number}"}.get(part, "output")
 
 
 def end_to_end(expected: list[np.ndarray], found: list[np.ndarray]) -> dict[str, float]:
@@ -109,11 +117,11 @@ def end_to_end(expected: list[np.ndarray], found: list[np.ndarray]) -> dict[str,
 
 
 def show(found: dict[str, Any]) -> None:
-    table = Table("experts", "bytes", "weights, by layer", "logits: mean, largest", "KL: mean, largest", "same top")
+    table = Table("held in", "bytes", "weights, by layer", "logits: mean, largest", "KL: mean, largest", "same top")
     for name, each in found.items():
         table.add_row(
             name,
-            f"{each['expert_bytes']:,}",
+            f"{each['quantised_bytes']:,}",
             " ".join(f"{error:.2%}" for error in each["layers"].values()),
             f"{each['mean_logit_error']:.3f}, {each['max_logit_error']:.2f}",
             f"{each['mean_kl']:.5f}, {each['max_kl']:.3f}",

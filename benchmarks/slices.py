@@ -20,6 +20,8 @@ from stepjax.infer.engine.draft_policy import StepBytes
 from stepjax.infer.session import Session
 from stepjax.model.step3p5 import abstract, params_of
 from stepjax.weights.expert_format import ExpertFormat
+from stepjax.weights.fp8 import Fp8Blocks
+from stepjax.weights.fp8_rows import FP8_ROWS, is_dense_map
 from stepjax.weights.int_groups import IntGroups
 from stepjax.weights.inventory import count_parameters, kv_bytes_per_token, kv_window_bytes
 from stepjax.weights.plain import PLAIN
@@ -34,14 +36,24 @@ class Slice(NamedTuple):
     experts: ExpertFormat
     batches: tuple[int, ...]
     prefill: tuple[int, ...]  # tokens
+    drafts: tuple[int, ...] = (0, 3, 1)
+    dense_fp8: bool = False
+    cache_fp8: bool = False
 
     def config(self, whole: ModelConfig) -> ModelConfig:
-        return dataclasses.replace(whole, layers=whole.layers[: self.layers], mtp_layers=whole.mtp_layers[: self.mtp])
+        layers, mtp = whole.layers[: self.layers], whole.mtp_layers[: self.mtp]
+        in_fp8 = {"dense_fp8": self.dense_fp8, "cache_fp8": self.cache_fp8}
+        return dataclasses.replace(whole, layers=layers, mtp_layers=mtp, **in_fp8)
 
 
+INT4 = IntGroups(4, 64)
+BATCHES = (1, 8, 32, 64)
 SLICES = {
-    "s10": Slice(10, 0, PLAIN, (1, 8, 64), (2048, 8192, 16384)),  # 68.6 GB: an H100
-    "full45-int4": Slice(45, 3, IntGroups(4, 64), (1, 8, 64), (2048, 8192)),  # 119 GB: an H200
+    "full45-int4": Slice(45, 3, INT4, (1, 8), (2048,), drafts=(0, 3)),  # 119 GB: an H200
+    "s10-int4": Slice(10, 3, INT4, BATCHES, (8192, 2048)),
+    "s10-fp8": Slice(10, 3, Fp8Blocks(), BATCHES, (8192, 2048)),
+    "s10-all-fp8": Slice(10, 3, INT4, BATCHES, (8192,), dense_fp8=True, cache_fp8=True),
+    "s10-bf16": Slice(10, 3, PLAIN, BATCHES, (8192, 2048, 16384)),  # 73.5 GB: an H100
 }
 
 
@@ -49,8 +61,13 @@ def session(part: Slice, whole: ModelConfig) -> Session:
     """The part with random weights, of which none is anywhere but on the device."""
     config = part.config(whole)
     shapes = params_of(abstract(config, dtype=jnp.bfloat16, mtp=bool(part.mtp)))
+
+    def format(path: str) -> ExpertFormat:
+        dense = FP8_ROWS if part.dense_fp8 and is_dense_map(path) else PLAIN
+        return part.experts if ".experts." in path else dense
+
     params = {
-        path: random_weight(value.shape, value.dtype, seed, part.experts if ".experts." in path else PLAIN)
+        path: random_weight(value.shape, value.dtype, seed, format(path))
         for seed, (path, value) in enumerate(shapes.items())
     }
     return Session(config, params, dtype=jnp.bfloat16, mtp=bool(part.mtp))
@@ -75,7 +92,12 @@ def _integers(shape: tuple[int, ...], format: ExpertFormat, seed: int) -> Quanti
     value_shape, scale_shape = format.shapes(shape)
     q_type, scale_type = format.numpy_dtypes
     spread = 2 ** (format.bits - 1) / 3**0.5  # of evenly drawn integers
-    q = jax.jit(lambda seed: (_hashed(value_shape, seed) >> 24).astype(jnp.uint8).astype(q_type))(jnp.uint32(seed))
+
+    def values(seed: jax.Array) -> jax.Array:
+        integers = (_hashed(value_shape, seed) >> 24).astype(jnp.uint8)
+        return (integers if q_type == np.uint8 else integers.astype(jnp.int8)).astype(q_type)
+
+    q = jax.jit(values)(jnp.uint32(seed))
     return Quantised(q, jnp.full(scale_shape, shape[-1] ** -0.5 / spread, scale_type), format)
 
 
@@ -101,7 +123,9 @@ class Cost(NamedTuple):
 def decode_cost(session: Session, batch: int, context: int, drafts: int) -> Cost:
     """Experts that even routing touches, everything else, and the caches; twice the active parameters a token."""
     config = session.config
-    caches = batch * (kv_bytes_per_token(config) * context + kv_window_bytes(config, mtp=drafts > 0))
+    size = 1 if config.cache_fp8 else 2
+    caches = kv_bytes_per_token(config, element_bytes=size) * context
+    caches = batch * (caches + kv_window_bytes(config, element_bytes=size, mtp=drafts > 0))
     read = StepBytes.of(config, session.params).read(batch, drafts)
     return Cost(read + caches, 2 * batch * (1 + drafts) * count_parameters(config).active)
 

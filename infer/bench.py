@@ -216,6 +216,8 @@ def held(session: Session, engine: Engine) -> dict[str, Any]:
         **layout.describe(),
         "experts": _precision(session),
         "dtype": jnp.dtype(session.dtype).name,
+        "dense_fp8": config.dense_fp8,
+        "cache_fp8": config.cache_fp8,
         "context": size.pages_per_sequence * size.page_size,
         "page_size": size.page_size,
     }

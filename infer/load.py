@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 import warnings
@@ -38,6 +39,7 @@ from stepjax.sharding.rules import ShardingRules
 from stepjax.sharding.sharded_load import ExpertOrder, load_sharded
 from stepjax.weights.expert_format import ExpertFormat
 from stepjax.weights.formats import requested
+from stepjax.weights.fp8_rows import FP8_ROWS
 from stepjax.weights.int_groups import GROUP
 from stepjax.weights.plain import PLAIN
 
@@ -54,6 +56,8 @@ def load(
     keep_fp8: bool = False,
     quantize: str | None = None,
     group: int = GROUP,
+    dense_fp8: bool = False,
+    cache_fp8: bool = False,
     mesh: str | MeshSpec | None = None,
     strategy: str = "expert_tensor",
     dispatch: Dispatch | None = None,
@@ -77,6 +81,11 @@ def load(
         channel, or "int4" with one per ``group`` columns. Each weight is quantised as it is read. A checkpoint that
         ``stepjax convert`` wrote in such a format is held as it is stored.
       group: columns that share a scale in int4, 32 or 64 as a rule.
+      dense_fp8: hold the linear maps beside the routed experts in FP8 with a scale for each row: those of attention,
+        dense MLPs, shared experts, the MTP merge and the output matrices. Embedding, norms, routers and the gates of
+        heads stay as they are. Each weight is quantised as it is read.
+      cache_fp8: hold keys and values in FP8. They are rounded wherever the model attends, so that logits of a whole
+        sequence (`Session.logits`) are those that the engine's answers follow.
       mesh: split the model over devices, as ``expert=4,tensor=2`` (`stepjax.sharding.mesh`); None is one device. When
         several processes run, each calls this alike and reads only what its own devices hold.
       strategy: what is split over which axis (`stepjax.sharding.rules`).
@@ -108,7 +117,8 @@ def load(
     folder = name_or_path if isinstance(name_or_path, ModelFolder) else open_folder(name_or_path)
     checkpoint = folder.checkpoint
     experts = _experts(checkpoint, requested(keep_fp8=keep_fp8, quantize=quantize, group=group))
-    config = checkpoint.config
+    config = dataclasses.replace(checkpoint.config, dense_fp8=dense_fp8, cache_fp8=cache_fp8)
+    dense = FP8_ROWS if dense_fp8 else PLAIN
     if expert_slots is not None:
         if mesh is None or expert_order:
             raise RequestError("expert_slots: give it together with a mesh, and without expert_order")
@@ -127,6 +137,7 @@ def load(
             shardings,
             chosen,
             experts=experts,
+            dense=dense,
             expert_order=expert_order,
             progress=progress,
         )
@@ -135,7 +146,7 @@ def load(
     else:
         if expert_order or expert_loads is not None:
             raise RequestError("expert_order: one device holds all experts; give it together with a mesh")
-        params = load_params(checkpoint, chosen, experts=experts, progress=progress)
+        params = load_params(checkpoint, chosen, experts=experts, dense=dense, progress=progress)
     if looped:
         model = abstract(config, layout=layout, mtp=checkpoint.has_mtp, looped=True)
         assert model.period is not None

@@ -26,6 +26,7 @@ from stepjax.sharding.expert_parallel import EXCHANGED, GATHERED, REPLICATED, Ex
 from stepjax.sharding.expert_traffic import NVLINK_DOMAIN
 from stepjax.sharding.rules import Axes, ShardingRules, entry_axes
 from stepjax.weights.adapted import Adapted, factor_axes
+from stepjax.weights.quantised import Quantised, leaf_axes, quantised_from
 from stepjax.weights.stacked import LayerWeight
 
 T = TypeVar("T")
@@ -244,26 +245,42 @@ class LocalHeads:
 def placed(value: Any, axes: tuple[str, ...], place: Callable[..., Any], *, batch: Any = None) -> Any:
     """A parameter's placement by its logical axes: an adapter's factors lie as the axes that they have in common."""
     if isinstance(value, LayerWeight):
-        return LayerWeight(PartitionSpec(None, *place(*axes)), PartitionSpec())
+        return LayerWeight(_by_leaf(value.stack, PartitionSpec(None, *place(*axes))), PartitionSpec())
     if not isinstance(value, Adapted):
-        return place(*axes)
+        return _by_leaf(value, place(*axes))
     of_a, of_b = factor_axes(axes, a_ndim=value.a.ndim, b_ndim=value.b.ndim)
     slot = None if value.slot is None else PartitionSpec(batch)
     return replace(value, base=placed(value.base, axes, place), a=place(*of_a), b=place(*of_b), slot=slot)
+
+
+def _by_leaf(value: Any, spec: PartitionSpec) -> Any:
+    """The placement of a weight's arrays: scales are not split along what one of them covers whole."""
+    if not isinstance(value, Quantised):
+        return spec
+    return quantised_from([PartitionSpec(*axes) for axes in leaf_axes(value.format, spec)], value.format)
 
 
 def _gather(value: Any, spec: Any, storage: Axes) -> Any:
     """A parameter without the splits that only save memory: those over ``storage``."""
     if not storage:
         return value
+    if isinstance(spec, Quantised):
+        leaves = zip(value.leaves, spec.leaves, strict=True)
+        return quantised_from([_gather(leaf, place, storage) for leaf, place in leaves], value.format)
     if isinstance(value, Adapted):
         parts = (value.base, spec.base), (value.a, spec.a), (value.b, spec.b)
         base, a, b = (_gather(x, place, storage) for x, place in parts)
         return replace(value, base=base, a=a, b=b)
     if isinstance(value, LayerWeight):
-        if not any(axis in storage for entry in spec.stack for axis in entry_axes(entry)):
+        specs = jax.tree.leaves(spec.stack, is_leaf=lambda place: isinstance(place, PartitionSpec))
+        if not any(axis in storage for place in specs for entry in place for axis in entry_axes(entry)):
             return value
-        value, spec = value.sliced(), PartitionSpec(*spec.stack[1:])
+        cut = jax.tree.map(
+            lambda place: PartitionSpec(*place[1:]),
+            spec.stack,
+            is_leaf=lambda place: isinstance(place, PartitionSpec),
+        )
+        return _gather(value.sliced(), cut, storage)
     for dimension, entry in enumerate(spec):
         if stored := tuple(axis for axis in entry_axes(entry) if axis in storage):
             gather = functools.partial(jax.lax.all_gather, axis_name=stored, axis=dimension, tiled=True)

@@ -9,7 +9,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,10 @@ from jax.sharding import Sharding
 from stepjax.checkpoint.reader import ExpertForms, ProgressCallback, read_as
 from stepjax.checkpoint.slices import Index
 from stepjax.checkpoint.source import WeightSource
-from stepjax.weights.quantised import Quantised, Weight, quantised_from
+from stepjax.weights.expert_format import ExpertFormat
+from stepjax.weights.fp8_rows import is_dense_map
+from stepjax.weights.plain import PLAIN
+from stepjax.weights.quantised import Quantised, Weight, leaf_shardings, quantised_from
 
 READERS = 4  # threads; reading releases the interpreter's lock
 AHEAD = 0.2  # of the largest weight's part: how much more than that may be read and not placed yet
@@ -55,6 +58,7 @@ def load_sharded(
     dtype: Any,
     *,
     experts: ExpertForms = None,
+    dense: ExpertFormat = PLAIN,
     expert_order: ExpertOrder | None = None,
     progress: ProgressCallback | None = None,
 ) -> tuple[dict[str, Weight], LoadReport]:
@@ -65,18 +69,19 @@ def load_sharded(
         shares a scale (`stepjax.sharding.rules` refuses that).
       experts: how to hold the routed experts: all of them, or each weight by its path; None: as the checkpoint has
         them in memory.
+      dense: how to hold the linear maps beside them (`stepjax.checkpoint.reader.read_as`).
       expert_order: relabel experts while reading, so that busy ones lie on different devices; answers do not change.
         If an order names experts twice, their weights are read as often, and the router's stay as they are stored.
       progress: called with (bytes read, bytes that this process will read).
     """
     assert set(shardings) == set(checkpoint.paths), set(shardings) ^ set(checkpoint.paths)
     began, before = time.perf_counter(), _resident_bytes()
-    read = _Reader(checkpoint, dtype, experts=experts, order=expert_order or {})
+    read = _Reader(checkpoint, dtype, experts=experts, dense=dense, order=expert_order or {})
     slices = [piece for path in checkpoint.paths for piece in _slices(read, path, shardings[path])]
     total, done, placed_bytes = sum(piece.num_bytes for piece in slices), 0, 0
     arrays: dict[str, list[Any]] = {}
     for piece, value in _read_ahead(slices, read, limit=(1 + AHEAD) * _largest(slices)):
-        copies = [jax.tree.map(lambda x, to=device: jax.device_put(x, to), value) for device in piece.devices]
+        copies = [jax.device_put(value if part is None else _columns(value, part), to) for to, part in piece.devices]
         arrays.setdefault(piece.path, []).extend(jax.block_until_ready(copies))
         placed_bytes += sum(copy.nbytes for copy in copies)
         done += piece.num_bytes
@@ -96,11 +101,11 @@ def load_sharded(
 
 @dataclass(frozen=True)
 class _Slice:
-    """A part of a weight, and the devices of this process that hold it."""
+    """A part of a weight, and the devices of this process that hold it, or some columns of it."""
 
     path: str
     index: Index
-    devices: tuple[Any, ...]
+    devices: tuple[tuple[Any, slice | None], ...]  # None: all columns
     num_bytes: int  # in the file
 
 
@@ -108,8 +113,10 @@ def _slices(read: _Reader, path: str, sharding: Sharding) -> Iterator[_Slice]:
     shape = read.shape(path)
     holders: dict[tuple[tuple[int, int], ...], list[Any]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
-        ranges = [part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True)]
-        holders.setdefault(tuple((start, stop) for start, stop in ranges), []).append(device)
+        ranges, columns = [part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True)], None
+        if read.whole_rows(path) and ranges[-1] != (0, shape[-1]):  # read once, whoever holds which columns
+            columns, ranges[-1] = slice(*ranges[-1]), (0, shape[-1])
+        holders.setdefault(tuple((start, stop) for start, stop in ranges), []).append((device, columns))
     for ranges, devices in holders.items():
         index = tuple(slice(start, stop) for start, stop in ranges)
         num_bytes = sum(read.checkpoint.stored_bytes(path, part) for part in read.stored(path, index))
@@ -150,6 +157,7 @@ class _Reader:
     checkpoint: WeightSource
     dtype: Any
     experts: ExpertForms
+    dense: ExpertFormat
     order: ExpertOrder
 
     def __call__(self, piece: _Slice) -> Read:
@@ -157,7 +165,11 @@ class _Reader:
         return parts[0] if len(parts) == 1 else jax.tree.map(lambda *pieces: np.concatenate(pieces), *parts)
 
     def _part(self, path: str, index: Index) -> Read:
-        return read_as(self.checkpoint, path, self.dtype, self.experts, index=index, copy=True)
+        return read_as(self.checkpoint, path, self.dtype, self.experts, dense=self.dense, index=index, copy=True)
+
+    def whole_rows(self, path: str) -> bool:
+        """Whether a weight is quantised while it is read, with scales of whole rows, which all of a row decides."""
+        return self.dense.quantised and is_dense_map(path)
 
     def shape(self, path: str) -> tuple[int, ...]:
         """Of a whole weight as it is held: as many experts as the order names."""
@@ -187,9 +199,16 @@ def _assembled(shape: tuple[int, ...], sharding: Sharding, pieces: list[Any]) ->
     first = pieces[0]
     if not isinstance(first, Quantised):
         return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
-    leaves = zip(first.format.shapes(shape), zip(*(piece.leaves for piece in pieces), strict=True), strict=True)
-    whole = [jax.make_array_from_single_device_arrays(size, sharding, list(parts)) for size, parts in leaves]
+    parts = zip(*(piece.leaves for piece in pieces), strict=True)
+    places = leaf_shardings(first.format, sharding, ndim=len(shape))
+    leaves = zip(first.format.shapes(shape), places, parts, strict=True)
+    whole = [jax.make_array_from_single_device_arrays(size, place, list(held)) for size, place, held in leaves]
     return quantised_from(whole, first.format)
+
+
+def _columns(value: Quantised, part: slice) -> Quantised:
+    """Some columns of a weight whose scales are those of whole rows."""
+    return replace(value, q=np.ascontiguousarray(value.q[..., part]))
 
 
 def _resident_bytes() -> int:

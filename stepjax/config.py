@@ -99,6 +99,8 @@ class ModelConfig:
     eos_ids: tuple[int, ...]
     fp8_block: tuple[int, int] | None = None  # rows, columns per scale of the FP8 release; None for the BF16 release
     expert_slots: int = 0  # places for routed experts' weights where some are held more than once; 0: one for each
+    dense_fp8: bool = False  # the linear maps beside the routed experts are held in FP8 (`stepjax.weights.fp8_rows`)
+    cache_fp8: bool = False  # so are keys and values (`stepjax.model.fp8_cache`)
 
     def with_slots(self, slots: int) -> ModelConfig:
         """The model with ``slots`` places for the weights of its experts; ConfigError if they are fewer."""

@@ -32,8 +32,9 @@ from stepjax.sharding.devices import devices
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.rules import ShardingRules
+from stepjax.weights.fp8_rows import FP8_ROWS, is_dense_map
 from stepjax.weights.int_groups import IntGroups
-from stepjax.weights.quantised import Quantised
+from stepjax.weights.quantised import Quantised, quantise
 
 # One rounding of float32 in another order, through nine layers; as the tests of mesh and single device have it.
 TOLERANCE = 2e-5
@@ -127,6 +128,20 @@ def test_a_loop_computes_what_layers_compute():
 def test_int4_experts_stay_in_their_stack():
     params = quantised_params()
     check(outputs(looped_params(params), looped=True), outputs(params, looped=False))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["", "expert=2,tensor=2"])
+def test_maps_in_fp8_stay_in_their_stack(mesh):
+    layout = None
+    if mesh:
+        spec = MeshSpec.parse(mesh)
+        layout = MeshLayout(spec.build(), ShardingRules(CONFIG, spec, "expert_tensor"))
+    params = {
+        path: jax.tree.map(jnp.asarray, quantise(np.asarray(value), FP8_ROWS)) if is_dense_map(path) else value
+        for path, value in flat_params().items()
+    }
+    check(outputs(looped_params(params, layout), looped=True, layout=layout), outputs(params, looped=False))
 
 
 @pytest.mark.slow

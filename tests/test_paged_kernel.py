@@ -12,7 +12,7 @@ from partials import weight
 
 from stepjax.model.cache import EVERYTHING, SPARE_ROWS, Chunk, Pages, Ring, Stripe, cached_rows
 from stepjax.ops.attention import KeyValues, Partial, empty_partial, finish, kernel_partial, merge
-from stepjax.ops.paged import CachedRows
+from stepjax.ops.paged import CachedRows, fits
 
 H = 32
 
@@ -63,6 +63,20 @@ def test_pages_of_any_length_agree_with_gathered_ones(queries, window):
     chunk = Chunk.at(start, jnp.full_like(start, queries), queries, page_BN=table)
     q = drawn(3, len(lengths), queries, 12, H)
     same(kernel(view, q, chunk, window=window), view.look(q, chunk, window=window))
+
+
+@pytest.mark.parametrize("window", [None, 70])
+def test_pages_in_fp8_agree_with_gathered_ones(window):
+    lengths = [0, 1, 63, 64, 200, 517]
+    view, table = pages(lengths, 64, 2)
+    view = Pages(view.k_PRKH.astype(jnp.float8_e4m3fn), view.v_PRKH.astype(jnp.float8_e4m3fn))
+    start = jnp.asarray(lengths, jnp.int32)
+    chunk = Chunk.at(start, jnp.full_like(start, 3), 3, page_BN=table)
+    q = drawn(3, len(lengths), 3, 8, H)
+    gathered = view.gathered(q, chunk, window=window, select=lambda keys: keys, stripe=EVERYTHING)
+    same(kernel(view, q, chunk, window=window), gathered)
+    assert fits(q, cached_rows(view, chunk, EVERYTHING), capability=(9, 0))
+    assert not fits(q, cached_rows(view, chunk, EVERYTHING), capability=(8, 0)), "Ampere cannot convert them"
 
 
 def test_a_long_context_is_split_and_merged():

@@ -276,7 +276,7 @@ def test_json(capsys):
     assert (found["devices"], found["batch"], found["tokens"], found["dtype"]) == (8, 3, 1, "bfloat16")
     assert set(found) == {
         *("model layers mesh devices strategy target step batch context tokens speculate".split()),
-        *("keep_fp8 quantize dtype xla_flags".split()),
+        *("keep_fp8 quantize dense_fp8 cache_fp8 dtype xla_flags".split()),
         *("parameters parameter_bytes cache_bytes optimizer_bytes held places notes compiled".split()),
     }
     assert sum(found["held"].values()) == found["parameter_bytes"] + found["cache_bytes"]

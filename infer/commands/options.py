@@ -48,6 +48,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--group", type=int, default=GROUP, metavar="N", help="values per scale in int4 (default: %(default)s)"
     )
+    add_fp8_arguments(parser)
     parser.add_argument(
         "--mesh", metavar="AXES", help="split the model over devices, e.g. expert=4,tensor=2 (default: one device)"
     )
@@ -76,6 +77,20 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         choices=("auto", "looped", "unrolled"),
         help="compile the repeated layers once, as a loop, or each by itself; auto: unrolled (default: %(default)s)",
+    )
+
+
+def add_fp8_arguments(parser: argparse.ArgumentParser) -> None:
+    """FP8 for what is not a routed expert."""
+    parser.add_argument(
+        "--dense-fp8",
+        action="store_true",
+        help="hold the maps of attention, MLPs and outputs in FP8, with a scale for each row (default: as --dtype)",
+    )
+    parser.add_argument(
+        "--cache-fp8",
+        action="store_true",
+        help="hold keys and values in FP8, for twice the tokens in the same memory (default: as --dtype)",
     )
 
 
@@ -242,6 +257,8 @@ def open_session(
             keep_fp8=args.keep_fp8,
             quantize=args.quantize,
             group=args.group,
+            dense_fp8=args.dense_fp8,
+            cache_fp8=args.cache_fp8,
             mesh=mesh,
             first_device=first_device,
             strategy=args.strategy,

@@ -94,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _other(args: argparse.Namespace, prompts: list[list[int]], startup: Startup) -> list[SequenceScores]:
     """What the other checkpoint makes of the sequences; it is let go before ours is loaded."""
-    options = {**vars(args), "model": args.against, "quantize": None, "keep_fp8": False, "mtp_from": None}
+    plain = {"quantize": None, "keep_fp8": False, "dense_fp8": False, "cache_fp8": False, "mtp_from": None}
+    options = {**vars(args), "model": args.against, **plain}
     session = open_session(argparse.Namespace(**options), startup=startup)
     for ids in prompts:
         session.check_ids(ids)

@@ -15,6 +15,7 @@ from stepjax.infer.engine.admission import SchedulerConfig
 from stepjax.infer.engine.executor import Executor
 from stepjax.infer.engine.shard import CacheSize
 from stepjax.infer.hosts import least
+from stepjax.model.fp8_cache import cache_dtype
 from stepjax.weights.inventory import kv_bytes_per_token
 
 if TYPE_CHECKING:
@@ -156,7 +157,8 @@ class EngineConfig:
     def sizes(self, session: Session) -> CacheSize:
         """The sizes of the caches on the device."""
         model, size = session.config, self.page_size
-        per_page = kv_bytes_per_token(model, element_bytes=jnp.dtype(session.dtype).itemsize) * size // _split(session)
+        element = jnp.dtype(cache_dtype(model, session.dtype)).itemsize
+        per_page = kv_bytes_per_token(model, element_bytes=element) * size // _split(session)
         longest = self.context or model.max_positions
         if not 1 < longest <= model.max_positions:
             raise ConfigError(f"context: is {longest}, expected 2 to {model.max_positions}, the model's")

@@ -26,7 +26,9 @@ from stepjax.sharding.compiled.traffic import ExpertArrays
 from stepjax.sharding.exchange import CollectiveKind
 from stepjax.sharding.expert_parallel import Group as ExpertGroup
 from stepjax.sharding.mesh_layout import MeshLayout
+from stepjax.weights.fp8_rows import FP8_ROWS, is_dense_map
 from stepjax.weights.inventory import counted_as, inventory
+from stepjax.weights.plain import PLAIN
 from stepjax.weights.quantised import Quantised, abstract_quantised
 
 _LAYER = re.compile(r"\b((?:layer|mtp)_\d+)\b")  # in a scope, whatever transformation it is wrapped in
@@ -142,13 +144,15 @@ def expert_arrays(step: Step, layout: MeshLayout) -> ExpertArrays | None:
 
 
 def abstract_params(model: Step3p5, layout: MeshLayout) -> dict[str, Any]:
-    """The parameters of an abstract model as shapes where they would lie, the experts' as the layout's rules say."""
+    """The parameters of an abstract model as shapes where they would lie, held as the layout's rules say."""
     axes, experts = axes_of(model), layout.rules.experts
 
     def leaf(path: str, value: Any) -> Any:
         sharding = layout.parameter(*axes[path])
-        if experts.quantised and ".experts." in path:
-            return abstract_quantised(value.shape, experts, sharding)
+        held = FP8_ROWS if layout.rules.config.dense_fp8 and is_dense_map(path) else PLAIN
+        held = experts if ".experts." in path else held
+        if held.quantised:
+            return abstract_quantised(value.shape, held, sharding)
         return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
 
     return {path: leaf(path, value) for path, value in params_of(model).items()}

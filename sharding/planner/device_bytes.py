@@ -27,8 +27,10 @@ from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.rules import ShardingRules
 from stepjax.weights.dtypes import ITEM_BYTES
 from stepjax.weights.expert_format import ExpertFormat
+from stepjax.weights.fp8_rows import FP8_ROWS, is_dense_map
 from stepjax.weights.inventory import counted_as, inventory, quantized
 from stepjax.weights.plain import PLAIN
+from stepjax.weights.quantised import leaf_axes
 
 COPIES, ROUTER = ".moe.copies", ".moe.router.weight"  # a table beside the router, which no file has
 PAGE = 64  # positions (`stepjax.infer.engine.config`)
@@ -124,7 +126,7 @@ def parameters(
     """Every parameter of a model with ``depths`` MTP layers, whole, alike ones counted.
 
     Args:
-      dtype: of everything but quantised experts.
+      dtype: of everything but quantised weights.
 
     Raises:
       MeshError: the format cannot hold the experts.
@@ -141,15 +143,17 @@ def _parameters(key: ById, experts: ExpertFormat, depths: int, dtype: str) -> tu
     for path, value in params_of(model).items():
         spec = part_of.get(path) or part_of[path.replace(COPIES, ROUTER)]
         part = counted_as(spec, num_layers=len(small.layers))
-        shapes = [(tuple(value.shape), value.dtype.itemsize)]
-        if experts.quantised and ".experts." in path:
+        arrays = [(tuple(value.shape), value.dtype.itemsize, axes[path])]
+        held = experts if ".experts." in path else FP8_ROWS if small.dense_fp8 and is_dense_map(path) else PLAIN
+        if held.quantised:
             try:
-                experts.check_shape(value.shape)
+                held.check_shape(value.shape)
             except ConfigError as error:
                 raise MeshError(str(error)) from None
-            shapes = [(tensor.shape, ITEM_BYTES[tensor.dtype]) for tensor in quantized(spec, experts)]
-        for shape, itemsize in shapes:
-            kinds[ArrayKind(part, kind_path(path), shape, itemsize, axes[path], 1)] += counts[spec.layer]
+            sizes = [(tensor.shape, ITEM_BYTES[tensor.dtype]) for tensor in quantized(spec, held)]
+            arrays = [(*size, names) for size, names in zip(sizes, leaf_axes(held, axes[path]), strict=True)]
+        for shape, itemsize, names in arrays:
+            kinds[ArrayKind(part, kind_path(path), shape, itemsize, names, 1)] += counts[spec.layer]
     return tuple(kind._replace(count=count) for kind, count in kinds.items() if count)
 
 

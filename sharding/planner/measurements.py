@@ -6,6 +6,7 @@ counted here, by the functions that plan it.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -94,6 +95,8 @@ def _of_bench(document: Mapping[str, Any]) -> Iterator[MeasuredStep]:
     """An engine's steps; rows, tokens and positions are those of its programs, padding included."""
     engine = document["engine"]
     config = ModelConfig.from_hf(engine["config"])
+    in_fp8 = {name: bool(engine.get(name, False)) for name in ("dense_fp8", "cache_fp8")}
+    config = dataclasses.replace(config, **in_fp8)
     mesh, dtype = MeshSpec.parse(engine["mesh"]), engine["dtype"]
     if engine["experts"] not in FORMATS:
         raise RequestError(f"experts: are in {engine['experts']!r}, expected {', '.join(FORMATS)}")

@@ -30,6 +30,8 @@ class Choice(NamedTuple):
     experts: ExpertFormat
     drafts: int = 0
     replicas: int = 1  # independent engines of this mesh
+    dense_fp8: bool = False  # as the configuration that it was made for
+    cache_fp8: bool = False
 
     @property
     def num_devices(self) -> int:
@@ -37,7 +39,9 @@ class Choice(NamedTuple):
 
     def flags(self) -> str:
         """The options of `generate`, `serve` and `score` for this choice."""
-        return f"--mesh {self.mesh} --strategy {self.strategy} {self.experts.flag}".rstrip()
+        in_fp8 = [("--dense-fp8", self.dense_fp8), ("--cache-fp8", self.cache_fp8)]
+        flags = [f"--mesh {self.mesh}", f"--strategy {self.strategy}", self.experts.flag]
+        return " ".join(filter(None, [*flags, *(flag for flag, given in in_fp8 if given)]))
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ class PlanRequest:
             raise RequestError(
                 f"acceptance and filled: are {self.acceptance} and {self.filled}, expected shares above 0, at most 1"
             )
+        if config.cache_fp8 and self.goal == "lora":
+            raise RequestError("cache-fp8: is of serving, and the goal is lora, which has no cache; leave it out")
         for name, limit in (("tpot", self.tpot_s), ("ttft", self.ttft_s)):
             if limit is not None and not limit > 0:
                 raise RequestError(f"{name}: is {1e3 * limit} ms, expected more than 0")

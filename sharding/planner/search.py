@@ -42,11 +42,12 @@ def rank_options(config: ModelConfig, cluster: Cluster, request: PlanRequest) ->
 def choices(config: ModelConfig, cluster: Cluster, request: PlanRequest) -> Iterator[Choice]:
     """All meshes of engines whose replicas fill the machine, or of a training run on the whole machine."""
     drafts = sorted({min(number, len(config.mtp_layers)) for number in request.drafts})
+    choice = functools.partial(Choice, dense_fp8=config.dense_fp8, cache_fp8=config.cache_fp8)
     if request.goal == "lora":
         for sizes in _factorings(cluster.num_devices, 4):
             for strategy in (*request.strategies, "fsdp"):
                 for experts in request.experts:
-                    yield Choice(MeshSpec(*sizes), strategy, experts.for_model(config))
+                    yield choice(MeshSpec(*sizes), strategy, experts.for_model(config))
         return
     for count in range(1, cluster.num_devices + 1):
         if request.goal != "cheapest" and cluster.num_devices % count:
@@ -57,11 +58,11 @@ def choices(config: ModelConfig, cluster: Cluster, request: PlanRequest) -> Iter
             for strategy in request.strategies:
                 for experts in request.experts:
                     form = experts.for_model(config)
-                    yield from (Choice(mesh, strategy, form, number, replicas) for number in drafts)
+                    yield from (choice(mesh, strategy, form, number, replicas) for number in drafts)
         for mesh, strategy in wide_meshes(count, most_shards=request.batch):
             for experts in request.experts:
                 form = experts.for_model(config)
-                yield from (Choice(mesh, strategy, form, number, replicas) for number in drafts)
+                yield from (choice(mesh, strategy, form, number, replicas) for number in drafts)
 
 
 def wide_meshes(count: int, *, most_shards: int) -> Iterator[tuple[MeshSpec, str]]:

@@ -23,6 +23,7 @@ from stepjax.packings.rules import QuantRules, quant_rules
 from stepjax.weights.dtypes import ITEM_BYTES
 from stepjax.weights.expert_format import ExpertFormat
 from stepjax.weights.formats import FORMATS
+from stepjax.weights.fp8_rows import is_dense_map
 from stepjax.weights.plain import PLAIN
 
 if TYPE_CHECKING:
@@ -324,19 +325,25 @@ def _rules(folder: Path, hub: Mapping[str, Any]) -> QuantRules:
 
 
 def load_params(
-    checkpoint: WeightSource, dtype: Any, *, experts: ExpertForms = None, progress: ProgressCallback | None = None
+    checkpoint: WeightSource,
+    dtype: Any,
+    *,
+    experts: ExpertForms = None,
+    dense: ExpertFormat = PLAIN,
+    progress: ProgressCallback | None = None,
 ) -> dict[str, Weight]:
     """Every weight as jax arrays on the default device, one at a time: beside the model, memory holds one weight.
 
     Args:
       experts: how to hold the routed experts, all of them or each weight by its path; None: as `Checkpoint.resident`
         says.
+      dense: how to hold the linear maps beside them (`read_as`).
     """
     import jax
 
     params, done, total = {}, 0, checkpoint.num_bytes
     for path in checkpoint.paths:
-        value = read_as(checkpoint, path, dtype, experts)
+        value = read_as(checkpoint, path, dtype, experts, dense=dense)
         params[path] = jax.tree.map(_place, value)
         done += checkpoint.stored_bytes(path)
         if progress:
@@ -350,14 +357,22 @@ def read_as(
     dtype: Any,
     experts: ExpertForms,
     *,
+    dense: ExpertFormat = PLAIN,
     index: Index | None = None,
     copy: bool = False,
 ) -> np.ndarray | Quantised:
     """`WeightSource.read`, with the routed experts in a format: kept where they are so, else made from ``dtype``.
 
+    Args:
+      dense: what the linear maps beside the experts are quantised to, from float32 (`stepjax.weights.fp8_rows`).
+
     Raises:
       ConfigError: the format cannot hold the weight.
     """
+    if dense.quantised and is_dense_map(path):
+        from stepjax.weights.quantised import quantise
+
+        return quantise(checkpoint.read(path, dtype=np.float32, index=index, copy=copy), dense)
     form = wanted_form(checkpoint, path, experts)
     stored = checkpoint.format(path)
     if checkpoint.by_path:

@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 
 from stepjax.config import LayerSpec
 from stepjax.model.cache import CacheView, Chunk
+from stepjax.model.fp8_cache import fp8_rounded
 from stepjax.model.layers import Linear, RMSNorm, rotate
 from stepjax.model.layout import Layout
 from stepjax.ops.attention import Heads
@@ -27,8 +28,13 @@ class Attention(nnx.Module):
         dtype: DTypeLike,
         layout: Layout,
         scale: float = 1.0,
+        cache_fp8: bool = False,
     ):
-        self.spec, self.layout = spec, layout
+        """
+        Args:
+          cache_fp8: round keys and values to what a cache in FP8 holds of them, whether there is a cache or not.
+        """
+        self.spec, self.layout, self.cache_fp8 = spec, layout, cache_fp8
         heads, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         self.q_proj = Linear(size, heads, axes=("heads", "embed"), rngs=rngs, dtype=dtype)
         self.k_proj = Linear(size, kv, axes=("kv_heads", "embed"), rngs=rngs, dtype=dtype)
@@ -46,8 +52,10 @@ class Attention(nnx.Module):
         v_BTKH = self._heads(self.v_proj(x_BTD), "kv_heads")
         q_BTNH = rotate(self.q_norm(q_BTNH), chunk.position_BT, spec.rope)
         k_BTKH = rotate(self.k_norm(k_BTKH), chunk.position_BT, spec.rope)
-        if cache is not None:
+        if cache is not None or self.cache_fp8:
             k_BTKH, v_BTKH = _finite(k_BTKH), _finite(v_BTKH)
+        if self.cache_fp8:
+            k_BTKH, v_BTKH = fp8_rounded(k_BTKH), fp8_rounded(v_BTKH)
         out_BTNH, cache = self.layout.attend(Heads(q_BTNH, k_BTKH, v_BTKH), chunk, cache, window=spec.window)
         # In float32: XLA joins products of the same input and dtype, and for so few rows copies the joined weights.
         gate_BTN = jax.nn.sigmoid(self.g_proj.wide(x_BTD)).astype(out_BTNH.dtype)

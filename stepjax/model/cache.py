@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 
 from stepjax.config import LayerSpec, ModelConfig
 from stepjax.gpu_target import kernels_target
+from stepjax.model.fp8_cache import cache_dtype
 from stepjax.model.period import Period
 from stepjax.ops.attention import (
     Heads,
@@ -349,7 +350,7 @@ def _looked(
 ) -> Partial:
     """The view's own way, or on a GPU the kernel that reads the cache where it lies."""
     gpu, rows = kernels_target("on", "all"), cached_rows(view, chunk, stripe)
-    if gpu is None or not fits(q_BTNH, rows):
+    if gpu is None or not fits(q_BTNH, rows, capability=gpu.capability):
         return view.gathered(q_BTNH, chunk, window=window, select=select, stripe=stripe)
 
     def kernel(q_BTNH: jax.Array, chunk: Chunk, view: Any) -> Partial:
@@ -472,14 +473,17 @@ def empty_cache(
     Bytes: 2 · K · H · itemsize per layer and row; ``length`` rows in full layers, window + 4 in sliding ones.
 
     Args:
+      dtype: of activations, and of keys and values unless the model holds them in FP8.
       pages: their number and positions each; full layers then share them, and ``length`` is ignored.
       period: of the layers that run in a loop.
     """
 
+    held = cache_dtype(config, dtype)
+
     def view(layer: LayerSpec, *stack: int) -> CacheView:
         def pair(*lead: int) -> tuple[jax.Array, jax.Array]:
             shape = (*stack, *lead, layer.num_kv_heads, layer.head_dim)
-            return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+            return jnp.zeros(shape, held), jnp.zeros(shape, held)
 
         if layer.window is not None:
             return Ring(*pair(batch, layer.window + SPARE_ROWS))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from stepjax.model.layout import Layout
 from stepjax.model.period import Period
+from stepjax.weights.quantised import Quantised, leaf_shardings, quantised_from
 from stepjax.weights.stacked import LayerWeight
 
 
@@ -52,8 +53,11 @@ def stack_layers(params: dict[str, Any], period: Period, axes: Mapping[str, tupl
       axes: of the looped model's parameters (`stepjax.model.step3p5.axes_of`).
     """
     for path in [path for path in axes if path.startswith("looped.")]:
-        where = layout.parameter(*axes[path])
+        where: Any = layout.parameter(*axes[path])
         layers = [params.pop(flat) for flat in flat_paths(path, period)]
+        if isinstance(layers[0], Quantised) and where is not None:
+            format, ndim = layers[0].format, 1 + layers[0].ndim
+            where = quantised_from(leaf_shardings(format, where, ndim=ndim), format)
         stack = jax.jit(lambda *layers: jax.tree.map(lambda *x: jnp.stack(x), *layers), out_shardings=where)
         params[path] = jax.block_until_ready(stack(*layers))
 

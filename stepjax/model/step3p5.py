@@ -42,7 +42,9 @@ class Block(nnx.Module):
         size, eps = config.hidden_size, config.norm_eps
         scale = (2 * len(config.layers)) ** -0.5  # maps onto the residual stream: a deeper model starts smaller
         self.input_norm = RMSNorm(size, eps=eps, dtype=dtype)
-        self.attn = Attention(spec, size, eps=eps, rngs=rngs, dtype=dtype, layout=layout, scale=scale)
+        self.attn = Attention(
+            spec, size, eps=eps, rngs=rngs, dtype=dtype, layout=layout, scale=scale, cache_fp8=config.cache_fp8
+        )
         self.post_norm = RMSNorm(size, eps=eps, dtype=dtype)
         if spec.moe:
             self.moe = MoE(spec, config, rngs=rngs, dtype=dtype, layout=layout, scale=scale)

@@ -47,6 +47,12 @@ class KeyValues:
     # A row, of these and of the queries that meet them, stands one position after the row before it, or is empty.
     in_order: bool = field(default=False, metadata={"static": True})
 
+    def widened(self, dtype: DTypeLike) -> KeyValues:
+        """Keys and values of a cache in FP8 in the dtype of activations, which holds them all."""
+        if self.k_BSKH.dtype == dtype:
+            return self
+        return replace(self, k_BSKH=self.k_BSKH.astype(dtype), v_BSKH=self.v_BSKH.astype(dtype))
+
     def sliced(self, start: jax.Array, count: int) -> KeyValues:
         """Rows ``start`` … ``start + count − 1``, no longer tied to the queries' rows."""
         return jax.tree.map(lambda x: _rows(x, start, count), replace(self, offset=None))
@@ -127,6 +133,7 @@ def attention_to(
     segment_BT: jax.Array | None = None,
 ) -> Partial:
     """`attention` to these keys only, to be merged with others."""
+    parts = [part.widened(q_BTNH.dtype) for part in parts]
     if len(parts) > 1 or segment_BT is not None or not _fits(q_BTNH, parts[0]):
         return _blocked(q_BTNH, position_BT, segment_BT, parts, window)
     return jax.lax.platform_dependent(

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from stepjax.ops.pallas_triton import LEAST, launched, pallas, power_above, tile_index
+from stepjax.ops.pallas_triton import FP8_CAPABILITY, LEAST, launched, pallas, power_above, tile_index
 
 KEYS = 64  # of a block
 ROWS = 64  # of queries × heads of a program, at most
@@ -43,10 +43,13 @@ class CachedRows:
     ring: bool = field(default=False, metadata={"static": True})
 
 
-def fits(q_BTNH: jax.Array, rows: CachedRows) -> bool:
-    """Whether the kernel can take these: a GPU's bfloat16, and heads of a width that is a power of 2."""
-    width = q_BTNH.shape[-1]
-    half = q_BTNH.dtype == rows.k_PRKH.dtype == rows.v_PRKH.dtype == jnp.bfloat16
+def fits(q_BTNH: jax.Array, rows: CachedRows, *, capability: tuple[int, int]) -> bool:
+    """Whether the kernel can take these on a GPU of this compute capability: bfloat16, or keys and values in FP8 where
+    the GPU converts it, and heads of a width that is a power of 2.
+    """
+    width, held = q_BTNH.shape[-1], rows.k_PRKH.dtype
+    known = held == jnp.bfloat16 or (held == jnp.float8_e4m3fn and capability >= FP8_CAPABILITY)
+    half = q_BTNH.dtype == jnp.bfloat16 and known and held == rows.v_PRKH.dtype
     return half and LEAST <= width <= 256 and width & (width - 1) == 0
 
 
@@ -111,7 +114,7 @@ def paged_attention(
             inside = key < live
             key = jnp.where(inside, key, 0)
             page, slot = table_ref[batch, key // size], key % size
-            scores = gpu.dot(q, k_ref[page, slot, held, :].T) * scale
+            scores = gpu.dot(q, k_ref[page, slot, held, :].astype(q.dtype).T) * scale
             place = (end - 1) - (end - 1 - key) % size if rows.ring else key * rows.count + index
             inside &= (place >= first) & (place < end)
             seen = inside[None, :] & (place[None, :] <= position[:, None])
@@ -122,7 +125,7 @@ def paged_attention(
             faded = jnp.exp2(top - highest)
             weights = jnp.where(seen, jnp.exp2(scores - highest[:, None]), 0.0)
             total = total * faded + jnp.sum(weights, axis=1)
-            v = v_ref[page, slot, held, :]
+            v = v_ref[page, slot, held, :].astype(q.dtype)
             return sofar * faded[:, None] + gpu.dot(weights.astype(v.dtype), v), highest, total
 
         nothing = jnp.zeros((num_rows, H), jnp.float32), jnp.full((num_rows,), NONE), jnp.zeros((num_rows,))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 LEAST = 16  # of each side of a product: what one instruction of a tensor core takes
+FP8_CAPABILITY = (8, 9)  # compute capability from which on a GPU converts float8 itself
 
 
 @functools.cache

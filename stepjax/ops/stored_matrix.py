@@ -13,13 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from stepjax.ops.pallas_triton import LEAST, pallas, power_below
+from stepjax.ops.pallas_triton import FP8_CAPABILITY, LEAST, pallas, power_below
 from stepjax.weights.expert_format import ExpertFormat
 from stepjax.weights.fp8 import Fp8Blocks
 from stepjax.weights.int_groups import IntGroups
 
 DEPTH = 64  # columns of a step for formats that leave it open
-_FP8_CAPABILITY = (8, 9)  # from here on a GPU converts float8 itself
 
 Place = tuple[Any, ...]  # of a matrix: its index, or nothing
 Load = Callable[[Any], jax.Array]  # columns (a `pl.ds`) of the rows that are multiplied
@@ -111,7 +110,7 @@ class BlockScaledReader(Reader):
     """float8_e4m3fn with a scale for each block of rows and columns."""
 
     block: tuple[int, int] = (128, 128)
-    capability: tuple[int, int] = _FP8_CAPABILITY
+    capability: tuple[int, int] = FP8_CAPABILITY
 
     @property
     def depth(self) -> int:
@@ -146,7 +145,7 @@ class BlockScaledReader(Reader):
         return refs[1][*place, *index].astype(jnp.float32)
 
     def _wide(self, tile: jax.Array, dtype: Any) -> jax.Array:
-        if self.exact or self.capability >= _FP8_CAPABILITY:
+        if self.exact or self.capability >= FP8_CAPABILITY:
             return tile.astype(dtype)
         # Ampere: the seven lower bits are exponent and mantissa of a bfloat16, 2¹²⁰ too small.
         bits = jax.lax.bitcast_convert_type(tile, jnp.uint8).astype(jnp.uint16)

@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from stepjax.weights.products import linear_product, stacked_product, wide_einsum
-from stepjax.weights.quantised import Weight, dequantize, take
+from stepjax.weights.fp8_rows import FP8_ROWS
+from stepjax.weights.products import linear_product, row_scaled_product, stacked_product, wide_einsum
+from stepjax.weights.quantised import Weight, dequantize, format_of, take
 from stepjax.weights.stacked import LayerWeight
 
 T = TypeVar("T")
@@ -120,13 +121,14 @@ def linear(w: AnyWeight, x: jax.Array, dtype: DTypeLike) -> jax.Array:
     base = plain(w)
     if isinstance(base, LayerWeight) and isinstance(base.stack, jax.Array):
         y = stacked_product(x, base.stack, base.layer, dtype)
-        if isinstance(w, Adapted):
-            w = dataclasses.replace(w, a=w.a.astype(x.dtype), b=w.b.astype(x.dtype))
+    elif format_of(base) == FP8_ROWS:
+        held = base.sliced() if isinstance(base, LayerWeight) else base
+        y = row_scaled_product(x, held.q, held.scale, dtype)
     else:
-        w = widen(w, x.dtype)
-        y = linear_product(x, _array(w), dtype)
+        y = linear_product(x, _array(widen(base, x.dtype)), dtype)
     if not isinstance(w, Adapted):
         return y
+    w = dataclasses.replace(w, a=w.a.astype(x.dtype), b=w.b.astype(x.dtype))
     low = w.scale * wide_einsum("...i,ri->...r", x, w.a)
     if w.slot is not None:
         low *= adapter_share(w, w.slot).reshape(-1, *(1,) * (x.ndim - 2), w.rank)

@@ -9,6 +9,7 @@ from stepjax.errors import RequestError
 from stepjax.weights.expert_format import ExpertFormat
 from stepjax.weights.fp4 import MxFp4, NvFp4
 from stepjax.weights.fp8 import Fp8Blocks
+from stepjax.weights.fp8_rows import FP8_ROWS
 from stepjax.weights.gguf_blocks import GGUF_TYPES
 from stepjax.weights.int_groups import GROUP, IntGroups
 from stepjax.weights.min_groups import MinGroups
@@ -51,7 +52,7 @@ def described(fields: Mapping[str, Any]) -> ExpertFormat:
     """The format that `ExpertFormat.describe` put into JSON's terms."""
     sizes = dict(fields)
     name = sizes.pop("name")
-    return (FORMATS[name] if name in FORMATS else BLOCK_FORMATS[name]).described(sizes)
+    return (FORMATS | BLOCK_FORMATS | {FP8_ROWS.name: FP8_ROWS})[name].described(sizes)
 
 
 def requested(*, keep_fp8: bool = False, quantize: str | None = None, group: int = GROUP) -> ExpertFormat | None:

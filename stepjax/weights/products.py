@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -44,6 +45,35 @@ def linear_product(x: jax.Array, w: jax.Array, dtype: DTypeLike) -> jax.Array:
 def plain_product(x: jax.Array, w: jax.Array, dtype: DTypeLike) -> jax.Array:
     """`linear_product` as one product, its slow twin."""
     return wide_einsum("...i,oi->...o", x, w, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def row_scaled_product(x: jax.Array, q_OI: jax.Array, scale_O1: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """`linear_product` by ``q · scale``, a matrix in 8 bits and a power of two for each row. The matrix is frozen.
+
+    The values are widened inside the product: neither they nor a widened copy for the backward pass reach memory. Where
+    the contracted axis is split, devices exchange ``dtype``: a scale rounds nothing (`stepjax.weights.fp8_rows`).
+    """
+    scale = scale_O1[:, 0].reshape((1,) * (x.ndim - 1) + (-1,))
+    return linear_product(x, q_OI.astype(x.dtype), dtype) * scale.astype(dtype)
+
+
+def _row_scaled_fwd(
+    x: jax.Array, q_OI: jax.Array, scale_O1: jax.Array, dtype: DTypeLike
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    return row_scaled_product(x, q_OI, scale_O1, dtype), (jnp.zeros((0,), x.dtype), q_OI, scale_O1)
+
+
+def _row_scaled_bwd(
+    dtype: DTypeLike, saved: tuple[jax.Array, jax.Array, jax.Array], cotangent: jax.Array
+) -> tuple[jax.Array, None, None]:
+    like, q_OI, scale_O1 = saved
+    scale = scale_O1[:, 0].reshape((1,) * (cotangent.ndim - 1) + (-1,))
+    scaled = (cotangent * scale.astype(cotangent.dtype)).astype(like.dtype)
+    return wide_einsum("...o,oi->...i", scaled, q_OI.astype(like.dtype), like.dtype), None, None
+
+
+row_scaled_product.defvjp(_row_scaled_fwd, _row_scaled_bwd)
 
 
 def stacked_product(x: jax.Array, stack_LOI: jax.Array, layer: jax.Array, dtype: DTypeLike) -> jax.Array:

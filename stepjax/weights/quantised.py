@@ -9,6 +9,7 @@ from typing import Any, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from stepjax.weights.expert_format import ExpertFormat
 from stepjax.weights.plain import PLAIN
@@ -77,8 +78,29 @@ def quantise(w: Any, format: ExpertFormat) -> Quantised:
 
 def abstract_quantised(shape: Sequence[int], format: ExpertFormat, sharding: jax.sharding.Sharding) -> Quantised:
     """What `quantise` makes of a weight of ``shape``, as shapes where they would lie."""
-    leaves = zip(format.shapes(shape), format.numpy_dtypes, strict=True)
-    return quantised_from([jax.ShapeDtypeStruct(*leaf, sharding=sharding) for leaf in leaves], format)
+    places = leaf_shardings(format, sharding, ndim=len(shape))
+    leaves = zip(format.shapes(shape), format.numpy_dtypes, places, strict=True)
+    return quantised_from([jax.ShapeDtypeStruct(size, dtype, sharding=at) for size, dtype, at in leaves], format)
+
+
+def leaf_axes(format: ExpertFormat, axes: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """For each array of a weight in a format what ``axes`` has for the weight's dimensions, logical axes or mesh axes.
+
+    None for a dimension that one scale covers whole.
+    """
+    units = (format.unit, format.extra_unit)[: len(format.dtypes) - 1]
+    *lead, rows, columns = axes
+    scales = [(*lead, rows if down else None, columns if across else None) for down, across in units]
+    return [tuple(axes), *scales]
+
+
+def leaf_shardings(format: ExpertFormat, sharding: jax.sharding.Sharding, *, ndim: int) -> list[jax.sharding.Sharding]:
+    """Where the arrays of a weight in a format lie, if a plain weight would lie there."""
+    if not isinstance(sharding, NamedSharding):
+        return [sharding] * len(format.dtypes)
+    entries = (*sharding.spec, *(None for _ in range(ndim - len(sharding.spec))))
+    specs = [PartitionSpec(*axes) for axes in leaf_axes(format, entries)]
+    return [NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind) for spec in specs]
 
 
 def quantised_from(leaves: Sequence[Any], format: ExpertFormat) -> Quantised:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from stepjax.commands.info import read_config
 from stepjax.errors import RequestError
+from stepjax.infer.commands.options import add_fp8_arguments
 from stepjax.sharding.planner.hardware import DEVICES, Cluster, parse, read_devices
 from stepjax.weights.formats import FORMATS, named
 
@@ -66,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--experts", default=",".join(FORMATS), metavar="LIST", help="formats to consider (default: %(default)s)"
     )
+    add_fp8_arguments(parser)
     parser.add_argument(
         "--chunk", type=int, default=512, metavar="T", help="prompt tokens of a step (default: %(default)s)"
     )
@@ -101,6 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     config = read_config(args.model)
     cluster = parse(args.hardware, read_devices(args.devices_file) if args.devices_file else DEVICES)
+    config = dataclasses.replace(config, dense_fp8=args.dense_fp8, cache_fp8=args.cache_fp8)
     from stepjax.sharding.planner.explain import as_dict, provenance, shown
     from stepjax.sharding.planner.search import rank_options
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from stepjax.commands.info import read_config
 from stepjax.errors import RequestError
-from stepjax.infer.commands.options import add_dispatch_arguments, dispatch_of
+from stepjax.infer.commands.options import add_dispatch_arguments, add_fp8_arguments, dispatch_of
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.weights.formats import made_while_loading, requested
 from stepjax.weights.plain import PLAIN
@@ -67,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantize", choices=made_while_loading(), help="quantised expert weights (default: as --dtype)"
     )
+    add_fp8_arguments(parser)
     parser.add_argument("--check", action="store_true", help="compare with what `stepjax plan` computes (default: no)")
     parser.add_argument(
         "--dtype",
@@ -98,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
     config = first_layers(config, args.layers)
     if args.expert_slots is not None:
         config = config.with_slots(args.expert_slots)
+    config = dataclasses.replace(config, dense_fp8=args.dense_fp8, cache_fp8=args.cache_fp8)
     workload = Workload(
         step=args.step,
         batch=args.batch,
@@ -134,6 +137,8 @@ def run(args: argparse.Namespace) -> int:
         "speculate": args.speculate,
         "keep_fp8": args.keep_fp8,
         "quantize": args.quantize,
+        "dense_fp8": args.dense_fp8,
+        "cache_fp8": args.cache_fp8,
         "dtype": str(workload.resolved_dtype),
         "xla_flags": flags_in_force(),
     }

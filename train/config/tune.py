@@ -30,6 +30,7 @@ class ModelSettings:
     mesh: str = ""  # such as data=2,expert=4; "": one device
     strategy: str = "expert_tensor"  # which weights the mesh splits over which axis
     keep_fp8: bool = False  # hold the FP8 release's experts in 8 bits
+    dense_fp8: bool = False  # hold the maps of attention, MLPs and outputs in FP8, which an adapter is trained on
     quantize: str = ""  # format to which routed experts are quantised while loading, such as "int8"; "": none
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ def plan(
     tpot_s: float | None = None,
     ttft_s: float | None = None,
     experts: Sequence[str] = tuple(FORMATS),
+    dense_fp8: bool = False,
+    cache_fp8: bool = False,
 ) -> Plan:
     """Rank every mesh, strategy, expert precision and number of drafts for a machine. No weights are read.
 
@@ -38,6 +41,7 @@ def plan(
       tpot_s: the longest time between two tokens of a sequence, in seconds.
       ttft_s: the longest time to the first token, in seconds, after a prompt of ``context`` tokens that is alone.
       experts: names of the expert formats to consider, such as ``bf16``, ``fp8``, ``int8``, ``int4``.
+      dense_fp8, cache_fp8: hold the linear maps beside the experts, and keys and values, in FP8 (`stepjax.load`).
 
     Returns:
       Options, best first, and refusals with their reasons. Times are bounds from datasheets.
@@ -53,6 +57,8 @@ def plan(
       ('tensor=8', 'bf16', 3)
     """
     config = read_config(model) if isinstance(model, str) else model
+    dense_fp8, cache_fp8 = dense_fp8 or config.dense_fp8, cache_fp8 or config.cache_fp8
+    config = dataclasses.replace(config, dense_fp8=dense_fp8, cache_fp8=cache_fp8)
     cluster = parse(hardware)
     request = request_for(
         config,

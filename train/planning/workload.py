@@ -101,6 +101,10 @@ class Workload:
         if self.step == "train" and self.experts.quantised:
             name = self.experts.flag.removeprefix("--")
             raise RequestError(f"{name}: quantised weights have no gradient and are not trained; leave it out")
+        if self.step == "train" and config.dense_fp8:
+            raise RequestError("dense-fp8: quantised weights have no gradient and are not trained; leave it out")
+        if not self.served and config.cache_fp8:
+            raise RequestError(f"cache-fp8: a {self.step} step has no cache; leave it out, or study decode or prefill")
         for columns in (config.hidden_size, config.expert_size):
             self.experts.check_shape((columns,))
 

@@ -213,6 +213,7 @@ def open_model(
             path,
             dtype=settings.dtype,
             keep_fp8=settings.keep_fp8,
+            dense_fp8=settings.dense_fp8,
             quantize=settings.quantize or None,
             mesh=settings.mesh or None,
             strategy=settings.strategy,

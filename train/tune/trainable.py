@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -138,7 +139,7 @@ def read_leaves(path: Path, config: ModelConfig) -> tuple[dict[str, Any], dict[s
         return load_leaves(path)
     if is_adapter(path):
         adapter, settings, adapter_base = restore_adapter(path)
-        if adapter_base != config:
+        if adapter_base != dataclasses.replace(config, expert_slots=0, dense_fp8=False, cache_fp8=False):
             raise CheckpointError(f"{path}: is the adapter of another model; give the base that it was trained on")
         return dict(adapter), {"kind": "lora", "lora": lora.describe(settings)}
     adapter, settings = import_adapter(path, config)
