@@ -14,7 +14,7 @@ from bad_rows import USER
 from tuning import SHORT, assert_same
 
 from stepjax.errors import ConfigError
-from stepjax.train.config.tune import DataSettings, EvalSettings, RunSettings, TuneConfig
+from stepjax.train.config.tune import DataSettings, EvalSettings, OptimSettings, RunSettings, TuneConfig
 from stepjax.train.data.sources import FileSource
 from stepjax.train.objectives.objective import LossSettings
 from stepjax.train.runs.folder import read_metrics
@@ -56,7 +56,9 @@ def finished(rows, tmp_path_factory) -> tuple[Path, TuneConfig]:
     """A run whose rate is so high that its held-out loss rises after a few steps."""
     out = tmp_path_factory.mktemp("run")
     config = run_of(rows, run=RunSettings(save_every=0, keep=1, best=NAME, export="best"), steps=4, lr=0.02)
-    tune_to_end(config, out)
+    # two thirds of the twelve rows that are not held out, two a step
+    epochs = dataclasses.replace(config.optim, steps=OptimSettings.steps, epochs=0.66)
+    tune_to_end(dataclasses.replace(config, optim=epochs), out)
     return out, config
 
 

@@ -11,11 +11,13 @@ import pytest
 from hypothesis import given, strategies as st
 
 from stepjax.errors import ConfigError
-from stepjax.train.config.tune import DataSettings
+from stepjax.train.config.tune import DataSettings, OptimSettings, RolloutSettings, TuneConfig
 from stepjax.train.data.order import RowOrder
 from stepjax.train.data.prompts import Prompt
 from stepjax.train.data.quotas import Quotas
 from stepjax.train.data.sources import SplitRows, Stream, held_out_rows
+from stepjax.train.objectives.objective import LossSettings
+from stepjax.train.tune import epochs as counting
 
 
 class Numbers:
@@ -107,6 +109,51 @@ def test_no_row_recurs_within_a_window(size, window, seed):
         assert most <= -(-window // size)
     for epoch in range(6):
         assert sorted(rows[epoch * size : (epoch + 1) * size]) == list(range(size))
+
+
+@pytest.mark.parametrize(
+    ("epochs", "weights", "sizes", "prompts"),
+    [
+        (1, [1], [12], 4),
+        (3, [1], [10], 4),
+        (0.3, [1], [10], 4),
+        (2, [5, 1, 7], [30, 4, 9], 3),
+        (1.5, [0.1, 0.9], [7, 40], 8),
+    ],
+)
+def test_epochs_are_the_steps_that_read_every_row_so_often(tmp_path, monkeypatch, epochs, weights, sizes, prompts):
+    said: list[str] = []
+    monkeypatch.setattr(counting, "tell", said.append)
+    names = [f"s{i}" for i in range(len(weights))]
+    data = {
+        name: DataSettings(path=str(write(tmp_path / f"{name}.jsonl", size)), weight=weight)
+        for name, size, weight in zip(names, sizes, weights, strict=True)
+    }
+    rollout, optim = RolloutSettings("data", prompts=prompts), OptimSettings(epochs=epochs)
+    config = TuneConfig("sft", data=data, loss=LossSettings("sft"), rollout=rollout, optim=optim)
+    counted = counting.with_steps(config)
+    sources = {name: Numbers(name, size) for name, size in zip(names, sizes, strict=True)}
+    stream = Stream(sources, dict(zip(names, weights, strict=True)), 0, prompts)
+
+    def lacking(steps: int) -> list[str]:
+        """Sources of which a row is not read so often."""
+        given = Counter(prompt.source for step in range(steps) for prompt in stream.batch(step))
+        return [name for name, size in zip(names, sizes, strict=True) if given[name] < epochs * size]
+
+    assert not lacking(counted.optim.steps)
+    assert lacking(counted.optim.steps - 1)  # no step too many
+    assert counted.optim.epochs == 0
+    assert f"optim.epochs: {epochs:g} are {counted.optim.steps} steps of {prompts} rows, which read data.s0" in said[0]
+    assert counting.with_steps(counted) is counted
+
+
+def test_epochs_of_what_has_no_end_are_refused():
+    optim = OptimSettings(epochs=2)
+    config = TuneConfig("sft", loss=LossSettings("sft"), rollout=RolloutSettings("data"), optim=optim)
+    with pytest.raises(ConfigError, match=r"optim\.epochs: is 2, but no source of this run has an end \(kinds tasks\)"):
+        counting.with_steps(config)
+    with pytest.raises(ConfigError, match=r"optim\.epochs: is 2 and steps 30; give one of them"):
+        OptimSettings(epochs=2, steps=30)
 
 
 def test_orders_differ_by_epoch_and_seed():

@@ -8,6 +8,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tuning import history
@@ -15,8 +17,9 @@ from tuning import history
 from stepjax.errors import ConfigError
 from stepjax.train.config.reader import read_settings
 from stepjax.train.config.tune import TuneConfig
+from stepjax.train.losses.logprobs import TokenScores
 from stepjax.train.objectives.objective import LossSettings, Objective, TokenInputs, TokenLoss
-from stepjax.train.objectives.table import OBJECTIVES
+from stepjax.train.objectives.table import OBJECTIVES, find_objective
 from stepjax.train.tune.run import tune
 
 TRAIN = Path(__file__).parents[1] / "train"
@@ -144,6 +147,9 @@ def test_an_objective_from_a_file_with_an_option_of_its_own(tmp_path):
         ('loss.objective="my_loss.py:OBJECT"', "expected a subclass of"),
         ("loss.options.other=1", r"loss\.options\.other: is no option of objective 'doubt'; there are factor"),
         ('loss.options.factor="much"', r"loss\.options\.factor: is 'much', expected float"),
+        ("loss.options.factor=nan", r"loss\.options\.factor: is nan, expected a finite number"),
+        ("loss.options.factor=-inf", r"loss\.options\.factor: is -inf, expected a finite number"),
+        ("loss.options.factor=1" + 400 * "0", r"loss\.options\.factor: is 10+…, expected a finite number"),
     ],
 )
 def test_an_own_objective_that_cannot_train_is_refused(change, reason, tmp_path, monkeypatch):
@@ -155,3 +161,75 @@ def test_an_own_objective_that_cannot_train_is_refused(change, reason, tmp_path,
         read_settings(TuneConfig, recipe, [change])
     with pytest.raises(ConfigError, match=r"no option of objective 'sft'; it has none"):
         read_settings(TuneConfig, recipe, ['loss.objective="sft"', "loss.options.factor=1.0"])
+
+
+WRONG = """
+from stepjax.train.objectives.objective import Objective, TokenLoss
+
+class Wrong(Objective):
+    name, verbs = "wrong", ("rl",)
+    rewarded = on_policy = True
+
+    def token_loss(self, inputs, settings):
+        {loss}
+
+    def advantages(self, rewards, groups, settings):
+        {advantages}
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("return TokenLoss.of_all(inputs.logprob)", r"token_loss failed: AttributeError: .* \(my_loss\.py:9\)"),
+        ("return 0 if inputs.mask else 1", r"token_loss failed: \w+: The truth .*\(my_loss\.py:9\)"),
+        ("return inputs.scores.logprob", r"token_loss returned .*, expected TokenLoss, such as TokenLoss\.of_all"),
+        ("pass", "token_loss returned NoneType, expected TokenLoss"),
+        (
+            "return TokenLoss.of_all(inputs.scores.logprob.sum())",
+            r"token_loss returned loss of shape \(\), expected a value for each token, \(2, 8\)",
+        ),
+        ("return TokenLoss.of_all(inputs.segment_ids)", "returned a loss of int32, expected floating point"),
+    ],
+)
+def test_a_wrong_loss_of_a_user_is_one_line(tmp_path, code, reason):
+    """Also while it is traced for a compiled program."""
+    (tmp_path / "my_loss.py").write_text(WRONG.format(loss=code, advantages="return rewards"))
+    objective = find_objective(f"{tmp_path}/my_loss.py:Wrong")
+    number, ids = jnp.zeros((2, 8)), jnp.ones((2, 8), jnp.int32)
+    inputs = TokenInputs(TokenScores(*[number] * 4), number, number, number, ids > 0, ids, number)
+    with pytest.raises(ConfigError, match=reason) as error:
+        jax.jit(lambda inputs: objective.token_loss(inputs, LossSettings()).loss)(inputs)
+    assert len(str(error.value).splitlines()) == 1
+    assert str(error.value).startswith("loss.objective: my_loss.py:Wrong.token_loss ")
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("return rewards / 0", None),
+        ("return [1, 2, float('nan')]", None),
+        ("return rewards[groups]", r"advantages failed: IndexError: .* \(my_loss\.py:12\)"),
+        ("return rewards.mean()", r"advantages returned float64 of shape \(\), expected a number for each"),
+        ("return None", "expected a number for each answer"),
+        ("return ['a', 'b', 'c']", "expected a number for each answer"),
+    ],
+)
+def test_wrong_advantages_of_a_user_are_one_line(tmp_path, code, reason):
+    (tmp_path / "my_loss.py").write_text(WRONG.format(loss="pass", advantages=code))
+    objective = find_objective(f"{tmp_path}/my_loss.py:Wrong")
+    assert objective.uses_rewards
+    rewards, groups = np.asarray([1.0, 2.0, 0.0]), np.asarray([0, 0, 9])
+    if reason is None:
+        with np.errstate(all="ignore"):
+            assert objective.advantages(rewards, groups, LossSettings()).dtype == np.float32
+        return
+    with pytest.raises(ConfigError, match=reason):
+        objective.advantages(rewards, groups, LossSettings())
+
+
+def test_an_own_objective_that_cannot_be_made_is_one_line(tmp_path):
+    made = "name, verbs = 'x', ('sft',)\n\n    def __init__(self):\n        1 / 0"
+    (tmp_path / "my_loss.py").write_text(OWN.replace("pass", made))
+    with pytest.raises(ConfigError, match=r"my_loss\.py:Nameless\(\) failed: ZeroDivisionError.*\(my_loss\.py:18\)"):
+        find_objective(f"{tmp_path}/my_loss.py:Nameless")

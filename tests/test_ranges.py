@@ -17,6 +17,7 @@ from stepjax.adapters.lora import LoraConfig
 from stepjax.cli import main
 from stepjax.errors import ConfigError
 from stepjax.ranges import Range, annotations_of, check_ranges, range_of
+from stepjax.train.config.mix import MIX
 from stepjax.train.config.pretrain import PretrainConfig, read_pretrain
 from stepjax.train.config.reader import change_settings, read_settings, write_settings
 from stepjax.train.config.rewards import RewardSettings
@@ -259,8 +260,8 @@ def settings(draw: Any) -> TuneConfig:
         data={name: dataclasses.replace(source, shares={draw(WORDS): 0.5}) for name, source in data.items()},
         rollout=some(RolloutSettings, source="data", prompts=7, samples=3, slots=2, context=9, resample=0),
         loss=LossSettings(objective="sft", chunk=draw(st.integers(1, 10_000))),
-        optim=some(OptimSettings, rows=2, length=10, decay_from=0, warmup_share=0.0, minibatches=3),
-        eval=some(EvalSettings, tasks=tuple(draw(st.lists(WORDS, max_size=2)))),
+        optim=some(OptimSettings, epochs=0.0, rows=2, length=10, decay_from=0, warmup_share=0.0, minibatches=3),
+        eval=some(EvalSettings, file=draw(WORDS), tasks=tuple(draw(st.lists(st.sampled_from(list(MIX)), max_size=2)))),
         run=some(RunSettings, wandb=draw(WORDS), best=draw(WORDS) or "x", best_is="min"),
     )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from stepjax import memory
 from stepjax.errors import ConfigError
 from stepjax.train.config.reader import read_settings, write_settings
 from stepjax.train.config.rewards import RewardSettings
@@ -19,6 +20,7 @@ from stepjax.train.config.tune import DataSettings, TuneConfig
 from stepjax.train.plugins.reference import anchored
 from stepjax.train.rewards.answer import RewardAnswer, RewardPrompt
 from stepjax.train.rewards.value import RewardValueError, parts_of
+from stepjax.train.workers import pool
 from stepjax.train.workers.code import UserCode, results_of
 from stepjax.train.workers.plugin import UserCodeError
 
@@ -260,3 +262,26 @@ def test_numbers():
     for value in ("1", b"1", None, [1.0], object(), 1j, Odd(), {"a": "1"}, {1: 1.0}, 10**400, {"a": 1e308, "b": 1e308}):
         with pytest.raises((RewardValueError, OverflowError)):
             parts_of(value)
+
+
+def test_more_processes_than_the_machine_has_room_for_are_refused(monkeypatch):
+    """After the first one is loaded, and before the others are started; it is ended."""
+    started: list[subprocess.Popen] = []
+    real = subprocess.Popen
+
+    def start(*arguments, **options):
+        if len(started) == 2:
+            raise OSError(24, "Too many open files")
+        started.append(real(*arguments, **options))
+        return started[-1]
+
+    monkeypatch.setattr(pool.subprocess, "Popen", start)
+    with monkeypatch.context() as small:
+        small.setattr(memory, "host_bytes", lambda: 2**30)
+        small.setattr(pool, "private_bytes", lambda pid: 2**24)
+        with pytest.raises(ConfigError, match=r"^rewards\.workers: 1,024 processes .* needs 16\.0 GiB"):
+            graded("exact", workers=1024)
+    assert len(started) == 1
+    with pytest.raises(ConfigError, match=r"^rewards\.workers: process 2 of 3 cannot be started \(Too many"):
+        graded("exact", workers=3)
+    assert all(process.poll() is not None for process in started)

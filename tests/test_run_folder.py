@@ -229,8 +229,16 @@ def test_no_adapter_and_no_scores_with_nan(tmp_path):
 # --- settings and content
 
 
+def begin(out: Path) -> None:
+    """What a run leaves that has made a step: a record."""
+    file = MetricsFile(out / "metrics.jsonl", 0)
+    file.write({"step": 0})
+    file.close()
+
+
 def test_a_refusal_names_each_setting_with_both_values(tmp_path):
     claim(SHORT, tmp_path)
+    begin(tmp_path)
     claim_content(tmp_path, {"model": "a" * 32, "data.rows": "b" * 64})
     other = changed(SHORT, optim={"lr": 2e-3, "steps": 9}, rollout={"prompts": 5}, run={"keep": 7}, eval={"items": 3})
     with pytest.raises(ConfigError) as error:
@@ -248,6 +256,7 @@ def test_a_refusal_names_each_setting_with_both_values(tmp_path):
 def test_what_a_resumed_run_may_change_is_written_down(tmp_path):
     claim(SHORT, tmp_path)
     claim_content(tmp_path, {"model": "a"})
+    begin(tmp_path)
     more = changed(SHORT, optim={"steps": 9}, run={"keep": 7}, model={"path": "../elsewhere"})
     previous = claim(more, tmp_path, free=FREE)
     assert previous == SHORT
@@ -255,11 +264,31 @@ def test_what_a_resumed_run_may_change_is_written_down(tmp_path):
     assert claim(more, tmp_path) == more
 
 
+def test_options_of_a_users_code_may_be_nan(tmp_path):
+    """Which no value equals, itself not either."""
+    options = {"a": float("nan"), "b": [float("nan"), 1.0]}
+    data = {"mine": DataSettings("environment", environment="my_env.py:Shop", environment_options=options)}
+    config = dataclasses.replace(SHORT, data=data)
+    claim(config, tmp_path)
+    begin(tmp_path)
+    claim(config, tmp_path)
+    other = dataclasses.replace(data["mine"], environment_options=options | {"a": 1.0})
+    with pytest.raises(ConfigError, match=r"environment_options\.a nan → 1\.0"):
+        claim(dataclasses.replace(SHORT, data={"mine": other}), tmp_path)
+
+
 def test_settings_of_a_run_that_never_began_are_replaced(tmp_path):
-    """Such as one whose model.path was wrong."""
+    """Such as one whose model.path was wrong, or whose first update had no room in memory: nothing was learned."""
     claim(changed(SHORT, model={"path": "wrong"}, optim={"lr": 1.0}), tmp_path)
     assert claim(SHORT, tmp_path) == SHORT
     claim_content(tmp_path, {"model": "a"})
+    (tmp_path / "metrics.jsonl").touch()
+    other = changed(SHORT, optim={"rows": 1})
+    assert claim(other, tmp_path, free=FREE) == other
+    claim_content(tmp_path, {"model": "b"})
+    assert claim(SHORT, tmp_path) == SHORT
+    claim_content(tmp_path, {"model": "a"})
+    begin(tmp_path)
     with pytest.raises(ConfigError, match=r"optim\.lr 0\.001 → 1\.0"):
         claim(changed(SHORT, optim={"lr": 1.0}), tmp_path, free=FREE)
 

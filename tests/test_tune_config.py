@@ -57,7 +57,7 @@ def test_settings_survive_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[optim]\nsped = 3", "optim.sped is not a setting; there are steps, lr"),
+        ("[optim]\nsped = 3", "optim.sped is not a setting; there are steps, epochs, lr"),
         ("[optim]\nsteps = 1.5", "optim.steps: is 1.5, expected a whole number from 1 to"),
         ("[optim]\nsteps = 0", "optim.steps: is 0"),
         ("optim = 3", "optim: is 3, expected a OptimSettings"),
@@ -79,6 +79,8 @@ def test_settings_survive_the_file(tmp_path):
         (TEACHER + "[data.x]\ntrain_on = 'all'", "train_on does not apply to kind 'tasks'"),
         (TEACHER + "[data.x]\npath = 'x'\nheld_out = 0.1\nheld_out_path = 'y'", "both held_out and held_out_path"),
         (TEACHER + "[data.x]\nteacher = 'other'", "is 'other', expected one of main"),
+        (TEACHER + "[eval]\ntasks = ['add', 'adding']", "eval.tasks: has 'adding', expected names of add, sub"),
+        (TEACHER + "[eval]\nforgetting = ['x']", "eval.forgetting: has 'x', expected names of add"),
         (TEACHER + "[data.x]\nshares = { adding = 1.0 }", "expected shares of add, sub"),
         (TEACHER + "[teachers.second]\nkind = 'base'", "data.tasks.teacher: is empty, expected one of main, second"),
         ("[teachers.main]\nkind = 'remote'", "'remote' needs url"),

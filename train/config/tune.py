@@ -204,6 +204,8 @@ class OptimSettings:
     """AdamW on float32 leaves."""
 
     steps: Annotated[int, Range(1, 10**8)] = 200  # updates of the run
+    # times that every row of the files is read, in place of steps; 0: steps counts
+    epochs: Annotated[float, Range(0, 10**6)] = 0.0
     # learning rate after the warm-up; 0: nothing is learned, as a control
     lr: Annotated[float, Range(1e-12, 10, zero="a control: nothing is trained")] = 1e-4
     warmup_steps: Annotated[int, Range(0, 10**8)] = 10  # of a linear warm-up; 0: none
@@ -232,7 +234,9 @@ class OptimSettings:
             raise ConfigError(
                 f"optim.warmup_share: is {self.warmup_share} and warmup_steps {self.warmup_steps}; give one of them"
             )
-        if self.decay_from and not self.num_warmup_steps <= self.decay_from < self.steps:
+        if self.epochs and self.steps != type(self).steps:
+            raise ConfigError(f"optim.epochs: is {self.epochs:g} and steps {self.steps}; give one of them")
+        if not self.epochs and self.decay_from and not self.num_warmup_steps <= self.decay_from < self.steps:
             raise ConfigError(
                 f"optim.decay_from: is {self.decay_from}, expected 0 or a step from the end of the warm-up, "
                 f"{self.num_warmup_steps}, to before steps = {self.steps}"
@@ -268,6 +272,10 @@ class EvalSettings:
 
     def __post_init__(self) -> None:
         check_ranges(self, "eval")
+        for name in ("tasks", "forgetting"):
+            unknown = [task for task in getattr(self, name) if task not in MIX]
+            if unknown:
+                raise ConfigError(f"eval.{name}: has {unknown[0]!r}, expected names of {', '.join(MIX)}")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -13,13 +14,14 @@ import numpy as np
 
 from stepjax.errors import ConfigError
 from stepjax.model.step3p5 import KEPT_LAYERS, Params, Step3p5, bind
-from stepjax.ranges import Range, check_ranges
+from stepjax.ranges import Range, check_ranges, shown
 from stepjax.train.losses.divergence import Kind
 from stepjax.train.losses.logprobs import HiddenScores, TokenScores, TopScores, token_scores
 from stepjax.train.losses.policy_gradient import Filter, KlEstimator
 from stepjax.train.packing.rows import PackedRows, packed_chunk
 from stepjax.train.plugins.reference import REFERENCE
 
+BOUNDS = {float: sys.float_info.max, int: sys.maxsize}  # of options, by type
 Verb = Literal["distill", "sft", "rl"]
 Averaging = Literal["tokens", "answers", "constant"]
 
@@ -232,7 +234,9 @@ class Objective:
                 raise ConfigError(f"loss.options.{name}: is no option of objective {self.name!r}; {there}")
             kind = type(self.options[name])
             if type(value) is not kind and not (kind is float and type(value) is int):
-                raise ConfigError(f"loss.options.{name}: is {value!r}, expected {kind.__name__}")
+                raise ConfigError(f"loss.options.{name}: is {shown(value)}, expected {kind.__name__}")
+            if kind in BOUNDS and not -BOUNDS[kind] <= value <= BOUNDS[kind]:
+                raise ConfigError(f"loss.options.{name}: is {shown(value)}, expected a finite number")
 
     def scored(self, settings: LossSettings) -> bool:
         """Whether a teacher scores the answers."""

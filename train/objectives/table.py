@@ -6,6 +6,7 @@ import inspect
 
 from stepjax.errors import ConfigError
 from stepjax.train.objectives.distillation import Exact, Likelihood, TopK
+from stepjax.train.objectives.guarded import guarded
 from stepjax.train.objectives.mtp import PredictionHeads
 from stepjax.train.objectives.objective import Objective
 from stepjax.train.objectives.policy import Cispo, DrGrpo, Grpo, Gspo, Mispo, Sampled
@@ -66,4 +67,4 @@ def find_objective(name: str) -> Objective:
     missing = [attribute for attribute in ("name", "verbs") if not hasattr(kind, attribute)]
     if missing:
         raise ConfigError(f"loss.objective: {name} has no {' and no '.join(missing)}; see docs/extending.md")
-    return kind()
+    return guarded(kind, name)

@@ -13,6 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 
 from stepjax.errors import ConfigError, TrainingError
@@ -25,6 +26,7 @@ from stepjax.infer.engine.stats import Stats
 from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.session import Session
 from stepjax.infer.transcript import Transcript, begins_in_reasoning
+from stepjax.memory import check_room
 from stepjax.model.step3p5 import Params
 from stepjax.stored_function import StoredFunction
 from stepjax.train.data.prompts import Prompt
@@ -34,6 +36,7 @@ from stepjax.train.environments.episode import Environment, Turn
 from stepjax.train.rollouts.grading import Dialogue, Grade, begin_grade, environment_name, finished_grades
 from stepjax.train.workers.code import CodeEpisode, results_of, runs_alone
 from stepjax.train.workers.plugin import UserCodeError
+from stepjax.weights.inventory import kv_bytes_per_token, kv_window_bytes
 
 PAGE = 64  # tokens
 WIDTHS = (64, 512)  # of prefill pieces
@@ -111,6 +114,7 @@ class Sampler:
         context = min(context, session.config.max_positions)
         shards = session.model.layout.together().num_shards
         slots = -(-slots // shards) * shards  # each shard has as many, and their pages
+        _check_room(session, slots, context)
         # Deterministic: an answer's log-probabilities are the same bits whatever else is in the batch, and all batches
         # use one decode program.
         config = EngineConfig(
@@ -287,6 +291,18 @@ class Sampler:
         rollout = episode.rollout
         answer = episode.conversation.answer(raw=rollout.text, ids=rollout.ids)
         episode.grade = begin_grade(rollout.prompt, episode.environment, answer, self._session, failure=failure)
+
+
+def _check_room(session: Session, slots: int, context: int) -> None:
+    """ConfigError: the caches of all slots, split over the devices, need more memory than is free."""
+    model, element_bytes = session.config, jnp.dtype(session.dtype).itemsize
+    one = kv_bytes_per_token(model, element_bytes=element_bytes) * context
+    one += kv_window_bytes(model, element_bytes=element_bytes, mtp=False)
+    mesh = session.model.layout.replicated
+    devices = len(mesh.addressable_devices) if mesh else 1
+    what = f"rollout.slots: the cache of {slots:,} answers of {context:,} tokens"
+    needed = slots * one // (len(mesh.device_set) if mesh else 1)
+    check_room(needed, devices=devices, what=what, advice="lower rollout.slots, rollout.context or optim.length")
 
 
 def _seed(batch: int, number: int, turn: int) -> int:

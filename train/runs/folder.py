@@ -22,6 +22,8 @@ from stepjax.startup import QUIET_S
 from stepjax.weights.finite import not_finite
 from stepjax.whole_file import write_whole
 
+METRICS = "metrics.jsonl"
+
 
 class MetricsFile:
     """``metrics.jsonl``. Records from step ``start`` on are removed first, so that a resumed run logs no step twice."""
@@ -54,7 +56,7 @@ class MetricsFile:
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
     """The records of a run, in order. ConfigError: the folder has no metrics file."""
-    file = out / "metrics.jsonl"
+    file = out / METRICS
     if not file.exists():
         raise ConfigError(f"{file}: does not exist; expected the folder of a run")
     return _records(file)

@@ -16,6 +16,7 @@ from stepjax.errors import ConfigError
 from stepjax.ranges import shown
 from stepjax.train.config.reader import read_settings, write_settings
 from stepjax.train.plugins.reference import is_file
+from stepjax.train.runs.folder import METRICS
 from stepjax.train.workers.plugin import short
 from stepjax.whole_file import write_whole
 
@@ -28,7 +29,8 @@ _ABSENT = "absent"
 def claim(settings: T, out: Path, *, free: Collection[str] = ()) -> T:
     """Compare the settings with those of the run in the folder, and return these; ``settings`` if there is none.
 
-    The settings of a run that has not begun, since its model or its data could not be opened, are replaced.
+    The settings of a run that has not begun are replaced: of one whose model or data could not be opened, or whose
+    first step failed.
 
     Args:
       free: dotted names that a resumed run may change, as patterns: ``run.*``.
@@ -39,6 +41,7 @@ def claim(settings: T, out: Path, *, free: Collection[str] = ()) -> T:
     file = out / SETTINGS
     if not file.exists() or not has_begun(out):
         if is_first_process():
+            (out / CONTENT).unlink(missing_ok=True)
             write_settings(settings, file)
         return settings
     previous = read_settings(type(settings), file)
@@ -46,7 +49,7 @@ def claim(settings: T, out: Path, *, free: Collection[str] = ()) -> T:
     changes = [
         f"{name} {_text(before, name)} → {_text(after, name)}"
         for name in sorted(before.keys() | after.keys())
-        if before.get(name, _ABSENT) != after.get(name, _ABSENT)
+        if not _same(before.get(name, _ABSENT), after.get(name, _ABSENT))
         and not any(fnmatch.fnmatchcase(name, pattern) for pattern in free)
     ]
     _refuse(out, "has other settings", changes)
@@ -104,8 +107,9 @@ def update_settings(settings: Any, previous: Any, out: Path) -> None:
 
 
 def has_begun(out: Path) -> bool:
-    """Whether the folder holds a run that has made its model, or a checkpoint of one."""
-    return (out / CONTENT).exists() or any((out / "checkpoints").glob("[0-9]*"))
+    """Whether the folder holds a record or a checkpoint of a run: something that goes on."""
+    metrics = out / METRICS
+    return (metrics.exists() and metrics.stat().st_size > 0) or any((out / "checkpoints").glob("[0-9]*"))
 
 
 def is_first_process() -> bool:
@@ -137,6 +141,11 @@ def _flat(settings: Any) -> dict[str, Any]:
             yield prefix, _named(value) if isinstance(value, str) else value
 
     return dict(entries(dataclasses.asdict(settings), ""))
+
+
+def _same(before: Any, after: Any) -> bool:
+    """Whether two values are equal. Options of a user's code may be NaN, which is the same value in the same text."""
+    return before == after or repr(before) == repr(after)
 
 
 def _named(text: str) -> str:

@@ -73,7 +73,7 @@ class Evaluation:
         if record["accuracy"]:
             record["mean_accuracy"] = float(np.mean(list(record["accuracy"].values())))
         if forgetting:
-            record["forgetting"] = {name: accuracy[name] for name in forgetting}
+            record["forgetting"] = {name: accuracy[name] for name in forgetting if name in accuracy}
         if rollouts:
             record |= self._text_record(rollouts)
         if self._rewarded:

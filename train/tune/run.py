@@ -39,9 +39,11 @@ from stepjax.train.teachers.scoring import Prepared
 from stepjax.train.tune.best import Best
 from stepjax.train.tune.data_check import check_data, tell
 from stepjax.train.tune.ending import Ending
+from stepjax.train.tune.epochs import with_steps
 from stepjax.train.tune.evaluation import Evaluation
 from stepjax.train.tune.left_out import LeftOut
 from stepjax.train.tune.metrics import StepMetrics, accumulation, note
+from stepjax.train.tune.room import check_update_room
 from stepjax.train.tune.setup import Setup, code_of, content_of, open_run, schedule_of, with_params
 from stepjax.train.tune.trainable import Leaves, lora_config, save_leaves
 from stepjax.train.tune.update import TuneState, UpdateReport
@@ -102,6 +104,7 @@ def _tune(
 ) -> tuple[TuneState, Ending]:
     """As `tune`, with the user's code at hand."""
     check_data(config)
+    config = with_steps(config)
     tell(about_warmup(config.optim))
     with locked(out) if is_first_process() else contextlib.nullcontext():
         previous = claim(config, out, free=FREE)
@@ -299,11 +302,11 @@ class _Run:
         shapes = scoring.shapes(self._stream.batch(self.start)[0], objective=setup.objective)
         setup.follow(state)
         residents = {name: params for name, params in scoring.residents.items() if name in shapes}
-        calls = setup.update.calls(state, setup.base.params, residents, shapes)
-        if self._config.rollout.source == "student":
-            calls += self._student.calls
+        calls = [*setup.update.calls(state, setup.base.params, residents, shapes), *scoring.calls(shapes)]
+        answers = self._student.calls if self._config.rollout.source == "student" else []
         with startup.stage("compiling", "preparing programs", unit="programs") as stage:
-            compile_together([*calls, *scoring.calls(shapes)], progress=stage.advance)
+            compile_together([*calls, *answers], progress=stage.advance)
+        check_update_room(self._config.optim, state.leaves, calls)
 
     def step(self, step: int, state: TuneState) -> tuple[TuneState, str]:
         """One update, and the evaluations that are due. Returns the new state and a note for the progress bar."""

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe, wait
 
 from stepjax.errors import ConfigError
+from stepjax.memory import check_host_room, private_bytes
 from stepjax.train.workers.plugin import CodeCall, LoadedPlugin, Plugin, UserCodeError
 
 LOAD_S = 600.0  # to import the code of a user, which may load a model
@@ -76,12 +77,23 @@ class WorkerPool:
         self._wake_reader, self._wake_writer = Pipe(duplex=False)
         self._closing = False
         try:
-            self._load_first()
+            first = self._load_first()
+            check_host_room(
+                private_bytes(first.popen.pid) * (workers - 1),
+                what=f"rewards.workers: {workers:,} processes with the memory of the first",
+                advice="lower rewards.workers",
+            )
+            for _ in range(workers - 1):
+                self._start()
+        except OSError as error:
+            self._kill_all()
+            raise ConfigError(
+                f"rewards.workers: process {len(self._processes) + 1:,} of {workers:,} cannot be started "
+                f"({error.strerror}); lower it"
+            ) from None
         except BaseException:
             self._kill_all()
             raise
-        for _ in range(workers - 1):
-            self._start()
         self._thread = threading.Thread(target=self._run, daemon=True, name="user-code")
         self._thread.start()
 
@@ -100,7 +112,7 @@ class WorkerPool:
             self._wake_writer.send_bytes(b"1")
             self._thread.join()
 
-    def _load_first(self) -> None:
+    def _load_first(self) -> _Process:
         process = self._start()
         if not process.connection.poll(LOAD_S):
             raise ConfigError(f"{self._names()}: not loaded within {LOAD_S:g} s")
@@ -113,6 +125,7 @@ class WorkerPool:
             raise ConfigError(value)
         self._about = [LoadedPlugin(waits) for waits in value]
         process.loaded = True
+        return process
 
     def _names(self) -> str:
         return "; ".join(plugin.what for plugin in self._plugins)
