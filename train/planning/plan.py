@@ -25,6 +25,7 @@ def plan(
     tpot_s: float | None = None,
     ttft_s: float | None = None,
     experts: Sequence[str] = tuple(FORMATS),
+    strategies: Sequence[str] | None = None,
 ) -> Plan:
     """Rank every mesh, strategy, expert precision and number of drafts for a machine. No weights are read.
 
@@ -38,6 +39,7 @@ def plan(
       tpot_s: the longest time between two tokens of a sequence, in seconds.
       ttft_s: the longest time to the first token, in seconds, after a prompt of ``context`` tokens that is alone.
       experts: names of the expert formats to consider, such as ``bf16``, ``fp8``, ``int8``, ``int4``.
+      strategies: to consider, of `stepjax.sharding.rules.STRATEGIES`; None: all that the goal allows.
 
     Returns:
       Options, best first, and refusals with their reasons. Times are bounds from datasheets.
@@ -63,6 +65,7 @@ def plan(
         tpot_s=tpot_s,
         ttft_s=ttft_s,
         experts=named(experts),
+        strategies=None if strategies is None else tuple(strategies),
     )
     return rank_options(config, cluster, request)
 
