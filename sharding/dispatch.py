@@ -33,7 +33,7 @@ from stepjax.sharding.expert_group import Group
 from stepjax.sharding.expert_parallel import ExpertBody, once
 from stepjax.sharding.expert_traffic import NVLINK_DOMAIN, LegBytes, exchange_leg, gathering_leg, reach
 from stepjax.sharding.narrow_rows import num_scales, sent
-from stepjax.sharding.row_exchange import Hop, Stages, exchange, exchange_stages
+from stepjax.sharding.row_exchange import Hop, Inside, Stages, exchange, exchange_stages
 from stepjax.sharding.rules import Axes, ShardingRules
 from stepjax.weights.adapted import by_token
 
@@ -192,14 +192,19 @@ def _side_by_side(
     middle = x_BTD.shape[1] // 2  # no part is empty: with one token a sequence the first has all
     before, after = (x_BTD[:, :middle], x_BTD[:, middle:]) if middle else (x_BTD, x_BTD[:, :0])
     arrived, shared, later = _together(first.there(x[0]), common(before), x[1])
-    coming, done = second.there(later), first.work(arrived)
-    coming, done = _together(coming, done)
-    out, others, after = _together(first.back(done), second.work(coming), after)
+    inside = first.enter(arrived)
+    arrived, later = _together(inside.arrived, later)
+    coming, done = _together(second.there(later), inside.work(arrived))
+    done, inside = inside.leave(done), second.enter(coming)
+    done, arrived = _together(done, inside.arrived)
+    out, done, after = _together(first.back(done), inside.work(arrived), after)
+    done = inside.leave(done)
     if middle:
-        ending, ended = _together(second.back(others), common(after))
+        done, after = _together(done, after)
+        ending, ended = _together(second.back(done), common(after))
         shared = jnp.concatenate([shared, ended], axis=1)
     else:
-        ending = second.back(others)
+        ending = second.back(done)
     return jnp.concatenate([first.rest(out), second.rest(ending)]), shared
 
 
@@ -292,8 +297,7 @@ def gathered_tokens(
     Each is the other's transpose, so the backward pass sends what the forward pass does.
     """
     with jax.named_scope("gather"):
-        stages = gathering_stages(tokens, weights, way=way, limit=limit, form=form)
-        return stages.back(stages.work(stages.there(tokens.x)))
+        return gathering_stages(tokens, weights, way=way, limit=limit, form=form).run(tokens.x)
 
 
 def gathering_stages(
@@ -321,7 +325,12 @@ def gathering_stages(
         return jax.lax.psum_scatter(out, group.axes, scatter_dimension=0, tiled=True).astype(jnp.float32)
 
     table = jnp.concatenate(small, axis=-1)
-    return Stages(lambda x: sent(gather, way.fp8, x, table), work, back, rest=lambda out: out)
+    return Stages(
+        there=lambda x: sent(gather, way.fp8, x, table),
+        enter=lambda gathered: Inside(gathered, work, lambda out: out),
+        back=back,
+        rest=lambda out: out,
+    )
 
 
 def gathered_tokens_exchanges(config: ModelConfig, way: Way, num_tokens: int, *, itemsize: int) -> list[Exchange]:

@@ -60,13 +60,26 @@ class Hop:
         return num_tokens * min(top_k, ranks) if self.ragged else ranks * self.rows
 
 
+class Inside(NamedTuple):
+    """A part of a step's tokens that has reached the devices of its experts."""
+
+    arrived: Any
+    work: Callable[[Any], jax.Array]  # → the experts' output
+    leave: Callable[[jax.Array], jax.Array]  # → what is to be sent back
+
+
 class Stages(NamedTuple):
     """A part of a step's tokens on its way, one function a stage, so that others run between them."""
 
-    there: Callable[[jax.Array], Any]  # x[T, D] → what arrives at the experts
-    work: Callable[[Any], jax.Array]  # → the experts' output
+    there: Callable[[jax.Array], Any]  # x[T, D] → what arrives at the ranks
+    enter: Callable[[Any], Inside]  # → at the experts: on another device of the rank if ranks are nodes
     back: Callable[[jax.Array], jax.Array]  # → float32 [T, D] of the first pass
     rest: Callable[[jax.Array], jax.Array]  # → with what further passes add
+
+    def run(self, x_TD: jax.Array) -> jax.Array:
+        """One stage after the other."""
+        inside = self.enter(self.there(x_TD))
+        return self.rest(self.back(inside.leave(inside.work(inside.arrived))))
 
 
 def exchange(
@@ -80,8 +93,7 @@ def exchange(
     """Rows to the ranks of ``hop``, through their experts and back, float32 [T, D]."""
     with jax.named_scope("exchange"):
         if hop.straight or hop.rows >= hop.most_rows(len(x_TD)):
-            stages = exchange_stages(hop, x_TD, ids_TA, combine_TA, weights, slot_T)
-            return stages.rest(stages.back(stages.work(stages.there(x_TD))))
+            return exchange_stages(hop, x_TD, ids_TA, combine_TA, weights, slot_T).run(x_TD)
         addresses, fullest = _destinations(hop, ids_TA, slot_T)
         args = vary_alike((x_TD, combine_TA, weights, ids_TA, addresses))
         return _passes(hop, *args, _num_passes(hop, fullest))
@@ -110,7 +122,7 @@ def exchange_stages(
 
     return Stages(
         there=lambda x: _there(hop, route, x, combine_TA, ids_TA, addresses.slot),
-        work=lambda received: _at_experts(hop, received, weights, top_k=ids_TA.shape[1]).astype(x_TD.dtype),
+        enter=lambda received: _inside(hop, received, weights, top_k=ids_TA.shape[1]),
         back=lambda y: _back(hop, route, y),
         rest=rest,
     )
@@ -121,7 +133,7 @@ def _destinations(hop: Hop, ids_TA: jax.Array, slot_T: jax.Array | None) -> tupl
     addresses = _address(ids_TA, hop.group, slot_T)
     if not hop.ragged:
         return addresses, jnp.max(addresses.count)
-    stream = Stream.of(addresses.count, hop.group.ranks)
+    stream = Arrivals.of(addresses.count, hop.group.ranks)
     return addresses._replace(stream=stream), stream.most
 
 
@@ -137,7 +149,7 @@ class _Addresses(NamedTuple):
     place: jax.Array  # [T, A] among this device's rows to that rank, in order of tokens
     count: jax.Array  # [num_ranks] rows
     slot: jax.Array | None  # [T] adapter of each token
-    stream: Stream | None = None  # of a ragged exchange
+    stream: Arrivals | None = None  # of a ragged exchange
 
 
 class _Route(NamedTuple):
@@ -178,8 +190,8 @@ def _one_pass(
 ) -> jax.Array:
     """Rows index·C … index·C + C − 1 to every rank, through its experts and back: float32 [T, D]."""
     route = _route(hop, index, addresses, hop.sent_rows(*ids.shape))
-    y_RD = _at_experts(hop, _there(hop, route, x, combine, ids, addresses.slot), weights, top_k=ids.shape[1])
-    return _back(hop, route, y_RD.astype(x.dtype))
+    inside = _inside(hop, _there(hop, route, x, combine, ids, addresses.slot), weights, top_k=ids.shape[1])
+    return _back(hop, route, inside.leave(inside.work(inside.arrived)))
 
 
 def _there(
@@ -207,15 +219,32 @@ def _there(
     return _Received(x_RD, table)
 
 
-def _at_experts(hop: Hop, received: _Received, weights: ExpertWeights, *, top_k: int) -> jax.Array:
-    """The experts' output for the rows of a rank, or what its own devices exchange to get it."""
+def _inside(hop: Hop, received: _Received, weights: ExpertWeights, *, top_k: int) -> Inside:
+    """Of the rows of a rank: here, or on those of its devices that have their experts."""
+    dtype = received.x_RD.dtype
+    if not hop.then:
+
+        def work(received: _Received) -> jax.Array:
+            x, ids, combine, slot = _read(hop, received, top_k)
+            out = routed_experts(x, ids, combine, weights, limit=hop.limit, form=hop.form, load=hop.load, slot_T=slot)
+            return out.astype(dtype)
+
+        return Inside(received, work, lambda y: y)
+    x, ids, combine, slot = _read(hop, received, top_k)
+    if not hop.then.straight:
+        whole = exchange(hop.then, x, ids, combine, weights, slot).astype(dtype)
+        return Inside(whole, lambda y: y, lambda y: y)
+    stages = exchange_stages(hop.then, x, ids, combine, weights, slot)
+    inside = stages.enter(stages.there(x))
+    return inside._replace(leave=lambda y: stages.rest(stages.back(inside.leave(y))).astype(dtype))
+
+
+def _read(hop: Hop, received: _Received, top_k: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """Rows, their ids among the rank's experts, their weights, and their slots."""
     group, (x, table) = hop.group, received
     ids = held_ids(table[:, :top_k].astype(jnp.int32) - 1, group.first_expert(), group.experts_each)
-    combine = table[:, top_k : 2 * top_k]
     slot = table[:, 2 * top_k].astype(jnp.int32) - 1 if table.shape[1] > 2 * top_k else None
-    if hop.then:
-        return exchange(hop.then, x, ids, combine, weights, slot)
-    return routed_experts(x, ids, combine, weights, limit=hop.limit, form=hop.form, load=hop.load, slot_T=slot)
+    return x, ids, table[:, top_k : 2 * top_k], slot
 
 
 def _back(hop: Hop, route: _Route, y_RD: jax.Array) -> jax.Array:
@@ -338,7 +367,7 @@ class Slices(NamedTuple):
         return Slices(self.at, self.received, self.origin, self.size, self.start, self.there)
 
 
-class Stream(NamedTuple):
+class Arrivals(NamedTuple):
     """Where rows lie that are sent in order of ranks, and where they arrive in order of senders."""
 
     count_RR: jax.Array  # int32 [sender, receiver] rows
@@ -346,7 +375,7 @@ class Stream(NamedTuple):
     first_R: jax.Array  # int32 [receiver] place of it among this device's own
 
     @classmethod
-    def of(cls, count_R: jax.Array, axes: Axes) -> Stream:
+    def of(cls, count_R: jax.Array, axes: Axes) -> Arrivals:
         """From the number of rows to each rank: one small all-gather."""
         count_RR = jax.lax.all_gather(count_R, axes)
         arrival = jnp.cumsum(count_RR, axis=0) - count_RR

@@ -304,15 +304,6 @@ def test_a_mesh_says_what_it_copies_and_one_that_cannot_be_is_refused(capsys, ba
         assert message in refused(capsys, *score, "--mesh", mesh)
 
 
-def test_a_strategy_without_a_mesh_takes_all_devices(capsys, bare, session, tokens, tmp_path):
-    """Rather than one, silently."""
-    score = ("score", "--model", bare, "--tokens", tokens, "--out", tmp_path / "o.npz", "--dtype", "float32")
-    assert run(*score, "--strategy", "wide", "--expert-slots", 16) == 0
-    assert "strategy wide without a mesh takes all 8 devices: expert=8" in capsys.readouterr().err
-    with np.load(tmp_path / "o.npz") as found:
-        np.testing.assert_allclose(found["p0_logits"], session.logits(TOKENS[0]), atol=2e-4)
-
-
 def test_score_without_mtp(bare, session, tokens, tmp_path):
     assert run("score", "--model", bare, "--tokens", tokens, "--out", tmp_path / "o.npz", "--dtype", "float32") == 0
     with np.load(tmp_path / "o.npz") as found:

@@ -27,7 +27,7 @@ from stepjax.sharding.expert_traffic import reach
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.narrow_rows import narrowed, widened
-from stepjax.sharding.row_exchange import Slices, Stream
+from stepjax.sharding.row_exchange import Arrivals, Slices
 from stepjax.sharding.rules import ShardingRules
 
 B, T = 8, 24
@@ -105,9 +105,11 @@ def test_tokens_of_many_sequences_give_what_one_device_gives(monkeypatch, mesh, 
     assert_as_on_one_device(layout(mesh, strategy, dispatch=Dispatch(form), stream=stream), tuple(CASES))
 
 
-def test_two_halves_give_what_one_device_gives(monkeypatch):
+@pytest.mark.parametrize("form", ["exchange", pytest.param("gather", marks=SLOW), pytest.param("node", marks=SLOW)])
+def test_two_halves_give_what_one_device_gives(monkeypatch, form):
     monkeypatch.setattr(stepjax.sharding.dispatch, "SPREAD", -2)
-    assert_as_on_one_device(layout("expert=4", dispatch=Dispatch("exchange", halves=True)), ("spread", "empty shards"))
+    where = layout("data=2,expert=2", "wide_data", dispatch=Dispatch(form, halves=True))
+    assert_as_on_one_device(where, ("spread", "empty shards"))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +144,7 @@ def test_slices_hold_each_row_once():
     arrived: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
 
     def sliced(count_R: jax.Array, index: jax.Array) -> Slices:
-        slices = Stream.of(count_R[0], axes).slices(index, rows, axes)
+        slices = Arrivals.of(count_R[0], axes).slices(index, rows, axes)
         return Slices(*(part[None] for part in slices))
 
     where = PartitionSpec("expert")
