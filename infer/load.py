@@ -30,12 +30,12 @@ from stepjax.model.step3p5 import abstract, axes_of
 from stepjax.program_cache import ProgramCache, everywhere
 from stepjax.sharding.devices import want_virtual_devices
 from stepjax.sharding.dispatch import CHEAPEST, Dispatch
+from stepjax.sharding.expert_group import Group
 from stepjax.sharding.expert_order import balanced_order, copy_table, replicated_order
-from stepjax.sharding.expert_parallel import Group
 from stepjax.sharding.expert_traffic import domain_size
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
-from stepjax.sharding.rules import ShardingRules
+from stepjax.sharding.rules import DEFAULT, ShardingRules, whole_mesh
 from stepjax.sharding.sharded_load import ExpertOrder, load_sharded
 from stepjax.weights.expert_format import ExpertFormat
 from stepjax.weights.formats import requested
@@ -59,7 +59,7 @@ def load(
     dense_fp8: bool = False,
     cache_fp8: bool = False,
     mesh: str | MeshSpec | None = None,
-    strategy: str = "expert_tensor",
+    strategy: str | None = None,
     dispatch: Dispatch | None = None,
     expert_order: ExpertOrder | None = None,
     expert_slots: int | None = None,
@@ -88,7 +88,8 @@ def load(
         sequence (`Session.logits`) are those that the engine's answers follow.
       mesh: split the model over devices, as ``expert=4,tensor=2`` (`stepjax.sharding.mesh`); None is one device. When
         several processes run, each calls this alike and reads only what its own devices hold.
-      strategy: what is split over which axis (`stepjax.sharding.rules`).
+      strategy: what is split over which axis (`stepjax.sharding.rules`); None is "expert_tensor". A strategy without a
+        mesh takes a mesh over all devices.
       dispatch: how tokens reach the experts under a wide strategy; None: in the form that is cheapest for a step.
       expert_order: with a mesh, by layer: which stored expert becomes our j-th, so that busy ones lie on different
         devices (`stepjax.sharding.expert_order.balanced_order`); answers do not change.
@@ -120,7 +121,7 @@ def load(
     config = dataclasses.replace(checkpoint.config, dense_fp8=dense_fp8, cache_fp8=cache_fp8)
     dense = FP8_ROWS if dense_fp8 else PLAIN
     if expert_slots is not None:
-        if mesh is None or expert_order:
+        if (mesh is None and strategy is None) or expert_order:
             raise RequestError("expert_slots: give it together with a mesh, and without expert_order")
         config = config.with_slots(expert_slots)
     experts, layout = _layout(mesh, strategy, dispatch, config, experts, first_device)
@@ -240,19 +241,28 @@ def _copy_tables(config: ModelConfig, layout: MeshLayout, order: ExpertOrder) ->
 
 def _layout(
     mesh: str | MeshSpec | None,
-    strategy: str,
+    strategy: str | None,
     dispatch: Dispatch | None,
     config: ModelConfig,
     experts: ExpertForms,
     first_device: int,
 ) -> tuple[ExpertForms, Layout]:
     """The layout, and the forms of experts: with smaller units where the mesh cuts inside one."""
+    remarks: list[str] = []
+    if mesh is None and strategy is not None:
+        kind = PLAIN if isinstance(experts, Mapping) or experts is None else experts
+        device = jax.devices()[0]
+        mesh = whole_mesh(
+            strategy, jax.device_count(), config=config, experts=kind, domain=domain_size(device.device_kind)
+        )
+        remarks.append(f"strategy {strategy} without a mesh takes all {jax.device_count()} devices: {mesh}")
     if mesh is None:
         if dispatch is not None:
             raise MeshError("dispatch: one device holds all experts; give it together with a mesh")
         if jax.process_count() > 1:
             raise MeshError(f"mesh: {jax.process_count()} processes run, but no mesh is given; try --mesh expert=-1")
         return experts, SingleDevice()
+    strategy = DEFAULT if strategy is None else strategy
     spec = MeshSpec.parse(mesh) if isinstance(mesh, str) else mesh
     if -1 not in spec.sizes.values() and not jax.distributed.is_initialized():
         want_virtual_devices(first_device + spec.num_devices)
@@ -261,12 +271,13 @@ def _layout(
     domain = domain_size(mesh_of_devices.devices.flat[0].device_kind)
     make = functools.partial(MeshLayout, mesh_of_devices, dispatch=dispatch or CHEAPEST, domain=domain)
     if not isinstance(experts, Mapping):
-        return experts, make(ShardingRules(config, spec, strategy, experts or PLAIN))
+        return experts, make(ShardingRules(config, spec, strategy, experts or PLAIN), remarks=tuple(remarks))
     fitted = {form: _fitted(form, config, spec, strategy) for form in dict.fromkeys(experts.values())}
     most = Counter(fitted[form] for form in experts.values()).most_common(1)
     rules = ShardingRules(config, spec, strategy, most[0][0] if most else PLAIN)
     widened = [form.name for form, finer in fitted.items() if form.quantised and not finer.quantised]
-    remarks = [f"{spec}: would cut experts inside units of {', '.join(widened)}, which are widened"] if widened else []
+    if widened:
+        remarks.append(f"{spec}: would cut experts inside units of {', '.join(widened)}, which are widened")
     return {path: fitted[form] for path, form in experts.items()}, make(rules, remarks=tuple(remarks))
 
 

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +27,13 @@ from stepjax.model.layout import Routed
 from stepjax.ops.expert_choice import Formulation
 from stepjax.ops.expert_dense import ExpertWeights
 from stepjax.ops.experts import held_ids, routed_experts
+from stepjax.ops.manual_axes import vary_alike
 from stepjax.sharding.exchange import Exchange
-from stepjax.sharding.expert_parallel import ExpertBody, Group, Hop, exchange, once
+from stepjax.sharding.expert_group import Group
+from stepjax.sharding.expert_parallel import ExpertBody, once
 from stepjax.sharding.expert_traffic import NVLINK_DOMAIN, LegBytes, exchange_leg, gathering_leg, reach
 from stepjax.sharding.narrow_rows import num_scales, sent
+from stepjax.sharding.row_exchange import Hop, Inside, Stages, exchange, exchange_stages
 from stepjax.sharding.rules import Axes, ShardingRules
 from stepjax.weights.adapted import by_token
 
@@ -47,12 +50,16 @@ class Dispatch:
     form: DispatchForm | None = None  # None: the cheapest for the shapes of a step
     fp8: bool = False  # rows travel in 8 bits on their way to the experts: answers differ by the rounding
     halves: bool = False  # a step's tokens in two halves: the exchange of one beside the products of the other
+    ragged: bool = False  # exchanges send rows alone, in slices of any size, and no empty ones
 
     def __post_init__(self) -> None:
         if self.form is not None and self.form not in FORMS:
             raise MeshError(
                 f"dispatch: is {self.form!r}, expected one of {', '.join(FORMS)}, or none to have it chosen"
             )
+
+        if self.ragged and self.form == "gather":
+            raise MeshError("dispatch: gather sends all tokens to all devices, and no slices; leave one of the two out")
 
     def check(self, rules: ShardingRules) -> None:
         """Raise MeshError unless tokens can be sent so under these rules."""
@@ -91,6 +98,7 @@ class Way:
     num_alike: int
     fp8: bool = False
     halves: bool = False
+    ragged: bool = False
 
     def parts(self, num_tokens: int) -> list[int]:
         """Tokens of a device, of which it sees ``num_tokens``, in each of the parts that are sent one by one."""
@@ -103,14 +111,26 @@ class Way:
         """The exchange of ``num_tokens`` tokens of each device."""
         group, last = self.group, self.form == "exchange"
         nodes = group if last else group.by_node()[0]
-        rows = pair_rows(num_tokens, reach(group.num_experts, top_k, nodes.num_ranks))
-        load = num_tokens * top_k * group.num_shares
-        hop = Hop(nodes, rows, load, limit, formulation, packed=True, fp8=self.fp8)
+        share, load = reach(group.num_experts, top_k, nodes.num_ranks), num_tokens * top_k * group.num_shares
+        rows = self._rows(num_tokens, share, nodes.num_ranks)
+        hop = Hop(nodes, rows, load, limit, formulation, packed=True, fp8=self.fp8, ragged=self.ragged)
         if not last:
-            inner_rows = pair_rows(num_tokens * nodes.num_ranks, reach(group.num_experts, top_k, group.num_ranks))
-            inner = replace(hop, group=group.by_node()[1], rows=min(inner_rows, rows * nodes.num_ranks))
-            hop = replace(hop, then=inner)
-        return replace(hop, straight=self.halves)
+            devices, share = group.by_node()[1], reach(group.num_experts, top_k, group.num_ranks)
+            rows = self._rows(num_tokens * nodes.num_ranks, share, devices.num_ranks)
+            then = replace(hop, group=devices, rows=rows)
+            rows = min(rows, then.most_rows(hop.received_rows))
+            hop = replace(hop, then=replace(then, rows=rows, straight=self.halves))
+        return hop
+
+    def mean_rows(self, num_tokens: int, top_k: int) -> list[float]:
+        """Rows that travel from one device, itself among the receivers, in each exchange: a token's distinct ranks."""
+        group, by_node = self.group, self.form == "node"
+        sizes = (group.num_nodes, group.num_ranks) if by_node else (group.num_ranks,)
+        return [num_tokens * size * reach(group.num_experts, top_k, size) for size in sizes]
+
+    def _rows(self, num_tokens: int, share: float, num_ranks: int) -> int:
+        """Of a buffer for one rank, or of one for the slices from all ranks, of which each has so many tokens."""
+        return pair_rows(num_tokens * num_ranks if self.ragged else num_tokens, share)
 
 
 def pair_rows(num_tokens: int, share: float) -> int:
@@ -137,18 +157,61 @@ def dispatched(
     ids, combine, router_ids = moe.route(x_BTD, real_BT, recorded_BTA)
     if alike:  # cast once: each product of a replicated value would reduce its gradient for itself
         x_BTD, combine = (jax.lax.pcast(x, alike, to="varying") for x in (x_BTD, combine))
-    shared = once(_shared(moe, x_BTD, group, alike), {*alike} - {*group.shared})
+
+    def common(x_BTD: jax.Array) -> jax.Array:
+        return once(_shared(moe, x_BTD, group, alike), {*alike} - {*group.shared})
+
     bare, slot = by_token(moe.weights(), (x_BTD.shape[0], x_BTD.shape[1]))
     x_TD, ids, combine = (x.reshape(-1, x.shape[-1]) for x in (x_BTD, ids, combine))
-    tokens = Tokens(x_TD, ids, combine, slot)
-    own, weights, parts, start = _share(tokens, way), ExpertWeights(*bare), [], 0
-    for size in way.parts(len(tokens.x)):
-        part = jax.tree.map(lambda x, start=start, size=size: x[start : start + size], own)
-        parts.append(_FORMS[way.form](part, weights, way=way, limit=moe.limit, form=form))
-        start += size
-    out = _placed(jnp.concatenate(parts), len(tokens.x), alike).reshape(x_BTD.shape) + shared
+    own, options = _share(Tokens(x_TD, ids, combine, slot), way), {"way": way, "limit": moe.limit, "form": form}
+    sizes = way.parts(len(x_TD))
+    if len(sizes) == 1:
+        routed, shared = _FORMS[way.form](own, ExpertWeights(*bare), **options), common(x_BTD)
+    else:
+        halves = [jax.tree.map(lambda x: x[: sizes[0]], own), jax.tree.map(lambda x: x[sizes[0] :], own)]
+        stages = [_STAGES[way.form](half, ExpertWeights(*bare), **options) for half in halves]
+        routed, shared = _side_by_side(stages, [half.x for half in halves], common, x_BTD)
+    out = _placed(routed, len(x_TD), alike).reshape(x_BTD.shape) + shared
     out = out.astype(x_BTD.dtype)
     return (jax.lax.psum(out, alike) if alike else out), router_ids
+
+
+def _side_by_side(
+    stages: list[Stages], x: list[jax.Array], common: Callable[[jax.Array], jax.Array], x_BTD: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Two halves through the routed experts, [T, D], and all tokens through the shared one, [B, T, D].
+
+    What stands between two barriers may run at the same time:
+
+      links     first half there     second half there    first half back      second half back
+      products  shared, 1st part     experts, first half  experts, second half shared, 2nd part
+
+    Without barriers the compiler's scheduler sends both halves before the first product.
+    """
+    first, second = stages
+    middle = x_BTD.shape[1] // 2  # no part is empty: with one token a sequence the first has all
+    before, after = (x_BTD[:, :middle], x_BTD[:, middle:]) if middle else (x_BTD, x_BTD[:, :0])
+    arrived, shared, later = _together(first.there(x[0]), common(before), x[1])
+    inside = first.enter(arrived)
+    arrived, later = _together(inside.arrived, later)
+    coming, done = _together(second.there(later), inside.work(arrived))
+    done, inside = inside.leave(done), second.enter(coming)
+    done, arrived = _together(done, inside.arrived)
+    out, done, after = _together(first.back(done), inside.work(arrived), after)
+    done = inside.leave(done)
+    if middle:
+        done, after = _together(done, after)
+        ending, ended = _together(second.back(done), common(after))
+        shared = jnp.concatenate([shared, ended], axis=1)
+    else:
+        ending = second.back(done)
+    return jnp.concatenate([first.rest(out), second.rest(ending)]), shared
+
+
+def _together(*trees: Any) -> Any:
+    """The same values, of which none is used before all are there."""
+    leaves, structure = jax.tree.flatten(trees)
+    return jax.tree.unflatten(structure, jax.lax.optimization_barrier(vary_alike(leaves)))
 
 
 def dispatched_exchanges(
@@ -183,43 +246,46 @@ def choose_way(
     domain: int = NVLINK_DOMAIN,
 ) -> Way:
     """The way of a step's tokens, ``num_tokens`` of one device, from their number alone: all devices choose alike."""
-    way = Way(group, "gather", alike, num_alike, options.fp8, options.halves)
+    way = Way(group, "gather", alike, num_alike, options.fp8, options.halves, options.ragged)
     if options.form == "exchange" and not group.ranks:
         options = replace(options, form="gather")  # no device holds a whole expert
     if options.form is not None:
         return replace(way, form=options.form)
-    seconds = dispatch_seconds(config, group, way.parts(num_tokens)[0], fp8=options.fp8, domain=domain)
+    seconds = dispatch_seconds(config, group, way.parts(num_tokens)[0], options=options, domain=domain)
     return replace(way, form=min(seconds, key=lambda form: seconds[form]))
 
 
 def dispatch_seconds(
-    config: ModelConfig, group: Group, num_tokens: int, *, fp8: bool = False, domain: int = NVLINK_DOMAIN
+    config: ModelConfig, group: Group, num_tokens: int, *, options: Dispatch = CHEAPEST, domain: int = NVLINK_DOMAIN
 ) -> dict[DispatchForm, float]:
     """Time of one MoE layer's dispatch for ``num_tokens`` tokens of each device, by form: the table of the choice.
 
-    Rows are bfloat16. Buffers count whole, the empty rows of an exchange too.
+    Rows are bfloat16. Buffers count whole, the empty rows of an exchange too; of a ragged one the mean.
 
     Args:
       domain: devices that NVLink joins.
     """
-    row = LegBytes(row_bytes(config, itemsize=2, fp8=fp8), 2.0 * config.hidden_size)
+    row = LegBytes(row_bytes(config, itemsize=2, fp8=options.fp8), 2.0 * config.hidden_size)
     seconds: dict[DispatchForm, float] = {"gather": gathering_leg(row, num_tokens, group.num_devices, domain).seconds}
     forms: tuple[DispatchForm, ...] = ("exchange", "node") if group.has_nodes else ("exchange",)
     for form in forms if group.ranks else ():
-        hop, tokens = Way(group, form, (), 1).hop(num_tokens, config.top_k), num_tokens
+        way = Way(group, form, (), 1, options.fp8, ragged=options.ragged)
+        hop, tokens = way.hop(num_tokens, config.top_k), num_tokens
+        means = iter(way.mean_rows(num_tokens, config.top_k))
         seconds[form] = 0.0
         while hop:
             apart = group.by_node()[1].num_devices if hop.then else hop.group.num_shares  # devices from rank to rank
+            mean = next(means) / hop.group.num_ranks
             leg = exchange_leg(
                 row,
-                hop.rows,
+                mean if hop.ragged else hop.rows,
                 hop.group.num_ranks,
                 near=min(max(1, domain // apart), hop.group.num_ranks),
                 width=hop.group.num_shares,
-                counted=hop.rows < tokens,
+                counted=hop.ragged + (hop.rows < hop.most_rows(tokens)),
             )
             seconds[form] += leg.seconds
-            hop, tokens = hop.then, hop.rows * hop.group.num_ranks
+            hop, tokens = hop.then, hop.received_rows
     return seconds
 
 
@@ -230,20 +296,41 @@ def gathered_tokens(
 
     Each is the other's transpose, so the backward pass sends what the forward pass does.
     """
+    with jax.named_scope("gather"):
+        return gathering_stages(tokens, weights, way=way, limit=limit, form=form).run(tokens.x)
+
+
+def gathering_stages(
+    tokens: Tokens, weights: ExpertWeights, *, way: Way, limit: float | None, form: Formulation | None
+) -> Stages:
+    """The same in stages."""
     group, top_k = way.group, tokens.ids.shape[1]
     # Ids and slots are integers below 2²⁴, exact in float32, so that the small tables are one message.
     small = [tokens.ids.astype(jnp.float32), tokens.combine]
     if tokens.slot is not None:
         small.append(tokens.slot[:, None].astype(jnp.float32))
-    gather = partial(jax.lax.all_gather, axis_name=group.axes, axis=0, tiled=True)
-    with jax.named_scope("gather"):
-        x, table = sent(gather, way.fp8, tokens.x, jnp.concatenate(small, axis=-1))
+
+    def gather(x: jax.Array, _: None) -> jax.Array:
+        return jax.lax.all_gather(x, group.axes, axis=0, tiled=True)
+
+    def work(gathered: tuple[jax.Array, jax.Array]) -> jax.Array:
+        x, table = gathered
         ids, combine = table[:, :top_k].astype(jnp.int32), table[:, top_k : 2 * top_k]
         slot = None if tokens.slot is None else table[:, 2 * top_k].astype(jnp.int32)
         ours, load = held_ids(ids, group.first_expert(), group.experts_each), ids.size // group.num_ranks
         out = routed_experts(x, ours, combine, weights, limit=limit, form=form, load=load, slot_T=slot)
-        out = jax.lax.psum_scatter(out.astype(x.dtype), group.axes, scatter_dimension=0, tiled=True)
-    return out.astype(jnp.float32)
+        return out.astype(x.dtype)
+
+    def back(out: jax.Array) -> jax.Array:
+        return jax.lax.psum_scatter(out, group.axes, scatter_dimension=0, tiled=True).astype(jnp.float32)
+
+    table = jnp.concatenate(small, axis=-1)
+    return Stages(
+        there=lambda x: sent(gather, way.fp8, x, table),
+        enter=lambda gathered: Inside(gathered, work, lambda out: out),
+        back=back,
+        rest=lambda out: out,
+    )
 
 
 def gathered_tokens_exchanges(config: ModelConfig, way: Way, num_tokens: int, *, itemsize: int) -> list[Exchange]:
@@ -258,9 +345,17 @@ def gathered_tokens_exchanges(config: ModelConfig, way: Way, num_tokens: int, *,
 def exchanged_tokens(
     tokens: Tokens, weights: ExpertWeights, *, way: Way, limit: float | None, form: Formulation | None
 ) -> jax.Array:
-    """The same by `stepjax.sharding.expert_parallel.exchange`: device by device, or node by node first."""
+    """The same by `stepjax.sharding.row_exchange.exchange`: device by device, or node by node first."""
     x, ids, combine, slot = tokens
     return exchange(way.hop(*ids.shape, limit=limit, formulation=form), x, ids, combine, weights, slot)
+
+
+def exchange_in_stages(
+    tokens: Tokens, weights: ExpertWeights, *, way: Way, limit: float | None, form: Formulation | None
+) -> Stages:
+    """The same in stages."""
+    x, ids, combine, slot = tokens
+    return exchange_stages(way.hop(*ids.shape, limit=limit, formulation=form), x, ids, combine, weights, slot)
 
 
 def exchanged_tokens_exchanges(config: ModelConfig, way: Way, num_tokens: int, *, itemsize: int) -> list[Exchange]:
@@ -268,11 +363,19 @@ def exchanged_tokens_exchanges(config: ModelConfig, way: Way, num_tokens: int, *
     back = float(config.hidden_size * itemsize)
     row, exchanges = row_bytes(config, itemsize=itemsize, fp8=way.fp8), []
     hop: Hop | None = way.hop(num_tokens, config.top_k)
+    means = iter(way.mean_rows(num_tokens, config.top_k))
     while hop:
-        group, rows = hop.group, hop.group.num_ranks * hop.rows
-        if hop.rows < num_tokens:
+        group, rows, mean = hop.group, hop.received_rows, next(means)
+        if hop.ragged:
+            exchanges.append(Exchange("all-gather", group.ranks, 4.0 * group.num_ranks**2, 1))  # number of rows
+        if hop.rows < hop.most_rows(num_tokens):
             exchanges.append(Exchange("all-reduce", group.axes, 4.0, 1))  # number of passes
-        exchanges += [Exchange("all-to-all", group.ranks, rows * size, 1) for size in (row, back)]
+        if hop.ragged:
+            sent_rows = hop.sent_rows(num_tokens, config.top_k)
+            for buffer, size in ((rows, row), (sent_rows, back)):
+                exchanges.append(Exchange("ragged-all-to-all", group.ranks, buffer * size, 1, mean * size))
+        else:
+            exchanges += [Exchange("all-to-all", group.ranks, rows * size, 1) for size in (row, back)]
         if group.width:
             whole = rows * group.num_shares
             exchanges += [Exchange("all-gather", group.width, whole * row, 1)]
@@ -285,6 +388,11 @@ _FORMS: dict[DispatchForm, Callable[..., jax.Array]] = {
     "gather": gathered_tokens,
     "exchange": exchanged_tokens,
     "node": exchanged_tokens,
+}
+_STAGES: dict[DispatchForm, Callable[..., Stages]] = {
+    "gather": gathering_stages,
+    "exchange": exchange_in_stages,
+    "node": exchange_in_stages,
 }
 _EXCHANGES: dict[DispatchForm, Callable[..., list[Exchange]]] = {
     "gather": gathered_tokens_exchanges,

@@ -22,3 +22,9 @@ class Exchange(NamedTuple):
     axes: tuple[str, ...]  # mesh axes that they run along
     payload_bytes: float  # of one: the whole array of a group, as in `stepjax.sharding.compiled.hlo.Collective`
     launches: int
+    mean_bytes: float | None = None  # of a ragged one, what travels on average; the payload is its buffer
+
+    @property
+    def travelling_bytes(self) -> float:
+        """Of a payload, those that go over the links."""
+        return self.payload_bytes if self.mean_bytes is None else self.mean_bytes

@@ -56,12 +56,12 @@ def gathering_leg(row: LegBytes, tokens: int, num_devices: int, domain: int) -> 
     return Leg(2, sent, sent / domain if num_devices > domain else 0.0, HANDLED * num_devices * tokens * row.back)
 
 
-def exchange_leg(row: LegBytes, rows: int, num_ranks: int, *, near: int, width: int, counted: bool) -> Leg:
+def exchange_leg(row: LegBytes, rows: float, num_ranks: int, *, near: int, width: int, counted: int) -> Leg:
     """Buffers of ``rows`` rows to each rank and back, gathered and summed over a width.
 
     Args:
       near: ranks of a domain, the device's own among them.
-      counted: the number of passes is agreed on first.
+      counted: small collectives before it, for the numbers of rows and of passes.
     """
     pair, received = rows * (row.there + row.back), num_ranks * rows * width
     return Leg(

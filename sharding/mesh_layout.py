@@ -22,7 +22,8 @@ from stepjax.ops.attention import Heads, KeyValues
 from stepjax.ops.expert_choice import Formulation
 from stepjax.sharding.context_parallel import Split, attend_split
 from stepjax.sharding.dispatch import CHEAPEST, Dispatch, choose_way, dispatch_body
-from stepjax.sharding.expert_parallel import EXCHANGED, GATHERED, REPLICATED, ExpertBody, Group, exchange_pays
+from stepjax.sharding.expert_group import Group
+from stepjax.sharding.expert_parallel import EXCHANGED, GATHERED, REPLICATED, ExpertBody, exchange_pays
 from stepjax.sharding.expert_traffic import NVLINK_DOMAIN
 from stepjax.sharding.rules import Axes, ShardingRules, entry_axes
 from stepjax.weights.adapted import Adapted, factor_axes

@@ -17,42 +17,50 @@ import jax.numpy as jnp
 SCALED = 128  # values of a row that share a scale
 LARGEST = 448.0  # of float8_e4m3fn
 
-Move = Callable[[jax.Array], jax.Array]
+Move = Callable[[jax.Array, Any], jax.Array]
 
 
-def sent(move: Move, fp8: bool, x_TD: jax.Array, table_TC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Rows and a float32 table, moved as one array of bits by a collective ``move`` that is linear along rows."""
-    return cast(tuple[jax.Array, jax.Array], _sent(move, fp8, x_TD, table_TC))
+def sent(
+    move: Move, fp8: bool, x_TD: jax.Array, table_TC: jax.Array, places: Any = None
+) -> tuple[jax.Array, jax.Array]:
+    """Rows and a float32 table, moved as one array of bits by a collective ``move`` that is linear along rows.
+
+    Args:
+      places: integers that ``move`` takes beside an array.
+    """
+    return cast(tuple[jax.Array, jax.Array], _sent(move, fp8, x_TD, table_TC, places))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _sent(move: Move, fp8: bool, x_TD: jax.Array, table_TC: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _sent(move: Move, fp8: bool, x_TD: jax.Array, table_TC: jax.Array, places: Any) -> tuple[jax.Array, jax.Array]:
     if fp8:
         values, scale = narrowed(x_TD)
-        values, table = _moved(move, values, jnp.concatenate([table_TC, scale], axis=-1))
+        values, table = _moved(move, values, jnp.concatenate([table_TC, scale], axis=-1), places)
         columns = table_TC.shape[1]
         return widened(values, table[:, columns:], x_TD.dtype), table[:, :columns]
-    return _moved(move, x_TD, table_TC)
+    return _moved(move, x_TD, table_TC, places)
 
 
-def _sent_fwd(move: Move, fp8: bool, x_TD: jax.Array, table_TC: jax.Array):
-    return _sent(move, fp8, x_TD, table_TC), (x_TD, table_TC)
+def _sent_fwd(move: Move, fp8: bool, x_TD: jax.Array, table_TC: jax.Array, places: Any):
+    return _sent(move, fp8, x_TD, table_TC, places), (x_TD, table_TC, places)
 
 
 def _sent_bwd(move: Move, fp8: bool, saved: Any, cotangents: Any):
     """Bits have no gradient: each array's comes back by itself, as if it had been moved so."""
-    return tuple(jax.vjp(move, array)[1](cotangent)[0] for array, cotangent in zip(saved, cotangents, strict=True))
+    *arrays, places = saved
+    moved = [jax.vjp(lambda x: move(x, places), array)[1] for array in arrays]
+    return *(pull(cotangent)[0] for pull, cotangent in zip(moved, cotangents, strict=True)), None
 
 
 _sent.defvjp(_sent_fwd, _sent_bwd)
 
 
-def _moved(move: Move, x_TD: jax.Array, table_TC: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _moved(move: Move, x_TD: jax.Array, table_TC: jax.Array, places: Any) -> tuple[jax.Array, jax.Array]:
     """Both as unsigned integers of the size of ``x``'s values."""
     size = x_TD.dtype.itemsize
     word = jnp.dtype(f"uint{8 * size}")
     bits = jax.lax.bitcast_convert_type(table_TC, word).reshape(len(table_TC), -1)
-    moved = move(jnp.concatenate([jax.lax.bitcast_convert_type(x_TD, word), bits], axis=-1))
+    moved = move(jnp.concatenate([jax.lax.bitcast_convert_type(x_TD, word), bits], axis=-1), places)
     values = jax.lax.bitcast_convert_type(moved[:, : x_TD.shape[1]], x_TD.dtype)
     bits = moved[:, x_TD.shape[1] :]
     if size < 4:

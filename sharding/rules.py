@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 from stepjax.config import ModelConfig
 from stepjax.errors import MeshError
 from stepjax.model.layout import AXES as LOGICAL
+from stepjax.sharding.expert_traffic import NVLINK_DOMAIN
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.weights.expert_format import ExpertFormat
 from stepjax.weights.plain import PLAIN
@@ -43,6 +44,7 @@ STRATEGIES: dict[str, dict[str, Axes]] = {
     "wide_data": _WIDE_WIDTHS | {"expert": EVERYONE},
 }
 WIDE = ("wide", "wide_data")
+DEFAULT = "expert_tensor"
 
 # Activations.
 _ACTIVATIONS: dict[str, Axes] = {
@@ -69,7 +71,7 @@ class ShardingRules:
 
     config: ModelConfig
     mesh: MeshSpec
-    strategy: str = "expert_tensor"
+    strategy: str = DEFAULT
     experts: ExpertFormat = PLAIN  # of the routed experts; no unit that shares a scale may be cut
 
     def __post_init__(self) -> None:
@@ -246,6 +248,44 @@ class ShardingRules:
             f"{_text(self.mesh, axes)}: {what} cannot be split {ways} ways; the nearest that can is {near} "
             f"(all that can: {', '.join(map(str, legal))}){twice}"
         )
+
+
+def whole_mesh(
+    strategy: str,
+    num_devices: int,
+    *,
+    config: ModelConfig,
+    experts: ExpertFormat = PLAIN,
+    domain: int = NVLINK_DOMAIN,
+) -> MeshSpec:
+    """The mesh over all devices that a strategy means by itself: for users who name it and no mesh.
+
+    `tensor` and `fsdp` have one axis. Of the others the experts take as many devices as divide them, `tensor` the rest,
+    and under `wide_data` `data` the nodes.
+
+    Args:
+      domain: devices of a node.
+
+    Raises:
+      MeshError: there is one device, or the model cannot be split over all of them.
+    """
+    ShardingRules(config, MeshSpec(), strategy)  # is there such a strategy?
+    if num_devices == 1:
+        raise MeshError(
+            f"strategy: {strategy} splits a model over devices, found one; give --mesh, as --mesh expert=8 (a CPU then "
+            "counts as eight), or leave the strategy out"
+        )
+    nodes = num_devices // domain if strategy == "wide_data" and num_devices % domain == 0 else 1
+    each, refusal = num_devices // nodes, None
+    alone = {"tensor": MeshSpec(tensor=num_devices), "fsdp": MeshSpec(data=num_devices)}
+    shared = [MeshSpec(nodes, 1, each // tensor, tensor) for tensor in range(1, each + 1) if each % tensor == 0]
+    for spec in [alone[strategy]] if strategy in alone else shared:
+        try:
+            ShardingRules(config, spec, strategy, experts)
+            return spec
+        except MeshError as error:
+            refusal = refusal or error
+    raise MeshError(f"{refusal}; or give a --mesh over some of the {num_devices} devices") from refusal
 
 
 def _text(mesh: MeshSpec, axes: Axes) -> str:

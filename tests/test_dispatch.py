@@ -12,20 +12,22 @@ import mixtures
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 from mixtures import CONFIG, PARAMS, SPEC, D, E, adapters, biased, largest_error, measure, taken_apart
 
 import stepjax.sharding.dispatch
-import stepjax.sharding.expert_parallel
+import stepjax.sharding.row_exchange
 from stepjax.config import ModelConfig
 from stepjax.errors import MeshError
 from stepjax.model.layout import Layout, SingleDevice
 from stepjax.model.moe import MoE
 from stepjax.sharding.dispatch import Dispatch, choose_way, dispatch_seconds, pair_rows
-from stepjax.sharding.expert_parallel import Group
+from stepjax.sharding.expert_group import Group
 from stepjax.sharding.expert_traffic import reach
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.narrow_rows import narrowed, widened
+from stepjax.sharding.row_exchange import Arrivals, Slices
 from stepjax.sharding.rules import ShardingRules
 
 B, T = 8, 24
@@ -103,9 +105,66 @@ def test_tokens_of_many_sequences_give_what_one_device_gives(monkeypatch, mesh, 
     assert_as_on_one_device(layout(mesh, strategy, dispatch=Dispatch(form), stream=stream), tuple(CASES))
 
 
-def test_two_halves_give_what_one_device_gives(monkeypatch):
+@pytest.mark.parametrize("form", ["exchange", pytest.param("gather", marks=SLOW), pytest.param("node", marks=SLOW)])
+def test_two_halves_give_what_one_device_gives(monkeypatch, form):
     monkeypatch.setattr(stepjax.sharding.dispatch, "SPREAD", -2)
-    assert_as_on_one_device(layout("expert=4", dispatch=Dispatch("exchange", halves=True)), ("spread", "empty shards"))
+    where = layout("data=2,expert=2", "wide_data", dispatch=Dispatch(form, halves=True))
+    assert_as_on_one_device(where, ("spread", "empty shards"))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "strategy", "stream", "dispatch"),
+    [
+        ("expert=2,data=2", "wide_data", 1024, Dispatch("node", ragged=True)),
+        pytest.param("expert=2,tensor=2,data=2", "wide_data", 16, Dispatch("node", ragged=True), marks=SLOW),
+        pytest.param("expert=4,tensor=2", "wide", 1024, Dispatch("exchange", ragged=True, fp8=True), marks=SLOW),
+        pytest.param("expert=8", "wide", 1024, Dispatch("exchange", ragged=True), marks=SLOW),
+        pytest.param("expert=4,data=2", "wide", 1024, Dispatch("exchange", ragged=True, halves=True), marks=SLOW),
+        pytest.param("tensor=2,data=4", "wide_data", 1024, Dispatch("node", ragged=True), marks=SLOW),
+    ],
+)
+def test_rows_in_slices_give_what_rows_in_buffers_give(monkeypatch, mesh, strategy, stream, dispatch):
+    """With room for so few rows that many cases take several passes."""
+    monkeypatch.setattr(stepjax.sharding.dispatch, "SPREAD", -2)
+    if not dispatch.fp8:
+        assert_as_on_one_device(layout(mesh, strategy, dispatch=dispatch, stream=stream), tuple(CASES))
+        return
+    fixed = Dispatch(dispatch.form, fp8=True)
+    runs = [measure(layout(mesh, strategy, dispatch=how, stream=stream)) for how in (dispatch, fixed)]
+    for params, x, real in CASES.values():
+        assert largest_error(*(jax.device_get(run(params, adapters(), x, real)) for run in runs)) < 1e-5
+
+
+def test_slices_hold_each_row_once():
+    """Of random numbers of rows: as many travel as tokens have distinct ranks, and each lies where its sender says."""
+    random, ranks, rows = np.random.default_rng(0), 5, 16
+    count = random.integers(0, 12, (ranks, ranks)) * random.integers(0, 2, (ranks, ranks))
+    mesh, axes = MeshSpec(expert=ranks).build(jax.devices()[:ranks]), ("expert",)
+    names = [[(sender, row) for row in range(count[sender].sum())] for sender in range(ranks)]
+    arrived: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
+
+    def sliced(count_R: jax.Array, index: jax.Array) -> Slices:
+        slices = Arrivals.of(count_R[0], axes).slices(index, rows, axes)
+        return Slices(*(part[None] for part in slices))
+
+    where = PartitionSpec("expert")
+    run = jax.jit(jax.shard_map(sliced, mesh=mesh, in_specs=(where, PartitionSpec()), out_specs=where))
+    for index in range(-(-int(count.sum(0).max()) // rows)):
+        slices = jax.device_get(run(count.astype(np.int32), np.int32(index)))
+        np.testing.assert_array_equal(slices.received, slices.size.T)
+        for receiver in range(ranks):
+            buffer: dict[int, tuple[int, int]] = {}
+            for sender in range(ranks):
+                start, size, there = (int(x[sender, receiver]) for x in (slices.start, slices.size, slices.there))
+                assert (there, start) == (slices.at[receiver, sender], slices.origin[receiver, sender])
+                buffer |= {there + row: names[sender][start + row] for row in range(size)}
+            assert set(buffer) == set(range(int(slices.size[:, receiver].sum())))
+            assert len(buffer) <= rows
+            arrived[receiver] += buffer.values()
+    first = np.cumsum(count, axis=1) - count
+    for receiver in range(ranks):
+        sent = [(s, first[s, receiver] + row) for s in range(ranks) for row in range(count[s, receiver])]
+        assert sorted(arrived[receiver]) == sorted(sent)
 
 
 @pytest.mark.parametrize("batch", [1, 6, pytest.param(4, marks=SLOW), pytest.param(7, marks=SLOW)])
@@ -142,13 +201,13 @@ def test_a_pair_that_overflows_its_buffer_takes_another_pass(monkeypatch, rows, 
     assert pair_rows(T, reach(E, 2, 8)) == 8
     first, second = np.arange(T) % 4 + 2, np.where(np.arange(T) < rows, 1, np.array([0, 6, 7])[np.arange(T) % 3])
     recorded = jnp.asarray(np.broadcast_to(np.stack([first, second], axis=-1), (B, T, 2)), jnp.int32)
-    run, seen, one_pass = replayed(where), set(), stepjax.sharding.expert_parallel._one_pass
+    run, seen, one_pass = replayed(where), set(), stepjax.sharding.row_exchange._one_pass
 
     def counted(hop: Any, index: jax.Array, *arguments: Any) -> jax.Array:
         jax.debug.callback(lambda index: seen.add(int(index)), index)
         return one_pass(hop, index, *arguments)
 
-    monkeypatch.setattr(stepjax.sharding.expert_parallel, "_one_pass", counted)
+    monkeypatch.setattr(stepjax.sharding.row_exchange, "_one_pass", counted)
     _, x, real = CASES["spread"]
     out = jax.jit(run)(x, real, recorded)
     jax.effects_barrier()
@@ -265,6 +324,6 @@ def test_the_form_node_needs_nodes():
 
 def test_eight_bits_cost_less_on_the_links():
     group = group_of("data=4,expert=8", "wide_data")
-    wide, narrow = (dispatch_seconds(FLASH, group, 1024, fp8=fp8) for fp8 in (False, True))
+    wide, narrow = (dispatch_seconds(FLASH, group, 1024, options=Dispatch(fp8=fp8)) for fp8 in (False, True))
     for form in wide:
         assert 0.7 < narrow[form] / wide[form] < 0.85

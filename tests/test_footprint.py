@@ -321,7 +321,8 @@ def test_a_long_piece_is_exchanged_where_the_runtime_exchanges():
     layout = layout_of(FLASH, MeshSpec(expert=36, tensor=8), "expert_tensor", PLAIN)
     work = StepShape("prefill", 1, 36 * 8 * 1024, 36 * 8 * 1024)
     kinds = {each.kind for each in serving_exchanges(layout, work, rows_split=False)}
-    from stepjax.sharding.expert_parallel import Group, exchange_pays
+    from stepjax.sharding.expert_group import Group
+    from stepjax.sharding.expert_parallel import exchange_pays
 
     pays = exchange_pays(FLASH, Group.of(layout.rules), 1024)
     assert ("all-to-all" in kinds) == pays

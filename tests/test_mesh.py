@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from functools import cache
 from typing import Any
 
@@ -13,10 +14,11 @@ from jax.sharding import PartitionSpec as P
 
 from stepjax.config import ModelConfig
 from stepjax.errors import MeshError
+from stepjax.infer.commands.options import STRATEGY_NAMES
 from stepjax.model.layout import AXES as LOGICAL
 from stepjax.model.step3p5 import abstract, axes_of, params_of
 from stepjax.sharding.mesh import AXES, MeshSpec
-from stepjax.sharding.rules import GROUP, STRATEGIES, ShardingRules
+from stepjax.sharding.rules import DEFAULT, GROUP, STRATEGIES, ShardingRules, whole_mesh
 from stepjax.weights.fp8 import Fp8Blocks
 from stepjax.weights.plain import PLAIN
 
@@ -282,3 +284,53 @@ def test_the_tables_use_the_two_alphabets():
         assert set(table) <= set(LOGICAL)
         assert {axis for axes in table.values() for axis in axes} <= set(AXES)
     assert set(GROUP) <= set(AXES)
+
+
+# A strategy alone
+
+
+@pytest.mark.parametrize(
+    ("strategy", "devices", "config", "mesh"),
+    [
+        ("wide", 8, FLASH, "expert=8"),
+        ("wide", 8, TINY, "expert=8"),
+        ("wide", 64, FLASH, "expert=32,tensor=2"),
+        ("wide", 72, FLASH, "expert=72"),
+        ("wide_data", 8, FLASH, "expert=8"),
+        ("wide_data", 32, FLASH, "data=4,expert=8"),
+        ("wide_data", 64, FLASH, "data=8,expert=4,tensor=2"),
+        ("expert", 8, FLASH, "expert=8"),
+        ("expert_tensor", 64, FLASH, "expert=32,tensor=2"),
+        ("tensor", 8, FLASH, "tensor=8"),
+        ("fsdp", 4, FLASH, "data=4"),
+    ],
+)
+def test_a_strategy_alone_takes_a_mesh_over_all_devices(strategy, devices, config, mesh):
+    spec = whole_mesh(strategy, devices, config=config)
+    assert str(spec) == mesh
+    assert spec.num_devices == devices
+
+
+def test_a_rack_is_one_node():
+    assert str(whole_mesh("wide_data", 72, config=FLASH, domain=72)) == "expert=72"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "devices", "message"),
+    [
+        ("wide", 1, "strategy: wide splits a model over devices, found one; give --mesh, as --mesh expert=8"),
+        ("wide", 7, "routed experts (288) cannot be split 7 ways"),
+        ("tensor", 12, "cannot be split 12 ways; the nearest that can is 8"),
+        ("broad", 8, "strategy: is 'broad', expected one of tensor, expert"),
+        ("broad", 1, "strategy: is 'broad', expected one of tensor, expert"),
+    ],
+)
+def test_a_strategy_that_cannot_take_all_devices_says_what_to_give(strategy, devices, message):
+    with pytest.raises(MeshError, match=re.escape(message)):
+        whole_mesh(strategy, devices, config=FLASH)
+
+
+def test_commands_offer_every_strategy():
+    """They list the names themselves, so that ``--help`` needs no jax."""
+    assert set(STRATEGY_NAMES) == set(STRATEGIES)
+    assert DEFAULT in STRATEGIES

@@ -106,7 +106,7 @@ def test_sequences_that_do_not_divide_lie_evenly():
 
 
 def test_a_shard_without_a_sequence_says_so(capsys):
-    assert main(["study", "--model", "step-tiny", "--mesh", "expert=4", "--strategy", "wide", "--picture"]) == 0
+    assert main(["study", "--model", "step-tiny", "--devices", "4", "--strategy", "wide", "--picture"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if "█" in line]
     assert [row[3] for row in rows] == ["none", "none", "none", "0"]
 

@@ -286,7 +286,7 @@ def test_quantised_experts_are_read_as_they_are_stored():
 
 
 def test_sequences_are_split_over_devices_where_there_are_many():
-    request = PlanRequest("throughput", batch=4096, experts=(PLAIN,), drafts=(0,), strategies=("expert_tensor",))
+    request = PlanRequest("throughput", batch=4096, experts=(PLAIN,), drafts=(0,), strategies=("expert_tensor", *WIDE))
     found = rank_options(FLASH, parse("2 nodes of 8xH100"), request)
     best = found.options[0]
     assert best.choice.strategy in WIDE
@@ -301,6 +301,21 @@ def test_every_shard_of_a_wide_engine_has_sequences():
     assert {mesh.num_devices for mesh, _ in meshes} == {8}
     assert all((strategy == "wide") == (mesh.data == 1) for mesh, strategy in meshes)
     assert not [*wide_meshes(8, most_shards=1)]
+
+
+def test_a_strategy_that_is_asked_for_is_the_only_one(capsys):
+    small = ["plan", "--model", "step-tiny", "--hardware", "8xH100", "--context", "128", "--experts", "bf16"]
+    assert main([*small, "--strategy", "wide", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {option["strategy"] for option in found["options"]} == {"wide"}
+    assert found["batch"] == 1
+    for args, message in (
+        (["--strategy", "broad"], "strategy: 'broad' is not planned for the goal latency, expected some of expert_t"),
+        (["--strategy", "wide", "--train"], "strategy: 'wide' is not planned for the goal lora"),
+        (["--strategy", "wide", "--hardware", "1xH100"], "strategy: wide split nothing over 1xH100"),
+    ):
+        assert main([*small, *args]) == 1
+        assert message in capsys.readouterr().err
 
 
 # Hardware

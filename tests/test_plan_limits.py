@@ -6,7 +6,7 @@ from typing import Any
 
 from stepjax.config import ModelConfig
 from stepjax.sharding.dispatch import dispatch_seconds
-from stepjax.sharding.expert_parallel import Group
+from stepjax.sharding.expert_group import Group
 from stepjax.sharding.expert_traffic import domain_size
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.planner.candidate import Candidate

@@ -345,6 +345,7 @@ REFUSED = [
     (["--mesh", "expert=8", "--layers", 6], "layers: is 6, expected 1 to 5"),
     (["--mesh", "expert=5"], "routed experts (8) cannot be split 5 ways"),
     (["--mesh", "experts=8"], "'experts' is not an axis"),
+    ([], "mesh: give --mesh, as --mesh expert=8, or --devices N"),
     (["--mesh", "expert=-1"], "has an axis of size -1; give --devices N"),
     (["--mesh", "expert=8", "--devices", 4], "takes 8 devices, found 4; expert=4 would fit"),
     (["--mesh", "expert=8", "--devices", 0], "devices: 0, expected 1 to"),

@@ -138,18 +138,19 @@ def test_experts_that_are_held_twice_change_no_score(tmp_path, strategy):
     alone = load(folder, dtype="float32")
     counts = alone.expert_load(ids)
     assert counts.sum(axis=-1).tolist() == [len(ids) * alone.config.top_k] * len(alone.config.moe_layers)
-    options: dict[str, Any] = {"mesh": "expert=4", "strategy": strategy, "expert_slots": 12, "expert_loads": counts}
+    options: dict[str, Any] = {"strategy": strategy, "expert_slots": 16, "expert_loads": counts}
     there = load(folder, dtype="float32", **options)
+    assert f"strategy {strategy} without a mesh takes all 8 devices: expert=8" in there.model.layout.notes
     held = there.params[f"layers.{alone.config.moe_layers[0].index}.moe.experts.gate"]
-    assert (held.shape[0], held.addressable_shards[0].data.shape[0]) == (12, 3)
+    assert (held.shape[0], held.addressable_shards[0].data.shape[0]) == (16, 2)
     np.testing.assert_allclose(there.logits(ids), alone.logits(ids), atol=2e-4)
     np.testing.assert_array_equal(there.expert_load(ids), counts)
     assert_adapters_reach_every_copy(there)
     refused: tuple[tuple[dict[str, Any], str], ...] = (
         ({"expert_slots": 4}, "expert slots: 4, expected at least the 8 experts"),
-        ({"expert_slots": 10}, "cannot be split 4 ways"),
+        ({"expert_slots": 10}, "cannot be split 8 ways"),
         ({"expert_loads": counts[:, :3]}, "expert_loads: of shape"),
-        ({"mesh": None}, "together with a mesh"),
+        ({"strategy": None}, "together with a mesh"),
     )
     for wrong, message in refused:
         with pytest.raises(StepjaxError, match=message):

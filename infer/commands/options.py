@@ -20,6 +20,8 @@ from stepjax.text.tool_calls import CallStart, ContentDelta
 from stepjax.weights.formats import made_while_loading
 from stepjax.weights.int_groups import GROUP
 
+STRATEGY_NAMES = ("tensor", "expert", "expert_tensor", "fsdp", "wide", "wide_data")  # of `stepjax.sharding.rules`
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -50,14 +52,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_fp8_arguments(parser)
     parser.add_argument(
-        "--mesh", metavar="AXES", help="split the model over devices, e.g. expert=4,tensor=2 (default: one device)"
+        "--mesh",
+        metavar="AXES",
+        help="split the model over devices, e.g. expert=4,tensor=2 (default: one device; with --strategy all devices)",
     )
     add_cache_arguments(parser)
     parser.add_argument(
         "--strategy",
-        default="expert_tensor",
-        choices=("tensor", "expert", "expert_tensor", "fsdp", "wide", "wide_data"),
-        help="which weights --mesh splits over which axis (default: %(default)s)",
+        choices=STRATEGY_NAMES,
+        help="which weights --mesh splits over which axis (default: expert_tensor)",
     )
     add_dispatch_arguments(parser)
     parser.add_argument(
@@ -111,6 +114,11 @@ def add_dispatch_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="send the halves of a step's tokens one by one, beside each other's products (default: no)",
     )
+    parser.add_argument(
+        "--dispatch-ragged",
+        action="store_true",
+        help="send no empty rows, by XLA's ragged exchange; a CPU, which has none, gathers them (default: no)",
+    )
 
 
 def dispatch_of(args: argparse.Namespace) -> Dispatch | None:
@@ -118,7 +126,7 @@ def dispatch_of(args: argparse.Namespace) -> Dispatch | None:
     from stepjax.sharding.dispatch import CHEAPEST, Dispatch
 
     form = None if args.dispatch == "auto" else args.dispatch
-    dispatch = Dispatch(form, fp8=args.dispatch_fp8, halves=args.dispatch_halves)
+    dispatch = Dispatch(form, fp8=args.dispatch_fp8, halves=args.dispatch_halves, ragged=args.dispatch_ragged)
     return None if dispatch == CHEAPEST else dispatch
 
 

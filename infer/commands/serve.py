@@ -353,7 +353,8 @@ def _announce(url: str, session: Session, engine: Engine, options: ServeOptions)
     import jax
 
     size, mesh = engine.executor.size, getattr(session.model.layout, "mesh", None)
-    split = "" if mesh is None else f", mesh {','.join(f'{axis}={n}' for axis, n in mesh.shape.items() if n > 1)}"
+    layout = session.model.layout.describe()
+    split = "" if mesh is None else f", mesh {layout['mesh']} {layout['strategy']}"
     prefiller = getattr(engine.executor, "prefiller", None)
     if prefiller is not None:
         split += f", prompts on {prefiller.runner.model.layout.describe()['mesh']}"

@@ -24,7 +24,7 @@ from stepjax.sharding.compiled.hlo import Collective
 from stepjax.sharding.compiled.report import CompileReport, compile_report, size_text, table
 from stepjax.sharding.compiled.traffic import ExpertArrays
 from stepjax.sharding.exchange import CollectiveKind
-from stepjax.sharding.expert_parallel import Group as ExpertGroup
+from stepjax.sharding.expert_group import Group as ExpertGroup
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.weights.fp8_rows import FP8_ROWS, is_dense_map
 from stepjax.weights.inventory import counted_as, inventory

@@ -19,7 +19,7 @@ from typing import Literal
 from stepjax.config import LayerSpec
 from stepjax.sharding.context_parallel import Split, attention_exchanges, position_exchange
 from stepjax.sharding.exchange import CollectiveKind, Exchange
-from stepjax.sharding.expert_parallel import Group
+from stepjax.sharding.expert_group import Group
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.planner.device_bytes import ById, local_shape
 from stepjax.sharding.rules import Axes

@@ -22,7 +22,7 @@ from stepjax.ops.expert_choice import buffer_rows, tile_size
 from stepjax.ops.expert_stored import MOST_SLICES, SLICE_BYTES
 from stepjax.ops.stored_matrix import reader_of
 from stepjax.sharding.exchange import Exchange
-from stepjax.sharding.expert_parallel import Group
+from stepjax.sharding.expert_group import Group
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.planner.device_bytes import ArrayKind, ById, CacheBytes, PlacedArrays, kind_path, one_of_each
 from stepjax.sharding.planner.exchanges import LocalTokens, StepShape, serving_exchanges

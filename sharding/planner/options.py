@@ -12,12 +12,15 @@ from stepjax.errors import RequestError
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.planner.hardware import STORAGE, Cluster
 from stepjax.sharding.planner.step_time import Efficiency, RoutingDistribution, StepTime
+from stepjax.sharding.rules import WIDE
 from stepjax.weights.expert_format import ExpertFormat
 from stepjax.weights.formats import FORMATS
 
 Goal = Literal["latency", "throughput", "context", "lora", "cheapest"]
 
 GOALS: tuple[Goal, ...] = ("latency", "throughput", "context", "lora", "cheapest")
+SERVED = ("expert_tensor", "expert", "tensor", *WIDE)
+TRAINED = ("expert_tensor", "expert", "tensor", "fsdp")
 DRAFTS = (0, 1, 3)  # choices of the engine (`stepjax.infer.engine.draft_policy`)
 CHUNK = 512  # prompt tokens of one step of the engine
 
@@ -56,7 +59,7 @@ class PlanRequest:
     ttft_s: float | None = None  # longest time to the first token after a prompt as long as the context, alone
     experts: tuple[ExpertFormat, ...] = field(default_factory=lambda: tuple(FORMATS.values()))  # that are compared
     drafts: tuple[int, ...] = DRAFTS
-    strategies: tuple[str, ...] = ("expert_tensor", "expert", "tensor")
+    strategies: tuple[str, ...] | None = None  # that are compared; None: all of `by_goal`
     chunk: int = CHUNK
     acceptance: float = 0.73  # probability that a draft is accepted if those before it are
     snapshots: int = 0  # of rings, for the prefix cache
@@ -68,8 +71,23 @@ class PlanRequest:
     storage: float = STORAGE  # bytes per second of a node's disks
     sequence_bytes: Callable[[int], float] = lambda drafts: 1.1e6  # state beside the cache, by number of drafts
 
+    @property
+    def by_goal(self) -> tuple[str, ...]:
+        """The strategies that the goal allows: wide ones have no plan of a training step, and no engine has fsdp's."""
+        return TRAINED if self.goal == "lora" else SERVED
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        return self.by_goal if self.strategies is None else self.strategies
+
     def check(self, config: ModelConfig) -> None:
         """Raise RequestError if a value is out of range for the model."""
+        for name in self.compared:
+            if name not in self.by_goal:
+                raise RequestError(
+                    f"strategy: {name!r} is not planned for the goal {self.goal}, expected some of "
+                    f"{', '.join(self.by_goal)}"
+                )
         for name, value, low, high in (
             ("batch", self.batch, 1, 1 << 20),
             ("context", self.context, 1, config.max_positions),

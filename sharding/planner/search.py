@@ -10,6 +10,7 @@ import functools
 from collections.abc import Iterable, Iterator
 
 from stepjax.config import ModelConfig
+from stepjax.errors import RequestError
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.planner.candidate import NOT_MEASURED, Candidate
 from stepjax.sharding.planner.device_bytes import PAGE
@@ -35,6 +36,10 @@ def rank_options(config: ModelConfig, cluster: Cluster, request: PlanRequest) ->
             refusals.append(outcome)
         else:
             options.append(outcome)
+    if not options and not refusals:
+        raise RequestError(
+            f"strategy: {' and '.join(request.compared)} split nothing over {cluster}; give more devices, as 8xH100"
+        )
     ranked = sorted(options, key=functools.partial(sort_key, request.goal))
     return Plan(request, cluster, _without_duplicates(ranked), refusals)
 
@@ -45,7 +50,7 @@ def choices(config: ModelConfig, cluster: Cluster, request: PlanRequest) -> Iter
     choice = functools.partial(Choice, dense_fp8=config.dense_fp8, cache_fp8=config.cache_fp8)
     if request.goal == "lora":
         for sizes in _factorings(cluster.num_devices, 4):
-            for strategy in (*request.strategies, "fsdp"):
+            for strategy in request.compared:
                 for experts in request.experts:
                     yield choice(MeshSpec(*sizes), strategy, experts.for_model(config))
         return
@@ -55,11 +60,13 @@ def choices(config: ModelConfig, cluster: Cluster, request: PlanRequest) -> Iter
         replicas = 1 if request.goal in ("cheapest", "latency", "context") else cluster.num_devices // count
         for sizes in _factorings(count, 3):
             mesh = MeshSpec(1, *sizes)
-            for strategy in request.strategies:
+            for strategy in [name for name in request.compared if name not in WIDE]:
                 for experts in request.experts:
                     form = experts.for_model(config)
                     yield from (choice(mesh, strategy, form, number, replicas) for number in drafts)
-        for mesh, strategy in wide_meshes(count, most_shards=request.batch):
+        for mesh, strategy in wide_meshes(count, most_shards=count if request.strategies else request.batch):
+            if strategy not in request.compared:
+                continue
             for experts in request.experts:
                 form = experts.for_model(config)
                 yield from (choice(mesh, strategy, form, number, replicas) for number in drafts)

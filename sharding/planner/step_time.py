@@ -29,7 +29,7 @@ from stepjax.gpu_target import HOPPER
 from stepjax.ops.expert_choice import Formulation, buffer_rows, choose_form
 from stepjax.ops.stored_matrix import reader_of
 from stepjax.sharding.exchange import Exchange
-from stepjax.sharding.expert_parallel import Group
+from stepjax.sharding.expert_group import Group
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.planner.device_bytes import CacheBytes, PlacedArrays
@@ -326,14 +326,15 @@ def exchange_time(exchange: Exchange, mesh: MeshSpec, cluster: Cluster, efficien
         return 0.0
     device, inside = cluster.device, devices_of_domain(exchange.axes, mesh, cluster.domain)
     share = (size - 1) / size * (2 if exchange.kind == "all-reduce" else 1)
-    near, far = exchange.payload_bytes * share, 0.0
+    payload = exchange.travelling_bytes
+    near, far = payload * share, 0.0
     if inside < size:
-        leaving = (size - inside) / size * exchange.payload_bytes
-        far = leaving if exchange.kind == "all-to-all" else exchange.payload_bytes * share / inside
+        leaving = (size - inside) / size * payload
+        far = leaving if exchange.kind in ("all-to-all", "ragged-all-to-all") else payload * share / inside
         near = near if inside > 1 else 0.0
     latency = device.network_latency if far else device.link_latency
     if exchange.kind == "all-reduce" and device.all_reduce:
-        latency = max(device.small_all_reduce(exchange.payload_bytes), device.network_latency if far else 0.0)
+        latency = max(device.small_all_reduce(payload), device.network_latency if far else 0.0)
         near = max(0.0, near - share * device.all_reduce[-1][0])  # what was measured has its bytes in it
     return exchange.launches * (max(near / device.link, far / device.network) / efficiency + latency)
 

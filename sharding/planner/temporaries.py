@@ -15,7 +15,7 @@ from stepjax.config import LayerSpec
 from stepjax.model.cache import GATHERED_ROWS, LARGE_BLOCK, SMALL_BLOCK
 from stepjax.ops.attention import BLOCK, WINDOWED_BLOCK
 from stepjax.ops.expert_choice import buffer_rows, tile_size
-from stepjax.sharding.expert_parallel import Group
+from stepjax.sharding.expert_group import Group
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.planner.device_bytes import CacheBytes
 from stepjax.sharding.planner.exchanges import LocalTokens, StepShape

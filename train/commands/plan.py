@@ -13,7 +13,7 @@ from rich.console import Console
 
 from stepjax.commands.info import read_config
 from stepjax.errors import RequestError
-from stepjax.infer.commands.options import add_fp8_arguments
+from stepjax.infer.commands.options import STRATEGY_NAMES, add_fp8_arguments
 from stepjax.sharding.planner.hardware import DEVICES, Cluster, parse, read_devices
 from stepjax.weights.formats import FORMATS, named
 
@@ -44,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what to optimise (default: %(default)s)",
     )
     parser.add_argument("--train", action="store_true", help="same as --goal lora")
+    parser.add_argument(
+        "--strategy",
+        metavar="LIST",
+        help=f"strategies to consider, of {', '.join(STRATEGY_NAMES)} (default: all that the goal allows)",
+    )
     parser.add_argument(
         "--batch",
         type=int,
@@ -151,6 +156,7 @@ def _request_of(args: argparse.Namespace, config: Any, cluster: Cluster) -> tupl
         tpot_s=None if args.tpot_ms is None else 1e-3 * args.tpot_ms,
         ttft_s=None if args.ttft_ms is None else 1e-3 * args.ttft_ms,
         experts=named([name.strip() for name in args.experts.split(",")]),
+        strategies=None if args.strategy is None else tuple(name.strip() for name in args.strategy.split(",")),
         chunk=args.chunk,
         acceptance=PRIOR if args.accept is None else args.accept,
         overlap=args.overlap,

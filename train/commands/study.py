@@ -12,7 +12,7 @@ from rich.console import Console
 
 from stepjax.commands.info import read_config
 from stepjax.errors import RequestError
-from stepjax.infer.commands.options import add_dispatch_arguments, add_fp8_arguments, dispatch_of
+from stepjax.infer.commands.options import STRATEGY_NAMES, add_dispatch_arguments, add_fp8_arguments, dispatch_of
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.weights.formats import made_while_loading, requested
 from stepjax.weights.plain import PLAIN
@@ -29,11 +29,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layers", type=int, metavar="N", help="the first N layers alone, which takes seconds (default: all)"
     )
-    parser.add_argument("--mesh", required=True, metavar="AXES", help="e.g. expert=8,tensor=4; one axis may be -1")
+    parser.add_argument(
+        "--mesh",
+        metavar="AXES",
+        help="e.g. expert=8,tensor=4; one axis may be -1 (default: that of the strategy over --devices)",
+    )
     parser.add_argument(
         "--strategy",
         default="expert_tensor",
-        choices=("tensor", "expert", "expert_tensor", "fsdp", "wide", "wide_data"),
+        choices=STRATEGY_NAMES,
         help="which weights the mesh splits over which axis (default: %(default)s)",
     )
     add_dispatch_arguments(parser)
@@ -91,12 +95,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    mesh, config = MeshSpec.parse(args.mesh), read_config(args.model)
+    spec, config = None if args.mesh is None else MeshSpec.parse(args.mesh), read_config(args.model)
     from stepjax.train.planning.check import check
     from stepjax.train.planning.workload import Workload, first_layers, picture_of, study_mesh, study_model
 
     _check(args)
-    mesh, num_devices = study_mesh(mesh, args.devices)
     config = first_layers(config, args.layers)
     if args.expert_slots is not None:
         config = config.with_slots(args.expert_slots)
@@ -109,6 +112,9 @@ def run(args: argparse.Namespace) -> int:
         drafts=args.speculate,
         experts=requested(keep_fp8=args.keep_fp8, quantize=args.quantize) or PLAIN,
         dtype=args.dtype,
+    )
+    mesh, num_devices = study_mesh(
+        spec, args.devices, strategy=args.strategy, config=config, experts=workload.experts.for_model(config)
     )
     if args.picture:
         return _draw(args, picture_of(config, workload, mesh, strategy=args.strategy, dispatch=dispatch_of(args)))

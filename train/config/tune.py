@@ -27,7 +27,7 @@ class ModelSettings:
 
     path: str = "step-tiny-student"  # a checkpoint folder, a hub id or the name of an embedded model
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on a CPU, bfloat16 elsewhere
-    mesh: str = ""  # such as data=2,expert=4; "": one device
+    mesh: str = ""  # such as data=2,expert=4; "": one device, or all with a strategy other than the default
     strategy: str = "expert_tensor"  # which weights the mesh splits over which axis
     keep_fp8: bool = False  # hold the FP8 release's experts in 8 bits
     dense_fp8: bool = False  # hold the maps of attention, MLPs and outputs in FP8, which an adapter is trained on

@@ -28,6 +28,7 @@ def plan(
     experts: Sequence[str] = tuple(FORMATS),
     dense_fp8: bool = False,
     cache_fp8: bool = False,
+    strategies: Sequence[str] | None = None,
 ) -> Plan:
     """Rank every mesh, strategy, expert precision and number of drafts for a machine. No weights are read.
 
@@ -42,6 +43,7 @@ def plan(
       ttft_s: the longest time to the first token, in seconds, after a prompt of ``context`` tokens that is alone.
       experts: names of the expert formats to consider, such as ``bf16``, ``fp8``, ``int8``, ``int4``.
       dense_fp8, cache_fp8: hold the linear maps beside the experts, and keys and values, in FP8 (`stepjax.load`).
+      strategies: to consider, of `stepjax.sharding.rules.STRATEGIES`; None: all that the goal allows.
 
     Returns:
       Options, best first, and refusals with their reasons. Times are bounds from datasheets.
@@ -69,6 +71,7 @@ def plan(
         tpot_s=tpot_s,
         ttft_s=ttft_s,
         experts=named(experts),
+        strategies=None if strategies is None else tuple(strategies),
     )
     return rank_options(config, cluster, request)
 

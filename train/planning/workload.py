@@ -25,7 +25,7 @@ from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.planner.device_bytes import layout_of
 from stepjax.sharding.planner.picture import Picture, picture
-from stepjax.sharding.rules import ShardingRules
+from stepjax.sharding.rules import DEFAULT, ShardingRules, whole_mesh
 from stepjax.sharding.sharded_checkpoint import shardings
 from stepjax.train.config.tune import OptimSettings
 from stepjax.train.objectives.objective import Batch, LossContext, LossSettings
@@ -122,18 +122,34 @@ def first_layers(config: ModelConfig, count: int | None) -> ModelConfig:
     return dataclasses.replace(config, layers=config.layers[:count])
 
 
-def study_mesh(spec: MeshSpec, num_devices: int | None) -> tuple[MeshSpec, int]:
+def study_mesh(
+    spec: MeshSpec | None,
+    num_devices: int | None,
+    *,
+    strategy: str = DEFAULT,
+    config: ModelConfig | None = None,
+    experts: ExpertFormat = PLAIN,
+) -> tuple[MeshSpec, int]:
     """The mesh with the sizes of all axes, and the number of devices (None: as many as the mesh has).
 
+    Args:
+      spec: None: that of the strategy over all devices, of the model whose ``config`` is given.
+
     Raises:
-      MeshError: the mesh does not fit the devices.
+      MeshError: the mesh does not fit the devices, or neither is given.
     """
+    if spec is None and num_devices is None:
+        raise MeshError("mesh: give --mesh, as --mesh expert=8, or --devices N for the strategy's own over N devices")
     if num_devices is None:
+        assert spec is not None
         if -1 in spec.sizes.values():
             raise MeshError(f"mesh: {spec} has an axis of size -1; give --devices N, or a size")
         num_devices = spec.num_devices
     if not 1 <= num_devices <= MAX_DEVICES:
         raise MeshError(f"devices: {num_devices}, expected 1 to {MAX_DEVICES}")
+    if spec is None:
+        assert config is not None
+        spec = whole_mesh(strategy, num_devices, config=config, experts=experts) if num_devices > 1 else MeshSpec()
     return spec.resolve(num_devices), num_devices
 
 

@@ -21,6 +21,7 @@ from stepjax.infer.session import Session, model_identity, num_tokens_of
 from stepjax.model.layout import Layout
 from stepjax.model.step3p5 import Params
 from stepjax.program_cache import ProgramCache
+from stepjax.sharding.rules import DEFAULT
 from stepjax.startup import Startup
 from stepjax.train.config.tune import ModelSettings, OptimSettings, TeacherSettings, TuneConfig
 from stepjax.train.data.fingerprint import file_digest, fingerprint as data_fingerprint
@@ -216,7 +217,7 @@ def open_model(
             dense_fp8=settings.dense_fp8,
             quantize=settings.quantize or None,
             mesh=settings.mesh or None,
-            strategy=settings.strategy,
+            strategy=settings.strategy if settings.mesh or settings.strategy != DEFAULT else None,
             layers="unrolled",  # what learns is named by layer
             progress=stage.advance,
             program_cache=cache,
