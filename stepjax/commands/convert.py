@@ -69,6 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     into_file = is_gguf(args.target)
+    if args.experts and not FORMATS[args.experts].spelled:
+        args.form, args.experts = args.experts, None
     _check_form(args, into_file=into_file)
     folder = open_folder(args.source, mtp_from=args.mtp_from)
     if into_file:
@@ -130,6 +132,7 @@ def _write_calibrated(
     data = read_data(args.calibrate, folder)
     given = [str(args.source), str(args.target), "--form", args.form, "--calibrate", str(args.calibrate)]
     given += ["--group", str(args.group)] if args.group else []
+    given += ["--budget", f"{args.budget:g}"] if args.budget is not None else []
     given += ["--mtp-from", args.mtp_from] if args.mtp_from else []
     with progress_bar() as progress:
         found = write_calibrated(
@@ -138,6 +141,7 @@ def _write_calibrated(
             form,
             data,
             command=shlex.join(["stepjax", "convert", *given]),
+            budget=args.budget,
             companions=companions,
             max_shard_bytes=size,
             progress=progress,
@@ -156,7 +160,7 @@ def _say(text: str) -> None:
 
 
 def _write_own(folder: ModelFolder, args: argparse.Namespace, size: int) -> Path:
-    """The experts in a format of this package, and other quantised weights as they are."""
+    """The experts in the release's layout, and other quantised weights as they are."""
     from stepjax.checkpoint.writer import save
 
     source = folder.checkpoint
