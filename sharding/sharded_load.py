@@ -6,9 +6,8 @@ import re
 import resource
 import sys
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
+from stepjax.checkpoint.read_ahead import AHEAD, read_ahead
 from stepjax.checkpoint.reader import ExpertForms, ProgressCallback, read_as
 from stepjax.checkpoint.slices import Index
 from stepjax.checkpoint.source import WeightSource
@@ -24,9 +24,6 @@ from stepjax.weights.expert_format import ExpertFormat
 from stepjax.weights.fp8_rows import is_dense_map
 from stepjax.weights.plain import PLAIN
 from stepjax.weights.quantised import Quantised, Weight, leaf_shardings, quantised_from
-
-READERS = 4  # threads; reading releases the interpreter's lock
-AHEAD = 0.2  # of the largest weight's part: how much more than that may be read and not placed yet
 
 # Weights whose first axis is the experts as the router numbers them.
 _BY_EXPERT = re.compile(r"layers\.(\d+)\.moe\.(?:experts\.(?:gate|up|down)|router\.(?:weight|bias))")
@@ -80,7 +77,8 @@ def load_sharded(
     slices = [piece for path in checkpoint.paths for piece in _slices(read, path, shardings[path])]
     total, done, placed_bytes = sum(piece.num_bytes for piece in slices), 0, 0
     arrays: dict[str, list[Any]] = {}
-    for piece, value in _read_ahead(slices, read, limit=(1 + AHEAD) * _largest(slices)):
+    limit = (1 + AHEAD) * _largest(slices)
+    for piece, value in read_ahead(slices, read, lambda piece: piece.num_bytes, limit=limit):
         copies = [jax.device_put(value if part is None else _columns(value, part), to) for to, part in piece.devices]
         arrays.setdefault(piece.path, []).extend(jax.block_until_ready(copies))
         placed_bytes += sum(copy.nbytes for copy in copies)
@@ -129,25 +127,6 @@ def _largest(slices: Sequence[_Slice]) -> int:
     for piece in slices:
         by_weight[piece.path] += piece.num_bytes
     return max(by_weight.values())
-
-
-def _read_ahead(
-    slices: Sequence[_Slice], read: Callable[[_Slice], Read], *, limit: float
-) -> Iterator[tuple[_Slice, Read]]:
-    """The slices in order, while threads read those that follow: up to ``limit`` bytes that are not placed yet."""
-    with ThreadPoolExecutor(READERS) as pool:
-        waiting, pending = deque(slices), 0
-        ahead: deque[tuple[_Slice, Future[Read]]] = deque()
-        try:
-            while waiting or ahead:
-                while waiting and (not ahead or pending + waiting[0].num_bytes <= limit):
-                    pending += waiting[0].num_bytes
-                    ahead.append((waiting[0], pool.submit(read, waiting.popleft())))
-                piece, future = ahead.popleft()
-                yield piece, future.result()
-                pending -= piece.num_bytes
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True)

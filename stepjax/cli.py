@@ -69,7 +69,7 @@ VERBS = {
         _MODELS,
         "stepjax.commands.convert",
         "write a checkpoint with its experts in another precision",
-        "stepjax convert step-tiny step-tiny-int8 --experts int8",
+        "stepjax convert step-tiny step-tiny-int8 --form int8",
     ),
     "cache": Verb(
         _MODELS, "stepjax.commands.cache", "show or empty the cache of compiled programs", "stepjax cache --list"

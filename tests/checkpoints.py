@@ -13,6 +13,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from stepjax.config import ASSETS
+from stepjax.weights.int_groups import IntGroups
 
 Tensors = dict[str, np.ndarray]
 
@@ -239,6 +240,21 @@ def write_folder(
 def write_index(folder: Path, weight_map: Mapping[str, str], *, total_size: int) -> None:
     content = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def integer_tensors(tensors: Mapping[str, np.ndarray], format: IntGroups) -> Tensors:
+    """A checkpoint with its routed experts in integers, as versions before compressed-tensors' form wrote them."""
+    out = dict(tensors)
+    for name, value in tensors.items():
+        if ".moe." in name and name.endswith("_proj.weight"):
+            out[name], out[f"{name}_scale"] = format.quantise(value)
+    return out
+
+
+def integer_folder(folder: Path, hub: Mapping[str, Any], tensors: Mapping[str, np.ndarray], format: IntGroups) -> Path:
+    """`integer_tensors` in a folder."""
+    about = {"quant_method": "stepjax", "bits": format.num_bits, "group_size": format.columns}
+    return write_folder(folder, {**hub, "quantization_config": about}, integer_tensors(tensors, format))
 
 
 def without_mtp(tensors: Mapping[str, np.ndarray], hub: Mapping[str, Any]) -> Tensors:

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from checkpoints import speaking_folder
 
+from stepjax.calibration.budget import LayerBits, chosen_bits
+from stepjax.calibration.certificate import log_softmax
 from stepjax.calibration.data import HELD_OUT, read_data
 from stepjax.calibration.encoder import COVERED, covered, hidden
 from stepjax.calibration.forward import Forward
@@ -19,8 +21,10 @@ from stepjax.checkpoint.reader import Checkpoint
 from stepjax.cli import main
 from stepjax.errors import RequestError
 from stepjax.infer.load import load
+from stepjax.infer.session import Session
 from stepjax.ops.swiglu import swiglu
-from stepjax.packings.written import rounded_groups
+from stepjax.packings.mixed_integers import MixedInts
+from stepjax.packings.written import FORMS, PackedInts, rounded_groups
 
 
 def inputs_and_weights(seed: int, *, columns: int = 64) -> tuple[np.ndarray, np.ndarray]:
@@ -166,9 +170,71 @@ def test_data_that_are_no_rows_of_tokens(folder, tmp_path, content, message):
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(["--form", "nvfp4"], "goes with --form int4 or int8"), (["--experts", "int4"], "--calibrate: goes with --form")],
+    [(["--form", "nvfp4"], "goes with --form int4 or int8"), (["--experts", "bf16"], "--calibrate: goes with --form")],
 )
 def test_what_is_not_calibrated_is_said(capsys, folder, data, tmp_path, flags, message):
     assert main(["convert", str(folder), str(tmp_path / "out"), *flags, "--calibrate", str(data)]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_gives_more_bits_to_the_layers_that_cost_most(folder, data, tmp_path, capsys):
+    asked = ["--form", "int4", "--calibrate", str(data), "--budget", "6"]
+    for name in ("one", "two"):
+        assert main(["convert", str(folder), str(tmp_path / name), *asked]) == 0
+    mixed = Checkpoint(tmp_path / "one")
+    found = json.loads((tmp_path / "one" / "quantisation.json").read_text())
+    bits, costs = found["bits"]["layers"], found["bits"]["kl_of_each_in_4_bits"]
+    assert sorted(bits.values()) == [4, 8]
+    assert found["bits"]["mean"] == 6
+    assert bits[max(costs, key=costs.__getitem__)] == 8
+    for layer, count in bits.items():
+        name = {4: "pack-quantized int4, groups of 32", 8: "pack-quantized int8, groups of"}[count]
+        assert mixed.stored_as(f"layers.{layer}.moe.experts.up").startswith(name)
+    for file in (tmp_path / "one").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+    again = json.loads((tmp_path / "two" / "quantisation.json").read_text())
+    assert {**again, "command": ""} == {**found, "command": ""}
+    assert "--budget 6" in found["command"]
+
+
+def test_a_layer_costs_what_its_rounding_does_to_the_model(folder):
+    """By hand: a folder of which one layer alone was rounded."""
+    rows = [list(range(20, 60)), list(range(100, 130))]
+    source, form = open_weights(folder), FORMS["int4"]
+    assert isinstance(form, PackedInts)
+    forward = Forward(source)
+    found = chosen_bits(6, forward, source, form, rows)
+    values = {path: np.array(source.read(path, dtype=np.float32)) for path in source.paths}
+    for path in [path for path in values if path.startswith("layers.2.moe.experts.")]:
+        shape = values[path].shape
+        q, scale = rounded_groups(values[path].reshape(*shape[:2], -1, 32), 4)
+        values[path] = (q * scale.astype(np.float32)[..., None]).reshape(shape)
+    session = Session(source.config, {p: jnp.asarray(v) for p, v in values.items()}, dtype=jnp.float32)
+    with forward.replaced({}):
+        plain = forward.scored(rows)
+    p, q = (
+        np.concatenate([log_softmax(x) for x in logits])
+        for logits in ([s.logits for s in plain], [session.logits(ids) for ids in rows])
+    )
+    assert found.costs[2] == pytest.approx((np.exp(p) * (p - q)).sum(axis=-1).mean(), rel=1e-3)
+    assert found.fine == (max(found.costs, key=found.costs.__getitem__),)
+    assert isinstance(found.form(form), MixedInts)
+    whole = LayerBits(8, found.costs, 1, tuple(found.costs))
+    assert (whole.form(form), LayerBits(4, found.costs, 1, ()).form(form)) == (FORMS["int8"], form)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--form", "int8", "--budget", "6"], "goes with --form int4"),
+        (["--form", "int4", "--budget", "9"], "is 9, expected 4 to 8 bits"),
+        (["--form", "int4", "--budget", "nan"], "is nan, expected 4 to 8 bits"),
+    ],
+)
+def test_budgets_that_are_no_choice(capsys, folder, data, tmp_path, flags, message):
+    assert main(["convert", str(folder), str(tmp_path / "out"), *flags, "--calibrate", str(data)]) == 1
+    assert message in capsys.readouterr().err
+    assert main(["convert", str(folder), str(tmp_path / "out"), *flags]) == 1
+    assert "give it together with --calibrate" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -8,12 +8,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints import speaking_folder
+from checkpoints import COMPANIONS, integer_folder, random_tensors, short_hub_config, speaking_folder
 
 from stepjax.checkpoint.reader import Checkpoint
 from stepjax.cli import main
-from stepjax.weights.formats import FORMATS
 from stepjax.weights.fp8 import Fp8Blocks
+from stepjax.weights.int_groups import IntGroups
 from stepjax.weights.plain import PLAIN
 from stepjax.weights.quantised import quantise
 
@@ -54,32 +54,40 @@ def test_there_and_back(capsys, folder, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["int8", "int4"])
-def test_whole_numbers_there_and_back(capsys, folder, tmp_path, form):
-    """Written from FP8 as from what FP8 says; written again the same to the byte; then wide or in FP8 again."""
+def test_whole_numbers_are_written_as_by_form(folder, tmp_path, form):
+    """In compressed-tensors' form, of any source; back from it in the release's."""
     flags = ("--group", "16", "--max-shard-gib", "0.0001")
     assert convert(folder, tmp_path / "fp8", "--experts", "fp8") == 0
     assert convert(tmp_path / "fp8", tmp_path / "int", "--experts", form, *flags) == 0
-    assert convert(tmp_path / "int", tmp_path / "again", "--experts", form, *flags) == 0
+    assert convert(tmp_path / "fp8", tmp_path / "same", "--form", form, *flags) == 0
     assert convert(tmp_path / "int", tmp_path / "bf16", "--experts", "bf16") == 0
     assert convert(tmp_path / "int", tmp_path / "back", "--experts", "fp8") == 0
-    assert f"experts in {form}" in capsys.readouterr().out
-    fp8, whole, wide, back = (Checkpoint(tmp_path / name) for name in ("fp8", "int", "bf16", "back"))
-    assert whole.experts == FORMATS[form].with_group(16)
+    for file in (tmp_path / "int").iterdir():
+        assert file.read_bytes() == (tmp_path / "same" / file.name).read_bytes(), file.name
+    whole, wide, back = (Checkpoint(tmp_path / name) for name in ("int", "bf16", "back"))
     assert (wide.experts, back.experts) == (PLAIN, Fp8Blocks())
-    for path in fp8.paths:
-        exact = fp8.read(path, dtype=ml_dtypes.bfloat16)
-        if fp8.format(path).quantised:
-            exact = quantise(exact, whole.experts).dequantize_numpy(exact.dtype)
-        np.testing.assert_array_equal(whole.read(path, dtype=exact.dtype), exact)
+    for path in whole.paths:
+        exact = whole.read(path, dtype=ml_dtypes.bfloat16)
         np.testing.assert_array_equal(wide.read(path, dtype=exact.dtype), exact)
         if back.format(path).quantised:
             exact = quantise(exact, back.experts).dequantize_numpy(exact.dtype)
         np.testing.assert_array_equal(back.read(path, dtype=exact.dtype), exact)
-    for file in (tmp_path / "int").iterdir():
-        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
-    about = json.loads((tmp_path / "int" / "config.json").read_text())["quantization_config"]
-    columns = {"int8": None, "int4": 16}[form]
-    assert about == {"quant_method": "stepjax", "bits": int(form[3:]), "group_size": columns}
+
+
+def test_a_folder_of_an_earlier_version_is_read_and_written_anew(tmp_path, capsys):
+    hub = short_hub_config()
+    tensors = random_tensors(hub)
+    old = integer_folder(tmp_path / "old", hub, tensors, IntGroups(4, 16))
+    for name in COMPANIONS:
+        (old / name).unlink()
+    assert main(["info", str(old)]) == 0
+    assert "as earlier versions of stepjax spelled it" in capsys.readouterr().out
+    assert convert(old, tmp_path / "new", "--form", "int4", "--group", "16") == 0
+    before, after = Checkpoint(old), Checkpoint(tmp_path / "new")
+    for path in (path for path in before.paths if ".experts." in path):
+        assert after.stored_as(path) == "pack-quantized int4, groups of 16"
+        exact, wide = (each.read(path, dtype=np.float32) for each in (before, after))
+        assert np.abs(wide - exact).max() <= np.abs(exact).max() / 14, path  # half a step
 
 
 def test_groups_that_do_not_fill_the_rows_are_refused(capsys, folder, tmp_path):

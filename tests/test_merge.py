@@ -11,12 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from adapters import lora_config, trained
-from checkpoints import BF16, fp8_hub_config, fp8_tensors, random_tensors, small_hub_config, write_folder
+from checkpoints import (
+    BF16,
+    fp8_hub_config,
+    fp8_tensors,
+    integer_folder,
+    random_tensors,
+    small_hub_config,
+    write_folder,
+)
 
 from stepjax.adapters.lora import attach, merge
-from stepjax.adapters.merge import merge_checkpoint
+from stepjax.adapters.merge import Merged, merge_checkpoint
 from stepjax.checkpoint.reader import Checkpoint, load_params
-from stepjax.checkpoint.writer import save
 from stepjax.cli import main
 from stepjax.config import ModelConfig
 from stepjax.errors import CheckpointError
@@ -104,16 +111,9 @@ def test_a_merged_checkpoint_answers_as_the_adapted_model(base, tmp_path):
     assert np.abs(rounded - adapted).max() < 0.15 * np.abs(adapted).max()  # what bfloat16 costs
 
 
-@pytest.mark.parametrize("form", [pytest.param("fp8", marks=pytest.mark.slow), "int4"])
-def test_quantised_experts_are_added_to_in_float32_and_quantised_again(tmp_path, form):
-    hub = fp8_hub_config() if form == "fp8" else small_hub_config()
-    tensors = random_tensors(hub)
-    folder = tmp_path / "base"
-    if form == "fp8":
-        write_folder(folder, hub, fp8_tensors(tensors))
-    else:
-        write_folder(tmp_path / "plain", hub, tensors)
-        save(folder, ModelConfig.from_hf(hub), {}, source=tmp_path / "plain", experts=IntGroups(4, 16))
+def test_quantised_experts_are_added_to_in_float32_and_quantised_again(tmp_path):
+    hub = fp8_hub_config()
+    folder = write_folder(tmp_path / "base", hub, fp8_tensors(random_tensors(hub)))
     checkpoint = Checkpoint(folder)
     config = checkpoint.config
     adapter = adapter_of(config)
@@ -127,17 +127,28 @@ def test_quantised_experts_are_added_to_in_float32_and_quantised_again(tmp_path,
     a, b = adapter[f"{path}.a"], adapter[f"{path}.b"]
     exact = checkpoint.read(path, dtype=np.float32) + np.float32(LORA.scale(a.shape[-2])) * (b @ a)
     held: Any = found.read_kept(path, dtype=np.float32)
-    if form == "fp8":
-        assert config.fp8_block
-        expected: Any = quantise(exact, Fp8Blocks(config.fp8_block))
-        assert isinstance(held, Quantised)
-    else:
-        expected = quantise(exact, IntGroups(4, 16))
+    assert config.fp8_block
+    expected: Any = quantise(exact, Fp8Blocks(config.fp8_block))
+    assert isinstance(held, Quantised)
     assert (np.asarray(held.q) != np.asarray(expected.q)).mean() < 1e-3  # sums of other order at a rounding's edge
     np.testing.assert_allclose(held.scale.astype(np.float32), expected.scale.astype(np.float32), rtol=1e-2)
     for name in before:
         if ".layers.3.moe.gate_proj" in name or ".layers.10." in name or "router_bias" in name:
             assert before[name] == after[name], name
+
+
+def test_integers_of_an_earlier_version_become_those_of_compressed_tensors(tmp_path):
+    hub = small_hub_config()
+    folder = integer_folder(tmp_path / "base", hub, random_tensors(hub), IntGroups(4, 16))
+    base = Checkpoint(folder)
+    merge_checkpoint(folder, tmp_path / "merged", adapter_of(base.config), LORA)
+    merged = Checkpoint(tmp_path / "merged")
+    sums = Merged(base, adapter_of(base.config), LORA)
+    for path in (path for path in base.paths if ".experts." in path):
+        assert merged.stored_as(path) == "pack-quantized int4, groups of 16"
+        exact = np.stack([sums.matrix(path, (e,)) for e in range(base.config.num_experts)])
+        wide = merged.read(path, dtype=np.float32)
+        assert np.abs(wide - exact).max() <= np.abs(exact).max() / 14, path  # half a step, of 15 over the largest twice
 
 
 def raw_bytes(folder: Path) -> dict[str, bytes]:

@@ -16,6 +16,9 @@ from packed_folders import CASES, folder_of, golden, packed, plain_folder
 from stepjax.checkpoint.reader import Checkpoint
 from stepjax.infer.load import load
 from stepjax.infer.session import Session
+from stepjax.packings.packing import Pairs
+from stepjax.weights import nibbles
+from stepjax.weights.int_groups import IntGroups
 from stepjax.weights.quantised import Quantised
 
 WIDENED = {"gptq-order"}  # no form in memory has columns in another order
@@ -69,11 +72,11 @@ def test_what_is_kept_is_what_is_widened(tmp_path, case):
     assert kept.format.value_dtype in ("U8", "I8", "F8_E4M3")
 
 
-LOADED = ["int4-zeros", "mxfp4", "modelopt-nvfp4", "gptq-order"]
+QUICK = ("modelopt-nvfp4",)
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=() if case == "modelopt-nvfp4" else pytest.mark.slow) for case in LOADED]
+    "case", [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES]
 )
 def test_a_model_answers_as_its_dequantised_twin(tmp_path, case):
     """Kept or widened, on one device and on a mesh that cuts inside what shares a scale."""
@@ -83,7 +86,8 @@ def test_a_model_answers_as_its_dequantised_twin(tmp_path, case):
     for mesh in (None, "expert=2,tensor=2"):
         session = load(folder, dtype="float32", mesh=mesh)
         kept = {path for path, value in session.params.items() if isinstance(value, Quantised)}
-        assert kept == (set() if case in WIDENED else {path for path in session.params if ".experts." in path})
+        widened = case in WIDENED or case.startswith("fp8")
+        assert kept == (set() if widened else {path for path in session.params if ".experts." in path})
         np.testing.assert_allclose(session.logits(ids), plain, atol=2e-4)  # sums in another order
 
 
@@ -200,3 +204,16 @@ def test_fp8_of_modelopt(tmp_path, spelled):
         _, layer, _, _, projection = path.split(".")
         exact = wide[f"model.layers.{layer}.moe.{projection}_proj.weight"]
         np.testing.assert_allclose(checkpoint.read(path, dtype=np.float32), exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("columns", [4, 12, 16, 32])
+def test_neighbours_in_bytes_are_regrouped_as_one_by_one(columns):
+    codes = np.random.default_rng(columns).integers(0, 16, (3, 5, 4 * columns), np.uint8)
+    pairs = codes[..., ::2] | (codes[..., 1::2] << 4)
+    np.testing.assert_array_equal(nibbles.regrouped(pairs, columns), nibbles.packed(codes, columns))
+    np.testing.assert_array_equal(Pairs(pairs, 0).values, codes)
+    np.testing.assert_array_equal(Pairs(pairs, -8).values, codes.astype(np.int8) - 8)
+    for form in (IntGroups(4, columns), IntGroups(4, 2 * columns)):
+        part = slice(1, 4), slice(2 * columns, 4 * columns)
+        one = form.pack(np.ascontiguousarray(codes.astype(np.int8) - np.int8(8))[..., *part])
+        np.testing.assert_array_equal(Pairs(pairs, -8).packed(form, *part), one)

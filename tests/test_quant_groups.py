@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoints import speaking_folder
+from checkpoints import COMPANIONS, integer_folder, speaking_folder
 
 import stepjax.ops.expert_choice
 from stepjax.checkpoint.reader import Checkpoint
+from stepjax.checkpoint.safetensors_file import SafetensorsFile
 from stepjax.checkpoint.writer import save
 from stepjax.errors import ConfigError, MeshError, RequestError
 from stepjax.infer.load import load
@@ -155,9 +161,8 @@ def test_bad_requests_are_refused(folder):
 @pytest.mark.parametrize("mesh", [None, "expert=8"])
 def test_a_converted_checkpoint_is_held_as_it_is_stored(folder, tmp_path, form, mesh):
     """To the byte what quantising while reading gives, on one device and on a mesh that reads slices."""
-    written = save(
-        tmp_path / "out", Checkpoint(folder).config, {}, source=folder, experts=FORMATS[form[0]].with_group(form[1])
-    )
+    """A folder that an earlier version wrote."""
+    written = in_integers(folder, tmp_path / "out", FORMATS[form[0]].with_group(form[1]))
     stored = load(written, dtype="float32", mesh=mesh)
     expected = load(folder, dtype="float32", quantize=form[0], group=form[1], mesh=mesh)
     assert stored.params.keys() == expected.params.keys()
@@ -173,6 +178,29 @@ def test_a_converted_checkpoint_is_held_as_it_is_stored(folder, tmp_path, form, 
         load(written, quantize="int4")
 
 
+def in_integers(source: Path, target: Path, format: Any) -> Path:
+    files = [SafetensorsFile(path) for path in source.glob("*.safetensors")]
+    tensors = {name: np.array(file.view(name)) for file in files for name in file.entries}
+    written = integer_folder(target, json.loads((source / "config.json").read_text()), tensors, format)
+    for name in COMPANIONS:
+        shutil.copy(source / name, written / name)
+    return written
+
+
+def test_no_folder_is_written_so_any_more(folder, tmp_path):
+    config = Checkpoint(folder).config
+    with pytest.raises(ConfigError, match=r"stepjax convert --form int4"):
+        save(tmp_path / "out", config, {}, source=folder, experts=IntGroups(4, 16))
+    assert not list(tmp_path.iterdir())
+    old = in_integers(folder, tmp_path / "old", IntGroups(4, 16))
+    path = "layers.2.moe.experts.gate"
+    exact = Checkpoint(old).read(path, dtype=jnp.bfloat16)
+    for name, params, source in (("copied", {}, old), ("params", load(old, dtype="float32").params, None)):
+        plain = Checkpoint(save(tmp_path / name, config, params, source=source))
+        assert not plain.experts.quantised
+        np.testing.assert_array_equal(plain.read(path, dtype=jnp.bfloat16), exact)
+
+
 def _widening(session) -> int:
     """Bytes that plain weights, BF16 in the files, take more in float32."""
     return sum(
@@ -183,9 +211,8 @@ def _widening(session) -> int:
 
 
 def test_part_of_a_stored_weight_is_that_part(folder, tmp_path):
-    checkpoint = Checkpoint(
-        save(tmp_path / "out", Checkpoint(folder).config, {}, source=folder, experts=IntGroups(4, 16))
-    )
+    checkpoint = Checkpoint(in_integers(folder, tmp_path / "out", IntGroups(4, 16)))
+    assert "as earlier versions of stepjax spelled it" in checkpoint.notes[-1]
     path = "layers.2.moe.experts.gate"
     whole = checkpoint.read(path, dtype=np.float32)
     index = (slice(1, 3), slice(5, 20), slice(16, 48))

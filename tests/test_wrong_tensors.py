@@ -9,6 +9,7 @@ from checkpoints import (
     Tensors,
     fp8_hub_config,
     fp8_tensors,
+    integer_tensors,
     tiny_hub_config,
     write_folder,
 )
@@ -107,16 +108,6 @@ def test_scales_that_do_not_fit(tmp_path, case):
     assert re.search(expected, refusal(write_folder(tmp_path, FP8_HUB, tensors)))
 
 
-def grouped(tensors: Tensors, format: IntGroups) -> Tensors:
-    """The checkpoint with routed experts in a format of integers."""
-    out = dict(tensors)
-    for name, value in tensors.items():
-        if ".moe." in name and name.endswith("_proj.weight"):
-            held = quantise(value, format)
-            out |= {name: held.q, f"{name}_scale": held.scale}
-    return out
-
-
 def one_scale(value):
     def change(t):
         t[WHOLE_SCALE] = t[WHOLE_SCALE].copy()
@@ -152,13 +143,13 @@ WRONG_GROUPS = {
 
 
 def only(name: str, format: IntGroups) -> Tensors:
-    return {key: value for key, value in grouped(TENSORS, format).items() if key.startswith(name)}
+    return {key: value for key, value in integer_tensors(TENSORS, format).items() if key.startswith(name)}
 
 
 @pytest.mark.parametrize("case", WRONG_GROUPS)
 def test_whole_numbers_that_do_not_fit(tmp_path, case):
     change, expected = WRONG_GROUPS[case]
-    tensors = grouped(TENSORS, IntGroups(4, 16))
+    tensors = integer_tensors(TENSORS, IntGroups(4, 16))
     change(tensors)
     assert re.search(expected, refusal(write_folder(tmp_path, HUB, tensors)))
 
@@ -200,7 +191,7 @@ def test_the_configuration_of_another_size_is_suspected(tmp_path):
 
 def test_other_weights_may_be_quantised_in_another_way_than_experts(tmp_path):
     """FP8 attention beside int4 experts: each weight is read in its own format."""
-    tensors = grouped(TENSORS, IntGroups(4, 16))
+    tensors = integer_tensors(TENSORS, IntGroups(4, 16))
     attention = quantise(np.asarray(TENSORS[Q], np.float32), Fp8Blocks((16, 32)))
     tensors |= {Q: attention.q, f"{Q}_scale_inv": attention.scale}
     mixed = Checkpoint(write_folder(tmp_path, FP8_HUB, tensors))

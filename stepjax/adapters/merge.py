@@ -1,7 +1,7 @@
 """Add an adapter to a checkpoint's weights and write the sum as a checkpoint, an expert at a time.
 
-A weight is widened to float32, its part of B·A added, and stored again as it was: bfloat16, FP8 blocks or
-integers. What has no adapter is copied byte for byte, MTP layers included. Memory holds the adapter and one weight.
+A weight is widened to float32, its part of B·A added, and stored again as it was: in bfloat16 or FP8 blocks.
+What has no adapter is copied byte for byte, MTP layers included. Memory holds the adapter and one weight.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from stepjax.checkpoint.form_writer import write_form
 from stepjax.checkpoint.reader import Checkpoint, ProgressCallback
 from stepjax.checkpoint.writer import MAX_SHARD_BYTES, Share, save
 from stepjax.errors import CheckpointError
-from stepjax.packings.written import WrittenForm
+from stepjax.packings.written import FORMS, WrittenForm
 from stepjax.weights.dtypes import DTYPES
 from stepjax.weights.expert_format import ExpertFormat
 from stepjax.weights.finite import not_finite
+from stepjax.weights.int_groups import IntGroups
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def merge_checkpoint(
     """
     checkpoint = Checkpoint(source)
     sums = Merged(checkpoint, adapter, lora)
+    form = form or _form_of_integers(checkpoint)
     if form is not None:
         if share is not None:
             raise CheckpointError(f"merge: several processes run, but one alone writes --form {form.name}")
@@ -76,6 +78,14 @@ def merge_checkpoint(
         progress=progress,
     )
     return MergeReport(folder, len(sums), sums.lost)
+
+
+def _form_of_integers(checkpoint: Checkpoint) -> WrittenForm | None:
+    """Integers that an earlier version spelled in its own way are written as compressed-tensors spells them."""
+    held = checkpoint.experts
+    if checkpoint.by_path or not isinstance(held, IntGroups):
+        return None
+    return FORMS[held.name].with_group(held.columns) if held.columns else FORMS[held.name]
 
 
 def _experts(checkpoint: Checkpoint, sums: Mapping[str, Any]) -> ExpertFormat | None:

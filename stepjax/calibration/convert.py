@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stepjax._version import __version__
+from stepjax.calibration.budget import check_budget, chosen_bits
 from stepjax.calibration.certificate import certificate, write_certificate
 from stepjax.calibration.data import CalibrationData
 from stepjax.calibration.encoder import CalibratedEncoder
@@ -27,6 +28,7 @@ def write_calibrated(
     data: CalibrationData,
     *,
     command: str,
+    budget: float | None,
     companions: Mapping[str, bytes] | None,
     max_shard_bytes: int,
     progress: ProgressCallback | None,
@@ -39,6 +41,7 @@ def write_calibrated(
 
     Args:
       command: that makes this folder again.
+      budget: mean bits of an expert's value; layers that cost most in 4 bits get 8. None: all layers as ``form`` says.
       say: told what is done.
 
     Raises:
@@ -46,16 +49,23 @@ def write_calibrated(
     """
     if not isinstance(form, PackedInts):
         raise RequestError(f"--calibrate: goes with --form int4 or int8, not {form.name}")
+    if budget is not None:
+        check_budget(budget, form)
     source = model.checkpoint
     say(f"running {len(data.rows)} rows, {data.num_tokens:,} tokens, to see what experts are given")
     forward = Forward(source)
     inputs, reference = forward.layer_inputs(data.rows), forward.scored(data.held_out)
+    bits = None
+    if budget is not None:
+        say(f"measuring the {len(inputs)} layers in 4 bits, one at a time")
+        bits = chosen_bits(budget, forward, source, form, data.rows)
     del forward
-    encoder = CalibratedEncoder(source, form, inputs)
+    held = bits.form(form) if bits else form
+    encoder = CalibratedEncoder(source, held, inputs)
     written = write_form(
         folder,
         source,
-        form,
+        held,
         encode=encoder,
         companions=companions,
         max_shard_bytes=max_shard_bytes,
@@ -69,6 +79,7 @@ def write_calibrated(
         "command": command,
         "version": __version__,
         "form": {"name": form.name, "bits": form.bits, "group": form.columns},
+        **({"bits": bits.as_dict()} if bits else {}),
         "rounding": "GPTQ",
         "seed": None,
         "data": {

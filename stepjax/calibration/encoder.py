@@ -12,6 +12,7 @@ import numpy as np
 from stepjax.calibration.forward import LayerInputs
 from stepjax.calibration.rounding import gptq
 from stepjax.checkpoint.source import WeightSource
+from stepjax.packings.mixed_integers import MixedInts
 from stepjax.packings.written import PackedInts
 
 COVERED = 256  # tokens below which an expert's own inputs are joined by those of its whole layer, as if it had as many
@@ -24,7 +25,7 @@ class CalibratedEncoder:
     """Called for each matrix of each expert."""
 
     source: WeightSource
-    form: PackedInts
+    form: PackedInts | MixedInts
     inputs: Mapping[int, LayerInputs]
     errors: dict[int, list[tuple[float, float]]] = field(default_factory=dict)  # by layer: of outputs, and their size
     _seen: tuple[tuple[int, int], np.ndarray] | None = None  # the last expert's moments of gate and up
@@ -32,14 +33,16 @@ class CalibratedEncoder:
     def __call__(self, path: str, expert: int, matrix: np.ndarray) -> tuple[np.ndarray, ...]:
         match = _PATH.fullmatch(path)
         assert match, f"{path} is no weight of routed experts"
-        layer, columns = int(match[1]), self.form.columns or matrix.shape[1]
+        form = self.form.of(path)
+        assert isinstance(form, PackedInts)
+        layer, columns = int(match[1]), form.columns or matrix.shape[1]
         moments = self._hidden_moments(layer, expert) if match[2] == "down" else self._moments(layer, expert)
-        q, scale = gptq(matrix, moments, bits=self.form.bits, columns=columns)
+        q, scale = gptq(matrix, moments, bits=form.bits, columns=columns)
         wide = q.reshape(*scale.shape, -1) * scale.astype(np.float32)[..., None]
         lost = wide.reshape(matrix.shape) - matrix
         norms = tuple(float(np.einsum("ri,ij,rj->", w, moments, w, optimize=True)) for w in (lost, matrix))
         self.errors.setdefault(layer, []).append((norms[0], norms[1]))
-        return self.form.arrays(q.reshape(*scale.shape, -1), scale)
+        return form.arrays(q.reshape(*scale.shape, -1), scale)
 
     def report(self) -> dict[str, Any]:
         """Tokens that experts were given, and relative errors of their outputs, by layer."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,7 @@ class Forward:
     """The weights in float32 on a CPU and in bfloat16 elsewhere. Its programs are compiled for one length at a time."""
 
     def __init__(self, source: WeightSource):
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        dtype = self._dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         self.config = source.config
         self._recording = Recording()
         self._model = abstract(source.config, dtype=dtype, layout=self._recording, mtp=source.has_mtp)
@@ -79,6 +80,16 @@ class Forward:
             ]
             out.append(SequenceScores(np.asarray(ids, np.int32), np.concatenate(blocks), np.stack(choices, axis=1)))
         return out
+
+    @contextlib.contextmanager
+    def replaced(self, weights: Mapping[str, np.ndarray]) -> Iterator[None]:
+        """Run with other values of some weights, by our path."""
+        kept = {path: self._params[path] for path in weights}
+        self._params.update({path: jnp.asarray(value, self._dtype) for path, value in weights.items()})
+        try:
+            yield
+        finally:
+            self._params.update(kept)
 
     def _whole(self, ids: Sequence[int], *, width: int) -> tuple[jax.Array, list[np.ndarray], list[np.ndarray]]:
         """Hidden states [1, T', D], and of each MoE layer the choices [T, A] and the inputs [T, D]."""

@@ -109,6 +109,7 @@ def _planned(spec: TensorSpec, form: WrittenForm) -> _Weight:
     if spec.part != "experts":
         return _Weight(spec, (spec,), ())
     count, rows, columns = spec.shape
+    form = form.of(spec.path)
     roles = form.tensors(rows, columns)
     module = spec.hub_name.removesuffix(".weight")
 
@@ -172,7 +173,7 @@ class _Values:
         partner = path.replace(".gate", ".up") if path.endswith(".gate") else path.replace(".up", ".gate")
         if self.form.shares and partner != path:
             largest = max(largest, float(np.abs(self._matrix(partner, expert)).max(initial=0)))
-        return self.form.encode(matrix, largest)
+        return self.form.of(path).encode(matrix, largest)
 
     def _copied(self, weight: _Weight, expert: int) -> tuple[np.ndarray, ...] | None:
         """The tensors of a matrix that is in the form already: to round it again would change it."""
@@ -181,7 +182,7 @@ class _Values:
         if self.encode or path in self.changed or not isinstance(source, Checkpoint):
             return None
         if path in source.packed:
-            arrays = source.packed.stored_matrix(path, expert, self.form, weight.roles)
+            arrays = source.packed.stored_matrix(path, expert, self.form.of(path), weight.roles)
             return tuple(arrays) if arrays else None
         if isinstance(self.form, WrittenFp8) and source.format(path) == self.form.format:
             index = slice(expert, expert + 1), slice(None), slice(None)

@@ -13,6 +13,7 @@ import numpy as np
 
 from stepjax.checkpoint.hub_names import Recipe, Resolution, StoredPart, resolve_names
 from stepjax.checkpoint.packed_weights import PackedWeights
+from stepjax.checkpoint.read_ahead import AHEAD, read_ahead
 from stepjax.checkpoint.safetensors_file import Entry, regular_size
 from stepjax.checkpoint.slices import Index, absolute_index, covering, num_elements
 from stepjax.checkpoint.source import CheckpointFiles, WeightSource
@@ -27,8 +28,6 @@ from stepjax.weights.fp8_rows import is_dense_map
 from stepjax.weights.plain import PLAIN
 
 if TYPE_CHECKING:
-    import jax
-
     from stepjax.weights.quantised import Quantised, Weight
 
 ExpertForms = ExpertFormat | Mapping[str, ExpertFormat] | None  # of all routed experts, or of each weight by its path
@@ -332,7 +331,8 @@ def load_params(
     dense: ExpertFormat = PLAIN,
     progress: ProgressCallback | None = None,
 ) -> dict[str, Weight]:
-    """Every weight as jax arrays on the default device, one at a time: beside the model, memory holds one weight.
+    """Every weight as jax arrays on the default device, one at a time, while threads read those that follow: beside the
+    model, memory holds little more than one weight.
 
     Args:
       experts: how to hold the routed experts, all of them or each weight by its path; None: as `Checkpoint.resident`
@@ -341,13 +341,18 @@ def load_params(
     """
     import jax
 
-    params, done, total = {}, 0, checkpoint.num_bytes
-    for path in checkpoint.paths:
-        value = read_as(checkpoint, path, dtype, experts, dense=dense)
-        params[path] = jax.tree.map(_place, value)
-        done += checkpoint.stored_bytes(path)
+    params, done = {}, 0
+    sizes = {path: checkpoint.stored_bytes(path) for path in checkpoint.paths}
+
+    def read(path: str) -> np.ndarray | Quantised:
+        return jax.tree.map(_in_memory, read_as(checkpoint, path, dtype, experts, dense=dense, copy=True))
+
+    limit = (1 + AHEAD) * max(sizes.values())
+    for path, value in read_ahead(checkpoint.paths, read, sizes.__getitem__, limit=limit):
+        params[path] = jax.block_until_ready(jax.device_put(value))
+        done += sizes[path]
         if progress:
-            progress(done, total)
+            progress(done, sum(sizes.values()))
     return params
 
 
@@ -397,18 +402,9 @@ def wanted_form(checkpoint: WeightSource, path: str, experts: ExpertForms) -> Ex
     return experts.get(path, PLAIN) if isinstance(experts, Mapping) else experts
 
 
-def _place(value: np.ndarray) -> jax.Array:
-    """``value`` on the default device, and no longer in the file, which may change or shrink.
-
-    XLA:CPU adopts host memory that happens to be aligned, even with ``may_alias=False`` (jax 0.10.2), whereas
-    ``jnp.array`` copies what is not aligned twice.
-    """
-    import jax
-    import jax.numpy as jnp
-
-    placed = jax.block_until_ready(jax.device_put(value))
-    in_file = not value.flags.writeable
-    return jnp.copy(placed) if in_file and placed.unsafe_buffer_pointer() == value.ctypes.data else placed
+def _in_memory(value: np.ndarray) -> np.ndarray:
+    """``value``, and no longer in the file, which may change or shrink: XLA:CPU takes aligned memory over as it is."""
+    return value if value.flags.writeable else np.array(value)
 
 
 def _shifted(where: Index, start: int) -> Index:

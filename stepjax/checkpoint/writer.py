@@ -29,7 +29,7 @@ from stepjax.checkpoint.hf_config import quantization_config, to_hf
 from stepjax.checkpoint.reader import Checkpoint, ProgressCallback, read_config
 from stepjax.checkpoint.weight_files import INDEX, inside, json_bytes, read_json
 from stepjax.config import VISION_TYPE, ModelConfig, text_config
-from stepjax.errors import CheckpointError
+from stepjax.errors import CheckpointError, ConfigError
 from stepjax.weights.dtypes import DTYPES, ITEM_BYTES
 from stepjax.weights.expert_format import ExpertFormat
 from stepjax.weights.inventory import TensorSpec, inventory, quantized
@@ -163,8 +163,8 @@ def save(
       params: by our path. An entry may be computed on access; it is read twice, to be checked and to be written.
       source: the checkpoint the model came from. Weights that ``params`` lacks are copied from it unchanged (MTP layers
         that were not trained, say), as are its ``config.json``, tokenizer, template and remote code.
-      experts: how the routed experts are written. What ``source`` has in another format is widened first; `PLAIN`
-        widens every quantised weight. None leaves them as they are.
+      experts: how the routed experts are written, in a format that is `spelled`. What ``source`` has in another format
+        is widened first; `PLAIN` widens every quantised weight. None leaves them as they are.
       max_shard_bytes: of one file; a larger tensor gets a file of its own.
       overwrite: replace a checkpoint at ``folder``; anything else there is never replaced.
       companions: content of more files by name, such as a tokenizer's, where ``source`` gives none.
@@ -173,7 +173,7 @@ def save(
 
     Raises:
       CheckpointError: a weight is missing, unknown or misshapen, or the folder cannot be written; nothing is left.
-      ConfigError: the format cannot hold the experts.
+      ConfigError: the format cannot hold the experts, or no folder is written in it.
     """
     folder = Path(os.path.abspath(folder))  # not resolved: a link in its place is refused below
     source = Path(source) if source is not None else None
@@ -209,6 +209,11 @@ def _plan(config: ModelConfig, params: Weights, *, source: Path | None, experts:
         wanted = experts if spec.part == "experts" or experts == PLAIN else None
         if wanted is not None:
             wanted.check_shape(spec.shape)
+            if not wanted.spelled:
+                raise ConfigError(
+                    f"export: the release's layout has no names for {wanted.name}; use `write_form` (stepjax convert "
+                    f"--form {wanted.name})"
+                )
         if spec.path in params:
             plan.append(_from_params(spec, params, wanted))
         else:
@@ -250,10 +255,10 @@ def _from_params(spec: TensorSpec, params: Weights, wanted: ExpertFormat | None)
 
 
 def _from_source(spec: TensorSpec, origin: Checkpoint, wanted: ExpertFormat | None) -> _Weight:
-    packed = spec.path in origin.packed  # by another tool: widened, unless a format of ours is wanted
-    stored = PLAIN if packed else origin.format(spec.path)
+    held = origin.format(spec.path)
+    stored = PLAIN if spec.path in origin.packed or not held.spelled else held  # others are widened
     format, dtype = wanted or stored, DTYPES[spec.dtype]
-    read = origin.read_kept if stored == format and not packed else origin.read
+    read = origin.read_kept if stored == format and stored.quantised else origin.read
     return _Weight(quantized(spec, format), format, lambda: read(spec.path, dtype=dtype))
 
 

@@ -17,9 +17,8 @@ from stepjax.checkpoint.stored_weights import StoredWeights
 from stepjax.checkpoint.text_files import text_files
 from stepjax.commands.writing import add_size, max_shard_bytes, progress_bar
 from stepjax.errors import RequestError
-from stepjax.packings.written import FORMS, WrittenForm
+from stepjax.packings.written import FORMS, GROUP, WrittenForm
 from stepjax.weights.formats import FORMATS
-from stepjax.weights.int_groups import GROUP
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,14 +35,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     forms.add_argument(
         "--experts",
-        choices=tuple(name for name, format in FORMATS.items() if format.scale_suffix or not format.quantised),
-        help="form in this package's own spelling, where int8 and int4 are read by it alone (default: none)",
+        choices=tuple(name for name, format in FORMATS.items() if format.spelled or name in FORMS),
+        help="form of the routed experts, with other quantised weights left as they are; what has 8 or 4 bits without "
+        "being fp8 is written as by --form (default: none)",
     )
     parser.add_argument(
         "--group",
         type=int,
         metavar="N",
-        help=f"columns that share a scale (default: 32 in --form int4, {GROUP} in --experts int4, all in int8)",
+        help=f"columns that share a scale (default: {GROUP} in int4, all in int8)",
     )
     parser.add_argument(
         "--calibrate",
@@ -51,6 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DATA",
         help="round --form int4 or int8 by what experts are given: a .json file with lists of token ids, or text; "
         "the folder holds its distance to SRC as quantisation.json (default: round to nearest)",
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="BITS",
+        help="with --form int4 --calibrate: mean bits of an expert's value, 4 to 8; the layers that cost most in 4 "
+        "bits get 8 (default: all have 4)",
     )
     parser.add_argument(
         "--mtp-from",
@@ -62,6 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     into_file = is_gguf(args.target)
+    if args.experts and not FORMATS[args.experts].spelled:
+        args.form, args.experts = args.experts, None
     _check_form(args, into_file=into_file)
     folder = open_folder(args.source, mtp_from=args.mtp_from)
     if into_file:
@@ -84,6 +93,8 @@ def _check_form(args: argparse.Namespace, *, into_file: bool) -> None:
     if args.experts and (args.mtp_from or args.calibrate):
         name = "--mtp-from" if args.mtp_from else "--calibrate"
         raise RequestError(f"{name}: goes with --form, such as --form int4")
+    if args.budget is not None and not args.calibrate:
+        raise RequestError("--budget: layers are measured on data; give it together with --calibrate DATA")
     if into_file and args.calibrate:
         raise RequestError("--calibrate: goes with a folder in --form int4 or int8, not with a .gguf file")
 
@@ -121,6 +132,7 @@ def _write_calibrated(
     data = read_data(args.calibrate, folder)
     given = [str(args.source), str(args.target), "--form", args.form, "--calibrate", str(args.calibrate)]
     given += ["--group", str(args.group)] if args.group else []
+    given += ["--budget", f"{args.budget:g}"] if args.budget is not None else []
     given += ["--mtp-from", args.mtp_from] if args.mtp_from else []
     with progress_bar() as progress:
         found = write_calibrated(
@@ -129,6 +141,7 @@ def _write_calibrated(
             form,
             data,
             command=shlex.join(["stepjax", "convert", *given]),
+            budget=args.budget,
             companions=companions,
             max_shard_bytes=size,
             progress=progress,
@@ -147,7 +160,7 @@ def _say(text: str) -> None:
 
 
 def _write_own(folder: ModelFolder, args: argparse.Namespace, size: int) -> Path:
-    """The experts in a format of this package, and other quantised weights as they are."""
+    """The experts in the release's layout, and other quantised weights as they are."""
     from stepjax.checkpoint.writer import save
 
     source = folder.checkpoint
@@ -157,8 +170,8 @@ def _write_own(folder: ModelFolder, args: argparse.Namespace, size: int) -> Path
         config = config if source.has_mtp else dataclasses.replace(config, mtp_layers=())
         weights, origin, companions = StoredWeights(source), None, files.contents(config) if files else None
     format = FORMATS[args.experts].for_model(source.config)
-    if format.name in ("int8", "int4"):
-        _say(f"--experts {format.name}: no other engine reads this, and a later version writes it no more; use --form")
+    if args.group is not None:
+        raise RequestError(f"--group: {args.experts} has no groups to choose; leave it out")
     with progress_bar() as progress:
         return save(
             args.target,
@@ -166,7 +179,7 @@ def _write_own(folder: ModelFolder, args: argparse.Namespace, size: int) -> Path
             weights,
             source=origin,
             companions=companions,
-            experts=format.with_group(GROUP if args.group is None else args.group),
+            experts=format,
             max_shard_bytes=size,
             progress=progress,
         )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stepjax.errors import CheckpointError
-from stepjax.packings.packing import Codes, Index, PackedWeight, Packing, finite
+from stepjax.packings.packing import Codes, Index, PackedWeight, Packing, Pairs, finite
 from stepjax.packings.words import unpack_columns, unpack_rows
 from stepjax.weights.expert_format import ExpertFormat
 from stepjax.weights.fp4 import MxFp4, NvFp4
@@ -45,12 +45,9 @@ class PackQuantized(Packing):
     def codes(self, weight: PackedWeight, lead: Index, rows: slice, columns: slice) -> Codes:
         first, last = columns.start * self.bits // 32, -(-columns.stop * self.bits // 32)
         words = weight.tensor("weight_packed").read((*lead, rows, slice(first, last)))
-        low = 1 << (self.bits - 1)
-        values = unpack_rows(words, self.bits, columns.stop - columns.start).astype(np.int16) - low
         groups = slice(columns.start // self.columns, -(-columns.stop // self.columns))
-        return Codes(
-            values.astype(np.int8), self._scale(weight, lead, rows, groups), self._zeros(weight, lead, rows, groups)
-        )
+        stored = self._signed(words, columns.stop - columns.start)
+        return Codes(stored, self._scale(weight, lead, rows, groups), self._zeros(weight, lead, rows, groups))
 
     def check_values(self, weight: PackedWeight) -> None:
         finite(weight.tensor("weight_scale"), positive=True)
@@ -77,6 +74,16 @@ class PackQuantized(Packing):
         zeros = 0 if whole.zeros is None else whole.zeros[..., order].astype(np.float32)
         out = (q - zeros) * whole.scale[..., order].astype(np.float32)
         return out[..., rows.start - cover.start : rows.stop - cover.start, :]
+
+    def _signed(self, words: np.ndarray, count: int) -> np.ndarray | Pairs:
+        """Values of rows of words, whose codes are larger by half their range."""
+        low = 1 << (self.bits - 1)
+        octets = np.ascontiguousarray(words).astype("<i4", copy=False).view(np.uint8)
+        if self.bits == 4 and count % 2 == 0:
+            return Pairs(octets[..., : count // 2], -low)
+        if self.bits == 8:
+            return (octets[..., :count] ^ low).view(np.int8)
+        return (unpack_rows(words, self.bits, count).astype(np.int16) - low).astype(np.int8)
 
     def _scale(self, weight: PackedWeight, lead: Index, rows: slice, groups: slice) -> np.ndarray:
         tensor = weight.tensor("weight_scale")
@@ -181,10 +188,9 @@ class PackedFp4(Packing):
 
     def codes(self, weight: PackedWeight, lead: Index, rows: slice, columns: slice) -> Codes:
         octets = weight.tensor(self.values).read((*lead, rows, slice(columns.start // 2, columns.stop // 2)))
-        values = np.stack([octets & 15, octets >> 4], axis=-1).reshape(*octets.shape[:-1], -1)
         groups = slice(columns.start // self.columns, columns.stop // self.columns)
         scale = weight.tensor("weight_scale").read((*lead, rows, groups))
-        return Codes(values, scale, factor=self._factor(weight)[lead] if self.factor else None)
+        return Codes(Pairs(octets, 0), scale, factor=self._factor(weight)[lead] if self.factor else None)
 
     def check_values(self, weight: PackedWeight) -> None:
         scale = weight.tensor("weight_scale")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stepjax.errors import CheckpointError
+from stepjax.weights import nibbles
 from stepjax.weights.dtypes import DTYPES
 from stepjax.weights.expert_format import ExpertFormat
 
@@ -104,13 +105,53 @@ class PackedWeight:
 
 
 @dataclass(frozen=True)
-class Codes:
-    """A part of a weight, one value an element."""
+class Pairs:
+    """Values of four bits as files often have them: column 2i in the low bits of byte i, 2i + 1 in the high ones."""
 
-    values: np.ndarray  # [..., R, C], as `ExpertFormat.pack` takes them
+    octets: np.ndarray  # uint8 [..., R, C / 2]
+    low: int  # what a code of zero stands for
+
+    @property
+    def values(self) -> np.ndarray:
+        """One an element: uint8 codes, or int8 where they are signed."""
+        codes = np.stack([self.octets & 15, self.octets >> 4], axis=-1)
+        codes = codes.reshape(*self.octets.shape[:-1], -1)
+        return (codes.view(np.int8) + np.int8(self.low)) if self.low else codes
+
+    def packed(self, held: ExpertFormat, rows: slice, columns: slice) -> np.ndarray:
+        """A part as ``held`` lays values out."""
+        group = held.unit_of((1, 2 * self.octets.shape[-1]))[1]
+        if group % 4 or columns.start % group or columns.stop % group:
+            return held.pack(np.ascontiguousarray(self.values[..., rows, columns]))
+        octets = self.octets[..., rows, columns.start // 2 : columns.stop // 2]
+        return nibbles.regrouped(np.ascontiguousarray(octets), group)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A part of a weight."""
+
+    stored: np.ndarray | Pairs  # [..., R, C], as `ExpertFormat.pack` takes them, or what stands for that
     scale: np.ndarray  # [..., R / rows of a unit, C / columns]
     zeros: np.ndarray | None = None  # of the scales' shape
     factor: np.ndarray | None = None  # [...], float32, of each matrix
+
+    @property
+    def values(self) -> np.ndarray:
+        """One an element: [..., R, C]."""
+        return self.stored.values if isinstance(self.stored, Pairs) else self.stored
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        if isinstance(self.stored, Pairs):
+            return (*self.stored.octets.shape[:-1], 2 * self.stored.octets.shape[-1])
+        return self.stored.shape
+
+    def packed(self, held: ExpertFormat, rows: slice, columns: slice) -> np.ndarray:
+        """A part of the values as ``held`` lays them out."""
+        if isinstance(self.stored, Pairs):
+            return self.stored.packed(held, rows, columns)
+        return held.pack(np.ascontiguousarray(self.stored[..., rows, columns]))
 
 
 @dataclass(frozen=True)
@@ -154,14 +195,13 @@ def read_leaves(packing: Packing, weight: PackedWeight, where: Index, held: Expe
         slice(part.start - cover.start, part.stop - cover.start)
         for part, cover in ((rows, cover_rows), (columns, cover_columns))
     )
-    values = codes.values[(..., *inner)]
     scale, zeros = (_fitted(part, packing, held, codes, inner) for part in (codes.scale, codes.zeros))
     assert scale is not None
-    leaves = [held.pack(np.ascontiguousarray(values)), np.ascontiguousarray(scale)]
+    leaves = [codes.packed(held, *inner), np.ascontiguousarray(scale)]
     if zeros is not None:
         leaves.append(np.ascontiguousarray(zeros))
     if codes.factor is not None:
-        shape = held.shapes(values.shape)[2]
+        shape = held.shapes((*codes.shape[:-2], *(part.stop - part.start for part in inner)))[2]
         leaves.append(np.broadcast_to(codes.factor[..., None, None], shape).astype(np.float32))
     return tuple(leaves)
 
@@ -195,7 +235,7 @@ def _fitted(
     """Scales or zero points of a part, repeated as far as the form in memory has smaller units, and cut."""
     if small is None:
         return None
-    rows, columns = codes.values.shape[-2:]
+    rows, columns = codes.shape[-2:]
     coarse_rows, coarse = packing.held.unit_of((rows, columns))
     fine_rows, fine = held.unit_of((rows, columns))
     if held.unit[1] is not None and coarse != fine:

@@ -45,6 +45,10 @@ class WrittenForm(ABC):
     def name(self) -> str:
         """On the command line."""
 
+    def of(self, path: str) -> WrittenForm:
+        """The form of one weight, by our path."""
+        return self
+
     @abstractmethod
     def tensors(self, rows: int, columns: int) -> tuple[Written, ...]:
         """What holds a matrix, in the order of `encode`.
@@ -315,6 +319,7 @@ def _tool_settings(
         "lm_head",
         "re:.*self_attn.*",
         "re:.*share_expert.*",
+        "re:.*shared_experts.*",  # as transformers calls it
         "re:.*moe\\.gate$",
         "re:.*mlp\\.(gate|up|down)_proj$",
     ]

@@ -85,7 +85,7 @@ class ExpertFormat(ABC):
 
     @property
     def spelled(self) -> bool:
-        """Whether a folder in the release's layout has names for it; otherwise it is widened to be saved."""
+        """Whether a folder in the release's layout is written in it; otherwise it is widened to be saved."""
         return bool(self.scale_suffix) or not self.quantised
 
     @property

@@ -10,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from stepjax.config import OWN_FORMAT, ModelConfig
+from stepjax.config import ModelConfig
 from stepjax.errors import ConfigError
 from stepjax.weights import nibbles
 from stepjax.weights.expert_format import ExpertFormat, Unit
@@ -51,8 +52,8 @@ class IntGroups(ExpertFormat):
 
     @property
     def spelled(self) -> bool:
-        """Only as this package makes it."""
-        return not self.scale_type and not self.zeros
+        """Folders are read in the spelling of earlier versions, and written as compressed-tensors spells integers."""
+        return False
 
     @property
     def extra_dtype(self) -> str | None:
@@ -125,8 +126,11 @@ class IntGroups(ExpertFormat):
             return q.reshape(*scale.shape, -1)
         return nibbles.unpacked(q, scale.shape[-1], array).astype(array.int8) - array.int8(8)
 
-    def quantization_config(self, not_converted: Sequence[str]) -> dict[str, Any]:
-        return {"quant_method": OWN_FORMAT, "bits": self.num_bits, "group_size": self.columns}
+    def notes(self, config: ModelConfig, file: Path) -> list[str]:
+        return [
+            f"{file.parent}: holds {self.name} as earlier versions of stepjax spelled it, which the next version will "
+            f"not read; write it again (stepjax convert --form {self.name}), of the 16-bit checkpoint if it is at hand"
+        ]
 
     @property
     def unit_name(self) -> str:

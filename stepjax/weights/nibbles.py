@@ -18,6 +18,20 @@ def packed(codes: np.ndarray, columns: int) -> np.ndarray:
     return (groups[..., :half] | (groups[..., half:] << 4)).reshape(*codes.shape[:-1], -1)
 
 
+def regrouped(pairs: np.ndarray, columns: int) -> np.ndarray:
+    """`packed` of codes that lie as neighbours, column 2i in the low bits of byte i: uint8 [..., C / 2] of both.
+
+    Args:
+      columns: of a group, a multiple of four.
+    """
+    quarters = pairs.reshape(*pairs.shape[:-1], -1, 2, columns // 4)
+    first, second = quarters[..., 0, :], quarters[..., 1, :]
+    out = np.empty((*first.shape, 2), np.uint8)
+    np.bitwise_or(first & 15, second << 4, out=out[..., 0])
+    np.bitwise_or(first >> 4, second & 0xF0, out=out[..., 1])
+    return out.reshape(pairs.shape)
+
+
 def unpacked(q: Any, groups: int, array: ModuleType) -> Any:
     """The codes of bytes [..., C / 2] as uint8 [..., groups, C / groups]; ``array`` is numpy or jax.numpy."""
     q = q.reshape(*q.shape[:-1], groups, -1)
