@@ -18,8 +18,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stepjax.model.cache import CacheView, Chunk, cache_axes
 from stepjax.model.layout import Routed
+from stepjax.model.step_attention import attend_step, step_kernels
 from stepjax.ops.attention import Heads, KeyValues
 from stepjax.ops.expert_choice import Formulation
+from stepjax.ops.step.attention import Projected
 from stepjax.sharding.context_parallel import Split, attend_split
 from stepjax.sharding.dispatch import CHEAPEST, Dispatch, choose_way, dispatch_body
 from stepjax.sharding.expert_group import Group
@@ -106,18 +108,7 @@ class MeshLayout:
         self, heads: Heads, chunk: Chunk, cache: CacheView | None, *, window: int | None
     ) -> tuple[jax.Array, CacheView | None]:
         """q[B_data, T_context, N_heads, H] → the same; keys and values are split where the number of heads divides."""
-        q_spec = self._fit(heads.q_BTNH.shape, "batch", "length", "heads", "head")
-        kv_spec = self._fit(heads.k_BTKH.shape, "batch", "length", "kv_heads", "head")
-        head_specs: list[Any] = [q_spec, kv_spec, kv_spec]
-        chunk_spec = jax.tree.map(lambda x: PartitionSpec(*q_spec[: x.ndim]), chunk)
-        if chunk.page_BN is not None:
-            chunk_spec = replace(chunk_spec, page_BN=PartitionSpec(q_spec[0], None))
-        cache_spec = None if cache is None else jax.tree.map(lambda x: self._fit(x.shape, *cache_axes(cache, x)), cache)
-        split = Split(
-            self.rules.mesh.context,
-            tokens=q_spec[1] is not None,
-            rows=any(spec[-3] is not None for spec in jax.tree.leaves(cache_spec)),
-        )
+        q_spec, kv_spec, chunk_spec, cache_spec, split = self._attention_specs(heads.q_BTNH, heads.k_BTKH, chunk, cache)
         group = heads.q_BTNH.shape[2] // heads.k_BTKH.shape[2]
         local_heads = LocalHeads(group, entry_axes(q_spec[2]), entry_axes(kv_spec[2]))
 
@@ -128,10 +119,46 @@ class MeshLayout:
         return jax.shard_map(
             body,
             mesh=self.mesh,
-            in_specs=(Heads(*head_specs), chunk_spec, cache_spec),
+            in_specs=(Heads(q_spec, kv_spec, kv_spec), chunk_spec, cache_spec),
             out_specs=(q_spec, cache_spec),
             check_vma=cache is None,  # a gathered ring is equal on all devices, which its type cannot say
         )(heads, chunk, cache)
+
+    def has_step_kernels(self, heads: Projected, chunk: Chunk, cache: CacheView) -> bool:
+        """Where a device has whole sequences, and the key-value heads of its query heads and no others."""
+        q_spec, kv_spec, _, _, split = self._attention_specs(heads.q_BTNH, heads.k_BTKH, chunk, cache)
+        return q_spec == kv_spec and not split.tokens and not split.rows and step_kernels(heads, chunk, cache)
+
+    def attend_step(
+        self, heads: Projected, chunk: Chunk, cache: CacheView, *, window: int | None, eps: float
+    ) -> tuple[jax.Array, CacheView]:
+        q_spec, kv_spec, chunk_spec, cache_spec, _ = self._attention_specs(heads.q_BTNH, heads.k_BTKH, chunk, cache)
+        gate_spec, whole, by_token = PartitionSpec(*q_spec[:3]), PartitionSpec(), PartitionSpec(q_spec[0])
+        specs = Projected(q_spec, kv_spec, kv_spec, gate_spec, whole, whole, by_token, by_token)  # pyright: ignore[reportArgumentType]
+        return jax.shard_map(
+            functools.partial(attend_step, window=window, eps=eps),
+            mesh=self.mesh,
+            in_specs=(specs, chunk_spec, cache_spec),
+            out_specs=(q_spec, cache_spec),
+            check_vma=False,
+        )(heads, chunk, cache)
+
+    def _attention_specs(
+        self, q_BTNH: jax.Array, k_BTKH: jax.Array, chunk: Chunk, cache: CacheView | None
+    ) -> tuple[PartitionSpec, PartitionSpec, Any, Any, Split]:
+        """How queries, keys, the chunk and the cache are split over devices."""
+        q_spec = self._fit(q_BTNH.shape, "batch", "length", "heads", "head")
+        kv_spec = self._fit(k_BTKH.shape, "batch", "length", "kv_heads", "head")
+        chunk_spec = jax.tree.map(lambda x: PartitionSpec(*q_spec[: x.ndim]), chunk)
+        if chunk.page_BN is not None:
+            chunk_spec = replace(chunk_spec, page_BN=PartitionSpec(q_spec[0], None))
+        cache_spec = None if cache is None else jax.tree.map(lambda x: self._fit(x.shape, *cache_axes(cache, x)), cache)
+        split = Split(
+            self.rules.mesh.context,
+            tokens=q_spec[1] is not None,
+            rows=any(spec[-3] is not None for spec in jax.tree.leaves(cache_spec)),
+        )
+        return q_spec, kv_spec, chunk_spec, cache_spec, split
 
     def mixture(
         self, moe: Routed, x_BTD: jax.Array, real_BT: jax.Array, recorded_BTA: jax.Array | None = None

@@ -196,8 +196,10 @@ def test_the_search_of_gpus_finds_the_thresholds_of_cpus():
     logits[:, 1] = np.round(logits[:, 1])  # many ties
     logits[:, 1, ::7] = state.REMOVED
     sampling = Sampling.of(params)
-    found = [np.asarray(find(jnp.asarray(logits, jnp.float32), sampling)) for find in (_listed_or_searched, searched)]
+    ways = _listed_or_searched, searched, functools.partial(searched, interpret=True)
+    found = [np.asarray(find(jnp.asarray(logits, jnp.float32), sampling)) for find in ways]
     np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0], found[2])  # by kernels
     assert np.isneginf(found[0][:3]).all()
     assert np.isin(found[0][3:], logits.astype(np.float32)).all()
 

@@ -16,7 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stepjax.gpu_target import kernels_target
+from stepjax.infer.sampling.likeliest import largest
 from stepjax.infer.sampling.state import REMOVED, LogitRules, Sampling, unpacked
+from stepjax.infer.sampling.threshold import from_ordered_bits, least_below, ordered_bits
 
 FEW = 64  # the largest top_k for which a partial sort is used, on a CPU
 DIGIT = 4  # bits of a threshold that a pass over the vocabulary decides, on a GPU: 15 sums at a time
@@ -93,7 +96,7 @@ def logprobs(logits_BTV: jax.Array, token_BT: jax.Array, *, top: int) -> Logprob
     """Log-probabilities of tokens and of the ``top`` likeliest, from logits without padding rows."""
     scores = logits_BTV - jax.nn.logsumexp(logits_BTV, axis=-1, keepdims=True)
     ids, values = jax.lax.platform_dependent(
-        scores, cpu=functools.partial(_partly_sorted, count=top), default=functools.partial(likeliest, count=top)
+        scores, cpu=functools.partial(_partly_sorted, count=top), default=functools.partial(_on_gpu, count=top)
     )
     return Logprobs(jnp.take_along_axis(scores, token_BT[..., None], axis=-1)[..., 0], ids, values)
 
@@ -101,6 +104,14 @@ def logprobs(logits_BTV: jax.Array, token_BT: jax.Array, *, top: int) -> Logprob
 def _partly_sorted(scores: jax.Array, *, count: int) -> tuple[jax.Array, jax.Array]:
     values, ids = jax.lax.top_k(scores, count)
     return ids, values
+
+
+def _on_gpu(scores: jax.Array, *, count: int) -> tuple[jax.Array, jax.Array]:
+    if kernels_target("on", "all") is None:
+        return likeliest(scores, count=count)
+    ids, values = largest(scores.reshape(-1, scores.shape[-1]), count=count)
+    shape = *scores.shape[:-1], count
+    return ids.reshape(shape), values.reshape(shape)
 
 
 def likeliest(scores: jax.Array, *, count: int) -> tuple[jax.Array, jax.Array]:
@@ -214,15 +225,42 @@ def _listed_or_searched(logits: jax.Array, sampling: Sampling) -> jax.Array:
     return jnp.where(many_B[:, None, None], jax.lax.cond(jnp.any(many_B), of_many, lambda: none), lowest)
 
 
-def searched(logits: jax.Array, sampling: Sampling) -> jax.Array:
+def searched(logits: jax.Array, sampling: Sampling, *, interpret: bool = False) -> jax.Array:
     """The same for GPUs, for which it has neither a loop nor a sort.
 
     XLA runs both outside of CUDA graphs, a loop also where its length is known and a sort where CUB does it.
     """
     cut_B = _cut(sampling)
     none = jnp.full((*logits.shape[:2], 1), -jnp.inf, logits.dtype)
-    lowest = jax.lax.cond(jnp.any(cut_B), lambda: _threshold(logits, sampling, _by_digits), lambda: none)
+    kernels = interpret or kernels_target("on", "all") is not None
+
+    def threshold() -> jax.Array:
+        if kernels:
+            return _threshold_of_rows(logits, sampling, interpret=interpret)
+        return _threshold(logits, sampling, _by_digits)
+
+    lowest = jax.lax.cond(jnp.any(cut_B), threshold, lambda: none)
     return jnp.where(cut_B[:, None, None], lowest, none)
+
+
+def _threshold_of_rows(logits: jax.Array, sampling: Sampling, *, interpret: bool) -> jax.Array:
+    """`_threshold` by kernels."""
+    shape = logits.shape[:2]
+    rows = logits.reshape(-1, logits.shape[-1])
+    top_k, top_p = (jnp.broadcast_to(x[:, None], shape).reshape(-1) for x in (sampling.top_k_B, sampling.top_p_B))
+    top = jnp.max(rows, axis=-1)
+    search = functools.partial(least_below, rows, top, interpret=interpret)
+    first = jnp.full_like(top_k, jnp.iinfo(jnp.int32).min)
+    goal = jnp.where(top_k > 0, top_k.astype(jnp.float32), jnp.inf)
+    by_rank = jax.lax.cond(jnp.any(top_k > 0), lambda: search(goal, weighted=False), lambda: first)
+    above = ordered_bits(rows) > by_rank[:, None]
+    weight = jnp.exp(rows - top[:, None])
+    count, mass = _sums([above.astype(jnp.int32), jnp.where(above, weight, 0.0)])
+    tied = jnp.where(by_rank == first, 0.0, jnp.exp(from_ordered_bits(by_rank) - top))
+    total = mass + jnp.maximum(top_k - count, 0).astype(jnp.float32) * tied  # of exactly top_k tokens
+    goal = jnp.where(top_p < 1, top_p * total, jnp.inf)
+    by_mass = jnp.clip(search(goal, weighted=True), by_rank, ordered_bits(top))
+    return jnp.where(by_mass == first, -jnp.inf, from_ordered_bits(by_mass)).reshape(*shape, 1)
 
 
 def _cut(sampling: Sampling) -> jax.Array:
@@ -248,7 +286,7 @@ Search = Callable[[Sums, Holds, jax.Array, jax.Array], jax.Array]
 
 def _threshold(logits: jax.Array, sampling: Sampling, search: Search) -> jax.Array:
     """`_lowest` without an order: [B, T, 1]. Sorting a vocabulary of 128,896 takes ten times as long on a CPU."""
-    key = _ordered_bits(logits)
+    key = ordered_bits(logits)
     weight = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     top_k, top_p = sampling.top_k_B[:, None, None], sampling.top_p_B[:, None, None]
 
@@ -269,7 +307,7 @@ def _threshold(logits: jax.Array, sampling: Sampling, search: Search) -> jax.Arr
     (count,), (mass,) = counts([by_rank]), masses([by_rank])
     total = mass + jnp.maximum(top_k - count, 0).astype(jnp.float32) * tied  # of exactly top_k tokens
     by_mass = search(masses, lambda least, mass: (top_p >= 1) | (mass < top_p * total), by_rank, most)
-    return jnp.where(by_mass == first, -jnp.inf, _from_ordered_bits(by_mass))
+    return jnp.where(by_mass == first, -jnp.inf, from_ordered_bits(by_mass))
 
 
 def _sums_above(key: jax.Array, weight: jax.Array, leasts: Sequence[jax.Array]) -> list[jax.Array]:
@@ -277,9 +315,17 @@ def _sums_above(key: jax.Array, weight: jax.Array, leasts: Sequence[jax.Array]) 
     terms = [jnp.where(key > least, weight, jnp.zeros_like(weight)) for least in leasts]
     if len(terms) == 1:
         return [jnp.sum(terms[0], axis=-1, keepdims=True, dtype=weight.dtype)]
-    zeros = [jnp.zeros((), weight.dtype)] * len(terms)
-    sums = jax.lax.reduce(terms, zeros, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], (key.ndim - 1,))
-    return [each[..., None] for each in sums]
+    return [total[..., None] for total in _sums(terms)]
+
+
+def _sums(terms: Sequence[jax.Array]) -> list[jax.Array]:
+    """Along the last axis, all in one pass."""
+    zeros = [jnp.zeros((), term.dtype) for term in terms]
+
+    def add(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> list[jax.Array]:
+        return [x + y for x, y in zip(a, b, strict=True)]
+
+    return jax.lax.reduce(list(terms), zeros, add, (terms[0].ndim - 1,))
 
 
 def _bisected(sums: Sums, holds: Holds, low: jax.Array, high: jax.Array) -> jax.Array:
@@ -308,17 +354,6 @@ def _by_digits(sums: Sums, holds: Holds, low: jax.Array, high: jax.Array) -> jax
 def _wrapped(number: int) -> np.int32:
     """Modulo 2³², as sums of int32 are."""
     return np.uint32(number & 0xFFFFFFFF).astype(np.int32)
-
-
-def _ordered_bits(x: jax.Array) -> jax.Array:
-    """float32 to the int32 of the same order."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-    return jnp.where(bits < 0, bits ^ jnp.iinfo(jnp.int32).max, bits)
-
-
-def _from_ordered_bits(key: jax.Array) -> jax.Array:
-    bits = jnp.where(key < 0, key ^ jnp.iinfo(jnp.int32).max, key)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _draw(logits: jax.Array, position_BT: jax.Array, sampling: Sampling) -> jax.Array:

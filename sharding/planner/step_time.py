@@ -215,12 +215,10 @@ def _part_of(array: PlacedArrays) -> str:
 def serving_form(layout: MeshLayout, tokens: int) -> Formulation:
     """The form of the experts that a GPU takes for so many tokens of one copy of them (`stepjax.ops.experts`)."""
     config, group, experts = layout.rules.config, Group.of(layout.rules), layout.rules.experts
-    if experts.quantised:
-        rows, columns = config.expert_size // group.num_shares, config.hidden_size
-        shapes = (group.experts_each, rows, columns), (group.experts_each, columns, rows)
-        if all(reader_of(experts, shape, capability=HOPPER, exact=False) for shape in shapes):
-            return "stored"
-    return choose_form(tokens, group.experts_each, config.top_k, widened=experts.quantised)
+    rows, columns = config.expert_size // group.num_shares, config.hidden_size
+    shapes = (group.experts_each, rows, columns), (group.experts_each, columns, rows)
+    stored = experts.quantised and all(reader_of(experts, shape, capability=HOPPER, exact=False) for shape in shapes)
+    return choose_form(tokens, group.experts_each, config.top_k, widened=experts.quantised, stored=stored)
 
 
 def tokens_of_experts(layout: MeshLayout, shares: LocalTokens) -> int:

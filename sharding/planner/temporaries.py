@@ -15,6 +15,7 @@ from stepjax.config import LayerSpec
 from stepjax.model.cache import GATHERED_ROWS, LARGE_BLOCK, SMALL_BLOCK
 from stepjax.ops.attention import BLOCK, WINDOWED_BLOCK
 from stepjax.ops.expert_choice import buffer_rows, tile_size
+from stepjax.ops.expert_stored import num_slices
 from stepjax.sharding.expert_group import Group
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.planner.device_bytes import CacheBytes
@@ -139,9 +140,14 @@ def _experts(step: _Step) -> float:
     after = config.layers[config.moe_layers[0].index + 1 :]  # whose zeros are there already
     base = step.streams + step.loop_zeros(after)
     form = serving_form(step.layout, tokens)
-    if form in ("gathered", "stored"):
-        scales = step.experts.gathered_scale_bytes * 3 * width * hidden if form == "gathered" else 0.0
+    if form == "gathered":
+        scales = step.experts.gathered_scale_bytes * 3 * width * hidden
         return base + tokens * config.top_k * (F32 * (3.0 * hidden + width) + scales)
+    if form == "stored":  # hidden states of all assignments, products with some columns of down, their sums by token
+        assignments = float(tokens * config.top_k)
+        return (
+            base + assignments * (size * hidden + F32 * width / num_slices(assignments, width)) + F32 * tokens * width
+        )
     rows = tokens
     if form == "capacity":
         rows = buffer_rows(tokens * config.top_k / config.num_experts, most=tokens)

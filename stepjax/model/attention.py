@@ -10,9 +10,10 @@ from jax.typing import DTypeLike
 from stepjax.config import LayerSpec
 from stepjax.model.cache import CacheView, Chunk
 from stepjax.model.fp8_cache import fp8_rounded
-from stepjax.model.layers import Linear, RMSNorm, rotate
+from stepjax.model.layers import Linear, RMSNorm, angles, turned
 from stepjax.model.layout import Layout
 from stepjax.ops.attention import Heads
+from stepjax.ops.step.attention import Projected
 
 
 class Attention(nnx.Module):
@@ -47,21 +48,40 @@ class Attention(nnx.Module):
     def __call__(self, x_BTD: jax.Array, chunk: Chunk, cache: CacheView | None) -> tuple[jax.Array, CacheView | None]:
         """Attend over the cache's prefix and the chunk itself, and store the chunk."""
         spec, (B, T, _) = self.spec, x_BTD.shape
-        q_BTNH = self._heads(self.q_proj(x_BTD), "heads")
-        k_BTKH = self._heads(self.k_proj(x_BTD), "kv_heads")
-        v_BTKH = self._heads(self.v_proj(x_BTD), "kv_heads")
-        q_BTNH = rotate(self.q_norm(q_BTNH), chunk.position_BT, spec.rope)
-        k_BTKH = rotate(self.k_norm(k_BTKH), chunk.position_BT, spec.rope)
+        # The gate in float32: XLA joins products of the same input and dtype, and for so few rows copies the joined
+        # weights.
+        heads = Projected(
+            self._heads(self.q_proj(x_BTD), "heads"),
+            self._heads(self.k_proj(x_BTD), "kv_heads"),
+            self._heads(self.v_proj(x_BTD), "kv_heads"),
+            self.g_proj.wide(x_BTD),
+            self.q_norm.weight.get_value(),
+            self.k_norm.weight.get_value(),
+            *angles(chunk.position_BT, spec.rope, x_BTD.dtype),
+        )
+        if cache is not None and not self.cache_fp8 and self.layout.has_step_kernels(heads, chunk, cache):
+            out_BTNH, cache = jax.lax.platform_dependent(
+                heads, chunk, cache, cpu=self._in_parts, default=self._in_a_step
+            )
+        else:
+            out_BTNH, cache = self._in_parts(heads, chunk, cache)
+        out = self.layout.constrain(out_BTNH.reshape(B, T, -1), "batch", "length", "heads")
+        return self.o_proj(out), cache
+
+    def _in_a_step(self, heads: Projected, chunk: Chunk, cache: CacheView) -> tuple[jax.Array, CacheView]:
+        """`_in_parts` by kernels that do all of it."""
+        return self.layout.attend_step(heads, chunk, cache, window=self.spec.window, eps=self.q_norm.eps)
+
+    def _in_parts(self, heads: Projected, chunk: Chunk, cache: CacheView | None) -> tuple[jax.Array, CacheView | None]:
+        """Norm and rotation, attention, gate."""
+        q_BTNH = turned(self.q_norm(heads.q_BTNH), heads.cos_BTW, heads.sin_BTW)
+        k_BTKH, v_BTKH = turned(self.k_norm(heads.k_BTKH), heads.cos_BTW, heads.sin_BTW), heads.v_BTKH
         if cache is not None or self.cache_fp8:
             k_BTKH, v_BTKH = _finite(k_BTKH), _finite(v_BTKH)
         if self.cache_fp8:
             k_BTKH, v_BTKH = fp8_rounded(k_BTKH), fp8_rounded(v_BTKH)
-        out_BTNH, cache = self.layout.attend(Heads(q_BTNH, k_BTKH, v_BTKH), chunk, cache, window=spec.window)
-        # In float32: XLA joins products of the same input and dtype, and for so few rows copies the joined weights.
-        gate_BTN = jax.nn.sigmoid(self.g_proj.wide(x_BTD)).astype(out_BTNH.dtype)
-        out_BTNH *= gate_BTN[..., None]
-        out = self.layout.constrain(out_BTNH.reshape(B, T, -1), "batch", "length", "heads")
-        return self.o_proj(out), cache
+        out_BTNH, cache = self.layout.attend(Heads(q_BTNH, k_BTKH, v_BTKH), chunk, cache, window=self.spec.window)
+        return out_BTNH * jax.nn.sigmoid(heads.gate_BTN).astype(out_BTNH.dtype)[..., None], cache
 
     def _heads(self, x: jax.Array, axis: str) -> jax.Array:
         return self.layout.constrain(x.reshape(*x.shape[:2], -1, self.spec.head_dim), "batch", "length", axis, "head")

@@ -332,7 +332,7 @@ def cached_rows(view: Pages | Ring, chunk: Chunk, stripe: Stripe) -> CachedRows:
         slot = jnp.asarray(np.arange(batch, dtype=np.int32)) if chunk.slot_B is None else chunk.slot_B
         table = jnp.clip(slot, 0, size - 1)[:, None] if chunk.slot_B is not None else slot[:, None]
     if chunk.layer is not None:
-        table = chunk.layer * size + table
+        table = _entry(table, k, chunk.layer)
     first_B = None if isinstance(view, Pages) else chunk.first_B
     return CachedRows(
         _joined(k), _joined(v), table, chunk.start_B, first_B, stripe.index, stripe.count, ring=isinstance(view, Ring)

@@ -5,6 +5,7 @@ Weights keep the hub's (out, in) orientation.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -14,6 +15,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from stepjax.config import RopeScaling, RopeSpec
+from stepjax.gpu_target import kernels_target
+from stepjax.ops.step.norm import WIDEST, rms_normed, rows_normed
 from stepjax.ops.swiglu import swiglu
 from stepjax.weights.adapted import linear
 
@@ -25,20 +28,18 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], *, std
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm over the last axis with a gain stored as (gain − 1).
-
-    The whole product is float32 and only the result is cast back (docs/architecture.md, Embedding and layers).
-    """
+    """Root-mean-square norm over the last axis with a gain stored as (gain − 1): `stepjax.ops.step.norm.rms_normed`."""
 
     def __init__(self, size: int, *, eps: float, axis: str = "embed", dtype: DTypeLike):
         self.eps = eps
         self.weight = nnx.Param(jnp.zeros((size,), dtype), axes=(axis,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
-        scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        gain = 1 + self.weight.get_value().astype(jnp.float32)
-        return (wide * scale * gain.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+        weight, slow = self.weight.get_value(), functools.partial(rms_normed, eps=self.eps)
+        if x.size != weight.size or weight.size > WIDEST or kernels_target("on", "all") is None:
+            return slow(x, weight)
+        kernel = functools.partial(rows_normed, eps=self.eps)  # of a row that is alone, which every device has
+        return jax.lax.platform_dependent(x, weight, cpu=slow, default=kernel)
 
 
 class Linear(nnx.Module):
@@ -93,16 +94,27 @@ def _llama3(plain: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     return (1 - keep) * plain / scaling.factor + keep * plain
 
 
-def rotate(x_BTNH: jax.Array, position_BT: jax.Array, spec: RopeSpec) -> jax.Array:
-    """Turn the heads of ``x`` by their positions; dims past ``spec.width`` pass through.
+def angles(position_BT: jax.Array, spec: RopeSpec, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of the angles [B, T, width / 2] that positions turn heads by.
 
-    Angles, sine and cosine are float32 (positions reach 262,143); they are cast to x's dtype before the product.
+    They are computed in float32 (positions reach 262,143) and cast to ``dtype``, that of the heads.
     """
     inverse = jnp.asarray(frequencies(spec), jnp.float32)
-    angle = position_BT.astype(jnp.float32)[..., None, None] * inverse[None, None, None, :]
-    cos, sin = jnp.cos(angle).astype(x_BTNH.dtype), jnp.sin(angle).astype(x_BTNH.dtype)
-    a, b, rest = jnp.split(x_BTNH, [spec.width // 2, spec.width], axis=-1)
+    angle = position_BT.astype(jnp.float32)[..., None] * inverse[None, None, :]
+    return jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype)
+
+
+def turned(x_BTNH: jax.Array, cos_BTW: jax.Array, sin_BTW: jax.Array) -> jax.Array:
+    """Heads turned by `angles`, which have x's dtype; dims past twice their number pass through."""
+    width = cos_BTW.shape[-1]
+    cos, sin = (x[:, :, None, :] for x in (cos_BTW, sin_BTW))
+    a, b, rest = jnp.split(x_BTNH, [width, 2 * width], axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
+
+
+def rotate(x_BTNH: jax.Array, position_BT: jax.Array, spec: RopeSpec) -> jax.Array:
+    """Turn the heads of ``x`` by their positions."""
+    return turned(x_BTNH, *angles(position_BT, spec, x_BTNH.dtype))
 
 
 class SwiGLU(nnx.Module):

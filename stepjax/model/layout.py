@@ -11,9 +11,11 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import jax
 
 from stepjax.model.cache import CacheView, Chunk, attend
+from stepjax.model.step_attention import attend_step, step_kernels
 from stepjax.ops.attention import Heads
 from stepjax.ops.expert_choice import Formulation
 from stepjax.ops.expert_dense import ExpertWeights
+from stepjax.ops.step.attention import Projected
 
 T = TypeVar("T")
 
@@ -141,6 +143,16 @@ class Layout(Protocol):
         """`stepjax.model.cache.attend`."""
         ...
 
+    def has_step_kernels(self, heads: Projected, chunk: Chunk, cache: CacheView) -> bool:
+        """Whether `attend_step` can take these."""
+        ...
+
+    def attend_step(
+        self, heads: Projected, chunk: Chunk, cache: CacheView, *, window: int | None, eps: float
+    ) -> tuple[jax.Array, CacheView]:
+        """`stepjax.model.step_attention.attend_step`."""
+        ...
+
     def mixture(
         self, moe: Routed, x_BTD: jax.Array, real_BT: jax.Array, recorded_BTA: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
@@ -204,6 +216,14 @@ class SingleDevice:
         self, heads: Heads, chunk: Chunk, cache: CacheView | None, *, window: int | None
     ) -> tuple[jax.Array, CacheView | None]:
         return attend(heads, chunk, cache, window=window)
+
+    def has_step_kernels(self, heads: Projected, chunk: Chunk, cache: CacheView) -> bool:
+        return step_kernels(heads, chunk, cache)
+
+    def attend_step(
+        self, heads: Projected, chunk: Chunk, cache: CacheView, *, window: int | None, eps: float
+    ) -> tuple[jax.Array, CacheView]:
+        return attend_step(heads, chunk, cache, window=window, eps=eps)
 
     def mixture(
         self, moe: Routed, x_BTD: jax.Array, real_BT: jax.Array, recorded_BTA: jax.Array | None = None

@@ -5,17 +5,21 @@ The formulas are in the documentation (docs/architecture.md, Router and Mixture 
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
 from stepjax.config import LayerSpec, ModelConfig
+from stepjax.gpu_target import kernels_target
 from stepjax.model.layers import SwiGLU, normal
 from stepjax.model.layout import Layout, Routes
 from stepjax.ops.expert_choice import Formulation
 from stepjax.ops.expert_dense import ExpertWeights
 from stepjax.ops.experts import held_ids, routed_experts
+from stepjax.ops.step.route import chosen_experts, weighed
 from stepjax.weights.adapted import by_token
 from stepjax.weights.products import stacked_product
 from stepjax.weights.stacked import LayerWeight
@@ -49,12 +53,27 @@ class Router(nnx.Module):
         ids_TA = self.choose(scores_TE)
         return ids_TA, self.weigh(scores_TE, ids_TA)
 
+    def chosen(self, x_TD: jax.Array, real_T: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The same for GPUs, with id E for padding (``real`` false)."""
+
+        def slow(logits_TE: jax.Array, bias_E: jax.Array, real_T: jax.Array) -> tuple[jax.Array, jax.Array]:
+            scores_TE = jax.nn.sigmoid(logits_TE)
+            ids_TA = self.choose(scores_TE)
+            return jnp.where(real_T[:, None], ids_TA, bias_E.size), self.weigh(scores_TE, ids_TA)
+
+        kernel = functools.partial(chosen_experts, top_k=self.top_k, scale=self.scale)
+        return jax.lax.platform_dependent(self.logits(x_TD), self.bias.get_value(), real_T, cpu=slow, default=kernel)
+
     def scores(self, x_TD: jax.Array) -> jax.Array:
         """How well each expert suits each token, float32 [T, E] in (0, 1)."""
+        return jax.nn.sigmoid(self.logits(x_TD))
+
+    def logits(self, x_TD: jax.Array) -> jax.Array:
+        """The scores before the sigmoid."""
         weight, x_TD = self.weight.get_value(), x_TD.astype(jnp.float32)
         if isinstance(weight, LayerWeight):
-            return jax.nn.sigmoid(stacked_product(x_TD, weight.stack, weight.layer, jnp.float32))
-        return jax.nn.sigmoid(jnp.einsum("td,ed->te", x_TD, weight.astype(jnp.float32), precision="highest"))
+            return stacked_product(x_TD, weight.stack, weight.layer, jnp.float32)
+        return jnp.einsum("td,ed->te", x_TD, weight.astype(jnp.float32), precision="highest")
 
     def choose(self, scores_TE: jax.Array) -> jax.Array:
         """Ids of the best under the bias, best first."""
@@ -63,8 +82,7 @@ class Router(nnx.Module):
 
     def weigh(self, scores_TE: jax.Array, ids_TA: jax.Array) -> jax.Array:
         """Combine weights of these experts, whoever chose them."""
-        chosen = jnp.take_along_axis(scores_TE, ids_TA, axis=-1)
-        return self.scale * chosen / (jnp.sum(chosen, axis=-1, keepdims=True) + 1e-20)
+        return weighed(scores_TE, ids_TA, scale=self.scale)
 
 
 class Experts(nnx.Module):
@@ -125,6 +143,10 @@ class MoE(nnx.Module):
 
     def route(self, x_BTD: jax.Array, real_BT: jax.Array, recorded_BTA: jax.Array | None = None) -> Routes:
         if recorded_BTA is None:
+            if self.num_slots == self.num_experts and kernels_target("on", "all") is not None:
+                ids_TA, combine_TA = self.router.chosen(x_BTD.reshape(-1, x_BTD.shape[-1]), real_BT.reshape(-1))
+                ids_BTA = ids_TA.reshape(*real_BT.shape, -1)
+                return Routes(ids_BTA, combine_TA.reshape(ids_BTA.shape), ids_BTA)
             ids_TA, combine_TA = self.router(x_BTD.reshape(-1, x_BTD.shape[-1]))
             chosen_BTA = self._unpadded(ids_TA, real_BT)
             return Routes(self._slots(ids_TA, real_BT), combine_TA.reshape(chosen_BTA.shape), chosen_BTA)
@@ -167,7 +189,8 @@ class MoE(nnx.Module):
         bare, slot_T = by_token(self.weights(), (x_BTD.shape[0], x_BTD.shape[1]))
         weights = ExpertWeights(*bare)
         count = weights.gate.shape[0]
-        ours, load = held_ids(ids_TA, first_expert, count), ids_TA.size * count // self.num_slots
+        ours = held_ids(ids_TA, first_expert, count, every=count == self.num_slots)
+        load = ids_TA.size * count // self.num_slots
         routed = routed_experts(x_TD, ours, combine_TA, weights, limit=self.limit, form=form, load=load, slot_T=slot_T)
         return routed.reshape(x_BTD.shape), self.common(x_BTD)
 

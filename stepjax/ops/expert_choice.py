@@ -29,9 +29,16 @@ HEADROOM = 1.5  # rows of capacity over the mean load: one pass usually suffices
 
 
 def choose_form(
-    num_tokens: int, num_experts: int, top_k: int, *, widened: bool = False, kernel: bool = False
+    num_tokens: int,
+    num_experts: int,
+    top_k: int,
+    *,
+    widened: bool = False,
+    kernel: bool = False,
+    stored: bool = False,
 ) -> Formulation:
-    """The form for a step of ``num_tokens`` (static) tokens on a GPU; ``kernel``: there is one for these weights.
+    """The form for a step of ``num_tokens`` (static) tokens on a GPU; ``kernel``: there is one for these weights;
+    ``stored``: and one that reads them as they are stored, which is taken for any number of tokens.
 
     One layer of 288 experts on an H100 takes 0.0115 ms for each assignment that is gathered, in bf16 and in int4; for
     each expert of products over all of them it takes 0.0117 ms in bf16 and 0.0285 to 0.036 ms in int4, which is
@@ -39,6 +46,8 @@ def choose_form(
     (benchmarks/results/gpu-h100.json).
     """
     assignments = num_tokens * top_k
+    if stored:
+        return "stored"
     if kernel:
         return "gathered" if 2 * assignments < num_experts else "grouped"
     if assignments < num_experts * (WIDENED_COST if widened else 1):

@@ -103,7 +103,7 @@ def _forward(
     )
     addend = run.addend(weights.down, run.low(weights.down, hidden))
 
-    def part(begin: int, count: int, wait: Any) -> jax.Array:
+    def part(begin: int | None, count: int, wait: Any) -> jax.Array:
         matrices, span = [_matrices(outer, weights.down, wait)], {"begin": begin, "count": count}
         [out] = multiply(hidden, matrices, run.plan, addends=[addend], **span, **run.cut())
         return run.by_token(out, combine, small=count == outer.rows)
@@ -148,7 +148,7 @@ def _experts_bwd(setup, saved, dy):
     backs = [run.low(w, d, transposed=True) for w, d in zip(weights[:2], (dgate, dup), strict=True)]
     addends = [run.addend(w, low, transposed=True) for w, low in zip(weights[:2], backs, strict=True)]
 
-    def part(begin: int, count: int, wait: Any) -> jax.Array:
+    def part(begin: int | None, count: int, wait: Any) -> jax.Array:
         matrices, span = [_matrices(inner, w, wait) for w in weights[:2]], {"begin": begin, "count": count}
         out = multiply_transposed([dgate, dup], matrices, run.plan, addends=addends, **span, **run.cut())
         return run.by_token(out, jnp.ones_like(combine), small=count == inner.columns)
@@ -237,11 +237,9 @@ class _Run:
 
         Each waits for the one before, which the compiler would otherwise keep beside it.
         """
-        slices = 1
-        while slices < MOST_SLICES and self._ids.size * (width // slices) * 4 > SLICE_BYTES:
-            if width % (2 * slices * tile):
-                break
-            slices *= 2
+        slices = num_slices(self._ids.size, width, tile=tile)
+        if slices == 1:
+            return part(None, width, None)
         size, parts, wait = width // slices, [], 0
         for i in range(slices):
             parts.append(part(i * size, size, wait))
@@ -278,15 +276,25 @@ class _Run:
         return out[0] if shared else out
 
 
+def num_slices(assignments: float, width: int, *, tile: int = 128) -> int:
+    """How many parts of the columns are made one after the other; each has whole tiles."""
+    slices = 1
+    while (
+        slices < MOST_SLICES and assignments * (width // slices) * 4 > SLICE_BYTES and not width % (2 * slices * tile)
+    ):
+        slices *= 2
+    return slices
+
+
 def _zero_after(x: jax.Array) -> jax.Array:
     """0, which the compiler cannot know before x."""
     return ((x[0, 0] < 0) & jnp.isnan(x[0, 0])).astype(jnp.int32)
 
 
-def _matrices(reader: Reader, w: AnyWeight, wait: Any = 0) -> Matrices:
-    """``wait``: 0, once the kernel may begin."""
+def _matrices(reader: Reader, w: AnyWeight, wait: Any = None) -> Matrices:
+    """``wait``: 0, once the kernel may begin; None: at once."""
     held, first = plain(w), wait
     if isinstance(held, LayerWeight):
-        first, held = held.layer * held.shape[0] + wait, held.joined()
+        first, held = held.layer * held.shape[0] + (0 if wait is None else wait), held.joined()
     arrays = held.leaves if isinstance(held, Quantised) else (held,)
     return Matrices(reader, jax.lax.stop_gradient(arrays), first)

@@ -56,18 +56,22 @@ def routed_experts(
         return run(form)(x_TD, ids_TA, combine_TA, weights, slot_T)
     size = (x_TD.shape[0], weights.gate.shape[0], ids_TA.shape[1])
     quantised = format_of(plain(weights.gate)).quantised
-    if stored_readers(x_TD, weights, gpu) is not None and (quantised or kernel_choice() == "all"):
-        other: Formulation = "stored"
-    else:
-        kernel = hopper_cores() > 0 and grouped_fits(x_TD, weights)
-        other = choose_form(*size, widened=quantised, kernel=kernel)
+    by_kernel = stored_readers(x_TD, weights, gpu) is not None and (quantised or kernel_choice() == "all")
+    kernel = hopper_cores() > 0 and grouped_fits(x_TD, weights)
+    other = choose_form(*size, widened=quantised, kernel=kernel, stored=by_kernel)
     return jax.lax.platform_dependent(
         x_TD, ids_TA, combine_TA, weights, slot_T, cpu=run(choose_form_cpu(*size)), default=run(other)
     )
 
 
-def held_ids(ids_TA: jax.Array, first: int | jax.Array, count: int) -> jax.Array:
-    """Ids among all experts as ids among the ``count`` from ``first`` on, which are held here; others become count."""
+def held_ids(ids_TA: jax.Array, first: int | jax.Array, count: int, *, every: bool = False) -> jax.Array:
+    """Ids among all experts as ids among the ``count`` from ``first`` on, which are held here; others become count.
+
+    Args:
+      every: no others exist, so that the ids are these already.
+    """
+    if every:
+        return ids_TA
     ours = ids_TA - first
     return jnp.where((ours >= 0) & (ours < count), ours, count)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -21,11 +22,21 @@ def pallas() -> tuple[Any, Any]:
     return pallas, triton
 
 
-def launched(kernel: Any, outs: Any, grid: tuple[int, ...], *, warps: int, stages: int, interpret: bool) -> Any:
+def launched(
+    kernel: Any,
+    outs: Any,
+    grid: tuple[int, ...],
+    *,
+    warps: int,
+    stages: int,
+    interpret: bool,
+    aliases: Mapping[int, int] | None = None,
+) -> Any:
     """A function of arrays that runs ``kernel`` on references to all of them, whole, and to the results.
 
     Args:
       outs: shapes and dtypes of the results.
+      aliases: arrays that are written in place, by number, and the results that they become.
       interpret: run it on a CPU, in tests.
     """
     pl, gpu = pallas()
@@ -37,6 +48,7 @@ def launched(kernel: Any, outs: Any, grid: tuple[int, ...], *, warps: int, stage
             grid=grid,
             in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(arrays),
             out_specs=jax.tree.map(lambda _: pl.BlockSpec(memory_space=pl.ANY), outs),
+            input_output_aliases=dict(aliases or {}),
             interpret=interpret,
             compiler_params=None if interpret else gpu.CompilerParams(num_warps=warps, num_stages=stages),
         )(*arrays)
@@ -54,6 +66,27 @@ def tile_index(row: jax.Array, column: jax.Array) -> tuple[jax.Array, jax.Array]
     """Index of every element of a tile: the interpreter takes no mask with slices beside arrays."""
     shape = row.size, column.size
     return jnp.broadcast_to(row[:, None], shape), jnp.broadcast_to(column[None, :], shape)
+
+
+def taken(values: jax.Array, ids: jax.Array, *, count: int, width: int) -> tuple[jax.Array, jax.Array]:
+    """Within a kernel: ids and values of the ``count`` largest of a vector, in order, of equal ones the least id.
+
+    Both have ``width`` lanes; those past the count have values of −∞. What is not a number gets some of the ids.
+    """
+    lane, none = jnp.arange(width, dtype=jnp.int32), jnp.iinfo(jnp.int32).max
+    last = jnp.max(ids)
+
+    def take(turn: Any, carry: Any) -> Any:
+        values, best_ids, best = carry
+        top = jnp.max(values)
+        first = jnp.minimum(jnp.min(jnp.where(values == top, ids, none)), last)
+        here = lane == turn
+        values = jnp.where(ids == first, -jnp.inf, values)
+        return values, jnp.where(here, first, best_ids), jnp.where(here, top, best)
+
+    start = values, jnp.zeros((width,), jnp.int32), jnp.full((width,), -jnp.inf, jnp.float32)
+    _, best_ids, best = jax.lax.fori_loop(0, count, take, start)
+    return best_ids, best
 
 
 def power_above(size: int) -> int:

@@ -28,7 +28,7 @@ class Matrices:
 
     reader: Reader = field(metadata={"static": True})
     arrays: tuple[jax.Array, ...]  # [M, N, …], or [N, …] for one matrix that all experts share
-    first: jax.Array | int = 0  # of the experts' matrices among all M
+    first: jax.Array | int | None = None  # of the experts' matrices among all M; None: 0, known when it is compiled
 
     @property
     def shared(self) -> bool:
@@ -64,7 +64,7 @@ def multiply(
     activation: float | bool | None = False,
     addends: Sequence[Addend | None] = (),
     outer: Cotangent | None = None,
-    begin: jax.Array | int = 0,
+    begin: jax.Array | int | None = None,
     count: int | None = None,
     dtype: Any = jnp.float32,
     interpret: bool = False,
@@ -77,17 +77,18 @@ def multiply(
       activation: ``swiglu`` of two products in place of both, with this limit or None; False: none.
       addends: of each matrix.
       outer: of the activation's result: the cotangents of both products and the activation itself come instead of it.
-      begin, count: first row and number of rows of the matrices that are wanted, both multiples of a tile; None: all.
+      begin, count: first row and number of rows of the matrices that are wanted, both multiples of a tile; None: from 0
+        on, all.
     """
     reader, size = matrices[0].reader, num_assignments(plan)
     count = count or reader.rows
     columns = power_below(count, reader.row_limit, tiling.columns)
-    num_x = 1 if outer is None else 3
+    num_x, from_zero = 1 if outer is None else 3, _from_zero(matrices, begin)
     addends = tuple(addends) or (None,) * len(matrices)
 
     def kernel(*refs: Any) -> None:
         pl, _ = pallas()
-        first, plan_refs, x_ref, sources, extras, outs = _taken_apart(refs, plan, matrices, addends, num_x)
+        first, plan_refs, x_ref, sources, extras, outs = _taken_apart(refs, plan, matrices, addends, num_x, from_zero)
         tile, rows = first[-1] + pl.program_id(0), block_rows_of(plan, plan_refs, num_experts, tiling.rows)
         column = pl.program_id(0) * columns
 
@@ -124,7 +125,7 @@ def multiply(
     outs = [shape] * (len(matrices) if activation is False else 1 if outer is None else 3)
     grid = count // columns, num_blocks(plan)
     xs = [x, *(outer or ())]
-    return _launch(kernel, xs, matrices, plan, addends, outs, grid, tiling, interpret, begin // columns)
+    return _launch(kernel, xs, matrices, plan, addends, outs, grid, tiling, interpret, begin, columns)
 
 
 @functools.partial(jax.jit, static_argnames=[name for name in _STATIC if name != "activation"])
@@ -137,7 +138,7 @@ def multiply_transposed(
     share: int,
     tiling: Tiling,
     addends: Sequence[Addend | None] = (),
-    begin: jax.Array | int = 0,
+    begin: jax.Array | int | None = None,
     count: int | None = None,
     dtype: Any = jnp.float32,
     interpret: bool = False,
@@ -151,11 +152,13 @@ def multiply_transposed(
     count = count or reader.columns
     columns, depth = reader.column_tile(tiling.columns), reader.row_step
     columns = columns if reader.column_parts > 1 else power_below(count, columns)
-    addends = tuple(addends) or (None,) * len(matrices)
+    addends, from_zero = tuple(addends) or (None,) * len(matrices), _from_zero(matrices, begin)
 
     def kernel(*refs: Any) -> None:
         pl, gpu = pallas()
-        first, plan_refs, x_refs, sources, extras, (out,) = _taken_apart(refs, plan, matrices, addends, len(xs))
+        first, plan_refs, x_refs, sources, extras, (out,) = _taken_apart(
+            refs, plan, matrices, addends, len(xs), from_zero
+        )
         tile, rows = first[-1] + pl.program_id(0), block_rows_of(plan, plan_refs, num_experts, tiling.rows)
 
         @pl.when(rows.used)
@@ -181,7 +184,7 @@ def multiply_transposed(
 
     out = jax.ShapeDtypeStruct((size, count), dtype)
     grid = count // columns, num_blocks(plan)
-    return _launch(kernel, list(xs), matrices, plan, addends, [out], grid, tiling, interpret, begin // columns)[0]
+    return _launch(kernel, list(xs), matrices, plan, addends, [out], grid, tiling, interpret, begin, columns)[0]
 
 
 def _loop(steps: int, unroll: int, step: Callable[..., Any], start: Any) -> Any:
@@ -236,6 +239,11 @@ def _store(out: Any, rows: BlockRows, column: Any, values: jax.Array) -> None:
     gpu.store(out.at[tile_index(rows.index, columns)], values, mask=mask)
 
 
+def _from_zero(matrices: Sequence[Matrices], begin: Any) -> bool:
+    """Whether a kernel need not be told where its matrices and its columns begin."""
+    return begin is None and all(held.first is None for held in matrices)
+
+
 def _place(held: Matrices, first: Any, expert: Any) -> tuple[Any, ...]:
     return () if held.shared else (first + expert,)
 
@@ -250,24 +258,33 @@ def _launch(
     grid: tuple[int, int],
     tiling: Tiling,
     interpret: bool,
-    first_tile: Any,
+    begin: Any,
+    columns: int,
 ) -> list[jax.Array]:
-    first = jnp.stack([jnp.asarray(value, jnp.int32) for value in (*(held.first for held in matrices), first_tile)])
+    first = [*(held.first for held in matrices), None if begin is None else begin // columns]
+    first = [jnp.asarray(0 if value is None else value, jnp.int32) for value in first]
+    # An array of zeros would be a kernel of its own, which makes it.
+    firsts = [] if _from_zero(matrices, begin) else [jnp.stack(first)]
     extras = [array for extra in addends if extra is not None for array in extra]
-    arguments = [first, *plan, *xs, *(array for held in matrices for array in held.arrays), *extras]
+    arguments = [*firsts, *plan, *xs, *(array for held in matrices for array in held.arrays), *extras]
     run = launched(kernel, outs, grid, warps=tiling.warps, stages=tiling.stages, interpret=interpret)
     return list(run(*arguments))
 
 
 def _taken_apart(
-    refs: Sequence[Any], plan: Plan, matrices: Sequence[Matrices], addends: Sequence[Addend | None], num_x: int
+    refs: Sequence[Any],
+    plan: Plan,
+    matrices: Sequence[Matrices],
+    addends: Sequence[Addend | None],
+    num_x: int,
+    from_zero: bool,
 ) -> tuple[Any, list[Any], list[Any], list[list[Any]], list[Any], list[Any]]:
     remaining = iter(refs)
 
     def some(count: int) -> list[Any]:
         return [next(remaining) for _ in range(count)]
 
-    (first,) = some(1)
+    first = (0,) * (len(matrices) + 1) if from_zero else some(1)[0]
     plan_refs, x_refs = some(len(plan)), some(num_x)
     sources = [some(len(held.arrays)) for held in matrices]
     extras = [None if extra is None else some(2) for extra in addends]
