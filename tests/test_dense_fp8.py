@@ -17,8 +17,9 @@ from tiny import small_config
 
 from stepjax.adapters.lora import attach
 from stepjax.checkpoint.reader import Checkpoint, load_params
+from stepjax.checkpoint.writer import save
 from stepjax.config import ModelConfig
-from stepjax.errors import RequestError
+from stepjax.errors import ConfigError, RequestError
 from stepjax.gpu_target import compiling_for
 from stepjax.infer.engine.config import EngineConfig
 from stepjax.infer.engine.engine import Engine
@@ -34,9 +35,11 @@ from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.planner.device_bytes import layout_of, parameters, placed
 from stepjax.sharding.rules import ShardingRules
+from stepjax.train.config.tune import LoraSettings
 from stepjax.train.planning.check import planned
 from stepjax.train.planning.plan import plan
 from stepjax.train.planning.workload import Workload, step_of
+from stepjax.train.tune.trainable import trainable
 from stepjax.weights.adapted import Adapted, linear
 from stepjax.weights.fp8_rows import FP8_ROWS, is_dense_map
 from stepjax.weights.int_groups import IntGroups
@@ -226,6 +229,14 @@ def test_experts_in_a_format_of_their_own(tmp_path, name):
     assert {*formats} == {path for path in params if ".experts." in path or is_dense_map(path)}
 
 
+def test_it_is_saved_as_the_bfloat16_that_it_stands_for(tmp_path, held):
+    """No folder has names for the format, and a power of two times a float8 is a bfloat16."""
+    again = Checkpoint(save(tmp_path / "again", held.config, held.params))
+    assert again.config == dataclasses.replace(held.config, dense_fp8=False)
+    for path, w in load_params(again, jnp.float32).items():
+        np.testing.assert_array_equal(w, dequantize(held.params[path], jnp.float32), err_msg=path)
+
+
 # What plans and studies count
 
 
@@ -329,6 +340,11 @@ def test_no_widened_map_or_cache_reaches_memory(step, batch):
 def test_steps_that_cannot_hold_them_are_refused(step, fields, message):
     with pytest.raises(RequestError, match=message):
         Workload(step, batch=8, context=64).check(dataclasses.replace(small_config(), **fields))
+
+
+def test_maps_in_fp8_are_not_trained_themselves(held):
+    with pytest.raises(ConfigError, match=r"lora.kind: is mtp, but mtp\.0\.\S+ is quantised; train an adapter"):
+        trainable(held, LoraSettings(kind="mtp"), jax.random.key(0))
 
 
 def test_a_plan_of_training_has_no_cache_to_hold():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from stepjax.config import FULL, SLIDE, LayerSpec, ModelConfig, RopeScaling
@@ -17,6 +18,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     Raises:
       ConfigError: a layer differs from others of its kind in a way that the hub has no field for.
     """
+    # How devices hold the model is not part of it.
+    config = dataclasses.replace(config, expert_slots=0, dense_fp8=False, cache_fp8=False)
     layers = config.all_layers
     full = next((layer for layer in layers if layer.window is None), layers[0])
     slide = next((layer for layer in layers if layer.window is not None), None)
