@@ -162,7 +162,8 @@ def row(name: str, goal: Goal, best: Option) -> str:
 
 
 def _placed(choice: Choice) -> str:
-    return f"`{choice.mesh}` `{choice.strategy}`"
+    extras = choice.layout.removeprefix(f"{choice.mesh} {choice.strategy}")
+    return f"`{choice.mesh}` `{choice.strategy}`{extras}"
 
 
 def published() -> str:

@@ -122,6 +122,10 @@ class Way:
             hop = replace(hop, then=replace(then, rows=rows, straight=self.halves))
         return hop
 
+    def exchanges(self, config: ModelConfig, num_tokens: int, *, itemsize: int) -> list[Exchange]:
+        """What one part of ``num_tokens`` tokens of a device launches on its way to the experts and back."""
+        return _EXCHANGES[self.form](config, self, num_tokens, itemsize=itemsize)
+
     def mean_rows(self, num_tokens: int, top_k: int) -> list[float]:
         """Rows that travel from one device, itself among the receivers, in each exchange: a token's distinct ranks."""
         group, by_node = self.group, self.form == "node"
@@ -221,7 +225,7 @@ def dispatched_exchanges(
     row = float(config.hidden_size * itemsize)
     exchanges: list[Exchange] = []
     for size in way.parts(num_tokens):
-        exchanges += _EXCHANGES[way.form](config, way, size, itemsize=itemsize)
+        exchanges += way.exchanges(config, size, itemsize=itemsize)
     if way.alike:
         return [*exchanges, Exchange("all-reduce", way.alike, num_tokens * row, 1)]
     if group.shared:

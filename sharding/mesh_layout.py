@@ -23,7 +23,7 @@ from stepjax.ops.attention import Heads, KeyValues
 from stepjax.ops.expert_choice import Formulation
 from stepjax.ops.step.attention import Projected
 from stepjax.sharding.context_parallel import Split, attend_split
-from stepjax.sharding.dispatch import CHEAPEST, Dispatch, choose_way, dispatch_body
+from stepjax.sharding.dispatch import CHEAPEST, Dispatch, Way, choose_way, dispatch_body
 from stepjax.sharding.expert_group import Group
 from stepjax.sharding.expert_parallel import EXCHANGED, GATHERED, REPLICATED, ExpertBody, exchange_pays
 from stepjax.sharding.expert_traffic import NVLINK_DOMAIN
@@ -181,7 +181,8 @@ class MeshLayout:
         """The body that runs the experts on activations of this shape, [B, T, D] over all devices."""
         group, spec = Group.of(self.rules), self._fit(shape, "batch", "stream", "embed")
         if self.rules.wide:
-            return self._wide_body(group, shape, spec)
+            way = self.way(shape)
+            return REPLICATED if way is None else dispatch_body(way)
         if spec == self._fit(shape, "batch", "length", "embed"):
             return REPLICATED
         if not group.ranks:  # no device holds a whole expert
@@ -190,14 +191,17 @@ class MeshLayout:
         pays = exchange_pays(self.rules.config, group, batch * tokens) if self.exchange is None else self.exchange
         return EXCHANGED if pays else GATHERED
 
-    def _wide_body(self, group: Group, shape: tuple[int, ...], spec: PartitionSpec) -> ExpertBody:
-        """The body for tokens that lie with their sequences."""
+    def way(self, shape: tuple[int, ...]) -> Way | None:
+        """How tokens that lie with their sequences, [B, T, D] over all devices, reach the experts; None: they need not,
+        or the strategy is not wide.
+        """
+        group, spec = Group.of(self.rules), self._fit(shape, "batch", "stream", "embed")
         split = {axis for entry in spec for axis in entry_axes(entry)}
         alike = tuple(axis for axis in group.axes if axis not in split)
-        if not group.axes or (alike == group.axes and self.dispatch == CHEAPEST):
-            return REPLICATED  # every device has all tokens, unless it is to take a share of them
+        if not self.rules.wide or not group.axes or (alike == group.axes and self.dispatch == CHEAPEST):
+            return None  # every device has all tokens, unless it is to take a share of them
         batch, tokens, _ = NamedSharding(self.mesh, spec).shard_shape(shape)
-        way = choose_way(
+        return choose_way(
             self.rules.config,
             group,
             batch * tokens,
@@ -206,7 +210,6 @@ class MeshLayout:
             num_alike=self.rules.size(alike),
             domain=self.domain,
         )
-        return dispatch_body(way)
 
     def _taken_apart(self, module: Any, whole: str, *, batch: Any) -> tuple[Merge, Leaves, dict[Any, Any]]:
         """A module as a flat table of its parameters, their placement inside an island, and the way back.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from stepjax.config import ModelConfig
 from stepjax.errors import MeshError
+from stepjax.sharding.dispatch import Dispatch
 from stepjax.sharding.expert_traffic import domain_size
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
@@ -25,6 +26,7 @@ from stepjax.sharding.planner.device_bytes import (
 from stepjax.sharding.planner.exchanges import StepShape, serving_exchanges
 from stepjax.sharding.planner.hardware import Cluster
 from stepjax.sharding.planner.options import Choice, Memory, Option, PlanRequest, Refusal
+from stepjax.sharding.planner.overlap import halved_way, hidden_seconds
 from stepjax.sharding.planner.step_time import (
     StepTime,
     host_syncs,
@@ -39,6 +41,7 @@ from stepjax.weights.expert_format import ExpertFormat
 
 NOT_MEASURED = "not measured"  # begins the reason of a refusal
 MAX_ROWS_PER_DEVICE = 64  # of a training step
+HALF_KERNELS = 40  # that a second half adds to a layer of experts, counted in code compiled for eight H100 (jax 0.10.2)
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,17 @@ class Candidate:
         if choice.num_devices > cluster.num_devices:
             return Refusal(choice, f"mesh: {choice.mesh} takes {choice.num_devices} devices of {cluster.num_devices}")
         domain = domain_size(cluster.device.name)
+        if choice.slots:
+            config = _with_slots(ById(config), choice.slots)
         placement = _placement(
             ById(config), choice.mesh, choice.strategy, choice.experts, train=request.goal == "lora", domain=domain
         )
         if isinstance(placement, str):
             return Refusal(choice, placement)
-        return cls(config, cluster, request, choice, *placement)
+        layout, weights = placement
+        if choice.halves:
+            layout = replace(layout, dispatch=Dispatch(halves=True))
+        return cls(config, cluster, request, choice, layout, weights)
 
     def serve(self, *, batch: int, context: int) -> Option | Refusal:
         """An engine with this many sequences of this many positions."""
@@ -171,16 +179,23 @@ class Candidate:
         return paged(self.config, self.layout, batch=batch, context=context, depths=len(self.config.mtp_layers))
 
     def _serving_time(self, shape: StepShape, cache: CacheBytes, *, filled: float) -> StepTime:
-        request = self.request
+        request, halves = self.request, halved_way(self.layout, shape) is not None
+        parts = serving_parts(
+            self.layout, shape, cache, self.weights, routing=request.routing, filled=filled, halves=halves
+        )
+        kernels = kernels_of(self.layout.rules.config, shape)
         return step_time(
-            serving_parts(self.layout, shape, cache, self.weights, routing=request.routing, filled=filled),
+            parts,
             serving_exchanges(self.layout, shape, rows_split=cache.rows_split),
             self.choice.mesh,
             self.cluster,
-            kernels=kernels_of(self.layout.rules.config, shape),
+            kernels=kernels + (HALF_KERNELS * len(self.config.moe_layers) if halves else 0),
             syncs=host_syncs(self.layout, shape),
             efficiency=request.efficiency,
             overlap=request.overlap,
+            hidden_s=hidden_seconds(self.layout, shape, parts, self.weights, self.cluster, request.efficiency)
+            if halves
+            else 0.0,
         )
 
     def _load_s(self) -> float:
@@ -206,6 +221,12 @@ class Candidate:
             f"does not fit: {load} take {gb * memory.total:.1f} GB a device ({parts}), {device.name} has "
             f"{gb * memory.usable:.1f} GB to use",
         )
+
+
+@functools.lru_cache(maxsize=64)
+def _with_slots(key: ById, slots: int) -> ModelConfig:
+    """The model with these places for experts, one object for each number: other caches know it by its identity."""
+    return key.value.with_slots(slots)
 
 
 @functools.lru_cache(maxsize=50_000)

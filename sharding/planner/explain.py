@@ -49,7 +49,12 @@ def option_dict(option: Option, calibration: Calibration | None = None) -> dict[
         "ms_per_token": 1e3 * option.tpot_s,
         "step_ms": 1e3 * step.seconds,
         "step": {name: 1e3 * seconds for name, seconds in step.parts.items()}
-        | {"exchange": 1e3 * step.exchange_s, "launches": 1e3 * step.launch_s, "host_syncs": 1e3 * step.sync_s},
+        | {
+            "exchange": 1e3 * step.exchange_s,
+            "hidden": 1e3 * step.hidden_s,
+            "launches": 1e3 * step.launch_s,
+            "host_syncs": 1e3 * step.sync_s,
+        },
         "kernels": round(step.kernels),
         "host_syncs": round(step.host_syncs),
         "bound_by": step.bound_by,
@@ -184,7 +189,8 @@ def _table(plan: Plan, calibration: Calibration | None, rows: int) -> Table:
 def _over_lines(choice: Choice) -> str:
     """Mesh and strategy, as many axes on a line as a narrow column has room for."""
     lines = textwrap.wrap(str(choice.mesh).replace(",", ", "), NAME_WIDTH + 1)
-    return "\n".join(line.replace(" ", "") for line in lines) + f" {choice.strategy}"
+    named = "\n".join(line.replace(" ", "") for line in lines) + choice.layout.removeprefix(str(choice.mesh))
+    return named.replace(", ", "\n", 1)
 
 
 def _rounded(value: float) -> str:
@@ -203,6 +209,7 @@ def _held(winner: Option) -> Table:
     step = winner.step
     times = {**step.parts, "exchange": step.exchange_s, "launches": step.launch_s}
     times["waits of the host"] = step.sync_s
+    times["hidden of the exchange"] = -step.hidden_s
     spent = [(name, f"{1e3 * seconds:.2f}") for name, seconds in times.items() if seconds]
     for i in range(max(len(held), len(spent))):
         table.add_row(*(held[i] if i < len(held) else ("", "")), *(spent[i] if i < len(spent) else ("", "")))
@@ -246,9 +253,7 @@ def _reasons(refusals: Iterable[Refusal], *, limit: int = 8) -> list[str]:
     counts: Counter[str] = Counter()
     for refusal in refusals:
         kind = refusal.reason.split(":")[0] + refusal.reason.partition(": ")[2][:24]
-        first.setdefault(
-            kind, f"{refusal.choice.mesh} {refusal.choice.strategy} {refusal.choice.experts.name}: {refusal.reason}"
-        )
+        first.setdefault(kind, f"{refusal.choice.layout} {refusal.choice.experts.name}: {refusal.reason}")
         counts[kind] += 1
     return [first[kind] for kind, _ in counts.most_common(limit)]
 
@@ -257,15 +262,15 @@ def _name(option: Option) -> str:
     choice = option.choice
     drafts = f", {choice.drafts} drafts" if choice.drafts else ""
     engines = f", {choice.replicas} engines" if choice.replicas > 1 else ""
-    return f"{choice.mesh} {choice.strategy} in {choice.experts.name}{drafts}{engines}"
+    return f"{choice.layout} in {choice.experts.name}{drafts}{engines}"
 
 
 def _family(choice: Choice) -> tuple[Any, ...]:
-    return choice.mesh, choice.experts, choice.replicas
+    return choice.mesh, choice.experts, choice.replicas, choice.slots, choice.halves
 
 
 def _key(choice: Choice) -> tuple[Any, ...]:
-    return choice.mesh, choice.experts, choice.drafts, choice.replicas
+    return choice.mesh, choice.experts, choice.drafts, choice.replicas, choice.slots, choice.halves
 
 
 def _choice_dict(choice: Choice) -> dict[str, Any]:
@@ -275,6 +280,8 @@ def _choice_dict(choice: Choice) -> dict[str, Any]:
         "experts": choice.experts.name,
         "drafts": choice.drafts,
         "engines": choice.replicas,
+        "expert_slots": choice.slots,
+        "dispatch_halves": choice.halves,
         "devices": choice.num_devices,
         "flags": choice.flags(),
     }

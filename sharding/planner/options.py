@@ -35,6 +35,8 @@ class Choice(NamedTuple):
     replicas: int = 1  # independent engines of this mesh
     dense_fp8: bool = False  # as the configuration that it was made for
     cache_fp8: bool = False
+    slots: int = 0  # places for experts, the busiest held more than once; 0: one for each
+    halves: bool = False  # tokens go to their experts in two halves
 
     @property
     def num_devices(self) -> int:
@@ -42,9 +44,17 @@ class Choice(NamedTuple):
 
     def flags(self) -> str:
         """The options of `generate`, `serve` and `score` for this choice."""
-        in_fp8 = [("--dense-fp8", self.dense_fp8), ("--cache-fp8", self.cache_fp8)]
         flags = [f"--mesh {self.mesh}", f"--strategy {self.strategy}", self.experts.flag]
-        return " ".join(filter(None, [*flags, *(flag for flag, given in in_fp8 if given)]))
+        given = [("--dense-fp8", self.dense_fp8), ("--cache-fp8", self.cache_fp8)]
+        given += [(f"--expert-slots {self.slots} --expert-loads LOADS.json", self.slots > 0)]
+        given += [("--dispatch-halves", self.halves)]
+        return " ".join(filter(None, [*flags, *(flag for flag, wanted in given if wanted)]))
+
+    @property
+    def layout(self) -> str:
+        """Mesh and strategy, and what else there is to say of how tokens meet experts."""
+        slots = f", {self.slots} slots" if self.slots else ""
+        return f"{self.mesh} {self.strategy}{slots}{', halves' if self.halves else ''}"
 
 
 @dataclass(frozen=True)

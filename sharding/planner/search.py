@@ -7,6 +7,7 @@ from a roofline (`step_time`). A choice that cannot run is refused with the runt
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Iterator
 
 from stepjax.config import ModelConfig
@@ -16,8 +17,10 @@ from stepjax.sharding.planner.candidate import NOT_MEASURED, Candidate
 from stepjax.sharding.planner.device_bytes import PAGE
 from stepjax.sharding.planner.hardware import Cluster
 from stepjax.sharding.planner.options import Choice, Goal, Option, Plan, PlanRequest, Refusal
-from stepjax.sharding.rules import WIDE
+from stepjax.sharding.rules import STRATEGIES, WIDE
 
+# Halves are tried from this share of a step in exchanges on, and from so many tokens of a shard.
+HALVES_FROM, HALVED_TOKENS = 0.2, 64
 BATCHES = tuple(1 << power for power in range(14))  # 1 to 8,192
 
 
@@ -30,12 +33,13 @@ def rank_options(config: ModelConfig, cluster: Cluster, request: PlanRequest) ->
     request.check(config)
     options: list[Option] = []
     refusals: list[Refusal] = []
-    for choice in choices(config, cluster, request):
-        outcome = weigh(config, cluster, request, choice)
-        if isinstance(outcome, Refusal):
-            refusals.append(outcome)
-        else:
-            options.append(outcome)
+    for basis in choices(config, cluster, request):
+        for choice in placements(config, request, basis):
+            outcomes = [weigh(config, cluster, request, choice)]
+            if isinstance(first := outcomes[0], Option) and _waits(first):
+                outcomes.append(weigh(config, cluster, request, choice._replace(halves=True)))
+            options += [outcome for outcome in outcomes if isinstance(outcome, Option)]
+            refusals += [outcome for outcome in outcomes if isinstance(outcome, Refusal)]
     if not options and not refusals:
         raise RequestError(
             f"strategy: {' and '.join(request.compared)} split nothing over {cluster}; give more devices, as 8xH100"
@@ -70,6 +74,30 @@ def choices(config: ModelConfig, cluster: Cluster, request: PlanRequest) -> Iter
             for experts in request.experts:
                 form = experts.for_model(config)
                 yield from (choice(mesh, strategy, form, number, replicas) for number in drafts)
+
+
+def placements(config: ModelConfig, request: PlanRequest, choice: Choice) -> Iterator[Choice]:
+    """The choice, and with places for copies of experts where those are of use: one more on each rank if loads were
+    measured, or as few as make ranks divide them.
+    """
+    yield choice
+    table = STRATEGIES[choice.strategy]
+    ranks = math.prod(choice.mesh.sizes[axis] for axis in table.get("expert", ()))
+    if request.goal == "lora" or ranks == 1 or ranks > config.num_experts:
+        return
+    fewest = ranks * -(-config.num_experts // ranks)
+    if request.routing.histogram is not None:
+        yield from (choice._replace(slots=slots) for slots in (fewest, fewest + ranks))
+    elif fewest > config.num_experts:
+        yield choice._replace(slots=fewest)
+
+
+def _waits(option: Option) -> bool:
+    """Whether exchanges under a wide strategy take so long, of so many tokens, that sending two halves may pay."""
+    choice = option.choice
+    tokens = option.batch * (1 + choice.drafts) / (choice.mesh.data * choice.mesh.expert)
+    long = option.step.exchange_s > HALVES_FROM * option.step.seconds
+    return choice.strategy in WIDE and long and tokens >= HALVED_TOKENS
 
 
 def wide_meshes(count: int, *, most_shards: int) -> Iterator[tuple[MeshSpec, str]]:
@@ -165,6 +193,7 @@ def _without_duplicates(options: Iterable[Option]) -> list[Option]:
             choice.num_devices,
             choice.experts,
             choice.drafts,
+            choice.halves,
         )
         key = layout, option.memory.total, round(1e9 * option.step.seconds), option.batch, option.context
         kept.setdefault(key, option)

@@ -30,6 +30,7 @@ from stepjax.ops.expert_choice import Formulation, buffer_rows, choose_form
 from stepjax.ops.stored_matrix import reader_of
 from stepjax.sharding.exchange import Exchange
 from stepjax.sharding.expert_group import Group
+from stepjax.sharding.expert_order import copy_table, replicated_order
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.planner.device_bytes import CacheBytes, PlacedArrays
@@ -85,6 +86,7 @@ class StepTime:
     kernels: float = 0.0
     host_syncs: float = 0.0  # loops and conditionals whose predicate the host reads
     sync_s: float = 0.0
+    hidden_s: float = 0.0  # of the exchanges, beside products (`stepjax.sharding.planner.overlap`)
 
     @property
     def work_s(self) -> float:
@@ -92,7 +94,7 @@ class StepTime:
 
     @property
     def seconds(self) -> float:
-        rest = max(self.work_s, self.exchange_s) if self.overlapped else self.work_s + self.exchange_s
+        rest = max(self.work_s, self.exchange_s) if self.overlapped else self.work_s + self.exchange_s - self.hidden_s
         return rest + self.launch_s + self.sync_s
 
     @property
@@ -129,37 +131,61 @@ class RoutingDistribution:
         """D(n): experts of a layer that ``tokens`` touch."""
         return float(np.sum(1 - (1 - self.probabilities(config)) ** tokens))
 
+    def order(self, config: ModelConfig, num_ranks: int) -> tuple[int, ...] | None:
+        """The expert in each slot if some have copies, as the runtime places them by these loads; None: as stored."""
+        if not config.expert_slots or num_ranks == 1:
+            return None
+        return _placed_order(self.histogram or (1.0,) * config.num_experts, num_ranks, config.expert_slots)
+
+    def hottest(self, config: ModelConfig, num_ranks: int) -> float:
+        """The largest chance of a slot to be among a token's A."""
+        chance, order = self.probabilities(config), self.order(config, num_ranks)
+        return float((chance if order is None else chance / np.bincount(order, minlength=len(chance))).max())
+
     def fullest_rank(self, config: ModelConfig, num_ranks: int, tokens: int) -> tuple[float, float]:
-        """Of the rank that gets the most: assignments, and distinct experts. Ranks hold consecutive experts."""
-        return _fullest(config.num_experts, config.top_k, self.histogram, num_ranks, tokens)
+        """Of the rank that gets the most: assignments, and distinct experts. Ranks hold consecutive slots."""
+        order = self.order(config, num_ranks) or tuple(range(config.num_experts))
+        return _fullest(order, config.top_k, self.histogram, num_ranks, tokens)
+
+
+@functools.lru_cache(maxsize=256)
+def _placed_order(loads: tuple[float, ...], num_ranks: int, slots: int) -> tuple[int, ...]:
+    return tuple(replicated_order(np.asarray(loads), num_ranks, slots).tolist())
 
 
 @functools.lru_cache(maxsize=4096)
 def _fullest(
-    num_experts: int, top_k: int, histogram: tuple[float, ...] | None, num_ranks: int, tokens: int
+    order: tuple[int, ...], top_k: int, histogram: tuple[float, ...] | None, num_ranks: int, tokens: int
 ) -> tuple[float, float]:
-    """Means over drawn routings; exact for one rank. For many tokens the mean and what chance adds to it."""
-    weights = np.ones(num_experts) if histogram is None else np.asarray(histogram, float)
+    """Means over drawn routings; exact for one rank. For many tokens the mean and what chance adds to it.
+
+    Args:
+      order: the expert in each slot.
+    """
+    copies = np.bincount(order)
+    weights = np.ones(len(copies)) if histogram is None else np.asarray(histogram, float)
     if num_ranks == 1:
         share = top_k * weights / weights.sum()
         return float(tokens * top_k), float(np.sum(1 - (1 - np.minimum(share, 1)) ** tokens))
     rng, drawn = np.random.default_rng(0), min(tokens, 64)
-    rounds = max(4, 256 // drawn)
+    rounds, table = max(4, 256 // drawn), copy_table(np.asarray(order), len(copies))
     with np.errstate(divide="ignore"):
-        keys = np.log(weights) + rng.gumbel(size=(rounds, drawn, num_experts))  # top A of these: A without replacement
+        keys = np.log(weights) + rng.gumbel(size=(rounds, drawn, len(copies)))  # top A of these: without replacement
     ids = np.argpartition(-keys, top_k - 1, axis=-1)[..., :top_k]
-    rank = ids // (num_experts // num_ranks)
+    turn = ids.sum(axis=-1, keepdims=True) % copies[ids]  # the copy that a token takes (`stepjax.model.moe`)
+    slots = np.take_along_axis(table[ids], 1 + turn[..., None], axis=-1)[..., 0]
+    rank = slots // (len(order) // num_ranks)
     counts = np.stack([np.bincount(ranks.ravel(), minlength=num_ranks) for ranks in rank])
-    touched = np.zeros((rounds, num_experts))
-    touched[np.arange(rounds)[:, None], ids.reshape(rounds, -1)] = 1
+    touched = np.zeros((rounds, len(order)))
+    touched[np.arange(rounds)[:, None], slots.reshape(rounds, -1)] = 1
     distinct = touched.reshape(rounds, num_ranks, -1).sum(-1).max(-1).mean()
     fullest = counts.max(axis=-1).mean()
     if drawn < tokens:  # the excess over the mean grows as the root, unless it is the histogram's
         mean = drawn * top_k / num_ranks
-        held = weights.reshape(num_ranks, -1).sum(-1)
+        held = (weights / copies)[np.asarray(order)].reshape(num_ranks, -1).sum(-1)
         skew = held.max() / held.mean()
         chance = max(0.0, fullest - skew * mean) * math.sqrt(tokens / drawn)
-        return float(tokens * top_k / num_ranks * skew + chance), float(num_experts // num_ranks)
+        return float(tokens * top_k / num_ranks * skew + chance), float(len(order) // num_ranks)
     return float(fullest), float(distinct)
 
 
@@ -171,10 +197,12 @@ def serving_parts(
     *,
     routing: RoutingDistribution,
     filled: float = 1.0,
+    halves: bool = False,
 ) -> list[WorkPart]:
     """Work of one device in one step.
 
     Args:
+      halves: the tokens go to the experts in two halves, whose weights are read for each.
       weights: as they lie; of MTP layers as many depths as the layout's configuration has.
       filled: of the cached positions, those that a sequence has on average.
     """
@@ -198,9 +226,10 @@ def serving_parts(
             )  # a depth runs over one token more than the last
         if array.kind.part in ("head", "mtp_heads"):
             tokens = shares.batch * (work.count if work.step == "decode" and name == "output" else 1)
-        read[name] += share * array.num_bytes
+        twice = halves and work.count > 1 and array.kind.part == "shared"
+        read[name] += (2 if twice else share) * array.num_bytes
         done[name] += share * tokens * 2 * array.num_elements if len(array.shape) > 1 else 0
-    experts = _experts(layout, shares, expert_bytes, config, routing)
+    experts = _experts(layout, shares, expert_bytes, config, routing, pieces=2 if halves else 1)
     parts = [WorkPart(name, read[name], done[name]) for name in ("maps", "output", "drafts") if read[name]]
     parts[1:1] = [experts] if expert_bytes else []
     return [*parts, _caches(layout, work, shares, held, filled)]
@@ -228,7 +257,22 @@ def tokens_of_experts(layout: MeshLayout, shares: LocalTokens) -> int:
 
 
 def _experts(
-    layout: MeshLayout, shares: LocalTokens, held_bytes: float, config: ModelConfig, routing: RoutingDistribution
+    layout: MeshLayout,
+    shares: LocalTokens,
+    held_bytes: float,
+    config: ModelConfig,
+    routing: RoutingDistribution,
+    *,
+    pieces: int = 1,
+) -> WorkPart:
+    """Work of ``pieces`` equal parts of the tokens, one after the other."""
+    tokens = -(-tokens_of_experts(layout, shares) // pieces)
+    part = _experts_once(layout, tokens, held_bytes, config, routing)
+    return WorkPart(part.name, pieces * part.bytes, pieces * part.operations, pieces * part.instructions)
+
+
+def _experts_once(
+    layout: MeshLayout, tokens: int, held_bytes: float, config: ModelConfig, routing: RoutingDistribution
 ) -> WorkPart:
     """Work of the fullest rank, in the form that the runtime chooses.
 
@@ -240,7 +284,7 @@ def _experts(
     if not held_bytes:
         return WorkPart("experts", 0.0, 0.0)
     group, layers = Group.of(layout.rules), len(config.moe_layers)
-    experts, tokens = group.experts_each, tokens_of_experts(layout, shares)
+    experts = group.experts_each
     one_bytes = held_bytes / experts  # of an expert in all layers
     one_weights = 3.0 * config.hidden_size * config.expert_size / group.num_shares * layers
     one_row = 2 * one_weights  # operations
@@ -257,7 +301,7 @@ def _experts(
     if form == "batched":
         return WorkPart("experts", held_bytes, experts * tokens * one_row)
     rows = buffer_rows(tokens * config.top_k / config.num_experts, most=tokens)
-    hottest = tokens * float(routing.probabilities(config).max())
+    hottest = tokens * routing.hottest(config, group.num_ranks)
     passes = max(1, math.ceil(hottest / rows))
     return WorkPart("experts", passes * held_bytes, passes * rows * experts * one_row)
 
@@ -293,6 +337,7 @@ def step_time(
     syncs: float = 0.0,
     efficiency: Efficiency = Efficiency(),
     overlap: bool = False,
+    hidden_s: float = 0.0,
 ) -> StepTime:
     """Seconds of a step; see the top of this file."""
     device, parts = cluster.device, list(parts)
@@ -307,6 +352,7 @@ def step_time(
         kernels=kernels,
         host_syncs=syncs,
         sync_s=syncs * device.sync,
+        hidden_s=hidden_s,
     )
 
 
