@@ -74,6 +74,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out.add("oracle")
     if not find_spec("peft"):
         left_out.add("peft")
+    if not find_spec("compressed_tensors"):
+        left_out.add("compressed")
     if not (find_spec("jax_plugins") and any(find_spec(f"jax_plugins.xla_cuda{major}") for major in (12, 13))):
         left_out.add("aot")
     if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))):

@@ -145,8 +145,25 @@ def test_info_says_what_a_folder_is(capsys, tmp_path):
     assert held["mtp"] == {"declared": 3, "held": 0}
     assert held["left_out"]["scales of activations"] == 48
     assert held["file_bytes"] == open_weights(folder).num_bytes
+    for name in ("", "config.json", "model.safetensors.index.json"):
+        assert main(["info", str(folder / name)]) == 0
+        assert "ModelOpt" in capsys.readouterr().out
+
+
+def test_info_names_a_packing_whole_in_a_narrow_terminal(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    folder = folder_of(tmp_path, "nvfp4")
     assert main(["info", str(folder)]) == 0
-    assert "ModelOpt" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "nvfp4-pack-quantized" in shown
+    assert max(map(len, shown[shown.index("stored as") :].splitlines()[:12])) <= 80
+
+
+def test_info_says_that_an_adapter_is_no_model(capsys, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    assert main(["info", str(tmp_path)]) == 1
+    assert "is an adapter (adapter_config.json), not a model" in capsys.readouterr().err
 
 
 def test_info_says_that_weights_are_missing_or_never_read(capsys, tmp_path):

@@ -17,6 +17,7 @@ from stepjax.config import ModelConfig
 from stepjax.errors import ConfigError, RequestError
 from stepjax.sharding.exchange import Exchange
 from stepjax.sharding.mesh import MeshSpec
+from stepjax.sharding.planner.format_sizes import format_sizes
 from stepjax.sharding.planner.hardware import DEVICES, parse, read_devices
 from stepjax.sharding.planner.options import Choice, Goal, Option, Plan, PlanRequest, Refusal
 from stepjax.sharding.planner.search import BATCHES, by_batch, choices, rank_options, weigh, wide_meshes
@@ -490,3 +491,20 @@ def test_a_plan_from_python_is_that_of_the_command(capsys):
     )
     with pytest.raises(RequestError, match="batch: is 0"):
         stepjax.train.planning.plan.plan(FLASH, hardware="8xH100", batch=0)
+
+
+def test_every_format_has_its_bytes_and_seconds_to_load():
+    """By hand for int4: the release's bytes over the speed of one node's disks, from BF16 where it is made of that."""
+    sizes = {size.name: size for size in format_sizes(FLASH, parse("8xH100"), storage=7e9)}
+    assert list(sizes)[:7] == ["bf16", "fp8", "int8", "int4 in 64s", "int4 in 32s", "nvfp4", "mxfp4"]
+    assert sizes["q4_k in a GGUF file"].num_bytes == sizes["int4 in 32s"].num_bytes == 125_279_034_624
+    int4 = sizes["int4 in 64s"]
+    assert (int4.num_bytes, int4.device_bytes) == (119_333_608_704, 119_333_608_704 // 8)
+    assert int4.load_s == pytest.approx(119_333_608_704 / 7e9)
+    assert int4.quantised_load_s == sizes["bf16"].load_s == pytest.approx(398_768_626_944 / 7e9)
+    assert sizes["fp8"].quantised_load_s is None
+    two = {size.name: size for size in format_sizes(FLASH, parse("2 nodes of 8xH100"), storage=7e9)}
+    assert two["bf16"].load_s == pytest.approx(sizes["bf16"].load_s / 2)  # each node reads its half
+    small = {size.name for size in format_sizes(small_config(), parse("1xH100"), storage=7e9)}
+    assert "q8_0 in a GGUF file" in small
+    assert "q4_k in a GGUF file" not in small  # rows of 64 are no multiple of 256

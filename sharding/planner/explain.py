@@ -15,6 +15,7 @@ from rich.table import Table
 
 from stepjax.config import ModelConfig
 from stepjax.sharding.planner.calibration import Calibration
+from stepjax.sharding.planner.format_sizes import FormatSize, format_sizes
 from stepjax.sharding.planner.options import Choice, Option, Plan, PlanRequest, Refusal
 from stepjax.sharding.planner.search import sort_key, weigh
 
@@ -36,6 +37,9 @@ def as_dict(plan: Plan, config: ModelConfig, calibration: Calibration | None) ->
         "refusals": [{**_choice_dict(refusal.choice), "reason": refusal.reason} for refusal in plan.refusals],
         "why": rivals(plan),
         "would_change": would_change(plan, config),
+        "formats": [
+            dataclasses.asdict(size) for size in format_sizes(config, plan.cluster, storage=plan.request.storage)
+        ],
     }
 
 
@@ -101,7 +105,8 @@ def shown(plan: Plan, config: ModelConfig, calibration: Calibration | None = Non
         f"Refused, {len(plan.refusals)}: " + "; ".join(_reasons(plan.refusals, limit=3)) if plan.refusals else "",
         f"Times: {provenance(calibration)}.",
     ]
-    return Group(_table(plan, calibration, rows), _held(winner), *filter(None, lines))
+    sizes = format_sizes(config, plan.cluster, storage=plan.request.storage)
+    return Group(_table(plan, calibration, rows), _held(winner), *filter(None, lines), _sizes(sizes))
 
 
 def rivals(plan: Plan) -> list[str]:
@@ -213,6 +218,16 @@ def _held(winner: Option) -> Table:
     spent = [(name, f"{1e3 * seconds:.2f}") for name, seconds in times.items() if seconds]
     for i in range(max(len(held), len(spent))):
         table.add_row(*(held[i] if i < len(held) else ("", "")), *(spent[i] if i < len(spent) else ("", "")))
+    return table
+
+
+def _sizes(sizes: Iterable[FormatSize]) -> Table:
+    """Weights and seconds to load in each format, divided evenly over the devices."""
+    table = Table("experts in", "GB", "GB a device", "load s", "with --quantize", box=box.SIMPLE)
+    for size in sizes:
+        gb = f"{1e-9 * size.num_bytes:.1f}", f"{1e-9 * size.device_bytes:.1f}"
+        made = "" if size.quantised_load_s is None else f"{size.quantised_load_s:.0f}"
+        table.add_row(size.name, *gb, f"{size.load_s:.0f}", made)
     return table
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from stepjax.checkpoint import reader as checkpoint
 from stepjax.checkpoint.contents import configuration_alone, contents
@@ -19,8 +19,9 @@ from stepjax.checkpoint.folder import open_weights
 from stepjax.checkpoint.gguf.parts import is_gguf, models_in
 from stepjax.checkpoint.hub import EMBEDDED, resolve
 from stepjax.checkpoint.source import WeightSource
-from stepjax.checkpoint.weight_files import has_weights
+from stepjax.checkpoint.weight_files import INDEX, has_weights
 from stepjax.config import PRESETS, ModelConfig
+from stepjax.errors import RequestError
 from stepjax.weights.expert_format import ExpertFormat
 from stepjax.weights.formats import FORMATS
 from stepjax.weights.inventory import (
@@ -31,12 +32,14 @@ from stepjax.weights.inventory import (
     layer_table,
 )
 
+_LONGEST = len("nvfp4-pack-quantized")  # word of a packing's name, which a narrow terminal must not cut
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="checkpoint folder, GGUF file, config.json, hub id or embedded name, e.g. step-tiny",
+        help="checkpoint folder, its config.json or index, GGUF file, hub id or embedded name, e.g. step-tiny",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object (default: tables)")
 
@@ -61,25 +64,32 @@ def open_source(name_or_path: str) -> WeightSource | None:
 
     Raises:
       CheckpointError, ConfigError: there are weights, and they do not make the model.
+      RequestError: it is an adapter.
     """
-    path = Path(name_or_path).expanduser()
-    if os.path.isfile(path) and path.name == "config.json":
-        path = path.parent
-    elif name_or_path in EMBEDDED and not os.path.isdir(path):
+    path = _folder_of(Path(name_or_path).expanduser())
+    if os.path.isfile(path / "adapter_config.json") and not os.path.isfile(path / "config.json"):
+        raise RequestError(f"{path}: is an adapter (adapter_config.json), not a model; name the model that it goes on")
+    if name_or_path in EMBEDDED and not os.path.isdir(path):
         path = resolve(name_or_path, weights=False)
     if os.path.isdir(path):
         return open_weights(path) if models_in(path) or has_weights(path) else None
     return open_weights(path) if is_gguf(path) else None
 
 
+def _folder_of(path: Path) -> Path:
+    """The checkpoint folder whose configuration or index ``path`` is; ``path`` itself otherwise."""
+    return path.parent if path.name in ("config.json", INDEX) and os.path.isfile(path) else path
+
+
 def read_config(name_or_path: str) -> ModelConfig:
     """The configuration of an embedded name, a ``config.json``, a checkpoint folder, a GGUF file or a hub id."""
     path = Path(name_or_path).expanduser()
+    path = _folder_of(path) if path.name == INDEX else path
     if os.path.isfile(path) and path.suffix == ".json":  # isfile: False for text that is no path, where pathlib raises
         return checkpoint.read_config(path.parent, path.name)
     if name_or_path in PRESETS and not os.path.isdir(path):
         return ModelConfig.preset(name_or_path)
-    path = resolve(name_or_path, weights=False)
+    path = path if os.path.isdir(path) else resolve(name_or_path, weights=False)
     return checkpoint.read_config(path) if path.is_dir() else open_weights(path).config
 
 
@@ -171,7 +181,9 @@ def _show(name: str, found: dict[str, Any]) -> None:
 
 
 def _contents_table(held: dict[str, Any]) -> Table:
-    table = Table("part", "stored as", "weights", "in the files", "on devices", "held as", box=box.SIMPLE)
+    stored = Column("stored as", min_width=_LONGEST, overflow="fold")
+    titles = ("part", stored, "weights", "in the files", "on devices", Column("held as", overflow="fold"))
+    table = Table(*titles, box=box.SIMPLE, padding=(0, 1, 0, 0))
     for row in held["parts"]:
         sizes = (f"{row[name]:,}" for name in ("file_bytes", "device_bytes"))
         table.add_row(row["part"].replace("_", " "), row["stored"], str(row["weights"]), *sizes, row["held"])

@@ -1,0 +1,165 @@
+"""What each form that ``stepjax convert`` writes does to the next token: 170 M random weights, and step-tiny.
+
+    python benchmarks/forms.py --json benchmarks/results/forms.json
+
+KL to the same model in BF16, in nats, with the share of equal likeliest tokens and of routers' choices that agree, and
+the bytes of the experts. The random model reads random tokens, step-tiny held-out rows of the tasks it was trained on.
+Both run in float32. A form is written to a temporary folder, measured and removed before the next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import resource
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from provenance import commit
+
+from stepjax.calibration.certificate import SequenceScores, certificate
+from stepjax.calibration.forward import Forward
+from stepjax.checkpoint.folder import open_weights
+from stepjax.checkpoint.form_writer import write_form
+from stepjax.checkpoint.gguf.writer import FORMS as GGUF_FORMS, write_gguf
+from stepjax.checkpoint.source import WeightSource
+from stepjax.checkpoint.writer import save
+from stepjax.config import ASSETS, ModelConfig
+from stepjax.errors import ConfigError
+from stepjax.packings.written import FORMS
+from stepjax.weights.inventory import count_parameters, inventory
+
+LAYERS, DENSE = 11, 2  # the release has 45, three of them dense
+# The release's shape in small: 170 M parameters, 134 M of them in experts. Rows divide by 256, as Q4_K and Q6_K want.
+WIDTHS: dict[str, Any] = {
+    "hidden_size": 512,
+    "intermediate_size": 1280,
+    "num_hidden_layers": LAYERS,
+    "moe_layers_enum": ",".join(map(str, range(DENSE, LAYERS))),
+    "moe_num_experts": 38,
+    "moe_top_k": 4,
+    "moe_intermediate_size": 256,
+    "share_expert_dim": 256,
+    "vocab_size": 16384,
+    "num_attention_heads": 8,
+    "num_attention_groups": 2,
+    "head_dim": 64,
+    "num_nextn_predict_layers": 0,
+    "eos_token_id": [1, 2],
+}
+WRITTEN = (*FORMS, *(f"{name}.gguf" for name in GGUF_FORMS))
+FLOATS = ("bf16", "f32.gguf", "f16.gguf", "bf16.gguf")  # which change BF16 weights little or not at all
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=1024, help="that are compared (default: %(default)s)")
+    parser.add_argument(
+        "--forms",
+        nargs="*",
+        default=[form for form in WRITTEN if form not in FLOATS],
+        help="(default: all of few bits)",
+    )
+    parser.add_argument("--models", nargs="*", default=["random", "step-tiny"], help="(default: both)")
+    parser.add_argument("--json", type=Path, help="a file for the figures (default: none)")
+    args = parser.parse_args()
+    found: dict[str, Any] = {"commit": commit(), "machine": platform.platform(), "cores": os.cpu_count(), "seed": 0}
+    with tempfile.TemporaryDirectory() as scratch:
+        for model in args.models:
+            folder = Path(scratch) / model
+            if model == "random":
+                config = random_config()
+                save(folder, config, Drawn(config))
+                tokens = np.random.default_rng(1).integers(3, config.vocab_size, (args.tokens // 256, 256)).tolist()
+            else:
+                folder, tokens = ASSETS / model, held_out(args.tokens // 512)
+            found[model] = distances(folder, tokens, args.forms, Path(scratch))
+    print(json.dumps(found, indent=2))
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def random_config() -> ModelConfig:
+    hub = json.loads((ASSETS / "step-3.5-flash" / "config.json").read_text(encoding="utf-8"))
+    hub |= {name: value[:LAYERS] for name, value in hub.items() if isinstance(value, list) and len(value) == 48}
+    slide = hub["attention_other_setting"] | {"num_attention_heads": 12, "num_attention_groups": 2, "head_dim": 64}
+    return ModelConfig.from_hf(hub | WIDTHS | {"attention_other_setting": slide | {"true_head_dim": 64}})
+
+
+class Drawn(Mapping[str, Any]):
+    """Normal weights of variance 1 / columns, each drawn from its own name when it is asked for, and norms of one."""
+
+    def __init__(self, config: ModelConfig):
+        self._shapes = {spec.path: spec.shape for spec in inventory(config)}
+
+    def __getitem__(self, path: str) -> np.ndarray:
+        shape = self._shapes[path]
+        if len(shape) == 1:
+            return np.zeros(shape, np.float32)  # norms are centred on one, and the routers' biases are none
+        random = np.random.default_rng(list(path.encode()))
+        return random.standard_normal(shape, np.float32) / np.float32(np.sqrt(shape[-1]))
+
+    def __iter__(self) -> Any:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+def held_out(rows: int) -> list[list[int]]:
+    """Rows of 512 tokens of step-tiny's tasks, of the split that it was never trained on."""
+    import tokenizers
+
+    from stepjax.train.data import task_batches, tasks
+
+    tokenizer = tokenizers.Tokenizer.from_file(str(ASSETS / "step-tiny" / "tokenizer.json"))
+    settings = task_batches.BatchSettings(1, max(rows, 1), 512, dict(tasks.MIX), "test")
+    return np.asarray(next(task_batches.batches(tokenizer, settings, step=0)).ids).tolist()
+
+
+def distances(folder: Path, tokens: Sequence[Sequence[int]], forms: Sequence[str], scratch: Path) -> dict[str, Any]:
+    source = open_weights(folder)
+    layers = [layer.index for layer in source.config.moe_layers]
+    reference = Forward(source).scored(tokens)
+    found: dict[str, Any] = {
+        "parameters": dataclasses.asdict(count_parameters(source.config)) | {"experts_per_token": None},
+        "tokens": sum(map(len, tokens)),
+        "bf16_bytes": source.num_bytes,
+    }
+    for form in forms:
+        with tempfile.TemporaryDirectory(dir=scratch) as place:
+            try:
+                written = open_weights(as_form(source, form, Path(place)))
+            except ConfigError as error:  # rows that do not divide into blocks
+                found[form] = {"cannot": str(error)}
+                continue
+            held = certificate(scored(written, tokens), reference, layers=layers)
+            cpu = resource.getrusage(resource.RUSAGE_SELF)
+            found[form] = {
+                "kl": held["kl"],
+                "same_top": held["same_top"],
+                "router_agreement": held["router_agreement"]["mean"],
+                "bytes": written.num_bytes,
+            }
+            print(f"{folder.name} {form}: {held['kl']['mean']:.5f} ({cpu.ru_utime:.0f} CPU s so far)", flush=True)
+    return found
+
+
+def scored(source: WeightSource, tokens: Sequence[Sequence[int]]) -> list[SequenceScores]:
+    return Forward(source).scored(tokens)
+
+
+def as_form(source: WeightSource, form: str, place: Path) -> Path:
+    if form.endswith(".gguf"):
+        return write_gguf(place / form, source, form=form.removesuffix(".gguf"))
+    return write_form(place / form, source, FORMS[form])
+
+
+if __name__ == "__main__":
+    main()
