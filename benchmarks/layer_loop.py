@@ -4,6 +4,7 @@
     python benchmarks/layer_loop.py                        # every form and every step, for one H200
     python benchmarks/layer_loop.py --steps decode-0       # one step
     python benchmarks/layer_loop.py --steps                # the forms alone
+    STEPJAX_KERNELS=measured python benchmarks/layer_loop.py --no-forms   # without the kernels that no GPU has timed
 
 Two tables: a small decode step in every form that was tried, and the engine's own steps. Nothing runs. Seconds are the
 CPU's, of all threads: they depend little on what else the machine does.
@@ -16,6 +17,7 @@ import dataclasses
 import json
 import math
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,18 +28,18 @@ import jax.numpy as jnp
 import numpy as np
 from provenance import commit
 
-import stepjax.ops.attention
-import stepjax.ops.experts
-import stepjax.ops.grouped_matmul
 from stepjax.config import ModelConfig
+from stepjax.gpu_target import compiling_for, kernel_choice
 from stepjax.infer.sampling.state import Sampling
 from stepjax.infer.steps.runner import Runner
 from stepjax.infer.steps.state import Pieces
 from stepjax.model.step3p5 import abstract
 from stepjax.ops.expert_dense import ExpertWeights
 from stepjax.ops.experts import routed_experts
+from stepjax.sharding.compiled.launches import all_layers, read_dump
+from stepjax.sharding.compiled.module import HloModule
 from stepjax.sharding.compiled.step_study import abstract_params
-from stepjax.sharding.devices import TARGETS, devices
+from stepjax.sharding.devices import TARGETS, devices, gpu_of
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.rules import ShardingRules
@@ -51,7 +53,6 @@ STEPS = {  # drafts and prompt tokens
     "decode-3": (3, 0),
     "prefill-256": (3, 256),
 }
-HOPPER_CORES = 132
 LARGE = 2**20  # bytes from which a copy counts
 ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 
@@ -67,9 +68,6 @@ def main() -> None:
     args = parser.parse_args()
     spec = MeshSpec.parse("data=1").resolve(1)
     mesh = spec.build(devices(args.target, 1))
-    if args.target in ("h100", "h200"):  # the kernels ask the device that is there
-        for module in (stepjax.ops.attention, stepjax.ops.experts, stepjax.ops.grouped_matmul):
-            vars(module)["hopper_cores"] = lambda: HOPPER_CORES
     result: dict[str, Any] = {"forms": {}, "steps": {}}
     if args.output.exists():  # what does not run now is kept
         result |= json.loads(args.output.read_text(encoding="utf-8"))
@@ -86,8 +84,9 @@ def main() -> None:
         keep("forms", name, report(jax.jit(function, donate_argnums=(1,)), placed))
     for name in args.steps:
         for form in ("unrolled", "looped"):
-            step = engine_step(mesh, spec, *STEPS[name], args.batch, args.context, looped=form == "looped")
-            keep("steps", f"{name} {form}", report(*step))
+            with compiling_for(gpu_of(args.target)):
+                step = engine_step(mesh, spec, *STEPS[name], args.batch, args.context, looped=form == "looped")
+                keep("steps", f"{name} {form} {kernel_choice()}", report(*step))
 
 
 def report(jitted: Any, arguments: tuple[Any, ...]) -> dict[str, Any]:
@@ -97,18 +96,25 @@ def report(jitted: Any, arguments: tuple[Any, ...]) -> dict[str, Any]:
     clocks.append(time.process_time())
     lowered = traced.lower()
     clocks.append(time.process_time())
-    compiled = lowered.compile()
-    clocks.append(time.process_time())
-    text, memory = compiled.as_text(), compiled.memory_analysis()
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
+        clocks.append(time.process_time())
+        text, memory = compiled.as_text(), compiled.memory_analysis()
+        launches = read_dump(Path(folder), HloModule(text))
     names = ("trace_s", "lower_s", "compile_s")
     seconds = {name: round(b - a, 1) for name, a, b in zip(names, clocks, clocks[1:], strict=False)}
     lines = len(text.splitlines())
-    return seconds | {
-        "hlo_lines": lines,
-        "temp_mb": round(memory.temp_size_in_bytes / 1e6, 1),
-        "argument_gb": round(memory.argument_size_in_bytes / 1e9, 2),
-        "copied_mb": round(sum(copied(text)) / 1e6, 1),
-    }
+    counts = {} if launches is None else dataclasses.asdict(all_layers(launches))
+    return (
+        seconds
+        | counts
+        | {
+            "hlo_lines": lines,
+            "temp_mb": round(memory.temp_size_in_bytes / 1e6, 1),
+            "argument_gb": round(memory.argument_size_in_bytes / 1e9, 2),
+            "copied_mb": round(sum(copied(text)) / 1e6, 1),
+        }
+    )
 
 
 def copied(text: str) -> Iterator[int]:

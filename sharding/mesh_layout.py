@@ -133,7 +133,7 @@ class MeshLayout:
         self, heads: Projected, chunk: Chunk, cache: CacheView, *, window: int | None, eps: float
     ) -> tuple[jax.Array, CacheView]:
         q_spec, kv_spec, chunk_spec, cache_spec, _ = self._attention_specs(heads.q_BTNH, heads.k_BTKH, chunk, cache)
-        gate_spec, whole, by_token = PartitionSpec(*q_spec[:3]), PartitionSpec(), PartitionSpec(q_spec[0])
+        gate_spec, whole, by_token = PartitionSpec(None, *q_spec[:3]), PartitionSpec(), PartitionSpec(q_spec[0])
         specs = Projected(q_spec, kv_spec, kv_spec, gate_spec, whole, whole, by_token, by_token)  # pyright: ignore[reportArgumentType]
         return jax.shard_map(
             functools.partial(attend_step, window=window, eps=eps),

@@ -108,10 +108,7 @@ def test_every_form_agrees_with_the_widened_weights(monkeypatch, name, group, fo
     ids = jnp.asarray(np.stack([random.permutation(E)[:2] for _ in range(20)]), jnp.int32)
     combine = jnp.asarray(random.random((20, 2)), jnp.float32)
     expected = routed_experts(x, ids, combine, ExpertWeights(*wide), limit=None, form="reference")
-    # jaxlib 0.10.2 to 0.12 fuse the CPU's gathered form into one YNNPACK kernel, whose int4 products are wrong; nothing
-    # but a test runs that form on a CPU.
-    compiled = (lambda f: f) if form == "gathered" else jax.jit
-    found = compiled(lambda *a: routed_experts(*a, limit=None, form=form))(x, ids, combine, ExpertWeights(*held))
+    found = jax.jit(lambda *a: routed_experts(*a, limit=None, form=form))(x, ids, combine, ExpertWeights(*held))
     np.testing.assert_allclose(found, expected, atol=2e-5)  # float32 sums in another order
     gradient = jax.grad(lambda x: routed_experts(x, ids, combine, ExpertWeights(*held), limit=None, form=form).sum())
     wanted = jax.grad(lambda x: routed_experts(x, ids, combine, ExpertWeights(*wide), limit=None, form=form).sum())

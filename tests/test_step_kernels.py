@@ -47,7 +47,7 @@ def projected(layer: Attention, chunk: Chunk) -> Projected:
         3 * drawn(1, batch, count, spec.num_heads, H),
         3 * drawn(2, batch, count, spec.num_kv_heads, H),
         drawn(3, batch, count, spec.num_kv_heads, H),
-        drawn(4, batch, count, spec.num_heads, dtype=jnp.float32),
+        drawn(4, batch % 2 + 1, batch, count, spec.num_heads, dtype=jnp.float32),
         0.3 * drawn(5, H),
         0.3 * drawn(6, H),
         *angles(chunk.position_BT, spec.rope, jnp.bfloat16),
@@ -145,16 +145,17 @@ def test_experts_are_chosen_and_weighed_by_one_kernel():
     logits[3] = 0.0
     logits = jnp.asarray(logits, jnp.float32)
     scores, bias = jax.nn.sigmoid(logits), 0.1 * drawn(1, 36, dtype=jnp.float32)
+    parts = jnp.stack([logits / 2, logits / 2])
     real = jnp.asarray([True] * 7 + [False] * 2)
     router.bias.set_value(bias)
-    ids, combine = chosen_experts(logits, bias, real, top_k=5, scale=router.scale, interpret=True)
+    ids, combine = chosen_experts(parts, bias, real, top_k=5, scale=router.scale, interpret=True)
     expected = router.choose(scores)
     np.testing.assert_array_equal(ids, jnp.where(real[:, None], expected, 36))
     np.testing.assert_allclose(combine, router.weigh(scores, expected), rtol=1e-6)
 
     def total(logits: jax.Array, *, fast: bool) -> jax.Array:
         if fast:
-            weights = chosen_experts(logits, bias, real, top_k=5, scale=2.0, interpret=True)[1]
+            weights = chosen_experts(logits[None], bias, real, top_k=5, scale=2.0, interpret=True)[1]
         else:
             weights = weighed(jax.nn.sigmoid(logits), expected, scale=2.0)
         return jnp.sum(jnp.where(real[:, None], weights, 0.0) * jnp.arange(5.0)[None])

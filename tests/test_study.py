@@ -30,6 +30,7 @@ from stepjax.train.planning.workload import Workload, step_of, study_model
 from stepjax.weights.formats import FORMATS
 
 ROOT = Path(__file__).resolve().parent.parent
+MOST_KERNELS = 1000  # of a decode step of the release
 CONFIG = dataclasses.replace(small_config(), max_positions=2048)  # five layers, MoE from the second on
 SHORT = dataclasses.replace(CONFIG, layers=CONFIG.layers[:2])
 D, V, E, F, H = 64, 128, 8, 32, 16  # of both
@@ -204,7 +205,8 @@ def test_a_decode_step_of_the_engine_is_counted(experts, capsys):
     assert (found["layers"], found["target"], compiled["device_kind"]) == (4, "h200", "NVIDIA H200 141GB HBM3e")
     counts = "kernels graphs kernels_outside_graphs loops conditionals host_syncs widened_bytes bytes_read".split()
     assert all(isinstance(compiled[name], int) for name in counts)
-    assert 4 * 10 < compiled["kernels"] < 1000
+    (of_experts,) = (each["kernels"] for each in compiled["layers"] if "layer_3" in each["names"])
+    assert 4 * 10 < compiled["kernels"] + 41 * of_experts <= MOST_KERNELS  # of all 45 layers
     assert compiled["kernels_outside_graphs"] < compiled["kernels"]
     assert (compiled["loops"], compiled["host_syncs"], compiled["widened_bytes"]) == (0, 0, 0)
     names = [name for layers in compiled["layers"] for name in layers["names"]]
@@ -216,17 +218,41 @@ def test_a_decode_step_of_the_engine_is_counted(experts, capsys):
     assert moe == pytest.approx(others + routed, rel=0.05)
 
 
+def studied_apart(*options: str) -> dict[str, Any]:
+    """With the flags that the command sets in a process that has not used jax."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    options = ("--model", "step-3.5-flash", "--context", "256", *options, "--target", "h200", "--json")
+    command = [sys.executable, "-m", "stepjax", "study", *options]
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=True, text=True)
+    return json.loads(ran.stdout)
+
+
 @pytest.mark.aot
 def test_a_decode_step_on_a_mesh_is_one_graph():
-    """With the flags that the command sets in a process that has not used jax: exchanges are in the graph too."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    sizes = "--layers 4 --mesh expert=4 --batch 2 --context 256 --keep-fp8 --target h200 --json"
-    command = [sys.executable, "-m", "stepjax", "study", "--model", "step-3.5-flash", *sizes.split()]
-    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=True, text=True)
-    found = json.loads(ran.stdout)
+    """Exchanges are in the graph too."""
+    found = studied_apart("--layers", "4", "--mesh", "expert=4", "--batch", "2", "--keep-fp8")
     assert len(found["xla_flags"]) == 2
     counts = [found["compiled"][name] for name in ("graphs", "kernels_outside_graphs", "loops", "host_syncs")]
     assert counts == [1, 0, 0, 0]
+
+
+@pytest.mark.slow
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("mesh", "batch", "form"),
+    [
+        ("data=1", 1, "--quantize int4"),
+        ("data=1", 8, "--quantize int4"),
+        ("data=1", 32, "--quantize int4"),
+        ("expert=4", 32, "--keep-fp8"),
+        ("expert=2,tensor=2", 32, "--keep-fp8"),
+    ],
+)
+def test_a_decode_step_of_all_layers_is_one_graph_of_few_kernels(mesh, batch, form):
+    compiled = studied_apart("--mesh", mesh, "--batch", str(batch), *form.split())["compiled"]
+    names = ("graphs", "kernels_outside_graphs", "loops", "host_syncs", "widened_bytes")
+    assert [compiled[name] for name in names] == [1, 0, 0, 0, 0]
+    assert 45 * 10 < compiled["kernels"] <= MOST_KERNELS
 
 
 def test_kernels_are_those_of_the_gpu_that_is_compiled_for():

@@ -54,7 +54,7 @@ class Attention(nnx.Module):
             self._heads(self.q_proj(x_BTD), "heads"),
             self._heads(self.k_proj(x_BTD), "kv_heads"),
             self._heads(self.v_proj(x_BTD), "kv_heads"),
-            self.g_proj.wide(x_BTD),
+            self.g_proj.in_parts(x_BTD),
             self.q_norm.weight.get_value(),
             self.k_norm.weight.get_value(),
             *angles(chunk.position_BT, spec.rope, x_BTD.dtype),
@@ -81,7 +81,7 @@ class Attention(nnx.Module):
         if self.cache_fp8:
             k_BTKH, v_BTKH = fp8_rounded(k_BTKH), fp8_rounded(v_BTKH)
         out_BTNH, cache = self.layout.attend(Heads(q_BTNH, k_BTKH, v_BTKH), chunk, cache, window=self.spec.window)
-        return out_BTNH * jax.nn.sigmoid(heads.gate_BTN).astype(out_BTNH.dtype)[..., None], cache
+        return out_BTNH * jax.nn.sigmoid(jnp.sum(heads.gate_SBTN, axis=0)).astype(out_BTNH.dtype)[..., None], cache
 
     def _heads(self, x: jax.Array, axis: str) -> jax.Array:
         return self.layout.constrain(x.reshape(*x.shape[:2], -1, self.spec.head_dim), "batch", "length", axis, "head")

@@ -19,6 +19,7 @@ from stepjax.gpu_target import kernels_target
 from stepjax.ops.step.norm import WIDEST, rms_normed, rows_normed
 from stepjax.ops.swiglu import swiglu
 from stepjax.weights.adapted import linear
+from stepjax.weights.products import split_product, summands
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], *, std: float, dtype: DTypeLike) -> nnx.Param:
@@ -63,6 +64,15 @@ class Linear(nnx.Module):
     def wide(self, x: jax.Array) -> jax.Array:
         """The float32 accumulator itself, for logits: rounded to bfloat16, near-ties would become ties."""
         return linear(self.weight.get_value(), x, jnp.float32)
+
+    def in_parts(self, x: jax.Array) -> jax.Array:
+        """`wide` as summands [S, …], for a kernel that adds them up; S is 1 where that spares nothing."""
+        weight = self.weight.get_value()
+        if isinstance(weight, jax.Array) and kernels_target("on", "all") is not None:
+            parts = summands(x.size // x.shape[-1], weight)
+            if parts > 1:
+                return split_product(x, weight.astype(x.dtype), parts)
+        return self.wide(x)[None]
 
 
 class Embed(nnx.Module):

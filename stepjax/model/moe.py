@@ -21,7 +21,7 @@ from stepjax.ops.expert_dense import ExpertWeights
 from stepjax.ops.experts import held_ids, routed_experts
 from stepjax.ops.step.route import chosen_experts, weighed
 from stepjax.weights.adapted import by_token
-from stepjax.weights.products import stacked_product
+from stepjax.weights.products import split_product, stacked_product, summands
 from stepjax.weights.stacked import LayerWeight
 
 BIAS = "moe.router.bias"  # end of the path of every router bias
@@ -56,13 +56,13 @@ class Router(nnx.Module):
     def chosen(self, x_TD: jax.Array, real_T: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The same for GPUs, with id E for padding (``real`` false)."""
 
-        def slow(logits_TE: jax.Array, bias_E: jax.Array, real_T: jax.Array) -> tuple[jax.Array, jax.Array]:
-            scores_TE = jax.nn.sigmoid(logits_TE)
+        def slow(logits_STE: jax.Array, bias_E: jax.Array, real_T: jax.Array) -> tuple[jax.Array, jax.Array]:
+            scores_TE = jax.nn.sigmoid(jnp.sum(logits_STE, axis=0))
             ids_TA = self.choose(scores_TE)
             return jnp.where(real_T[:, None], ids_TA, bias_E.size), self.weigh(scores_TE, ids_TA)
 
         kernel = functools.partial(chosen_experts, top_k=self.top_k, scale=self.scale)
-        return jax.lax.platform_dependent(self.logits(x_TD), self.bias.get_value(), real_T, cpu=slow, default=kernel)
+        return jax.lax.platform_dependent(self._summands(x_TD), self.bias.get_value(), real_T, cpu=slow, default=kernel)
 
     def scores(self, x_TD: jax.Array) -> jax.Array:
         """How well each expert suits each token, float32 [T, E] in (0, 1)."""
@@ -74,6 +74,14 @@ class Router(nnx.Module):
         if isinstance(weight, LayerWeight):
             return stacked_product(x_TD, weight.stack, weight.layer, jnp.float32)
         return jnp.einsum("td,ed->te", x_TD, weight.astype(jnp.float32), precision="highest")
+
+    def _summands(self, x_TD: jax.Array) -> jax.Array:
+        """Of the logits, [S, T, E]."""
+        weight = self.weight.get_value()
+        parts = 1 if isinstance(weight, LayerWeight) else summands(x_TD.shape[0], weight)
+        if parts == 1:
+            return self.logits(x_TD)[None]
+        return split_product(x_TD.astype(jnp.float32), weight.astype(jnp.float32), parts)
 
     def choose(self, scores_TE: jax.Array) -> jax.Array:
         """Ids of the best under the bias, best first."""

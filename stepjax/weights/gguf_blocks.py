@@ -23,6 +23,7 @@ from stepjax.weights.fp4 import MxFp4
 from stepjax.weights.gguf_encoding import ENCODERS
 from stepjax.weights.int_groups import IntGroups
 from stepjax.weights.min_groups import MinGroups
+from stepjax.weights.nibbles import signed
 
 # (values [..., B, value bytes], scales [..., B, scale bytes], numpy or jax.numpy) → float32 [..., B, block]
 Decoder = Callable[[Any, Any, ModuleType], Any]
@@ -298,7 +299,7 @@ def _q6_k(values: Any, scales: Any, array: ModuleType) -> Groups:
     lead = values.shape[:-1]
     low = values[..., :128].reshape(*lead, 2, 64)
     low = array.stack([low & 15, low >> 4], axis=-2).reshape(*lead, 16, 16)
-    codes = (low | (_quarters(values[..., 128:], array) << 4)).astype(array.int8) - array.int8(32)
+    codes = signed(low | (_quarters(values[..., 128:], array) << 4), 32, array)
     return codes, _half(scales, 16, array) * scales[..., :16].astype(array.int8).astype(array.float32), None
 
 
@@ -317,7 +318,7 @@ def _q2_k(values: Any, scales: Any, array: ModuleType) -> Groups:
 
 def _q3_k(values: Any, scales: Any, array: ModuleType) -> Groups:
     high = _bits_of_rows(values[..., :32], array).reshape(*values.shape[:-1], 16, 16)
-    codes = (_quarters(values[..., 32:], array) | (high << 2)).astype(array.int8) - array.int8(4)
+    codes = signed(_quarters(values[..., 32:], array) | (high << 2), 4, array)
     six = _halves(scales[..., :8], array)
     two = array.concatenate([(scales[..., 8:12] >> shift) & 3 for shift in (0, 2, 4, 6)], axis=-1)
     return codes, _half(scales, 12, array) * ((six | (two << 4)).astype(array.float32) - 32), None

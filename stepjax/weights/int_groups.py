@@ -121,10 +121,10 @@ class IntGroups(ExpertFormat):
         return self.columns or shape[-1]
 
     def _values(self, q: Any, scale: Any, array: ModuleType) -> Any:
-        """The signed integers by group: int8 [..., R, groups, columns of a group]."""
+        """The signed integers by group: [..., R, groups, columns of a group]."""
         if self.num_bits == 8:
             return q.reshape(*scale.shape, -1)
-        return nibbles.unpacked(q, scale.shape[-1], array).astype(array.int8) - array.int8(8)
+        return nibbles.signed(nibbles.unpacked(q, scale.shape[-1], array), 8, array)
 
     def notes(self, config: ModelConfig, file: Path) -> list[str]:
         return [

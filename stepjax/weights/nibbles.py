@@ -36,3 +36,13 @@ def unpacked(q: Any, groups: int, array: ModuleType) -> Any:
     """The codes of bytes [..., C / 2] as uint8 [..., groups, C / groups]; ``array`` is numpy or jax.numpy."""
     q = q.reshape(*q.shape[:-1], groups, -1)
     return array.concatenate([q & 15, q >> 4], axis=-1)
+
+
+def signed(codes: Any, offset: int, array: ModuleType) -> Any:
+    """Codes, uint8, less ``offset``: int8, or int32 under jax.
+
+    XLA's CPU compiler joins products into one call of YNNPACK, and where it joins two subtractions of int8 their sums
+    are wrong (jaxlib 0.10.2 to 0.12).
+    """
+    kind = array.int8 if array is np else array.int32
+    return codes.astype(kind) - kind(offset)

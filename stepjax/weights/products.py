@@ -14,6 +14,9 @@ from stepjax.weights.stacked import layer_of
 FEW_ROWS = 64  # up to here a CPU's time goes into reading the matrix
 BLOCKS = 64  # that a CPU cuts a matrix into: a number that the devices of a mesh divide
 LEAST = 2**16  # values of a matrix that is worth cutting
+SUMMANDS = 16
+NARROW = 512  # columns of a product that is worth taking in parts
+LEAST_DEPTH = 64  # of a part
 SUMMED_ROWS = 8  # up to here XLA reads a layer's matrix once, in its stack, in one kernel for all rows (H200)
 
 
@@ -74,6 +77,24 @@ def _row_scaled_bwd(
 
 
 row_scaled_product.defvjp(_row_scaled_fwd, _row_scaled_bwd)
+
+
+def summands(rows: int, w: jax.Array) -> int:
+    """In how many parts `split_product` should be taken: 1 where XLA reads a matrix in one kernel by itself.
+
+    For a few rows of a GPU, XLA cuts the contracted axis of a product with few columns, so that all cores have some of
+    it, and adds up in a kernel of its own. A kernel that reads the summands spares that one.
+    """
+    return (
+        SUMMANDS if 1 < rows <= FEW_ROWS and w.shape[0] <= NARROW and not w.shape[1] % (LEAST_DEPTH * SUMMANDS) else 1
+    )
+
+
+def split_product(x: jax.Array, w: jax.Array, parts: int) -> jax.Array:
+    """``x · wᵀ`` as float32 summands [parts, …, out] over equal parts of the contracted axis."""
+    rows, depth = math.prod(x.shape[:-1]), x.shape[-1] // parts
+    y = wide_einsum("rsi,osi->sro", x.reshape(rows, parts, depth), w.reshape(-1, parts, depth))
+    return y.reshape(parts, *x.shape[:-1], w.shape[0])
 
 
 def stacked_product(x: jax.Array, stack_LOI: jax.Array, layer: jax.Array, dtype: DTypeLike) -> jax.Array:

@@ -26,7 +26,7 @@ class Projected(NamedTuple):
     q_BTNH: jax.Array
     k_BTKH: jax.Array
     v_BTKH: jax.Array
-    gate_BTN: jax.Array  # float32, before the sigmoid
+    gate_SBTN: jax.Array  # float32, before the sigmoid, as summands
     q_gain_H: jax.Array  # of the norms, stored as (gain − 1)
     k_gain_H: jax.Array
     cos_BTW: jax.Array  # of the angles of `stepjax.model.layers.angles`, W ≤ H / 2
@@ -76,11 +76,15 @@ def step_attention(
     group = N // K
     num_rows, num_new = power_above(T * group), power_above(T)
     num_entries = rows.table_BN.shape[1]
+    joined = B * T > 1  # XLA makes one product of three then, and would cut its result apart in three kernels
+    first_k, first_v = (N, N + K) if joined else (0, 0)
     tables = [x for x in (None if in_order else rows.table_BN, rows.first_B) if x is not None]
     scale = LOG2_E * H**-0.5
 
     def kernel(*refs: Any) -> None:
-        position_ref, end_ref, q_ref, new_k_ref, new_v_ref, q_gain_ref, k_gain_ref, *rest = refs
+        position_ref, end_ref, *rest = refs
+        (q_ref, new_k_ref, new_v_ref), rest = (rest[:1] * 3, rest[1:]) if joined else (rest[:3], rest[3:])
+        q_gain_ref, k_gain_ref, *rest = rest
         cos_ref, sin_ref, k_ref, v_ref = rest[:4]
         table_refs, outs = rest[4 : 4 + len(tables)], rest[4 + len(tables) :]
         pl, gpu = pallas()
@@ -131,9 +135,9 @@ def step_attention(
             token = jnp.arange(num_new, dtype=jnp.int32)
             known, token = token < T, jnp.minimum(token, T - 1)
             place = jnp.where(known, position_ref[batch, token], -1)
-            kv_head = jnp.zeros_like(token) + held
+            kv_head = jnp.zeros_like(token) + (first_k + held)
             k = _finite(turned(new_k_ref, k_gain_ref, token, kv_head))
-            v = _finite(new_v_ref[batch, token, held, :])
+            v = _finite(new_v_ref[batch, token, first_v + held, :])
             entry = jnp.maximum(place, 0) // size
             page = page_of(jnp.minimum(entry, num_entries - 1))
             kept = (place >= 0) & (page >= 0) & (page < num_pages)
@@ -159,12 +163,14 @@ def step_attention(
     shapes = (parts, B, T, N, H), (parts, B, T, N), (parts, B, T, N)
     outs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     outs += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (rows.k_PRKH, rows.v_PRKH)]
-    arrays = [position_BT, rows.end_B, heads.q_BTNH, heads.k_BTKH, heads.v_BTKH, heads.q_gain_H, heads.k_gain_H]
+    projected = [heads.q_BTNH, heads.k_BTKH, heads.v_BTKH]
+    projected = [jnp.concatenate(projected, axis=2)] if joined else projected
+    arrays = [position_BT, rows.end_B, *projected, heads.q_gain_H, heads.k_gain_H]
     arrays += [heads.cos_BTW, heads.sin_BTW, rows.k_PRKH, rows.v_PRKH]
     aliases = {len(arrays) - 2: 3, len(arrays) - 1: 4}
     run = launched(kernel, outs, (parts, B * K), warps=4, stages=3, interpret=interpret, aliases=aliases)
     *partial, k_PRKH, v_PRKH = run(*arrays, *tables)
-    out = _gated(*partial, heads.gate_BTN, heads.q_BTNH.dtype, interpret=interpret)
+    out = _gated(*partial, heads.gate_SBTN, heads.q_BTNH.dtype, interpret=interpret)
     return StepResult(out, k_PRKH, v_PRKH)
 
 
@@ -201,11 +207,11 @@ def _finite(x: jax.Array) -> jax.Array:
 
 
 def _gated(
-    out: jax.Array, top: jax.Array, total: jax.Array, gate_BTN: jax.Array, dtype: Any, *, interpret: bool
+    out: jax.Array, top: jax.Array, total: jax.Array, gate_SBTN: jax.Array, dtype: Any, *, interpret: bool
 ) -> jax.Array:
     """All parts as one, divided, and multiplied by the gate: [B, T, N, H]. A query that saw no key has zeros."""
     parts, B, T, N, H = out.shape
-    padded = power_above(parts)
+    padded, summands = power_above(parts), gate_SBTN.shape[0]
 
     def kernel(out_ref: Any, top_ref: Any, total_ref: Any, gate_ref: Any, gated_ref: Any) -> None:
         pl, gpu = pallas()
@@ -220,7 +226,9 @@ def _gated(
             out_ref.at[rows, *place, columns], mask=jnp.broadcast_to(mask[:, None], (padded, H)), other=0.0
         )
         average = jnp.sum(values * scale[:, None], axis=0) / jnp.maximum(jnp.sum(totals * scale), 1e-30)
-        gated_ref[*place, :] = (average * jax.nn.sigmoid(gate_ref[place])).astype(dtype)
+        lane = jnp.arange(power_above(summands), dtype=jnp.int32)
+        gate = jnp.sum(gpu.load(gate_ref.at[lane, *place], mask=lane < summands, other=0.0))
+        gated_ref[*place, :] = (average * jax.nn.sigmoid(gate)).astype(dtype)
 
     gated = jax.ShapeDtypeStruct((B, T, N, H), dtype)
-    return launched(kernel, gated, (B, T, N), warps=4, stages=1, interpret=interpret)(out, top, total, gate_BTN)
+    return launched(kernel, gated, (B, T, N), warps=4, stages=1, interpret=interpret)(out, top, total, gate_SBTN)

@@ -18,22 +18,29 @@ def weighed(scores_TE: jax.Array, ids_TA: jax.Array, *, scale: float) -> jax.Arr
 
 
 def _forward(
-    top_k: int, scale: float, interpret: bool, logits_TE: jax.Array, bias_E: jax.Array, real_T: jax.Array
+    top_k: int, scale: float, interpret: bool, logits_STE: jax.Array, bias_E: jax.Array, real_T: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    num_tokens, num_experts = logits_TE.shape
+    summands, num_tokens, num_experts = logits_STE.shape
     lanes, width = power_above(num_experts), power_above(top_k)
 
     def kernel(logit_ref: Any, bias_ref: Any, real_ref: Any, id_ref: Any, combine_ref: Any) -> None:
         pl, gpu = pallas()
         token, lane = pl.program_id(0), jnp.arange(lanes, dtype=jnp.int32)
         inside, span = lane < num_experts, pl.ds(0, lanes)
-        scores = jax.nn.sigmoid(gpu.load(logit_ref.at[token, span], mask=inside, other=0.0))
+
+        def logits(index: Any, mask: jax.Array) -> jax.Array:
+            parts = (
+                gpu.load(logit_ref.at[jnp.int32(part), token, index], mask=mask, other=0.0) for part in range(summands)
+            )
+            return functools.reduce(jnp.add, parts)
+
+        scores = jax.nn.sigmoid(logits(span, inside))
         bias = gpu.load(bias_ref.at[span], mask=inside, other=0.0)
         ranked, expert = jnp.where(inside, scores + bias, -jnp.inf), jnp.minimum(lane, num_experts - 1)
         ids, _ = taken(ranked, expert, count=top_k, width=width)
         place = jnp.arange(width, dtype=jnp.int32)
         known = place < top_k
-        weights = jnp.where(known, jax.nn.sigmoid(gpu.load(logit_ref.at[token, ids], mask=known, other=0.0)), 0.0)
+        weights = jnp.where(known, jax.nn.sigmoid(logits(ids, known)), 0.0)
         weights = scale * weights / (jnp.sum(weights) + 1e-20)
         ids = jnp.where(real_ref[token] > 0, ids, num_experts)
         gpu.store(id_ref.at[token, pl.ds(0, width)], ids, mask=known)
@@ -41,19 +48,21 @@ def _forward(
 
     shapes = [jax.ShapeDtypeStruct((num_tokens, top_k), dtype) for dtype in (jnp.int32, jnp.float32)]
     run = launched(kernel, shapes, (num_tokens,), warps=4, stages=1, interpret=interpret)
-    ids, combine = run(logits_TE, bias_E, real_T.astype(jnp.int32))
+    ids, combine = run(logits_STE, bias_E, real_T.astype(jnp.int32))
     return ids, combine
 
 
-def _fwd(top_k, scale, interpret, logits_TE, bias_E, real_T):
-    ids, combine = _forward(top_k, scale, interpret, logits_TE, bias_E, real_T)
-    return (ids, combine), (logits_TE, ids)
+def _fwd(top_k, scale, interpret, logits_STE, bias_E, real_T):
+    ids, combine = _forward(top_k, scale, interpret, logits_STE, bias_E, real_T)
+    return (ids, combine), (logits_STE, ids)
 
 
 def _bwd(top_k, scale, interpret, saved, arrived):
-    logits_TE, ids_TA = saved
-    known_TA = jnp.minimum(ids_TA, logits_TE.shape[1] - 1)  # padding has weights, too, which nothing uses
-    _, pull = jax.vjp(lambda logits: weighed(jax.nn.sigmoid(logits), known_TA, scale=scale), logits_TE)
+    logits_STE, ids_TA = saved
+    known_TA = jnp.minimum(ids_TA, logits_STE.shape[2] - 1)  # padding has weights, too, which nothing uses
+    _, pull = jax.vjp(
+        lambda logits: weighed(jax.nn.sigmoid(jnp.sum(logits, axis=0)), known_TA, scale=scale), logits_STE
+    )
     return *pull(arrived[1]), None, None
 
 
@@ -63,11 +72,11 @@ _chosen.defvjp(_fwd, _bwd)
 
 @functools.partial(jax.jit, static_argnames=("top_k", "scale", "interpret"))  # lowered once for all layers
 def chosen_experts(
-    logits_TE: jax.Array, bias_E: jax.Array, real_T: jax.Array, *, top_k: int, scale: float, interpret: bool = False
+    logits_STE: jax.Array, bias_E: jax.Array, real_T: jax.Array, *, top_k: int, scale: float, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """Ids of the best experts under the bias, best first, E for padding, and their combine weights: both [T, A].
 
-    As `stepjax.model.moe.Router` chooses by the sigmoid of its logits, and weighs; ``real_T`` is bool. The gradient is
-    that of the weights.
+    As `stepjax.model.moe.Router` chooses by the sigmoid of its logits, the sum of S summands, and weighs; ``real_T`` is
+    bool. The gradient is that of the weights.
     """
-    return _chosen(top_k, scale, interpret, logits_TE, bias_E, real_T)
+    return _chosen(top_k, scale, interpret, logits_STE, bias_E, real_T)
