@@ -151,7 +151,8 @@ def check_answers(engine: Engine) -> None:
     assert dtypes == {np.dtype(FP8)}
 
 
-@pytest.mark.parametrize("host_cache_bytes", [0, pytest.param(2**24, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("host_cache_bytes", [0, 2**24])
 def test_answers_are_those_of_whole_sequences(host_cache_bytes):
     """With drafts, preemptions, snapshots and prefixes that are found, perhaps in host memory."""
     engine = Engine(fp8_session(), dataclasses.replace(SMALL, num_pages=12, host_cache_bytes=host_cache_bytes))
