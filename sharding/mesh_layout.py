@@ -119,7 +119,7 @@ class MeshLayout:
         return jax.shard_map(
             body,
             mesh=self.mesh,
-            in_specs=(Heads(q_spec, kv_spec, kv_spec), chunk_spec, cache_spec),
+            in_specs=(Heads(q_spec, kv_spec, kv_spec), chunk_spec, cache_spec),  # pyright: ignore[reportArgumentType]
             out_specs=(q_spec, cache_spec),
             check_vma=cache is None,  # a gathered ring is equal on all devices, which its type cannot say
         )(heads, chunk, cache)
@@ -288,7 +288,7 @@ def _by_leaf(value: Any, spec: PartitionSpec) -> Any:
     """The placement of a weight's arrays: scales are not split along what one of them covers whole."""
     if not isinstance(value, Quantised):
         return spec
-    return quantised_from([PartitionSpec(*axes) for axes in leaf_axes(value.format, spec)], value.format)
+    return quantised_from([PartitionSpec(*axes) for axes in leaf_axes(value.format, tuple(spec))], value.format)
 
 
 def _gather(value: Any, spec: Any, storage: Axes) -> Any:

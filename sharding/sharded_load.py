@@ -185,8 +185,8 @@ def _assembled(shape: tuple[int, ...], sharding: Sharding, pieces: list[Any]) ->
     return quantised_from(whole, first.format)
 
 
-def _columns(value: Quantised, part: slice) -> Quantised:
-    """Some columns of a weight whose scales are those of whole rows."""
+def _columns(value: Any, part: slice) -> Quantised:
+    """Some columns of a quantised weight whose scales are those of whole rows."""
     return replace(value, q=np.ascontiguousarray(value.q[..., part]))
 
 

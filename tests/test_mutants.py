@@ -181,7 +181,7 @@ def attention(
 
             def turned(y, norm):
                 y = norm(y) if norm_first else y
-                y = stepjax.model.attention.rotate(y, at, spec.rope)
+                y = stepjax.model.layers.rotate(y, at, spec.rope)
                 return y if norm_first else norm(y)
 
             q = turned(self._heads(self.q_proj(x), "heads"), self.q_norm)
@@ -202,15 +202,16 @@ def attention(
 
 
 def interleaved(patch, config):
-    original = stepjax.model.attention.rotate
+    original = stepjax.model.attention.turned
 
-    def rotate(x, position, spec):
-        turned, rest = jnp.split(x, [spec.width], axis=-1)
-        halves = jnp.concatenate([turned[..., 0::2], turned[..., 1::2], rest], axis=-1)
-        a, b, rest = jnp.split(original(halves, position, spec), [spec.width // 2, spec.width], axis=-1)
+    def turned(x, cos, sin):
+        half = cos.shape[-1]
+        pairs, rest = jnp.split(x, [2 * half], axis=-1)
+        halves = jnp.concatenate([pairs[..., 0::2], pairs[..., 1::2], rest], axis=-1)
+        a, b, rest = jnp.split(original(halves, cos, sin), [half, 2 * half], axis=-1)
         return jnp.concatenate([jnp.stack([a, b], axis=-1).reshape(*x.shape[:-1], -1), rest], axis=-1)
 
-    patch.setattr(stepjax.model.attention, "rotate", rotate)
+    patch.setattr(stepjax.model.attention, "turned", turned)
 
 
 def gain_without_one(patch, config):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -74,7 +74,7 @@ def test_two_halves_hide_what_they_send_beside_products():
     cluster, mesh = parse("4 nodes of 8xH100"), MeshSpec(expert=32)
     many, few = (PlanRequest("throughput", batch=batch, tpot_s=0.05) for batch in (4096, 32))
     (whole, halves), (whole_few, halves_few) = (
-        [weigh(FLASH, cluster, request, wide(mesh, drafts=3, halves=halves)) for halves in (False, True)]
+        [cast(Option, weigh(FLASH, cluster, request, wide(mesh, drafts=3, halves=halves))) for halves in (False, True)]
         for request in (many, few)
     )
     for option in (whole, halves, whole_few, halves_few):
@@ -101,7 +101,7 @@ def test_a_busy_expert_is_held_more_than_once():
     request = PlanRequest("throughput", batch=4096, tpot_s=0.05, routing=routing)
     choices = [*placements(FLASH, request, wide(MeshSpec(data=4, expert=8)))]
     assert [choice.slots for choice in choices] == [0, 288, 320]
-    options = [weigh(FLASH, parse("4 nodes of 8xH100"), request, choice) for choice in choices]
+    options = [cast(Option, weigh(FLASH, parse("4 nodes of 8xH100"), request, choice)) for choice in choices]
     assert all(isinstance(option, Option) for option in options)
     assert options[2].tokens_per_s > 2 * options[0].tokens_per_s
     assert options[2].memory.weights["experts"] > options[0].memory.weights["experts"]

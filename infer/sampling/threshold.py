@@ -8,7 +8,7 @@ all blocks, so that 4 bits cost one launch. Blocks are added in one order: a row
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ def least_below(
       weighted: add up exp(x − top); else count.
     """
     (rows, size), blocks = x_RV.shape, -(-x_RV.shape[1] // BLOCK)
-    known: tuple[jax.Array, ...] = ()  # the sums of the kernel before, and the k that its thresholds begin at
+    known = cast(tuple[jax.Array, ...], ())  # the sums of the kernel before, and the k that its thresholds begin at
     for shift in range(32 - DIGIT, -1, -DIGIT):
 
         def kernel(*refs: Any, shift: int = shift, known: tuple[jax.Array, ...] = known) -> None:

@@ -78,7 +78,9 @@ class Router(nnx.Module):
     def _summands(self, x_TD: jax.Array) -> jax.Array:
         """Of the logits, [S, T, E]."""
         weight = self.weight.get_value()
-        parts = 1 if isinstance(weight, LayerWeight) else summands(x_TD.shape[0], weight)
+        if isinstance(weight, LayerWeight):
+            return self.logits(x_TD)[None]
+        parts = summands(x_TD.shape[0], weight)
         if parts == 1:
             return self.logits(x_TD)[None]
         return split_product(x_TD.astype(jnp.float32), weight.astype(jnp.float32), parts)

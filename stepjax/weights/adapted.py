@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 
 from stepjax.weights.fp8_rows import FP8_ROWS
 from stepjax.weights.products import linear_product, row_scaled_product, stacked_product, wide_einsum
-from stepjax.weights.quantised import Weight, dequantize, format_of, take
+from stepjax.weights.quantised import Quantised, Weight, dequantize, format_of, take
 from stepjax.weights.stacked import LayerWeight
 
 T = TypeVar("T")
@@ -122,8 +122,8 @@ def linear(w: AnyWeight, x: jax.Array, dtype: DTypeLike) -> jax.Array:
     if isinstance(base, LayerWeight) and isinstance(base.stack, jax.Array):
         y = stacked_product(x, base.stack, base.layer, dtype)
     elif format_of(base) == FP8_ROWS:
-        held = base.sliced() if isinstance(base, LayerWeight) else base
-        y = row_scaled_product(x, held.q, held.scale, dtype)
+        held = cast(Quantised, base.sliced() if isinstance(base, LayerWeight) else base)
+        y = cast(jax.Array, row_scaled_product(x, held.q, held.scale, dtype))
     else:
         y = linear_product(x, _array(widen(base, x.dtype)), dtype)
     if not isinstance(w, Adapted):

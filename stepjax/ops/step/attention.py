@@ -169,8 +169,8 @@ def step_attention(
     arrays += [heads.cos_BTW, heads.sin_BTW, rows.k_PRKH, rows.v_PRKH]
     aliases = {len(arrays) - 2: 3, len(arrays) - 1: 4}
     run = launched(kernel, outs, (parts, B * K), warps=4, stages=3, interpret=interpret, aliases=aliases)
-    *partial, k_PRKH, v_PRKH = run(*arrays, *tables)
-    out = _gated(*partial, heads.gate_SBTN, heads.q_BTNH.dtype, interpret=interpret)
+    sums, top, total, k_PRKH, v_PRKH = run(*arrays, *tables)
+    out = _gated(sums, top, total, heads.gate_SBTN, heads.q_BTNH.dtype, interpret=interpret)
     return StepResult(out, k_PRKH, v_PRKH)
 
 
