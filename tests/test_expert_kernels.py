@@ -119,6 +119,22 @@ def test_every_precision_agrees_with_the_reference(name, tokens):
     close(kernel(*given, weights), reference(*given, weights))
 
 
+@pytest.mark.parametrize("tokens", [16, 300])
+def test_ids_may_name_experts_of_other_devices(tokens):
+    """These are the second third of all; few ids are read as they are, many are sorted."""
+    x, ids, combine = drawn(tokens)
+    weights, first = experts(FORMATS["int4"]), jnp.int32(E)
+    ids = ids.at[::3].add(E).at[1::3].add(2 * E)
+
+    def run(x: Any, ids: Any, combine: Any, weights: Any, first: Any) -> jax.Array:
+        limits = {"limit": 0.5, "load": ids.size // 3, "gpu": None, "interpret": True}
+        return stored(x, ids, combine, weights, None, first=first.reshape(1), **limits)
+
+    found = jax.jit(run)(x, ids, combine, weights, first)
+    close(found, routed_experts(x, ids, combine, weights, limit=0.5, form="reference", first=first))
+    close(found, reference(x, jnp.where((ids >= E) & (ids < 2 * E), ids - E, E), combine, weights))
+
+
 @pytest.mark.parametrize("kind", ["one expert", "none"])
 @pytest.mark.parametrize("tokens", [16, 300])
 def test_skewed_and_empty_routings_agree_with_the_reference(kind, tokens):

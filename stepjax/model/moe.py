@@ -18,7 +18,7 @@ from stepjax.model.layers import SwiGLU, normal
 from stepjax.model.layout import Layout, Routes
 from stepjax.ops.expert_choice import Formulation
 from stepjax.ops.expert_dense import ExpertWeights
-from stepjax.ops.experts import held_ids, routed_experts
+from stepjax.ops.experts import routed_experts
 from stepjax.ops.step.route import chosen_experts, weighed
 from stepjax.weights.adapted import by_token
 from stepjax.weights.products import split_product, stacked_product, summands
@@ -199,9 +199,17 @@ class MoE(nnx.Module):
         bare, slot_T = by_token(self.weights(), (x_BTD.shape[0], x_BTD.shape[1]))
         weights = ExpertWeights(*bare)
         count = weights.gate.shape[0]
-        ours = held_ids(ids_TA, first_expert, count, every=count == self.num_slots)
-        load = ids_TA.size * count // self.num_slots
-        routed = routed_experts(x_TD, ours, combine_TA, weights, limit=self.limit, form=form, load=load, slot_T=slot_T)
+        routed = routed_experts(
+            x_TD,
+            ids_TA,
+            combine_TA,
+            weights,
+            limit=self.limit,
+            form=form,
+            load=ids_TA.size * count // self.num_slots,
+            slot_T=slot_T,
+            first=None if count == self.num_slots else first_expert,
+        )
         return routed.reshape(x_BTD.shape), self.common(x_BTD)
 
     def weights(self) -> ExpertWeights:

@@ -38,6 +38,12 @@ class ExpertWeights(NamedTuple):
     down: AnyWeight
 
 
+def held_ids(ids_TA: jax.Array, first: int | jax.Array, count: int) -> jax.Array:
+    """Ids among all experts as ids among the ``count`` from ``first`` on, which are held here; others become count."""
+    ours = ids_TA - first
+    return jnp.where((ours >= 0) & (ours < count), ours, count)
+
+
 def reference(
     x: jax.Array, ids: jax.Array, combine: jax.Array, weights: ExpertWeights, slot: Slot, *, limit: float | None
 ):

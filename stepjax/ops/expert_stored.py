@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from stepjax.gpu_target import HOPPER, Gpu
-from stepjax.ops.expert_dense import ExpertWeights, Slot
+from stepjax.ops.expert_dense import ExpertWeights, Slot, held_ids
 from stepjax.ops.pallas_triton import LEAST
 from stepjax.ops.stored_factors import factor_product, outer_products, sum_by_token
 from stepjax.ops.stored_matrix import Reader, reader_of
@@ -55,12 +55,13 @@ def stored(
     limit: float | None,
     load: int,
     gpu: Gpu | None,
+    first: jax.Array | None = None,
     interpret: bool = False,
 ):
     readers = stored_readers(x, weights, gpu, exact=interpret)
     assert readers is not None, "stored_readers says which weights there is a kernel for"
     setup = _Setup(limit, readers, tiling_for(load / weights.gate.shape[0]), interpret)
-    return _experts(setup, x, combine, weights, ids, slot)
+    return _experts(setup, x, combine, weights, ids, slot, first)
 
 
 def stored_readers(
@@ -86,10 +87,16 @@ def _addressable(w: Any) -> bool:
 
 
 def _forward(
-    setup: _Setup, x: jax.Array, combine: jax.Array, weights: ExpertWeights, ids: jax.Array, slot: Slot
+    setup: _Setup,
+    x: jax.Array,
+    combine: jax.Array,
+    weights: ExpertWeights,
+    ids: jax.Array,
+    slot: Slot,
+    first: jax.Array | None,
 ) -> jax.Array:
     """Float32 [T, D]."""
-    run = _Run(setup, weights, ids, slot)
+    run = _Run(setup, weights, ids, slot, first)
     inner, outer = setup.readers
     lows = [run.low(w, x, per_token=True) for w in weights[:2]]
     [hidden] = multiply(
@@ -114,13 +121,13 @@ def _forward(
 _experts = jax.custom_vjp(_forward, nondiff_argnums=(0,))
 
 
-def _experts_fwd(setup, x, combine, weights, ids, slot):
-    return _forward(setup, x, combine, weights, ids, slot), (x, combine, weights, ids, slot)
+def _experts_fwd(setup, x, combine, weights, ids, slot, first):
+    return _forward(setup, x, combine, weights, ids, slot, first), (x, combine, weights, ids, slot, first)
 
 
 def _experts_bwd(setup, saved, dy):
-    x, combine, weights, ids, slot = saved
-    run, (inner, outer) = _Run(setup, weights, ids, slot), setup.readers
+    x, combine, weights, ids, slot, first = saved
+    run, (inner, outer) = _Run(setup, weights, ids, slot, first), setup.readers
     dy, share = dy.astype(x.dtype), combine.reshape(-1)
     gate_up = [_matrices(inner, w) for w in weights[:2]]
     lows = [run.low(w, x, per_token=True) for w in weights[:2]]
@@ -161,7 +168,7 @@ def _experts_bwd(setup, saved, dy):
         run.gradients(weights.up, dup, (x, True), lows[1], backs[1]),
         run.gradients(weights.down, dy, (_scaled(hidden, share), False), low_down, back, per_token=True),
     )
-    return dx, dcombine, ExpertWeights(*map(cotangent, weights, gradients)), None, None
+    return dx, dcombine, ExpertWeights(*map(cotangent, weights, gradients)), None, None, None
 
 
 _experts.defvjp(_experts_fwd, _experts_bwd)
@@ -174,10 +181,12 @@ def _scaled(rows: jax.Array, share: jax.Array) -> jax.Array:
 class _Run:
     """One call's assignments, and the products that all parts of it share."""
 
-    def __init__(self, setup: _Setup, weights: ExpertWeights, ids: jax.Array, slot: Slot):
+    def __init__(self, setup: _Setup, weights: ExpertWeights, ids: jax.Array, slot: Slot, first: jax.Array | None):
         self.setup, self.num_experts, self.slot = setup, weights.gate.shape[0], slot
-        self.top_k, self.known, self._ids = ids.shape[1], ids < self.num_experts, ids
-        self.plan: Plan = Unsorted(ids.reshape(-1)) if ids.size <= UNSORTED else self._blocks()
+        self._ids = ids if first is None else held_ids(ids, first[0], self.num_experts)
+        self.top_k, self.known = ids.shape[1], self._ids < self.num_experts
+        few = ids.size <= UNSORTED  # for which ids are not even written out as those of the experts at hand
+        self.plan: Plan = Unsorted(ids.reshape(-1), first) if few else self._blocks()
 
     def cut(self, *, per_token: bool = False) -> dict[str, Any]:
         """What every product takes; ``per_token``: its rows are those of tokens, not of assignments."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from stepjax.gpu_target import kernel_choice, kernels_target
 from stepjax.ops.expert_choice import Formulation, buffer_rows, choose_form, choose_form_cpu
-from stepjax.ops.expert_dense import ExpertWeights, batched, gathered, in_turn, reference
+from stepjax.ops.expert_dense import ExpertWeights, batched, gathered, held_ids, in_turn, reference
 from stepjax.ops.expert_sorted import blocked, capacity, grouped, grouped_fits
 from stepjax.ops.expert_stored import stored, stored_readers
 from stepjax.ops.manual_axes import vary_alike
@@ -29,6 +30,7 @@ def routed_experts(
     form: Formulation | None = None,
     load: int | None = None,
     slot_T: jax.Array | None = None,
+    first: jax.Array | int | None = None,
 ) -> jax.Array:
     """``Σ_a combine[t, a] · SwiGLU_{ids[t, a]}(x[t])`` as float32 [T, D].
 
@@ -38,9 +40,11 @@ def routed_experts(
       limit: clamp inside the SwiGLU, or None.
       form: pins the formulation; None chooses by the static token count.
       load: assignments to expect among ``ids`` that are not ≥ E; None: all. It sizes buffers and bounds nothing.
+      first: the experts at hand are those from here on of all that ids may name; None: ids name these.
       slot_T: int32, which adapter of a stack each token uses (`stepjax.weights.adapted`).
     """
-    x_TD, ids_TA, combine_TA, weights, slot_T = vary_alike((x_TD, ids_TA, combine_TA, weights, slot_T))
+    first = None if first is None else jnp.asarray(first, jnp.int32).reshape(1)
+    x_TD, ids_TA, combine_TA, weights, slot_T, first = vary_alike((x_TD, ids_TA, combine_TA, weights, slot_T, first))
     load = ids_TA.size if load is None else load
     gpu = kernels_target("on", "all")
     rows = buffer_rows(load / weights.gate.shape[0], most=x_TD.shape[0])
@@ -49,31 +53,25 @@ def routed_experts(
         forms = {"gathered": gathered, "batched": batched, "in_turn": in_turn, "reference": reference}
         forms |= {"capacity": partial(capacity, rows=rows), "blocked": partial(blocked, rows=rows)}
         forms |= {"grouped": partial(grouped, rows=rows, load=load)}
-        forms |= {"stored": partial(stored, load=load, gpu=gpu)}
-        return jax.named_scope(f"experts_{form}")(partial(forms[form], limit=limit))
+
+        def of_these(x: Any, ids: Any, combine: Any, weights: ExpertWeights, slot: Any, first: Any) -> jax.Array:
+            if form == "stored":
+                return stored(x, ids, combine, weights, slot, limit=limit, load=load, gpu=gpu, first=first)
+            ids = ids if first is None else held_ids(ids, first[0], weights.gate.shape[0])
+            return forms[form](x, ids, combine, weights, slot, limit=limit)
+
+        return jax.named_scope(f"experts_{form}")(of_these)
 
     if form:
-        return run(form)(x_TD, ids_TA, combine_TA, weights, slot_T)
+        return run(form)(x_TD, ids_TA, combine_TA, weights, slot_T, first)
     size = (x_TD.shape[0], weights.gate.shape[0], ids_TA.shape[1])
     quantised = format_of(plain(weights.gate)).quantised
     by_kernel = stored_readers(x_TD, weights, gpu) is not None and (quantised or kernel_choice() == "all")
     kernel = hopper_cores() > 0 and grouped_fits(x_TD, weights)
     other = choose_form(*size, widened=quantised, kernel=kernel, stored=by_kernel)
     return jax.lax.platform_dependent(
-        x_TD, ids_TA, combine_TA, weights, slot_T, cpu=run(choose_form_cpu(*size)), default=run(other)
+        x_TD, ids_TA, combine_TA, weights, slot_T, first, cpu=run(choose_form_cpu(*size)), default=run(other)
     )
-
-
-def held_ids(ids_TA: jax.Array, first: int | jax.Array, count: int, *, every: bool = False) -> jax.Array:
-    """Ids among all experts as ids among the ``count`` from ``first`` on, which are held here; others become count.
-
-    Args:
-      every: no others exist, so that the ids are these already.
-    """
-    if every:
-        return ids_TA
-    ours = ids_TA - first
-    return jnp.where((ours >= 0) & (ours < count), ours, count)
 
 
 def expert_load(ids_BTA: jax.Array, num_experts: int) -> jax.Array:

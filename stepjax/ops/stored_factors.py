@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from stepjax.ops.pallas_triton import launched, pallas, power_above, power_below, tile_index
-from stepjax.ops.stored_rows import Plan, Tiling, block_rows_of, num_assignments, num_blocks
+from stepjax.ops.stored_rows import Plan, Tiling, block_rows_of, num_assignments, num_blocks, plan_arrays
 
 
 @functools.partial(jax.jit, static_argnames=("num_experts", "share", "tiling", "by_column", "interpret"))
@@ -58,7 +58,7 @@ def factor_product(
 
     out = jax.ShapeDtypeStruct((num_assignments(plan), rank), jnp.float32)
     grid = -(-rank // tile), num_blocks(plan)
-    return launched(kernel, out, grid, warps=4, stages=3, interpret=interpret)(*plan, x, factor)
+    return launched(kernel, out, grid, warps=4, stages=3, interpret=interpret)(*plan_arrays(plan), x, factor)
 
 
 @functools.partial(jax.jit, static_argnames="interpret")

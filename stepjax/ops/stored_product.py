@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from stepjax.ops.pallas_triton import launched, pallas, power_above, power_below, tile_index
 from stepjax.ops.stored_matrix import Reader
-from stepjax.ops.stored_rows import BlockRows, Plan, Tiling, block_rows_of, num_assignments, num_blocks
+from stepjax.ops.stored_rows import BlockRows, Plan, Tiling, block_rows_of, num_assignments, num_blocks, plan_arrays
 from stepjax.ops.swiglu import swiglu
 
 
@@ -266,7 +266,7 @@ def _launch(
     # An array of zeros would be a kernel of its own, which makes it.
     firsts = [] if _from_zero(matrices, begin) else [jnp.stack(first)]
     extras = [array for extra in addends if extra is not None for array in extra]
-    arguments = [*firsts, *plan, *xs, *(array for held in matrices for array in held.arrays), *extras]
+    arguments = [*firsts, *plan_arrays(plan), *xs, *(array for held in matrices for array in held.arrays), *extras]
     run = launched(kernel, outs, grid, warps=tiling.warps, stages=tiling.stages, interpret=interpret)
     return list(run(*arguments))
 
@@ -285,7 +285,7 @@ def _taken_apart(
         return [next(remaining) for _ in range(count)]
 
     first = (0,) * (len(matrices) + 1) if from_zero else some(1)[0]
-    plan_refs, x_refs = some(len(plan)), some(num_x)
+    plan_refs, x_refs = some(len(plan_arrays(plan))), some(num_x)
     sources = [some(len(held.arrays)) for held in matrices]
     extras = [None if extra is None else some(2) for extra in addends]
     return first, plan_refs, x_refs, sources, extras, list(remaining)

@@ -15,6 +15,7 @@ class Unsorted(NamedTuple):
     """Few assignments: each program finds the rows of its block among all of them."""
 
     expert_A: jax.Array  # int32; one ≥ the number of experts is no row
+    first: jax.Array | None = None  # int32 [1]: the ids of the matrices at hand begin there; None: at 0
 
 
 class Blocks(NamedTuple):
@@ -66,22 +67,29 @@ def block_rows_of(plan: Plan, refs: Sequence[Any], num_experts: int, size: int) 
         valid = row < count
         index = order_ref[jnp.where(valid, first_ref[block] + row, 0)]
         return BlockRows(expert_ref[block], count > 0, jnp.where(valid, index, num_assignments(plan)), valid)
-    (ids_ref,) = refs
+    ids_ref, *first_refs = refs
+    first = first_refs[0][0] if first_refs else jnp.zeros((), jnp.int32)
     lane = jnp.arange(power_above(num_assignments(plan)), dtype=jnp.int32)
-    ids = gpu.load(ids_ref.at[pl.ds(0, lane.size)], mask=lane < num_assignments(plan), other=num_experts)
-    expert = ids_ref[block]
+    ids = gpu.load(ids_ref.at[pl.ds(0, lane.size)], mask=lane < num_assignments(plan), other=-1) - first
+    ids = jnp.where((ids >= 0) & (lane < num_assignments(plan)), ids, num_experts)
+    expert = ids_ref[block] - first
     same = (ids == expert).astype(jnp.int32)
     before = jnp.sum(jnp.where(lane < block, same, 0))
     rank = jnp.cumsum(same) - same
     hit = (same[None, :] > 0) & (rank[None, :] == (before + row)[:, None])
     index = jnp.sum(jnp.where(hit, lane[None, :], 0), axis=1)
     valid = before + row < jnp.sum(same)
-    used = (expert < num_experts) & (jax.lax.rem(before, size) == 0)
+    used = (expert >= 0) & (expert < num_experts) & (jax.lax.rem(before, size) == 0)
     return BlockRows(expert, used, jnp.where(valid, index, num_assignments(plan)), valid)
 
 
+def plan_arrays(plan: Plan) -> list[jax.Array]:
+    """What a kernel is given of it."""
+    return [array for array in plan if array is not None]
+
+
 def num_assignments(plan: Plan) -> int:
-    return plan[-1].size
+    return (plan.order_A if isinstance(plan, Blocks) else plan.expert_A).size
 
 
 def num_blocks(plan: Plan) -> int:
