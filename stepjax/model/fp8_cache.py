@@ -12,11 +12,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from stepjax.config import ModelConfig
+from stepjax.ops.step.float8 import nearest_float8
 
 CACHE_DTYPE = jnp.float8_e4m3fn
-LARGEST = 448.0  # of float8_e4m3fn, which has no infinity
-SMALLEST_NORMAL, SMALLEST = 2.0**-6, 2.0**-9
-MANTISSA_BITS = 3
 
 
 def cache_dtype(config: ModelConfig, dtype: DTypeLike) -> DTypeLike:
@@ -30,10 +28,7 @@ def fp8_rounded(x: jax.Array) -> jax.Array:
 
     By arithmetic, since XLA takes a conversion to a narrower dtype and back for nothing. Its gradient is that of ``x``.
     """
-    wide = jnp.clip(x.astype(jnp.float32), -LARGEST, LARGEST)
-    normal = jax.lax.reduce_precision(wide, exponent_bits=8, mantissa_bits=MANTISSA_BITS)
-    small = jnp.round(wide / SMALLEST) * SMALLEST
-    return jnp.where(jnp.abs(wide) < SMALLEST_NORMAL, small, normal).astype(x.dtype)
+    return nearest_float8(x.astype(jnp.float32)).astype(x.dtype)
 
 
 @fp8_rounded.defjvp

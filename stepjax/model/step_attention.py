@@ -17,11 +17,12 @@ def step_kernels(heads: Projected, chunk: Chunk, cache: CacheView | None) -> boo
 
     They store before others have read, which in a ring is safe for as many tokens as it has rows to spare.
     """
-    if not isinstance(cache, Pages | Ring) or kernels_target("on", "all") is None:
+    gpu = kernels_target("on", "all")
+    if not isinstance(cache, Pages | Ring) or gpu is None:
         return False
     alone = chunk.segment_BT is None and chunk.slot_B is None
     few = chunk.position_BT.shape[1] <= SPARE_ROWS
-    return alone and few and step_fits(heads, cached_rows(cache, chunk, EVERYTHING))
+    return alone and few and step_fits(heads, cached_rows(cache, chunk, EVERYTHING), capability=gpu.capability)
 
 
 def attend_step(

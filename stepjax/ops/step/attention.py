@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from stepjax.ops.paged import KEYS, LOG2_E, NONE, CachedRows
+from stepjax.ops.paged import KEYS, LOG2_E, NONE, CachedRows, fits
 from stepjax.ops.pallas_triton import LEAST, launched, pallas, power_above, tile_index
+from stepjax.ops.step.float8 import nearest_float8
 
 
 class Projected(NamedTuple):
@@ -41,10 +42,12 @@ class StepResult(NamedTuple):
     v_PRKH: jax.Array
 
 
-def step_fits(heads: Projected, rows: CachedRows) -> bool:
-    """Whether the kernels can take these: a GPU's bfloat16, heads of a width that is a power of 2, a few tokens."""
-    width, arrays = heads.q_BTNH.shape[-1], (heads.q_BTNH, heads.k_BTKH, heads.v_BTKH, rows.k_PRKH, rows.v_PRKH)
-    half = all(array.dtype == jnp.bfloat16 for array in arrays)
+def step_fits(heads: Projected, rows: CachedRows, *, capability: tuple[int, int]) -> bool:
+    """Whether the kernels can take these on a GPU of this compute capability: bfloat16 and the dtypes of caches that
+    `stepjax.ops.paged.fits` allows, heads of a width that is a power of 2, a few tokens.
+    """
+    width, arrays = heads.q_BTNH.shape[-1], (heads.q_BTNH, heads.k_BTKH, heads.v_BTKH)
+    half = all(array.dtype == jnp.bfloat16 for array in arrays) and fits(heads.q_BTNH, rows, capability=capability)
     return half and LEAST <= width <= 256 and width & (width - 1) == 0 and heads.q_BTNH.shape[1] <= LEAST
 
 
@@ -129,15 +132,16 @@ def step_attention(
             page, slot = page_of(key // size), key % size
             place = (end - 1) - (end - 1 - key) % size if rows.ring else key
             inside &= (place >= first) & (place < end)
-            return attended(carry, k_ref[page, slot, held, :], v_ref[page, slot, held, :], place, inside)
+            k, v = (ref[page, slot, held, :].astype(q.dtype) for ref in (k_ref, v_ref))
+            return attended(carry, k, v, place, inside)
 
         def with_new(carry: Any) -> Any:
             token = jnp.arange(num_new, dtype=jnp.int32)
             known, token = token < T, jnp.minimum(token, T - 1)
             place = jnp.where(known, position_ref[batch, token], -1)
             kv_head = jnp.zeros_like(token) + (first_k + held)
-            k = _finite(turned(new_k_ref, k_gain_ref, token, kv_head))
-            v = _finite(new_v_ref[batch, token, first_v + held, :])
+            k = _held(turned(new_k_ref, k_gain_ref, token, kv_head), k_ref.dtype)
+            v = _held(new_v_ref[batch, token, first_v + held, :], v_ref.dtype)
             entry = jnp.maximum(place, 0) // size
             page = page_of(jnp.minimum(entry, num_entries - 1))
             kept = (place >= 0) & (page >= 0) & (page < num_pages)
@@ -146,7 +150,7 @@ def step_attention(
             slots, _ = tile_index(jnp.maximum(place, 0) % size, jnp.arange(H, dtype=jnp.int32))
             mask = jnp.broadcast_to(kept[:, None], (num_new, H))
             for out, values in zip(outs[3:], (k, v), strict=True):
-                gpu.store(out.at[pages, slots, held, columns], values, mask=mask)
+                gpu.store(out.at[pages, slots, held, columns], values.astype(out.dtype), mask=mask)
             return attended(carry, k, v, place, place >= 0)
 
         nothing = jnp.zeros((num_rows, H), jnp.float32), jnp.full((num_rows,), NONE), jnp.zeros((num_rows,))
@@ -200,10 +204,13 @@ def _turned(
     return (x.astype(jnp.float32) * cos + partner.astype(jnp.float32) * sin).astype(x_ref.dtype)
 
 
-def _finite(x: jax.Array) -> jax.Array:
-    """Zeros for what is not finite (`stepjax.model.attention`)."""
+def _held(x: jax.Array, dtype: Any) -> jax.Array:
+    """What a cache of ``dtype`` holds, in x's: zeros for what is not finite, and rounded if it is narrower
+    (`stepjax.model.attention`).
+    """
     wide = x.astype(jnp.float32)
-    return jnp.where(jnp.abs(wide) < jnp.inf, wide, 0.0).astype(x.dtype)
+    wide = jnp.where(jnp.abs(wide) < jnp.inf, wide, 0.0)
+    return (wide if dtype == x.dtype else nearest_float8(wide)).astype(x.dtype)
 
 
 def _gated(
