@@ -103,6 +103,14 @@ class AdapterStack:
             held = stacked_path(path, self._period)
             self.params = self.params | {held.path if held else path: self._written(path, slot, a, b)}
 
+    def change(self, params: Mapping[str, Any]) -> None:
+        """Go on with other arrays. Adapters that are loaded from now on find the experts where ``copies`` says."""
+        self.params = {**self.params, **params}
+        for path in self._experts:
+            if (table := params.get(f"{path.partition('.experts.')[0]}.copies")) is not None:
+                slots = len(self._experts[path])
+                self._experts[path] = slot_experts(np.asarray(table), slots)
+
     def warm(self) -> None:
         """Compile what `write` runs; no slot is changed."""
         for path, target in self._targets.items():

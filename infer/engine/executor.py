@@ -151,6 +151,14 @@ class Executor:
         self.adapters.write(slot, adapter, lora)
         self.params = self.adapters.params
 
+    def change(self, params: Mapping[str, Any]) -> None:
+        """Go on with other arrays of the same shapes and places; those of experts may have other experts in a slot."""
+        if self.adapters is None:
+            self.params = {**self.params, **params}
+            return
+        self.adapters.change(params)
+        self.params = self.adapters.params
+
     def forget(self) -> None:
         """Remove the pages of all slots and the copies in host memory, for a new scheduler."""
         self._table[:] = TRASH_PAGE
