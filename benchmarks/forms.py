@@ -3,8 +3,9 @@
     python benchmarks/forms.py --json benchmarks/results/forms.json
 
 KL to the same model in BF16, in nats, with the share of equal likeliest tokens and of routers' choices that agree, and
-the bytes of the experts. The random model reads random tokens, step-tiny held-out rows of the tasks it was trained on.
-Both run in float32. A form is written to a temporary folder, measured and removed before the next.
+the bytes of all weights. The random model reads random tokens, step-tiny held-out rows of the tasks it was trained on.
+Both run in float32, with the values that each form holds. A form is written to a temporary folder, measured and removed
+before the next.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 from provenance import commit
 
-from stepjax.calibration.certificate import SequenceScores, certificate
+from stepjax.calibration.certificate import certificate
 from stepjax.calibration.forward import Forward
 from stepjax.checkpoint.folder import open_weights
 from stepjax.checkpoint.form_writer import write_form
@@ -125,8 +126,9 @@ def held_out(rows: int) -> list[list[int]]:
 
 def distances(folder: Path, tokens: Sequence[Sequence[int]], forms: Sequence[str], scratch: Path) -> dict[str, Any]:
     source = open_weights(folder)
+    forward = Forward(source)
     layers = [layer.index for layer in source.config.moe_layers]
-    reference = Forward(source).scored(tokens)
+    reference = forward.scored(tokens)
     found: dict[str, Any] = {
         "parameters": dataclasses.asdict(count_parameters(source.config)) | {"experts_per_token": None},
         "tokens": sum(map(len, tokens)),
@@ -139,7 +141,8 @@ def distances(folder: Path, tokens: Sequence[Sequence[int]], forms: Sequence[str
             except ConfigError as error:  # rows that do not divide into blocks
                 found[form] = {"cannot": str(error)}
                 continue
-            held = certificate(scored(written, tokens), reference, layers=layers)
+            with forward.replaced({path: written.read(path, dtype=np.float32) for path in written.paths}):
+                held = certificate(forward.scored(tokens), reference, layers=layers)
             cpu = resource.getrusage(resource.RUSAGE_SELF)
             found[form] = {
                 "kl": held["kl"],
@@ -149,10 +152,6 @@ def distances(folder: Path, tokens: Sequence[Sequence[int]], forms: Sequence[str
             }
             print(f"{folder.name} {form}: {held['kl']['mean']:.5f} ({cpu.ru_utime:.0f} CPU s so far)", flush=True)
     return found
-
-
-def scored(source: WeightSource, tokens: Sequence[Sequence[int]]) -> list[SequenceScores]:
-    return Forward(source).scored(tokens)
 
 
 def as_form(source: WeightSource, form: str, place: Path) -> Path:

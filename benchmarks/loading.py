@@ -34,6 +34,7 @@ if kind == "stepjax":
     from stepjax.checkpoint.reader import load_params
     jax.device_put(0).block_until_ready()
 elif kind == "safetensors":
+    import ml_dtypes
     from safetensors.numpy import load_file
 elif kind == "safetensors torch":
     from safetensors.torch import load_file

@@ -242,6 +242,17 @@ def write_index(folder: Path, weight_map: Mapping[str, str], *, total_size: int)
     (folder / "model.safetensors.index.json").write_text(json.dumps(content), encoding="utf-8")
 
 
+def levelled(experts: np.ndarray) -> np.ndarray:
+    """Matrices of one largest magnitude, 21/64: NVFP4's divisor, 448 · 6 / magnitude, is then a power of two.
+
+    compressed-tensors widens NVFP4 to bfloat16, which holds such values exactly.
+    """
+    wide = experts.astype(np.float32)
+    largest = np.abs(wide).max(axis=(1, 2), keepdims=True)
+    out = np.where(np.abs(wide) == largest, np.sign(wide), wide / largest) * np.float32(21 / 64)
+    return out.astype(experts.dtype)
+
+
 def integer_tensors(tensors: Mapping[str, np.ndarray], format: IntGroups) -> Tensors:
     """A checkpoint with its routed experts in integers, as versions before compressed-tensors' form wrote them."""
     out = dict(tensors)

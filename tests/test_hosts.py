@@ -89,7 +89,7 @@ def test_scores_are_those_of_one_device(folder, tmp_path, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["int4", "nvfp4"])
+@pytest.mark.parametrize("form", ["int4", "nvfp4", "mxfp4"])
 def test_what_other_tools_read_is_scored_by_two_processes(folder, tmp_path, form):
     """Experts in another tool's form, whose groups the mesh cuts, and MTP layers of another checkpoint."""
     assert main(["convert", str(folder), str(tmp_path / "packed"), "--form", form]) == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import COMPANIONS, Tensors, random_tensors, short_hub_config, tiny_hub_config, write_folder
+from checkpoints import COMPANIONS, Tensors, levelled, random_tensors, short_hub_config, tiny_hub_config, write_folder
 
 from stepjax.cli import main
 from stepjax.infer.load import load
@@ -26,17 +26,6 @@ def folder(tmp_path_factory) -> Path:
     for name in COMPANIONS:
         (written / name).unlink()
     return written
-
-
-def levelled(experts: np.ndarray) -> np.ndarray:
-    """Matrices of one largest magnitude, 21/64: NVFP4's divisor, 448 · 6 / magnitude, is then a power of two.
-
-    compressed-tensors widens NVFP4 to bfloat16, which holds such values exactly.
-    """
-    wide = experts.astype(np.float32)
-    largest = np.abs(wide).max(axis=(1, 2), keepdims=True)
-    out = np.where(np.abs(wide) == largest, np.sign(wide), wide / largest) * np.float32(21 / 64)
-    return out.astype(experts.dtype)
 
 
 def written(folder: Path, target: Path, *flags: str) -> Path:

@@ -22,7 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoints import hub_config_of_layers, random_tensors
+from checkpoints import Tensors, hub_config_of_layers, levelled, random_tensors, write_folder
 
 from stepjax.config import ASSETS
 
@@ -35,6 +35,10 @@ def hub_config() -> dict[str, Any]:
     """A dense layer and one with four experts, without clamps, since smoothing down projections needs that."""
     hub = hub_config_of_layers((0, 1), moe_num_experts=4)
     return hub | {"swiglu_limits": [0.0] * 5, "swiglu_limits_shared": [0.0] * 5}
+
+
+def base_tensors(hub: dict[str, Any]) -> Tensors:
+    return {name: levelled(value) if value.ndim == 3 else value for name, value in random_tensors(hub).items()}
 
 
 def weights(**given: Any) -> dict[str, Any]:
@@ -80,9 +84,13 @@ def by_llm_compressor(model: Any, recipe: Any, folder: Path) -> None:
     from llmcompressor import oneshot
     from torch.utils.data import DataLoader
 
-    rows = torch.from_numpy(np.random.default_rng(6).integers(0, 128, (16, 64)))
+    torch.Tensor.pin_memory = lambda self, *_: self  # AWQ asks for it, which needs an accelerator
+    rows = torch.from_numpy(np.random.default_rng(6).integers(0, 128, (4, 64)))
     data = DataLoader([{"input_ids": row} for row in rows], batch_size=1)
-    given = {"dataset": data, "pipeline": "basic", "shuffle_calibration_samples": False}
+    sees = "GPTQ" in str(recipe) or "AWQ" in str(recipe) or "input_activations" in str(recipe)
+    given: dict[str, Any] = {"pipeline": "datafree"}
+    if sees or getattr(recipe, "scheme", None) in ("NVFP4",):
+        given = {"dataset": data, "pipeline": "basic", "shuffle_calibration_samples": False}
     oneshot(model=model, recipe=recipe, processor=tokenizer(), clear_sparse_session=True, **given)
     model.save_pretrained(folder, save_compressed=True)
 
@@ -102,7 +110,7 @@ def by_modelopt(model: Any, settings: str, folder: Path) -> None:
     from modelopt.torch.export import export_hf_checkpoint
 
     chosen = copy.deepcopy(getattr(mtq, settings))
-    rows = torch.from_numpy(np.random.default_rng(6).integers(0, 128, (16, 64)))
+    rows = torch.from_numpy(np.random.default_rng(6).integers(0, 128, (4, 64)))
 
     def calibrate(model: Any) -> None:
         for row in rows:
@@ -123,11 +131,11 @@ def made(case: str) -> dict[str, np.ndarray]:
     from golden.hub_model import Step3p5ForCausalLM, logits_of, model_of
 
     hub = hub_config()
-    model = model_of(hub, random_tensors(hub), torch.bfloat16)
+    model = model_of(hub, base_tensors(hub), torch.bfloat16)
     with tempfile.TemporaryDirectory() as scratch:
         folder, base = Path(scratch) / "model", Path(scratch) / "base"
-        model.config.save_pretrained(base)
-        model.config._name_or_path = model.name_or_path = str(base)  # which tools look up when they save
+        write_folder(base, hub, base_tensors(hub), num_shards=1)
+        model.config._name_or_path = model.name_or_path = str(base)  # from which tools copy MTP layers
         if case in MODELOPT:
             by_modelopt(model, MODELOPT[case], folder)
         else:
@@ -136,6 +144,11 @@ def made(case: str) -> dict[str, np.ndarray]:
         arrays = experts_of(folder)
         if case not in MODELOPT:  # transformers reads no file of ModelOpt's
             again = Step3p5ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+            again.hf_quantizer.compressor.decompress_model(again)
+            for module in again.modules():
+                if isinstance(module, torch.nn.Linear):
+                    module.weight.data = module.weight.data.float()  # NVFP4 is widened to bfloat16
+                    module.quantization_enabled = False  # activations are not rounded here
             arrays["logits"] = logits_of(again, IDS)
     arrays["settings"] = np.array(json.dumps(settings))
     return arrays
@@ -160,21 +173,25 @@ def experts_of(folder: Path) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    arrays: dict[str, np.ndarray] = {}
-    if FILE.exists():
-        with np.load(FILE) as file:
-            arrays |= dict(file)
     for case in sys.argv[1:] or [*recipes(), *MODELOPT]:
         try:
             found = made(case)
         except Exception as error:  # a tool that is not here, or does not know the model
             print(f"{case}: {type(error).__name__}: {error}\n{''.join(traceback.format_tb(error.__traceback__)[-3:])}")
             continue
-        arrays = {name: value for name, value in arrays.items() if not name.startswith(f"{case}/")}
-        arrays |= {f"{case}/{name}": value for name, value in found.items()}
-        print(f"{case}: {len(found)} arrays")
-    np.savez_compressed(FILE, allow_pickle=False, **arrays)
-    print(f"{FILE.name}: {FILE.stat().st_size / 1024:.0f} KiB")
+        keep(case, found)
+        print(f"{case}: {len(found)} arrays; {FILE.name} has {FILE.stat().st_size / 1024:.0f} KiB")
+
+
+def keep(case: str, found: dict[str, np.ndarray]) -> None:
+    """Put a case into the file in place of what it has of it."""
+    arrays: dict[str, np.ndarray] = {}
+    if FILE.exists():
+        with np.load(FILE) as file:
+            arrays |= {name: value for name, value in file.items() if not name.startswith(f"{case}/")}
+    np.savez_compressed(
+        FILE, allow_pickle=False, **arrays, **{f"{case}/{name}": value for name, value in found.items()}
+    )
 
 
 if __name__ == "__main__":
