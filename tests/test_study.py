@@ -31,6 +31,7 @@ from stepjax.weights.formats import FORMATS
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_KERNELS = 1000  # of a decode step of the release
+LINES_WITHOUT_KERNELS = 65_104  # of HLO, of one sequence's (docs/numbers.md, Layers as a loop)
 CONFIG = dataclasses.replace(small_config(), max_positions=2048)  # five layers, MoE from the second on
 SHORT = dataclasses.replace(CONFIG, layers=CONFIG.layers[:2])
 D, V, E, F, H = 64, 128, 8, 32, 16  # of both
@@ -253,6 +254,7 @@ def test_a_decode_step_of_all_layers_is_one_graph_of_few_kernels(mesh, batch, fo
     names = ("graphs", "kernels_outside_graphs", "loops", "host_syncs", "widened_bytes")
     assert [compiled[name] for name in names] == [1, 0, 0, 0, 0]
     assert 45 * 10 < compiled["kernels"] <= MOST_KERNELS
+    assert compiled["hlo_lines"] <= 0.3 * LINES_WITHOUT_KERNELS
 
 
 def test_kernels_are_those_of_the_gpu_that_is_compiled_for():

@@ -47,6 +47,7 @@ class CompileReport:
     output_bytes: int
     alias_bytes: int  # of outputs that take the place of donated arguments
     temp_bytes: int
+    hlo_lines: int  # of the compiled module's text
     collectives: tuple[Collective, ...]
     traffic: MemoryTraffic
     launches: ByLayer | None = None  # None: not a GPU, or an XLA that does not tell
@@ -133,7 +134,7 @@ def compile_report(
     with tempfile.TemporaryDirectory(prefix="stepjax-study-") as folder:
         compiled = _compile(lowered, device, Path(folder))
         done = time.perf_counter()
-        module, launches = _read(compiled, Path(folder))
+        module, launches, hlo_lines = _read(compiled, Path(folder))
     peak = _peak_host_bytes()
     memory = compiled.memory_analysis()
     assert memory is not None, f"{device.platform} gives no sizes"
@@ -149,17 +150,18 @@ def compile_report(
         output_bytes=memory.output_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
+        hlo_lines=hlo_lines,
         collectives=tuple(collectives(module, mesh.shape)),
         traffic=traffic(module, experts),
         launches=launches,
     )
 
 
-def _read(compiled: jax.stages.Compiled, dumped: Path) -> tuple[HloModule, ByLayer | None]:
+def _read(compiled: jax.stages.Compiled, dumped: Path) -> tuple[HloModule, ByLayer | None, int]:
     text = compiled.as_text()
     assert text is not None, "the device gives no text"
     module = HloModule(text)
-    return module, read_dump(dumped, module)
+    return module, read_dump(dumped, module), len(text.splitlines())
 
 
 def _compile(lowered: jax.stages.Lowered, device: Any, folder: Path) -> jax.stages.Compiled:
