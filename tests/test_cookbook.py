@@ -19,7 +19,10 @@ def test_turns_are_found_in_a_rendered_conversation(step_tiny):
         {"role": "assistant", "content": "7"},
     ]
     tokenizer = step_tiny.tokenizer
-    header, (end,) = tokenizer.encode("<|im_start|>assistant\n"), tokenizer.encode("<|im_end|>")
+    header, end = (
+        [tokenizer.controls["<|im_start|>"], *tokenizer.encode("assistant\n")],
+        tokenizer.controls["<|im_end|>"],
+    )
     ids = step_tiny.encode_chat(turns)
     found = [tokenizer.decode(ids[first:last]) for first, last in spans(ids, header, end)]
     assert found[0] == "3<|im_end|>"
