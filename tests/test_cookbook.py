@@ -19,15 +19,15 @@ def test_turns_are_found_in_a_rendered_conversation(step_tiny):
         {"role": "assistant", "content": "7"},
     ]
     tokenizer = step_tiny.tokenizer
-    header, end = (
-        [tokenizer.controls["<|im_start|>"], *tokenizer.encode("assistant\n")],
-        tokenizer.controls["<|im_end|>"],
-    )
+    end = tokenizer.controls["<|im_end|>"]
+    header = [tokenizer.controls["<|im_start|>"], *tokenizer.encode("assistant\n")]
     ids = step_tiny.encode_chat(turns)
-    found = [tokenizer.decode(ids[first:last]) for first, last in spans(ids, header, end)]
-    assert found[0] == "3<|im_end|>"
-    assert found[1].endswith("7<|im_end|>")
-    assert len(found) == 3  # the prompt of the next answer, which nothing ends
+    found = spans(ids, header, end)
+    texts = [tokenizer.decode(ids[first:last]) for first, last in found]
+    assert len(texts) == 3  # with the prompt of the next answer, which nothing ends
+    assert texts[0] == "3"
+    assert texts[1].endswith("7")
+    assert [ids[last - 1] for _, last in found[:2]] == [end, end]
 
 
 def test_messages_of_the_cookbook_are_the_template_s():

@@ -61,7 +61,7 @@ class Pair:
         ready = threading.Event()
         for process, log in zip(self.processes, self.logs, strict=True):
             threading.Thread(target=self._read, args=(process, log, ready), daemon=True).start()
-        assert ready.wait(600), self.tail()
+        assert ready.wait(1200), self.tail()
         assert all(process.poll() is None for process in self.processes), self.tail()
         found = re.search(r"listening on (http://\S+);", "".join(self.logs[0]))
         assert found, self.tail()
@@ -104,34 +104,38 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def pair(model, tmp_path) -> Iterator[Pair]:
-    with Pair(model, tmp_path / "trained") as pair:
-        yield pair
-
-
-def updated(model: Path, folder: Path) -> Path:
-    """What one update of sft makes of a fresh adapter, in two processes."""
+def update(model, tmp_path) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Two processes that write what one update of sft makes of a fresh adapter. They run beside the server."""
     command = [sys.executable, str(ROOT / "tests" / "two_processes.py"), str(two_free_ports())]
     running = [
         subprocess.Popen(
-            [*command, str(number), "update", str(model), MESH, str(folder / "update.npz")],
+            [*command, str(number), "update", str(model), MESH, str(tmp_path / "update.npz")],
             env={**with_devices(2), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
         )
         for number in (0, 1)
     ]
-    assert [process.wait(600) for process in running] == [0, 0]
-    return folder / "update.npz"
+    yield running
+    for process in running:
+        process.kill()
+        process.wait(60)
+
+
+@pytest.fixture
+def pair(model, tmp_path) -> Iterator[Pair]:
+    with Pair(model, tmp_path / "trained") as pair:
+        yield pair
 
 
 def client_of(pair: Pair) -> Client:
     return Client(cast("Any", SimpleNamespace(url=pair.url)))
 
 
-def test_two_processes_train_as_sft_and_sample_as_they_train(pair, model, tmp_path):
+def test_two_processes_train_as_sft_and_sample_as_they_train(update, pair, model, tmp_path):
     """Leaves and moments of a batch in one and in three calls are those of sft in two processes, to 1e-6; saved and
     loaded; the sampler's scores are the trainer's; both processes end by themselves.
     """
-    with np.load(updated(model, tmp_path)) as file:
+    assert [process.wait(1200) for process in update] == [0, 0]
+    with np.load(tmp_path / "update.npz") as file:
         expected = dict(file)
     tokens = sum(len(ids) - 1 for ids in IDS)
     data = [next_tokens(ids, np.full(len(ids) - 1, 1 / tokens)) for ids in IDS]
