@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from stepjax.adapters import lora
-from stepjax.infer.serve.bodies import off_loop
+from stepjax.infer.serve.bodies import SIZE, off_loop
 from stepjax.infer.serve.errors import ApiError
 from stepjax.infer.serve.middleware import ApiKeys
 from stepjax.infer.serve.replies import json_response
@@ -269,7 +269,7 @@ def _add_samples(routes: APIRouter, service: TrainingService, keys: ApiKeys) -> 
         """Answers to a prompt, or scores of it."""
         check_alive(service.shared.service)
         owner, given = owner_of(request, keys), json_body(request)
-        body = canonical(given)
+        body = await off_loop(request.scope.get(SIZE, 0), canonical, given)
         call = await off_loop(len(body), read_sample, given)
         if given.get("sampling_session_id") is None:
             raise bad("sampling_session_id", "is missing; create a sampling session first")
