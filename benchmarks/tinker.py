@@ -48,7 +48,7 @@ from stepjax.train.runs.optimizer import adamw
 from stepjax.train.service.extension import TrainingExtension
 from stepjax.train.service.limits import ServiceLimits
 from stepjax.train.service.training_service import TrainingService
-from stepjax.train.service.wire.protobuf import packed, written, written_map
+from stepjax.train.service.wire.protobuf import fields, nested, packed, written, written_map
 from stepjax.train.tune.setup import _make_state, schedule_of
 from stepjax.train.tune.trainable import trainable
 from stepjax.train.tune.update import LossProgram, TuneUpdate
@@ -163,8 +163,10 @@ class Served:
                 "sampling_params": {"max_tokens": args.max_tokens, "seed": index, "temperature": 1.0, "stop": []},
                 "num_samples": 1,
             }
-            answer = self._poll(self._post("asample", body), accept="application/json")
-            return sum(len(sequence["tokens"]) for sequence in answer.json()["sequences"])
+            answer = self._poll(self._post("asample", body)).content
+            sequences = [nested(value, "sequence") for index, value in fields(memoryview(answer)) if index == 1]
+            tokens = [value for sequence in sequences for index, value in fields(sequence) if index == 2]
+            return sum(len(nested(value, "tokens")) // 4 for value in tokens)
 
         with ThreadPoolExecutor(args.prompts) as pool:
             return sum(pool.map(ask, range(len(prompts)), prompts))
@@ -181,9 +183,9 @@ class Served:
             raise SystemExit(f"{path}: {answer.text}")
         return answer.json()
 
-    def _poll(self, promise: dict[str, Any], accept: str = PROTOBUF) -> httpx.Response:
-        body = {"request_id": promise["request_id"]}
-        while (answer := self.http.post("retrieve_future", json=body, headers={"accept": accept})).status_code == 408:
+    def _poll(self, promise: dict[str, Any]) -> httpx.Response:
+        body, headers = {"request_id": promise["request_id"]}, {"accept": PROTOBUF}
+        while (answer := self.http.post("retrieve_future", json=body, headers=headers)).status_code == 408:
             pass
         if answer.status_code != 200:
             raise SystemExit(f"{promise}: {answer.text}")

@@ -124,11 +124,11 @@ def refuse(verb: str, environ: Mapping[str, str] = os.environ) -> None:
     try:
         spec = detect(environ)
     except ClusterError:  # half a description: nothing started several
-        if verb in ("chat", "serve"):
+        if verb == "chat":
             raise
         return
     if spec:
-        instead = "use generate" if verb in ("chat", "serve") else "as one task (srun -n 1)"
+        instead = "use generate" if verb == "chat" else "as one task (srun -n 1)"
         raise ClusterError(
             f"{verb}: runs in one process, found {spec.num_processes} ({spec.source}); start it without srun or "
             f"mpirun, or {instead}"

@@ -82,6 +82,11 @@ class Watchdog:
         self._deadline: tuple[float, str] | None = None
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
+    @property
+    def host(self) -> str:
+        """Where process 0 is."""
+        return self._address[0]
+
     def __enter__(self) -> Self:
         try:
             self._peers = self._accept() if self.process == 0 else [self._connect()]
@@ -263,6 +268,11 @@ def deadline(what: str, within_s: float) -> Iterator[None]:
 def key() -> bytes:
     """The key of the cluster that this process is one of; empty if it is alone."""
     return _running[0].key if _running else b""
+
+
+def process_and_leader() -> tuple[int, str]:
+    """The number of this process, and the host of process 0; 0 and an empty string if this process is alone."""
+    return (_running[0].process, _running[0].host) if _running else (0, "")
 
 
 def _hang_up(connection: socket.socket, within_s: float = 1.0) -> None:

@@ -154,7 +154,8 @@ VERBS = {
     ),
 }
 
-SEVERAL_HOSTS = ("generate", "score", "merge", "distill", "sft", "rl")  # verbs that several processes may run together
+# Verbs that several processes may run together.
+SEVERAL_HOSTS = ("generate", "serve", "score", "merge", "distill", "sft", "rl")
 CLUSTER = "stepjax.sharding.cluster"
 
 

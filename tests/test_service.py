@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sft_updates import ADAM, adam_of, sft_states
 from training import IDS, Client, datum, logprobs, next_tokens, saved
 
 from stepjax.adapters.lora import LoraConfig, attach
 from stepjax.adapters.peft import import_adapter
 from stepjax.infer.session import Session
-from stepjax.train.config.tune import LoraSettings, OptimSettings
+from stepjax.train.config.tune import LoraSettings
 from stepjax.train.losses.divergence import divergence
-from stepjax.train.objectives.objective import Batch, LossContext, LossSettings
-from stepjax.train.objectives.table import OBJECTIVES
-from stepjax.train.packing.rows import Example, pack
-from stepjax.train.runs.optimizer import adamw
 from stepjax.train.service.state_files import read_checkpoint
-from stepjax.train.tune.setup import _make_state, schedule_of
-from stepjax.train.tune.trainable import trainable
-from stepjax.train.tune.update import LossProgram, TuneState, TuneUpdate
+from stepjax.train.tune.update import TuneState
 
 
 def dense(session: Session, ids) -> np.ndarray:
@@ -56,29 +50,9 @@ def test_several_targets_dense_and_sparse(training_client, tiny):
     assert found["metrics"]["loss:sum"] == pytest.approx(-np.sum(weights * expected), abs=1e-4)
 
 
-def sft_states(session: Session, ids, *, steps: int) -> list[TuneState]:
-    """What `stepjax sft` makes of a batch in some updates: its own, with the mean over tokens."""
-    settings = LoraSettings(rank=4)
-    trained = trainable(session, settings, jax.random.key(7))
-    optim = OptimSettings(lr=1e-3, warmup_steps=1, steps=steps, weight_decay=0.1, clip=0.5)
-    optimizer = adamw(schedule_of(optim), b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay, clip=optim.clip)
-    objective = OBJECTIVES["sft"]
-    context = LossContext(LossSettings(objective="sft"), session.model, session.config.vocab_size, {})
-    loss = LossProgram(lambda *a: objective.loss(context, *a), "test", {})
-    update = TuneUpdate(loss, optimizer, trained.assemble, identity="test", keep_previous=False)
-    rows = pack([Example([first], list(rest)) for first, *rest in ids], 64)
-    zeros = np.zeros(rows.ids.shape, np.float32)
-    state = _make_state(trained.leaves, optimizer, keep_previous=False, averages=())
-    states = []
-    for _ in range(steps):
-        state, _ = update(state, session.params, {}, {"": [Batch(rows, zeros, zeros)]})
-        states.append(jax.tree.map(np.array, state))
-    return states
-
-
 @pytest.fixture(scope="module")
 def two_updates(tiny) -> list[TuneState]:
-    return sft_states(tiny, IDS, steps=2)
+    return sft_states(tiny, IDS, steps=2, lora=LoraSettings(rank=4))
 
 
 @pytest.mark.parametrize("chunks", [1, 3, 4])
@@ -89,27 +63,21 @@ def test_a_batch_is_one_update_of_sft(training_client, two_updates, training_ser
     tokens = sum(len(ids) - 1 for ids in IDS)
     data = [next_tokens(ids, np.full(len(ids) - 1, 1 / tokens)) for ids in IDS]
     model = training_client.model(seed=7)
-    optim = OptimSettings()
-    numbers = {"learning_rate": 1e-3, "beta1": optim.b1, "beta2": optim.b2, "eps": 1e-8, "weight_decay": 0.1}
     for number, state in enumerate(two_updates, start=1):
         for part in np.array_split(np.arange(len(data)), chunks):
             model.send([data[i] for i in part])
-        found = model.step(**numbers, grad_clip_norm=0.5)
+        found = model.step(**ADAM)
         assert found["metrics"]["num_tokens"] == tokens
         path = model.save(f"after-{number}")
         after, config = saved(training_server, path, optimizer=True)
         assert config == LoraConfig(rank=4)
         assert after.count == number
-        adam = next(part for part in jax.tree.leaves(state.optimizer, is_leaf=_is_adam) if _is_adam(part))
+        adam = adam_of(state)
         pairs = [(after.first, adam.mu), (after.second, adam.nu), *([(after.leaves, state.leaves)] * (number == 1))]
         for ours, theirs in pairs:
             assert ours.keys() == theirs.keys()
             for name, value in theirs.items():
                 np.testing.assert_allclose(ours[name], value, atol=1e-6, rtol=0, err_msg=name)
-
-
-def _is_adam(value) -> bool:
-    return hasattr(value, "mu")
 
 
 def test_calls_run_in_the_order_of_their_numbers(training_client):

@@ -12,8 +12,9 @@ from training import datum
 
 from stepjax.infer.serve.errors import ApiError
 from stepjax.train.service.checks import ModelRoom, check_call
+from stepjax.train.service.devices.micro_batches import micro_sizes
 from stepjax.train.service.wire import calls
-from stepjax.train.service.wire.calls import PROTOBUF, inflated, read_call
+from stepjax.train.service.wire.calls import PROTOBUF, Span, inflated, read_call
 from stepjax.train.service.wire.protobuf import fields, packed, written, written_map
 from stepjax.train.service.wire.results import (
     SampledTokens,
@@ -161,7 +162,9 @@ def test_a_bad_pass_is_refused_by_name(case):
 
 def test_damaged_messages_are_refused():
     """Every prefix, and thousands of changed bytes: an error of ours or a call, never another exception."""
-    message, random = body(GOOD, GOOD, loss="dro", beta=0.1), chance.Random(0)
+    spans = [Span("a:sample:0:1:0", 0, 2, sampled=False), Span("a:sample:0:1:0", 0, 1, sampled=True)]
+    named = datum([5, 6, 7], spans=spans, target_tokens=[6, 7, 8], logprobs=[0.0] * 3, advantages=[1.0] * 3)
+    message, random = body(named, GOOD, loss="dro", beta=0.1), chance.Random(0)
     damaged = [message[:end] for end in range(len(message))]
     for _ in range(3000):
         changed = bytearray(message)
@@ -303,3 +306,12 @@ def test_a_sample_request():
 def test_a_bad_sample_request_is_refused(changes, named):
     with pytest.raises(ApiError, match=named):
         read_sample({"prompt": PROMPT, "sampling_params": {"max_tokens": 5}, **changes})
+
+
+def test_micro_batches_are_hardly_padded():
+    for most in (1, 2, 16, 42, 64):
+        for rows in range(1, 200):
+            sizes = micro_sizes(rows, most=most)
+            assert 0 <= sum(sizes) - rows <= sizes[-1] / 8
+            assert all(size & size - 1 == 0 and size <= most for size in sizes)
+            assert sizes == sorted(sizes, reverse=True)

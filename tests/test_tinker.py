@@ -18,6 +18,7 @@ from stepjax.train.service.limits import ServiceLimits
 from stepjax.train.service.training_service import TrainingService
 
 pytestmark = [pytest.mark.tinker, pytest.mark.slow, pytest.mark.long]
+ROOT = Path(__file__).resolve().parent.parent
 ENGINE = EngineConfig(
     num_slots=8, context=256, num_pages=64, speculate=0, widths=(64,), token_budget=64, adapter_slots=4, adapter_rank=8
 )
@@ -44,7 +45,7 @@ def run(server: Serving, loop: str, folder: Path) -> dict[str, Any]:
     variables = {"TINKER_BASE_URL": server.url, "TINKER_API_KEY": "tml-test", "HOME": str(folder)}
     ended = subprocess.run(
         [python, tinker_loops.__file__, loop, str(folder)],
-        env={"PATH": os.environ["PATH"], **variables},
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **variables},
         capture_output=True,
         text=True,
         timeout=1200,

@@ -105,14 +105,10 @@ def sdk(folder: Path) -> dict[str, Any]:
 
 
 def register() -> None:
-    """The tokenizer of the served name, from the folder that the server names."""
-    import tinker
-    from tinker_cookbook import tokenizer_utils
-    from transformers import AutoTokenizer
+    """The tokenizer and the chat format of the served model."""
+    from stepjax.train import cookbook
 
-    model = tinker.ServiceClient().create_lora_training_client(base_model=MODEL, rank=RANK).result()
-    folder = model.get_info().model_data.tokenizer_id
-    tokenizer_utils.register_tokenizer(MODEL, lambda: AutoTokenizer.from_pretrained(folder))
+    cookbook.register(MODEL)
     try:
         from tinker_cookbook.utils import cost_estimation
 
@@ -132,6 +128,8 @@ def supervised(folder: Path) -> dict[str, Any]:
     from tinker_cookbook.supervised.data import FromConversationFileBuilder
     from tinker_cookbook.supervised.types import ChatDatasetBuilderCommonConfig
 
+    from stepjax.train.cookbook import RENDERER
+
     rows = folder / "rows.jsonl"
     with rows.open("w") as file:
         for number in range(32):
@@ -141,13 +139,13 @@ def supervised(folder: Path) -> dict[str, Any]:
 
     def config(steps: int) -> Any:
         common = ChatDatasetBuilderCommonConfig(
-            model_name_for_tokenizer=MODEL, renderer_name="role_colon", max_length=64, batch_size=8
+            model_name_for_tokenizer=MODEL, renderer_name=RENDERER, max_length=64, batch_size=8
         )
         return train.Config(
             log_path=str(folder / "run"),
             model_name=MODEL,
             recipe_name="test",
-            renderer_name="role_colon",
+            renderer_name=RENDERER,
             learning_rate=3e-3,
             lora_rank=RANK,
             num_epochs=3,

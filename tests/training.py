@@ -18,6 +18,7 @@ from stepjax.train.service.extension import TrainingExtension
 from stepjax.train.service.limits import ServiceLimits
 from stepjax.train.service.state_files import read_checkpoint
 from stepjax.train.service.training_service import TrainingService
+from stepjax.train.service.wire.calls import Span
 from stepjax.train.service.wire.protobuf import packed, written, written_map
 
 PROTOBUF = "application/x-protobuf"
@@ -37,7 +38,13 @@ ENGINE = EngineConfig(
 
 @contextmanager
 def serving(
-    session: Session, folder: Path, *, limits: ServiceLimits | None = None, killed: bool = False, **options: Any
+    session: Session,
+    folder: Path,
+    *,
+    limits: ServiceLimits | None = None,
+    killed: bool = False,
+    engine: EngineConfig = ENGINE,
+    **options: Any,
 ) -> Iterator[Serving]:
     """A server with a training service that keeps its state in ``folder``.
 
@@ -51,7 +58,7 @@ def serving(
         made.append(TrainingService(session, service, serve_options.names, folder=folder, limits=limits_))
         return TrainingExtension(made[0])
 
-    with Serving(session, ENGINE, names=("tiny",), extend=extend, **options) as server:
+    with Serving(session, engine, names=("tiny",), extend=extend, **options) as server:
         server.training = made[0]
         yield server
         if killed:
@@ -71,16 +78,29 @@ def tensor(value: Any) -> bytes:
     return written((1, value.tobytes()), (3, 2 if value.dtype == np.int64 else 1), (4, packed(value.shape)))
 
 
-def datum(tokens: Sequence[int], **inputs: Any) -> bytes:
+def datum(tokens: Sequence[int], *, spans: Sequence[Span] = (), **inputs: Any) -> bytes:
     """A datum in protocol buffers."""
     chunk = written((1, written((1, np.asarray(tokens, "<i4").tobytes()))))
-    return written((1, chunk), *written_map(2, {name: tensor(value) for name, value in inputs.items()}))
+    origins = [
+        written((2 if span.sampled else 1, written((1, span.sequence_id), (2, span.offset), (3, span.length))))
+        for span in spans
+    ]
+    tensors = {name: tensor(value) for name, value in inputs.items()}
+    return written((1, chunk), *written_map(2, tensors), *((3, origin) for origin in origins))
 
 
 def next_tokens(ids: Sequence[int], weights: Sequence[float] | np.ndarray | None = None) -> bytes:
     """A datum of cross_entropy in which each token is to be followed by the next."""
     factors = np.ones(len(ids) - 1) if weights is None else np.asarray(weights)
     return datum(ids[:-1], target_tokens=np.asarray(ids[1:]), weights=factors.astype(np.float32))
+
+
+def with_origin(prompt: Sequence[int], answer: Sequence[int], id: str) -> bytes:
+    """A datum as the cookbook makes it of a sample."""
+    tokens = [*prompt, *answer]
+    spans = [Span(id, 0, len(prompt), sampled=False), Span(id, 0, len(answer) - 1, sampled=True)]
+    weights = np.ones(len(tokens) - 1, np.float32)
+    return datum(tokens[:-1], target_tokens=np.asarray(tokens[1:]), weights=weights, spans=spans)
 
 
 class Client:

@@ -5,6 +5,7 @@ answer FOLDER MESH WAY    the answers of an engine that process 0 leads, by a st
 scores                    what a scorer that only process 0 has gives, and its error
 chances FILE              what rewards and an environment of FILE give that draw random numbers
 restore FOLDER BASE MESH  how many weights of a converted base differ from the folder it came from
+update FOLDER MESH OUT    writes the leaves and moments after one update of sft
 programs ROOT             which programs were compiled, by processes with a folder of programs each
 """
 
@@ -27,6 +28,7 @@ def main(port: str, process: str, task: str, *args: str) -> int:
         "restore": restore,
         "answer": serve,
         "programs": programs,
+        "update": update,
         "scores": scores,
         "chances": chances,
     }
@@ -182,6 +184,23 @@ def constraints(session: Any) -> dict[str, Any]:
         return Constraint(session.masks, thinking=thinking, budget=budget, matcher=matcher, ends=ends)
 
     return {"9": held("9", thinking=False, budget=None), "8": held("8", thinking=True, budget=3)}
+
+
+def update(folder: str, mesh: str, out: str) -> int:
+    """One update of sft with the sequences of the training service's tests."""
+    import numpy as np
+    from sft_updates import adam_of, sft_states
+    from training import IDS
+
+    from stepjax.infer.load import load
+    from stepjax.train.config.tune import LoraSettings
+
+    (state,) = sft_states(load(folder, dtype="float32", mesh=mesh), IDS, steps=1, lora=LoraSettings(rank=4))
+    adam = adam_of(state)
+    if jax.process_index() == 0:
+        parts = {"leaves": state.leaves, "first": adam.mu, "second": adam.nu}
+        np.savez(out, **{f"{part}:{name}": value for part, values in parts.items() for name, value in values.items()})
+    return 0
 
 
 def restore(folder: str, base: str, mesh: str) -> int:

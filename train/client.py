@@ -66,13 +66,22 @@ def _taught(client: Any, data: Sequence[Any], loss: str, base_url: str | None, c
     return client.forward_backward(list(data), loss, config)
 
 
-@functools.cache
 def served_losses(base_url: str) -> tuple[str, ...]:
     """The losses that a server names; none if it names none."""
+    return tuple(capabilities(base_url).get("losses", ()))
+
+
+@functools.cache
+def capabilities(base_url: str) -> dict[str, Any]:
+    """What a server says of itself.
+
+    Raises:
+      ConfigError: it cannot be asked.
+    """
     headers = {"X-API-Key": os.environ.get("TINKER_API_KEY", "tml-none")}
     request = urllib.request.Request(f"{base_url}{CAPABILITIES}", headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
-            return tuple(json.load(answer).get("losses", ()))
+            return dict(json.load(answer))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{base_url}: cannot be asked for its losses ({error})") from None
+        raise ConfigError(f"{base_url}: cannot be asked what it serves ({error})") from None

@@ -7,11 +7,12 @@ import asyncio
 import functools
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stepjax.errors import RequestError
 from stepjax.infer.commands.options import (
@@ -22,12 +23,15 @@ from stepjax.infer.commands.options import (
     printable,
 )
 from stepjax.sharding.mesh import MeshSpec
+from stepjax.sharding.watchdog import process_and_leader
 from stepjax.startup import StartLines, Startup
 
 if TYPE_CHECKING:
     from stepjax.adapters.lora import LoraConfig
     from stepjax.checkpoint.folder import ModelFolder
+    from stepjax.infer.engine.config import EngineConfig
     from stepjax.infer.engine.engine import Engine
+    from stepjax.infer.engine.followers import OrderHandlers
     from stepjax.infer.serve.api import ServeOptions
     from stepjax.infer.serve.extension import Extension
     from stepjax.infer.serve.server import Gate, Server
@@ -38,9 +42,15 @@ log = logging.getLogger(__name__)
 
 KEY_VARIABLE = "STEPJAX_API_KEY"
 SWITCH_S = 0.0005  # between threads, so that the engine's does not wait for a parser
-# (arguments, model, service, options) → more paths
-Extend = Callable[["argparse.Namespace", "Session", "Service", "ServeOptions"], "Extension"]
 DEFAULT_LORAS = 4  # slots for adapters that clients load, unless --max-loras is given
+
+
+class Addition(NamedTuple):
+    """What a later room adds to the server, of its model and engine."""
+
+    # (arguments, model, service, options) → more paths
+    extend: Callable[[argparse.Namespace, Session, Service, ServeOptions], Extension]
+    orders: Callable[[Session], OrderHandlers]  # for what it makes the processes do that follow process 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -146,11 +156,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace, extend: Extend | None = None) -> int:
-    """Serve until a signal ends the server.
-
-    Args:
-      extend: makes more paths for the server of its model and engine.
+def run(args: argparse.Namespace, addition: Addition | None = None) -> int:
+    """Serve until a signal ends the server. Of several processes the first one serves; the others carry out the orders
+    of its engine.
     """
     args.model = args.name or args.model
     keys = _keys(args)
@@ -162,13 +170,16 @@ def run(args: argparse.Namespace, extend: Extend | None = None) -> int:
 
     log_to_stderr(args.log_format, args.log_level)
     startup = Startup(StartLines(log.info))
+    process, _ = process_and_leader()
+    if process:
+        return _follow(args, folder, startup, addition)
     gate = Gate(startup, ApiKeys(keys))
     config = ServerConfig(args.host, args.port, args.drain_seconds, tls_cert=args.tls_cert, tls_key=args.tls_key)
     server = Server(gate, None, config)
     sys.setswitchinterval(SWITCH_S)
 
     async def serve() -> tuple[int, Service | None]:
-        starting = asyncio.ensure_future(_start(args, folder, keys, startup, gate, server, extend))
+        starting = asyncio.ensure_future(_start(args, folder, keys, startup, gate, server, addition))
         code = await server.run_until_ended()
         starting.cancel()
         return code, await starting if starting.done() and not starting.cancelled() else None
@@ -189,7 +200,7 @@ async def _start(
     startup: Startup,
     gate: Gate,
     server: Server,
-    extend: Extend | None,
+    addition: Addition | None,
 ) -> Service:
     """Load the model while the server answers health checks, then let it answer requests. Ends the server if it
     fails.
@@ -217,7 +228,9 @@ async def _start(
         )
         service = Service(engine, ServerMetrics(engine, options.names[0]), startup)
         server.attach(service)
-        extensions = () if extend is None else (await asyncio.to_thread(extend, args, session, service, options),)
+        extensions = ()
+        if addition is not None:
+            extensions = (await asyncio.to_thread(addition.extend, args, session, service, options),)
         await gate.open(create_app(service, session, options, extensions))
         await service.ready.wait()
     except BaseException:
@@ -235,6 +248,8 @@ def _meshes(args: argparse.Namespace) -> tuple[MeshSpec, MeshSpec] | None:
     if args.prefill_mesh is None or args.decode_mesh is None or args.mesh is not None:
         raise RequestError("--prefill-mesh and --decode-mesh: expected both, without --mesh, or none of them")
     meshes = MeshSpec.parse(args.prefill_mesh), MeshSpec.parse(args.decode_mesh)
+    if process_and_leader()[1]:
+        raise RequestError("--prefill-mesh and --decode-mesh: one process drives both; give --mesh to several")
     if any(-1 in mesh.sizes.values() for mesh in meshes):
         raise RequestError("--prefill-mesh and --decode-mesh: leave an axis open, expected the size of each")
     return meshes
@@ -252,27 +267,56 @@ def _sessions(args: argparse.Namespace, startup: Startup, folder: ModelFolder) -
 
 def _engine(args: argparse.Namespace, session: Session, prefill: Session | None) -> Engine:
     """The engine, with the adapters of the command line."""
-    from stepjax.infer.engine.config import EngineConfig
-    from stepjax.infer.engine.engine import Engine
-    from stepjax.infer.separate_meshes import SeparateConfig, SeparateEngine
+    from stepjax.infer.engine.engine import Engine, open_engine
+    from stepjax.infer.separate_meshes import SeparateEngine
 
     given = GivenAdapters.read(args, session, _served_names(args))
+    config = _engine_config(args, given, prefill)
+    _, host = process_and_leader()
+    if host:
+        engine = open_engine(session, config, host=host)
+        assert engine is not None, "this is process 0"
+    else:
+        engine = Engine(session, config) if prefill is None else SeparateEngine(session, config)
+    for name, (factors, lora) in given.adapters.items():
+        engine.load_adapter(name, factors, lora)
+    return engine
+
+
+def _engine_config(args: argparse.Namespace, given: GivenAdapters, prefill: Session | None) -> EngineConfig:
+    from stepjax.infer.engine.config import EngineConfig
+    from stepjax.infer.separate_meshes import SeparateConfig
+
+    routing = getattr(args, "routing", False)  # what a later room asks for
     make = EngineConfig if prefill is None else functools.partial(SeparateConfig, prefill=prefill)
-    config = make(
+    return make(
         num_slots=args.max_seqs,
         context=args.context,
         cache_bytes=None if args.cache_gib is None else int(args.cache_gib * 2**30),
         host_cache_bytes=int(args.host_cache_gib * 2**30),
-        num_snapshots=0 if args.no_prefix_cache or args.deterministic else None,
+        num_snapshots=0 if args.no_prefix_cache or args.deterministic or routing else None,
         speculate=args.speculate,
         **given.room(args),
         max_waiting=args.max_queue,
         deterministic=args.deterministic,
+        routing=routing,
     )
-    engine = Engine(session, config) if prefill is None else SeparateEngine(session, config)
-    for name, (factors, lora) in given.adapters.items():
-        engine.load_adapter(name, factors, lora)
-    return engine
+
+
+def _follow(args: argparse.Namespace, folder: ModelFolder, startup: Startup, addition: Addition | None) -> int:
+    """Carry out what process 0 orders, until its server ends."""
+    _, host = process_and_leader()
+    # Launchers send these to all processes: process 0 drains, and then ends this one.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: log.info("%s: process 0 ends this one", signal.Signals(number).name))
+    session, _ = _sessions(args, startup, folder)
+    from stepjax.infer.engine.engine import open_engine
+
+    given = GivenAdapters.read(args, session, _served_names(args))
+    log.info("process %d follows process 0 on %s", *process_and_leader())
+    others = None if addition is None else addition.orders(session)
+    open_engine(session, _engine_config(args, given, None), host=host, others=others)
+    return 0
 
 
 def _served_names(args: argparse.Namespace) -> tuple[str, ...]:

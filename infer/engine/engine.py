@@ -25,7 +25,7 @@ from stepjax.infer.engine.answer import Answer, TokenScore, split_request
 from stepjax.infer.engine.config import EngineConfig
 from stepjax.infer.engine.draft_policy import DRAFTS, DraftPolicy, StepBytes
 from stepjax.infer.engine.executor import Assignment, Mask, Order, Progress
-from stepjax.infer.engine.followers import Channel, Leader, connect, follow
+from stepjax.infer.engine.followers import Channel, Leader, OrderHandlers, connect, follow
 from stepjax.infer.engine.guidance import Guidance, fault_of
 from stepjax.infer.engine.ready_programs import CPU_PROGRAMS, ReadyPrograms
 from stepjax.infer.engine.scheduler import Scheduler
@@ -84,7 +84,8 @@ class Engine:
         self.stats = Stats()
         self.executor = config.executor(session)
         self._runner = self.executor.runner
-        self._leader = Leader(self.executor, channels) if channels else None
+        # Tells the processes that follow this one what to do; None if there are none.
+        self.leader = Leader(self.executor, channels) if channels else None
         drafts = self._runner.drafts
         self._policy = DraftPolicy(StepBytes.of(session.config, session.table), most=drafts)
         fixed = config.speculate if config.speculate is not None else drafts if config.deterministic else None
@@ -188,10 +189,12 @@ class Engine:
         config.check(len(prompt), params.max_tokens)
         return params
 
-    def finish(self, id: str, reason: FinishReason = "stop") -> None:
-        """End an answer, for example at a stop string in its text. It gets no more updates."""
+    def finish(self, id: str, reason: FinishReason = "stop") -> np.ndarray | None:
+        """End an answer, for example at a stop string in its text. It gets no more updates. Returns its experts."""
+        answer = self._answers.get(id)
         self.scheduler.finish(id, reason)
         self._forget(id)
+        return None if answer is None else answer.experts.first(answer.sequence.num_tokens)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -218,8 +221,8 @@ class Engine:
         """Load an adapter under a name. Running answers keep the version that they began with.
 
         Args:
-          adapter: a PEFT folder, or factors by name with their settings ``lora``. An engine of several processes
-            accepts only folders, which every process reads.
+          adapter: a PEFT folder, or factors by name with their settings ``lora``. Of several processes only this one
+            reads it.
           replace: replace a loaded adapter of that name.
 
         Raises:
@@ -229,20 +232,14 @@ class Engine:
         stack = self.executor.adapters
         if stack is None:
             raise RequestError("adapter: this engine has no room for any; give it adapter_slots")
-        folder = Path(adapter).absolute() if isinstance(adapter, str | Path) else None
-        if folder is not None:
-            adapter, lora = import_adapter(folder, self._session.config)
-        assert not isinstance(adapter, str | Path)
+        if isinstance(adapter, str | Path):
+            adapter, lora = import_adapter(adapter, self._session.config)
         if lora is None:
             raise RequestError("adapter: factors are given, expected their LoraConfig with them")
-        if self._leader and folder is None:
-            raise RequestError("adapter: an engine of several processes loads folders that all of them can read")
         stack.check(adapter)
         in_use = {answer.sequence.adapter for answer in self._answers.values()}
         slot = self._adapters.reserve(name, in_use, replace=replace)
-        if self._leader:
-            self._leader.load_adapter(slot, folder)
-        self.executor.load_adapter(slot, adapter, lora)
+        (self.leader or self.executor).load_adapter(slot, adapter, lora)
         self._adapters.enter(name, slot)
 
     def unload_adapter(self, name: str) -> None:
@@ -291,7 +288,7 @@ class Engine:
         The parameters are not copied. No request may be running.
         """
         assert not self.has_work, "finish or cancel what runs first"
-        assert self._leader is None, "the processes that follow have parameters of their own"
+        assert self.leader is None, "the processes that follow have parameters of their own"
         self.executor.params = params
         self.scheduler = Scheduler(self.config.scheduler(self.executor), drafts=self._drafts)
         self._policy = DraftPolicy(StepBytes.of(self._session.config, params), most=self._runner.drafts)
@@ -308,7 +305,7 @@ class Engine:
         decode = [(slots, k) for slots in self._slot_buckets for k in drafts if k <= self._runner.drafts]
         limits = self.scheduler.piece_limits
         prefill = [(rows, width) for width in limits for rows in self.executor.row_buckets_for(limits[width])]
-        (self._leader or self.executor).warm(decode, prefill, progress=progress)
+        (self.leader or self.executor).warm(decode, prefill, progress=progress)
 
     def start(self, *, progress: Progress | None = None) -> None:
         """Compile what is needed to answer; a thread compiles the rest once steps want it.
@@ -318,7 +315,7 @@ class Engine:
         Args:
           progress: called with the numbers of programs done and in all.
         """
-        if self._leader or self.config.deterministic:
+        if self.leader or self.config.deterministic:
             self.warm(progress=progress)
             return
         shapes = self.programs.first(self._drafts(1))
@@ -331,8 +328,8 @@ class Engine:
         self.programs.close()
         self._guidance.close()
         self.executor.close()
-        if self._leader:
-            self._leader.close()
+        if self.leader:
+            self.leader.close()
 
     def _drafts(self, batch: int) -> int:
         return self.programs.drafts(self._policy.drafts(batch) if self._fixed_drafts is None else self._fixed_drafts)
@@ -349,7 +346,7 @@ class Engine:
 
     def _launch(self, plan: StepPlan) -> None:
         order, compiled_before = self._order(plan), self.executor.waited_s
-        emitted = (self._leader or self.executor).run(order)
+        emitted = (self.leader or self.executor).run(order)
         self._timer.launched(self.executor.waited_s - compiled_before, alone=not self._in_flight)
         answers = tuple(self._answers.get(row.id) for row in plan.rows)
         self._in_flight.append(_Launched(order, emitted, answers))
@@ -475,12 +472,15 @@ class Engine:
         return failed
 
 
-def open_engine(session: Session, config: EngineConfig, *, host: str) -> Engine | None:
+def open_engine(
+    session: Session, config: EngineConfig, *, host: str, others: OrderHandlers | None = None
+) -> Engine | None:
     """Run an engine on all processes of a cluster. Process 0 returns it; the others carry out its orders until it is
     closed, and return None.
 
     Args:
       host: address of process 0.
+      others: for orders that are not the engine's, on the processes that follow.
 
     Raises:
       ClusterError: a process does not connect, has different settings, or is lost.
@@ -488,7 +488,7 @@ def open_engine(session: Session, config: EngineConfig, *, host: str) -> Engine 
     channels = connect(host, f"{config} of {session.config} in {jnp.dtype(session.dtype)}")
     if jax.process_index() == 0:
         return Engine(session, config, channels=channels)
-    follow(config.executor(session), channels[0], session.config)
+    follow(config.executor(session), channels[0], others)
     return None
 
 

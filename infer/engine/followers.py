@@ -16,15 +16,13 @@ import secrets
 import socket
 import struct
 import zlib
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from stepjax.adapters.peft import import_adapter
-from stepjax.config import ModelConfig
+from stepjax.adapters.lora import LoraConfig
 from stepjax.errors import ClusterError
 from stepjax.infer.engine.executor import Assignment, Executor, Mask, Order, Progress
 from stepjax.infer.engine.sequence import HostMove, PageUpdate, RingCopy, Row, StepPlan
@@ -38,6 +36,8 @@ JOIN_S = 300.0  # time limit for all processes to connect, and to compile an ann
 MAX_BYTES = 64 * 2**20  # of a message
 _HEAD = struct.Struct(">IQ")  # bytes of the payload, number of the message
 _DIGEST = hashlib.sha256
+# What else the processes do together: by kind, what carries out the content of an order. True: the leader waits for it.
+OrderHandlers = Mapping[str, Callable[[Any], bool]]
 
 
 class Channel:
@@ -98,10 +98,10 @@ class Leader:
     def run(self, order: Order) -> Emitted:
         """`Executor.run` on all processes. The order is sent before it is launched here."""
         if not self.executor.prepared(order):
-            self._tell("prepare", encode(order))
+            self.tell("prepare", encode(order))
             self.executor.prepare(order)
-            self._await()
-        self._tell("run", encode(order))
+            self.wait()
+        self.tell("run", encode(order))
         return self.executor.run(order)
 
     def warm(
@@ -113,35 +113,54 @@ class Leader:
     ) -> None:
         """`Executor.warm` on all processes; ``progress`` is that of this one."""
         decode, prefill = list(decode), list(prefill)
-        self._tell("warm", [decode, prefill])
+        self.tell("warm", [decode, prefill])
         self.executor.warm(decode, prefill, progress=progress)
-        self._await()
+        self.wait()
 
-    def load_adapter(self, slot: int, folder: Path | None) -> None:
-        """Make the followers read an adapter's folder into a slot, and wait until they have done so."""
-        self._tell("adapter", [slot, str(folder)])
-        self._await()
+    def load_adapter(self, slot: int, adapter: Mapping[str, Any], lora: LoraConfig) -> None:
+        """`Executor.load_adapter` on all processes, which get the factors from this one."""
+        factors = {name: np.asarray(value, np.float32) for name, value in adapter.items()}
+        shapes = {name: value.shape for name, value in factors.items()}
+        self.tell("adapter", [slot, dataclasses.asdict(lora), shapes])
+        self.executor.load_adapter(slot, agreed(factors), lora)
+        self.wait()
 
     def close(self) -> None:
         """Tell the followers that the engine has ended, and close the connections."""
-        self._tell("end", None)
+        self.tell("end", None)
         for channel in self._channels:
             channel.close()
 
-    def _tell(self, kind: str, content: Any) -> None:
+    def tell(self, kind: str, content: Any) -> None:
+        """Send an order to all followers.
+
+        Args:
+          kind: one that they know from `follow`, or from their handlers.
+          content: JSON.
+
+        Raises:
+          ClusterError: it is too long for a message. Nothing has been sent.
+        """
         payload = _encoded([kind, content])
+        if len(payload) > MAX_BYTES:
+            raise ClusterError(f"replay: an order of {len(payload)} bytes, expected at most {MAX_BYTES}")
         for channel in self._channels:
             channel.send_encoded(payload)
 
-    def _await(self) -> None:
+    def wait(self) -> None:
+        """Until all followers have carried out an order that they answer."""
         for channel in self._channels:
             answer = channel.receive()
             if answer != "ready":
                 raise ClusterError(f"replay: a process answered {answer!r}, expected that it is ready")
 
 
-def follow(executor: Executor, channel: Channel, config: ModelConfig) -> None:
-    """Carry out the leader's orders until it ends."""
+def follow(executor: Executor, channel: Channel, others: OrderHandlers | None = None) -> None:
+    """Carry out the leader's orders until it ends.
+
+    Args:
+      others: for orders that are not the engine's.
+    """
     while True:
         kind, content = channel.receive()
         if kind == "end":
@@ -151,9 +170,13 @@ def follow(executor: Executor, channel: Channel, config: ModelConfig) -> None:
         if kind == "run":
             executor.run(decode(content))
             continue
-        if kind == "adapter":
-            slot, folder = content
-            executor.load_adapter(slot, *import_adapter(folder, config))
+        if others and kind in others:
+            if not others[kind](content):
+                continue
+        elif kind == "adapter":
+            slot, lora, shapes = content
+            factors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+            executor.load_adapter(slot, agreed(factors), LoraConfig(**_tuples(lora)))
         elif kind == "prepare":
             executor.prepare(decode(content))
         else:

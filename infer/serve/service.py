@@ -23,6 +23,8 @@ from stepjax.infer.serve.replies import warming_up
 from stepjax.startup import Startup
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from stepjax.infer.engine.engine import Engine
 
 log = logging.getLogger(__name__)
@@ -46,7 +48,12 @@ class EngineRequest(NamedTuple):
 class Submission:
     """The answers of one HTTP request, numbered in the order of its prompts; used only in the event loop."""
 
-    def __init__(self, requests: Sequence[EngineRequest]):
+    def __init__(self, requests: Sequence[EngineRequest], *, whole: bool = False):
+        """
+        Args:
+          whole: wake who takes updates only when an answer ends; any number may be left unread.
+        """
+        self._whole = whole
         self.id = secrets.token_hex(12)
         self.requests = tuple(requests)
         self.began = time.monotonic()
@@ -81,8 +88,9 @@ class Submission:
     def put(self, index: int, update: Update) -> bool:
         """Add an update; False if the client has left too many unread."""
         self._unread.append((index, update))
-        self._notify()
-        return len(self._unread) <= MAX_UNREAD
+        if not self._whole or update.finish_reason:
+            self._notify()
+        return self._whole or len(self._unread) <= MAX_UNREAD
 
     def fail(self, error: ApiError) -> None:
         self._error = error
@@ -137,15 +145,18 @@ class Service:
         if not self.ready.is_set():
             raise warming_up(self.startup)
 
-    def submit(self, requests: Sequence[EngineRequest]) -> Submission:
+    def submit(self, requests: Sequence[EngineRequest], *, whole: bool = False) -> Submission:
         """Queue the prompts of one HTTP request, all or none.
+
+        Args:
+          whole: as of `Submission`, for answers that nobody reads before they end.
 
         Raises:
           ApiError: no requests are accepted at present.
           QueueFullError: too many answers wait.
         """
         self.check_open()
-        submission = Submission(requests)
+        submission = Submission(requests, whole=whole)
         if len(self._open) + len(submission.progress) > self._capacity:
             raise QueueFullError(f"queue: {len(self._open)} answers wait or run, {self._capacity} may; try again later")
         index = 0
@@ -165,6 +176,14 @@ class Service:
             self.metrics.end(submission.progress[index], "stop", time.monotonic())
             self._close(id)
             self._commands.put(lambda: self.engine.finish(id))
+
+    async def finish_with_experts(self, submission: Submission, index: int) -> np.ndarray | None:
+        """`finish`; returns `Update.experts` of the answer as far as it went, and perhaps of surplus tokens."""
+        if not (id := submission.open.get(index)):
+            return None
+        self.metrics.end(submission.progress[index], "stop", time.monotonic())
+        self._close(id)
+        return await self.on_engine(lambda: self.engine.finish(id))
 
     def close(self, submission: Submission) -> None:
         """Cancel the answers of a request that have not ended."""

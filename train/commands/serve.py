@@ -10,6 +10,7 @@ from stepjax.errors import RequestError
 from stepjax.infer.commands import serve
 
 if TYPE_CHECKING:
+    from stepjax.infer.engine.followers import OrderHandlers
     from stepjax.infer.serve.api import ServeOptions
     from stepjax.infer.serve.service import Service
     from stepjax.infer.session import Session
@@ -54,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="size of a key's checkpoints; 0: no limit (default: %(default)s)",
     )
+    group.add_argument(
+        "--train-replay",
+        action="store_true",
+        help="keep the experts of sampled tokens and train with them (router replay); turns off the prefix cache "
+        "(default: no)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,10 +69,11 @@ def run(args: argparse.Namespace) -> int:
     if args.layers == "looped":
         raise RequestError("--train: trains layers by name, which --layers looped does not have; leave it out")
     args.layers = "unrolled"
+    args.routing = args.train_replay
     if args.max_loras is None:
         args.max_loras = TRAIN_SLOTS + len(args.lora or ())
     args.max_lora_rank = args.max_lora_rank or RANK
-    return serve.run(args, _extension)
+    return serve.run(args, serve.Addition(_extension, _orders))
 
 
 def _extension(
@@ -84,3 +92,9 @@ def _extension(
     return TrainingExtension(
         TrainingService(session, service, options.names, folder=folder, limits=limits, tokenizer=tokenizer)
     )
+
+
+def _orders(session: Session) -> OrderHandlers:
+    from stepjax.train.service.devices.models import follower_orders
+
+    return follower_orders(session)

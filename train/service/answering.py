@@ -18,6 +18,7 @@ from stepjax.infer.serve.service import EngineRequest, Service
 from stepjax.infer.session import Session
 from stepjax.text.tokenizer import Tokenizer
 from stepjax.train.service.promises import Promise
+from stepjax.train.service.recorded_experts import RecordedExperts, SequenceExperts
 from stepjax.train.service.wire.results import SampledTokens, SampleResult
 from stepjax.train.service.wire.sample_requests import SampleCall
 
@@ -55,8 +56,12 @@ async def answered(
     promise: Promise,
     *,
     salt: str,
+    recorded: RecordedExperts | None = None,
 ) -> SampleResult:
     """The answers to a call.
+
+    Args:
+      recorded: gets the experts of each answer's tokens.
 
     Raises:
       ApiError: an answer ended in an error.
@@ -65,7 +70,7 @@ async def answered(
     wanted = [request._replace(adapter=pin, salt=salt) for request in requests]
     while True:
         try:
-            submission = service.submit(wanted)
+            submission = service.submit(wanted, whole=not call.stops)
             break
         except QueueFullError:
             promise.queue_state = "paused_capacity"
@@ -80,7 +85,7 @@ async def answered(
                 prompt_scores = prompt_scores or update.prompt_scores
                 num_cached = max(num_cached, update.num_cached)
                 if ended[index].push(update) and not update.finish_reason:
-                    service.finish(submission, index)
+                    ended[index].experts = await service.finish_with_experts(submission, index)
     finally:
         service.close(submission)
     for ending in ended:
@@ -88,7 +93,18 @@ async def answered(
             raise ApiError(
                 f"sample: an answer ended with {ending.reason}; its logits were not finite", status=500, code="error"
             )
+    if recorded is not None and service.engine.config.routing:
+        for id, ending in zip(promise.about["sample_sequence_ids"], ended, strict=True):
+            await asyncio.to_thread(_record, recorded, id, call.prompt, ending)
     return _result(call, ended, prompt_scores, num_cached)
+
+
+def _record(recorded: RecordedExperts, id: str, prompt: Sequence[int], ending: _Ending) -> None:
+    """Keep the experts of an answer."""
+    if ending.experts is not None:
+        tokens = np.asarray([*prompt, *ending.tokens], np.int32)
+        experts = ending.experts[: len(tokens)]
+        recorded.write(id, SequenceExperts(tokens[: len(experts)], len(prompt), np.ascontiguousarray(experts)))
 
 
 def _result(call: SampleCall, ended: Sequence[_Ending], prompt_scores: Sequence, num_cached: int) -> SampleResult:
@@ -131,6 +147,7 @@ class _Ending:
     tokens: list[int] = field(default_factory=list)
     scores: list = field(default_factory=list)
     reason: str | None = None
+    experts: np.ndarray | None = None  # `Update.experts`
 
     def push(self, update: Update) -> bool:
         """Take an update; True: a stop string has ended the answer now."""
@@ -142,10 +159,10 @@ class _Ending:
             if score is not None:
                 self.scores.append(score)
             if self.stops and self._stopped():
-                self.reason = "stop"
+                self.reason, self.experts = "stop", update.experts
                 return True
         if update.finish_reason:
-            self.reason = update.finish_reason
+            self.reason, self.experts = update.finish_reason, update.experts
         return False
 
     def _stopped(self) -> bool:

@@ -10,9 +10,9 @@ import numpy as np
 
 from stepjax.train.losses.divergence import Kind
 from stepjax.train.losses.target_losses import CONFIG_NAMES, TARGET_LOSSES, TargetLoss
-from stepjax.train.service.micro_batches import Datum
-from stepjax.train.service.programs import TeacherLoss
-from stepjax.train.service.wire.calls import Config, GivenDatum, TrainCall
+from stepjax.train.service.devices.micro_batches import Datum
+from stepjax.train.service.devices.programs import TeacherLoss
+from stepjax.train.service.wire.calls import Config, GivenDatum, Span, TrainCall
 from stepjax.train.service.wire.tensors import NamedTensor, bad
 
 # Losses over the whole vocabulary, which are an extension: name → kind of divergence.
@@ -154,7 +154,18 @@ def _datum(item: GivenDatum, what: str, rule: TargetLoss, room: ModelRoom) -> Da
         _numbers(item.inputs.get("advantages"), f"{what}.advantages", column, count, 0.0),
         _numbers(item.inputs.get("sequence_ratio_mask"), f"{what}.sequence_ratio_mask", column, count, 1.0),
         flat,
+        _spans(item, f"{what}.model_input_spans"),
     )
+
+
+def _spans(item: GivenDatum, name: str) -> tuple[Span, ...]:
+    """The spans, which have to tile the tokens."""
+    if any(not 0 <= part < 2**31 for span in item.spans for part in (span.offset, span.length)):
+        raise bad(name, "has an offset or a length below 0")
+    covered = sum(span.length for span in item.spans)
+    if item.spans and covered != len(item.tokens):
+        raise bad(name, f"covers {covered} tokens, but the input has {len(item.tokens)}")
+    return item.spans
 
 
 def _check_ids(name: str, ids: np.ndarray, room: ModelRoom) -> None:

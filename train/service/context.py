@@ -3,43 +3,60 @@
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+import contextlib
+import itertools
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from stepjax.adapters import lora
 from stepjax.adapters.lora import LoraConfig
+from stepjax.config import ModelConfig
 from stepjax.infer.serve.service import Service
 from stepjax.infer.session import Session
 from stepjax.train.service.checks import ModelRoom
-from stepjax.train.service.device import DeviceTurns
+from stepjax.train.service.devices.orders import DropOrder, HoldOrder
+from stepjax.train.service.devices.turns import DeviceTurns
 from stepjax.train.service.journal import Journal
 from stepjax.train.service.limits import ServiceLimits, TokenBudget
-from stepjax.train.service.programs import Programs
+from stepjax.train.service.recorded_experts import RecordedExperts
 from stepjax.train.service.registry import Registry
 from stepjax.train.service.slots import AdapterSlots
 from stepjax.train.service.state_files import read_checkpoint
-from stepjax.train.service.trained_model import AdapterOnDevice
 
 KEPT_ADAPTERS = 4  # teachers and scored samplers that stay on the device
 
 
+BASE = "base"  # an adapter that changes nothing, to score with the base
+
+
 class ReadOnlyAdapters:
-    """Checkpoints as adapters on the device, the latest few of them."""
+    """Checkpoints as adapters that the devices hold, the latest few of them and those in use."""
 
-    def __init__(self, registry: Registry, programs: Programs):
-        self._registry, self._programs = registry, programs
-        self._kept: OrderedDict[str, AdapterOnDevice] = OrderedDict()
+    def __init__(self, registry: Registry, config: ModelConfig, device: DeviceTurns):
+        self._registry, self._config, self._device = registry, config, device
+        self._held: OrderedDict[str, str] = OrderedDict()  # path → its name on the devices, the latest used last
+        self._used: Counter[str] = Counter()  # by name
+        self._numbers = itertools.count()
+        self._lock = asyncio.Lock()
 
-    async def get(self, path: str) -> AdapterOnDevice:
-        """The adapter at a path that the caller may read."""
-        if path not in self._kept:
-            factors, config = await self.factors(path)
-            leaves = await asyncio.to_thread(self._programs.leaves, config, factors)
-            self._kept[path] = AdapterOnDevice(config, leaves)
-            while len(self._kept) > KEPT_ADAPTERS:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(path)
-        return self._kept[path]
+    @contextlib.asynccontextmanager
+    async def using(self, path: str | None) -> AsyncIterator[str]:
+        """The name of an adapter that the caller may read; it is held meanwhile. None: that of the base."""
+        async with self._lock:
+            name = await self._hold(path or BASE)
+            self._used[name] += 1
+        try:
+            yield name
+        finally:
+            self._used[name] -= 1
+            if not self._used[name]:
+                del self._used[name]
+            if name not in self._held.values():  # it was replaced
+                await self._drop(name)
 
     async def factors(self, path: str) -> tuple[dict[str, Any], LoraConfig]:
         """The factors of a checkpoint in host memory."""
@@ -47,8 +64,32 @@ class ReadOnlyAdapters:
         state, config = await asyncio.to_thread(read_checkpoint, folder, optimizer=False)
         return state.leaves, config
 
-    def forget(self, path: str) -> None:
-        self._kept.pop(path, None)
+    async def forget(self, path: str) -> None:
+        """Hold a checkpoint no longer, which was replaced or removed. Whoever uses it still does."""
+        if name := self._held.pop(path, None):
+            await self._drop(name)
+
+    async def _hold(self, path: str) -> str:
+        if path not in self._held:
+            if path == BASE:
+                config = LoraConfig(rank=1, targets=("o",), experts=None)
+                shapes = lora.shapes(self._config, config)
+                factors = {name: np.zeros(shape.shape, np.float32) for name, shape in shapes.items()}
+            else:
+                factors, config = await self.factors(path)
+            name = f"{path} {next(self._numbers)}"
+            await self._device.carry_out(HoldOrder(name, config, factors))
+            self._held[path] = name
+        self._held.move_to_end(path)
+        unused = [path for path, name in self._held.items() if not self._used[name]]
+        for old in unused[: max(0, len(self._held) - KEPT_ADAPTERS)]:
+            if old != path:
+                await self._drop(self._held.pop(old))
+        return self._held[path]
+
+    async def _drop(self, name: str) -> None:
+        if not self._used[name]:
+            await self._device.carry_out(DropOrder(name))
 
 
 @dataclass
@@ -68,7 +109,6 @@ class SharedParts:
     session: Session
     service: Service
     names: tuple[str, ...]  # of the base model
-    programs: Programs
     device: DeviceTurns
     journal: Journal
     registry: Registry
@@ -78,8 +118,9 @@ class SharedParts:
     budget: TokenBudget
     room: ModelRoom
     counts: ServiceCounts
+    recorded: RecordedExperts | None  # None: no router replay
 
     async def forget_adapter(self, path: str) -> None:
         """Drop what is in memory of a checkpoint that was replaced or removed."""
-        self.adapters.forget(path)
+        await self.adapters.forget(path)
         await self.slots.forget(path)

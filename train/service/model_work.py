@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -16,10 +17,10 @@ from stepjax.train.service.context import SharedParts
 from stepjax.train.service.journal import JournalRow
 from stepjax.train.service.lane import LaneCall
 from stepjax.train.service.promises import Failure, Outcome
+from stepjax.train.service.recorded_experts import RecordedExperts, sampler_of
 from stepjax.train.service.registry import HIDDEN, checkpoint_path, split_path
 from stepjax.train.service.requests import boolean, read_adam, read_save, string
 from stepjax.train.service.state_files import (
-    HostState,
     read_checkpoint,
     read_snapshot,
     snapshot_seq,
@@ -32,6 +33,7 @@ from stepjax.train.service.wire.tensors import bad
 
 CHANGING = ("forward_backward", "optim_step", "load_weights")  # kinds of calls that change a model
 SNAPSHOT_S = 30.0  # of work that a killed server would have to do again
+SNAPSHOT_PART = 20  # at most one second of so many goes into snapshots: a large state takes long to write
 SNAPSHOT_BYTES = 256 * 2**20  # of bodies that are kept for that
 
 
@@ -43,20 +45,21 @@ class ModelWork:
         self._shared = shared
         about = row.about["lora"]
         self.config = LoraConfig(**{**about, "targets": tuple(about["targets"])})
-        self.model = TrainedModel(shared.session, self.config, shared.programs, shared.device)
+        self.model = TrainedModel(row.id, shared.session, self.config, shared.device)
         self._file = shared.registry.state_file(row.id)
         self.saved = snapshot_seq(self._file)  # the last call in the snapshot
         self.done = self.saved  # the last call that has run
         self._unsaved_s = 0.0  # of work since the snapshot
+        self._snapshot_s = 0.0  # that the last one took
         self._unsaved_bytes = 0
 
     async def begin(self) -> None:
         """Put the model onto the device: from its snapshot, or as it was created."""
         if self.saved >= 0:
             state = await asyncio.to_thread(read_snapshot, self._file)
-            await asyncio.to_thread(self.model.place, state)
+            await self.model.place(state)
         else:
-            await asyncio.to_thread(self.model.create, int(self.row.about["seed"]))
+            await self.model.create(int(self.row.about["seed"]))
 
     async def run(self, call: LaneCall) -> Outcome:
         """The outcome of a call."""
@@ -80,21 +83,27 @@ class ModelWork:
             await asyncio.to_thread(journal.update, "calls", where, state=state, result=result)
         self.done = call.seq
         loaded = call.kind == "load_weights" and not isinstance(outcome, Failure)
-        if loaded or self._unsaved_s > SNAPSHOT_S or self._unsaved_bytes > SNAPSHOT_BYTES:
+        if (
+            loaded
+            or self._unsaved_s > max(SNAPSHOT_S, SNAPSHOT_PART * self._snapshot_s)
+            or self._unsaved_bytes > SNAPSHOT_BYTES
+        ):
             await self.snapshot()
 
     async def snapshot(self) -> None:
         """Write the state with all calls that have run, so that none of them has to run again."""
         if self.done <= self.saved:
             return
-        upto = self.done
+        upto, began = self.done, time.monotonic()
+        state = await self.model.host()
 
         def write() -> None:
-            write_snapshot(self._file, self.model.host(), seq=upto)
+            write_snapshot(self._file, state, seq=upto)
             self._shared.journal.forget_bodies(self.row.id, upto)
 
         await asyncio.to_thread(write)
         self.saved, self._unsaved_s, self._unsaved_bytes = upto, 0.0, 0
+        self._snapshot_s = time.monotonic() - began
 
     def _recorded(self, call: LaneCall) -> Any:
         """The request of a call from the journal."""
@@ -104,20 +113,39 @@ class ModelWork:
         return parsed(self._shared, call.kind, row.type, bytes(row.body))
 
     async def _pass(self, call: LaneCall, request: CheckedCall) -> Outcome:
-        shared, teacher = self._shared, None
+        shared, path = self._shared, None
         if request.loss.taught is not None and request.loss.teacher not in shared.names:
             row = await asyncio.to_thread(shared.registry.checkpoint, request.loss.teacher, self.row.owner)
-            teacher = await shared.adapters.get(row.path)
+            path = row.path
         if call.promise is not None and (wait := shared.budget.take(self.row.owner, request.num_tokens)):
             call.promise.queue_state = "paused_rate_limit"
             await asyncio.sleep(wait)
             call.promise.queue_state = "active"
         self._unsaved_bytes += 16 * request.num_tokens
-        result, loss = await self.model.run(request, teacher)
+        if shared.recorded is not None:
+            request = await asyncio.to_thread(self._with_experts, shared.recorded, request)
+        if path is None:
+            result, loss = await self.model.run(request)
+        else:
+            async with shared.adapters.using(path) as teacher:
+                result, loss = await self.model.run(request, teacher)
         if call.promise is not None and not request.forward_only:
             shared.counts.tokens += request.num_tokens
             shared.counts.loss = loss / request.num_tokens
         return result
+
+    def _with_experts(self, recorded: RecordedExperts, request: CheckedCall) -> CheckedCall:
+        """The call with the experts of the tokens that come from samples of the same key."""
+        registry, owner, data = self._shared.registry, self.row.owner, []
+        for place, datum in enumerate(request.data):
+            own = [registry.owns_sampler(sampler_of(span.sequence_id), owner) for span in datum.spans]
+            spans = tuple(
+                span if mine else dataclasses.replace(span, sequence_id="")
+                for span, mine in zip(datum.spans, own, strict=True)
+            )
+            experts = recorded.of_tokens(datum.tokens, spans, f"data[{place}].model_input")
+            data.append(dataclasses.replace(datum, experts=experts))
+        return dataclasses.replace(request, data=data)
 
     async def _create_model(self, call: LaneCall, body: Mapping[str, Any]) -> Outcome:
         return {"type": "create_model", "model_id": self.row.id}
@@ -176,7 +204,7 @@ class ModelWork:
         state, config = await asyncio.to_thread(read_checkpoint, folder, optimizer=optimizer)
         if config != self.config:
             raise bad("path", f"holds an adapter of rank {config.rank}, but the model has rank {self.config.rank}")
-        await asyncio.to_thread(self.model.place, state)
+        await self.model.place(state)
         return {"type": "load_weights", "path": path, "model_id": self.row.id}
 
     async def _write(
@@ -196,8 +224,9 @@ class ModelWork:
                 code="disk_limit",
             )
 
+        state = await self.model.host()
+
         def write() -> int:
-            state: HostState = self.model.host()
             return write_checkpoint(
                 shared.registry.checkpoint_folder(path),
                 shared.session.config,

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from stepjax.infer.serve.errors import ApiError
+from stepjax.train.service.limits import MAX_OPEN
 from stepjax.train.service.wire.results import SampleResult
 
 Category = Literal["user", "server", "unknown"]
@@ -46,12 +50,15 @@ class Promise:
     queue_state: QueueState = "active"
     fetched: float | None = None
     task: asyncio.Task[None] | None = None  # of a sample, which can be cancelled
+    settled: Callable[[Promise], None] | None = None  # called when the outcome is there
     _done: asyncio.Event = field(default_factory=asyncio.Event)
 
     def settle(self, outcome: Outcome) -> None:
         if self.outcome is None:
             self.outcome = outcome
             self._done.set()
+            if self.settled is not None:
+                self.settled(self)
 
     async def wait(self, seconds: float = POLL_S) -> Outcome | None:
         """The outcome, or None if it is not there in time."""
@@ -73,10 +80,21 @@ class Promises:
 
     def __init__(self) -> None:
         self._promises: dict[str, Promise] = {}
+        self._open: Counter[str] = Counter()  # promises without an outcome, by owner
 
     def open(self, promise: Promise) -> Promise:
+        self.drop(promise.id)
         self._promises[promise.id] = promise
+        if promise.outcome is None:
+            self._open[promise.owner] += 1
+            promise.settled = self._close
         return promise
+
+    def _close(self, promise: Promise) -> None:
+        promise.settled = None
+        self._open[promise.owner] -= 1
+        if not self._open[promise.owner]:
+            del self._open[promise.owner]
 
     def repeated(self, id: str, digest: str, owner: str) -> Promise | None:
         """The promise of an earlier submission under this id; None: there is none.
@@ -101,7 +119,9 @@ class Promises:
         return promise if promise is not None and promise.owner == owner else None
 
     def drop(self, id: str) -> None:
-        self._promises.pop(id, None)
+        promise = self._promises.pop(id, None)
+        if promise is not None and promise.settled is not None:
+            self._close(promise)
 
     def sweep(self) -> None:
         """Forget what was fetched some time ago."""
@@ -110,10 +130,21 @@ class Promises:
             if promise.fetched is not None and now - promise.fetched > KEEP_S:
                 del self._promises[id]
 
+    def check_room(self, owner: str) -> None:
+        """Raise ApiError if too many requests of an owner wait."""
+        waiting = self._open[owner]
+        if waiting >= MAX_OPEN:
+            raise ApiError(f"queue: {waiting} requests of this key wait; try again", status=429, retry_after_s=1)
+
     def __iter__(self):
         return iter(list(self._promises.values()))
 
     @property
     def num_open(self) -> int:
         """Promises without an outcome."""
-        return sum(promise.outcome is None for promise in self._promises.values())
+        return self._open.total()
+
+
+def call_digest(kind: str, body: bytes) -> str:
+    """By which a repeated submission is told from another one under the same number."""
+    return hashlib.sha256(kind.encode() + b"\0" + body).hexdigest()

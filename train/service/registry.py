@@ -114,6 +114,10 @@ class Registry:
             raise not_found(f"sampling_session_id {id[:120]!a}")
         return row
 
+    def owns_sampler(self, id: str | None, owner: str) -> bool:
+        """Whether there is such a sampling session, and it is the owner's."""
+        return id is not None and self.journal.row("samplers", id=id, owner=owner) is not None
+
     # Checkpoints.
 
     def enter_checkpoint(

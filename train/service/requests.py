@@ -11,7 +11,7 @@ import numpy as np
 
 from stepjax.adapters.lora import LoraConfig, target_name
 from stepjax.config import ModelConfig
-from stepjax.train.service.programs import AdamNumbers
+from stepjax.train.service.devices.programs import AdamNumbers
 from stepjax.train.service.registry import checked_name, checked_ttl
 from stepjax.train.service.wire.tensors import bad
 from stepjax.weights.inventory import inventory

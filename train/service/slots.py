@@ -12,7 +12,7 @@ from stepjax.adapters.lora import LoraConfig
 from stepjax.errors import RequestError
 from stepjax.infer.engine.adapters import AdapterPin
 from stepjax.infer.engine.engine import Engine
-from stepjax.train.service.device import DeviceTurns
+from stepjax.train.service.devices.turns import DeviceTurns
 
 CLEARING_S = 10.0  # until a slot is free whose answers have ended
 # path → factors in host memory, and their settings

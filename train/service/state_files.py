@@ -38,6 +38,20 @@ class HostState:
     gradients: Arrays | None = None  # what was accumulated since the last step; None: nothing
     num_tokens: int = 0  # of these gradients
 
+    def arrays(self) -> Arrays:
+        """All arrays in one table, each name with its part before it."""
+        parts = {"leaf": self.leaves, "first": self.first, "second": self.second, "gradient": self.gradients or {}}
+        return {f"{part}:{name}": value for part, values in parts.items() for name, value in values.items()}
+
+    @classmethod
+    def of_arrays(cls, arrays: Mapping[str, np.ndarray], *, count: int, num_tokens: int) -> HostState:
+        """The state whose `arrays` these are."""
+        parts: dict[str, Arrays] = {"leaf": {}, "first": {}, "second": {}, "gradient": {}}
+        for name, value in arrays.items():
+            part, _, rest = name.partition(":")
+            parts[part][rest] = value
+        return cls(parts["leaf"], parts["first"], parts["second"], count, parts["gradient"] or None, num_tokens)
+
 
 def write_snapshot(path: Path, state: HostState, *, seq: int) -> None:
     """A model's whole state as one file, which appears only when complete.
@@ -46,11 +60,9 @@ def write_snapshot(path: Path, state: HostState, *, seq: int) -> None:
       seq: number of the last call that the state has in it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    parts = {"leaf": state.leaves, "first": state.first, "second": state.second, "gradient": state.gradients or {}}
-    arrays = {f"{part}:{name}": value for part, values in parts.items() for name, value in values.items()}
     about = {"count": str(state.count), "tokens": str(state.num_tokens), "seq": str(seq)}
     with whole_file(path) as partial:
-        save_file(arrays, partial, metadata=about)
+        save_file(state.arrays(), partial, metadata=about)
 
 
 def snapshot_seq(path: Path) -> int:
@@ -67,18 +79,7 @@ def snapshot_seq(path: Path) -> int:
 def read_snapshot(path: Path) -> HostState:
     """A state that `write_snapshot` wrote. CheckpointError: it is damaged."""
     arrays, about = _read(path)
-    parts: dict[str, Arrays] = {"leaf": {}, "first": {}, "second": {}, "gradient": {}}
-    for name, value in arrays.items():
-        part, _, rest = name.partition(":")
-        parts[part][rest] = value
-    return HostState(
-        parts["leaf"],
-        parts["first"],
-        parts["second"],
-        int(about["count"]),
-        parts["gradient"] or None,
-        int(about["tokens"]),
-    )
+    return HostState.of_arrays(arrays, count=int(about["count"]), num_tokens=int(about["tokens"]))
 
 
 def write_checkpoint(

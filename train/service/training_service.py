@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import hashlib
 import logging
 import secrets
@@ -13,31 +12,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from stepjax.adapters.lora import LoraConfig
 from stepjax.infer.serve.errors import ApiError
 from stepjax.infer.serve.service import Service
 from stepjax.infer.session import Session, model_identity, num_tokens_of
 from stepjax.train.runs.lock import locked
-from stepjax.train.service.answering import answered, fitted
 from stepjax.train.service.checks import ModelRoom
 from stepjax.train.service.collector import ServiceCollector
 from stepjax.train.service.context import ReadOnlyAdapters, ServiceCounts, SharedParts
-from stepjax.train.service.device import DeviceTurns
+from stepjax.train.service.devices.models import DeviceModels
+from stepjax.train.service.devices.orders import FingerprintOrder
+from stepjax.train.service.devices.turns import DeviceTurns
 from stepjax.train.service.journal import Journal
 from stepjax.train.service.lane import Lane, LaneCall
-from stepjax.train.service.limits import MAX_OPEN, SILENT_S, ServiceLimits, TokenBudget
+from stepjax.train.service.limits import SILENT_S, ServiceLimits, TokenBudget
 from stepjax.train.service.model_work import CHANGING, ModelWork, decoded, parsed
-from stepjax.train.service.programs import Programs
-from stepjax.train.service.promises import Failure, Promise, Promises
+from stepjax.train.service.promises import Promise, Promises, call_digest
+from stepjax.train.service.recorded_experts import RecordedExperts
 from stepjax.train.service.registry import HIDDEN, Registry, not_found
+from stepjax.train.service.sampling import SampleQueue
 from stepjax.train.service.slots import AdapterSlots
 from stepjax.train.service.state_files import remove_leftovers
-from stepjax.train.service.trained_model import target_scores
-from stepjax.train.service.wire.sample_requests import SampleCall
-from stepjax.train.service.wire.tensors import NamedTensor, bad
-from stepjax.train.tune.fingerprint import fingerprint
+from stepjax.train.service.wire.tensors import bad
 
 log = logging.getLogger(__name__)
 
@@ -71,20 +67,20 @@ class TrainingService:
         self._closing.enter_context(locked(folder))
         remove_leftovers(folder)
         try:
-            weights = _base_weights(session)
+            device = DeviceTurns(service, DeviceModels(session))
+            weights = device.carry_out_at_start(FingerprintOrder())
             journal = Journal(folder / "journal.sqlite", identity=_base_identity(session), weights=weights)
         except BaseException:
             self._closing.close()  # the folder's lock
             raise
         self._closing.callback(journal.close)
-        registry, programs, device = Registry(journal, folder), Programs(session), DeviceTurns(service)
-        adapters = ReadOnlyAdapters(registry, programs)
+        registry = Registry(journal, folder)
+        adapters = ReadOnlyAdapters(registry, session.config, device)
         context = min(service.engine.scheduler.config.context, session.config.max_positions)
         self.shared = SharedParts(
             session,
             service,
             names,
-            programs,
             device,
             journal,
             registry,
@@ -94,16 +90,17 @@ class TrainingService:
             TokenBudget(limits.tokens_per_minute),
             ModelRoom(context, num_tokens_of(session)),
             ServiceCounts(),
+            RecordedExperts(folder / "experts") if service.engine.config.routing else None,
         )
         service.metrics.register(ServiceCollector(self.shared.counts, self._gauges))
         self.tokenizer = tokenizer
         self.promises = Promises()
+        self.sampling = SampleQueue(self.shared, self.promises)
         self.url_key = secrets.token_bytes(32)
         self._lanes: dict[str, tuple[Lane, ModelWork]] = {}
         self._seen: dict[str, float] = {}  # session → when it was heard of last
         self._quiet: set[str] = set()  # sessions whose memory is to be given back
         self._ended: set[str] = set()  # sessions that have ended, whose calls are still kept
-        self._samples: dict[str, set[asyncio.Task[None]]] = {}  # session → answers under way
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -113,8 +110,9 @@ class TrainingService:
 
     async def stop(self) -> None:
         """Write what is in memory, so that the next server need not compute it again."""
-        for task in [*self._tasks, *(task for tasks in self._samples.values() for task in tasks)]:
+        for task in self._tasks:
             task.cancel()
+        self.sampling.cancel()
         for model in list(self._lanes):
             await self.release(model)
             if model in self._lanes:  # a call runs; what is cut short leaves the state half changed
@@ -132,7 +130,7 @@ class TrainingService:
           ApiError: there is no such model, its session has ended, or the number was used for another call.
         """
         self._returned(model.partition(":")[0])
-        id, digest = f"{model}:{seq}", _digest(kind, body)
+        id, digest = f"{model}:{seq}", call_digest(kind, body)
         if promise := self.promises.repeated(id, digest, owner):
             return promise
         shared = self.shared
@@ -144,7 +142,7 @@ class TrainingService:
             if recorded.digest != digest:
                 raise ApiError("seq_id: this number was used for another request", code="conflict", param="seq_id")
             return await self._recorded_promise(promise, recorded)
-        self._check_room(owner)
+        self.promises.check_room(owner)
         if seq < (first := self.lane(model).next):
             raise bad("seq_id", f"is {seq}, but the model has run all calls up to {first - 1}")
         self.promises.open(promise)
@@ -164,7 +162,7 @@ class TrainingService:
         if row is None or not 0 < seq < 2**31 or self.promises.get(f"{model}:{seq}", owner):
             return
         if await asyncio.to_thread(lambda: shared.journal.row("calls", model=model, seq=seq)) is None:
-            values = {"model": model, "seq": seq, "kind": "refused", "digest": _digest(kind, body), "type": ""}
+            values = {"model": model, "seq": seq, "kind": "refused", "digest": call_digest(kind, body), "type": ""}
             await asyncio.to_thread(
                 lambda: shared.journal.insert("calls", **values, body=None, state="failed", result=b"{}")
             )
@@ -183,7 +181,7 @@ class TrainingService:
         body: bytes,
     ) -> Promise:
         """A new model; its first call, number 0, makes it or loads its weights."""
-        shared, digest = self.shared, _digest(kind, body)
+        shared, digest = self.shared, call_digest(kind, body)
         id = f"{session}:train:{number}"
         old = await asyncio.to_thread(lambda: shared.journal.row("models", id=id))
         if old is None:
@@ -248,57 +246,9 @@ class TrainingService:
             if lane.idle and self._lanes.get(model) == (lane, work):
                 del self._lanes[model]
                 lane.task.cancel()
+                await work.model.drop()
 
     # Samples.
-
-    async def sample(self, owner: str, sampler: str, number: int, call: SampleCall, body: bytes) -> Promise:
-        """Queue a sample request.
-
-        Raises:
-          ApiError: too many wait.
-          RequestError: it does not fit the model.
-        """
-        shared, id, digest = self.shared, f"{sampler}:{number}", _digest("sample", body)
-        if promise := self.promises.repeated(id, digest, owner):
-            return promise
-        row = await asyncio.to_thread(shared.registry.sampler, sampler, owner)
-        requests = await asyncio.to_thread(fitted, shared.service, shared.session, call)
-        if promise := self.promises.repeated(id, digest, owner):
-            return promise
-        self._check_room(owner)
-        names = [f"{id}:{index}" for index in range(call.num_samples)]
-        promise = self.promises.open(Promise(id, owner, digest, {"sample_sequence_ids": names}))
-        task = asyncio.ensure_future(self._sample(promise, row.path, call, requests, owner))
-        tasks = self._samples.setdefault(row.session, set())
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
-        promise.task = task
-        return promise
-
-    async def _sample(self, promise: Promise, path: str | None, call: SampleCall, requests: Any, owner: str) -> None:
-        shared, pin = self.shared, None
-        try:
-            if path is not None:
-                await asyncio.to_thread(shared.registry.checkpoint, path, owner)
-                pin = await shared.slots.take(path, lambda: setattr(promise, "queue_state", "paused_capacity"))
-            try:
-                result = await answered(
-                    shared.service, shared.session, call, requests, pin, promise, salt=owner or "tinker"
-                )
-            finally:
-                if path is not None:
-                    shared.slots.give_back(path)
-            if call.targets is not None:
-                result = dataclasses.replace(result, target_logprobs=await self._targets(call, path))
-            shared.counts.samples += call.num_samples
-            promise.settle(result)
-        except asyncio.CancelledError:
-            promise.settle(Failure("the request was cancelled, since its session ended", "server"))
-            raise
-        except Exception as error:
-            if not isinstance(error, ApiError):
-                log.exception("sample %s failed", promise.id)
-            promise.settle(Failure.of(error))
 
     async def provide(self, path: str, owner: str) -> None:
         """Load saved weights for a request of another interface, which names them as its model.
@@ -315,22 +265,6 @@ class TrainingService:
         """Whether lists of models name saved weights to an owner. None: to everybody."""
         row = self.shared.registry.readable(path, owner)
         return row is not None and not row.name.startswith(HIDDEN)
-
-    async def _targets(self, call: SampleCall, path: str | None) -> NamedTensor:
-        """Log-probabilities of the ids that a sample request names at positions of its prompt."""
-        shared, tensor = self.shared, call.targets
-        assert tensor is not None
-        ids = tensor.value
-        if tensor.crow is not None and tensor.col is not None:  # cells that are not listed ask for nothing
-            listed = np.full(ids.shape, -1, np.int64)
-            rows = np.repeat(np.arange(len(ids)), np.diff(tensor.crow))
-            listed[rows, tensor.col] = ids[rows, tensor.col]
-            ids = listed
-        adapter = None if path is None else await shared.adapters.get(path)
-        tokens = np.asarray(call.prompt[:-1])
-        parts = (shared.session, shared.programs, shared.device, adapter)
-        scores = await target_scores(*parts, tokens, np.maximum(ids, 0))
-        return NamedTensor(tensor.name, np.where(ids < 0, np.float32(0), scores), tensor.crow, tensor.col)
 
     # Promises.
 
@@ -373,11 +307,6 @@ class TrainingService:
         promise.settle(decoded(row.state, bytes(row.result)))
         return promise
 
-    def _check_room(self, owner: str) -> None:
-        waiting = sum(promise.owner == owner and promise.outcome is None for promise in self.promises)
-        if waiting >= MAX_OPEN:
-            raise ApiError(f"queue: {waiting} requests of this key wait; try again", status=429, retry_after_s=1)
-
     # Sessions.
 
     def heard(self, session: str) -> None:
@@ -414,6 +343,8 @@ class TrainingService:
         shared = self.shared
         for session in [session for session in self._ended if session not in self._quiet]:
             self._ended.discard(session)
+            if shared.recorded is not None:
+                await asyncio.to_thread(shared.recorded.forget, session)
             for row in await asyncio.to_thread(lambda session=session: shared.journal.rows("models", session=session)):
                 await asyncio.to_thread(lambda row=row: shared.journal.delete("calls", model=row.id))
                 await asyncio.to_thread(shared.registry.forget_model, row.id)
@@ -424,8 +355,7 @@ class TrainingService:
 
     async def _quieten(self, session: str) -> None:
         """Cancel the answers of a session and take its models out of memory."""
-        for task in list(self._samples.pop(session, ())):
-            task.cancel()
+        self.sampling.cancel(session)
         for model in [model for model in self._lanes if model.startswith(f"{session}:")]:
             await self.release(model)
         self._seen.pop(session, None)
@@ -457,6 +387,8 @@ class TrainingService:
                 for session in list(self._quiet):
                     await self._quieten(session)
                 await self._forget_ended()
+                if self.shared.recorded is not None:
+                    await asyncio.to_thread(self.shared.recorded.sweep)
                 for row in await asyncio.to_thread(self.shared.journal.expired):
                     await self.delete_checkpoint(row.path)
             except Exception:
@@ -477,12 +409,3 @@ class TrainingService:
 def _base_identity(session: Session) -> str:
     """What saved states depend on: the model's configuration and its dtype, as a digest."""
     return hashlib.sha256(model_identity(session).partition(", mtp")[0].encode()).hexdigest()
-
-
-def _base_weights(session: Session) -> str:
-    """A digest of the weights that adapters are trained on; those of the MTP layers change nothing in them."""
-    return fingerprint({name: value for name, value in session.params.items() if not name.startswith("mtp.")})
-
-
-def _digest(kind: str, body: bytes) -> str:
-    return hashlib.sha256(kind.encode() + b"\0" + body).hexdigest()

@@ -108,7 +108,7 @@ def place(leaf: jax.Array, sharding: Any) -> jax.Array:
 
 def save_leaves(path: Path, leaves: Leaves, about: Mapping[str, Any]) -> None:
     """Write leaves as a safetensors file, which appears only when complete. All processes call; process 0 writes."""
-    arrays = {name: np.asarray(_replicated(leaf)) for name, leaf in leaves.items()}
+    arrays = {name: np.asarray(on_every_process(leaf)) for name, leaf in leaves.items()}
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as partial:
@@ -158,7 +158,7 @@ def adapted(session: Session, path: str) -> Params:
     return dict(session.params) | {name: jnp.asarray(leaf, dtypes[name]) for name, leaf in leaves.items()}
 
 
-def _replicated(leaf: jax.Array) -> jax.Array:
+def on_every_process(leaf: jax.Array) -> jax.Array:
     """The leaf, all of it on every process."""
     if leaf.is_fully_addressable or leaf.is_fully_replicated:
         return leaf

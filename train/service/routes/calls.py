@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -10,12 +11,12 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from stepjax.adapters import lora
-from stepjax.infer.serve.bodies import off_loop
+from stepjax.infer.serve.bodies import SIZE, off_loop
 from stepjax.infer.serve.errors import ApiError
 from stepjax.infer.serve.middleware import ApiKeys
 from stepjax.infer.serve.replies import json_response
 from stepjax.train.service.checks import check_call
-from stepjax.train.service.device import check_alive
+from stepjax.train.service.devices.turns import check_alive
 from stepjax.train.service.journal import JournalRow
 from stepjax.train.service.limits import MAX_BODY_BYTES
 from stepjax.train.service.model_work import parsed
@@ -268,13 +269,13 @@ def _add_samples(routes: APIRouter, service: TrainingService, keys: ApiKeys) -> 
         """Answers to a prompt, or scores of it."""
         check_alive(service.shared.service)
         owner, given = owner_of(request, keys), json_body(request)
-        body = canonical(given)
+        body = await off_loop(request.scope.get(SIZE, 0), canonical, given)
         call = await off_loop(len(body), read_sample, given)
         if given.get("sampling_session_id") is None:
             raise bad("sampling_session_id", "is missing; create a sampling session first")
         id = string(given, "sampling_session_id")
         number = integer(given, "seq_id", high=2**63 - 1)
-        promise = await service.sample(owner, id, number, call, body)
+        promise = await service.sampling.sample(owner, id, number, call, body)
         service.heard(id.split(":")[0])
         return json_response(promise.answer)
 
@@ -307,7 +308,16 @@ def _add_polls(routes: APIRouter, service: TrainingService, keys: ApiKeys) -> No
             return json_response(body, status=408)
         promise.fetched = time.monotonic()
         accepts = PROTOBUF in request.headers.get("accept", "")
-        return await asyncio.to_thread(_outcome_response, outcome, protobuf=accepts)
+        return await off_loop(_size(outcome), functools.partial(_outcome_response, outcome, protobuf=accepts))
+
+
+def _size(outcome: Outcome) -> int:
+    """About the bytes of an outcome, which decide where its answer is written."""
+    if isinstance(outcome, SampleResult):
+        columns = 1 + outcome.sample_width
+        scores = 0 if outcome.prompt_logprobs is None else len(outcome.prompt_logprobs) * (1 + outcome.top_width)
+        return 8 * (scores + sum(len(answer.tokens) * columns for answer in outcome.sequences))
+    return len(outcome) if isinstance(outcome, bytes) else 0
 
 
 def _outcome_response(outcome: Outcome, *, protobuf: bool) -> Response:

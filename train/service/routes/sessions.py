@@ -36,7 +36,8 @@ def sessions_router(service: TrainingService, keys: ApiKeys) -> APIRouter:
             {"model_name": name, "max_context_length": most, "trainable": True, "sampleable": True}
             for name in service.shared.names
         ]
-        return json_response({"supported_models": models, "losses": [*TARGET_LOSSES, *TEACHER_LOSSES]})
+        losses = [*TARGET_LOSSES, *TEACHER_LOSSES]
+        return json_response({"supported_models": models, "losses": losses, "tokenizer_id": service.tokenizer or None})
 
     @routes.post("/client/config")
     async def client_config() -> Response:

@@ -22,11 +22,22 @@ Config = dict[str, float | str]
 
 
 @dataclass(frozen=True)
+class Span:
+    """Where consecutive tokens come from: a sampled sequence, or its prompt."""
+
+    sequence_id: str
+    offset: int  # of the first, among those
+    length: int
+    sampled: bool  # False: of the prompt
+
+
+@dataclass(frozen=True)
 class GivenDatum:
     """A datum as it was sent: nothing of it has been checked against the model or the loss."""
 
     tokens: np.ndarray  # int64 [N]
     inputs: dict[str, NamedTensor]
+    spans: tuple[Span, ...] = ()  # of the tokens; empty: nothing is said
 
 
 @dataclass(frozen=True)
@@ -96,13 +107,26 @@ def _setting(value: int | memoryview) -> float | str:
 def _datum(value: memoryview, place: int) -> GivenDatum:
     tokens: list[np.ndarray] = []
     inputs: dict[str, NamedTensor] = {}
+    spans: list[Span] = []
     for index, part in fields(value):
         if index == 1:
             tokens.append(_chunk(nested(part, "chunk"), f"data[{place}].model_input"))
+        elif index == 3:
+            spans.append(_span(nested(part, "span"), f"data[{place}].model_input_spans"))
         elif index == 2:
             name, tensor = _input(nested(part, "loss_fn_inputs"), f"data[{place}].loss_fn_inputs")
             inputs[name] = tensor
-    return GivenDatum(np.concatenate(tokens) if tokens else np.zeros((0,), np.int64), inputs)
+    return GivenDatum(np.concatenate(tokens) if tokens else np.zeros((0,), np.int64), inputs, tuple(spans))
+
+
+def _span(value: memoryview, what: str) -> Span:
+    span = Span("", 0, 0, sampled=False)
+    for index, part in fields(value):
+        found: dict[int, Any] = {}
+        for number_, data in fields(nested(part, what)):
+            found[number_] = text(data, what) if number_ == 1 else number(data, what)
+        span = Span(found.get(1, ""), found.get(2, 0), found.get(3, 0), sampled=index == 2)
+    return span
 
 
 def _input(value: memoryview, what: str) -> tuple[str, NamedTensor]:
@@ -187,7 +211,27 @@ def _json_datum(item: Any, place: int) -> GivenDatum:
     if not isinstance(inputs, Mapping):
         raise bad(f"{what}.loss_fn_inputs", "expected an object of tensors")
     tensors = {name: tensor_from_json(f"{what}.loss_fn_inputs.{name}"[:120], value) for name, value in inputs.items()}
-    return GivenDatum(np.asarray(tokens, np.int64), tensors)
+    return GivenDatum(np.asarray(tokens, np.int64), tensors, _json_spans(item.get("model_input_spans"), what))
+
+
+def _json_spans(given: Any, what: str) -> tuple[Span, ...]:
+    """Spans as protocol buffers have them in JSON: objects with prompt_tokens or sampled_tokens."""
+    if given is None:
+        return ()
+    name = f"{what}.model_input_spans"
+    if not isinstance(given, list) or not all(isinstance(item, Mapping) for item in given):
+        raise bad(name, "expected a list of spans")
+    spans: list[Span] = []
+    for item in given:
+        kind = "sampled_tokens" if "sampled_tokens" in item else "prompt_tokens"
+        origin = item.get(kind)
+        if not isinstance(origin, Mapping) or not isinstance(origin.get("sequence_id"), str):
+            raise bad(name, "expected objects with prompt_tokens or sampled_tokens of a sequence_id")
+        counts = [origin.get(part, 0) for part in ("offset", "length")]
+        if any(isinstance(count, bool) or not isinstance(count, int) for count in counts):
+            raise bad(name, "expected an offset and a length that are integers")
+        spans.append(Span(origin["sequence_id"], *counts, sampled=kind == "sampled_tokens"))
+    return tuple(spans)
 
 
 def prompt_tokens(value: Any, what: str) -> list[int]:

@@ -24,9 +24,9 @@ from stepjax.train.losses.divergence import Kind
 from stepjax.train.losses.logprobs import HiddenScores, token_scores
 from stepjax.train.losses.target_logprobs import target_logprobs
 from stepjax.train.losses.target_losses import token_losses
-from stepjax.train.packing.rows import PackedRows, packed_chunk
+from stepjax.train.packing.rows import packed_chunk
 from stepjax.train.runs.optimizer import apply
-from stepjax.train.service.micro_batches import MicroBatch
+from stepjax.train.service.devices.micro_batches import MicroBatch
 from stepjax.train.tune.update import COMPILER_OPTIONS, Leaves
 
 
@@ -105,6 +105,10 @@ class Programs:
 
         return self._of("step", config, None, None, lambda *_: adam_step, out=out, donate=(0, 1))
 
+    def no_gradients(self, config: LoraConfig) -> StoredFunction:
+        """``(leaves) → zeros of their shapes``."""
+        return self._of("zeros", config, None, None, lambda *_: _zeros, out=lambda leaves, _: leaves)
+
     def leaves(self, config: LoraConfig, values: Mapping[str, Any]) -> Leaves:
         """Leaves on the device, placed as the weights that they adapt."""
         where = self._shardings(config)
@@ -118,14 +122,16 @@ class Programs:
         return placed
 
     def zeros(self, config: LoraConfig) -> Leaves:
-        """Leaves of zeros: gradients and moments before the first step."""
+        """Leaves of zeros: moments before the first step."""
         shapes = lora.shapes(self._session.config, config)
         return self.leaves(config, {name: np.zeros(shape.shape, np.float32) for name, shape in shapes.items()})
 
     def count(self, steps: int) -> jax.Array:
         """The counter of `Moments`."""
-        value = jnp.asarray(np.int32(steps))
-        return value if self.mesh is None else jax.device_put(value, self.mesh.replicated)
+        value = np.asarray(steps, np.int32)
+        if self.mesh is None:
+            return jnp.asarray(value)
+        return jax.make_array_from_callback((), self.mesh.replicated, lambda _: value)
 
     def _shardings(self, config: LoraConfig) -> dict[str, Any] | None:
         if self.mesh is None:
@@ -148,7 +154,7 @@ class Programs:
         if key not in self._made:
             session, where = self._session, self._shardings(config)
             options: dict[str, Any] = {"donate_argnums": donate} if donate else {}
-            if name != "step":
+            if name not in ("step", "zeros"):
                 options["compiler_options"] = COMPILER_OPTIONS
             if where is not None and self.mesh is not None:
                 options["out_shardings"] = out(where, self.mesh.replicated)
@@ -162,14 +168,14 @@ class Programs:
             )
         return self._made[key]
 
-    def _hidden(self, params: Params, rows: PackedRows) -> tuple[Any, jax.Array]:
-        model = bind(self._session.model, params)
-        deep = len(model.layers) > KEPT_LAYERS
-        return model, model.forward(rows.ids, packed_chunk(rows), recompute=deep).hidden_BTD
+    def _hidden(self, params: Params, micro: MicroBatch, *, replays: bool = True) -> tuple[Any, jax.Array]:
+        model, rows = bind(self._session.model, params), micro.rows
+        deep, recorded = len(model.layers) > KEPT_LAYERS, micro.experts if replays else None
+        return model, model.forward(rows.ids, packed_chunk(rows), recorded_BTLA=recorded, recompute=deep).hidden_BTD
 
     def _score(self, config: LoraConfig, *_: Any) -> Callable[..., PassScores]:
         def score(leaves: Leaves, base: Params, micro: MicroBatch, index: Any, numbers: Any) -> PassScores:
-            model, hidden = self._hidden(lora.attach(base, leaves, config), micro.rows)
+            model, hidden = self._hidden(lora.attach(base, leaves, config), micro)
             inputs, segments = micro.inputs, micro.rows.segment_ids
             logprob = target_logprobs(hidden, inputs.target, model.logits, num_tokens=num_tokens_of(self._session))
             loss = token_losses(index, numbers, logprob, inputs, segments)
@@ -182,8 +188,8 @@ class Programs:
     ) -> Callable[..., PassScores]:
         def score(leaves: Leaves, base: Params, micro: MicroBatch, teacher_leaves: Any) -> PassScores:
             teaching = base if teacher is None else lora.attach(base, teacher_leaves, teacher)
-            taught_by, known = self._hidden(teaching, micro.rows)
-            model, hidden = self._hidden(lora.attach(base, leaves, config), micro.rows)
+            taught_by, known = self._hidden(teaching, micro, replays=False)
+            model, hidden = self._hidden(lora.attach(base, leaves, config), micro)
             scores = token_scores(
                 hidden,
                 micro.inputs.target[..., 0],
@@ -205,6 +211,10 @@ class Programs:
 
     def _accumulate_taught(self, *settings: Any) -> Callable[..., tuple[Leaves, PassScores]]:
         return _accumulation(self._score_taught(*settings))
+
+
+def _zeros(leaves: Leaves) -> Leaves:
+    return jax.tree.map(jnp.zeros_like, leaves)
 
 
 def _accumulation(score: Callable[..., PassScores]) -> Callable[..., tuple[Leaves, PassScores]]:

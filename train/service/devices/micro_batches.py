@@ -8,11 +8,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from stepjax.infer.steps.state import NO_EXPERT
 from stepjax.train.losses.target_losses import TargetInputs
 from stepjax.train.packing.rows import Bins, Example, PackedRows
+from stepjax.train.service.wire.calls import Span
 
-SHORTEST = 64  # tokens of the shortest row; longer ones have powers of two
+LENGTHS = (64, 96)  # tokens of rows: these, and both times powers of two
 MICRO_TOKENS = 4096  # of a micro-batch, unless one datum has more
+SPARE = 8  # at most one of so many rows of a micro-batch is empty
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class Datum:
     advantage: np.ndarray  # float32 [N]
     ratio_mask: np.ndarray  # float32 [N]
     flat: bool  # targets were given without the axis of K, and log-probabilities are returned so
+    spans: tuple[Span, ...] = ()  # where the tokens come from; empty: nothing is said
+    experts: np.ndarray | None = None  # uint16 [N, L, A]: those to replay
 
     @property
     def width(self) -> int:
@@ -37,6 +42,8 @@ class MicroBatch(NamedTuple):
 
     rows: PackedRows
     inputs: TargetInputs
+    # uint16 [R, T, L, A]: experts to replay, for the token as an input; an id ≥ E leaves it to the router
+    experts: Any = None
 
 
 @dataclass(frozen=True)
@@ -53,20 +60,19 @@ class PackedCall:
 
 
 def pack_call(data: Sequence[Datum]) -> PackedCall:
-    """All data by first fit, in rows of one length and micro-batches of one shape.
+    """All data by first fit, in rows of one length, and micro-batches of few shapes.
 
-    Both are rounded up to few sizes, so that few programs are compiled: powers of two for the length and the number of
-    targets, powers of four for the rows.
+    Shapes are rounded up to few sizes, so that few programs are compiled: 64, 96, 128, 192, … tokens of a row, powers
+    of two for the rows of a micro-batch and for the number of targets. At most an eighth of the rows is empty.
     """
-    length = _up(max(len(datum.tokens) for datum in data), SHORTEST, 2)
+    longest = max(len(datum.tokens) for datum in data)
+    length = min(_up(longest, least, 2) for least in LENGTHS)
     width = _up(max(datum.width for datum in data), 1, 2)
     bins = Bins(length)
     for datum in data:
         bins.add(Example(datum.tokens.tolist(), []))
-    most = max(1, MICRO_TOKENS // length)
-    rows = min(_up(len(bins.rows), 1, 4), most)
-    count = -(-len(bins.rows) // rows)
-    packed = bins.arrays(num_rows=count * rows)
+    sizes = micro_sizes(len(bins.rows), most=max(1, MICRO_TOKENS // length))
+    packed = bins.arrays(num_rows=sum(sizes))
     shape = packed.ids.shape
 
     def column(name: str, dtype: Any, *rest: int) -> np.ndarray:
@@ -88,14 +94,54 @@ def pack_call(data: Sequence[Datum]) -> PackedCall:
         column("ratio_mask", np.float32),
     )
 
-    def part(x: np.ndarray, number: int) -> np.ndarray:
-        return x[number * rows : (number + 1) * rows]
-
+    experts = _experts(data, bins.places, shape)
+    ends = np.cumsum(sizes)
+    parts = [slice(end - size, end) for end, size in zip(ends.tolist(), sizes, strict=True)]
     micros = tuple(
-        MicroBatch(PackedRows(*(part(x, number) for x in packed)), TargetInputs(*(part(x, number) for x in inputs)))
-        for number in range(count)
+        MicroBatch(
+            PackedRows(*(x[part] for x in packed)),
+            TargetInputs(*(x[part] for x in inputs)),
+            None if experts is None else experts[part],
+        )
+        for part in parts
     )
-    return PackedCall(micros, tuple((row // rows, row % rows, first) for row, first in bins.places))
+    places: list[tuple[int, int, int]] = []
+    for row, first in bins.places:
+        micro = int(np.searchsorted(ends, row, side="right"))
+        places.append((micro, row - parts[micro].start, first))
+    return PackedCall(micros, tuple(places))
+
+
+def _experts(data: Sequence[Datum], places: Sequence[tuple[int, int]], shape: tuple[int, ...]) -> np.ndarray | None:
+    """The experts to replay in packed rows; None: there are none."""
+    known = next((datum.experts for datum in data if datum.experts is not None), None)
+    if known is None:
+        return None
+    out = np.full((*shape, *known.shape[1:]), NO_EXPERT, np.uint16)
+    for (row, first), datum in zip(places, data, strict=True):
+        if datum.experts is not None:
+            out[row, first : first + len(datum.tokens)] = datum.experts
+    return out
+
+
+def micro_sizes(rows: int, *, most: int) -> list[int]:
+    """Rows of each micro-batch: powers of two, the largest first.
+
+    The last one is padded with empty rows where at most one of `SPARE` is empty. Else it is split: padding nine rows to
+    sixteen would cost 78 % more time.
+
+    Args:
+      most: rows of the largest.
+    """
+    sizes: list[int] = []
+    largest = 1 << most.bit_length() - 1
+    while rows > 0:
+        size = min(_up(rows, 1, 2), largest)
+        if (size - rows) * SPARE > size:
+            size //= 2
+        sizes.append(size)
+        rows -= size
+    return sizes
 
 
 def _up(value: int, least: int, factor: int) -> int:
