@@ -276,9 +276,10 @@ def whole_mesh(
             "counts as eight), or leave the strategy out"
         )
     nodes = num_devices // domain if strategy == "wide_data" and num_devices % domain == 0 else 1
-    each, refusal = num_devices // nodes, None
+    of_node, refusal = num_devices // nodes, None
     alone = {"tensor": MeshSpec(tensor=num_devices), "fsdp": MeshSpec(data=num_devices)}
-    shared = [MeshSpec(nodes, 1, each // tensor, tensor) for tensor in range(1, each + 1) if each % tensor == 0]
+    tensors = [count for count in range(1, of_node + 1) if of_node % count == 0]
+    shared = [MeshSpec(nodes, 1, of_node // tensor, tensor) for tensor in tensors]
     for spec in [alone[strategy]] if strategy in alone else shared:
         try:
             ShardingRules(config, spec, strategy, experts)

@@ -135,6 +135,22 @@ def test_rows_in_slices_give_what_rows_in_buffers_give(monkeypatch, mesh, strate
         assert largest_error(*(jax.device_get(run(params, adapters(), x, real)) for run in runs)) < 1e-5
 
 
+@pytest.mark.parametrize("form", ["node", "exchange"])
+def test_slices_send_one_percent_more_than_tokens_have_distinct_ranks(form):
+    """A prefill of 32,768 tokens on 32 devices: ids and weights beside a row are all that is added."""
+    tokens, group = 1024, group_of("data=4,expert=8", "wide_data")
+    way = choose_way(FLASH, group, tokens, options=Dispatch(form, ragged=True), alike=(), num_alike=1)
+    random = np.random.default_rng(0)
+    ids = np.argpartition(random.random((32 * tokens, 288)), 8)[:, :8]
+    distinct = [
+        np.mean([len(set(row)) for row in (ids // (288 // ranks)).tolist()])
+        for ranks in ((4, 32) if form == "node" else (32,))
+    ]
+    there = [one for one in way.exchanges(FLASH, tokens, itemsize=2) if one.kind == "ragged-all-to-all"][::2]
+    for number, exchange in zip(distinct, there, strict=True):
+        assert 1 < exchange.travelling_bytes / (number * tokens * FLASH.hidden_size * 2) < 1.01
+
+
 def test_slices_hold_each_row_once():
     """Of random numbers of rows: as many travel as tokens have distinct ranks, and each lies where its sender says."""
     random, ranks, rows = np.random.default_rng(0), 5, 16
