@@ -118,7 +118,7 @@ class Service:
         self.draining = False
         self.failure: BaseException | None = None
         self.ended = asyncio.Event()  # the engine's thread has ended
-        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._open: dict[str, tuple[Submission, int]] = {}  # by the engine's id
         self._submissions: set[Submission] = set()
         self._capacity = engine.config.num_slots + engine.config.max_waiting

@@ -133,16 +133,20 @@ def decode_order(content: Mapping[str, Any]) -> ModelOrder:
     if kind == "StepOrder":
         return StepOrder(fields["model"], AdamNumbers(*map(np.float32, fields["numbers"])))
     if kind == "PassOrder":
-        *arrays, experts = [None if value is None else _decoded(value) for value in fields["micro"]]
-        rows = len(PackedRows._fields)
-        fields["micro"] = MicroBatch(PackedRows(*arrays[:rows]), TargetInputs(*arrays[rows:]), experts)
-        fields["taught"] = None if fields["taught"] is None else TeacherLoss(**fields["taught"])
-        return PassOrder(**fields | {"numbers": tuple(fields["numbers"])})
+        return _pass_order(fields)
     lora = LoraConfig(**fields["lora"])
     zeros = {name: np.zeros(shape, np.float32) for name, shape in fields["shapes"].items()}
     if kind == "HoldOrder":
         return HoldOrder(fields["name"], lora, zeros)
     return PlaceOrder(fields["model"], lora, HostState.of_arrays(zeros, **fields["about"]))
+
+
+def _pass_order(fields: dict[str, Any]) -> PassOrder:
+    *arrays, experts = [None if value is None else _decoded(value) for value in fields.pop("micro")]
+    rows = len(PackedRows._fields)
+    micro = MicroBatch(PackedRows(*arrays[:rows]), TargetInputs(*arrays[rows:]), experts)
+    taught, numbers = fields.pop("taught"), tuple(fields.pop("numbers"))
+    return PassOrder(micro=micro, numbers=numbers, taught=None if taught is None else TeacherLoss(**taught), **fields)
 
 
 def _encoded(value: np.ndarray) -> list[Any]:

@@ -129,9 +129,8 @@ class Programs:
     def count(self, steps: int) -> jax.Array:
         """The counter of `Moments`."""
         value = np.asarray(steps, np.int32)
-        if self.mesh is None:
-            return jnp.asarray(value)
-        return jax.make_array_from_callback((), self.mesh.replicated, lambda _: value)
+        where = None if self.mesh is None else self.mesh.replicated
+        return jnp.asarray(value) if where is None else jax.make_array_from_callback((), where, lambda _: value)
 
     def _shardings(self, config: LoraConfig) -> dict[str, Any] | None:
         if self.mesh is None:
