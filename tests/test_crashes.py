@@ -80,6 +80,20 @@ def assert_equal_runs(run: Path, expected: Path) -> None:
     assert history(run) == history(expected)
 
 
+def wait_for_moment(process: subprocess.Popen, run: Path, rng: random.Random, seconds: float) -> None:
+    """Wait until some moment of a run: before its first step, within or after one, or while the result is written.
+
+    The steps say when, since a machine is not equally fast from run to run.
+    """
+    records, metrics = rng.randrange(0, 13), run / "metrics.jsonl"
+    if not records:
+        time.sleep(rng.uniform(0, 0.6) * seconds)
+        return
+    while process.poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < records):
+        time.sleep(0.005)
+    time.sleep(rng.uniform(0, 0.02) * seconds)
+
+
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("trial", range(TRIALS))
@@ -88,10 +102,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(whole, tmp_path, trial):
     process = subprocess.Popen(
         command(settings, str(tmp_path / "run")), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
-    try:
-        process.wait(random.Random(trial).uniform(0.3, 1) * seconds)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
+    wait_for_moment(process, tmp_path / "run", random.Random(trial), seconds)
+    process.send_signal(signal.SIGKILL)
     process.communicate()
     before = set(os.listdir(tmp_path / "run" / "checkpoints")) if (tmp_path / "run" / "checkpoints").exists() else set()
     done = subprocess.run(
