@@ -240,8 +240,15 @@ def test_it_is_saved_as_the_bfloat16_that_it_stands_for(tmp_path, held):
 # What plans and studies count
 
 
-@pytest.mark.parametrize("mesh", ["data=1", "expert=4,tensor=2", "context=2,expert=2,tensor=2"])
-@pytest.mark.parametrize("step", ["decode", "prefill"])
+@pytest.mark.parametrize(
+    ("mesh", "step"),
+    [
+        ("expert=4,tensor=2", "decode"),
+        pytest.param("data=1", "decode", marks=pytest.mark.slow),
+        pytest.param("context=2,expert=2,tensor=2", "decode", marks=pytest.mark.slow),
+        pytest.param("expert=4,tensor=2", "prefill", marks=pytest.mark.slow),
+    ],
+)
 def test_plans_and_studies_count_both_forms(mesh, step):
     spec = MeshSpec.parse(mesh)
     sizes = {}
