@@ -16,13 +16,13 @@ from stepjax.errors import RequestError
 from stepjax.infer.engine.adapters import AdapterPin
 from stepjax.infer.engine.admission import QueueFullError
 from stepjax.infer.serve.answers import Answers
+from stepjax.infer.serve.bodies import header_value
 from stepjax.infer.serve.conversations.reading import in_clients_words
 from stepjax.infer.serve.errors import ApiError, Dialect
 from stepjax.infer.serve.formats import wants_grammar
 from stepjax.infer.serve.middleware import ApiKeys, Scope
 from stepjax.infer.serve.replies import json_response
 from stepjax.infer.serve.requests import read_chat
-from stepjax.infer.serve.routes import header_value
 from stepjax.infer.serve.schemas import Body, ChatRequest, SampledRequest
 from stepjax.infer.serve.service import EngineRequest, Service
 from stepjax.infer.serve.sse import EventStream, unless_disconnected

@@ -9,12 +9,12 @@ from fastapi import APIRouter, Response
 
 from stepjax.errors import RequestError
 from stepjax.infer.serve.api import Api
+from stepjax.infer.serve.bodies import BodyRoute
 from stepjax.infer.serve.conversations.reading import read_chat_body
 from stepjax.infer.serve.errors import ApiError
 from stepjax.infer.serve.limits import listed, sized
 from stepjax.infer.serve.replies import json_response
 from stepjax.infer.serve.requests import encode_prompt, offered_tools, template_options
-from stepjax.infer.serve.routes import BodyRoute
 from stepjax.infer.serve.schemas import Body, ChatMessage, ChatRequest
 from stepjax.infer.session import Session
 
