@@ -18,6 +18,7 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 
+from stepjax.errors import StepjaxError
 from stepjax.infer.serve.errors import ApiError, field_name
 from stepjax.infer.serve.fields.dialects import FIELD_TABLES
 from stepjax.infer.serve.fields.field_table import FieldTable
@@ -29,6 +30,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 IGNORED = "x-stepjax-ignored"  # the header that names the fields without effect
 _MAX_HEADER = 1000  # characters of its value
+_READ_ONCE = {"messages", "system", "input", "prompt", "tokens"}  # fields of a body that no writer of an answer reads
 
 INLINE_BYTES = 4096  # bodies up to here are parsed in the event loop, in less time than a thread takes to wake
 PARSED = "stepjax.body"  # where the scope holds the parsed body
@@ -47,7 +49,18 @@ async def off_loop(size: int, work: Callable[..., T], *arguments: Any) -> T:
     """``work(*arguments)``, in a thread unless the body of ``size`` bytes is small."""
     if size <= INLINE_BYTES:
         return work(*arguments)
-    return await asyncio.to_thread(work, *arguments)
+    return await asyncio.to_thread(bare, work, *arguments)
+
+
+def bare(work: Callable[..., T], *arguments: Any) -> T:
+    """``work(*arguments)`` for a thread. An error of the request leaves its frames and causes behind: freeing what they
+    made of the body takes long.
+    """
+    try:
+        return work(*arguments)
+    except (ApiError, StepjaxError) as error:
+        error.__cause__ = error.__context__ = None
+        raise error.with_traceback(None)  # noqa: B904
 
 
 class StrictBodies:
@@ -227,14 +240,28 @@ class BodyRoute(APIRoute):
         async def handle(request: Request) -> Response:
             if PARSED not in request.scope:
                 raise ApiError("body: expected a JSON object, found nothing", code="invalid_json")
-            body, names = await off_loop(request.scope[SIZE], _taken, model, table, request.scope)
-            response = await (self.endpoint(request, body) if takes_request else self.endpoint(body))
+            size = request.scope[SIZE]
+            body, names = await off_loop(size, _taken, model, table, request.scope)
+            unread = set(model.model_fields)  # if it fails
+            try:
+                response = await (self.endpoint(request, body) if takes_request else self.endpoint(body))
+                unread = _READ_ONCE
+            finally:
+                await off_loop(size, _free, body, unread)
             names = sorted({*names, *getattr(request.state, "ignored", ())})
             if names:
                 response.headers[IGNORED] = header_value(names)
             return response
 
         return handle
+
+
+def _free(body: BaseModel, names: Collection[str]) -> None:
+    """Free the fields of a body that nobody reads again, and those that it has beside its own."""
+    if body.model_extra:
+        body.model_extra.clear()
+    for name in names:
+        body.__dict__.pop(name, None)
 
 
 def _taken(model: type[Model], table: FieldTable, scope: Scope) -> tuple[Model, list[str]]:

@@ -13,7 +13,7 @@ from pydantic import Field, WithJsonSchema
 from stepjax.errors import RequestError
 from stepjax.infer.serve.answers import Answers
 from stepjax.infer.serve.api import Api
-from stepjax.infer.serve.bodies import BodyRoute
+from stepjax.infer.serve.bodies import BodyRoute, bare
 from stepjax.infer.serve.conversations.anthropic_tools import read_anthropic_tools
 from stepjax.infer.serve.conversations.client_form import ClientForm
 from stepjax.infer.serve.conversations.message_blocks import read_blocks
@@ -192,7 +192,7 @@ def router(api: Api) -> APIRouter:
     async def count_tokens(body: CountTokensRequest) -> Response:
         """Count the tokens of a prompt."""
         api.model_name(body.model)
-        ids = await asyncio.to_thread(_count, api.session, body)
+        ids = await asyncio.to_thread(bare, _count, api.session, body)
         return json_response({"input_tokens": len(ids)})
 
     return routes
