@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stepjax.infer.answer_stream import AnswerStream
 from stepjax.infer.engine.config import EngineConfig
 from stepjax.infer.engine.engine import Engine
 from stepjax.infer.engine.ready_programs import ProgramShape
+from stepjax.infer.engine.sequence import FinishReason
 from stepjax.infer.guided.guide import Constraint
 from stepjax.infer.hosts import agreed
 from stepjax.infer.sampling.params import SamplingParams
-from stepjax.infer.transcript import Delta, FinishReason, Transcript, begins_in_reasoning
+from stepjax.infer.transcript import AnswerStream, Delta, Transcript, begins_in_reasoning
 from stepjax.startup import Startup
 from stepjax.text.tool_calls import ToolCall, ToolSchemas
 

@@ -46,6 +46,8 @@ def _chunks(chunks: list[dict[str, Any]]) -> dict[str, Any]:
                     _add_choice(choices.setdefault(choice["index"], {}), choice)
             elif name not in ("id", "created", "object"):
                 assert name in ("model", "system_fingerprint", "usage") or name not in body, f"{name} came twice"
+                if name == "usage" and name in body:  # counts so far
+                    assert body[name]["completion_tokens"] <= value["completion_tokens"]
                 body[name] = value
     return body | {"choices": [choices[index] for index in sorted(choices)]}
 

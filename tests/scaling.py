@@ -21,7 +21,7 @@ from stepjax.errors import StepjaxError
 from stepjax.infer.engine.engine import Engine
 from stepjax.infer.serve.api import ServeOptions
 from stepjax.infer.serve.app import create_app
-from stepjax.infer.serve.bodies import parse_json
+from stepjax.infer.serve.bodies import parse_json, validated
 from stepjax.infer.serve.conversations.reading import read_chat_body
 from stepjax.infer.serve.endpoints import messages, responses, tokens
 from stepjax.infer.serve.endpoints.completions import CompletionRequest, read_completion
@@ -29,7 +29,6 @@ from stepjax.infer.serve.errors import ApiError
 from stepjax.infer.serve.fields.dialects import FIELD_TABLES
 from stepjax.infer.serve.metrics import ServerMetrics
 from stepjax.infer.serve.requests import encode_prompt, read_chat
-from stepjax.infer.serve.routes import validated
 from stepjax.infer.serve.schemas import ChatRequest
 from stepjax.infer.serve.service import Service
 from stepjax.infer.session import Session
@@ -312,17 +311,17 @@ class Meter:
     def __init__(self, engine: Engine, session: Session, **options: Any):
         self._engine, self._session, self._options = engine, session, ServeOptions(("step-tiny",), **options)
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self.thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
     def __enter__(self) -> Meter:
-        self._thread.start()
+        self.thread.start()
         self._run(self._begin())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         self._run(self._end())
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(60)
+        self.thread.join(60)
         self._loop.close()
 
     def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
@@ -352,12 +351,31 @@ class Meter:
         self._ending.set()
         await self._lifespan
 
+    def steps(self, path: str, data: bytes) -> tuple[Cost, int]:
+        """A request, and the calls of functions that the loop's thread makes for it, those in C included."""
+        return self._run(_counted(_ask(self.app, path, data, {})))
+
     def cost(self, path: str, data: bytes, *, headers: dict[str, str] | None = None, times: int = 1) -> Cost:
         """The least cost of a request, without what its bytes cost on their way from the socket."""
         least = self._run(_ask(self.app, path, data, headers or {}))
         for _ in range(times - 1):
             least = least.least(self._run(_ask(self.app, path, data, headers or {})))
         return least
+
+
+async def _counted(request: Coroutine[Any, Any, Cost]) -> tuple[Cost, int]:
+    count = 0
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        answer = await request
+        return answer, count
+    finally:
+        sys.setprofile(None)
 
 
 async def _ask(app: Any, path: str, data: bytes, headers: dict[str, str]) -> Cost:

@@ -3,11 +3,11 @@
 import numpy as np
 from tokenizers_fixture import make_tokenizer
 
-from stepjax.infer.answer_stream import AnswerDelta, AnswerStream
 from stepjax.infer.engine.answer import TokenScore, split_request
 from stepjax.infer.engine.engine import Update
+from stepjax.infer.engine.sequence import FinishReason
 from stepjax.infer.sampling.params import SamplingParams
-from stepjax.infer.transcript import Delta, FinishReason, Part, Transcript
+from stepjax.infer.transcript import AnswerDelta, AnswerStream, Delta, Part, Transcript
 from stepjax.text.tool_calls import ContentDelta
 
 TOKENIZER = make_tokenizer()

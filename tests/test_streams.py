@@ -70,6 +70,33 @@ OPTIONS: dict[str, dict[str, list[Any]]] = {
     },
 }
 
+# What only the random rows try, beside the others.
+MORE: dict[str, dict[str, list[Any]]] = {
+    "chat": {
+        "max_tokens": [400, 300, 200, 1, 2, 3, 12, 13, 40],
+        "max_completion_tokens": [None, None, 25],
+        "no_stop_trim": [None, True],
+        "reasoning": [None, {"exclude": True}],
+        "top_logprobs": [None, 0, 3, 20],
+        "stop_token_ids": [None, [60], [60, 10, 11]],
+        "truncate_prompt_tokens": [None, 3],
+    },
+    "completions": {
+        "max_tokens": [400, 300, 200, 1, 2, 3, 12, 13, 40],
+        "no_stop_trim": [None, True],
+        "logprobs": [None, 0, 2, 20],
+        "stop_token_ids": [None, [60], [60, 10, 11]],
+        "truncate_prompt_tokens": [None, 3],
+    },
+    "messages": {"max_tokens": [400, 300, 200, 1, 2, 3, 12, 13, 40], "min_tokens": [None, 3, 12]},
+    "responses": {
+        "max_tokens": [400, 300, 200, 1, 2, 3, 12, 13, 40],
+        "min_tokens": [None, 3, 12],
+        "stop": STOPS,
+        "skip_special_tokens": [None, False],
+    },
+}
+
 
 def pairwise(options: Mapping[str, list[Any]], *, seed: int = 0) -> list[dict[str, Any]]:
     """Rows in which every pair of values of two options occurs."""
@@ -121,7 +148,7 @@ def body_of(dialect: str, row: Mapping[str, Any]) -> dict[str, Any]:
     body.pop("most")
     body["seed"] = 3
     if "min_tokens" in body:
-        body["min_tokens"] = min(body["min_tokens"], body["max_tokens"])
+        body["min_tokens"] = min(body["min_tokens"], body["max_tokens"], body.get("max_completion_tokens", 400))
     return {"chat": _chat, "completions": _completion, "messages": _message, "responses": _response}[dialect](body)
 
 
@@ -259,7 +286,9 @@ def test_the_joined_stream_is_the_whole_answer(scripted, dialect):
 @pytest.mark.long
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_any_joined_stream_is_the_whole_answer(scripted, dialect):
-    compare(scripted, dialect, drawn(OPTIONS[dialect], 1000), singly=True)
+    rows = drawn(OPTIONS[dialect] | MORE[dialect], 1000)
+    assert len({json.dumps(row, sort_keys=True) for row in rows}) == 1000
+    compare(scripted, dialect, rows, singly=True)
 
 
 @pytest.fixture(scope="module")

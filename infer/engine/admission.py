@@ -16,16 +16,13 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import count
 from operator import attrgetter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from stepjax.errors import ConfigError, RequestError
 from stepjax.infer.engine.host_tier import HostStats
 from stepjax.infer.engine.prefix_cache import Match, PrefixStats
-from stepjax.infer.engine.sequence import HostMove, PageUpdate, RingCopy, Sequence, SequenceState
+from stepjax.infer.engine.sequence import FinishReason, HostMove, PageUpdate, RingCopy, Sequence, SequenceState
 from stepjax.infer.engine.shard import RUN_RANK, RunningSequence, Shard
-
-if TYPE_CHECKING:
-    from stepjax.infer.transcript import FinishReason
 
 
 class QueueFullError(RequestError):

@@ -29,12 +29,11 @@ from stepjax.infer.engine.followers import Channel, Leader, OrderHandlers, conne
 from stepjax.infer.engine.guidance import Guidance, fault_of
 from stepjax.infer.engine.ready_programs import CPU_PROGRAMS, ReadyPrograms
 from stepjax.infer.engine.scheduler import Scheduler
-from stepjax.infer.engine.sequence import Row, Sequence, StepOutput, StepPlan
+from stepjax.infer.engine.sequence import FinishReason, Row, Sequence, StepOutput, StepPlan
 from stepjax.infer.engine.stats import FinishedStep, Stats, StepTimer
 from stepjax.infer.guided.guide import Constraint
 from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.steps.state import Emitted
-from stepjax.infer.transcript import FinishReason
 from stepjax.model.step3p5 import Params
 from stepjax.sharding.watchdog import deadline
 

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from stepjax.infer.engine.admission import Admission, SchedulerConfig
-from stepjax.infer.engine.sequence import RingCopy, Row, Sequence, SequenceState, StepOutput, StepPlan
+from stepjax.infer.engine.sequence import FinishReason, RingCopy, Row, Sequence, SequenceState, StepOutput, StepPlan
 from stepjax.infer.engine.shard import RunningSequence
-
-if TYPE_CHECKING:
-    from stepjax.infer.transcript import FinishReason
 
 
 class _Part(NamedTuple):

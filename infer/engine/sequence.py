@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:  # the scheduler runs where jax is not loaded
     from stepjax.infer.sampling.params import SamplingParams
-    from stepjax.infer.transcript import FinishReason
+
+FinishReason = Literal["stop", "length", "tool_calls", "cancelled", "error"]  # the third only where text is read
 
 
 class SequenceState(StrEnum):

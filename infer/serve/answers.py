@@ -6,13 +6,13 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from stepjax.infer.answer_stream import AnswerStream
 from stepjax.infer.engine.answer import TokenScore
 from stepjax.infer.engine.engine import Update
+from stepjax.infer.engine.sequence import FinishReason
 from stepjax.infer.serve.errors import ApiError
 from stepjax.infer.serve.requests import TranscriptOptions
 from stepjax.infer.serve.service import EngineRequest, Service, Submission
-from stepjax.infer.transcript import Delta, FinishReason, Transcript
+from stepjax.infer.transcript import AnswerStream, Delta, Transcript
 
 
 class AnswerPiece(NamedTuple):

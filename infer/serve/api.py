@@ -15,14 +15,15 @@ from fastapi import Request, Response
 from stepjax.errors import RequestError
 from stepjax.infer.engine.adapters import AdapterPin
 from stepjax.infer.engine.admission import QueueFullError
+from stepjax.infer.engine.engine import Engine
 from stepjax.infer.serve.answers import Answers
+from stepjax.infer.serve.bodies import bare, header_value
 from stepjax.infer.serve.conversations.reading import in_clients_words
 from stepjax.infer.serve.errors import ApiError, Dialect
 from stepjax.infer.serve.formats import wants_grammar
 from stepjax.infer.serve.middleware import ApiKeys, Scope
 from stepjax.infer.serve.replies import json_response
-from stepjax.infer.serve.requests import read_chat
-from stepjax.infer.serve.routes import header_value
+from stepjax.infer.serve.requests import TranscriptOptions, read_chat
 from stepjax.infer.serve.schemas import Body, ChatRequest, SampledRequest
 from stepjax.infer.serve.service import EngineRequest, Service
 from stepjax.infer.serve.sse import EventStream, unless_disconnected
@@ -154,8 +155,8 @@ class Api:
         """
         self.service.check_open()
         pin = self.pin(getattr(body, "model", None))
-        chat = await asyncio.to_thread(as_chat, body)
-        request, options = await self.read(functools.partial(in_clients_words, chat.client, read_chat), chat)
+        chat = await asyncio.to_thread(bare, as_chat, body)
+        request, options = await self.read(_read_once, chat)
         return chat, Answers(self.service, [self.accepted(request, pin)], options)
 
     def accepted(self, request: EngineRequest, pin: AdapterPin | None) -> EngineRequest:
@@ -169,12 +170,12 @@ class Api:
           QueueFullError: too many grammars wait to be compiled.
         """
         if not wants_grammar(body):
-            return await asyncio.to_thread(read, self.service.engine, self.session, body)
+            return await asyncio.to_thread(bare, read, self.service.engine, self.session, body)
         if self._num_compiling >= MAX_COMPILING:
             raise QueueFullError(f"queue: {self._num_compiling} grammars wait to be compiled; try again later")
         self._num_compiling += 1
         try:
-            call = functools.partial(read, self.service.engine, self.session, body)
+            call = functools.partial(bare, read, self.service.engine, self.session, body)
             return await asyncio.get_running_loop().run_in_executor(self._compilers, call)
         finally:
             self._num_compiling -= 1
@@ -202,6 +203,14 @@ class Api:
         if not await unless_disconnected(request.receive, writer.ended()):
             return Response()  # nobody reads it
         return await asyncio.to_thread(lambda: json_response(writer.whole()))
+
+
+def _read_once(engine: Engine, session: Session, chat: ChatRequest) -> tuple[EngineRequest, TranscriptOptions]:
+    """`read_chat`, its errors in the client's words. The messages, which nobody reads again, are freed here."""
+    try:
+        return in_clients_words(chat.client, read_chat, engine, session, chat)
+    finally:
+        chat.__dict__.pop("messages", None)
 
 
 def check_stream(body: SampledRequest) -> None:

@@ -18,13 +18,12 @@ from pydantic import BaseModel, ValidationError
 from stepjax._version import __version__
 from stepjax.errors import StepjaxError
 from stepjax.infer.serve.api import Api, ServeOptions
-from stepjax.infer.serve.bodies import StrictBodies
+from stepjax.infer.serve.bodies import IGNORED, StrictBodies, validation_error
 from stepjax.infer.serve.endpoints import chat, completions, messages, models, page, responses, tokens
 from stepjax.infer.serve.errors import ApiError
 from stepjax.infer.serve.extension import Extension, PreparedRequests
 from stepjax.infer.serve.middleware import Access, App, Failures, RequestLog, Scope
 from stepjax.infer.serve.replies import error_response, json_response, readiness, refuse
-from stepjax.infer.serve.routes import IGNORED, validation_error
 from stepjax.infer.serve.service import Service
 from stepjax.infer.session import Session
 

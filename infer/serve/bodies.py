@@ -1,4 +1,5 @@
-"""The body of a request: read within its limit, and parsed as JSON that every parser reads alike.
+"""The body of a request: read within its limit, parsed as JSON that every parser reads alike, and validated, with its
+fields looked up in the table of its interface.
 
 What takes longer with a longer body is done in a thread, so that the event loop serves the other requests.
 """
@@ -6,17 +7,30 @@ What takes longer with a longer body is done in a thread, so that the event loop
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Iterator
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
-from stepjax.infer.serve.errors import ApiError
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
+
+from stepjax.errors import StepjaxError
+from stepjax.infer.serve.errors import ApiError, field_name
+from stepjax.infer.serve.fields.dialects import FIELD_TABLES
+from stepjax.infer.serve.fields.field_table import FieldTable
 from stepjax.infer.serve.limits import LIMITS
 from stepjax.infer.serve.middleware import App, AsgiMessage, Receive, Refuse, Scope, Send
 
 T = TypeVar("T")
+Model = TypeVar("Model", bound=BaseModel)
+
+IGNORED = "x-stepjax-ignored"  # the header that names the fields without effect
+_MAX_HEADER = 1000  # characters of its value
+_READ_ONCE = {"messages", "system", "input", "prompt", "tokens"}  # fields of a body that no writer of an answer reads
 
 INLINE_BYTES = 4096  # bodies up to here are parsed in the event loop, in less time than a thread takes to wake
 PARSED = "stepjax.body"  # where the scope holds the parsed body
@@ -35,7 +49,18 @@ async def off_loop(size: int, work: Callable[..., T], *arguments: Any) -> T:
     """``work(*arguments)``, in a thread unless the body of ``size`` bytes is small."""
     if size <= INLINE_BYTES:
         return work(*arguments)
-    return await asyncio.to_thread(work, *arguments)
+    return await asyncio.to_thread(bare, work, *arguments)
+
+
+def bare(work: Callable[..., T], *arguments: Any) -> T:
+    """``work(*arguments)`` for a thread. An error of the request leaves its frames and causes behind: freeing what they
+    made of the body takes long.
+    """
+    try:
+        return work(*arguments)
+    except (ApiError, StepjaxError) as error:
+        error.__cause__ = error.__context__ = None
+        raise error.with_traceback(None)  # noqa: B904
 
 
 class StrictBodies:
@@ -196,3 +221,83 @@ def _strings(value: Any) -> Iterator[str]:
 
 def _bad(message: str) -> ApiError:
     return ApiError(f"body: {message}", code="invalid_json")
+
+
+class BodyRoute(APIRoute):
+    """A route that validates the parameter ``body`` of its endpoint itself. FastAPI would parse and validate it in the
+    event loop, which a body of some megabytes would stop for seconds.
+
+    The response names the fields that had no effect, in the header `IGNORED`.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        model = get_type_hints(self.endpoint).get("body")
+        if model is None:
+            return super().get_route_handler()
+        table = FIELD_TABLES[self.path]
+        takes_request = "request" in inspect.signature(self.endpoint).parameters
+
+        async def handle(request: Request) -> Response:
+            if PARSED not in request.scope:
+                raise ApiError("body: expected a JSON object, found nothing", code="invalid_json")
+            size = request.scope[SIZE]
+            body, names = await off_loop(size, _taken, model, table, request.scope)
+            unread = set(model.model_fields)  # if it fails
+            try:
+                response = await (self.endpoint(request, body) if takes_request else self.endpoint(body))
+                unread = _READ_ONCE
+            finally:
+                await off_loop(size, _free, body, unread)
+            names = sorted({*names, *getattr(request.state, "ignored", ())})
+            if names:
+                response.headers[IGNORED] = header_value(names)
+            return response
+
+        return handle
+
+
+def _free(body: BaseModel, names: Collection[str]) -> None:
+    """Free the fields of a body that nobody reads again, and those that it has beside its own."""
+    if body.model_extra:
+        body.model_extra.clear()
+    for name in names:
+        body.__dict__.pop(name, None)
+
+
+def _taken(model: type[Model], table: FieldTable, scope: Scope) -> tuple[Model, list[str]]:
+    """The body that waits in the scope, validated. What of it nobody reads is freed here, since that takes time too."""
+    body, names = validated(model, table, scope.pop(PARSED))
+    for name in [*(body.model_extra or ())]:
+        if (rule := table.rule(name)) is None or rule.treatment != "done":
+            del body.model_extra[name]  # pyright: ignore[reportOptionalSubscript]
+    return body, names
+
+
+def validated(model: type[Model], table: FieldTable, value: Mapping[str, Any]) -> tuple[Model, list[str]]:
+    """A parsed body as its model, and the names of its fields without effect.
+
+    Raises:
+      ApiError: it is not valid; the first invalid field is named.
+      RequestError: a field is not supported.
+    """
+    try:
+        return model.model_validate(value), table.ignored(value)
+    except ValidationError as error:
+        raise validation_error(error.errors(include_url=False, include_input=False)) from None
+
+
+def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """An error that names the first field that did not validate."""
+    first = errors[0]
+    name = field_name(first["loc"])
+    return ApiError(f"{name or 'body'}: {first['msg']}"[:1000], code="invalid_value", param=name or None)
+
+
+def header_value(names: Sequence[str]) -> str:
+    """Names as the value of a header, cut where it is long; characters that no header may hold become "?"."""
+    value = ""
+    for name in names:
+        value += ", " * bool(value) + re.sub("[^!-~]+", "?", name[:_MAX_HEADER])
+        if len(value) >= _MAX_HEADER:
+            break
+    return value[:_MAX_HEADER].strip()

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from stepjax.infer.transcript import FinishReason
+from stepjax.infer.engine.sequence import FinishReason
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from stepjax.errors import ConfigError, TrainingError
-from stepjax.infer.answer_stream import AnswerStream
 from stepjax.infer.engine.answer import ExpertRecord
 from stepjax.infer.engine.config import EngineConfig
 from stepjax.infer.engine.engine import Engine
@@ -25,7 +24,7 @@ from stepjax.infer.engine.ready_programs import ProgramShape
 from stepjax.infer.engine.stats import Stats
 from stepjax.infer.sampling.params import SamplingParams
 from stepjax.infer.session import Session
-from stepjax.infer.transcript import Transcript, begins_in_reasoning
+from stepjax.infer.transcript import AnswerStream, Transcript, begins_in_reasoning
 from stepjax.memory import check_room
 from stepjax.model.step3p5 import Params
 from stepjax.stored_function import StoredFunction

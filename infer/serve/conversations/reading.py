@@ -1,15 +1,22 @@
-"""From a conversation's fields to the chat request that is answered, its errors in the words of the client."""
+"""From a conversation's fields to the chat request that is answered, its errors in the words of the client.
+
+A chat's own messages and tools, with what is older, newer or made by a model, are brought to the template's form. Every
+message stays at its place, so that errors name it as the client sent it. What is broken stays as it is, for the
+template's reader to refuse.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from stepjax.errors import RequestError, TemplateError
-from stepjax.infer.serve.conversations.chat_messages import read_chat_messages, read_chat_tools, read_legacy
-from stepjax.infer.serve.conversations.client_form import ClientForm
+from stepjax.infer.serve.conversations.client_form import CUSTOM_INPUT, ClientForm
+from stepjax.infer.serve.conversations.parts import earlier_arguments, last_question, told, without_billing
+from stepjax.infer.serve.conversations.tools import read_choice, read_functions
 from stepjax.infer.serve.errors import field_name
 from stepjax.infer.serve.schemas import ChatRequest
 
@@ -38,11 +45,11 @@ def read_chat_body(body: ChatRequest) -> ChatRequest:
     client = ClientForm()
     tools, choice, changes = body.tools, body.tool_choice, {}
     if body.functions and not body.tools:
-        tools, choice = read_legacy(body.functions, body.function_call)
+        tools, choice = _read_legacy(body.functions, body.function_call)
         client.legacy_functions, changes = True, {"parallel_tool_calls": False}
         client.paths |= {"tools": "functions", "tool_choice": "function_call"}
-    functions, choice = read_chat_tools(tools, choice, client)
-    changes |= {"messages": read_chat_messages(body.messages, client), "tools": functions, "tool_choice": choice}
+    functions, choice = _read_chat_tools(tools, choice, client)
+    changes |= {"messages": _read_chat_messages(body.messages, client), "tools": functions, "tool_choice": choice}
     return body.model_copy(update=changes).from_client(client)
 
 
@@ -57,3 +64,124 @@ def in_clients_words(client: ClientForm, read: Callable[..., T], *args: Any) -> 
     except (RequestError, TemplateError) as error:
         error.args = (client.place(str(error)), *error.args[1:])
         raise
+
+
+def _read_chat_messages(messages: Sequence[Any], client: ClientForm) -> list[Any]:
+    """The messages in the template's form.
+
+    Raises:
+      RequestError: a part of what a tool or a model made is broken.
+    """
+    last = last_question(messages)
+    return [
+        _message(message, f"messages[{index}]", client, is_last=index == last) for index, message in enumerate(messages)
+    ]
+
+
+def _read_chat_tools(
+    tools: Sequence[Any] | None, choice: Any, client: ClientForm
+) -> tuple[list[dict[str, Any]] | None, Any]:
+    """The functions that a chat offers, and its choice among them.
+
+    Raises:
+      RequestError: a tool is broken, or the choice orders a call that cannot be made.
+    """
+    legacy = client.legacy_functions
+    functions = read_functions(tools, client, where="functions" if legacy else "tools", nested=not legacy)
+    choice, functions = read_choice(choice, functions, client)
+    return functions or None, choice
+
+
+def _read_legacy(functions: Any, call: Any) -> tuple[list[dict[str, Any]], Any]:
+    """OpenAI's first form, ``functions`` and ``function_call``, as tools and a choice.
+
+    Raises:
+      RequestError: they are no list and no choice.
+    """
+    if not isinstance(functions, list) or not functions:
+        raise RequestError("functions: expected a list of functions")
+    for index, function in enumerate(functions):
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise RequestError(f"functions[{index}]: expected an object with a name")
+    tools = [{**function, "type": "function"} for function in functions]
+    if isinstance(call, Mapping):
+        if not isinstance(call.get("name"), str):
+            raise RequestError("function_call.name: expected the name of a function")
+        return tools, {"type": "function", "function": {"name": call["name"]}}
+    if call not in (None, "auto", "none"):
+        raise RequestError("function_call: expected auto, none, or an object with a function's name")
+    return tools, call
+
+
+def _message(message: Any, where: str, client: ClientForm, *, is_last: bool) -> Any:
+    if not isinstance(message, Mapping):
+        return message
+    role, read = message.get("role"), dict(message)
+    if role in ("system", "developer"):
+        read["content"] = _without_billing(message.get("content"))
+    elif role == "user" and not is_last and isinstance(message.get("content"), list):
+        read["content"] = _made(message["content"], f"{where}.content", client)
+    elif role in ("tool", "function"):
+        read |= {"role": "tool", "content": _made(message.get("content", ""), f"{where}.content", client)}
+    elif role == "assistant":
+        _read_assistant(read, where, client)
+    return read
+
+
+def _without_billing(content: Any) -> Any:
+    """A system message's content without the client's metadata."""
+    if isinstance(content, str):
+        return without_billing(content)
+    if not isinstance(content, list):
+        return content
+    return [
+        {**part, "text": without_billing(part["text"])}
+        if isinstance(part, Mapping) and isinstance(part.get("text"), str)
+        else part
+        for part in content
+    ]
+
+
+def _made(content: Any, where: str, client: ClientForm) -> Any:
+    """What a model or a tool made, its parts as text."""
+    if content is None:
+        return ""
+    if not isinstance(content, list):
+        return content
+    parts: list[Any] = []
+    for index, part in enumerate(content):
+        place = f"{where}[{index}]"
+        if isinstance(part, Mapping) and isinstance(part.get("type"), str) and part["type"] != "text":
+            part = {"type": "text", "text": told(part, place, client)}
+        parts.append(part)
+    return parts
+
+
+def _read_assistant(read: dict[str, Any], where: str, client: ClientForm) -> None:
+    """An earlier answer: refusals are text, calls of any kind are calls of functions."""
+    read["content"] = _made(read.get("content"), f"{where}.content", client)
+    refusal = read.pop("refusal", None)
+    if isinstance(refusal, str) and not read["content"]:
+        read["content"] = refusal
+    calls = read.get("tool_calls")
+    calls = [_call(call, client) for call in calls] if isinstance(calls, list) else calls
+    legacy = read.pop("function_call", None)
+    if legacy is not None and not calls:
+        client.paths[f"{where}.tool_calls[0].function"] = f"{where}.function_call"
+        client.paths[f"{where}.tool_calls[0]"] = f"{where}.function_call"
+        calls = [_call({"type": "function", "function": legacy}, client)]
+    if calls is not None:
+        read["tool_calls"] = calls
+
+
+def _call(call: Any, client: ClientForm) -> Any:
+    if not isinstance(call, Mapping):
+        return call
+    if call.get("type") == "custom" and isinstance(custom := call.get("custom"), Mapping):
+        text = custom.get("input")
+        arguments = {CUSTOM_INPUT: text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)}
+        return {**call, "type": "function", "function": {"name": custom.get("name"), "arguments": arguments}}
+    function = call.get("function")
+    if not isinstance(function, Mapping):
+        return call
+    return {**call, "function": {**function, "arguments": earlier_arguments(function.get("arguments"))}}

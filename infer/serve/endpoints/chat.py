@@ -14,9 +14,9 @@ from stepjax._version import __version__
 from stepjax.infer.engine.answer import TokenScore
 from stepjax.infer.serve.answers import AnswerPiece, Answers, TextAnswer
 from stepjax.infer.serve.api import Api, check_stream
+from stepjax.infer.serve.bodies import BodyRoute
 from stepjax.infer.serve.conversations.chat_calls import ChatCalls
 from stepjax.infer.serve.conversations.reading import read_chat_body
-from stepjax.infer.serve.routes import BodyRoute
 from stepjax.infer.serve.schemas import ChatRequest
 from stepjax.infer.serve.sse import DONE, PING_S, event
 from stepjax.infer.serve.thinking import thinking_of

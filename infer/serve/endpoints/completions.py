@@ -15,6 +15,7 @@ from stepjax.infer.engine.answer import TokenScore
 from stepjax.infer.engine.engine import Engine
 from stepjax.infer.serve.answers import AnswerPiece, Answers, TextAnswer
 from stepjax.infer.serve.api import Api, check_stream
+from stepjax.infer.serve.bodies import BodyRoute
 from stepjax.infer.serve.endpoints.chat import FINGERPRINT, prompt_logprobs
 from stepjax.infer.serve.formats import constraint_of
 from stepjax.infer.serve.limits import LIMITS, number
@@ -24,7 +25,6 @@ from stepjax.infer.serve.requests import (
     engine_request,
     transcript_options,
 )
-from stepjax.infer.serve.routes import BodyRoute
 from stepjax.infer.serve.schemas import SampledRequest
 from stepjax.infer.serve.service import EngineRequest
 from stepjax.infer.serve.sse import DONE, PING_S, event

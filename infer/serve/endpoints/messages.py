@@ -13,6 +13,7 @@ from pydantic import Field, WithJsonSchema
 from stepjax.errors import RequestError
 from stepjax.infer.serve.answers import Answers
 from stepjax.infer.serve.api import Api
+from stepjax.infer.serve.bodies import BodyRoute, bare
 from stepjax.infer.serve.conversations.anthropic_tools import read_anthropic_tools
 from stepjax.infer.serve.conversations.client_form import ClientForm
 from stepjax.infer.serve.conversations.message_blocks import read_blocks
@@ -21,7 +22,6 @@ from stepjax.infer.serve.fields.dialects import COUNT_TOKENS, MESSAGES
 from stepjax.infer.serve.limits import listed, number, sized
 from stepjax.infer.serve.replies import json_response
 from stepjax.infer.serve.requests import continues, encode_prompt
-from stepjax.infer.serve.routes import BodyRoute
 from stepjax.infer.serve.schemas import Body, ChatRequest, record
 from stepjax.infer.serve.sse import PING_S, event
 from stepjax.infer.session import Session
@@ -192,7 +192,7 @@ def router(api: Api) -> APIRouter:
     async def count_tokens(body: CountTokensRequest) -> Response:
         """Count the tokens of a prompt."""
         api.model_name(body.model)
-        ids = await asyncio.to_thread(_count, api.session, body)
+        ids = await asyncio.to_thread(bare, _count, api.session, body)
         return json_response({"input_tokens": len(ids)})
 
     return routes

@@ -15,10 +15,10 @@ from pydantic import BaseModel, Field
 from stepjax.adapters.peft import import_adapter
 from stepjax.errors import CheckpointError, ConfigError
 from stepjax.infer.serve.api import Api
+from stepjax.infer.serve.bodies import BodyRoute
 from stepjax.infer.serve.errors import ApiError
 from stepjax.infer.serve.limits import LIMITS
 from stepjax.infer.serve.replies import json_response
-from stepjax.infer.serve.routes import BodyRoute
 
 Name = Annotated[str, Field(min_length=1, max_length=int(LIMITS["model"].high))]
 

@@ -15,6 +15,7 @@ from pydantic import Field, WithJsonSchema
 from stepjax.errors import ContextError
 from stepjax.infer.serve.answers import Answers
 from stepjax.infer.serve.api import Api
+from stepjax.infer.serve.bodies import BodyRoute
 from stepjax.infer.serve.conversations.client_form import ClientForm, call_arguments, custom_input
 from stepjax.infer.serve.conversations.reading import chat_request
 from stepjax.infer.serve.conversations.response_items import ROLES, offered_in_items, read_items, sealed
@@ -23,7 +24,6 @@ from stepjax.infer.serve.endpoints.chat import listed_logprobs
 from stepjax.infer.serve.errors import ApiError
 from stepjax.infer.serve.fields.dialects import RESPONSES
 from stepjax.infer.serve.limits import listed, number, sized
-from stepjax.infer.serve.routes import BodyRoute
 from stepjax.infer.serve.schemas import Body, ChatRequest, record
 from stepjax.infer.serve.sse import PING_S, EventStream, event
 from stepjax.infer.transcript import Delta, Transcript
@@ -248,9 +248,10 @@ class ResponsesAnswer:
             if piece is None:
                 yield None
                 continue
-            for data in self._write(piece.delta):
+            events = self._write(piece.delta)
+            for data in await asyncio.to_thread(list, events) if self._closes(piece.delta) else events:
                 yield data
-        for data in self._close_item():
+        for data in await asyncio.to_thread(list, self._close_item()):
             yield data
 
     async def _whole_event(self, kind: str, status: str, **fields: Any) -> bytes:
@@ -330,6 +331,14 @@ class ResponsesAnswer:
                 self._arguments += part.text
             else:
                 yield from self._add(part.text, "response.function_call_arguments.delta")
+
+    def _closes(self, delta: Delta) -> bool:
+        """Whether new text ends the current item. The events of its end repeat all of it, so a thread writes them."""
+        if self._ended:
+            return False
+        kind = self._items[-1]["type"]
+        others = (not isinstance(part, ContentDelta) or kind != "message" for part, _ in delta.parts)
+        return bool(delta.reasoning and kind != "reasoning") or any(others)
 
     def _open_item(self, kind: str, **fields: Any) -> Iterator[bytes]:
         """Open an item of this kind, unless the current one is of it."""

@@ -9,12 +9,12 @@ from fastapi import APIRouter, Response
 
 from stepjax.errors import RequestError
 from stepjax.infer.serve.api import Api
+from stepjax.infer.serve.bodies import BodyRoute, bare
 from stepjax.infer.serve.conversations.reading import read_chat_body
 from stepjax.infer.serve.errors import ApiError
 from stepjax.infer.serve.limits import listed, sized
 from stepjax.infer.serve.replies import json_response
 from stepjax.infer.serve.requests import encode_prompt, offered_tools, template_options
-from stepjax.infer.serve.routes import BodyRoute
 from stepjax.infer.serve.schemas import Body, ChatMessage, ChatRequest
 from stepjax.infer.session import Session
 
@@ -49,13 +49,13 @@ def router(api: Api) -> APIRouter:
     async def tokenize(body: TokenizeRequest) -> Response:
         """Token ids of a prompt, or of a conversation."""
         api.model_name(body.model)
-        return await asyncio.to_thread(_tokenized, session, body, api.service.engine.scheduler.config.context)
+        return await asyncio.to_thread(bare, _tokenized, session, body, api.service.engine.scheduler.config.context)
 
     @routes.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> Response:
         """The text of token ids."""
         api.model_name(body.model)
-        return await asyncio.to_thread(_detokenized, session, body)
+        return await asyncio.to_thread(bare, _detokenized, session, body)
 
     @routes.get("/tokenizer_info")
     async def tokenizer_info() -> Response:
