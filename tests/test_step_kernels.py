@@ -14,7 +14,7 @@ from flax import nnx
 from tiny import small_config
 
 from stepjax.config import LayerSpec, RopeSpec
-from stepjax.gpu_target import compiling_for
+from stepjax.gpu_target import Gpu, compiling_for
 from stepjax.infer.sampling.likeliest import BLOCK, largest
 from stepjax.model.attention import Attention
 from stepjax.model.cache import SPARE_ROWS, Chunk, Pages, Ring
@@ -103,11 +103,12 @@ def test_a_cache_in_fp8_gets_what_it_holds_of_new_keys():
         found, found_cache = jax.jit(step)(heads, chunk, cache)
     expected, expected_cache = jax.jit(with_gains(layer, heads)._in_parts)(heads, chunk, cache)
     np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (found, expected)), atol=0.06, rtol=0.05)
-    np.testing.assert_array_equal(*(np.asarray(x.v_PRKH, np.float32) for x in (found_cache, expected_cache)))
+    mine, theirs = (np.asarray(x.v_PRKH, np.float32) for x in (found_cache, expected_cache))
+    np.testing.assert_array_equal(mine, theirs)
     mine, theirs = (np.asarray(x.k_PRKH, np.float32) for x in (found_cache, expected_cache))
     np.testing.assert_allclose(mine, theirs, rtol=0.126, atol=2.0**-9)
     assert np.mean(mine != theirs) < 0.002
-    with compiling_for(gpu_of("h200")._replace(capability=(8, 0))):
+    with compiling_for(Gpu((8, 0), 108)):
         assert not step_kernels(heads, chunk, cache), "Ampere cannot convert float8"
 
 
