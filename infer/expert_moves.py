@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -103,8 +103,8 @@ class ExpertMoves:
         place = self._session.table[f"{prefix}copies"].sharding
         changed[f"{prefix}copies"] = jax.device_put(table, place)
         self._executor.change(changed)
-        for path, value in changed.items():
-            self._session.table[path] = getattr(value, "base", value)
+        held_by_session = cast(dict[str, Any], self._session.table)  # in place: all who have it lose the old arrays
+        held_by_session.update({path: getattr(value, "base", value) for path, value in changed.items()})
         return len(move.sources)
 
     def _held(self, layer: int) -> np.ndarray:

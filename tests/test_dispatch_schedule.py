@@ -47,8 +47,10 @@ def compiled(dispatch: Dispatch) -> tuple[MeshLayout, str]:
     x = jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(shape, *axes))
     real = jax.ShapeDtypeStruct(shape[:2], bool, sharding=layout.sharding(shape[:2], *axes[:2]))
     with compiling_for(gpu_of("h100")):
-        options = {"xla_gpu_enable_latency_hiding_scheduler": True}
-        return layout, jax.jit(run).lower(params, x, real).compile(compiler_options=options).as_text()
+        options: dict[str, str | bool] = {"xla_gpu_enable_latency_hiding_scheduler": True}
+        text = jax.jit(run).lower(params, x, real).compile(compiler_options=options).as_text()
+    assert text
+    return layout, text
 
 
 def test_both_ways_of_two_halves_run_beside_products():
