@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -133,7 +135,10 @@ def test_a_gradient_that_is_not_finite_changes_nothing(training_client):
     model = training_client.model()
     before = model.run([next_tokens(IDS[0])], forward=True)
     ids = IDS[0]
-    rl = {"logprobs": np.full(len(ids) - 1, -1e4, np.float32), "advantages": np.ones(len(ids) - 1, np.float32)}
+    rl: dict[str, Any] = {
+        "logprobs": np.full(len(ids) - 1, -1e4, np.float32),
+        "advantages": np.ones(len(ids) - 1, np.float32),
+    }
     model.run([datum(ids[:-1], target_tokens=ids[1:], **rl)], "importance_sampling")
     failed = model.step()
     assert failed["category"] == "user"

@@ -210,7 +210,7 @@ def _read_once(engine: Engine, session: Session, chat: ChatRequest) -> tuple[Eng
     try:
         return in_clients_words(chat.client, read_chat, engine, session, chat)
     finally:
-        chat.__dict__.pop("messages", None)
+        vars(chat).pop("messages", None)
 
 
 def check_stream(body: SampledRequest) -> None:

@@ -261,7 +261,7 @@ def _free(body: BaseModel, names: Collection[str]) -> None:
     if body.model_extra:
         body.model_extra.clear()
     for name in names:
-        body.__dict__.pop(name, None)
+        vars(body).pop(name, None)
 
 
 def _taken(model: type[Model], table: FieldTable, scope: Scope) -> tuple[Model, list[str]]:
