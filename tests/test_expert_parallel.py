@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from mixtures import CONFIG, PARAMS, B, D, E, T, adapters, biased, collectives_of, largest_error, measure, taken_apart
 
-import stepjax.sharding.expert_parallel
+import stepjax.sharding.row_exchange
 from stepjax.config import ModelConfig
 from stepjax.model.layout import SingleDevice
 from stepjax.ops.expert_choice import Formulation
@@ -125,7 +125,7 @@ def test_a_broken_token_spoils_no_other(mesh):
 
 def test_the_exchange_needs_its_cast(monkeypatch):
     """Weights are alike on all replicas, tokens are not; the loop of the backward pass would mix up the two."""
-    monkeypatch.setattr(stepjax.sharding.expert_parallel, "vary_alike", lambda tree: tree)
+    monkeypatch.setattr(stepjax.sharding.row_exchange, "vary_alike", lambda tree: tree)
     run = measure(layout("expert=2,tensor=2,data=2", "expert", exchange=True, form="capacity"))
     with pytest.raises((TypeError, ValueError), match="manual axis types"):
         run.lower(PARAMS, adapters(), *CASES["spread"][1:])

@@ -296,8 +296,8 @@ def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
 def header_value(names: Sequence[str]) -> str:
     """Names as the value of a header, cut where it is long; characters that no header may hold become "?"."""
     value = ""
-    for name in names:
-        value += ", " * bool(value) + re.sub("[^!-~]+", "?", name[:_MAX_HEADER])
+    for index, name in enumerate(names):
+        value += ", " * (index > 0) + re.sub("[^!-~]+", "?", name[:_MAX_HEADER])
         if len(value) >= _MAX_HEADER:
             break
     return value[:_MAX_HEADER].strip()

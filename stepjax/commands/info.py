@@ -84,12 +84,12 @@ def _folder_of(path: Path) -> Path:
 def read_config(name_or_path: str) -> ModelConfig:
     """The configuration of an embedded name, a ``config.json``, a checkpoint folder, a GGUF file or a hub id."""
     path = Path(name_or_path).expanduser()
-    path = _folder_of(path) if path.name == INDEX else path
-    if os.path.isfile(path) and path.suffix == ".json":  # isfile: False for text that is no path, where pathlib raises
+    is_index = path.name == INDEX
+    if os.path.isfile(path) and path.suffix == ".json" and not is_index:  # isfile: False for text that is no path
         return checkpoint.read_config(path.parent, path.name)
     if name_or_path in PRESETS and not os.path.isdir(path):
         return ModelConfig.preset(name_or_path)
-    path = path if os.path.isdir(path) else resolve(name_or_path, weights=False)
+    path = resolve(_folder_of(path) if is_index else name_or_path, weights=False)
     return checkpoint.read_config(path) if path.is_dir() else open_weights(path).config
 
 
