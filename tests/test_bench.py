@@ -36,6 +36,7 @@ def test_the_report_counts_what_was_asked():
     assert report.cache_bytes > 0
 
 
+@pytest.mark.slow
 def test_requests_wait_for_their_arrival():
     late = bench(Engine(tiny_session(), CONFIG), [Request([9, 10], PARAMS), Request([9, 11], PARAMS, 1.0)])
     assert late.seconds > 1.0

@@ -87,6 +87,7 @@ def test_the_held_out_loss_is_of_rows_that_are_not_trained(finished):
     assert evaluations(out)[0] == pytest.approx(total / tokens, rel=1e-4)  # float32, two programs
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_kept(finished):
     out = finished[0]
     losses = evaluations(out)

@@ -94,7 +94,7 @@ def views(batch: int, length: int, window: int | None) -> list[tuple[CacheView, 
     ]
 
 
-@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), 9])
 def test_a_cache_gives_attention_to_the_rounded_keys(window):
     """Chunks of a prompt, single tokens, and a verify step that is begun again."""
     batch, length = 2, 45
@@ -161,6 +161,7 @@ def test_answers_are_those_of_whole_sequences(host_cache_bytes):
     assert engine.scheduler.admission.prefix.stats.hit_tokens > 0
 
 
+@pytest.mark.slow
 def test_pages_and_snapshots_in_host_memory_come_back_as_they_were():
     random = np.random.default_rng(3)
     asked = [random.integers(8, 128, 50).tolist() for _ in range(4)]

@@ -59,6 +59,7 @@ def test_chat_refuses_at_the_start_what_no_answer_could_do(capsys, monkeypatch, 
     assert "speculate: is 9" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_message_that_cannot_be_answered_leaves_the_conversation_as_it_was(capsys, whole):
     session = load(whole, dtype="float32")
     chat = Conversation(session, SamplingParams(max_tokens=2), system="s", speculate=0)

@@ -168,6 +168,7 @@ def test_an_answer_that_returns_before_its_mask_is_ready_waits_for_it():
     check_nothing_is_left(engine, threads)
 
 
+@pytest.mark.slow
 def test_nobody_waits_for_the_first_mask_of_another():
     engine, threads = make()
     add(engine, "guided")

@@ -173,6 +173,7 @@ def test_guided_answers_and_others_leave_each_other_alone(session):
     assert not engine.scheduler.admission.running
 
 
+@pytest.mark.slow
 def test_several_answers_each_follow_the_grammar(session):
     engine = Engine(session, CONFIG)
     engine.add(PROMPT, DRAWN.replace(n=3, temperature=5.0), id="a", constraint=held(session, regex("[a-f]{12}")))

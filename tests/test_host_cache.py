@@ -102,6 +102,7 @@ def test_random_schedules_with_host_memory(room):
     assert (hits > 0) == (room >= 3)
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_while_a_request_waits():
     engine = Engine(tiny_session(), HOST)
     engine.executor.warm([], [])

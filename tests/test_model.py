@@ -126,6 +126,7 @@ def test_fresh_model_guesses_evenly_and_repeats_itself(drawn):
         assert np.abs(logits - different).max() > 0.1
 
 
+@pytest.mark.slow
 def test_gradients_of_the_model_do_not_depend_on_the_form():
     """Through the hand-written backward pass of the capacity form, with one expert in nearly every token's choice."""
     config = ModelConfig.from_hf(SHORT)

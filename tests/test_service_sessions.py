@@ -38,6 +38,7 @@ def test_a_session_ends(training_client, training_server):
     assert registry.journal.rows("calls", model=model.id) == []
 
 
+@pytest.mark.slow
 def test_what_a_killed_server_leaves(training_client, tiny, training_server, tmp_path):
     """Another service in a copy of the folder, as after a kill: it has the weights, the moments and the gradients that
     were not stepped, to the bit, and the results that were not fetched.

@@ -72,6 +72,7 @@ def test_right_drafts_are_all_accepted():
     assert known == answer[: len(known)]
 
 
+@pytest.mark.slow
 def test_partly_right_drafts_are_accepted_as_far_as_they_are_right():
     session = tiny_session()
     answer = generate(session, [PROMPT], GREEDY, speculate=0)[0].ids

@@ -131,6 +131,7 @@ def test_our_own_server_as_teacher(setup, rollouts, server):
         remote(server.url + "/nowhere", setup).score(rollouts[:1], top=0)
 
 
+@pytest.mark.slow
 def test_a_server_that_fails_is_asked_again(setup, rollouts, monkeypatch):
     """Twice busy, once with half an answer, then well; one that stays busy ends the run with a message."""
     monkeypatch.setattr(remote_teacher, "FIRST_WAIT_S", 0.01)

@@ -237,6 +237,7 @@ def test_step_tiny_calls_tools_of_the_user(session, rows):
     assert sorted(rollout.text for rollout in alone) == sorted(rollout.text for rollout in rollouts)
 
 
+@pytest.mark.slow
 def test_an_environment_that_fails_ends_its_episode(session):
     rollouts = answers(session, DataSettings(kind="environment", environment=own("Broken")), samples=2)
     for rollout in rollouts:

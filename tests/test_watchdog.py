@@ -77,7 +77,7 @@ def test_processes_that_finish_end_with_0(cluster, task):
 
 
 LOSSES = [*itertools.product((signal.SIGKILL, signal.SIGSTOP), (0, 1), ("collect", "idle"))]
-ALWAYS = (0, 7)  # each signal, each victim, each task; the others go with --slow
+ALWAYS = (3, 4)  # each signal, each victim, each task; the others go with --slow
 
 
 @pytest.mark.parametrize(
@@ -98,6 +98,7 @@ def test_a_lost_process_takes_the_other_with_it(cluster, task, victim, kind):
         assert group.end_of(victim, 10) != 0
 
 
+@pytest.mark.slow
 def test_a_failure_is_told_to_all(cluster):
     """Three processes: the third hears of the second through the first."""
     group = cluster("fail", count=3)

@@ -135,6 +135,7 @@ def test_answers_over_shards_are_those_of_requests_run_alone(engine):
     assert {id: tokens[id] for id in asked} == {id: alone(*request) for id, request in asked.items()}
 
 
+@pytest.mark.slow
 def test_a_shard_that_was_idle_answers_as_before(engine):
     """One request runs for many steps while three shards have nothing; then all have one each."""
     prompt = list(range(30, 50))
