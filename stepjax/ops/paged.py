@@ -151,30 +151,34 @@ def _merged(
     out: jax.Array, top: jax.Array, total: jax.Array, *, interpret: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """All parts as one, in one kernel; scores in the measure of the natural logarithm."""
-    parts, B, T, N, H = out.shape
-    if parts == 1:
+    if len(out) == 1:
         return out[0], _natural(top[0]), total[0]
-    padded = power_above(parts)
 
     def kernel(out_ref: Any, top_ref: Any, total_ref: Any, *refs: Any) -> None:
-        pl, gpu = pallas()
+        pl, _ = pallas()
         place = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-        part = jnp.arange(padded, dtype=jnp.int32)
-        mask = part < parts
-        tops = gpu.load(top_ref.at[part, *place], mask=mask, other=NONE)
-        totals = gpu.load(total_ref.at[part, *place], mask=mask, other=0.0)
-        highest = jnp.max(tops)
-        scale = jnp.exp2(tops - highest)
-        rows, columns = tile_index(part, jnp.arange(H, dtype=jnp.int32))
-        values = gpu.load(
-            out_ref.at[rows, *place, columns], mask=jnp.broadcast_to(mask[:, None], (padded, H)), other=0.0
-        )
-        refs[0][*place, :] = jnp.sum(values * scale[:, None], axis=0)
+        refs[0][*place, :], highest, refs[2][place] = sum_of_parts(out_ref, top_ref, total_ref, place)
         refs[1][place] = jnp.where(highest > NONE / 2, highest / LOG2_E, NONE)
-        refs[2][place] = jnp.sum(totals * scale)
 
     outs = [jax.ShapeDtypeStruct(x.shape[1:], jnp.float32) for x in (out, top, total)]
-    return tuple(launched(kernel, outs, (B, T, N), warps=4, stages=1, interpret=interpret)(out, top, total))
+    return tuple(launched(kernel, outs, top.shape[1:], warps=4, stages=1, interpret=interpret)(out, top, total))
+
+
+def sum_of_parts(
+    out_ref: Any, top_ref: Any, total_ref: Any, place: tuple[Any, ...]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Within a kernel: the sums [H], the highest score and the total weight of one query, of all parts together."""
+    _, gpu = pallas()
+    parts, width = out_ref.shape[0], out_ref.shape[-1]
+    part = jnp.arange(power_above(parts), dtype=jnp.int32)
+    mask = part < parts
+    tops = gpu.load(top_ref.at[part, *place], mask=mask, other=NONE)
+    totals = gpu.load(total_ref.at[part, *place], mask=mask, other=0.0)
+    highest = jnp.max(tops)
+    scale = jnp.exp2(tops - highest)
+    rows, columns = tile_index(part, jnp.arange(width, dtype=jnp.int32))
+    values = gpu.load(out_ref.at[rows, *place, columns], mask=jnp.broadcast_to(mask[:, None], rows.shape), other=0.0)
+    return jnp.sum(values * scale[:, None], axis=0), highest, jnp.sum(totals * scale)
 
 
 def _natural(top: jax.Array) -> jax.Array:

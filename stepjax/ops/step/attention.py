@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from stepjax.ops.paged import KEYS, LOG2_E, NONE, CachedRows, fits
+from stepjax.ops.paged import KEYS, LOG2_E, NONE, CachedRows, fits, sum_of_parts
 from stepjax.ops.pallas_triton import LEAST, launched, pallas, power_above, tile_index
 from stepjax.ops.step.float8 import nearest_float8
 
@@ -217,22 +217,13 @@ def _gated(
     out: jax.Array, top: jax.Array, total: jax.Array, gate_SBTN: jax.Array, dtype: Any, *, interpret: bool
 ) -> jax.Array:
     """All parts as one, divided, and multiplied by the gate: [B, T, N, H]. A query that saw no key has zeros."""
-    parts, B, T, N, H = out.shape
-    padded, summands = power_above(parts), gate_SBTN.shape[0]
+    (B, T, N, H), summands = out.shape[1:], gate_SBTN.shape[0]
 
     def kernel(out_ref: Any, top_ref: Any, total_ref: Any, gate_ref: Any, gated_ref: Any) -> None:
         pl, gpu = pallas()
         place = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-        part = jnp.arange(padded, dtype=jnp.int32)
-        mask = part < parts
-        tops = gpu.load(top_ref.at[part, *place], mask=mask, other=NONE)
-        totals = gpu.load(total_ref.at[part, *place], mask=mask, other=0.0)
-        scale = jnp.exp2(tops - jnp.max(tops))
-        rows, columns = tile_index(part, jnp.arange(H, dtype=jnp.int32))
-        values = gpu.load(
-            out_ref.at[rows, *place, columns], mask=jnp.broadcast_to(mask[:, None], (padded, H)), other=0.0
-        )
-        average = jnp.sum(values * scale[:, None], axis=0) / jnp.maximum(jnp.sum(totals * scale), 1e-30)
+        sums, _, weight = sum_of_parts(out_ref, top_ref, total_ref, place)
+        average = sums / jnp.maximum(weight, 1e-30)
         lane = jnp.arange(power_above(summands), dtype=jnp.int32)
         gate = jnp.sum(gpu.load(gate_ref.at[lane, *place], mask=lane < summands, other=0.0))
         gated_ref[*place, :] = (average * jax.nn.sigmoid(gate)).astype(dtype)
