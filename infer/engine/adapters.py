@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stepjax.adapters.lora import TARGETS, LoraConfig, adapted_paths, check_fit, targets
+from stepjax.checkpoint.hf_config import as_stored
 from stepjax.errors import RequestError
 from stepjax.model.layer_tables import flat_paths, stacked_path
 from stepjax.model.step3p5 import axes_of
@@ -48,8 +49,7 @@ class AdapterStack:
     def __init__(self, session: Session, size: StackSize):
         self.size = size
         lora = LoraConfig(rank=size.rank, targets=_targets(session), experts="per_expert", expert_rank=size.expert_rank)
-        stored = dataclasses.replace(session.config, expert_slots=0)
-        self._targets = {target.path: target for target in targets(stored, lora)}
+        self._targets = {target.path: target for target in targets(as_stored(session.config), lora)}
         self._experts = _held_experts(session, self._targets)
         axes, layout = axes_of(session.model), session.model.layout
         self._period = session.model.period

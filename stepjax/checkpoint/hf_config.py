@@ -12,14 +12,18 @@ from stepjax.weights.fp8 import Fp8Blocks
 from stepjax.weights.inventory import inventory
 
 
+def as_stored(config: ModelConfig) -> ModelConfig:
+    """The configuration without how devices hold the model, which is part of no file."""
+    return dataclasses.replace(config, expert_slots=0, dense_fp8=False, cache_fp8=False)
+
+
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """The ``config.json`` of ``config``, such that ``ModelConfig.from_hf(to_hf(config)) == config``.
 
     Raises:
       ConfigError: a layer differs from others of its kind in a way that the hub has no field for.
     """
-    # How devices hold the model is not part of it.
-    config = dataclasses.replace(config, expert_slots=0, dense_fp8=False, cache_fp8=False)
+    config = as_stored(config)
     layers = config.all_layers
     full = next((layer for layer in layers if layer.window is None), layers[0])
     slide = next((layer for layer in layers if layer.window is not None), None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from safetensors.numpy import save_file
 from stepjax.adapters import lora
 from stepjax.adapters.lora import LoraConfig
 from stepjax.adapters.peft import import_adapter
+from stepjax.checkpoint.hf_config import as_stored
 from stepjax.config import ModelConfig
 from stepjax.errors import CheckpointError, ConfigError
 from stepjax.infer.session import Session
@@ -139,7 +139,7 @@ def read_leaves(path: Path, config: ModelConfig) -> tuple[dict[str, Any], dict[s
         return load_leaves(path)
     if is_adapter(path):
         adapter, settings, adapter_base = restore_adapter(path)
-        if adapter_base != dataclasses.replace(config, expert_slots=0, dense_fp8=False, cache_fp8=False):
+        if adapter_base != as_stored(config):
             raise CheckpointError(f"{path}: is the adapter of another model; give the base that it was trained on")
         return dict(adapter), {"kind": "lora", "lora": lora.describe(settings)}
     adapter, settings = import_adapter(path, config)
