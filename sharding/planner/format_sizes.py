@@ -32,8 +32,10 @@ def format_sizes(config: ModelConfig, cluster: Cluster, *, storage: float) -> li
     """
     forms = {name: form for format in FORMATS.values() for name, form in format.variants(config).items()}
     forms |= {f"{name} in a GGUF file": form for name, form in GGUF_TYPES.items()}
-    experts = [spec for spec in inventory(config) if spec.part == "experts"]
-    plain = sum(spec.num_bytes for spec in inventory(config)) - sum(spec.num_bytes for spec in experts)
+    specs = inventory(config)
+    experts = [spec for spec in specs if spec.part == "experts"]
+    whole = sum(spec.num_bytes for spec in specs)
+    plain = whole - sum(spec.num_bytes for spec in experts)
     sizes = []
     for name, form in forms.items():
         try:
@@ -42,7 +44,6 @@ def format_sizes(config: ModelConfig, cluster: Cluster, *, storage: float) -> li
         except ConfigError:  # rows that do not divide
             continue
         held = plain + sum(form.num_bytes(spec.shape) if form.quantised else spec.num_bytes for spec in experts)
-        whole = plain + sum(spec.num_bytes for spec in experts)
         made = form.quantised and form.made_while_loading
         sizes.append(
             FormatSize(

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
     config = read_settings(TuneConfig, args.config, [*args.set, 'verb="sft"', 'rollout.source="data"'])
     name = args.data or next(iter(config.data))
-    if config.data.get(name) is None or config.data[name].kind in ("tasks", "environment"):
+    if config.data.get(name) is None or not config.data[name].has_files:
         raise ConfigError(f"data.{name}: expected a source of files, whose rows are scored")
     startup = shown_startup()
     with startup.stage("importing", "starting jax"):

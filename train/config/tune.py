@@ -74,7 +74,7 @@ class DataSettings:
     def __post_init__(self) -> None:
         if self.kind == "auto":  # written as what it is, so that a finished run says what it read
             object.__setattr__(self, "kind", "file" if self.path else "tasks")
-        if (self.kind in ("tasks", "environment")) == bool(self.path):
+        if self.has_files != bool(self.path):
             raise ConfigError(
                 f"data: kind {self.kind!r} with path {self.path!r}; expected a path for a file and none for tasks or "
                 "an environment"
@@ -86,7 +86,7 @@ class DataSettings:
         for name in ("split", "subset"):
             if self.kind != "hub" and getattr(self, name) != _default(type(self), name):
                 raise ConfigError(f"data: {name} applies to kind 'hub' only; leave it out")
-        if self.kind in ("tasks", "environment"):
+        if not self.has_files:
             for name in ("form", "columns", "train_on", "held_out", "held_out_path"):
                 if getattr(self, name) != _default(type(self), name):
                     raise ConfigError(f"data: {name} does not apply to kind {self.kind!r}; leave it out")
@@ -108,6 +108,11 @@ class DataSettings:
     def has_code(self) -> bool:
         """Whether code of a user rewards or answers."""
         return bool(self.reward or self.environment or self.tool_functions)
+
+    @property
+    def has_files(self) -> bool:
+        """Whether the source has rows of files, and so an end."""
+        return self.kind not in ("tasks", "environment")
 
     def _check_code(self) -> None:
         """ConfigError: a reference has another form, or the settings of an environment contradict each other."""

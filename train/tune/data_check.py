@@ -58,15 +58,14 @@ def tell(line: str) -> None:
         print(line, file=sys.stderr)
 
 
-def is_file_source(data: DataSettings) -> bool:
-    """Whether a source has rows of files, and so an end."""
-    return data.kind not in ("tasks", "environment")
+def file_sources(config: TuneConfig) -> dict[str, DataSettings]:
+    """The sources that are trained and have rows of files."""
+    return {name: data for name, data in config.data.items() if data.weight and data.has_files}
 
 
 def _sources(config: TuneConfig) -> dict[str, DataSettings]:
     """The sources of files that are read, the file of evaluation among them."""
-    sources = {name: data for name, data in config.data.items() if data.weight and is_file_source(data)}
-    return sources | ({"eval.file": DataSettings(path=config.eval.file)} if config.eval.file else {})
+    return file_sources(config) | ({"eval.file": DataSettings(path=config.eval.file)} if config.eval.file else {})
 
 
 def _wanted(config: TuneConfig, name: str) -> Wanted:

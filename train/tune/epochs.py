@@ -9,7 +9,7 @@ from fractions import Fraction
 from stepjax.errors import ConfigError
 from stepjax.train.config.tune import TuneConfig
 from stepjax.train.data.sources import SplitRows
-from stepjax.train.tune.data_check import is_file_source, tell
+from stepjax.train.tune.data_check import file_sources, tell
 
 
 def with_steps(config: TuneConfig) -> TuneConfig:
@@ -24,7 +24,7 @@ def with_steps(config: TuneConfig) -> TuneConfig:
     epochs = config.optim.epochs
     if not epochs:
         return config
-    files = {name: data for name, data in config.data.items() if data.weight and is_file_source(data)}
+    files = file_sources(config)
     if not files:
         raise ConfigError(
             f"optim.epochs: is {epochs:g}, but no source of this run has an end (kinds "

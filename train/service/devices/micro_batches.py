@@ -66,8 +66,8 @@ def pack_call(data: Sequence[Datum]) -> PackedCall:
     of two for the rows of a micro-batch and for the number of targets. At most an eighth of the rows is empty.
     """
     longest = max(len(datum.tokens) for datum in data)
-    length = min(_up(longest, least, 2) for least in LENGTHS)
-    width = _up(max(datum.width for datum in data), 1, 2)
+    length = min(_up(longest, least) for least in LENGTHS)
+    width = _up(max(datum.width for datum in data))
     bins = Bins(length)
     for datum in data:
         bins.add(Example(datum.tokens.tolist(), []))
@@ -136,7 +136,7 @@ def micro_sizes(rows: int, *, most: int) -> list[int]:
     sizes: list[int] = []
     largest = 1 << most.bit_length() - 1
     while rows > 0:
-        size = min(_up(rows, 1, 2), largest)
+        size = min(_up(rows), largest)
         if (size - rows) * SPARE > size:
             size //= 2
         sizes.append(size)
@@ -144,9 +144,9 @@ def micro_sizes(rows: int, *, most: int) -> list[int]:
     return sizes
 
 
-def _up(value: int, least: int, factor: int) -> int:
-    """The smallest of least, least·factor, least·factor², … that is not below ``value``."""
+def _up(value: int, least: int = 1) -> int:
+    """The smallest of least, 2·least, 4·least, … that is not below ``value``."""
     size = least
     while size < value:
-        size *= factor
+        size *= 2
     return size
