@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, MutableMapping
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from calls import calls_counted
 from serving import SUM, TOOL
 
 from stepjax.errors import StepjaxError
@@ -279,18 +279,9 @@ class Reader:
 
 def events(work: Callable[[], object]) -> int:
     """Calls of functions, those in C included, that ``work`` makes: its steps, whatever else the machine does."""
-    count = 0
-
-    def note(frame: Any, event: str, argument: Any) -> None:
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    sys.setprofile(note)
-    try:
+    with calls_counted() as counted:
         work()
-    finally:
-        sys.setprofile(None)
-    return count
+    return counted.calls
 
 
 class Cost(NamedTuple):
@@ -364,18 +355,9 @@ class Meter:
 
 
 async def _counted(request: Coroutine[Any, Any, Cost]) -> tuple[Cost, int]:
-    count = 0
-
-    def note(frame: Any, event: str, argument: Any) -> None:
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    sys.setprofile(note)
-    try:
+    with calls_counted() as counted:
         answer = await request
-        return answer, count
-    finally:
-        sys.setprofile(None)
+        return answer, counted.calls
 
 
 async def _ask(app: Any, path: str, data: bytes, headers: dict[str, str]) -> Cost:
