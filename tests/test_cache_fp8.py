@@ -224,6 +224,7 @@ def test_the_same_memory_holds_four_times_the_tokens_of_float32():
     assert held.num_pages - 1 == 4 * (plain.num_pages - 1)
 
 
+@pytest.mark.slow
 def test_answers_differ_from_those_of_an_exact_cache():
     """Otherwise these tests would prove nothing."""
     prompt = prompts()[1]

@@ -401,6 +401,7 @@ def test_generate_from_tokens_is_the_sessions_answer_with_any_number_of_drafts(
     assert all(line["finish_reason"] in ("length", "stop") for line in found)
 
 
+@pytest.mark.slow
 def test_one_token(capsys, bare, tokens):
     assert run("generate", "--model", bare, "--tokens", tokens, "--max-tokens", 1, "--temperature", 0, "--json") == 0
     assert [(len(line["ids"]), line["decode_tokens_per_s"]) for line in lines(capsys)] == [(1, 0.0), (1, 0.0)]

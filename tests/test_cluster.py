@@ -258,7 +258,8 @@ def test_keys_of_clusters():
     assert key(SLURM | secret) != key(SLURM | {"STEPJAX_KEY": "other"})
 
 
-@pytest.mark.parametrize("after", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [0, 1])
 def test_a_port_that_is_taken_is_named(after):
     """jax's, or that of the watchdog."""
     port = two_free_ports()

@@ -164,6 +164,7 @@ def test_logits_are_those_of_the_widened_model(held):
     assert {path for path, w in held.params.items() if isinstance(w, Quantised)} == {*filter(is_dense_map, held.params)}
 
 
+@pytest.mark.slow
 def test_adapters_go_on_top(held):
     factors = trained(held.config, lora_config(), seed=1)
     ids = jnp.asarray([IDS])

@@ -86,6 +86,7 @@ def test_costs_of_a_run():
     assert paid["seconds"] - paid["seconds_without_teacher_writing"] == pytest.approx(4 * 0.5)
 
 
+@pytest.mark.slow
 def test_the_page_shows_the_committed_results(found, tmp_path):
     page = PAGE.read_text(encoding="utf-8")
     shown = page[page.index(FIRST) + len(FIRST) : page.index(LAST)]

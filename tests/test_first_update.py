@@ -101,14 +101,14 @@ def run_twice(config, tmp_path, cache, caplog):
 @pytest.mark.parametrize(
     ("config", "objective"),
     [
-        (SHORT, "exact"),
+        pytest.param(SHORT, "exact", marks=pytest.mark.slow),
         pytest.param(changed(SHORT, rollout={"replay": True}), "exact", marks=pytest.mark.slow),
         pytest.param(
             dataclasses.replace(SHORT, teachers={"main": TeacherSettings(kind="base", system="Be brief.")}),
             "exact",
             marks=pytest.mark.slow,
         ),
-        pytest.param(SHORT, "sft", marks=pytest.mark.slow),
+        (SHORT, "sft"),
     ],
     ids=["a teacher", "router replay", "a teacher with another prompt", "no teacher"],
 )

@@ -121,6 +121,7 @@ def test_the_period_of_a_model():
     assert period_of(dataclasses.replace(CONFIG, layers=CONFIG.layers[:3])) is None
 
 
+@pytest.mark.slow
 def test_a_loop_computes_what_layers_compute():
     check(outputs(looped_params(flat_params()), looped=True), unrolled_outputs())
 

@@ -104,7 +104,7 @@ def assert_close(found: Any, expected: Any, tolerance: float) -> None:
     [
         ("per_expert", "plain"),
         pytest.param("shared_outer", "plain", marks=pytest.mark.slow),
-        ("shared_outer", "fp8"),
+        pytest.param("shared_outer", "fp8", marks=pytest.mark.slow),
         pytest.param("per_expert", "int4", marks=pytest.mark.slow),
     ],
 )
@@ -165,7 +165,8 @@ def test_a_linear_map_meets_the_adapter_of_each_sequence():
 # The model
 
 
-@pytest.mark.parametrize("experts", [pytest.param("per_expert", marks=pytest.mark.slow), "shared_outer"])
+@pytest.mark.slow
+@pytest.mark.parametrize("experts", ["per_expert", "shared_outer"])
 def test_merged_weights_give_the_same_logits(experts):
     lora = lora_config(experts=experts)
     adapter = trained(CONFIG, lora)

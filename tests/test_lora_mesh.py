@@ -164,7 +164,9 @@ def one_device(form: str, slots: int, quantized: bool) -> Any:
         pytest.param(  # factors in pieces, gathered
             "shared_outer", "expert=2,tensor=2,data=2", "fsdp", 16, False, 1, False, marks=pytest.mark.slow
         ),
-        ("per_expert", "data=2,tensor=2", "wide_data", 1024, False, 2, True),  # slots of other sequences arrive
+        pytest.param(  # slots of other sequences arrive
+            "per_expert", "data=2,tensor=2", "wide_data", 1024, False, 2, True, marks=pytest.mark.slow
+        ),
         pytest.param("shared_outer", "expert=2,tensor=2", "wide", 1024, True, 2, False, marks=pytest.mark.slow),
         pytest.param("per_expert", "expert=2,tensor=2", "wide", 16, True, 2, True, marks=pytest.mark.slow),
         pytest.param("per_expert", "expert=4,tensor=2", "expert_tensor", 16, True, 2, True, marks=pytest.mark.slow),

@@ -43,7 +43,7 @@ PLANS = [
     ("expert=2,tensor=2,data=2", "fsdp", 1024, "capacity"),
     ("tensor=8", "tensor", 1024, "batched"),
 ]
-ALWAYS = (1, 4, 6)  # the others go with --slow
+ALWAYS = (4, 6)  # the others go with --slow
 CASES = [
     pytest.param(plan, id=f"{plan[0]}:{plan[1]}", marks=() if i in ALWAYS else pytest.mark.slow)
     for i, plan in enumerate(PLANS)

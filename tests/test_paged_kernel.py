@@ -101,7 +101,7 @@ def test_a_prefill_chunk_sees_its_prefix():
 
 
 @pytest.mark.parametrize("lengths", [[0, 5, 36, 37, 400]])
-@pytest.mark.parametrize("queries", [1, 4])
+@pytest.mark.parametrize("queries", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_ring_agrees_with_its_rows(lengths, queries):
     window = 32
     shape = len(lengths) + 2, window + SPARE_ROWS, 2, H

@@ -391,13 +391,9 @@ def test_a_batch_grows_until_memory_ends():
     assert by_batch(FLASH, parse("8xH100"), PlanRequest("latency"), choice._replace(mesh=MeshSpec(expert=5))) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "asked",
-    [
-        "--goal throughput --batch 8 --tpot-ms 20",
-        pytest.param("--goal context", marks=pytest.mark.slow),
-        pytest.param("--goal lora --batch 4", marks=pytest.mark.slow),
-    ],
+    "asked", ["--goal throughput --batch 8 --tpot-ms 20", "--goal context", "--goal lora --batch 4"]
 )
 def test_a_picture_is_drawn(capsys, tmp_path: Path, asked):
     pytest.importorskip("matplotlib")

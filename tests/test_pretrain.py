@@ -297,6 +297,7 @@ def test_stages_follow_each_other_from_one_command(tmp_path, capsys):
     assert "stage 2 starts from the weights of stage 1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_release_that_falls_short_changes_nothing(finished, brief, tmp_path, monkeypatch, capsys):
     brief(monkeypatch)
     score = TaskScore(4, 0.25, 1.5)

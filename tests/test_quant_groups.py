@@ -120,10 +120,8 @@ def folder(tmp_path_factory):
     return speaking_folder(tmp_path_factory.mktemp("groups") / "model")
 
 
-@pytest.mark.parametrize(
-    "mesh",
-    [pytest.param(None, marks=pytest.mark.slow), pytest.param("expert=8", marks=pytest.mark.slow), "expert=4,tensor=2"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [None, "expert=8", "expert=4,tensor=2"])
 def test_a_checkpoint_is_quantised_as_it_is_read(folder, mesh):
     """Experts only, split by whole experts or between groups; the logits are those of the widened weights."""
     session = load(folder, dtype="float32", quantize="int4", group=16, mesh=mesh)

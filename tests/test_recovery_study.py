@@ -95,6 +95,7 @@ def results() -> dict:
     }
 
 
+@pytest.mark.slow
 def test_accuracies_are_read_at_equal_tokens(tmp_path):
     found = results()
     assert budget(found, "recovery") == 2000

@@ -175,6 +175,7 @@ def test_the_short_list_and_the_search_give_the_same_tokens(monkeypatch):
     np.testing.assert_array_equal(short, sample(logits, position, Sampling.of(params), num_tokens=490))
 
 
+@pytest.mark.slow
 def test_the_search_of_gpus_finds_the_thresholds_of_cpus():
     """Every row of its own kind; a threshold is one of the logits, whatever else was added up on the way."""
     rng, size = np.random.default_rng(14), 700

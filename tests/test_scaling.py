@@ -91,7 +91,12 @@ LARGE: dict[str, tuple[str, dict[str, Any], int]] = {
 }
 
 
-@pytest.mark.parametrize("kind", LARGE)
+QUICK = ("token ids", "many parts", "many keys", "long input")
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in LARGE]
+)
 def test_the_event_loop_does_little_for_a_large_body(meter, kind):
     """What is done for each of its tens of thousands of items is done elsewhere."""
     path, body, status = LARGE[kind]

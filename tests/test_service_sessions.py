@@ -317,6 +317,7 @@ def test_eight_clients_of_which_some_vanish(tiny, tmp_path):
         assert pool.num_available == all_pages
 
 
+@pytest.mark.slow
 def test_a_client_that_vanishes_gives_its_memory_back(training_server):
     """What it saved stays, and it can come back: its model is read from its snapshot and the journal."""
     training = training_server.training

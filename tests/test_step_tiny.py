@@ -40,6 +40,7 @@ def test_held_out_items_are_answered_and_drafts_change_nothing(session, items):
     assert {done.timing.accepted_per_step for done in plain} == {1.0}
 
 
+@pytest.mark.slow
 def test_the_readme_prompt_gets_its_answer(session):
     ids = session.encode_chat([{"role": "user", "content": "What is 467 + 358?"}])
     done = generate(session, [ids], session.sampling(temperature=0.0, max_tokens=100))[0]

@@ -156,6 +156,7 @@ def packages(tmp_path_factory) -> Path:
     return home
 
 
+@pytest.mark.slow
 @pytest.mark.node
 def test_the_clients_of_node_join_what_they_read_whole(scripted, packages):
     node = shutil.which("node")
