@@ -124,7 +124,7 @@ def mixture(where: Layout, form: str, *, slots: int = 1, quantized: bool = False
         if f"{of}{name}.a" in adapters[0]:
             base = held[name]
             if quantized and ".experts." in f".{name}":
-                base = jax.tree.map(jnp.asarray, quantise(np.asarray(base), IntGroups(4, 32)))
+                base = jax.tree.map(jnp.asarray, quantise(np.asarray(base), IntGroups(4, 16)))
             a = jnp.concatenate([each[f"{of}{name}.a"] for each in adapters], axis=-2)
             b = jnp.concatenate([each[f"{of}{name}.b"] for each in adapters], axis=-1)
             held[name] = Adapted(base, a, b, scale=0.5, slots=slots)
