@@ -127,6 +127,7 @@ def test_a_process_that_finds_nobody_says_so(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP])
 def test_ten_times_out_of_ten_within_30_s(tmp_path, victim, kind):
