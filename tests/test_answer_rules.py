@@ -95,6 +95,15 @@ def test_several_answers_share_the_scores_of_their_prompt(server, prompt, echo):
             assert all(2 <= len(top) <= 3 for top in first["logprobs"]["top_logprobs"][1:])
 
 
+def test_no_number_of_tokens_is_the_default_one(server):
+    body = {"prompt": [5, 6, 7], "temperature": 0, "ignore_eos": True}
+    counts = [
+        server.post("/v1/completions", body | most).json()["usage"]["completion_tokens"]
+        for most in ({}, {"max_tokens": None}, {"max_tokens": 3})
+    ]
+    assert counts == [16, 16, 3]
+
+
 def test_a_prompt_without_an_answer_counts_none(server):
     body = {"prompt": [5, 6, 7], "max_tokens": 0, "echo": True, "logprobs": 1}
     chunks = server.events("/v1/completions", body | {"stream_options": {"include_usage": True}})

@@ -21,6 +21,7 @@ from conversations import (
 )
 from serving import NAME, SUM
 
+COMPLETIONS = "/v1/completions"
 BILLING = "x-anthropic-billing-header: cc_version=2.1.197.{}; cc_entrypoint=cli; cch={};"
 
 
@@ -68,7 +69,7 @@ PLACES: list[tuple[Any, str, str]] = [
     (response, "max_tokens: x", "max_output_tokens: x"),
     (response, "max_tokens_of_another: x", "max_tokens_of_another: x"),
     (response, "response_format.json_schema.schema: x", "text.format.schema: x"),
-    (response, "reasoning_effort: x", "reasoning.effort: x"),
+    (response, "reasoning_effort: x", "reasoning_effort: x"),
 ]
 
 
@@ -85,12 +86,15 @@ def test_a_place_in_anthropics_form():
         ("messages[2].content: x", "messages[2].content[0].content: x"),
         ("stop[1]: x", "stop_sequences[1]: x"),
         ("response_format.json_schema.schema: x", "output_config.format.schema: x"),
-        ("thinking_token_budget: x", "thinking.budget_tokens: x"),
+        ("reasoning.effort: x", "output_config.effort: x"),
+        ("thinking_token_budget: x", "thinking_token_budget: x"),
     ):
         assert body.client.place(place) == said
 
 
 BAD_SCHEMA = {"type": "object", "properties": {"a": {"type": "string", "pattern": "a^b"}}}
+FLAT = {"type": "function", "name": "f"}
+OWN = {"name": "f", "input_schema": BAD_SCHEMA}
 HUGE = int("9" * 400)
 BROKEN: list[tuple[str, dict[str, Any], str]] = [
     (
@@ -136,6 +140,17 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
         "tools[0].input_schema",
     ),
     (CHAT, {"messages": SUM, "functions": [{"name": ""}]}, "functions[0].name"),
+    (CHAT, {"messages": SUM, "stop_token_ids": [-1]}, "stop_token_ids"),
+    (CHAT, {"messages": SUM, "allowed_token_ids": [2**40]}, "allowed_token_ids"),
+    (MESSAGES, {"messages": SUM, "max_tokens": 5, "allowed_token_ids": [100_000]}, "allowed_token_ids"),
+    (RESPONSES, {"input": "x", "stop_token_ids": [2**40]}, "stop_token_ids"),
+    (RESPONSES, {"input": "x", "reasoning_effort": "enormous"}, "reasoning_effort"),
+    (COMPLETIONS, {"prompt": [5, 100_000]}, "prompt: entry 1"),
+    (COMPLETIONS, {"prompt": [[5], [6, -1]]}, "prompt[1]: entry 1"),
+    (COMPLETIONS, {"prompt": [[5], []]}, "prompt[1]"),
+    (COMPLETIONS, {"prompt": "x", "stop_token_ids": [-1]}, "stop_token_ids"),
+    (CHAT, {"messages": SUM, "tools": [FLAT | {"parameters": BAD_SCHEMA}], "tool_choice": "any"}, "tools[0].param"),
+    (CHAT, {"messages": SUM, "tools": [OWN], "tool_choice": {"type": "any"}}, "tools[0].input_schema"),
 ]
 
 
@@ -145,4 +160,4 @@ def test_an_error_names_the_place_as_the_client_sent_it(server, path, body, plac
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert error["message"].startswith(place)
-    assert error["param"].startswith(place)
+    assert error["param"].startswith(place.partition(":")[0])

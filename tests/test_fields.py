@@ -132,6 +132,31 @@ def test_a_field_of_another_interface_is_refused(path, field):
         FIELD_TABLES[path].ignored({field: "x"})
 
 
+@pytest.mark.parametrize(
+    ("path", "field", "value"),
+    [
+        ("/v1/responses", "modalities", ["audio"]),
+        ("/v1/messages", "audio", {"voice": "x"}),
+        ("/v1/messages", "web_search_options", {"user_location": {}}),
+        ("/v1/completions", "documents", ["x"]),
+        (CHAT_PATH, "mcp_servers", [{"url": "x"}]),
+        (CHAT_PATH, "previous_response_id", "x"),
+    ],
+)
+def test_what_one_interface_refuses_no_other_ignores(path, field, value):
+    with pytest.raises(RequestError, match=f"{field}: "):
+        FIELD_TABLES[path].ignored({field: value})
+
+
+def test_what_asks_for_nothing_is_not_refused():
+    for path, fields in (
+        ("/v1/completions", {"parallel_tool_calls": True, "tool_choice": "auto", "tools": []}),
+        (CHAT_PATH, {"best_of": 1, "echo": False, "suffix": ""}),
+        ("/v1/responses", {"modalities": ["text"], "n": 1, "best_of": 1}),
+    ):
+        assert FIELD_TABLES[path].ignored(fields) == []
+
+
 def test_a_value_of_any_size_or_kind_has_an_answer():
     for value in (10**400, -1, 2.5, True, [1], ["x"], {"a": 1}, "x"):
         with pytest.raises(RequestError, match="typical_p"):

@@ -38,6 +38,10 @@ ITEMS: list[tuple[dict[str, Any], list[str]]] = [
     ({"type": "function_call_output", "call_id": "orphan", "output": "warm"}, ["warm"]),
     ({"type": "function_call_output", "call_id": "c", "output": None}, ["<tool_response></tool_response>"]),
     ({"type": "function_call_output", "call_id": "c", "output": {"temp": 94}}, ['{"temp": 94}']),
+    ({"type": "function_call_output", "call_id": "c", "output": 94}, ["<tool_response>94"]),
+    ({"type": "function_call_output", "call_id": "c", "output": {"type": "input_text", "text": "warm"}}, [">warm"]),
+    ({"type": "custom_tool_call", "call_id": "c", "name": "apply_patch", "input": None}, ["<function=apply_patch>"]),
+    ({"role": "assistant", "content": [{"type": "output_text", "text": None}]}, ["assistant"]),
     ({"type": "function_call_output", "call_id": "c", "output": [{"type": "input_text", "text": "warm"}]}, ["warm"]),
     (
         {"type": "function_call_output", "call_id": "c", "output": [{"type": "input_image", "image_url": "data:x"}]},
@@ -176,6 +180,10 @@ BLOCKS: list[tuple[dict[str, Any], list[str]]] = [
     (blocks("user", {**RESULT, "is_error": True}), ["[the tool reported an error]\nwarm"]),
     (blocks("user", {**RESULT, "content": None, "is_error": True}), ["[the tool reported an error]"]),
     (blocks("user", {**RESULT, "content": []}), ["<tool_response></tool_response>"]),
+    (blocks("user", {**RESULT, "content": {"temp": 94}}), ['{"temp": 94}']),
+    (blocks("user", {**RESULT, "content": 94}), ["<tool_response>94"]),
+    (blocks("assistant", {"type": "thinking", "thinking": None}, {"type": "text", "text": None}), ["assistant"]),
+    (blocks("assistant", {"type": "thinking", "signature": "x"}, {"type": "text", "text": "hm"}), ["hm"]),
     (blocks("user", {"type": "tool_result", "tool_use_id": "orphan"}), ["<tool_response></tool_response>"]),
     (blocks("user", RESULT, RESULT), ["warm", "warm"]),
     (
@@ -273,6 +281,15 @@ TURNS: list[tuple[dict[str, Any], list[str]]] = [
     ({"role": "tool", "tool_call_id": "orphan", "content": "warm"}, ["<tool_response>warm"]),
     ({"role": "tool", "tool_call_id": "c", "content": None}, ["<tool_response></tool_response>"]),
     ({"role": "tool", "tool_call_id": "c"}, ["<tool_response></tool_response>"]),
+    ({"role": "tool", "tool_call_id": "c", "content": {"temp": 94}}, ['{"temp": 94}']),
+    ({"role": "tool", "tool_call_id": "c", "content": [{"temp": 94}, 3]}, ['[{"temp": 94}, 3]']),
+    ({"role": "tool", "tool_call_id": "c", "content": 94}, ["<tool_response>94"]),
+    ({"role": "tool", "tool_call_id": "c", "content": {"type": "text", "text": "warm"}}, ["<tool_response>warm"]),
+    ({"role": "assistant", "content": [{"type": "text", "text": None}]}, ["assistant"]),
+    (
+        {"role": "assistant", "tool_calls": [{"type": "custom", "custom": {"name": "apply_patch", "input": None}}]},
+        ["<function=apply_patch>"],
+    ),
     (
         {"role": "tool", "tool_call_id": "c", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
         ["[image url left out"],

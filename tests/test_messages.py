@@ -10,6 +10,7 @@ from serving import NAME, PARAMETERS, SUM, WEATHER
 
 from stepjax.errors import RequestError
 from stepjax.infer.serve.endpoints.messages import MessagesRequest, as_chat
+from stepjax.infer.serve.thinking import thinking_of
 
 ASKED: dict[str, Any] = {"model": NAME, "messages": SUM, "temperature": 0, "max_tokens": 80}
 TOOLS = [{"name": "get_weather", "description": "Weather of a city", "input_schema": PARAMETERS}]
@@ -154,7 +155,7 @@ def test_a_conversation_becomes_the_same_chat():
         {"role": "tool", "tool_call_id": "t1", "content": "warm"},
         {"role": "user", "content": "And now?"},
     ]
-    assert (chat.tool_choice, chat.parallel_tool_calls, chat.thinking_token_budget) == ("required", False, 1024)
+    assert (chat.tool_choice, chat.parallel_tool_calls, thinking_of(chat).budget) == ("required", False, 1024)
     assert chat.tools is not None
     assert chat.tools[0]["function"]["parameters"] == PARAMETERS
 
@@ -169,7 +170,7 @@ def test_what_an_answer_is_held_to(server):
     config = {"effort": "low", "format": {"type": "json_schema", "schema": schema}}
     body = {**ASKED, "messages": WEATHER, "output_config": config}
     chat = as_chat(MessagesRequest.model_validate(body))
-    assert (chat.reasoning_effort, chat.thinking_token_budget) == ("low", None)
+    assert thinking_of(chat).budget == 2048
     assert chat.response_format is not None
     assert chat.response_format.json_schema is not None
     assert (chat.response_format.json_schema.schema_, chat.response_format.json_schema.strict) == (schema, True)
@@ -180,6 +181,19 @@ def test_what_an_answer_is_held_to(server):
     assert rebuilt(server.events("/v1/messages", body)) == found["content"]
 
 
+def test_the_smallest_budget_holds_whatever_its_field():
+    def budget(**fields: Any) -> int | None:
+        chat = as_chat(MessagesRequest.model_validate({"model": "m", "max_tokens": 5, "messages": SUM, **fields}))
+        return thinking_of(chat).budget
+
+    thinking = {"type": "enabled", "budget_tokens": 1024}
+    assert budget(thinking=thinking, thinking_token_budget=5) == 5
+    assert budget(thinking=thinking, thinking_token_budget=2000) == 1024
+    assert budget(output_config={"effort": "medium"}, reasoning_effort="minimal") == 512
+    assert budget(output_config={"effort": "low"}, reasoning_effort="medium") == 2048
+
+
+FORMAT = {"type": "json_schema", "schema": {"type": "object"}}
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "messages[0].content[0].type"),
     ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
@@ -198,6 +212,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{"name": "f"}]}, "input_schema"),
     ({"tools": TOOLS, "tool_choice": {"type": "tool"}}, "tool_choice.name"),
     ({"mcp_servers": [{"url": "http://localhost"}]}, "mcp_servers"),
+    ({"output_config": {"format": FORMAT}, "output_format": FORMAT}, "output_config.format, output_format: "),
+    (
+        {"response_format": {"type": "json_object"}, "output_format": FORMAT},
+        "response_format, output_format: ",
+    ),
 ]
 
 

@@ -180,6 +180,28 @@ def test_an_order_that_cannot_be_kept_is_refused(read, place, said):
     assert said in str(error.value)
 
 
+@pytest.mark.parametrize("read", [chat, response])
+@pytest.mark.parametrize("mode", ["auto", "none", "required", "any"])
+def test_a_mode_is_said_in_each_way(read, mode):
+    """As a text, and as Anthropic's object; any is another word for required."""
+    for choice in (mode, {"type": mode}):
+        read_choice = read(tools=[FUNCTION], tool_choice=choice).tool_choice
+        assert read_choice == {"any": "required"}.get(mode, mode)
+
+
+def test_a_tool_is_said_in_each_way(step_tiny):
+    """As a chat says it, as a response does, and as Anthropic does: clients mix them."""
+    ways = [
+        TOOL,
+        {**FUNCTION, "description": TOOL["function"]["description"]},
+        {"name": "get_weather", "description": TOOL["function"]["description"], "input_schema": PARAMETERS},
+        {**FUNCTION, "type": "custom", "description": TOOL["function"]["description"], "input_schema": PARAMETERS},
+    ]
+    ways[3].pop("parameters")
+    for read in (chat, response):
+        assert len({prompt(step_tiny, read(tools=[way])) for way in ways}) == 1
+
+
 def test_allowed_tools_are_the_only_ones_offered():
     allowed = [{"type": "custom", "name": "apply_patch"}, {"type": "web_search"}]
     choice = {"type": "allowed_tools", "mode": "required", "tools": allowed}

@@ -93,6 +93,12 @@ def test_log_probabilities_of_the_text(server):
     assert [each["token"] for each in streamed] == [each["token"] for each in part["logprobs"]]
 
 
+def test_what_an_answer_cannot_include_is_named():
+    asked = {"input": "Hi", "include": ["reasoning.encrypted_content", "web_search_call.action.sources", "next"]}
+    chat = as_chat(ResponsesRequest.model_validate(asked))
+    assert chat.client.left_out == ["include[1]=web_search_call.action.sources", "include[2]=next"]
+
+
 def test_items_become_the_same_chat():
     items = [
         {"role": "developer", "content": [{"type": "input_text", "text": "S"}]},
@@ -129,6 +135,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"input": [{"role": "robot", "content": ""}]}, "input[0].role"),
     ({"input": [{"type": "function_call_output", "output": "x"}]}, "call_id"),
     ({"tools": [{"type": 5}]}, "tools[0].type"),
+    (
+        {"response_format": {"type": "json_object"}, "text": {"format": {"type": "json_object"}}},
+        "response_format, text.format: ",
+    ),
     ({"tools": [{"type": "web_search"}], "tool_choice": {"type": "web_search"}}, "tool_choice.type"),
 ]
 

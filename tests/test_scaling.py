@@ -232,6 +232,16 @@ def test_levels_of_brackets_are_counted_outside_of_texts(text, depth):
     assert depth == 0 or bodies._is_deeper(text.encode(), depth - 1)
 
 
+def test_the_connection_lives_on_after_a_body_that_is_no_json(server):
+    """A client may send its next request before it has read the first answer."""
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        head = "POST /tokenize HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 1\r\n\r\n{"
+        connection.sendall(head.encode() + b"GET /version HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        answers = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+    assert answers.count(b"HTTP/1.1 400") == answers.count(b"HTTP/1.1 200") == 1
+
+
 def test_the_connection_lives_on_after_an_unread_body(server):
     with httpx.Client(base_url=server.url) as client:
         assert client.post("/v1/embeddings", content=b" " * MB).status_code == 404

@@ -23,7 +23,7 @@ from stepjax.infer.serve.errors import ApiError, field_name
 from stepjax.infer.serve.fields.dialects import FIELD_TABLES
 from stepjax.infer.serve.fields.field_table import FieldTable
 from stepjax.infer.serve.limits import LIMITS
-from stepjax.infer.serve.middleware import App, AsgiMessage, Receive, Refuse, Scope, Send
+from stepjax.infer.serve.middleware import BODY_READ, App, AsgiMessage, Receive, Refuse, Scope, Send
 
 T = TypeVar("T")
 Model = TypeVar("Model", bound=BaseModel)
@@ -86,6 +86,7 @@ class StrictBodies:
             body = await _read(headers, receive)
             if body is None:  # the client has disconnected
                 return
+            scope[BODY_READ] = True
             if body:
                 _check_type(headers)
                 scope[PARSED], scope[SIZE] = await off_loop(len(body), parse_json, body), len(body)

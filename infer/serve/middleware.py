@@ -24,6 +24,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Refuse = Callable[[Scope, Receive, Send, ApiError], Awaitable[None]]  # answers a request with an error
 
 HEALTH_PATHS = ("/health", "/health/ready", "/health/live")  # polled by monitors: logged at debug only
+BODY_READ = "stepjax.body_read"  # in a scope: whether the connection is free for the next request
 OPEN_PATHS = ("/", *HEALTH_PATHS)  # need no key
 QUIET_PATHS = (*HEALTH_PATHS, "/metrics")  # of the last, a failure is logged at info
 _GIVEN_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)

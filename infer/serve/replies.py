@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import Response
 
 from stepjax.infer.serve.errors import ApiError, dialect_of
-from stepjax.infer.serve.middleware import Receive, Scope, Send
+from stepjax.infer.serve.middleware import BODY_READ, Receive, Scope, Send
 from stepjax.startup import Startup
 
 
@@ -26,9 +26,10 @@ def error_response(error: ApiError, path: str, headers: Mapping[str, str] | None
 
 
 async def refuse(scope: Scope, receive: Receive, send: Send, error: ApiError) -> None:
-    """Answer with an error before the body was read, which is therefore not read at all."""
+    """Answer with an error before an endpoint sees the request. A body that was not read is not read at all."""
     response = error_response(error, scope["path"])
-    response.headers["connection"] = "close"
+    if not scope.get(BODY_READ):
+        response.headers["connection"] = "close"
     await response(scope, receive, send)
 
 

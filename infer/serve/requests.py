@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from stepjax.infer.engine.engine import Engine
     from stepjax.infer.session import Session
     from stepjax.text.tokenizer import Tokenizer
+
+
+# Sampling parameters whose errors name them otherwise than requests do.
+_NAMES = {"stop_ids": "stop_token_ids", "allowed_ids": "allowed_token_ids"}
 
 
 @dataclass(frozen=True)
@@ -143,8 +148,34 @@ def engine_request(
     *,
     max_tokens: int | None,
     logprobs: int | None,
+    place: str = "messages",
 ) -> EngineRequest:
-    """The engine's request for one prompt, its sampling parameters checked and cut to the context."""
+    """The engine's request for one prompt, its sampling parameters checked and cut to the context.
+
+    Args:
+      place: of the prompt in the request, for errors.
+
+    Raises:
+      RequestError: the request is invalid; its own names are in the message.
+    """
+    try:
+        return _engine_request(engine, session, body, ids, max_tokens=max_tokens, logprobs=logprobs)
+    except RequestError as error:
+        names = {**_NAMES, "tokens": place}
+        text = re.sub(rf"^({'|'.join(names)})(?=:)", lambda match: names[match[0]], str(error))
+        error.args = (text, *error.args[1:])
+        raise
+
+
+def _engine_request(
+    engine: Engine,
+    session: Session,
+    body: SampledRequest,
+    ids: list[int],
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
+) -> EngineRequest:
     if body.truncate_prompt_tokens is not None:
         ids = ids[-body.truncate_prompt_tokens :]
     bias = body.logit_bias or {}

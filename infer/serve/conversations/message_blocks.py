@@ -15,6 +15,7 @@ from stepjax.infer.serve.conversations.parts import (
     object_at,
     part_text,
     parts_of,
+    said,
     string,
     told,
     without_billing,
@@ -68,7 +69,7 @@ def _read_assistant(turns: ChatTurns, content: Any, where: str) -> None:
     for block, place in parts_of(content, f"{where}.content"):
         kind = kind_of(block, place)
         if kind == "thinking":
-            turns.think(string(block, "thinking", place), place)
+            turns.think(said(block, "thinking", place), place)
         elif kind in _CALLS:
             _read_call(turns, block, place)
         elif kind.endswith("_tool_result"):
@@ -77,6 +78,8 @@ def _read_assistant(turns: ChatTurns, content: Any, where: str) -> None:
             turns.say(made_text(block.get("content"), f"{place}.content", turns.client), place)
         elif kind == "redacted_thinking":
             continue  # only its author can read it
+        elif kind == "text":
+            turns.say(said(block, "text", place), place)
         elif (text := part_text(block, place)) is not None:
             turns.say(text, place)
         else:
@@ -98,6 +101,8 @@ def _read_result(turns: ChatTurns, block: Mapping[str, Any], where: str) -> None
     content, place = block.get("content"), f"{where}.content"
     if isinstance(content, Mapping):
         text = as_json(_readable(content))
+    elif isinstance(content, bool | int | float):
+        text = as_json(content)
     elif block.get("type") in ("tool_result", "mcp_tool_result") or not isinstance(content, list):
         text = made_text(content, place, turns.client)
     else:

@@ -38,6 +38,11 @@ def string(part: Mapping[str, Any], name: str, where: str) -> str:
     return value
 
 
+def said(part: Mapping[str, Any], name: str, where: str) -> str:
+    """A text of a model's own. Some clients send null for an empty one; raises RequestError for other values."""
+    return "" if part.get(name) is None else string(part, name, where)
+
+
 def object_at(value: Any, where: str) -> Mapping[str, Any]:
     """A value that must be an object; raises RequestError."""
     if not isinstance(value, Mapping):
@@ -95,7 +100,8 @@ def made_text(content: Any, where: str, client: ClientForm) -> str:
 
 def told(part: Mapping[str, Any], place: str, client: ClientForm) -> str:
     """The text of a part, or a note that stands for it."""
-    text = part_text(part, place)
+    is_empty = part.get("type") in TEXT_PARTS and part.get("text") is None
+    text = "" if is_empty else part_text(part, place)
     if text is not None:
         return text
     kind = kind_of(part, place)
@@ -157,6 +163,20 @@ def earlier_arguments(arguments: Any) -> Any:
     except (ValueError, RecursionError, RequestError):
         return {RAW_ARGUMENTS: arguments}
     return arguments
+
+
+def result_text(content: Any, where: str, client: ClientForm) -> str:
+    """The text of what a tool returned. Data that are no parts, which some clients send, are shown as JSON.
+
+    Raises:
+      RequestError: a text part has no text.
+    """
+    if content is None or isinstance(content, str):
+        return content or ""
+    parts = content if isinstance(content, list) else [content]
+    if all(isinstance(part, Mapping) and "type" in part for part in parts):
+        return made_text(parts, where, client)
+    return as_json(content)
 
 
 def as_json(value: Any) -> str:

@@ -7,7 +7,6 @@ template's reader to refuse.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -15,7 +14,14 @@ from pydantic import ValidationError
 
 from stepjax.errors import RequestError, TemplateError
 from stepjax.infer.serve.conversations.client_form import CUSTOM_INPUT, ClientForm
-from stepjax.infer.serve.conversations.parts import earlier_arguments, last_question, told, without_billing
+from stepjax.infer.serve.conversations.parts import (
+    as_json,
+    earlier_arguments,
+    last_question,
+    result_text,
+    told,
+    without_billing,
+)
 from stepjax.infer.serve.conversations.tools import read_choice, read_functions
 from stepjax.infer.serve.errors import field_name
 from stepjax.infer.serve.schemas import ChatRequest
@@ -34,6 +40,19 @@ def chat_request(fields: Mapping[str, Any], client: ClientForm) -> ChatRequest:
     except ValidationError as error:
         first = error.errors()[0]
         raise RequestError(client.place(f"{field_name(first['loc'])}: {first['msg']}")) from None
+
+
+def add_format(fields: dict[str, Any], formats: Mapping[str, dict[str, Any] | None]) -> None:
+    """Give the fields of a chat the format that another interface's fields, by their names, say.
+
+    Raises:
+      RequestError: there are several, or ``fields`` hold one already.
+    """
+    given = {"response_format": fields.get("response_format"), **formats}
+    names = [name for name, format in given.items() if format and format.get("type") != "text"]
+    if len(names) > 1:
+        raise RequestError(f"{', '.join(names)}: expected one of them, since each decides the form of the answer")
+    fields["response_format"] = given[names[0]] if names else None
 
 
 def read_chat_body(body: ChatRequest) -> ChatRequest:
@@ -122,7 +141,7 @@ def _message(message: Any, where: str, client: ClientForm, *, is_last: bool) -> 
     elif role == "user" and not is_last and isinstance(message.get("content"), list):
         read["content"] = _made(message["content"], f"{where}.content", client)
     elif role in ("tool", "function"):
-        read |= {"role": "tool", "content": _made(message.get("content", ""), f"{where}.content", client)}
+        read |= {"role": "tool", "content": result_text(message.get("content"), f"{where}.content", client)}
     elif role == "assistant":
         _read_assistant(read, where, client)
     return read
@@ -143,7 +162,7 @@ def _without_billing(content: Any) -> Any:
 
 
 def _made(content: Any, where: str, client: ClientForm) -> Any:
-    """What a model or a tool made, its parts as text."""
+    """What a model made, or a person sent before, its parts as text."""
     if content is None:
         return ""
     if not isinstance(content, list):
@@ -151,7 +170,8 @@ def _made(content: Any, where: str, client: ClientForm) -> Any:
     parts: list[Any] = []
     for index, part in enumerate(content):
         place = f"{where}[{index}]"
-        if isinstance(part, Mapping) and isinstance(part.get("type"), str) and part["type"] != "text":
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if isinstance(kind, str) and not (kind == "text" and part.get("text") is not None):
             part = {"type": "text", "text": told(part, place, client)}
         parts.append(part)
     return parts
@@ -179,7 +199,7 @@ def _call(call: Any, client: ClientForm) -> Any:
         return call
     if call.get("type") == "custom" and isinstance(custom := call.get("custom"), Mapping):
         text = custom.get("input")
-        arguments = {CUSTOM_INPUT: text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)}
+        arguments = {CUSTOM_INPUT: "" if text is None else as_json(text)}
         return {**call, "type": "function", "function": {"name": custom.get("name"), "arguments": arguments}}
     function = call.get("function")
     if not isinstance(function, Mapping):

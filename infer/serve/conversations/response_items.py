@@ -21,6 +21,8 @@ from stepjax.infer.serve.conversations.parts import (
     made_text,
     object_at,
     parts_of,
+    result_text,
+    said,
     sent_text,
     string,
     without_billing,
@@ -145,7 +147,7 @@ def _read_call(turns: ChatTurns, item: Mapping[str, Any], kind: str, where: str)
         name, arguments, field = string(item, "name", where), item.get("arguments"), "arguments"
     elif kind == "custom_tool_call":
         name, field = string(item, "name", where), "input"
-        arguments = {CUSTOM_INPUT: string(item, "input", where)}
+        arguments = {CUSTOM_INPUT: said(item, "input", where)}
     elif kind == f"{SEARCH}_call":
         name, arguments, field = SEARCH, item.get("arguments"), "arguments"
     else:  # local_shell_call, shell_call, apply_patch_call, computer_call, …
@@ -179,20 +181,12 @@ def _read_output(turns: ChatTurns, item: Mapping[str, Any], kind: str, where: st
     if kind == f"{SEARCH}_output" and isinstance(output, list):  # the request offers the tools themselves
         text = "\n".join(names_of(output))
     elif kind in ("function_call_output", "custom_tool_call_output"):
-        text = _output_text(output, place, turns.client)
+        text = result_text(output, place, turns.client)
     elif isinstance(output, Mapping) and isinstance(output.get("type"), str) and "screenshot" in output["type"]:
         text = made_text([output], place, turns.client)
     else:
         text = "" if output is None else as_json(output)
     turns.result(_call_id(item, kind, where), text, where, failed=item.get("status") == "failed")
-
-
-def _output_text(output: Any, where: str, client: ClientForm) -> str:
-    """An output's text. Data that are no parts, which some clients send, are shown as JSON."""
-    if isinstance(output, Mapping):
-        return as_json(output)
-    typed = isinstance(output, list) and all(isinstance(part, Mapping) and "type" in part for part in output)
-    return made_text(output, where, client) if typed or not isinstance(output, list) else as_json(output)
 
 
 def _read_server_call(turns: ChatTurns, item: Mapping[str, Any], kind: str, where: str) -> None:

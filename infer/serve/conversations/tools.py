@@ -16,6 +16,7 @@ from stepjax.infer.serve.limits import LIMITS
 
 SEARCH = "tool_search"
 _NAMES = "expected auto, none, required, or a function by its name"
+_MODES = ("auto", "none", "required", "any")
 _GRAMMAR = "format"  # beside a custom tool's function: the grammar that its input should follow
 
 
@@ -26,7 +27,8 @@ def read_functions(
 
     Args:
       start: how many functions the request has already.
-      nested: whether a tool's fields must lie one level deeper, as in a chat.
+      nested: whether a tool's fields lie one level deeper, as in a chat. Some clients send those of a response, or
+        Anthropic's, to a chat too.
 
     Raises:
       RequestError: a tool that can be offered is broken.
@@ -37,10 +39,13 @@ def read_functions(
         kind = object_at(tool, place).get("type", "function")
         if not isinstance(kind, str):
             raise RequestError(f"{place}.type: expected a type, found {ascii(kind)[:80]}")
+        if kind in ("function", "custom") and "input_schema" in tool:
+            tool, kind = _with_parameters(tool), "function"
+            client.paths[f"tools[{start + len(functions)}].function.parameters"] = f"{place}.input_schema"
         if kind == "namespace":
             functions += _namespace(tool, client, place, start + len(functions))
         elif kind in ("function", "custom"):
-            if nested:
+            if nested and not isinstance(tool.get("name"), str):
                 object_at(tool.get(kind), f"{place}.{kind}")
             functions.append(_function(tool, client, place, start + len(functions), None))
         elif kind == SEARCH and tool.get("execution") == "client" and isinstance(tool.get("parameters"), Mapping):
@@ -51,6 +56,12 @@ def read_functions(
     if num_functions > most:
         raise RequestError(f"{where}: hold {num_functions} functions in all, expected at most {most:.0f}")
     return functions
+
+
+def _with_parameters(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool that is said as Anthropic does, as OpenAI says it."""
+    fields = {name: value for name, value in tool.items() if name != "input_schema"}
+    return {**fields, "type": "function", "parameters": tool["input_schema"]}
 
 
 def _search(tool: Mapping[str, Any], client: ClientForm, where: str, position: int) -> dict[str, Any]:
@@ -159,6 +170,9 @@ def read_choice(choice: Any, functions: list[dict[str, Any]], client: ClientForm
     """
     if isinstance(choice, Mapping) and choice.get("type") == "allowed_tools":
         choice, functions = _allowed(choice, functions, client)
+    elif isinstance(choice, Mapping) and choice.get("type") in _MODES:  # as Anthropic says it
+        choice = choice["type"]
+    choice = "required" if choice == "any" else choice
     if not isinstance(choice, Mapping):
         if choice not in (None, "auto", "none", "required"):
             raise RequestError(f"tool_choice: {_NAMES}")

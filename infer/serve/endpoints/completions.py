@@ -31,6 +31,7 @@ from stepjax.infer.serve.sse import DONE, PING_S, event
 from stepjax.infer.serve.text_offsets import TextOffsets
 from stepjax.infer.session import Session
 
+_NULL_TOKENS = 16  # of an answer whose request says null, as OpenAI's default
 _TEXT = {"type": "string"}
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 Prompt = Annotated[
@@ -48,7 +49,9 @@ class CompletionRequest(SampledRequest):
     """POST /v1/completions."""
 
     prompt: Prompt
-    max_tokens: int | None = Field(16, ge=0, le=int(LIMITS["max_tokens"].high), description="0 only with echo")
+    max_tokens: int | None = Field(
+        _NULL_TOKENS, ge=0, le=int(LIMITS["max_tokens"].high), description="0 only with echo; null is 16"
+    )
     logprobs: int | None = number("logprobs")
     echo: bool | None = False
     best_of: int | None = Field(None, description="only the value of n")
@@ -70,9 +73,19 @@ def read_completion(
     check_count("prompts", "prompt", len(prompts) * (body.n or 1))
     if body.echo and body.logprobs is not None:  # the writer takes as many of the likeliest as each field asks for
         body = body.model_copy(update={"prompt_logprobs": max(body.logprobs, body.prompt_logprobs or 0)})
+    max_tokens = _NULL_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
+    is_one = isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
     requests = [
-        engine_request(engine, session, body, ids, max_tokens=max(1, body.max_tokens or 0), logprobs=body.logprobs)
-        for ids in prompts
+        engine_request(
+            engine,
+            session,
+            body,
+            ids,
+            max_tokens=max_tokens,
+            logprobs=body.logprobs,
+            place="prompt" if is_one else f"prompt[{index}]",
+        )
+        for index, ids in enumerate(prompts)
     ]
     constraint = constraint_of(session, body)
     options = transcript_options(session, body, verbatim=True)

@@ -17,7 +17,7 @@ from stepjax.infer.serve.bodies import BodyRoute, bare
 from stepjax.infer.serve.conversations.anthropic_tools import read_anthropic_tools
 from stepjax.infer.serve.conversations.client_form import ClientForm
 from stepjax.infer.serve.conversations.message_blocks import read_blocks
-from stepjax.infer.serve.conversations.reading import chat_request, in_clients_words
+from stepjax.infer.serve.conversations.reading import add_format, chat_request, in_clients_words
 from stepjax.infer.serve.fields.dialects import COUNT_TOKENS, MESSAGES
 from stepjax.infer.serve.limits import listed, number, sized
 from stepjax.infer.serve.replies import json_response
@@ -57,8 +57,7 @@ System = Annotated[Any, WithJsonSchema({"anyOf": [_TEXT, _BLOCKS, {"type": "null
 # Places of a chat, as this interface names them.
 _PATHS = {
     "stop": "stop_sequences",
-    "thinking_token_budget": "thinking.budget_tokens",
-    "reasoning_effort": "output_config.effort",
+    "reasoning.effort": "output_config.effort",
     "response_format.json_schema": "output_config.format",
     "response_format": "output_config.format",
 }
@@ -134,15 +133,14 @@ def as_chat(body: CountTokensRequest) -> ChatRequest:
         fields["tool_choice"] = _choice(body.tool_choice, body.tools, client)
         if body.tool_choice.disable_parallel_tool_use:
             fields["parallel_tool_calls"] = False
-    if body.thinking is not None and body.thinking.type == "disabled":
-        fields["enable_thinking"] = False
-    elif body.thinking is not None and body.thinking.budget_tokens is not None:
-        fields["thinking_token_budget"] = body.thinking.budget_tokens
-    if body.output_config is not None:
-        fields |= _output(body.output_config)
-    if body.output_format is not None:
-        fields |= _format(body.output_format)
-    if "response_format" in fields and continues(ChatRequest.model_construct(messages=fields["messages"])):
+    if body.thinking is not None:
+        fields["thinking"] = body.thinking.model_dump(include={"type", "budget_tokens"})
+    if body.output_config is not None and body.output_config.effort is not None:
+        fields["reasoning"] = {"effort": body.output_config.effort}
+    config = body.output_config or OutputConfig()
+    formats = {"output_config.format": config.format, "output_format": body.output_format}
+    add_format(fields, {name: _format(format) for name, format in formats.items()})
+    if fields["response_format"] and continues(ChatRequest.model_construct(messages=fields["messages"])):
         raise RequestError("output_config.format: is given, expected no begun answer as the last message with it")
     if isinstance(body, MessagesRequest):
         same = ("max_tokens", "stream", "temperature", "top_p", "top_k")
@@ -150,14 +148,10 @@ def as_chat(body: CountTokensRequest) -> ChatRequest:
     return chat_request(fields, client)
 
 
-def _output(config: OutputConfig) -> dict[str, Any]:
-    fields: dict[str, Any] = {} if config.effort is None else {"reasoning_effort": config.effort}
-    return fields | (_format(config.format) if config.format else {})
-
-
-def _format(format: OutputFormat) -> dict[str, Any]:
-    named = {"name": "answer", "schema": format.schema_, "strict": True}
-    return {"response_format": {"type": "json_schema", "json_schema": named}}
+def _format(format: OutputFormat | None) -> dict[str, Any] | None:
+    if format is None:
+        return None
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": format.schema_, "strict": True}}
 
 
 def _choice(choice: ToolChoice, tools: list[dict[str, Any]] | None, client: ClientForm) -> Any:

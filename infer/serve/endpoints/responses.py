@@ -17,7 +17,7 @@ from stepjax.infer.serve.answers import Answers
 from stepjax.infer.serve.api import Api
 from stepjax.infer.serve.bodies import BodyRoute
 from stepjax.infer.serve.conversations.client_form import ClientForm, call_arguments, custom_input
-from stepjax.infer.serve.conversations.reading import chat_request
+from stepjax.infer.serve.conversations.reading import add_format, chat_request
 from stepjax.infer.serve.conversations.response_items import ROLES, offered_in_items, read_items, sealed
 from stepjax.infer.serve.conversations.tools import read_choice, read_functions
 from stepjax.infer.serve.endpoints.chat import listed_logprobs
@@ -47,10 +47,11 @@ Input = Annotated[
         }
     ),
 ]
+_SCORES, _SEALED = "message.output_text.logprobs", "reasoning.encrypted_content"
+_INCLUDED = (_SCORES, _SEALED)  # what an answer can hold beside what it always does
 # Places of a chat, as this interface names them.
 _PATHS = {
     "max_tokens": "max_output_tokens",
-    "reasoning_effort": "reasoning.effort",
     "response_format.json_schema": "text.format",
     "response_format": "text.format",
 }
@@ -89,7 +90,7 @@ class ResponsesRequest(Body):
     seed: int | None = number("seed")
     top_logprobs: int | None = number("top_logprobs")
     include: list[str] | None = Field(
-        None, max_length=32, fail_fast=True, description="message.output_text.logprobs, or ignored"
+        None, max_length=32, fail_fast=True, description=f"{' or '.join(_INCLUDED)}; others are ignored"
     )
     tools: list[dict[str, Any]] | None = listed("tools")
     tool_choice: Any = None
@@ -102,7 +103,7 @@ class ResponsesRequest(Body):
     @property
     def wants_logprobs(self) -> bool:
         """Whether log-probabilities are requested."""
-        return self.top_logprobs is not None or "message.output_text.logprobs" in (self.include or ())
+        return self.top_logprobs is not None or _SCORES in (self.include or ())
 
 
 def as_chat(body: ResponsesRequest) -> ChatRequest:
@@ -112,6 +113,9 @@ def as_chat(body: ResponsesRequest) -> ChatRequest:
       RequestError: an item, a tool or a field is not supported.
     """
     client = ClientForm(dict(_PATHS))
+    for index, name in enumerate(body.include or ()):
+        if name not in _INCLUDED:
+            client.leave_out(f"include[{index}]", name)
     functions = read_functions(body.tools, client)
     for place, tools in offered_in_items(body.input):
         functions += read_functions(tools, client, where=place, start=len(functions))
@@ -127,8 +131,7 @@ def as_chat(body: ResponsesRequest) -> ChatRequest:
         "logprobs": body.wants_logprobs,
         "top_logprobs": body.top_logprobs,
     }
-    if (format := _format(body.text)) is not None:
-        fields["response_format"] = format
+    add_format(fields, {"text.format": _format(body.text)})
     if body.reasoning is not None:
         fields["reasoning"] = body.reasoning.model_dump(include={"effort", "max_tokens", "enabled"})
     fields |= {name: getattr(body, name) for name in ("stream", "temperature", "top_p", "top_k", "seed")}
@@ -401,7 +404,7 @@ class ResponsesAnswer:
             scores = {"logprobs": part["logprobs"]} if item["type"] == "message" else {}
             yield self._item_event(kind, content_index=0, text=part["text"], **scores)
             yield self._item_event("response.content_part.done", content_index=0, part=part)
-            if item["type"] == "reasoning" and "reasoning.encrypted_content" in (self._body.include or ()):
+            if item["type"] == "reasoning" and _SEALED in (self._body.include or ()):
                 item["encrypted_content"] = sealed(part["text"])
         yield self._event("response.output_item.done", item=item)
 

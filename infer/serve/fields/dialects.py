@@ -278,13 +278,25 @@ LOAD_ADAPTER = FieldTable(
 UNLOAD_ADAPTER = FieldTable(done="lora_name", ignored={"a name stands for one adapter": "lora_int_id"})
 
 
+# Values that ask for nothing where an interface does not have the field.
+_NEUTRAL = {"n": (1,), "best_of": (1,), "parallel_tool_calls": (True,), "tool_choice": ("auto", "none")}
+
+
 def _refuse_others(*tables: FieldTable) -> None:
-    """What one interface does and another does not have is refused there: it was meant to change the answer."""
-    names = [name for table in tables for name, rule in table.paths() if rule.treatment == "done" and "." not in name]
-    for table in tables:
-        for name in dict.fromkeys(names):
+    """What one interface does or refuses and another does not have is refused there: it was meant to change the
+    answer.
+    """
+    rules = {
+        name: rule
+        for table in tables
+        for name, rule in table.paths()
+        if "." not in name and "[" not in name and rule.treatment != "ignored"
+    }
+    for name, rule in rules.items():
+        neutral = (*_NEUTRAL.get(name, ()), *rule.neutral)
+        for table in tables:
             if table.rule(name) is None:
-                table.add(name, FieldRule("refused", "a field of another interface"))
+                table.add(name, FieldRule("refused", "a field of another interface", neutral))
 
 
 _refuse_others(CHAT, COMPLETIONS, RESPONSES, MESSAGES)
