@@ -137,8 +137,10 @@ def as_chat(body: CountTokensRequest) -> ChatRequest:
         fields["thinking"] = body.thinking.model_dump(include={"type", "budget_tokens"})
     if body.output_config is not None and body.output_config.effort is not None:
         fields["reasoning"] = {"effort": body.output_config.effort}
-    config = body.output_config or OutputConfig()
-    formats = {"output_config.format": config.format, "output_format": body.output_format}
+    formats = {
+        "output_config.format": body.output_config.format if body.output_config else None,
+        "output_format": body.output_format,
+    }
     add_format(fields, {name: _format(format) for name, format in formats.items()})
     if fields["response_format"] and continues(ChatRequest.model_construct(messages=fields["messages"])):
         raise RequestError("output_config.format: is given, expected no begun answer as the last message with it")
