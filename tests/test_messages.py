@@ -212,6 +212,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{"name": "f"}]}, "input_schema"),
     ({"tools": TOOLS, "tool_choice": {"type": "tool"}}, "tool_choice.name"),
     ({"mcp_servers": [{"url": "http://localhost"}]}, "mcp_servers"),
+    ({"response_format": [1]}, "response_format"),
     ({"output_config": {"format": FORMAT}, "output_format": FORMAT}, "output_config.format, output_format: "),
     (
         {"response_format": {"type": "json_object"}, "output_format": FORMAT},

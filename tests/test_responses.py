@@ -135,6 +135,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"input": [{"role": "robot", "content": ""}]}, "input[0].role"),
     ({"input": [{"type": "function_call_output", "output": "x"}]}, "call_id"),
     ({"tools": [{"type": 5}]}, "tools[0].type"),
+    ({"response_format": [1]}, "response_format"),
     (
         {"response_format": {"type": "json_object"}, "text": {"format": {"type": "json_object"}}},
         "response_format, text.format: ",

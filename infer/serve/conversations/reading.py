@@ -42,17 +42,21 @@ def chat_request(fields: Mapping[str, Any], client: ClientForm) -> ChatRequest:
         raise RequestError(client.place(f"{field_name(first['loc'])}: {first['msg']}")) from None
 
 
-def add_format(fields: dict[str, Any], formats: Mapping[str, dict[str, Any] | None]) -> None:
-    """Give the fields of a chat the format that another interface's fields, by their names, say.
+def add_format(fields: dict[str, Any], client: ClientForm, formats: Mapping[str, dict[str, Any] | None]) -> None:
+    """Give the fields of a chat the format that another interface's fields, by their names, say. Errors about it name
+    the field that the client sent.
 
     Raises:
       RequestError: there are several, or ``fields`` hold one already.
     """
     given = {"response_format": fields.get("response_format"), **formats}
-    names = [name for name, format in given.items() if format and format.get("type") != "text"]
+    names = [name for name, format in given.items() if format and format != {"type": "text"}]
     if len(names) > 1:
         raise RequestError(f"{', '.join(names)}: expected one of them, since each decides the form of the answer")
-    fields["response_format"] = given[names[0]] if names else None
+    for name in names:
+        fields["response_format"] = given[name]
+        inner = name if name in formats else "response_format.json_schema"
+        client.paths |= {"response_format": name, "response_format.json_schema": inner}
 
 
 def read_chat_body(body: ChatRequest) -> ChatRequest:

@@ -141,8 +141,8 @@ def as_chat(body: CountTokensRequest) -> ChatRequest:
         "output_config.format": body.output_config.format if body.output_config else None,
         "output_format": body.output_format,
     }
-    add_format(fields, {name: _format(format) for name, format in formats.items()})
-    if fields["response_format"] and continues(ChatRequest.model_construct(messages=fields["messages"])):
+    add_format(fields, client, {name: _format(format) for name, format in formats.items()})
+    if fields.get("response_format") and continues(ChatRequest.model_construct(messages=fields["messages"])):
         raise RequestError("output_config.format: is given, expected no begun answer as the last message with it")
     if isinstance(body, MessagesRequest):
         same = ("max_tokens", "stream", "temperature", "top_p", "top_k")

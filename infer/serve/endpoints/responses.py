@@ -131,7 +131,7 @@ def as_chat(body: ResponsesRequest) -> ChatRequest:
         "logprobs": body.wants_logprobs,
         "top_logprobs": body.top_logprobs,
     }
-    add_format(fields, {"text.format": _format(body.text)})
+    add_format(fields, client, {"text.format": _format(body.text)})
     if body.reasoning is not None:
         fields["reasoning"] = body.reasoning.model_dump(include={"effort", "max_tokens", "enabled"})
     fields |= {name: getattr(body, name) for name in ("stream", "temperature", "top_p", "top_k", "seed")}
