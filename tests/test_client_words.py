@@ -146,6 +146,11 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     (RESPONSES, {"input": "x", "stop_token_ids": [2**40]}, "stop_token_ids"),
     (RESPONSES, {"input": "x", "reasoning_effort": "enormous"}, "reasoning_effort"),
     (COMPLETIONS, {"prompt": [5, 100_000]}, "prompt: entry 1"),
+    (
+        "/tokenize",
+        {"messages": [*SUM, {"role": "assistant", "function_call": {"name": 5}}, *SUM]},
+        "messages[1].function_call.name",
+    ),
     (COMPLETIONS, {"prompt": [[5], [6, -1]]}, "prompt[1]: entry 1"),
     (COMPLETIONS, {"prompt": [[5], []]}, "prompt[1]"),
     (COMPLETIONS, {"prompt": "x", "stop_token_ids": [-1]}, "stop_token_ids"),

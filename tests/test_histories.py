@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from random import Random
 from typing import Any
 
@@ -9,8 +10,11 @@ import pytest
 from conversations import (
     AGENTS,
     CALL,
+    CHAT,
     FUNCTION,
+    MESSAGES,
     PATCH,
+    RESPONSES,
     RESULT,
     SERVER_TOOLS,
     USE,
@@ -21,9 +25,10 @@ from conversations import (
     response,
 )
 from pydantic import ValidationError
-from serving import PARAMETERS, TOOL
+from serving import NAME, PARAMETERS, SUM, TOOL
 
 from stepjax.errors import RequestError
+from stepjax.infer.serve.bodies import parse_json
 from stepjax.infer.serve.conversations.response_items import sealed
 from stepjax.text.chat import read_messages
 
@@ -286,6 +291,9 @@ TURNS: list[tuple[dict[str, Any], list[str]]] = [
     ({"role": "tool", "tool_call_id": "c", "content": 94}, ["<tool_response>94"]),
     ({"role": "tool", "tool_call_id": "c", "content": {"type": "text", "text": "warm"}}, ["<tool_response>warm"]),
     ({"role": "assistant", "content": [{"type": "text", "text": None}]}, ["assistant"]),
+    ({"role": "assistant", "content": [{"type": "output_text", "text": "said"}]}, ["said"]),
+    ({"role": "developer", "content": [{"type": "input_text", "text": "Be brief"}]}, ["Be brief"]),
+    ({"role": "user", "content": [{"type": "input_text", "text": "It is I"}]}, ["It is I"]),
     (
         {"role": "assistant", "tool_calls": [{"type": "custom", "custom": {"name": "apply_patch", "input": None}}]},
         ["<function=apply_patch>"],
@@ -305,6 +313,39 @@ def test_a_turn_of_a_chat_is_read(step_tiny, turn, said):
     text = prompt(step_tiny, body).partition("Say A")[2].rpartition("Say B")[0]
     for part in said:
         assert part in text, text
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "yes"}]},
+        {
+            "content": [
+                {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
+                {"type": "text", "text": "yes"},
+            ]
+        },
+        {"content": [{"type": "reasoning", "text": "hm"}, {"type": "output_text", "text": "yes"}]},
+        {"content": [{"type": "redacted_thinking", "data": "x"}, {"type": "text", "text": "yes"}], "reasoning": "hm"},
+        {"content": "yes", "reasoning_content": [{"type": "text", "text": "hm"}]},
+    ],
+)
+def test_thinking_among_the_parts_of_an_answer_is_thinking(step_tiny, fields):
+    turns = [{"role": "user", "content": "A"}, {"role": "assistant", **fields}, {"role": "tool", "content": "x"}]
+    body = chat(turns)
+    assert body.client.left_out == []
+    expected = chat([turns[0], {"role": "assistant", "content": "yes", "reasoning_content": "hm"}, turns[2]])
+    assert prompt(step_tiny, body) == prompt(step_tiny, expected)
+
+
+@pytest.mark.parametrize(("path", "field"), [(CHAT, "messages"), (MESSAGES, "messages"), (RESPONSES, "input")])
+def test_halves_of_emoji_and_nul_in_a_history_are_read(server, path, field):
+    """JavaScript cuts texts within them, and tools print bytes."""
+    history = [{"role": "user", "content": "cut: \ud83d"}, {"role": "assistant", "content": "a\0"}, *SUM]
+    body = {"model": NAME, field: history, "max_output_tokens" if path == RESPONSES else "max_tokens": 2}
+    headers = {"content-type": "application/json"}
+    assert server.client.post(path, content=json.dumps(body).encode(), headers=headers).status_code == 200
+    assert parse_json(json.dumps(body).encode())[field][0]["content"] == "cut: \ufffd"
 
 
 ATOMS: tuple[Any, ...] = (

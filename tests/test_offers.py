@@ -184,13 +184,15 @@ def test_an_order_that_cannot_be_kept_is_refused(read, place, said):
 @pytest.mark.parametrize("mode", ["auto", "none", "required", "any"])
 def test_a_mode_is_said_in_each_way(read, mode):
     """As a text, and as Anthropic's object; any is another word for required."""
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    assert read(tools=[FUNCTION], tool_choice={"type": "tool", "name": "get_weather"}).tool_choice == named
     for choice in (mode, {"type": mode}):
         read_choice = read(tools=[FUNCTION], tool_choice=choice).tool_choice
         assert read_choice == {"any": "required"}.get(mode, mode)
 
 
 def test_a_tool_is_said_in_each_way(step_tiny):
-    """As a chat says it, as a response does, and as Anthropic does: clients mix them."""
+    """As a chat says it, as a response does, and as Anthropic does: clients mix them. Their marks are no part of it."""
     ways = [
         TOOL,
         {**FUNCTION, "description": TOOL["function"]["description"]},
@@ -198,6 +200,10 @@ def test_a_tool_is_said_in_each_way(step_tiny):
         {**FUNCTION, "type": "custom", "description": TOOL["function"]["description"], "input_schema": PARAMETERS},
     ]
     ways[3].pop("parameters")
+    ways += [
+        {**TOOL, "cache_control": {"type": "ephemeral"}},
+        {**TOOL, "function": {**TOOL["function"], "tags": ["x"]}},
+    ]
     for read in (chat, response):
         assert len({prompt(step_tiny, read(tools=[way])) for way in ways}) == 1
 

@@ -42,6 +42,9 @@ _ALL_SQUARE = bytes.maketrans(b"{}", b"[]")
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _SUSPECT = re.compile(rb"\\u(?:[dD][89a-fA-F]|0000)")
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
+_HALVES = re.compile("[\ud800-\udfff]")
+# Fields that hold what tools, models and other programs wrote. A client sends all of it again with each turn.
+_WRITTEN = ("messages", "system", "input", "instructions", "prompt", "tools")
 _MAX_DIGITS = 400  # of an integer; the longest finite float has 309
 
 
@@ -140,8 +143,10 @@ def _check_type(headers: dict[bytes, bytes]) -> None:
 def parse_json(body: bytes | bytearray) -> dict[str, Any]:
     """The JSON object of a body; raises ApiError unless every parser reads it alike.
 
-    Beyond the rules of JSON, it refuses repeated keys, numbers that are not finite or longer than ``_MAX_DIGITS``, lone
-    surrogates, the character NUL, and deep nesting.
+    Beyond the rules of JSON, it refuses repeated keys, numbers that are not finite or longer than ``_MAX_DIGITS``, deep
+    nesting, and, but in ``_WRITTEN`` fields, lone surrogates and the character NUL. JavaScript cuts texts within emoji,
+    and tools print NUL: refused, no later turn of such a conversation would be answered. There a lone surrogate becomes
+    U+FFFD, as browsers encode it.
     """
     most = int(LIMITS["json_depth"].high)
     if _is_deeper(body, most):
@@ -161,7 +166,10 @@ def parse_json(body: bytes | bytearray) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _bad(f"expected an object, found {type(value).__name__}")
     if _SUSPECT.search(body):
-        for text in _strings(value):
+        for name in _WRITTEN:
+            if name in value:
+                value[name] = _whole_characters(value[name])
+        for text in _strings({name: item for name, item in value.items() if name not in _WRITTEN}):
             if character := _NO_TEXT.search(text):
                 raise _bad(f"expected text, found the character U+{ord(character[0]):04X}")
     return value
@@ -218,6 +226,15 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from _strings(item)
+
+
+def _whole_characters(value: Any) -> Any:
+    """The value with U+FFFD for each lone surrogate in a string."""
+    if isinstance(value, str):
+        return _HALVES.sub("\ufffd", value)
+    if isinstance(value, dict):
+        return {_whole_characters(name): _whole_characters(item) for name, item in value.items()}
+    return [_whole_characters(item) for item in value] if isinstance(value, list) else value
 
 
 def _bad(message: str) -> ApiError:

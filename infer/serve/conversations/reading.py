@@ -15,9 +15,11 @@ from pydantic import ValidationError
 from stepjax.errors import RequestError, TemplateError
 from stepjax.infer.serve.conversations.client_form import CUSTOM_INPUT, ClientForm
 from stepjax.infer.serve.conversations.parts import (
+    TEXT_PARTS,
     as_json,
     earlier_arguments,
     last_question,
+    made_text,
     result_text,
     told,
     without_billing,
@@ -27,6 +29,7 @@ from stepjax.infer.serve.errors import field_name
 from stepjax.infer.serve.schemas import ChatRequest
 
 T = TypeVar("T")
+_THOUGHTS = ("thinking", "reasoning", "redacted_thinking")  # of the last, nothing can be read
 
 
 def chat_request(fields: Mapping[str, Any], client: ClientForm) -> ChatRequest:
@@ -140,15 +143,22 @@ def _message(message: Any, where: str, client: ClientForm, *, is_last: bool) -> 
     if not isinstance(message, Mapping):
         return message
     role, read = message.get("role"), dict(message)
+    if isinstance(message.get("content"), list):
+        read["content"] = [_text_part(part) for part in message["content"]]
     if role in ("system", "developer"):
-        read["content"] = _without_billing(message.get("content"))
+        read["content"] = _without_billing(read.get("content"))
     elif role == "user" and not is_last and isinstance(message.get("content"), list):
-        read["content"] = _made(message["content"], f"{where}.content", client)
+        read["content"] = _made(read["content"], f"{where}.content", client)
     elif role in ("tool", "function"):
         read |= {"role": "tool", "content": result_text(message.get("content"), f"{where}.content", client)}
     elif role == "assistant":
         _read_assistant(read, where, client)
     return read
+
+
+def _text_part(part: Any) -> Any:
+    """A text part of a response as that of a chat."""
+    return {**part, "type": "text"} if isinstance(part, Mapping) and part.get("type") in TEXT_PARTS else part
 
 
 def _without_billing(content: Any) -> Any:
@@ -183,6 +193,7 @@ def _made(content: Any, where: str, client: ClientForm) -> Any:
 
 def _read_assistant(read: dict[str, Any], where: str, client: ClientForm) -> None:
     """An earlier answer: refusals are text, calls of any kind are calls of functions."""
+    _read_thoughts(read, where, client)
     read["content"] = _made(read.get("content"), f"{where}.content", client)
     refusal = read.pop("refusal", None)
     if isinstance(refusal, str) and not read["content"]:
@@ -196,6 +207,23 @@ def _read_assistant(read: dict[str, Any], where: str, client: ClientForm) -> Non
         calls = [_call({"type": "function", "function": legacy}, client)]
     if calls is not None:
         read["tool_calls"] = calls
+
+
+def _read_thoughts(read: dict[str, Any], where: str, client: ClientForm) -> None:
+    """Thinking among the parts of an answer, or as a list of parts, becomes ``reasoning_content``."""
+    content = read["content"] if isinstance(read.get("content"), list) else []
+    thoughts: list[str] = []
+    for index, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind in _THOUGHTS:
+            field = "thinking" if "thinking" in part else "text"
+            thoughts.append(made_text(part.get(field), f"{where}.content[{index}].{field}", client))
+            content[index] = {"type": "text", "text": ""}  # the others keep their places
+    for name in ("reasoning_content", "reasoning"):
+        if isinstance(read.get(name), list):
+            read[name] = made_text(read[name], f"{where}.{name}", client)
+    if thoughts and not (read.get("reasoning_content") or read.get("reasoning")):
+        read["reasoning_content"] = "".join(thoughts)
 
 
 def _call(call: Any, client: ClientForm) -> Any:

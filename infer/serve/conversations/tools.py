@@ -125,8 +125,6 @@ def _function(
     client.paths[f"tools[{position}]"] = where
     if kind == "custom":
         return {"type": "function", "function": _of_custom(fields, shown, place)}
-    if deeper and namespace is None:
-        return dict(tool)
     kept = {key: fields[key] for key in ("description", "parameters", "strict") if fields.get(key) is not None}
     return {"type": "function", "function": {"name": shown, **kept}}
 
@@ -172,6 +170,8 @@ def read_choice(choice: Any, functions: list[dict[str, Any]], client: ClientForm
         choice, functions = _allowed(choice, functions, client)
     elif isinstance(choice, Mapping) and choice.get("type") in _MODES:  # as Anthropic says it
         choice = choice["type"]
+    elif isinstance(choice, Mapping) and choice.get("type") == "tool":
+        choice = {**choice, "type": "function"}
     choice = "required" if choice == "any" else choice
     if not isinstance(choice, Mapping):
         if choice not in (None, "auto", "none", "required"):

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Response
 from stepjax.errors import RequestError
 from stepjax.infer.serve.api import Api
 from stepjax.infer.serve.bodies import BodyRoute, bare
-from stepjax.infer.serve.conversations.reading import read_chat_body
+from stepjax.infer.serve.conversations.reading import in_clients_words, read_chat_body
 from stepjax.infer.serve.errors import ApiError
 from stepjax.infer.serve.limits import listed, sized
 from stepjax.infer.serve.replies import json_response
@@ -96,6 +96,10 @@ def _tokenize(session: Session, body: TokenizeRequest) -> list[int]:
         "add_generation_prompt",
     )
     chat = read_chat_body(ChatRequest.model_construct(**{name: getattr(body, name) for name in names}))
+    return in_clients_words(chat.client, _rendered, session, body, chat)
+
+
+def _rendered(session: Session, body: TokenizeRequest, chat: ChatRequest) -> list[int]:
     if body.add_generation_prompt is False and not body.continue_final_message:  # of a whole conversation
         chat.add_generation_prompt, chat.continue_final_message = True, False
         options = template_options(session, chat) | {"add_generation_prompt": False}

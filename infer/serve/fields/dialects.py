@@ -111,12 +111,16 @@ CHAT = FieldTable(
         {_STREAM} max_tokens max_completion_tokens n {_SAMPLING} {_GRAMMARS} {_THINKING} {_TURN}
         logprobs top_logprobs prompt_logprobs return_token_ids include_reasoning
         reasoning reasoning.effort reasoning.max_tokens reasoning.exclude reasoning.enabled
-        tools tool_choice parallel_tool_calls functions function_call""",
+        tools tools[].type tools[].function tools[].function.name tools[].function.description
+        tools[].function.parameters tools[].function.strict tools[].custom tools[].name tools[].description
+        tools[].parameters tools[].strict tools[].input_schema tools[].format tools[].tools tools[].execution
+        tool_choice parallel_tool_calls functions function_call""",
     ignored=_merged(
         _IGNORED,
         {
             "the prefix cache finds by itself what it holds": """messages[].content[].cache_control
-                messages[].cache_control messages[].content[].prompt_cache_breakpoint""",
+                messages[].cache_control tools[].cache_control tools[].function.cache_control
+                messages[].content[].prompt_cache_breakpoint""",
             "who asks, and for what": "metadata",
             "chunks come as they are made": "stream_options.include_obfuscation",
             "the whole thinking is returned": "reasoning.summary",
