@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checkpoints import Tensors, renamed
-from packed_folders import CASES, folder_of, golden, packed, plain_folder
+from packed_folders import CASES, folder_of, golden, hub_config, packed, plain_folder
 
 from stepjax.checkpoint.reader import Checkpoint
 from stepjax.infer.load import load
@@ -165,6 +165,28 @@ def test_names_are_those_of_any_tool(tmp_path, spelling, case):
     for path in moe_paths(checkpoint)[:2]:
         exact = expected(case, path)
         np.testing.assert_allclose(checkpoint.read(path, dtype=np.float32), exact, rtol=tolerance(case), atol=0)
+
+
+@pytest.mark.parametrize("target", [r"re:.*experts\.\d+\..*", "gate_proj", "model.layers.1.moe.experts.3.gate_proj"])
+def test_a_group_may_name_modules_as_the_files_do(tmp_path, target):
+    """Each expert by itself, beside a group for the class of all modules, whose bits are others."""
+    given = hub_config("int4")["quantization_config"]
+    others = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int", "group_size": 32}}
+    names = ["model.layers.1.moe.up_proj", "model.layers.2.moe.experts.0.down_proj"]
+    named = {"targets": [target, "re:.*(up|down|gate)_proj", *names], "weights": given["config_groups"]["g"]["weights"]}
+    settings = given | {"config_groups": {"others": others, "named": named}}
+    checkpoint = Checkpoint(folder_of(tmp_path, "int4", quantization_config=settings))
+    assert checkpoint.stored_as("layers.1.moe.experts.gate") == "pack-quantized int4, groups of 32"
+
+
+def test_gptqmodel_names_the_zero_points_by_its_own_field(tmp_path):
+    folder = folder_of(tmp_path, "gptq-v2", quantization_config=None)
+    said = {"bits": 4, "group_size": 16, "method": "gptq", "format": "gptq_v2"}
+    (folder / "quantize_config.json").write_text(json.dumps(said))
+    path = "layers.1.moe.experts.gate"
+    np.testing.assert_allclose(
+        Checkpoint(folder).read(path, dtype=np.float32), expected("gptq-v2", path), rtol=1e-6, atol=0
+    )
 
 
 def test_auto_round_names_the_layout_that_it_packed(tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 from stepjax.checkpoint.hub_names import Recipe, StoredPart
 from stepjax.checkpoint.safetensors_file import SafetensorsFile
 from stepjax.errors import CheckpointError
+from stepjax.packings.agreement import check_agreement
 from stepjax.packings.packing import Index, PackedWeight, Packing, StoredTensor, read_leaves, read_wide
 from stepjax.packings.rules import QuantRules
 from stepjax.packings.table import is_packed, recognise
@@ -75,6 +76,7 @@ class PackedWeights:
                         f"{where} is held as {packing.name}, but expert 0 as {parts[0].packing.name}; expected one "
                         "packing for the experts of a layer"
                     )
+                check_agreement(weight, packing, self._rules.said(*weight.modules))
                 parts.append(_Part(weight, packing))
             except CheckpointError as error:
                 problems.append(str(error))

@@ -63,6 +63,11 @@ class PackedWeight:
         """Role of the values, which stands first."""
         return next(iter(self.tensors))
 
+    @property
+    def modules(self) -> tuple[str, str]:
+        """Names of the module that the weight belongs to: in the files, and in the release."""
+        return self.tensors[self.values].name.rpartition(".")[0], self.name.removesuffix(".weight")
+
     def tensor(self, role: str) -> StoredTensor:
         """Raises: CheckpointError: the weight lacks it."""
         if role not in self.tensors:
@@ -247,11 +252,14 @@ def _fitted(
     return small[(..., *spans)]
 
 
-def finite(tensor: StoredTensor, *, positive: bool = False, negative: bool = True) -> np.ndarray:
-    """All of a tensor, as it is stored.
+def finite(tensor: StoredTensor, *, positive: bool = False, nonzero: bool = False, largest: float = 1) -> np.ndarray:
+    """All of a tensor of scales, as it is stored.
+
+    Args:
+      largest: magnitude that a scale may multiply; their product must be a float32.
 
     Raises:
-      CheckpointError: values are not finite, or not positive where they must be.
+      CheckpointError: values are not finite, or not positive or zero where they must not be.
     """
     values = tensor.all()
     wide = values.astype(np.float32)
@@ -259,6 +267,8 @@ def finite(tensor: StoredTensor, *, positive: bool = False, negative: bool = Tru
         raise CheckpointError(f"{tensor.where} has scales that are not finite")
     if positive and not (wide > 0).all():
         raise CheckpointError(f"{tensor.where} has scales that are not positive numbers")
-    if not negative and not (wide >= 0).all():
-        raise CheckpointError(f"{tensor.where} has scales that are negative")
+    if nonzero and not wide.all():
+        raise CheckpointError(f"{tensor.where} has scales of zero")
+    if np.abs(wide).max(initial=0) > np.finfo(np.float32).max / largest:
+        raise CheckpointError(f"{tensor.where} has scales whose products with {largest:g} are not finite")
     return values
