@@ -6,6 +6,7 @@ same numbers. Reading gives that form, or float32 where there is none.
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -41,6 +42,10 @@ class StoredTensor:
     def all(self) -> np.ndarray:
         return self.read(tuple(slice(0, size) for size in self.shape))
 
+    def in_memory(self) -> StoredTensor:
+        whole = self.all()
+        return dataclasses.replace(self, read=lambda index: whole[index])
+
 
 @dataclass(frozen=True)
 class PackedWeight:
@@ -53,6 +58,16 @@ class PackedWeight:
     @property
     def lead(self) -> tuple[int, ...]:
         return self.shape[:-2]
+
+    @property
+    def small_bytes(self) -> int:
+        """Of everything but the values."""
+        return sum(tensor.num_bytes for role, tensor in self.tensors.items() if role != self.values)
+
+    def with_small_in_memory(self) -> PackedWeight:
+        """The same weight, with everything but its values read."""
+        small = {role: tensor.in_memory() for role, tensor in self.tensors.items() if role != self.values}
+        return dataclasses.replace(self, tensors={**self.tensors, **small})
 
     @property
     def num_bytes(self) -> int:
