@@ -4,8 +4,10 @@
 
 KL to the same model in BF16, in nats, with the share of equal likeliest tokens and of routers' choices that agree, and
 the bytes of all weights. The random model reads random tokens, step-tiny held-out rows of the tasks it was trained on.
-Both run in float32, with the values that each form holds. A form is written to a temporary folder, measured and removed
-before the next.
+Both run in float32, with the values that each form holds. The layouts of other tools, which are read and not written,
+have their experts rounded to nearest here, in groups of 32 where they have groups. A form is written to a temporary
+folder, measured and removed before the next. The JSON file is written after each form and keeps what it has of others,
+so that a run that was ended, or one with ``--forms q4_k.gguf``, adds to it.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ import os
 import platform
 import resource
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from provenance import commit
 
@@ -55,6 +58,15 @@ WIDTHS: dict[str, Any] = {
     "eos_token_id": [1, 2],
 }
 WRITTEN = (*FORMS, *(f"{name}.gguf" for name in GGUF_FORMS))
+# Of read layouts: bits, columns of a group (0: a row), and whether there are zero points; None: float8 by rows.
+READ: dict[str, tuple[int, int, bool] | None] = {
+    "float-quantized": None,
+    "int-quantized": (8, 0, False),
+    "awq-gptq-4": (4, 32, True),
+    "gptq-8": (8, 32, True),
+    "int3": (3, 32, False),
+    "int6": (6, 32, False),
+}
 FLOATS = ("bf16", "f32.gguf", "f16.gguf", "bf16.gguf")  # which change BF16 weights little or not at all
 
 
@@ -64,13 +76,14 @@ def main() -> None:
     parser.add_argument(
         "--forms",
         nargs="*",
-        default=[form for form in WRITTEN if form not in FLOATS],
-        help="(default: all of few bits)",
+        default=[form for form in (*WRITTEN, *READ) if form not in FLOATS],
+        help="of what is written or read (default: all of few bits)",
     )
     parser.add_argument("--models", nargs="*", default=["random", "step-tiny"], help="(default: both)")
     parser.add_argument("--json", type=Path, help="a file for the figures (default: none)")
     args = parser.parse_args()
-    found: dict[str, Any] = {"commit": commit(), "machine": platform.platform(), "cores": os.cpu_count(), "seed": 0}
+    found = json.loads(args.json.read_text(encoding="utf-8")) if args.json and args.json.exists() else {}
+    found |= {"commit": commit(), "machine": platform.platform(), "cores": os.cpu_count(), "seed": 0}
     with tempfile.TemporaryDirectory() as scratch:
         for model in args.models:
             folder = Path(scratch) / model
@@ -80,10 +93,14 @@ def main() -> None:
                 tokens = np.random.default_rng(1).integers(3, config.vocab_size, (args.tokens // 256, 256)).tolist()
             else:
                 folder, tokens = ASSETS / model, held_out(args.tokens // 512)
-            found[model] = distances(folder, tokens, args.forms, Path(scratch))
+            held = found.setdefault(model, {})
+            if held.get("tokens") != sum(map(len, tokens)):
+                held.clear()  # figures of other tokens do not compare
+            for entry in distances(folder, tokens, args.forms, Path(scratch)):
+                held |= entry
+                if args.json:
+                    args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=2))
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 def random_config() -> ModelConfig:
@@ -124,12 +141,15 @@ def held_out(rows: int) -> list[list[int]]:
     return np.asarray(next(task_batches.batches(tokenizer, settings, step=0)).ids).tolist()
 
 
-def distances(folder: Path, tokens: Sequence[Sequence[int]], forms: Sequence[str], scratch: Path) -> dict[str, Any]:
+def distances(
+    folder: Path, tokens: Sequence[Sequence[int]], forms: Sequence[str], scratch: Path
+) -> Iterator[dict[str, Any]]:
+    """What is known of the model, then the figures of each form by its name."""
     source = open_weights(folder)
     forward = Forward(source)
     layers = [layer.index for layer in source.config.moe_layers]
     reference = forward.scored(tokens)
-    found: dict[str, Any] = {
+    yield {
         "parameters": dataclasses.asdict(count_parameters(source.config)) | {"experts_per_token": None},
         "tokens": sum(map(len, tokens)),
         "bf16_bytes": source.num_bytes,
@@ -137,21 +157,45 @@ def distances(folder: Path, tokens: Sequence[Sequence[int]], forms: Sequence[str
     for form in forms:
         with tempfile.TemporaryDirectory(dir=scratch) as place:
             try:
-                written = open_weights(as_form(source, form, Path(place)))
+                weights, num_bytes = values(source, form, Path(place))
             except ConfigError as error:  # rows that do not divide into blocks
-                found[form] = {"cannot": str(error)}
+                yield {form: {"cannot": str(error)}}
                 continue
-            with forward.replaced({path: written.read(path, dtype=np.float32) for path in written.paths}):
+            with forward.replaced(weights):
                 held = certificate(forward.scored(tokens), reference, layers=layers)
             cpu = resource.getrusage(resource.RUSAGE_SELF)
-            found[form] = {
-                "kl": held["kl"],
-                "same_top": held["same_top"],
-                "router_agreement": held["router_agreement"]["mean"],
-                "bytes": written.num_bytes,
-            }
             print(f"{folder.name} {form}: {held['kl']['mean']:.5f} ({cpu.ru_utime:.0f} CPU s so far)", flush=True)
-    return found
+            figures = {name: held[name] for name in ("kl", "same_top")}
+            figures["router_agreement"] = held["router_agreement"]["mean"]
+            yield {form: figures | ({"bytes": num_bytes} if num_bytes else {})}
+
+
+def values(source: WeightSource, form: str, place: Path) -> tuple[dict[str, np.ndarray], int]:
+    """What a form makes of the weights, in float32, and the bytes of its files; 0 where it is not written."""
+    if form in READ:
+        experts = (path for path in source.paths if ".experts." in path)
+        return {path: rounded(source.read(path, dtype=np.float32), READ[form]) for path in experts}, 0
+    written = open_weights(as_form(source, form, place))
+    return {path: written.read(path, dtype=np.float32) for path in written.paths}, written.num_bytes
+
+
+def rounded(w: np.ndarray, rule: tuple[int, int, bool] | None) -> np.ndarray:
+    """Rounded to nearest as the tools do it: compressed-tensors' observers, AutoAWQ's and GPTQ's zero points."""
+    if rule is None:
+        scale = np.abs(w).max(axis=-1, keepdims=True) / np.float32(448)
+        return (w / scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
+    bits, columns, zeros = rule
+    groups = w.reshape(*w.shape[:-1], -1, columns or w.shape[-1])
+    top = 2**bits - 1
+    if zeros:
+        low, high = (np.minimum(groups.min(-1, keepdims=True), 0), np.maximum(groups.max(-1, keepdims=True), 0))
+        scale = (high - low) / np.float32(top)
+        zero = np.rint(-low / scale)
+        q = np.clip(np.rint(groups / scale) + zero, 0, top) - zero
+    else:
+        scale = np.abs(groups).max(-1, keepdims=True) / np.float32(top / 2)
+        q = np.clip(np.rint(groups / scale), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return (q * scale).reshape(w.shape).astype(np.float32)
 
 
 def as_form(source: WeightSource, form: str, place: Path) -> Path:

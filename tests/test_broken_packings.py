@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from typing import Any
@@ -183,6 +184,19 @@ DAMAGED: dict[str, tuple[str, Change, str]] = {
     "awq-scales-nan": ("awq", put("scales", np.nan), rf"{GATE}\.scales {NOT_FINITE}"),
     "awq-scales-groups": ("awq", cut("scales", slice(0, 3)), r"scales has shape \[3, 32\], expected \[groups, 32\]"),
     "awq-scales-dtype": ("awq", cast("scales", np.int32), r"scales is I32, expected F16"),
+    "awq-scales-zero": ("awq", put("scales", 0), rf"{GATE}\.scales has scales of zero"),
+    "awq-order": ("awq", added("g_idx", np.zeros(64, np.int32)), r"g_idx: AWQ's gemm layout has no order of columns"),
+    "int4-scale-huge": ("int4", put("weight_scale", 3e38), rf"{GATE}\.weight_scale has scales whose products with 16"),
+    "mxfp4-scale-huge": ("mxfp4", put("weight_scale", 254), rf"{GATE}\.weight_scale has scales whose products with 6"),
+    "nvfp4-global-tiny": (
+        "nvfp4",
+        put("weight_global_scale", 1e-45),
+        r"weight_global_scale makes values that are not finite",
+    ),
+    "modelopt-factor-huge": ("modelopt-nvfp4", put("weight_scale_2", 3e38), r"makes values that are not finite"),
+    "fp8-scale-huge": ("fp8-tensor", put("weight_scale", 3e38), r"weight_scale has scales whose products with 448"),
+    "gptq-no-zeros": ("gptq", lost("qzeros"), rf"has no {GATE}\.qzeros beside it"),
+    "gptq-scales-zero": ("gptq", put("scales", 0), rf"{GATE}\.scales has scales of zero"),
     "gptq-values-short": ("gptq", cut("qweight", slice(0, 7)), r"qweight has shape \[7, 32\], expected \[8, 32\]"),
     "gptq-values-dtype": ("gptq", cast("qweight", np.int64), r"qweight is I64, expected I32"),
     "gptq-scales-inf": ("gptq", put("scales", np.inf), rf"{GATE}\.scales {NOT_FINITE}"),
@@ -215,6 +229,13 @@ def test_damaged_tensors(tmp_path, kind):
     assert "download these files again" in message
 
 
+def weights(case: str, **changes: Any) -> dict[str, Any]:
+    """The settings of a case with others of its weights."""
+    settings = copy.deepcopy(SETTINGS[case])
+    settings["config_groups"]["g"]["weights"] |= changes
+    return settings
+
+
 # Settings that contradict the tensors, or name what is not read.
 CONTRADICTIONS: dict[str, tuple[str, dict[str, Any], str]] = {
     "eight-bits-said": (
@@ -243,6 +264,58 @@ CONTRADICTIONS: dict[str, tuple[str, dict[str, Any], str]] = {
     "gemv": ("awq", SETTINGS["awq"] | {"version": "gemv"}, r"quantization_config\.version: is 'gemv', expected"),
     "unknown-tool": ("int4", {"quant_method": "bitsandbytes"}, r"quant_method: is 'bitsandbytes', only 'fp8'"),
     "no-object": ("int4", "pack-quantized", r"quantization_config: is 'pack-quantized', expected an object"),  # pyright: ignore
+    "no-method": ("int4", {"bits": 4}, r"quant_method: is None, only 'fp8'"),
+    "groups-of-16-said": (
+        "int4",
+        weights("int4", group_size=16),
+        r"groups of 32 columns, but the configuration says 16",
+    ),
+    "rows-said": ("int4", weights("int4", group_size=-1), r"groups of 32 columns, but the configuration says 64"),
+    "groups-negative": (
+        "int4",
+        weights("int4", group_size=-5),
+        r"config_groups\.g\.weights\.group_size: is -5, expected",
+    ),
+    "groups-0": (
+        "gptq",
+        SETTINGS["gptq"] | {"group_size": 0},
+        r"quantization_config\.group_size: is 0, expected columns",
+    ),
+    "groups-as-text": ("awq", SETTINGS["awq"] | {"group_size": "x"}, r"group_size: is 'x', expected columns"),
+    "awq-groups-said": ("awq", SETTINGS["awq"] | {"group_size": 32}, r"groups of 16 columns, but the config.* says 32"),
+    "gptq-groups-said": (
+        "gptq",
+        SETTINGS["gptq"] | {"group_size": 32},
+        r"groups of 16 columns, but the conf.* says 32",
+    ),
+    "dynamic-groups": (
+        "gptq",
+        SETTINGS["gptq"] | {"dynamic": {r"+:.*experts\.3\.gate.*": {"group_size": 32}}},
+        rf"{GATE}\.qweight has groups of 16 columns, but the configuration says 32",
+    ),
+    "dynamic-bits": ("gptq", SETTINGS["gptq"] | {"dynamic": {"x": {"bits": -1}}}, r"dynamic\.x\.bits: is -1, expected"),
+    "no-bits": ("int4", weights("int4", num_bits=0), r"weights\.num_bits: is 0, expected the bits of a value"),
+    "bits-as-text": ("int4", weights("int4", num_bits="four"), r"weights\.num_bits: is 'four', expected the bits"),
+    "nvfp4-of-8-bits": ("nvfp4", weights("nvfp4", num_bits=8), r"has values of 4 bits, but the configuration says 8"),
+    "nvfp4-said-of-mxfp4": ("mxfp4", SETTINGS["nvfp4"], r"groups of 32 columns, but the configuration says 16"),
+    "floats-said": ("int4", weights("int4", type="float"), r"values of the type int, but the configuration says float"),
+    "zeros-said": ("int4", weights("int4", symmetric=False), r"no zero points beside it, .* symmetric: false"),
+    "order-said": ("int4", weights("int4", actorder="group"), r"has no \S+\.weight_g_idx beside it, but the config"),
+    "order-unknown": ("int4", weights("int4", actorder="up"), r"weights\.actorder: is 'up', expected group, weight"),
+    "sparse-24": (
+        "int4",
+        SETTINGS["int4"] | {"sparsity_config": {"format": "sparse-24-bitmask"}},
+        r"sparsity_config\.format: is 'sparse-24-bitmask', expected dense",
+    ),
+    "marlin-24": ("int4", SETTINGS["int4"] | {"format": "marlin-24"}, r"format: is 'marlin-24', expected dense, pack"),
+    "rotated": (
+        "int4",
+        SETTINGS["int4"] | {"transform_config": {"config_groups": {"R4": {"apply": [{"location": "input"}]}}}},
+        r"transform_config\.config_groups\.R4: transforms activations \(location 'input'\)",
+    ),
+    "gptq-v3": ("gptq", SETTINGS["gptq"] | {"checkpoint_format": "gptq_v3"}, r"is 'gptq_v3', expected gptq or gptq_v2"),
+    "llm-awq": ("awq", SETTINGS["awq"] | {"version": "llm-awq"}, r"version: is 'llm-awq', expected gemm"),
+    "gptq-by-format": ("gptq", SETTINGS["gptq"] | {"format": "marlin"}, r"quantization_config\.format: is 'marlin'"),
     "other-blocks": (
         "fp8-block",
         SETTINGS["fp8-block"]
@@ -258,6 +331,18 @@ def test_settings_that_contradict_the_tensors(tmp_path, kind):
     assert re.search(expected, refused(tmp_path, case, packed(case), settings), re.DOTALL)
 
 
+def test_an_order_of_columns_that_no_expert_has_is_missed(tmp_path):
+    """Without it the columns would be read in the order in which they lie."""
+    tensors = {name: value for name, value in packed("gptq-order").items() if not name.endswith("g_idx")}
+    message = refused(tmp_path, "gptq-order", tensors)
+    assert re.search(r"gate_proj\.qweight has no \S+\.g_idx beside it, but the configuration says", message)
+
+
+def test_zero_points_that_no_expert_has_are_missed(tmp_path):
+    tensors = {name: value for name, value in packed("int4-zeros").items() if not name.endswith("zero_point")}
+    assert "has no zero points beside it" in refused(tmp_path, "int4-zeros", tensors)
+
+
 @pytest.mark.parametrize(
     ("settings", "case"),
     [
@@ -266,6 +351,10 @@ def test_settings_that_contradict_the_tensors(tmp_path, kind):
         ({"config_groups": {"a": {"targets": ["re:(((", "Linear"], "weights": {"num_bits": 4}}}}, "int4"),
         ({"dynamic": {"-:[": {}, "x": 3}, "bits": 4}, "gptq"),
         ({"config_groups": {"a": {"targets": ["Linear"], "weights": {"block_structure": "16x48"}}}}, "fp8-block"),
+        ({"bits": "4", "group_size": "16", "checkpoint_format": None}, "gptq"),
+        ({"sparsity_config": {"format": "dense"}, "transform_config": {}, "quantization_status": "frozen"}, "int4"),
+        ({"transform_config": {"config_groups": {"R1": {"apply": [{"location": "weight_input"}]}}}}, "int4"),
+        ({"extra_config": {"model.layers.1.moe.gate": {"bits": 16}}, "quant_method": "auto-round"}, "gptq"),
     ],
 )
 def test_odd_settings_do_no_harm(tmp_path, settings, case):

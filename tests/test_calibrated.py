@@ -196,6 +196,7 @@ def test_a_budget_gives_more_bits_to_the_layers_that_cost_most(folder, data, tmp
     again = json.loads((tmp_path / "two" / "quantisation.json").read_text())
     assert {**again, "command": ""} == {**found, "command": ""}
     assert "--budget 6" in found["command"]
+    assert "experts in int4 and int8" in capsys.readouterr().out
 
 
 def test_a_layer_costs_what_its_rounding_does_to_the_model(folder):

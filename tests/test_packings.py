@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checkpoints import Tensors, renamed
-from packed_folders import CASES, folder_of, golden, packed, plain_folder
+from packed_folders import CASES, folder_of, golden, hub_config, packed, plain_folder
 
-from stepjax.checkpoint.reader import Checkpoint
+from stepjax.checkpoint import packed_weights
+from stepjax.checkpoint.reader import Checkpoint, load_params
+from stepjax.checkpoint.safetensors_file import SafetensorsFile
 from stepjax.infer.load import load
 from stepjax.infer.session import Session
 from stepjax.packings.packing import Pairs
@@ -165,6 +168,58 @@ def test_names_are_those_of_any_tool(tmp_path, spelling, case):
     for path in moe_paths(checkpoint)[:2]:
         exact = expected(case, path)
         np.testing.assert_allclose(checkpoint.read(path, dtype=np.float32), exact, rtol=tolerance(case), atol=0)
+
+
+@pytest.mark.parametrize("target", [r"re:.*experts\.\d+\..*", "gate_proj", "model.layers.1.moe.experts.3.gate_proj"])
+def test_a_group_may_name_modules_as_the_files_do(tmp_path, target):
+    """Each expert by itself, beside a group for the class of all modules, whose bits are others."""
+    given = hub_config("int4")["quantization_config"]
+    others = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int", "group_size": 32}}
+    names = ["model.layers.1.moe.up_proj", "model.layers.2.moe.experts.0.down_proj"]
+    named = {"targets": [target, "re:.*(up|down|gate)_proj", *names], "weights": given["config_groups"]["g"]["weights"]}
+    settings = given | {"config_groups": {"others": others, "named": named}}
+    checkpoint = Checkpoint(folder_of(tmp_path, "int4", quantization_config=settings))
+    assert checkpoint.stored_as("layers.1.moe.experts.gate") == "pack-quantized int4, groups of 32"
+
+
+def test_gptqmodel_names_the_zero_points_by_its_own_field(tmp_path):
+    folder = folder_of(tmp_path, "gptq-v2", quantization_config=None)
+    said = {"bits": 4, "group_size": 16, "method": "gptq", "format": "gptq_v2"}
+    (folder / "quantize_config.json").write_text(json.dumps(said))
+    path = "layers.1.moe.experts.gate"
+    np.testing.assert_allclose(
+        Checkpoint(folder).read(path, dtype=np.float32), expected("gptq-v2", path), rtol=1e-6, atol=0
+    )
+
+
+@pytest.mark.parametrize("case", ["int4-zeros", "nvfp4", "awq", "fp8-block"])
+@pytest.mark.parametrize("checked", ["when it is opened", "when it is used"])
+def test_no_byte_of_a_weight_is_read_twice(tmp_path, monkeypatch, case, checked):
+    """Scales are checked with what is read of them anyway."""
+    if checked == "when it is used":
+        monkeypatch.setattr(packed_weights, "CHECKED_BYTES", 0)
+    asked: Counter[str] = Counter()
+    read = SafetensorsFile.read
+
+    def counted(file, name, index=None, **options):
+        array = read(file, name, index, **options)
+        asked[name] += array.nbytes
+        return array
+
+    monkeypatch.setattr(SafetensorsFile, "read", counted)
+    folder = folder_of(tmp_path, case)
+    checkpoint = Checkpoint(folder)
+    load_params(checkpoint, jnp.float32, experts=None)
+    size = {
+        name: entry.num_bytes for name, entry in SafetensorsFile(folder / "model-00001.safetensors").entries.items()
+    }
+    packed_names = [name for name, count in size.items() if ".experts." in name and count > 4]  # not single numbers
+    assert packed_names
+    assert {name: asked[name] for name in packed_names} == {name: size[name] for name in packed_names}
+    np.testing.assert_array_equal(  # and once more, when nothing is in memory
+        checkpoint.read(moe_paths(checkpoint)[0], dtype=np.float32),
+        Checkpoint(folder).read(moe_paths(checkpoint)[0], dtype=np.float32),
+    )
 
 
 def test_auto_round_names_the_layout_that_it_packed(tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 from stepjax.checkpoint.hub_names import Recipe, StoredPart
 from stepjax.checkpoint.safetensors_file import SafetensorsFile
 from stepjax.errors import CheckpointError
+from stepjax.packings.agreement import check_agreement
 from stepjax.packings.packing import Index, PackedWeight, Packing, StoredTensor, read_leaves, read_wide
 from stepjax.packings.rules import QuantRules
 from stepjax.packings.table import is_packed, recognise
@@ -19,6 +20,7 @@ from stepjax.packings.written import Written, WrittenForm
 from stepjax.weights.expert_format import ExpertFormat
 
 CHECKED_BYTES = 2**30  # of scales that are read before the first weight is; those beyond are checked when they are used
+KEPT_BYTES = 2**26  # of these, kept until their weight is read for the first time
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,9 @@ class PackedWeights:
     def __init__(self, files: Mapping[str, SafetensorsFile], rules: QuantRules):
         self._files, self._rules = files, rules
         self._parts: dict[str, list[_Part]] = {}
-        self._unchecked: set[str] = set()
+        self._unchecked: set[tuple[str, int]] = set()  # path and part
         self._checked_bytes = 0
+        self._kept: dict[tuple[str, int], PackedWeight] = {}  # by path and part
 
     def __contains__(self, path: str) -> bool:
         return path in self._parts
@@ -68,13 +71,14 @@ class PackedWeights:
                     some = next(iter(weight.tensors.values()))
                     raise CheckpointError(f"{some.where} holds several quantised weights, expected one tensor for each")
                 packing = recognise(weight, self._rules)
-                self._check(recipe.spec.path, _Part(weight, packing))
+                self._check(recipe.spec.path, len(parts), _Part(weight, packing))
                 if parts and packing != parts[0].packing:
                     where = next(iter(weight.tensors.values())).where
                     raise CheckpointError(
                         f"{where} is held as {packing.name}, but expert 0 as {parts[0].packing.name}; expected one "
                         "packing for the experts of a layer"
                     )
+                check_agreement(weight, packing, self._rules.said(*weight.modules))
                 parts.append(_Part(weight, packing))
             except CheckpointError as error:
                 problems.append(str(error))
@@ -113,11 +117,19 @@ class PackedWeights:
 
     def _at(self, path: str, where: Index) -> list[tuple[_Part, Index]]:
         parts = self._parts[path]
-        if path in self._unchecked:
-            for part in parts:
-                part.packing.check_values(part.weight)
-            self._unchecked.discard(path)
-        return [(part, where[1:]) for part in parts[where[0]]] if self._split(path, where) else [(parts[0], where)]
+        chosen = range(len(parts))[where[0]] if self._split(path, where) else range(1)
+        index = where[1:] if self._split(path, where) else where
+        return [(self._checked(path, i), index) for i in chosen]
+
+    def _checked(self, path: str, index: int) -> _Part:
+        """A part that is about to be read, with its small tensors in memory if that saves reading them again."""
+        part = self._parts[path][index]
+        weight = self._kept.pop((path, index), part.weight)
+        if (path, index) in self._unchecked:
+            weight = weight.with_small_in_memory()
+            part.packing.check_values(weight)
+            self._unchecked.discard((path, index))
+        return _Part(weight, part.packing)
 
     def _split(self, path: str, where: Index) -> bool:
         """Whether each matrix has tensors of its own."""
@@ -126,13 +138,15 @@ class PackedWeights:
     def _joined(self, path: str, where: Index, leaves: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
         return tuple(map(np.stack, zip(*leaves, strict=True))) if self._split(path, where) else leaves[0]
 
-    def _check(self, path: str, part: _Part) -> None:
-        small = sum(tensor.num_bytes for role, tensor in part.weight.tensors.items() if role != part.weight.values)
-        if self._checked_bytes + small > CHECKED_BYTES:
-            self._unchecked.add(path)
+    def _check(self, path: str, index: int, part: _Part) -> None:
+        self._checked_bytes += part.weight.small_bytes
+        if self._checked_bytes > CHECKED_BYTES:
+            self._unchecked.add((path, index))
             return
-        self._checked_bytes += small
-        part.packing.check_values(part.weight)
+        weight = part.weight.with_small_in_memory()
+        part.packing.check_values(weight)
+        if self._checked_bytes <= KEPT_BYTES:
+            self._kept[path, index] = weight
 
     def _weight(self, recipe: Recipe, part: StoredPart) -> PackedWeight:
         names = {part.role: part.name} | {role: name for role, name in part.beside if name in self._files}

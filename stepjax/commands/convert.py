@@ -77,7 +77,10 @@ def run(args: argparse.Namespace) -> int:
         return _to_gguf(folder, args)
     size = max_shard_bytes(args)
     written = _write_form(folder, args, size) if args.form else _write_own(folder, args, size)
-    print(f"{written}: {Checkpoint(written).num_bytes:,} bytes of weights, experts in {args.form or args.experts}")
+    checkpoint = Checkpoint(written)
+    kinds = {checkpoint.format(path).name for path in checkpoint.paths if ".experts." in path}
+    named = " and ".join(sorted(kinds)) if len(kinds) > 1 else args.form or args.experts
+    print(f"{written}: {checkpoint.num_bytes:,} bytes of weights, experts in {named}")
     return 0
 
 

@@ -15,7 +15,7 @@ from stepjax.errors import CheckpointError
 from stepjax.packings.packing import Codes, Index, PackedWeight, Packing, Pairs, finite
 from stepjax.packings.words import unpack_columns, unpack_rows
 from stepjax.weights.expert_format import ExpertFormat
-from stepjax.weights.fp4 import MxFp4, NvFp4
+from stepjax.weights.fp4 import FP8_LARGEST, LARGEST, MxFp4, NvFp4
 from stepjax.weights.int_groups import IntGroups
 from stepjax.weights.plain import PLAIN
 
@@ -50,7 +50,7 @@ class PackQuantized(Packing):
         return Codes(stored, self._scale(weight, lead, rows, groups), self._zeros(weight, lead, rows, groups))
 
     def check_values(self, weight: PackedWeight) -> None:
-        finite(weight.tensor("weight_scale"), positive=True)
+        finite(weight.tensor("weight_scale"), positive=True, largest=1 << self.bits)
         if "weight_shape" in weight.tensors:
             shape = weight.tensors["weight_shape"]
             if shape.all().reshape(-1)[-2:].tolist() != list(weight.shape[-2:]):
@@ -200,6 +200,9 @@ class PackedFp4(Packing):
             values = weight.each(self.factor)
             if not (np.isfinite(values).all() and (values > 0).all()):
                 raise CheckpointError(f"{weight.tensor(self.factor).where} is not a positive number")
+            with np.errstate(over="ignore"):
+                if not np.isfinite(self._factor(weight) * np.float32(FP8_LARGEST * LARGEST)).all():
+                    raise CheckpointError(f"{weight.tensor(self.factor).where} makes values that are not finite")
 
     def _factor(self, weight: PackedWeight) -> np.ndarray:
         values = weight.each(self.factor)

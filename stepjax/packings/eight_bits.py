@@ -59,7 +59,7 @@ class EightBits(Packing):
         return Codes(values, scale)
 
     def check_values(self, weight: PackedWeight) -> None:
-        finite(weight.tensor("weight_scale"), positive=True)
+        finite(weight.tensor("weight_scale"), positive=True, largest=448)
 
 
 def eight_bits(weight: PackedWeight, block: Sequence[int] | None) -> EightBits:

@@ -6,6 +6,7 @@ same numbers. Reading gives that form, or float32 where there is none.
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -41,6 +42,10 @@ class StoredTensor:
     def all(self) -> np.ndarray:
         return self.read(tuple(slice(0, size) for size in self.shape))
 
+    def in_memory(self) -> StoredTensor:
+        whole = self.all()
+        return dataclasses.replace(self, read=lambda index: whole[index])
+
 
 @dataclass(frozen=True)
 class PackedWeight:
@@ -55,6 +60,16 @@ class PackedWeight:
         return self.shape[:-2]
 
     @property
+    def small_bytes(self) -> int:
+        """Of everything but the values."""
+        return sum(tensor.num_bytes for role, tensor in self.tensors.items() if role != self.values)
+
+    def with_small_in_memory(self) -> PackedWeight:
+        """The same weight, with everything but its values read."""
+        small = {role: tensor.in_memory() for role, tensor in self.tensors.items() if role != self.values}
+        return dataclasses.replace(self, tensors={**self.tensors, **small})
+
+    @property
     def num_bytes(self) -> int:
         return sum(tensor.num_bytes for tensor in self.tensors.values())
 
@@ -62,6 +77,11 @@ class PackedWeight:
     def values(self) -> str:
         """Role of the values, which stands first."""
         return next(iter(self.tensors))
+
+    @property
+    def modules(self) -> tuple[str, str]:
+        """Names of the module that the weight belongs to: in the files, and in the release."""
+        return self.tensors[self.values].name.rpartition(".")[0], self.name.removesuffix(".weight")
 
     def tensor(self, role: str) -> StoredTensor:
         """Raises: CheckpointError: the weight lacks it."""
@@ -247,11 +267,14 @@ def _fitted(
     return small[(..., *spans)]
 
 
-def finite(tensor: StoredTensor, *, positive: bool = False, negative: bool = True) -> np.ndarray:
-    """All of a tensor, as it is stored.
+def finite(tensor: StoredTensor, *, positive: bool = False, nonzero: bool = False, largest: float = 1) -> np.ndarray:
+    """All of a tensor of scales, as it is stored.
+
+    Args:
+      largest: magnitude that a scale may multiply; their product must be a float32.
 
     Raises:
-      CheckpointError: values are not finite, or not positive where they must be.
+      CheckpointError: values are not finite, or not positive or zero where they must not be.
     """
     values = tensor.all()
     wide = values.astype(np.float32)
@@ -259,6 +282,8 @@ def finite(tensor: StoredTensor, *, positive: bool = False, negative: bool = Tru
         raise CheckpointError(f"{tensor.where} has scales that are not finite")
     if positive and not (wide > 0).all():
         raise CheckpointError(f"{tensor.where} has scales that are not positive numbers")
-    if not negative and not (wide >= 0).all():
-        raise CheckpointError(f"{tensor.where} has scales that are negative")
+    if nonzero and not wide.all():
+        raise CheckpointError(f"{tensor.where} has scales of zero")
+    if np.abs(wide).max(initial=0) > np.finfo(np.float32).max / largest:
+        raise CheckpointError(f"{tensor.where} has scales whose products with {largest:g} are not finite")
     return values

@@ -63,8 +63,8 @@ def recognise(weight: PackedWeight, rules: QuantRules) -> Packing:
                 f"{weight.tensors[role].where} changes the arithmetic of its module, which is not supported; save the "
                 "model without it"
             )
-    module = weight.name.removesuffix(".weight")
-    bits = rules.bits(module)
+    names = weight.modules
+    bits = rules.said(*names).bits
     if "qweight" in roles:
         stored = weight.tensor("qweight")
         columns = weight.shape[-1]
@@ -78,6 +78,6 @@ def recognise(weight: PackedWeight, rules: QuantRules) -> Packing:
     if values.dtype == "U8":
         return packed_fp4(weight)
     if "weight_packed" not in roles and values.dtype in ("F8_E4M3", "I8"):
-        return eight_bits(weight, rules.block(module))
+        return eight_bits(weight, rules.block(*names))
     expected = "I32 or U8" if "weight_packed" in roles else "F8_E4M3, I8 or U8"
     raise CheckpointError(f"{values.where} is {values.dtype}, expected {expected} beside its scales")

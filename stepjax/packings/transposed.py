@@ -44,7 +44,7 @@ class Transposed(Packing):
         return Codes(next(signed), scale, zeros=next(signed))
 
     def check_values(self, weight: PackedWeight) -> None:
-        finite(weight.tensor("scales"))
+        finite(weight.tensor("scales"), nonzero=True, largest=1 << self.bits)  # auto-round's may be negative
 
     def wide(self, weight: PackedWeight, where: Index) -> np.ndarray:
         *lead, rows, columns = where
@@ -123,6 +123,8 @@ def awq(weight: PackedWeight, bits: int | None) -> Awq:
     weight.expect("qweight", "I32", shape=(columns, rows // 8), why=" in AWQ's gemm layout")
     groups = _groups(weight, columns, rows)
     weight.expect("qzeros", "I32", shape=(groups, rows // 8), why=" in AWQ's gemm layout")
+    if "g_idx" in weight.tensors:
+        raise CheckpointError(f"{weight.tensor('g_idx').where}: AWQ's gemm layout has no order of columns")
     size = columns // groups
     return Awq(_held(4, size, weight), False, 4, size)
 

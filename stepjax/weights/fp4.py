@@ -23,6 +23,7 @@ from stepjax.weights.expert_format import ExpertFormat, Unit
 LARGEST = 6.0  # of E2M1
 FP8_LARGEST = 448.0  # of E4M3
 EXPONENT_BIAS = 127  # of E8M0
+LARGEST_EXPONENT = 252  # with which 6 is a float32
 _WHOLE = 16  # rows and columns for which NVFP4's factor is held once, so that a mesh may cut at any scale
 _DOUBLED = 0xC8643210  # twice the magnitude of code k in bits 4k to 4k + 3
 
@@ -140,7 +141,9 @@ class MxFp4(Fp4Groups):
         return _widened(q, power * array.where(exponent == 0, array.float32(0.5), array.float32(1)), array)
 
     def scale_problem(self, scale: np.ndarray) -> str:
-        return "has scales of 255, which is NaN in E8M0" if np.any(scale == 255) else ""
+        if np.any(scale == 255):
+            return "has scales of 255, which is NaN in E8M0"
+        return "has scales whose products with 6 are not finite" if np.any(scale > LARGEST_EXPONENT) else ""
 
 
 def e2m1_codes(values: np.ndarray) -> np.ndarray:

@@ -86,7 +86,10 @@ class Fp8Blocks(ExpertFormat):
 
     def scale_problem(self, scale: np.ndarray) -> str:
         wide = scale.astype(np.float32)
-        return "" if np.all((wide > 0) & (wide < np.inf)) else "has scales that are not positive numbers"
+        if not np.all((wide > 0) & (wide < np.inf)):
+            return "has scales that are not positive numbers"
+        large = wide.max(initial=0) > np.finfo(np.float32).max / FP8_MAX
+        return f"has scales whose products with {FP8_MAX:g} are not finite" if large else ""
 
     def shape_note(self, config: ModelConfig) -> str:
         blocks = f"for blocks of {self.block[0]}×{self.block[1]}"

@@ -19,7 +19,7 @@ import numpy as np
 from stepjax.config import ModelConfig
 from stepjax.errors import ConfigError
 from stepjax.weights.expert_format import ExpertFormat, Shapes, Unit
-from stepjax.weights.fp4 import MxFp4
+from stepjax.weights.fp4 import LARGEST_EXPONENT, MxFp4
 from stepjax.weights.gguf_encoding import ENCODERS
 from stepjax.weights.int_groups import IntGroups
 from stepjax.weights.min_groups import MinGroups
@@ -187,7 +187,9 @@ class GgufBlocks(ExpertFormat):
         layout = self.layout
         scales = scale.reshape(-1, layout.scale_bytes)
         if layout.exponent:
-            return "has a block whose scale is NaN (exponent 255)" if (scales == 255).any() else ""
+            if (scales == 255).any():
+                return "has a block whose scale is NaN (exponent 255)"
+            return "has a block whose scale is too large" if (scales > LARGEST_EXPONENT).any() else ""
         halves = np.stack([np.ascontiguousarray(scales[:, i : i + 2]) for i in layout.floats]).view(np.float16)
         return "" if np.isfinite(halves).all() else "has a block whose scale is not finite"
 

@@ -100,7 +100,21 @@ def to_hub(
     )
     theta = meta.number(f"{ARCHITECTURE}.rope.freq_base")
     thetas = {FULL: theta, SLIDE: meta.number(f"{ARCHITECTURE}.rope.freq_base_swa", default=theta)}
-    widths = {FULL: rotated // 2, SLIDE: count("rope.dimension_count_swa", default=rotated)}
+    rotated_swa = count("rope.dimension_count_swa", default=rotated)
+    for name, dimensions, unit in (
+        ("", rotated, 4),
+        ("_swa", rotated_swa, 2),
+    ):  # full layers rotate pairs of half of it
+        if dimensions % unit or dimensions > head_dim:
+            raise ConfigError(
+                f"{ARCHITECTURE}.rope.dimension_count{name}: is {dimensions}, expected a multiple of {unit} up to "
+                f"key_length = {head_dim}"
+            )
+    widths = {FULL: rotated // 2, SLIDE: rotated_swa}
+    if count("vocab_size", default=vocab_size) != vocab_size:
+        raise ConfigError(
+            f"{ARCHITECTURE}.vocab_size: is {count('vocab_size')}, but token_embd.weight has {vocab_size} rows"
+        )
     dense = count("leading_dense_block_count", default=0, low=0)
     limits = {
         ours: [entry or 0.0 for entry in by_layer(name, float, default=0.0)]
