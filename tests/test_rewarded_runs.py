@@ -95,9 +95,11 @@ def test_a_run_in_which_too_many_rewards_fail_ends(config, tmp_path):
         tune(failing, tmp_path / "run")
     shown = (tmp_path / "run" / "transcripts" / "0.md").read_text()
     assert "reward none (reward mine.py:length failed: ValueError: never (mine.py:13))" in shown
-    (tmp_path / "mine.py").write_text("def length(answer):\n    return 1.0\n")
+    (tmp_path / "mine.py").write_text(
+        "import itertools\n\ncalls = itertools.count(1)\n\n\ndef length(answer):\n    return next(calls)\n"
+    )
     tune(failing, tmp_path / "run")
-    assert [record["reward"] for record in history(tmp_path / "run") if "loss" in record] == [1.0, 1.0]
+    assert [record["reward"] > 2 for record in history(tmp_path / "run") if "loss" in record] == [True, True]
 
 
 def test_what_cannot_be_loaded_leaves_no_folder(config, tmp_path):

@@ -192,7 +192,7 @@ def attach(params: Mapping[str, Any], adapter: Mapping[str, Any], lora: LoraConf
         if isinstance(weight, Adapted):
             raise ConfigError(f"lora: {path} has an adapter already; split or merge it first")
         check_fit(path, weight.shape, a.shape, b.shape)
-        out[path] = Adapted(weight, a, b, scale=lora.scale(a.shape[-2]))
+        out[path] = Adapted(out[path], a, b, scale=lora.scale(a.shape[-2]))
     return out
 
 

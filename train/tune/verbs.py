@@ -73,8 +73,8 @@ def rl(config: TuneConfig | str | Path, out: str | Path, settings: Mapping[str, 
     Example:
       >>> import stepjax, tempfile
       >>> few = {"optim.steps": 2, "optim.decay_from": 0, "optim.rows": 2, "eval.every": 0}
-      >>> few |= {"rollout.prompts": 2, "rollout.max_tokens": 8}
-      >>> rewards = {"loss.objective": "grpo", "rollout.samples": 2, "teachers": {}}
+      >>> few |= {"model.path": "step-tiny", "rollout.prompts": 2, "rollout.max_tokens": 64}
+      >>> rewards = {"loss.objective": "grpo", "rollout.samples": 4, "teachers": {}}
       >>> result = stepjax.rl("step-tiny-distill", tempfile.mkdtemp(), {**few, **rewards})
       >>> result.steps, "reward" in result.metrics[0]
       (2, True)
