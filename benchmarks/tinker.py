@@ -40,6 +40,7 @@ from stepjax.infer.serve.app import create_app
 from stepjax.infer.serve.metrics import ServerMetrics
 from stepjax.infer.serve.server import Server as HttpServer, ServerConfig, log_to_stderr
 from stepjax.infer.serve.service import Service
+from stepjax.infer.session import num_tokens_of
 from stepjax.train.config.tune import LoraSettings, OptimSettings
 from stepjax.train.objectives.objective import Batch, LossContext, LossSettings
 from stepjax.train.objectives.table import OBJECTIVES
@@ -84,7 +85,7 @@ class Verbs:
         trained = trainable(self.session, LoraSettings(rank=RANK), jax.random.key(SEED))
         optim = OptimSettings(lr=1e-4, warmup_steps=1, steps=10**6)
         optimizer = adamw(schedule_of(optim), b1=optim.b1, b2=optim.b2, weight_decay=0.0, clip=1.0)
-        context = LossContext(LossSettings(objective="sft"), self.session.model, self.session.config.vocab_size, {})
+        context = LossContext(LossSettings(objective="sft"), self.session.model, num_tokens_of(self.session), {})
         loss = LossProgram(lambda *a: OBJECTIVES["sft"].loss(context, *a), "benchmark", {}, self.session.program_cache)
         self.update = TuneUpdate(loss, optimizer, trained.assemble, identity="benchmark", keep_previous=False)
         self.state = _make_state(trained.leaves, optimizer, keep_previous=False, averages=())

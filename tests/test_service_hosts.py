@@ -20,7 +20,7 @@ from checkpoints import speaking_folder
 from devices import with_devices
 from ports import two_free_ports
 from sft_updates import ADAM
-from training import IDS, Client, logprobs, next_tokens, with_origin
+from training import IDS, SEQUENCES, Client, logprobs, next_tokens, with_origin
 
 from stepjax.infer.load import load
 from stepjax.train.service.state_files import read_checkpoint
@@ -131,16 +131,16 @@ def client_of(pair: Pair) -> Client:
 
 
 def test_two_processes_train_as_sft_and_sample_as_they_train(update, pair, model, tmp_path):
-    """Leaves and moments of a batch in one and in three calls are those of sft in two processes, to 1e-6; saved and
+    """Leaves and moments of a batch in one, three and seven calls are those of sft in two processes, to 1e-6; saved and
     loaded; the sampler's scores are the trainer's; both processes end by themselves.
     """
     assert [process.wait(1200) for process in update] == [0, 0]
     with np.load(tmp_path / "update.npz") as file:
         expected = dict(file)
-    tokens = sum(len(ids) - 1 for ids in IDS)
-    data = [next_tokens(ids, np.full(len(ids) - 1, 1 / tokens)) for ids in IDS]
+    tokens = sum(len(ids) - 1 for ids in SEQUENCES)
+    data = [next_tokens(ids, np.full(len(ids) - 1, 1 / tokens)) for ids in SEQUENCES]
     with client_of(pair) as client:
-        for chunks in (1, 3):
+        for chunks in (1, 3, 7):
             trained = client.model(seed=7)
             for part in np.array_split(np.arange(len(data)), chunks):
                 trained.send([data[i] for i in part])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from sft_updates import ADAM, adam_of, sft_states
 from test_lora_mesh import CONFIG, PARAMS, layout
+from training import SEQUENCES
 
 from stepjax.adapters.lora import LoraConfig
 from stepjax.infer.session import Session
@@ -96,10 +97,6 @@ def test_a_model_on_a_mesh_is_that_of_one_device(mesh):
         for name, value in ours.items():
             np.testing.assert_allclose(theirs[name], value, atol=1e-4 * scale, err_msg=f"{part} {name}")
             np.testing.assert_array_equal(kept[name], theirs[name])
-
-
-LENGTHS = (9, 30, 5, 12, 7, 40, 3)
-SEQUENCES = [np.random.default_rng(length).integers(0, 128, (length,)).tolist() for length in LENGTHS]
 
 
 def after_one_step(session: Session, chunks: int) -> HostState:

@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import random as chance
 import re
-import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,10 +17,9 @@ from training import IDS, Client, Model, Sampling, next_tokens, saved, serving
 from stepjax.errors import ConfigError
 from stepjax.infer.session import Session
 from stepjax.train.client import forward_kl, jsd, reverse_kl
-from stepjax.train.service import model_work
+from stepjax.train.service import model_work, trained_model
 from stepjax.train.service.limits import ServiceLimits
 from stepjax.train.service.training_service import TrainingService
-from stepjax.train.service.wire.results import pass_to_json
 
 
 def test_a_session_ends(training_client, training_server):
@@ -38,83 +36,16 @@ def test_a_session_ends(training_client, training_server):
     assert registry.journal.rows("calls", model=model.id) == []
 
 
-@pytest.mark.slow
-def test_what_a_killed_server_leaves(training_client, tiny, training_server, tmp_path):
-    """Another service in a copy of the folder, as after a kill: it has the weights, the moments and the gradients that
-    were not stepped, to the bit, and the results that were not fetched.
-    """
-    model, data = training_client.model(), [next_tokens(ids) for ids in IDS]
-    model.run(data)
-    model.run(data[:1])
-    model.step(learning_rate=1e-2)
-    last = model.run(data)
-    folder = training_server.training.shared.registry.state_file("x").parents[2]
-    shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns(".lock"))
-    (tmp_path / "copy" / "checkpoints" / "x" / ".a.partial").mkdir(parents=True)
-
-    async def recover():
-        limits = ServiceLimits(max_rank=4)
-        other = TrainingService(tiny, training_server.service, ("tiny",), folder=tmp_path / "copy", limits=limits)
-        ours, theirs = (each.shared.device._models._programs for each in (training_server.training, other))
-        theirs._made = ours._made  # compiled once
-        lane = other.lane(model.id)
-        while not lane.idle or not lane.begun.done():
-            await asyncio.sleep(0.01)
-        promise = await other.promise("", f"{model.id}:4")
-        states = [await works[model.id][1].model.host() for works in (training_server.training._lanes, other._lanes)]
-        await other.stop()
-        return states, promise.outcome
-
-    (ours, theirs), outcome = asyncio.run_coroutine_threadsafe(recover(), training_server.loop).result(120)
-    assert (ours.count, theirs.count) == (1, 1)
-    for part in ("leaves", "first", "second", "gradients"):
-        a, b = getattr(ours, part), getattr(theirs, part)
-        assert a.keys() == b.keys()
-        assert all((a[name] == b[name]).all() for name in a), part
-    assert isinstance(outcome, bytes)
-    assert pass_to_json(outcome) == last
-    assert not list((tmp_path / "copy").rglob("*.partial"))
-
-
-@pytest.mark.slow
-def test_a_killed_server_carries_on(tiny, tmp_path):
-    """Killed with calls that were accepted and not run, and with gradients that were not stepped: the next server runs
-    the first and has the second, and the weights are those of a model that nothing happened to, to the bit.
-    """
-    data = [next_tokens(ids) for ids in IDS]
-
-    def finish(model):
-        for _ in range(2):
-            model.send(data)
-            model.step(learning_rate=1e-2)
-        return model.run(data, forward=True)
-
-    with serving(tiny, tmp_path / "whole") as training_server, Client(training_server) as training_client:
+def test_calls_of_many_tokens_are_added_up(training_client, monkeypatch):
+    """More than a batch may have: the step has the sum of the calls' gradients."""
+    data, norms = [next_tokens(ids) for ids in IDS], []
+    for most in (trained_model.MERGED_TOKENS, 0):
+        monkeypatch.setattr(trained_model, "MERGED_TOKENS", most)
         model = training_client.model()
-        model.run(data)
-        model.run(data[:1])
-        model.step(learning_rate=1e-2)
-        expected = finish(model)
-    with serving(tiny, tmp_path / "killed", killed=True) as training_server, Client(training_server) as training_client:
-        model = training_client.model()
-        model.run(data)
-        fetched = model.send(data[:1])
-        first = training_client.poll(fetched)
-        session = training_client.session
-    with (
-        serving(tiny, tmp_path / "killed", killed=True) as training_server,
-        Client(training_server, session=session) as training_client,
-    ):
-        assert training_client.poll(fetched) == first  # a result of the earlier server
-        again = type(model)(training_client, model.id, first=3)
-        again.step(learning_rate=1e-2)
-        assert finish(again) == expected
-    with (
-        serving(tiny, tmp_path / "killed") as training_server,
-        Client(training_server, session=session) as training_client,
-    ):
-        last = type(model)(training_client, model.id, first=9)
-        assert last.run(data, forward=True) == expected
+        for part in (data[:1], data[1:]):
+            model.send(part)
+        norms.append(model.step(learning_rate=1e-2)["metrics"]["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
 def test_keys_see_only_their_own(tiny, tmp_path):

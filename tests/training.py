@@ -23,6 +23,8 @@ from stepjax.train.service.wire.protobuf import packed, written, written_map
 
 PROTOBUF = "application/x-protobuf"
 IDS = [[5, 9, 2, 30, 31, 7, 8], [4, 4, 18, 90, 3], [60, 2, 2, 9, 9, 9, 1, 77, 30], [8, 7]]
+# Seven, of which some share a row.
+SEQUENCES = [np.random.default_rng(length).integers(0, 128, (length,)).tolist() for length in (9, 30, 5, 12, 7, 40, 3)]
 ENGINE = EngineConfig(
     num_slots=2,
     context=64,

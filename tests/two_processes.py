@@ -190,12 +190,12 @@ def update(folder: str, mesh: str, out: str) -> int:
     """One update of sft with the sequences of the training service's tests."""
     import numpy as np
     from sft_updates import adam_of, sft_states
-    from training import IDS
+    from training import SEQUENCES
 
     from stepjax.infer.load import load
     from stepjax.train.config.tune import LoraSettings
 
-    (state,) = sft_states(load(folder, dtype="float32", mesh=mesh), IDS, steps=1, lora=LoraSettings(rank=4))
+    (state,) = sft_states(load(folder, dtype="float32", mesh=mesh), SEQUENCES, steps=1, lora=LoraSettings(rank=4))
     adam = adam_of(state)
     if jax.process_index() == 0:
         parts = {"leaves": state.leaves, "first": adam.mu, "second": adam.nu}

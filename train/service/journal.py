@@ -10,7 +10,7 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,19 +119,18 @@ class Journal:
             )
             return [_row(item) for item in cursor.fetchall()]
 
-    def forget_bodies(self, model: str, upto: int) -> None:
-        """Note that a snapshot has the model after call ``upto``, and drop the bodies of the calls until then."""
+    def forget_bodies(self, model: str, upto: int, *, but: Sequence[int] = ()) -> None:
+        """Note that a snapshot has the model after call ``upto``, and drop the bodies of the calls until then.
+
+        Args:
+          but: calls whose bodies are kept.
+        """
+        kept = f" AND seq NOT IN ({', '.join('?' * len(but))})" if but else ""
         with self._lock:
             self._file.execute("BEGIN IMMEDIATE")
             self._file.execute("UPDATE models SET snapshot = ? WHERE id = ?", [upto, model])
-            self._file.execute("UPDATE calls SET body = NULL WHERE model = ? AND seq <= ?", [model, upto])
+            self._file.execute(f"UPDATE calls SET body = NULL WHERE model = ? AND seq <= ?{kept}", [model, upto, *but])
             self._file.execute("COMMIT")
-
-    def body_bytes(self, model: str) -> int:
-        """Bytes of the bodies that are kept of a model's calls."""
-        with self._lock:
-            cursor = self._file.execute("SELECT coalesce(sum(length(body)), 0) FROM calls WHERE model = ?", [model])
-            return int(cursor.fetchone()[0])
 
     def checkpoint_bytes(self, owner: str) -> int:
         """Bytes of an owner's checkpoints."""

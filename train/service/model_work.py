@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stepjax.adapters.lora import LoraConfig
@@ -58,6 +58,8 @@ class ModelWork:
         if self.saved >= 0:
             state = await asyncio.to_thread(read_snapshot, self._file)
             await self.model.place(state)
+            if state.calls:
+                self.model.keep(await asyncio.to_thread(self._recorded_passes, state.calls))
         else:
             await self.model.create(int(self.row.about["seed"]))
 
@@ -66,7 +68,7 @@ class ModelWork:
         began = time.monotonic()
         request = call.request
         if request is None:
-            request = await asyncio.to_thread(self._recorded, call)
+            request = await asyncio.to_thread(self._recorded, call.seq, call.kind)
         try:
             if isinstance(request, CheckedCall):
                 return await self._pass(call, request)
@@ -99,18 +101,24 @@ class ModelWork:
 
         def write() -> None:
             write_snapshot(self._file, state, seq=upto)
-            self._shared.journal.forget_bodies(self.row.id, upto)
+            self._shared.journal.forget_bodies(self.row.id, upto, but=state.calls)
 
         await asyncio.to_thread(write)
         self.saved, self._unsaved_s, self._unsaved_bytes = upto, 0.0, 0
         self._snapshot_s = time.monotonic() - began
 
-    def _recorded(self, call: LaneCall) -> Any:
+    def _recorded(self, seq: int, kind: str) -> Any:
         """The request of a call from the journal."""
-        row = self._shared.journal.row("calls", model=self.row.id, seq=call.seq)
+        row = self._shared.journal.row("calls", model=self.row.id, seq=seq)
         if row is None or row.body is None:
-            raise CheckpointError(f"{self.row.id}: the body of call {call.seq} is not in the journal")
-        return parsed(self._shared, call.kind, row.type, bytes(row.body))
+            raise CheckpointError(f"{self.row.id}: the body of call {seq} is not in the journal")
+        return parsed(self._shared, kind, row.type, bytes(row.body))
+
+    def _recorded_passes(self, calls: Sequence[int]) -> dict[int, CheckedCall]:
+        """The forward_backward calls of these numbers, from the journal."""
+        passes = {seq: self._recorded(seq, "forward_backward") for seq in calls}
+        recorded = self._shared.recorded
+        return passes if recorded is None else {seq: self._with_experts(recorded, call) for seq, call in passes.items()}
 
     async def _pass(self, call: LaneCall, request: CheckedCall) -> Outcome:
         shared, path = self._shared, None
@@ -125,10 +133,10 @@ class ModelWork:
         if shared.recorded is not None:
             request = await asyncio.to_thread(self._with_experts, shared.recorded, request)
         if path is None:
-            result, loss = await self.model.run(request)
+            result, loss = await self.model.run(request, seq=call.seq)
         else:
             async with shared.adapters.using(path) as teacher:
-                result, loss = await self.model.run(request, teacher)
+                result, loss = await self.model.run(request, teacher, seq=call.seq)
         if call.promise is not None and not request.forward_only:
             shared.counts.tokens += request.num_tokens
             shared.counts.loss = loss / request.num_tokens

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class HostState:
     count: int = 0  # steps made
     gradients: Arrays | None = None  # what was accumulated since the last step; None: nothing
     num_tokens: int = 0  # of these gradients
+    calls: tuple[int, ...] = ()  # numbers of the calls whose gradients these are; empty: not known
 
     def arrays(self) -> Arrays:
         """All arrays in one table, each name with its part before it."""
@@ -61,6 +62,7 @@ def write_snapshot(path: Path, state: HostState, *, seq: int) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {"count": str(state.count), "tokens": str(state.num_tokens), "seq": str(seq)}
+    about["calls"] = " ".join(map(str, state.calls))
     with whole_file(path) as partial:
         save_file(state.arrays(), partial, metadata=about)
 
@@ -79,7 +81,8 @@ def snapshot_seq(path: Path) -> int:
 def read_snapshot(path: Path) -> HostState:
     """A state that `write_snapshot` wrote. CheckpointError: it is damaged."""
     arrays, about = _read(path)
-    return HostState.of_arrays(arrays, count=int(about["count"]), num_tokens=int(about["tokens"]))
+    state = HostState.of_arrays(arrays, count=int(about["count"]), num_tokens=int(about["tokens"]))
+    return replace(state, calls=tuple(map(int, about.get("calls", "").split())))
 
 
 def write_checkpoint(

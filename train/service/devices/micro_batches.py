@@ -62,6 +62,9 @@ class PackedCall:
 def pack_call(data: Sequence[Datum]) -> PackedCall:
     """All data by first fit, in rows of one length, and micro-batches of few shapes.
 
+    A datum is followed by its last target, if a row has room for it. Nothing is computed of it, but the rows are then
+    those of `stepjax.train.packing.rows.pack`, so that fine-tuning sums the same gradients in the same order.
+
     Shapes are rounded up to few sizes, so that few programs are compiled: 64, 96, 128, 192, … tokens of a row, powers
     of two for the rows of a micro-batch and for the number of targets. At most an eighth of the rows is empty.
     """
@@ -70,7 +73,7 @@ def pack_call(data: Sequence[Datum]) -> PackedCall:
     width = _up(max(datum.width for datum in data))
     bins = Bins(length)
     for datum in data:
-        bins.add(Example(datum.tokens.tolist(), []))
+        bins.add(Example([*datum.tokens.tolist(), int(datum.targets[-1, 0])][:length], []))
     sizes = micro_sizes(len(bins.rows), most=max(1, MICRO_TOKENS // length))
     packed = bins.arrays(num_rows=sum(sizes))
     shape = packed.ids.shape

@@ -21,7 +21,7 @@ from stepjax.infer.session import Session, model_identity, num_tokens_of
 from stepjax.model.step3p5 import KEPT_LAYERS, Params, bind
 from stepjax.stored_function import StoredFunction
 from stepjax.train.losses.divergence import Kind
-from stepjax.train.losses.logprobs import HiddenScores, token_scores
+from stepjax.train.losses.logprobs import Head, HiddenScores, token_scores
 from stepjax.train.losses.target_logprobs import target_logprobs
 from stepjax.train.losses.target_losses import token_losses
 from stepjax.train.packing.rows import packed_chunk
@@ -176,7 +176,7 @@ class Programs:
         def score(leaves: Leaves, base: Params, micro: MicroBatch, index: Any, numbers: Any) -> PassScores:
             model, hidden = self._hidden(lora.attach(base, leaves, config), micro)
             inputs, segments = micro.inputs, micro.rows.segment_ids
-            logprob = target_logprobs(hidden, inputs.target, model.logits, num_tokens=num_tokens_of(self._session))
+            logprob = _logprobs(hidden, inputs.target, model.logits, num_tokens=num_tokens_of(self._session))
             loss = token_losses(index, numbers, logprob, inputs, segments)
             return PassScores(jnp.sum(loss), logprob, jnp.zeros((0, 0)))
 
@@ -210,6 +210,13 @@ class Programs:
 
     def _accumulate_taught(self, *settings: Any) -> Callable[..., tuple[Leaves, PassScores]]:
         return _accumulation(self._score_taught(*settings))
+
+
+def _logprobs(hidden_BTD: jax.Array, target_BTK: jax.Array, head: Head, *, num_tokens: int) -> jax.Array:
+    """Log-probability of each target, float32 [B, T, K]. One a position goes the way of fine-tuning, to the bit."""
+    if target_BTK.shape[-1] == 1:
+        return token_scores(hidden_BTD, target_BTK[..., 0], head, num_tokens=num_tokens).logprob[..., None]
+    return target_logprobs(hidden_BTD, target_BTK, head, num_tokens=num_tokens)
 
 
 def _zeros(leaves: Leaves) -> Leaves:
