@@ -113,7 +113,7 @@ def test_what_a_run_leaves(finished):
                 eval={"every": 100, "items": 2, "kl_prompts": 2},
                 run={"save_every": 50},
             ),
-            marks=pytest.mark.slow,
+            marks=[pytest.mark.slow, pytest.mark.long],
         ),
     ],
     ids=["4 steps", "200 steps of all that adapters reach"],

@@ -186,11 +186,18 @@ def test_a_device_holds_its_share_of_pages_and_experts():
 @pytest.mark.parametrize(
     ("mesh", "strategy", "drafts"),
     [
-        *(("expert=8", "wide", drafts) for drafts in (0, 1, 3)),
-        ("expert=4,tensor=2", "wide", 3),
-        ("data=2,expert=4", "wide", 1),
+        ("expert=8", "wide", 1),
         ("data=2,expert=4", "wide_data", 0),
-        ("context=2,expert=2,tensor=2", "wide", 1),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (
+                ("expert=8", "wide", 0),
+                ("expert=8", "wide", 3),
+                ("expert=4,tensor=2", "wide", 3),
+                ("data=2,expert=4", "wide", 1),
+                ("context=2,expert=2,tensor=2", "wide", 1),
+            )
+        ),
     ],
 )
 def test_two_hundred_requests_are_answered_as_alone(mesh, strategy, drafts):
