@@ -201,8 +201,8 @@ def test_no_byte_of_a_weight_is_read_twice(tmp_path, monkeypatch, case, checked)
     asked: Counter[str] = Counter()
     read = SafetensorsFile.read
 
-    def counted(file, name, index=None, **options):
-        array = read(file, name, index, **options)
+    def counted(file, name, *index, **options):
+        array = read(file, name, *index, **options)
         asked[name] += array.nbytes
         return array
 
