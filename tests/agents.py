@@ -63,7 +63,7 @@ def scripted_calls(arguments: Mapping[str, Mapping[str, str]], text: str) -> Ite
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> Constraint:
         if tools and isinstance(body, ChatRequest):
-            chats.append(body)
+            chats.append(body.model_copy())  # the server frees the messages of its own
         functions = {tool["function"]["name"] for tool in tools or ()}
         name = next((name for name in arguments if name in functions), None)
         returned = any(message["role"] == "tool" for message in getattr(body, "messages", ()))
