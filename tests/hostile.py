@@ -48,7 +48,7 @@ _TABLE: list[tuple[str, dict[str, Any], str, list[Any]]] = [
         "logit_bias",
         [{"9" * 20: 1}, {str(at): 0 for at in range(1025)}, {str(at): 0 for at in range(10**5)}],
     ),
-    (CHAT, GREEDY, "tools", [1, {}, [1], [{}], [{"type": 5}], [{"type": "function"}], [TOOL] * 129]),
+    (CHAT, GREEDY, "tools", [1, {}, [1], [{}], [{"type": 5}], [{"type": "function"}], [TOOL] * 1025]),
     (CHAT, GREEDY, "tools", [_function(name=""), _function(name=5), _function(name="f", description="x" * 263_000)]),
     (CHAT, GREEDY, "stop_token_ids", [1, [-1], [600], ["a"], [1.5], list(range(17))]),
     (CHAT, GREEDY, "allowed_token_ids", [[], [-1], [600], "a", [[1]]]),

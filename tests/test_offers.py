@@ -208,6 +208,17 @@ def test_a_tool_is_said_in_each_way(step_tiny):
         assert len({prompt(step_tiny, read(tools=[way])) for way in ways}) == 1
 
 
+def test_an_agent_with_many_servers_of_tools_may_offer_them_all():
+    many = [{**AGENTS, "name": f"s{i}", "tools": [{**FUNCTION, "name": f"f{j}"} for j in range(30)]} for i in range(10)]
+    body = response(tools=[*many, FUNCTION])
+    assert len(names(body)) == 301
+    more = [{**entry, "name": f"{entry['name']}_{k}"} for entry in many for k in range(4)]
+    with pytest.raises(RequestError, match=r"^tools: hold 1201 functions"):
+        response(tools=[*more, FUNCTION])
+    with pytest.raises(RequestError, match=r"^tool_choice\.tools: has 1025 tools"):
+        response(tools=many, tool_choice={"type": "allowed_tools", "mode": "auto", "tools": [FUNCTION] * 1025})
+
+
 def test_allowed_tools_are_the_only_ones_offered():
     allowed = [{"type": "custom", "name": "apply_patch"}, {"type": "web_search"}]
     choice = {"type": "allowed_tools", "mode": "required", "tools": allowed}

@@ -59,7 +59,7 @@ LIMITS: dict[str, Limit] = {
     "stop_token_ids": Limit(0, MAX_STOP_IDS, "ids"),
     "allowed_token_ids": Limit(1, 2**18, "ids"),
     "messages": Limit(1, 4096, "messages"),
-    "tools": Limit(0, 128, "tools"),
+    "tools": Limit(0, 1024, "tools"),
     "tokens": Limit(0, 2**20, "ids"),
     "cache_salt": Limit(1, 256, "characters"),
     "model": Limit(1, 256, "characters"),

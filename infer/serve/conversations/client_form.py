@@ -68,9 +68,11 @@ class ClientForm:
 
     def model_name(self, name: str, namespace: str | None) -> str:
         """The name under which the model knows a tool of an earlier call."""
-        wanted = (name, namespace)
+        wanted, expected = (name, namespace), flat_name(name, namespace)
+        if (tool := self.tools.get(expected)) and (tool.name, tool.namespace) == wanted:
+            return expected
         known = (flat for flat, tool in self.tools.items() if (tool.name, tool.namespace) == wanted)
-        return next(known, None) or flat_name(name, namespace)
+        return next(known, expected)
 
 
 def flat_name(name: str, namespace: str | None) -> str:

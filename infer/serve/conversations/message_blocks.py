@@ -101,8 +101,6 @@ def _read_result(turns: ChatTurns, block: Mapping[str, Any], where: str) -> None
     content, place = block.get("content"), f"{where}.content"
     if isinstance(content, Mapping):
         text = as_json(_readable(content))
-    elif isinstance(content, bool | int | float):
-        text = as_json(content)
     elif block.get("type") in ("tool_result", "mcp_tool_result") or not isinstance(content, list):
         text = made_text(content, place, turns.client)
     else:

@@ -169,10 +169,10 @@ def result_text(content: Any, where: str, client: ClientForm) -> str:
     """The text of what a tool returned. Data that are no parts, which some clients send, are shown as JSON.
 
     Raises:
-      RequestError: a text part has no text.
+      RequestError: it is another value, or a text part has no text.
     """
-    if content is None or isinstance(content, str):
-        return content or ""
+    if not isinstance(content, list | Mapping):
+        return made_text(content, where, client)
     parts = content if isinstance(content, list) else [content]
     if all(isinstance(part, Mapping) and "type" in part for part in parts):
         return made_text(parts, where, client)

@@ -20,7 +20,6 @@ from stepjax.infer.serve.conversations.parts import (
     earlier_arguments,
     last_question,
     made_text,
-    result_text,
     told,
     without_billing,
 )
@@ -150,7 +149,9 @@ def _message(message: Any, where: str, client: ClientForm, *, is_last: bool) -> 
     elif role == "user" and not is_last and isinstance(message.get("content"), list):
         read["content"] = _made(read["content"], f"{where}.content", client)
     elif role in ("tool", "function"):
-        read |= {"role": "tool", "content": result_text(message.get("content"), f"{where}.content", client)}
+        content = read.get("content", "")
+        is_data = isinstance(content, Mapping) and not {"type", "text"} & content.keys()
+        read |= {"role": "tool", "content": as_json(content) if is_data else _made(content, f"{where}.content", client)}
     elif role == "assistant":
         _read_assistant(read, where, client)
     return read
@@ -176,7 +177,7 @@ def _without_billing(content: Any) -> Any:
 
 
 def _made(content: Any, where: str, client: ClientForm) -> Any:
-    """What a model made, or a person sent before, its parts as text."""
+    """What a model or a tool made, or a person sent before, its parts as text."""
     if content is None:
         return ""
     if not isinstance(content, list):

@@ -219,6 +219,8 @@ def _allowed(
         raise RequestError(f"{where}.mode: expected auto or required, found {ascii(mode)[:80]}")
     if not isinstance(allowed, list):
         raise RequestError(f"{where}.tools: expected a list, found a {type(allowed).__name__}")
+    if len(allowed) > LIMITS["tools"].high:
+        raise RequestError(f"{where}.tools: has {len(allowed)} tools, expected at most {LIMITS['tools'].high:.0f}")
     names: set[str] = set()
     for index, entry in enumerate(allowed):
         place = f"{where}.tools[{index}]"
@@ -237,9 +239,9 @@ def _allowed(
         if mode == "required":
             raise RequestError(f"{where}: forces a call, but leaves no tool that the server can call")
         return "none", kept
-    for position, function in enumerate(functions):  # errors name tools by their position among those that remain
-        if function in kept:
-            _move_paths(client, position, kept.index(function))
+    places = [position for position, function in enumerate(functions) if function["function"]["name"] in names]
+    for remaining, position in enumerate(places):  # errors name tools by their position among those that remain
+        _move_paths(client, position, remaining)
     return mode, kept
 
 
