@@ -14,6 +14,7 @@ import pytest
 from adapters import lora_config, trained
 from checkpoints import speaking_folder
 from devices import with_devices
+from packed_folders import folder_of
 from ports import two_free_ports
 from two_processes import GUIDED, constraints, requests
 
@@ -100,6 +101,27 @@ def test_what_other_tools_read_is_scored_by_two_processes(folder, tmp_path, form
     with np.load(tmp_path / "out.npz") as found:
         np.testing.assert_allclose(found["p0_logits"], logits, atol=2e-4)
         np.testing.assert_allclose(found["p0_mtp3_logits"], depths[2], atol=2e-4)
+
+
+LAYOUTS = "int8-zeros int4-channel fp8-block modelopt-nvfp4 awq gptq gptq8 gptq-order q4_0.gguf".split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_every_layout_is_scored_by_two_processes(folder, tmp_path, case):
+    """Each process reads its half of the experts, and of their widths."""
+    model = tmp_path / "model.gguf" if case.endswith(".gguf") else tmp_path / "model"
+    if case.endswith(".gguf"):
+        assert main(["convert", str(folder), str(model), "--form", case.removesuffix(".gguf")]) == 0
+    else:
+        folder_of(model, case)
+    ids = [token % 128 for token in TOKENS[0]]
+    (tmp_path / "in.json").write_text(json.dumps([ids]))
+    flags = ["--model", model, "--tokens", "in.json", "--out", "out.npz", "--dtype", "float32"]
+    together("score", *flags, "--mesh", "expert=2,tensor=2", cwd=tmp_path, devices=2)
+    with np.load(tmp_path / "out.npz") as found:
+        expected = load(model, dtype="float32").logits(ids)
+        np.testing.assert_allclose(found["p0_logits"], expected, atol=2e-4)  # sums in another order
 
 
 @pytest.mark.slow

@@ -174,6 +174,10 @@ def quant_rules(config: Mapping[str, Any], beside: Mapping[str, Mapping[str, Any
 def _check_layout(rules: QuantRules) -> None:
     """The names of layouts are those that are read."""
     known = _LAYOUTS.get(rules.method, ())
+    if rules.settings.get("is_marlin_format") is True:
+        raise ConfigError(
+            "quantization_config.is_marlin_format: is true, expected GPTQ's or AWQ's own layout; save the model in that"
+        )
     places = [("quantization_config", rules.settings)]
     if rules.method == "compressed-tensors":
         places += _named_groups(rules.settings)
