@@ -12,6 +12,7 @@ from checkpoints import speaking_folder
 from stepjax.calibration.certificate import SequenceScores, certificate, overlap
 from stepjax.cli import main
 from stepjax.errors import RequestError
+from stepjax.infer.session import Session
 
 T, V, L, A = 300, 17, 2, 3
 
@@ -75,6 +76,17 @@ def test_logits_that_are_not_finite_have_no_distance():
     broken = SequenceScores(one.ids, np.full_like(one.logits, np.nan), one.experts)
     with pytest.raises(RequestError, match="ours logits are not finite"):
         certificate([broken], [one], layers=[3, 5])
+
+
+def test_scores_that_are_not_finite_are_not_written(capsys, tmp_path, monkeypatch):
+    """Weights may hold NaN, which their scales do not show."""
+    folder = speaking_folder(tmp_path / "model")
+    (tmp_path / "tokens.json").write_text("[[1, 2]]")
+    monkeypatch.setattr(Session, "logits", lambda self, ids: np.array([[0, 1], [0, np.nan]], np.float32))
+    flags = ["--model", str(folder), "--tokens", str(tmp_path / "tokens.json"), "--out", str(tmp_path / "o.npz")]
+    assert main(["score", *flags]) == 1
+    assert f"{folder}: its scores (p0_logits) are not finite, and none are written" in capsys.readouterr().err
+    assert not (tmp_path / "o.npz").exists()
 
 
 def test_score_against_what_was_quantised(capsys, tmp_path):

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stepjax.errors import RequestError
+from stepjax.errors import CheckpointError, RequestError
 from stepjax.infer.commands.generate import read_tokens
 from stepjax.infer.commands.options import add_model_arguments, open_session
 from stepjax.infer.commands.progress import shown_startup
@@ -66,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
     import jax
     import numpy as np
 
+    from stepjax.weights.finite import not_finite
+
     arrays, loads = {}, np.zeros((len(session.config.moe_layers), session.config.num_experts), np.int64)
     with startup.stage("scoring", "scoring", unit="sequences") as stage:
         for j, ids in enumerate(prompts):
@@ -79,6 +81,11 @@ def run(args: argparse.Namespace) -> int:
             arrays[f"p{j}_logits"], depths = session.score(ids)
             arrays |= {f"p{j}_mtp{k}_logits": logits for k, logits in enumerate(depths, start=1)}
     ours = [_scored(session, ids) for ids in prompts] if args.against else []
+    if name := not_finite(arrays):
+        raise CheckpointError(
+            f"{args.model}: its scores ({name}) are not finite, and none are written; its weights hold NaN or "
+            "infinity, or are too large for the dtype"
+        )
     if jax.process_index():  # all processes have the same arrays; one writes them
         return 0
     with writing(args.out), args.out.open("wb") as file:  # a file object: numpy would append .npz to another name

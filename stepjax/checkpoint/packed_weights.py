@@ -70,7 +70,8 @@ class PackedWeights:
                 if part.rows:
                     some = next(iter(weight.tensors.values()))
                     raise CheckpointError(f"{some.where} holds several quantised weights, expected one tensor for each")
-                packing = recognise(weight, self._rules)
+                said = self._rules.said(*weight.modules)
+                packing = recognise(weight, self._rules, said)
                 self._check(recipe.spec.path, len(parts), _Part(weight, packing))
                 if parts and packing != parts[0].packing:
                     where = next(iter(weight.tensors.values())).where
@@ -78,7 +79,7 @@ class PackedWeights:
                         f"{where} is held as {packing.name}, but expert 0 as {parts[0].packing.name}; expected one "
                         "packing for the experts of a layer"
                     )
-                check_agreement(weight, packing, self._rules.said(*weight.modules))
+                check_agreement(weight, packing, said)
                 parts.append(_Part(weight, packing))
             except CheckpointError as error:
                 problems.append(str(error))

@@ -98,20 +98,19 @@ class QuantRules:
         return None
 
     def _scheme(self, names: Sequence[str]) -> Mapping[str, Any]:
-        """``weights`` of compressed-tensors' group that a module is in: by its name first, then by its class."""
+        """``weights`` of compressed-tensors' group that a module is in: by its name first, then by the expressions in
+        their alphabetical order, then by its class, as compressed-tensors itself sorts targets."""
         by_name, expressions, by_class = self._targets
-        first = min(
-            [by_name[end] for name in names for end in _ends(name) if end in by_name]
-            + [i for target, i in expressions if any(_fits(target, name) for name in names)],
-            default=by_class,
-        )
+        exact = (by_name[end] for name in names for end in _ends(name) if end in by_name)
+        fitting = (i for name in names for target, i in expressions if _fits(target, name))
+        first = next(exact, next(fitting, by_class))
         weights = _groups(self.settings)[first].get("weights") if first is not None else None
         return weights if isinstance(weights, Mapping) else {}
 
     @cached_property
     def _targets(self) -> tuple[Mapping[str, int], Sequence[tuple[str, int]], int | None]:
-        """Of compressed-tensors' groups: the first that names a module or the end of its name, expressions with their
-        group, and the first for a class of modules."""
+        """Of compressed-tensors' groups: the first that names a module or the end of its name, the sorted expressions
+        with their group, and the first for a class of modules."""
         by_name: dict[str, int] = {}
         expressions, by_class = [], None
         for i, group in enumerate(_groups(self.settings)):
@@ -121,7 +120,7 @@ class QuantRules:
                 elif target[:1].isupper():
                     by_class = i if by_class is None else by_class
                 by_name.setdefault(target, i)
-        return by_name, expressions, by_class
+        return by_name, sorted(expressions), by_class
 
     def _override(self, names: Sequence[str]) -> Mapping[str, Any]:
         """GPTQ's ``dynamic`` and auto-round's ``extra_config`` of a module: its very name, then expressions."""

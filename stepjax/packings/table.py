@@ -8,7 +8,7 @@ from stepjax.errors import CheckpointError
 from stepjax.packings.compressed import pack_quantized, packed_fp4
 from stepjax.packings.eight_bits import eight_bits
 from stepjax.packings.packing import PackedWeight, Packing
-from stepjax.packings.rules import QuantRules
+from stepjax.packings.rules import QuantRules, Said
 from stepjax.packings.transposed import awq, gptq
 
 VALUES = ("weight_packed", "qweight")  # roles of values that do not bear the weight's own name
@@ -50,8 +50,11 @@ def is_packed(values: str, dtypes: dict[str, str]) -> bool:
     return held == "F8_E4M3" or (held == "U8" and scale in ("U8", "F8_E4M3")) or (held == "I8" and scale != "F32")
 
 
-def recognise(weight: PackedWeight, rules: QuantRules) -> Packing:
+def recognise(weight: PackedWeight, rules: QuantRules, said: Said) -> Packing:
     """How the tensors of a weight hold it.
+
+    Args:
+      said: what the rules say of its module.
 
     Raises:
       CheckpointError: no packing has such tensors, or one does not fit its shape; the message names the tensor.
@@ -64,7 +67,7 @@ def recognise(weight: PackedWeight, rules: QuantRules) -> Packing:
                 "model without it"
             )
     names = weight.modules
-    bits = rules.said(*names).bits
+    bits = said.bits
     if "qweight" in roles:
         stored = weight.tensor("qweight")
         columns = weight.shape[-1]
