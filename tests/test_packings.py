@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from stepjax.checkpoint.safetensors_file import SafetensorsFile
 from stepjax.infer.load import load
 from stepjax.infer.session import Session
 from stepjax.packings.packing import Pairs
+from stepjax.packings.rules import quant_rules
 from stepjax.weights import nibbles
 from stepjax.weights.int_groups import IntGroups
 from stepjax.weights.quantised import Quantised
@@ -180,6 +182,22 @@ def test_a_group_may_name_modules_as_the_files_do(tmp_path, target):
     settings = given | {"config_groups": {"others": others, "named": named}}
     checkpoint = Checkpoint(folder_of(tmp_path, "int4", quantization_config=settings))
     assert checkpoint.stored_as("layers.1.moe.experts.gate") == "pack-quantized int4, groups of 32"
+
+
+EXPRESSIONS = r".*layers\.44\..* .*(up|down)_proj .* .*?x .*up_proj$ .*^model .*\.\d+\.up .*(?<=moe\.)e .** .*.*b a.b"
+
+
+@pytest.mark.parametrize("name", ["model.layers.44.moe.experts.3.up_proj", "a.b", "model.layers.4.self_attn.q_proj"])
+def test_expressions_of_settings_fit_as_python_s_match(name):
+    """One that begins with .* is searched for, which is faster."""
+    for expression in EXPRESSIONS.split():
+        try:
+            expected = bool(re.match(expression, name))
+        except re.error:
+            expected = False
+        settings = {"config_groups": {"g": {"targets": [f"re:{expression}"], "weights": {"num_bits": 4}}}}
+        rules = quant_rules({"quantization_config": settings | {"quant_method": "compressed-tensors"}}, {})
+        assert (rules.said(name).bits == 4) == expected, expression
 
 
 def test_gptqmodel_names_the_zero_points_by_its_own_field(tmp_path):
