@@ -98,15 +98,21 @@ def compiled(case: Case, target: Any) -> dict[str, Any]:
     mesh = MeshSpec.parse(case.mesh)
     found = study_model(case.config(WHOLE), case.workload, mesh, strategy=case.strategy, target=target)
     report = found.report
+
+    def sizes(*, in_branches: bool) -> list[dict[str, Any]]:
+        return [
+            {"kind": each.kind, "axes": ",".join(each.axes), "payload_bytes": each.payload_bytes * each.num_launches}
+            for each in report.collectives
+            if (each.certainty == "at_most") == in_branches
+        ]
+
     return {
         "argument_bytes": report.argument_bytes,
         "output_bytes": report.output_bytes,
         "alias_bytes": report.alias_bytes,
         "temp_bytes": report.temp_bytes,
-        "collectives": [
-            {"kind": each.kind, "axes": ",".join(each.axes), "payload_bytes": each.payload_bytes * each.num_launches}
-            for each in report.collectives
-        ],
+        "collectives": sizes(in_branches=False),
+        "asked_collectives": sizes(in_branches=True),
     }
 
 

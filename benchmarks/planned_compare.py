@@ -40,9 +40,14 @@ def checked(case: Case, row: dict[str, Any], target: str) -> Check:
         planned(case.config(WHOLE), case.workload, MeshSpec.parse(case.mesh), case.strategy),
         argument_bytes=row["argument_bytes"],
         peak_bytes=row["argument_bytes"] + row["output_bytes"] + row["temp_bytes"] - row["alias_bytes"],
-        payloads=[(each["kind"], each["axes"], each["payload_bytes"]) for each in row["collectives"]],
+        payloads=_sizes(row["collectives"]),
+        asked_payloads=_sizes(row.get("asked_collectives", [])),
         of_target=target != "cpu",
     )
+
+
+def _sizes(collectives: list[dict[str, Any]]) -> list[tuple[str, str, float]]:
+    return [(each["kind"], each["axes"], each["payload_bytes"]) for each in collectives]
 
 
 def summary(checks: dict[str, Check], seconds: float) -> dict[str, Any]:

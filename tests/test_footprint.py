@@ -106,10 +106,8 @@ def test_a_device_holds_what_the_runtime_would_place(mesh, strategy, workload):
         expected = device_bytes(step.arguments[0]) + 4 * tokens
     elif workload.step == "lora":
         expected = device_bytes(step.arguments)
-    else:  # every device has all sequences, and of ids its own positions
-        first, *others = (leaf.nbytes for leaf in jax.tree.leaves(step.arguments[2:]))
-        ids = spec.context if workload.step == "prefill" else 1
-        expected = device_bytes(step.arguments[:2]) + first // ids + sum(others)
+    else:  # every device has all sequences, and all of their ids
+        expected = device_bytes(step.arguments[:2]) + sum(leaf.nbytes for leaf in jax.tree.leaves(step.arguments[2:]))
     assert planned(TINY, workload, spec, strategy).argument_bytes == expected
 
 
@@ -147,6 +145,9 @@ def test_the_compiler_takes_as_many_bytes(mesh, workload):
         ("data=2,tensor=2", dataclasses.replace(DECODE, drafts=2)),
         ("tensor=2", Workload("prefill", batch=2, context=1024, chunk=1024)),
         ("context=2,tensor=2", Workload("prefill", batch=1, context=2048, chunk=2048)),
+        ("tensor=2", Workload("prefill", batch=2, context=1024, chunk=1024, drafts=1)),
+        ("context=2,tensor=2", Workload("prefill", batch=1, context=2048, chunk=2048, drafts=2)),
+        ("context=2", Workload("prefill", batch=2, context=256, chunk=64, drafts=1)),
     ],
 )
 def test_the_gpu_compiler_sends_what_is_planned(mesh, workload):
@@ -155,6 +156,7 @@ def test_the_gpu_compiler_sends_what_is_planned(mesh, workload):
     found = check(config, workload, spec, "expert_tensor", study_model(config, workload, spec, target="h100").report)
     assert found.arguments_hold
     assert found.payloads == found.planned.payloads
+    assert found.asked_payloads == found.planned.asked_payloads
 
 
 @pytest.mark.aot

@@ -26,11 +26,9 @@ from stepjax.infer.steps.speculative import Drafter, accepted, draft
 from stepjax.infer.steps.state import NO_EXPERT, Emitted, Pieces, SlotProgress, State, placement
 from stepjax.model.cache import MAX_DRAFTS, Cache, Chunk, empty_cache
 from stepjax.model.step3p5 import Hidden, Params, Step3p5, bind
-from stepjax.ops.rows import put_row, take_row
+from stepjax.ops.rows import put_row, scored_blocks, take_row
 from stepjax.program_cache import ProgramCache
 from stepjax.weights.adapted import Adapted
-
-SCORED_POSITIONS = 64  # of a prompt, whose logits exist at once
 
 
 class Runner:
@@ -151,11 +149,14 @@ class Runner:
             mine = mine._replace(length_S=pieces.start_R, first_SK=first)
         mine, sampling = _only(mine, live_R), sampling.only(live_R & ~inside_R)
         chunk = Chunk.at(mine.length_S, count_R, pieces.id_RT.shape[1], slot_B=slot_R, page_BN=pieces.page_RN)
-        out = model.forward(pieces.id_RT, chunk, state.cache)
+        id_RT = self._whole(pieces.id_RT)  # a token's neighbour may lie elsewhere
+        out = model.forward(model.layout.constrain(id_RT, "batch", "length"), chunk, state.cache)
+        if self.drafts:  # whose depths shift it: what lies split by tokens would send pieces about
+            out = out._replace(hidden_BTD=self._whole(out.hidden_BTD))
         logits = self._logits(model, take_row(out.hidden_BTD, count_R - 1)[:, None, :])
         drawn = self._sample(logits, (mine.length_S + count_R)[:, None], sampling)[:, 0]
         follow = jnp.where(inside_R, pieces.next_R, drawn)
-        tokens_RT = put_row(jnp.roll(pieces.id_RT, -1, axis=1), count_R - 1, follow)
+        tokens_RT = self._whole(put_row(jnp.roll(id_RT, -1, axis=1), count_R - 1, follow))
         prompt = None
         if pieces.scored_R is not None:
             prompt = self._prompt_scores(model, out.hidden_BTD, tokens_RT, live_R & pieces.scored_R)
@@ -194,6 +195,10 @@ class Runner:
         emitted = Emitted(token_BT, count_B, finite, after.draft_SK, own, expert_BTLA=self._experts(out))
         return self._committed(state, cache, after, emitted, active_B, None), emitted
 
+    def _whole(self, x_RT: jax.Array) -> jax.Array:
+        """[R, T, …] with all tokens of a sequence on each of its devices."""
+        return self.model.layout.constrain(x_RT, "batch", *(None,) * (x_RT.ndim - 1))
+
     def _experts(self, out: Hidden) -> jax.Array | None:
         return jnp.stack(out.expert_ids, axis=2).astype(jnp.uint16) if self._routing else None
 
@@ -224,22 +229,23 @@ class Runner:
         """Log-probabilities of whole pieces, all 0 where no row asks for them.
 
         They are a branch of prefill and not a program of their own, which would have to be compiled for each shape of
-        pieces. A block of positions at a time, since the logits of 512 positions take 264 MB.
+        pieces. A block of positions at a time, since the logits of 512 positions take 264 MB. The hidden states are
+        gathered once: a slice of an array that lies split by tokens would gather it whole for each block.
         """
-        rows, length = token_RT.shape
-        size = min(length, max(1, SCORED_POSITIONS // rows))
-        blocks = -(-length // size)
+        rows, length, _ = hidden_RTD.shape
+        size, blocks = scored_blocks(rows, length)
         rest = blocks * size - length
-        hidden_RTD = jnp.pad(hidden_RTD, [(0, 0), (0, rest), (0, 0)])
-        token_RT = jnp.pad(token_RT, [(0, 0), (0, rest)])
-
-        def block(index: jax.Array) -> Logprobs:
-            hidden, token = (
-                jax.lax.dynamic_slice_in_dim(x, index * size, size, axis=1) for x in (hidden_RTD, token_RT)
-            )
-            return self._logprobs(self._logits(model, hidden), token)
 
         def every() -> Logprobs:
+            whole_RTD = jnp.pad(self._whole(hidden_RTD), [(0, 0), (0, rest), (0, 0)])
+            next_RT = jnp.pad(token_RT, [(0, 0), (0, rest)])
+
+            def block(index: jax.Array) -> Logprobs:
+                hidden, token = (
+                    jax.lax.dynamic_slice_in_dim(x, index * size, size, axis=1) for x in (whole_RTD, next_RT)
+                )
+                return self._logprobs(self._logits(model, hidden), token)
+
             scores = jax.lax.map(block, jnp.arange(blocks, dtype=jnp.int32))
             return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, -1, *x.shape[3:])[:, :length], scores)
 

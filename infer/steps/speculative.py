@@ -60,7 +60,8 @@ def draft(
     the next call.
 
     Args:
-      hidden_BAD, tokens_BA: padded to A; ``count_B`` of them are real. A row with count 0 keeps its state.
+      hidden_BAD, tokens_BA: whole on each device of a sequence, padded to A; ``count_B`` of them are real. A row with
+        count 0 keeps its state.
       slot_B: the rings' entry of each row, where they are not the rows themselves.
       first_BK: by depth, the index from which its entries are of this sequence, where a depth has been left out.
 
@@ -80,6 +81,7 @@ def draft(
         chunk = Chunk.at(start_B - depth, total, tokens_BA.shape[1], slot_B=slot_B, first_B=first)
         with jax.named_scope(f"mtp_{depth + 1}"):
             hidden_BAD, cache = layer(model.embed(tokens_BA), hidden_BAD, chunk, drafter.caches[depth])
+            hidden_BAD = model.layout.constrain(hidden_BAD, "batch", None, None)  # the next depth shifts it
             logits_BV = layer.logits(take_row(hidden_BAD, total - 1)[:, None, :])[:, 0]
         drafts.append(jnp.argmax(mask_padding(logits_BV, num_tokens), axis=-1).astype(jnp.int32))
         caches.append(cache)

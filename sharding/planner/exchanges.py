@@ -13,10 +13,11 @@ from __future__ import annotations
 import functools
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from stepjax.config import LayerSpec
+from stepjax.ops.rows import scored_blocks
 from stepjax.sharding.context_parallel import Split, attention_exchanges, position_exchange
 from stepjax.sharding.exchange import CollectiveKind, Exchange
 from stepjax.sharding.expert_group import Group
@@ -68,10 +69,8 @@ def _shares(key: ById, work: StepShape) -> LocalTokens:
 
 
 def serving_exchanges(layout: MeshLayout, work: StepShape, *, rows_split: bool) -> tuple[Exchange, ...]:
-    """Everything that one step launches.
-
-    A split prefill that also drafts, or whose sequences are split, moves a little more than this,
-    for shifted ids and for a single sequence on each replica.
+    """Everything that one step launches, whatever its requests ask for; a prompt whose tokens are scored takes
+    `scoring_exchanges` more.
 
     Args:
       rows_split: whether the caches of full layers lie in stripes over ``context``.
@@ -85,13 +84,34 @@ def serving_exchanges(layout: MeshLayout, work: StepShape, *, rows_split: bool) 
     if shares.tokens_split:  # positions of the keys: once, whatever the number of layers
         exchanges.append(position_exchange(num_sequences=shares.batch, chunk=work.count))
     exchanges += _ending(layout, work, shares)
-    if work.step == "decode" or not shares.split:
-        exchanges += _drafts(layout, work, shares)
+    exchanges += _drafts(layout, work, rows_split=rows_split)
     if shares.replicas:
         emitted = work.count if work.step == "decode" else 1
         exchanges.append(
             Exchange("all-gather", rules.activation("batch"), work.batch * (4.0 * (emitted + work.drafts) + 5), 1)
         )
+    return _sent(exchanges)
+
+
+def scoring_exchanges(layout: MeshLayout, work: StepShape) -> tuple[Exchange, ...]:
+    """What a prefill step launches too where a request asks for log-probabilities of its prompt: its hidden states
+    once, and the logits of each block of positions (`stepjax.infer.steps.runner`), over whose tokens `context` splits
+    the products.
+    """
+    if work.step == "decode":
+        return ()
+    shares = LocalTokens.of(layout, work)
+    size, blocks = scored_blocks(shares.batch, work.count)
+    exchanges = [] if work.drafts else _whole_hidden(layout, work, shares)  # drafters have them anyway
+    block = LocalTokens.of(layout, replace(work, count=size))
+    logits = 4.0 * shares.batch * layout.rules.config.vocab_size
+    exchanges.append(Exchange("all-gather", layout.rules.table["vocab"], block.length * logits, blocks))
+    if block.tokens_split:
+        exchanges.append(Exchange("all-gather", layout.rules.live(("context",)), size * logits, blocks))
+    return _sent(exchanges)
+
+
+def _sent(exchanges: Iterable[Exchange]) -> tuple[Exchange, ...]:
     return tuple(exchange for exchange in exchanges if exchange.axes and exchange.payload_bytes)
 
 
@@ -124,10 +144,7 @@ def _gathered(layout: MeshLayout, work: StepShape, shares: LocalTokens) -> list[
 def _embedding(layout: MeshLayout, work: StepShape, shares: LocalTokens) -> list[Exchange]:
     axes = layout.rules.table["vocab"]
     rows = max(2, shares.tokens) if work.batch * work.count == 1 else shares.tokens  # `stepjax.model.layers.Embed`
-    exchanges = [_summed(layout, work, shares, axes, rows)]
-    if shares.split:
-        exchanges.append(Exchange("all-gather", axes, 4.0 * shares.tokens, 1))  # ids
-    return exchanges
+    return [_summed(layout, work, shares, axes, rows)]
 
 
 def _attention(
@@ -168,27 +185,49 @@ def _mlp(
 
 
 def _ending(layout: MeshLayout, work: StepShape, shares: LocalTokens) -> list[Exchange]:
-    """Logits. A split stream also needs each sequence's last token, and whether all its logits are finite."""
+    """Logits. Of split tokens also each sequence's last, and whether all are finite; or all of them, where some are
+    drafted.
+    """
     config, rules = layout.rules.config, layout.rules
     num_logits = work.count if work.step == "decode" else 1
     logits = Exchange("all-gather", rules.table["vocab"], 4.0 * shares.batch * num_logits * config.vocab_size, 1)
     if work.step == "decode" or not (shares.split or shares.tokens_split):
         return [logits]
-    axes = rules.activation("stream") if shares.split else rules.live(("context",))
-    last = Exchange("all-reduce", axes, shares.batch * _row(layout, work), 1)
+    if work.drafts:  # which take the whole piece
+        return [logits, *_whole_hidden(layout, work, shares)]
+    axes = _token_axes(layout, shares)
+    last = [Exchange("all-reduce", axes, shares.batch * _row(layout, work), 1)]
     if work.batch == 1:  # the compiler makes a slice of a gather of one row
-        last = Exchange("all-gather", axes, work.count * _row(layout, work), 1)
-    return [logits, last, Exchange("all-reduce", axes, float(shares.batch), 1)]
+        last = _whole_hidden(layout, work, shares)
+    return [logits, *last, Exchange("all-reduce", axes, float(shares.batch), 1)]
 
 
-def _drafts(layout: MeshLayout, work: StepShape, shares: LocalTokens) -> list[Exchange]:
-    """Embedding, merge, attention and MLP of each depth, over as many tokens more as it is deep; a shared argmax."""
+def _token_axes(layout: MeshLayout, shares: LocalTokens) -> Axes:
+    """Those over which the tokens of a sequence lie."""
+    return layout.rules.activation("stream") if shares.split else layout.rules.live(("context",))
+
+
+def _whole_hidden(layout: MeshLayout, work: StepShape, shares: LocalTokens) -> list[Exchange]:
+    """The hidden states of a step, from where their tokens lie to all devices of their sequences."""
+    if not (shares.split or shares.tokens_split):
+        return []
+    return [Exchange("all-gather", _token_axes(layout, shares), shares.batch * work.count * _row(layout, work), 1)]
+
+
+def _drafts(layout: MeshLayout, work: StepShape, *, rows_split: bool) -> list[Exchange]:
+    """Embedding, merge, attention and MLP of each depth, and a shared argmax. Every depth runs over as many tokens as
+    the last one needs (`stepjax.infer.steps.speculative`).
+    """
     rules, exchanges = layout.rules, []
-    whole = LocalTokens(shares.batch, shares.length, shares.length, False, shares.replicas, shares.tokens_split)
-    for depth in range(work.drafts):
-        tokens = shares.batch * (work.count + depth)
-        for name in ("vocab", "embed_in", "heads", "mlp"):
-            exchanges.append(_summed(layout, work, whole, rules.table[name], tokens))
+    wide = replace(work, count=work.count + max(0, work.drafts - 1))
+    shares = LocalTokens.of(layout, wide)
+    for spec in rules.config.mtp_layers[: work.drafts]:
+        exchanges.append(_summed(layout, wide, replace(shares, split=False), rules.table["vocab"], shares.tokens))
+        exchanges.append(_summed(layout, wide, shares, rules.table["embed_in"], shares.tokens))
+        exchanges += _attention(layout, wide, shares, _alike(spec), rows_split=rows_split)
+        exchanges += [*_mlp(layout, wide, shares, _alike(spec)), *_whole_hidden(layout, wide, shares)]
+        if shares.tokens_split:
+            exchanges.append(position_exchange(num_sequences=shares.batch, chunk=wide.count))
         best = 8.0 * shares.batch * rules.size(rules.table["vocab"])
         exchanges.append(Exchange("all-gather", rules.table["vocab"], best, 1))
     return exchanges

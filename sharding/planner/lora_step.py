@@ -170,6 +170,9 @@ def training_exchanges(
     """A layer's exchanges once a pass; gradients of factors over replicas; matrices that are stored over replicas."""
     serving = serving_exchanges(layout, work, rows_split=False)
     exchanges = [exchange._replace(launches=PASSES * exchange.launches) for exchange in serving]
+    shares = LocalTokens.of(layout, work)
+    if shares.split and (vocab := layout.rules.table["vocab"]):  # ids: of a training step they lie split too
+        exchanges.append(Exchange("all-gather", vocab, 4.0 * shares.tokens, PASSES))
     data = layout.rules.live(("data",))
     if not data:
         return tuple(exchanges)

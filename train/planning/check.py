@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +18,11 @@ from stepjax.config import ModelConfig
 from stepjax.infer.steps.abstract_steps import sequence_bytes
 from stepjax.sharding.compiled.report import CompileReport, size_text
 from stepjax.sharding.dispatch import CHEAPEST, Dispatch
+from stepjax.sharding.exchange import Exchange
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.planner.device_bytes import PAGE, layout_of, local_shape, paged, parameters, placed
-from stepjax.sharding.planner.exchanges import StepShape, payloads, serving_exchanges
+from stepjax.sharding.planner.exchanges import StepShape, payloads, scoring_exchanges, serving_exchanges
 from stepjax.sharding.planner.lora_step import adapter_factors, training_bytes, training_shape
 from stepjax.sharding.planner.temporaries import serving_temporaries
 from stepjax.train.packing.rows import PackedRows
@@ -38,6 +40,7 @@ class Planned:
     argument_bytes: int
     temp_bytes: float | None
     payloads: Payloads | None
+    asked_payloads: Payloads | None = None  # of branches that run where a request asks for more, if they all run
     output_bytes: int = 0  # that do not reuse an argument's memory; in serving a few bytes per sequence
 
     @property
@@ -54,6 +57,7 @@ class Check:
     argument_bytes: int
     peak_bytes: int
     payloads: Payloads
+    asked_payloads: Payloads  # of branches, where more is sent by one than by the other
     of_target: bool  # whether it was compiled for an accelerator; peak and collectives of a CPU differ
 
     @property
@@ -73,7 +77,9 @@ class Check:
 
     @property
     def payloads_hold(self) -> bool:
-        return self.planned.payloads is None or not self.of_target or self.planned.payloads == self.payloads
+        if self.planned.payloads is None or not self.of_target:
+            return True
+        return (self.planned.payloads, self.planned.asked_payloads) == (self.payloads, self.asked_payloads)
 
     @property
     def holds(self) -> bool:
@@ -91,6 +97,10 @@ class Check:
             "arguments": {"planned": self.planned.argument_bytes, "compiled": self.argument_bytes},
             "peak": {"planned": self.planned.peak_bytes, "compiled": self.peak_bytes, "error": self.peak_error},
             "collectives": {"planned": listed(self.planned.payloads), "compiled": listed(self.payloads)},
+            "collectives_if_asked": {
+                "planned": listed(self.planned.asked_payloads),
+                "compiled": listed(self.asked_payloads),
+            },
             "of_target": self.of_target,
             "holds": self.holds,
         }
@@ -104,13 +114,19 @@ class Check:
         if self.peak_error is not None and self.planned.peak_bytes is not None:
             row = size_text(self.planned.peak_bytes), size_text(self.peak_bytes), f"{self.peak_error:+.1%}"
             table.add_row("peak", *row)
-        if self.planned.payloads is not None and self.of_target:
-            for key in sorted({*self.planned.payloads, *self.payloads}):
-                plan, compiled = self.planned.payloads.get(key, 0.0), self.payloads.get(key, 0.0)
-                verdict = "equal" if plan == compiled else f"{plan - compiled:+,.0f} bytes"
-                table.add_row(f"{key[0]} over {key[1]}", size_text(plan), size_text(compiled), verdict)
+        if self.of_target:
+            _add_payloads(table, self.planned.payloads, self.payloads, "")
+            _add_payloads(table, self.planned.asked_payloads, self.asked_payloads, ", for scores of prompts")
         note = "" if self.of_target else "Peak and collectives are compared on --target h100, h200 or b200 only."
         return Group(table, f"The plan {'holds' if self.holds else 'does not hold'}.", note)
+
+
+def _add_payloads(table: Table, planned: Payloads | None, compiled: Payloads, what: str) -> None:
+    for key in sorted({*planned, *compiled} if planned is not None else ()):
+        assert planned is not None
+        plan, size = planned.get(key, 0.0), compiled.get(key, 0.0)
+        verdict = "equal" if plan == size else f"{plan - size:+,.0f} bytes"
+        table.add_row(f"{key[0]} over {key[1]}{what}", size_text(plan), size_text(size), verdict)
 
 
 def check(
@@ -123,14 +139,20 @@ def check(
     dispatch: Dispatch | None = None,
 ) -> Check:
     """Compare the plan of a step with the compiler's report of it."""
+
+    def sizes(*, in_branches: bool) -> list[tuple[str, str, float]]:
+        return [
+            (collective.kind, ",".join(collective.axes), collective.payload_bytes * collective.num_launches)
+            for collective in report.collectives
+            if (collective.certainty == "at_most") == in_branches
+        ]
+
     return compare(
         planned(config, workload, mesh, strategy, dispatch=dispatch),
         argument_bytes=report.argument_bytes,
         peak_bytes=report.peak_bytes,
-        payloads=[
-            (collective.kind, ",".join(collective.axes), collective.payload_bytes * collective.num_launches)
-            for collective in report.collectives
-        ],
+        payloads=sizes(in_branches=False),
+        asked_payloads=sizes(in_branches=True),
         of_target=report.temp_is_of_target,
     )
 
@@ -141,17 +163,23 @@ def compare(
     argument_bytes: int,
     peak_bytes: int,
     payloads: list[tuple[str, str, float]],
+    asked_payloads: list[tuple[str, str, float]],
     of_target: bool,
 ) -> Check:
     """Compare a plan with compiled numbers.
 
     Args:
-      payloads: kind, axes joined by commas, and bytes of each collective.
+      payloads: kind, axes joined by commas, and bytes of each collective that every step launches.
+      asked_payloads: of those in branches, which a step takes where a request asks for what they compute.
     """
+    return Check(planned, argument_bytes, peak_bytes, _summed(payloads), _summed(asked_payloads), of_target)
+
+
+def _summed(payloads: list[tuple[str, str, float]]) -> Payloads:
     sums: defaultdict[tuple[str, str], float] = defaultdict(float)
     for kind, axes, size in payloads:
         sums[kind, axes] += size
-    return Check(planned, argument_bytes, peak_bytes, dict(sums), of_target)
+    return dict(sums)
 
 
 def planned(
@@ -193,15 +221,19 @@ def planned(
     if workload.step == "decode":
         inputs += sequences  # whether each is active
     else:
-        rows, tokens = local_shape(layout, (shape.batch, shape.count), "batch", "stream")
-        # ids; their number, the next token, the tokens in the cache, the slot; whether the prompt is scored
-        inputs += 4 * rows * tokens + (4 * 4 + 1) * sequences
-    exchanged = payloads(serving_exchanges(layout, shape, rows_split=cache.rows_split))
+        # ids, whole on every device; their number, the next token, the tokens in the cache, the slot; whether to score
+        inputs += (4 * shape.count + 4 * 4 + 1) * sequences
+    every_step = serving_exchanges(layout, shape, rows_split=cache.rows_split)
     return Planned(
         argument_bytes=weight_bytes + cache.num_bytes + state + inputs,
         temp_bytes=serving_temporaries(layout, shape, cache),
-        payloads={(kind, ",".join(axes)): size for (kind, axes), size in exchanged.items()},
+        payloads=_by_name(every_step),
+        asked_payloads=_by_name(scoring_exchanges(layout, shape)),
     )
+
+
+def _by_name(exchanges: Iterable[Exchange]) -> Payloads:
+    return {(kind, ",".join(axes)): size for (kind, axes), size in payloads(exchanges).items()}
 
 
 def _lora(config: ModelConfig, workload: Workload, layout: MeshLayout, weight_bytes: int) -> Planned:
