@@ -176,10 +176,10 @@ class Oracle:
             normed = layer(
                 fed,
                 hidden,
-                position_embeddings=self.model.rotary_emb(fed, position, layer_type=SLIDE),
-                attention_mask=mask[None, None].to(fed.dtype),
-                position_ids=position,
-                past_key_values=None,
+                self.model.rotary_emb(fed, position, layer_type=SLIDE),
+                mask[None, None].to(fed.dtype),
+                position,
+                None,  # no cache, whose name differs between versions
             )
             hook.remove()
             hidden = before[0]
