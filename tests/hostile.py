@@ -34,7 +34,7 @@ _TABLE: list[tuple[str, dict[str, Any], str, list[Any]]] = [
     (CHAT, {}, "messages", [None, "x", {}, [], [1], [None], [[]], [{}], [{"role": 1}], [{"role": "user"}]]),
     *(
         (CHAT, {}, "messages", [_said(role, content) for content in (1, True, {"type": "image"}, [1], [{"text": 5}])])
-        for role in ("system", "user", "assistant")  # a tool may return any data
+        for role in ("system", "user", "assistant", "tool")
     ),
     (CHAT, {}, "messages", [_said("user", [part]) for part in ({"type": "image_url"}, {"type": "text"}, None)]),
     (CHAT, {}, "messages", [_called(calls) for calls in (1, [1], [{}], [{"function": 3}])]),
