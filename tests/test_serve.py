@@ -459,3 +459,11 @@ def test_a_full_queue_and_the_end(session):
         *_, last = [line for line in lines if line.startswith("data")]
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
     assert server.exit_code == 0
+
+
+def test_head_is_get_without_a_body(server):
+    for path, status in (("/health", 200), ("/v1/models", 200), ("/", 200), ("/v1/chat/completions", 405)):
+        got, headed = server.client.get(path), server.client.head(path)
+        assert (got.status_code, headed.status_code) == (status, status)
+        assert headed.headers["content-length"] == got.headers["content-length"]
+        assert not headed.content

@@ -95,6 +95,18 @@ class Failures:
                 await self._refuse(scope, receive, send, ApiError.of(error))
 
 
+class Heads:
+    """Answers a HEAD request as GET; the server keeps the body back."""
+
+    def __init__(self, app: App):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await self._app(scope, receive, send)
+
+
 class Access:
     """Refuses a request whose API key is missing or wrong, before anything of its body is read."""
 
