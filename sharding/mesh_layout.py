@@ -124,10 +124,11 @@ class MeshLayout:
             check_vma=cache is None,  # a gathered ring is equal on all devices, which its type cannot say
         )(heads, chunk, cache)
 
-    def has_step_kernels(self, heads: Projected, chunk: Chunk, cache: CacheView) -> bool:
+    def has_step_kernels(self, heads: Projected, chunk: Chunk, cache: CacheView, *, window: int | None) -> bool:
         """Where a device has whole sequences, and the key-value heads of its query heads and no others."""
         q_spec, kv_spec, _, _, split = self._attention_specs(heads.q_BTNH, heads.k_BTKH, chunk, cache)
-        return q_spec == kv_spec and not split.tokens and not split.rows and step_kernels(heads, chunk, cache)
+        whole = q_spec == kv_spec and not split.tokens and not split.rows
+        return whole and step_kernels(heads, chunk, cache, window=window)
 
     def attend_step(
         self, heads: Projected, chunk: Chunk, cache: CacheView, *, window: int | None, eps: float

@@ -65,7 +65,7 @@ def check_attention(layer: Attention, heads: Projected, chunk: Chunk, cache: Pag
     """Against norm, rotation, gathered attention and gate one after the other; the caches differ by a rounding."""
     step = partial(attend_step, window=layer.spec.window, eps=EPS, interpret=True)
     with compiling_for(gpu_of("h200")):
-        assert step_kernels(heads, chunk, cache)
+        assert step_kernels(heads, chunk, cache, window=layer.spec.window)
         found, found_cache = jax.jit(step)(heads, chunk, cache)
     expected, expected_cache = jax.jit(with_gains(layer, heads)._in_parts)(heads, chunk, cache)
     np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (found, expected)), atol=0.03, rtol=0.02)
@@ -98,7 +98,7 @@ def test_a_cache_in_fp8_gets_what_it_holds_of_new_keys():
     layer = attention_layer(None, rotated=H // 2, cache_fp8=True)
     heads = projected(layer, chunk)
     with compiling_for(gpu_of("h200")):
-        assert step_kernels(heads, chunk, cache)
+        assert step_kernels(heads, chunk, cache, window=None)
         step = partial(attend_step, window=None, eps=EPS, interpret=True)
         found, found_cache = jax.jit(step)(heads, chunk, cache)
     expected, expected_cache = jax.jit(with_gains(layer, heads)._in_parts)(heads, chunk, cache)
@@ -109,17 +109,17 @@ def test_a_cache_in_fp8_gets_what_it_holds_of_new_keys():
     np.testing.assert_allclose(mine, theirs, rtol=0.126, atol=2.0**-9)
     assert np.mean(mine != theirs) < 0.002
     with compiling_for(Gpu((8, 0), 108)):
-        assert not step_kernels(heads, chunk, cache), "Ampere cannot convert float8"
+        assert not step_kernels(heads, chunk, cache, window=None), "Ampere cannot convert float8"
 
 
-@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("count", [1, 4, 6])
 def test_rings_are_read_and_written_by_one_kernel(count):
     """Also where the new keys fall on the oldest that are still seen but for the rows to spare."""
     window, lengths = 32, [0, 5, 32, 36, 71]
     start = jnp.asarray(lengths, jnp.int32)
     first = jnp.asarray([0, 2, 0, 8, 50], jnp.int32)
     chunk = Chunk.at(start, jnp.full_like(start, count), count, first_B=first)
-    shape = len(lengths) + 2, window + SPARE_ROWS, 2, H
+    shape = len(lengths) + 2, window + max(SPARE_ROWS, count - 1), 2, H
     layer = attention_layer(window, rotated=H)
     check_attention(layer, projected(layer, chunk), chunk, Ring(drawn(9, *shape), drawn(10, *shape)))
 
@@ -150,15 +150,18 @@ def test_what_is_not_finite_is_not_stored():
 def test_only_steps_of_a_few_tokens_take_the_kernels():
     layer = attention_layer(8, rotated=H)
     ring = Ring(drawn(15, 2, 12, 2, H), drawn(16, 2, 12, 2, H))
-    few, many = (Chunk.at(jnp.zeros(2, jnp.int32), jnp.ones(2, jnp.int32), count) for count in (4, 5))
-    assert not step_kernels(projected(layer, few), few, ring)  # no GPU
+    few, many = (Chunk.at(jnp.zeros(2, jnp.int32), jnp.ones(2, jnp.int32), count) for count in (5, 6))
+    assert not step_kernels(projected(layer, few), few, ring, window=8)  # no GPU
     with compiling_for(gpu_of("h200")):
-        assert step_kernels(projected(layer, few), few, ring)
-        assert not step_kernels(projected(layer, many), many, ring)
+        assert step_kernels(projected(layer, few), few, ring, window=8)
+        assert not step_kernels(projected(layer, many), many, ring, window=8)  # would store over what the first sees
+        assert step_kernels(
+            projected(layer, many), many, Ring(drawn(15, 2, 13, 2, H), drawn(16, 2, 13, 2, H)), window=8
+        )
         slots = dataclasses.replace(few, slot_B=jnp.zeros(2, jnp.int32))
-        assert not step_kernels(projected(layer, few), slots, ring)
+        assert not step_kernels(projected(layer, few), slots, ring, window=8)
         wide = jax.tree.map(lambda x: x.astype(jnp.float32), ring)
-        assert not step_kernels(projected(layer, few), few, wide)
+        assert not step_kernels(projected(layer, few), few, wide, window=8)
 
 
 def test_experts_are_chosen_and_weighed_by_one_kernel():

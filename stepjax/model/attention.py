@@ -59,7 +59,7 @@ class Attention(nnx.Module):
             self.k_norm.weight.get_value(),
             *angles(chunk.position_BT, spec.rope, x_BTD.dtype),
         )
-        if cache is not None and self.layout.has_step_kernels(heads, chunk, cache):
+        if cache is not None and self.layout.has_step_kernels(heads, chunk, cache, window=self.spec.window):
             out_BTNH, cache = jax.lax.platform_dependent(
                 heads, chunk, cache, cpu=self._in_parts, default=self._in_a_step
             )

@@ -36,6 +36,7 @@ from stepjax.weights.stacked import layer_of
 
 MAX_DRAFTS = 3
 SPARE_ROWS = MAX_DRAFTS + 1  # a rejected draft must not overwrite a key that the next query still sees
+MTP_SPARE_ROWS = 2 * MAX_DRAFTS - 1  # nor any of the tokens of the last depth's step, which are MAX_DRAFTS - 1 more
 SMALL_BLOCK = 256  # positions of a sequence that are gathered from pages at once
 LARGE_BLOCK = 4096  # the same while at least so many are left, for few sequences
 GATHERED_ROWS = 32768  # of all sequences together: bounds what a gather copies
@@ -269,7 +270,7 @@ class Pages:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Ring:
-    """Ring cache of a sliding-window layer: position p in row p mod R, R = window + SPARE_ROWS."""
+    """Ring cache of a sliding-window layer: position p in row p mod R, R = window + SPARE_ROWS, or more for MTP."""
 
     k_SRKH: jax.Array  # S entries: sequences, or slots for them
     v_SRKH: jax.Array
@@ -470,7 +471,8 @@ def empty_cache(
 ) -> Cache:
     """A cache for ``batch`` sequences of up to ``length`` positions, zeros throughout.
 
-    Bytes: 2 · K · H · itemsize per layer and row; ``length`` rows in full layers, window + 4 in sliding ones.
+    Bytes: 2 · K · H · itemsize per layer and row; ``length`` rows in full layers, window + 4 in sliding ones, and
+    window + 5 in those of MTP, whose last depth runs over up to 6 tokens at once.
 
     Args:
       dtype: of activations, and of keys and values unless the model holds them in FP8.
@@ -480,17 +482,18 @@ def empty_cache(
 
     held = cache_dtype(config, dtype)
 
-    def view(layer: LayerSpec, *stack: int) -> CacheView:
+    def view(layer: LayerSpec, *stack: int, spare: int = SPARE_ROWS) -> CacheView:
         def pair(*lead: int) -> tuple[jax.Array, jax.Array]:
             shape = (*stack, *lead, layer.num_kv_heads, layer.head_dim)
             return jnp.zeros(shape, held), jnp.zeros(shape, held)
 
         if layer.window is not None:
-            return Ring(*pair(batch, layer.window + SPARE_ROWS))
+            return Ring(*pair(batch, layer.window + spare))
         return Pages(*pair(*pages)) if pages else RowCache(*pair(batch, length))
 
     beside = [layer for i, layer in enumerate(config.layers) if period is None or i not in period.layers]
     looped = (
         [view(config.layers[period.first + place], period.count) for place in range(period.length)] if period else []
     )
-    return Cache(tuple(map(view, beside)), tuple(map(view, config.mtp_layers)) if mtp else (), tuple(looped))
+    drafters = tuple(view(layer, spare=MTP_SPARE_ROWS) for layer in config.mtp_layers) if mtp else ()
+    return Cache(tuple(map(view, beside)), drafters, tuple(looped))

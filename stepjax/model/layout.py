@@ -143,7 +143,7 @@ class Layout(Protocol):
         """`stepjax.model.cache.attend`."""
         ...
 
-    def has_step_kernels(self, heads: Projected, chunk: Chunk, cache: CacheView) -> bool:
+    def has_step_kernels(self, heads: Projected, chunk: Chunk, cache: CacheView, *, window: int | None) -> bool:
         """Whether `attend_step` can take these."""
         ...
 
@@ -217,8 +217,8 @@ class SingleDevice:
     ) -> tuple[jax.Array, CacheView | None]:
         return attend(heads, chunk, cache, window=window)
 
-    def has_step_kernels(self, heads: Projected, chunk: Chunk, cache: CacheView) -> bool:
-        return step_kernels(heads, chunk, cache)
+    def has_step_kernels(self, heads: Projected, chunk: Chunk, cache: CacheView, *, window: int | None) -> bool:
+        return step_kernels(heads, chunk, cache, window=window)
 
     def attend_step(
         self, heads: Projected, chunk: Chunk, cache: CacheView, *, window: int | None, eps: float

@@ -7,21 +7,25 @@ from typing import cast
 import jax
 
 from stepjax.gpu_target import kernels_target
-from stepjax.model.cache import EVERYTHING, SPARE_ROWS, CacheView, Chunk, Pages, Ring, cached_rows
+from stepjax.model.cache import EVERYTHING, MAX_DRAFTS, CacheView, Chunk, Pages, Ring, cached_rows
 from stepjax.ops.paged import num_parts
 from stepjax.ops.step.attention import Projected, step_attention, step_fits
 
+MOST_TOKENS = 2 * MAX_DRAFTS  # of a sequence in a step: what the last MTP depth runs over
 
-def step_kernels(heads: Projected, chunk: Chunk, cache: CacheView | None) -> bool:
+
+def step_kernels(heads: Projected, chunk: Chunk, cache: CacheView | None, *, window: int | None) -> bool:
     """Whether there are kernels for these, on the GPU that is traced for.
 
-    They store before others have read, which in a ring is safe for as many tokens as it has rows to spare.
+    They store before others have read. In a ring of R rows the last of T tokens falls on the key T − 1 − R before the
+    first token, which sees the last window − 1 keys: that is safe for T ≤ R − window + 1.
     """
     gpu = kernels_target("on", "all")
     if not isinstance(cache, Pages | Ring) or gpu is None:
         return False
     alone = chunk.segment_BT is None and chunk.slot_B is None
-    few = chunk.position_BT.shape[1] <= SPARE_ROWS
+    most = cache.k_SRKH.shape[-3] - cast(int, window) + 1 if isinstance(cache, Ring) else MOST_TOKENS
+    few = chunk.position_BT.shape[1] <= min(most, MOST_TOKENS)
     return alone and few and step_fits(heads, cached_rows(cache, chunk, EVERYTHING), capability=gpu.capability)
 
 

@@ -70,7 +70,7 @@ def block_rows_of(plan: Plan, refs: Sequence[Any], num_experts: int, size: int) 
     ids_ref, *first_refs = refs
     first = first_refs[0][0] if first_refs else jnp.zeros((), jnp.int32)
     lane = jnp.arange(power_above(num_assignments(plan)), dtype=jnp.int32)
-    ids = gpu.load(ids_ref.at[pl.ds(0, lane.size)], mask=lane < num_assignments(plan), other=-1) - first
+    ids = gpu.load(ids_ref.at[lane], mask=lane < num_assignments(plan), other=-1) - first
     ids = jnp.where((ids >= 0) & (lane < num_assignments(plan)), ids, num_experts)
     expert = ids_ref[block] - first
     same = (ids == expert).astype(jnp.int32)

@@ -172,7 +172,8 @@ def step_attention(
     arrays = [position_BT, rows.end_B, *projected, heads.q_gain_H, heads.k_gain_H]
     arrays += [heads.cos_BTW, heads.sin_BTW, rows.k_PRKH, rows.v_PRKH]
     aliases = {len(arrays) - 2: 3, len(arrays) - 1: 4}
-    run = launched(kernel, outs, (parts, B * K), warps=4, stages=3, interpret=interpret, aliases=aliases)
+    warps = 4 if num_rows <= 64 else 8  # a warp keeps its share of the sums in registers
+    run = launched(kernel, outs, (parts, B * K), warps=warps, stages=3, interpret=interpret, aliases=aliases)
     sums, top, total, k_PRKH, v_PRKH = run(*arrays, *tables)
     out = _gated(sums, top, total, heads.gate_SBTN, heads.q_BTNH.dtype, interpret=interpret)
     return StepResult(out, k_PRKH, v_PRKH)

@@ -31,11 +31,11 @@ def _forward(x: jax.Array, weight_D: jax.Array, eps: float, interpret: bool) -> 
     def kernel(x_ref: Any, weight_ref: Any, out_ref: Any) -> None:
         pl, gpu = pallas()
         row, lane = pl.program_id(0), jnp.arange(lanes, dtype=jnp.int32)
-        inside, span = lane < size, pl.ds(0, lanes)
-        wide = gpu.load(x_ref.at[row, span], mask=inside, other=0.0).astype(jnp.float32)
-        weight = gpu.load(weight_ref.at[span], mask=inside, other=0.0).astype(jnp.float32)
+        inside = lane < size
+        wide = gpu.load(x_ref.at[row, lane], mask=inside, other=0.0).astype(jnp.float32)
+        weight = gpu.load(weight_ref.at[lane], mask=inside, other=0.0).astype(jnp.float32)
         out = wide * jax.lax.rsqrt(jnp.sum(wide * wide) / size + eps) * (1 + weight)
-        gpu.store(out_ref.at[row, span], out.astype(x.dtype), mask=inside)
+        gpu.store(out_ref.at[row, lane], out.astype(x.dtype), mask=inside)
 
     rows = x.reshape(-1, size)
     shape = jax.ShapeDtypeStruct(rows.shape, x.dtype)

@@ -26,7 +26,7 @@ def _forward(
     def kernel(logit_ref: Any, bias_ref: Any, real_ref: Any, id_ref: Any, combine_ref: Any) -> None:
         pl, gpu = pallas()
         token, lane = pl.program_id(0), jnp.arange(lanes, dtype=jnp.int32)
-        inside, span = lane < num_experts, pl.ds(0, lanes)
+        inside = lane < num_experts
 
         def logits(index: Any, mask: jax.Array) -> jax.Array:
             parts = (
@@ -34,8 +34,8 @@ def _forward(
             )
             return functools.reduce(jnp.add, parts)
 
-        scores = jax.nn.sigmoid(logits(span, inside))
-        bias = gpu.load(bias_ref.at[span], mask=inside, other=0.0)
+        scores = jax.nn.sigmoid(logits(lane, inside))
+        bias = gpu.load(bias_ref.at[lane], mask=inside, other=0.0)
         ranked, expert = jnp.where(inside, scores + bias, -jnp.inf), jnp.minimum(lane, num_experts - 1)
         ids, _ = taken(ranked, expert, count=top_k, width=width)
         place = jnp.arange(width, dtype=jnp.int32)
@@ -43,8 +43,8 @@ def _forward(
         weights = jnp.where(known, jax.nn.sigmoid(logits(ids, known)), 0.0)
         weights = scale * weights / (jnp.sum(weights) + 1e-20)
         ids = jnp.where(real_ref[token] > 0, ids, num_experts)
-        gpu.store(id_ref.at[token, pl.ds(0, width)], ids, mask=known)
-        gpu.store(combine_ref.at[token, pl.ds(0, width)], weights, mask=known)
+        gpu.store(id_ref.at[token, place], ids, mask=known)
+        gpu.store(combine_ref.at[token, place], weights, mask=known)
 
     shapes = [jax.ShapeDtypeStruct((num_tokens, top_k), dtype) for dtype in (jnp.int32, jnp.float32)]
     run = launched(kernel, shapes, (num_tokens,), warps=4, stages=1, interpret=interpret)
