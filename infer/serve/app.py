@@ -22,7 +22,7 @@ from stepjax.infer.serve.bodies import IGNORED, StrictBodies, validation_error
 from stepjax.infer.serve.endpoints import chat, completions, messages, models, page, responses, tokens
 from stepjax.infer.serve.errors import ApiError
 from stepjax.infer.serve.extension import Extension, PreparedRequests
-from stepjax.infer.serve.middleware import Access, App, Failures, Heads, RequestLog, Scope
+from stepjax.infer.serve.middleware import Access, App, Failures, HeadRequests, RequestLog, Scope
 from stepjax.infer.serve.replies import error_response, json_response, readiness, refuse
 from stepjax.infer.serve.service import Service
 from stepjax.infer.session import Session
@@ -147,7 +147,7 @@ def _wrapped(app: FastAPI, options: ServeOptions, extensions: Sequence[Extension
     """
     raw_paths = frozenset().union(*(extension.raw_paths for extension in extensions))
     open_prefixes = tuple(prefix for extension in extensions for prefix in extension.open_prefixes)
-    outer: App = Heads(app)
+    outer: App = HeadRequests(app)
     outer = PreparedRequests(outer, extensions, refuse) if extensions else outer
     outer = StrictBodies(outer, refuse, has_endpoint=functools.partial(_has_endpoint, app), raw_paths=raw_paths)
     outer = Access(outer, options.keys, refuse, open_prefixes=open_prefixes)

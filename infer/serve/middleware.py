@@ -95,7 +95,7 @@ class Failures:
                 await self._refuse(scope, receive, send, ApiError.of(error))
 
 
-class Heads:
+class HeadRequests:
     """Answers a HEAD request as GET; the server keeps the body back."""
 
     def __init__(self, app: App):
