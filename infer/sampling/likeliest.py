@@ -43,9 +43,8 @@ def largest(x_RV: jax.Array, *, count: int, interpret: bool = False) -> tuple[ja
     def of_row(id_ref: Any, value_ref: Any, best_ref: Any, top_ref: Any) -> None:
         pl, gpu = pallas()
         row, lane = pl.program_id(0), jnp.arange(power_above(candidates), dtype=jnp.int32)
-        span = pl.ds(0, lane.size)
-        ids = gpu.load(id_ref.at[row, span], mask=lane < candidates, other=size - 1)
-        values = gpu.load(value_ref.at[row, span], mask=lane < candidates, other=-jnp.inf)
+        ids = gpu.load(id_ref.at[row, lane], mask=lane < candidates, other=size - 1)
+        values = gpu.load(value_ref.at[row, lane], mask=lane < candidates, other=-jnp.inf)
         best_ref[row, :], top_ref[row, :] = taken(values, ids, count=count, width=width)
 
     shapes = [jax.ShapeDtypeStruct((rows, width), dtype) for dtype in (jnp.int32, jnp.float32)]
