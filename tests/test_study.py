@@ -243,6 +243,7 @@ def test_a_decode_step_on_a_mesh_is_one_graph():
     ("mesh", "batch", "form"),
     [
         ("data=1", 1, "--quantize int4"),
+        ("data=1", 1, "--quantize int4 --speculate 3"),
         ("data=1", 8, "--quantize int4"),
         ("data=1", 32, "--quantize int4"),
         ("expert=4", 32, "--keep-fp8"),
