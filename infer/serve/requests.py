@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -140,6 +141,18 @@ def stop_strings(stop: Any) -> tuple[str, ...]:
     return tuple(given)
 
 
+@contextmanager
+def _sent_names(place: str) -> Iterator[None]:
+    """Errors name fields as the request does; its prompt is at ``place``."""
+    try:
+        yield
+    except RequestError as error:
+        names = {**_NAMES, "tokens": place}
+        text = re.sub(rf"^({'|'.join(names)})(?=:)", lambda match: names[match[0]], str(error))
+        error.args = (text, *error.args[1:])
+        raise
+
+
 def engine_request(
     engine: Engine,
     session: Session,
@@ -158,53 +171,36 @@ def engine_request(
     Raises:
       RequestError: the request is invalid; its own names are in the message.
     """
-    try:
-        return _engine_request(engine, session, body, ids, max_tokens=max_tokens, logprobs=logprobs)
-    except RequestError as error:
-        names = {**_NAMES, "tokens": place}
-        text = re.sub(rf"^({'|'.join(names)})(?=:)", lambda match: names[match[0]], str(error))
-        error.args = (text, *error.args[1:])
-        raise
-
-
-def _engine_request(
-    engine: Engine,
-    session: Session,
-    body: SampledRequest,
-    ids: list[int],
-    *,
-    max_tokens: int | None,
-    logprobs: int | None,
-) -> EngineRequest:
-    if body.truncate_prompt_tokens is not None:
-        ids = ids[-body.truncate_prompt_tokens :]
-    bias = body.logit_bias or {}
-    params = session.sampling(
-        max_tokens=session.config.max_positions if max_tokens is None else max_tokens,
-        temperature=_float(body.temperature),
-        top_p=_float(body.top_p),
-        top_k=None if (top_k := body.sampled("top_k")) is None else max(0, top_k),
-        min_p=_float(body.sampled("min_p")),
-        repetition_penalty=_float(body.sampled("repetition_penalty")),
-        presence_penalty=_float(body.presence_penalty),
-        frequency_penalty=_float(body.frequency_penalty),
-        seed=None if body.seed is None else body.seed % 2**32,
-        n=body.n,
-        stop=stop_strings(body.stop),
-        stop_ids=tuple(body.stop_token_ids or ()),
-        ignore_eos=body.ignore_eos or (body.nvext is not None and body.nvext.ignore_eos),
-        min_tokens=body.min_tokens,
-        logit_bias={_token(token): _bias(token, value) for token, value in bias.items()},
-        allowed_ids=tuple(body.allowed_token_ids or ()),
-        logprobs=logprobs,
-        prompt_logprobs=body.prompt_logprobs,
-    )
-    return EngineRequest(
-        tuple(ids),
-        engine.fit(ids, params),
-        priority=body.priority or 0,
-        salt=body.cache_salt or "",
-    )
+    with _sent_names(place):
+        if body.truncate_prompt_tokens is not None:
+            ids = ids[-body.truncate_prompt_tokens :]
+        bias = body.logit_bias or {}
+        params = session.sampling(
+            max_tokens=session.config.max_positions if max_tokens is None else max_tokens,
+            temperature=_float(body.temperature),
+            top_p=_float(body.top_p),
+            top_k=None if (top_k := body.sampled("top_k")) is None else max(0, top_k),
+            min_p=_float(body.sampled("min_p")),
+            repetition_penalty=_float(body.sampled("repetition_penalty")),
+            presence_penalty=_float(body.presence_penalty),
+            frequency_penalty=_float(body.frequency_penalty),
+            seed=None if body.seed is None else body.seed % 2**32,
+            n=body.n,
+            stop=stop_strings(body.stop),
+            stop_ids=tuple(body.stop_token_ids or ()),
+            ignore_eos=body.ignore_eos or (body.nvext is not None and body.nvext.ignore_eos),
+            min_tokens=body.min_tokens,
+            logit_bias={_token(token): _bias(token, value) for token, value in bias.items()},
+            allowed_ids=tuple(body.allowed_token_ids or ()),
+            logprobs=logprobs,
+            prompt_logprobs=body.prompt_logprobs,
+        )
+        return EngineRequest(
+            tuple(ids),
+            engine.fit(ids, params),
+            priority=body.priority or 0,
+            salt=body.cache_salt or "",
+        )
 
 
 def _float(value: float | None) -> float | None:
