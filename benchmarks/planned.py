@@ -101,9 +101,8 @@ def compiled(case: Case, target: Any) -> dict[str, Any]:
 
     def sizes(*, in_branches: bool) -> list[dict[str, Any]]:
         return [
-            {"kind": each.kind, "axes": ",".join(each.axes), "payload_bytes": each.payload_bytes * each.num_launches}
-            for each in report.collectives
-            if (each.certainty == "at_most") == in_branches
+            {"kind": kind, "axes": axes, "payload_bytes": size}
+            for kind, axes, size in report.sent(in_branches=in_branches)
         ]
 
     return {

@@ -66,6 +66,14 @@ class CompileReport:
         """Arguments, outputs and temporaries, what is aliased once."""
         return self.argument_bytes + self.output_bytes + self.temp_bytes - self.alias_bytes
 
+    def sent(self, *, in_branches: bool) -> list[tuple[str, str, float]]:
+        """Kind, axes joined by commas, and bytes of each collective: of branches, or of what every run launches."""
+        return [
+            (collective.kind, ",".join(collective.axes), collective.payload_bytes * collective.num_launches)
+            for collective in self.collectives
+            if (collective.certainty == "at_most") == in_branches
+        ]
+
     def layers(self) -> list[AlikeLayers]:
         """What each layer launches and reads, alike layers together, in order; last what belongs to none."""
         read, widened = self.traffic.read, self.traffic.widened

@@ -37,6 +37,11 @@ class StepShape:
     drafts: int = 0
     itemsize: int = 2  # of activations
 
+    @property
+    def draft_count(self) -> int:
+        """Tokens of each sequence that every MTP depth runs over: as many as the last one needs."""
+        return self.count + max(0, self.drafts - 1)
+
 
 @dataclass(frozen=True)
 class LocalTokens:
@@ -219,7 +224,7 @@ def _drafts(layout: MeshLayout, work: StepShape, *, rows_split: bool) -> list[Ex
     the last one needs (`stepjax.infer.steps.speculative`).
     """
     rules, exchanges = layout.rules, []
-    wide = replace(work, count=work.count + max(0, work.drafts - 1))
+    wide = replace(work, count=work.draft_count)
     shares = LocalTokens.of(layout, wide)
     for spec in rules.config.mtp_layers[: work.drafts]:
         exchanges.append(_summed(layout, wide, replace(shares, split=False), rules.table["vocab"], shares.tokens))

@@ -221,7 +221,7 @@ def serving_parts(
         tokens = shares.tokens
         if name == "drafts":
             share = drafting
-            tokens = shares.batch * (work.count + max(0, work.drafts - 1))  # as many as the last depth needs
+            tokens = shares.batch * work.draft_count
         if array.kind.part in ("head", "mtp_heads"):
             tokens = shares.batch * (work.count if work.step == "decode" and name == "output" else 1)
         twice = halves and work.count > 1 and array.kind.part == "shared"

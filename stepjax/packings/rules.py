@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import itemgetter
 from typing import Any
 
 from stepjax.errors import ConfigError
@@ -37,6 +38,7 @@ _LAYOUT_FIELDS = {
 }
 _SPECIAL = re.compile(r"[*+?^${}()|\[\]\\]")  # in auto-round's extra_config, other names are whole names
 _WHOLE_ROW = 2**31
+_Group = Mapping[str, Any]  # of ``config_groups``
 _REPEATS = ("", "?", "*", "+", "{")
 _ORDERS = (None, False, True, "group", "weight", "static", "dynamic")  # of compressed-tensors' actorder
 
@@ -103,25 +105,25 @@ class QuantRules:
         their alphabetical order, then by its class, as compressed-tensors itself sorts targets."""
         by_name, expressions, by_class = self._targets
         exact = (by_name[end] for name in names for end in _ends(name) if end in by_name)
-        fitting = (i for name in names for target, i in expressions if _fits(target, name))
-        first = next(exact, next(fitting, by_class))
-        weights = _groups(self.settings)[first].get("weights") if first is not None else None
+        fitting = (group for name in names for target, group in expressions if _fits(target, name))
+        weights = next(exact, next(fitting, by_class)).get("weights")
         return weights if isinstance(weights, Mapping) else {}
 
     @cached_property
-    def _targets(self) -> tuple[Mapping[str, int], Sequence[tuple[str, int]], int | None]:
+    def _targets(self) -> tuple[Mapping[str, _Group], Sequence[tuple[str, _Group]], _Group]:
         """Of compressed-tensors' groups: the first that names a module or the end of its name, the sorted expressions
-        with their group, and the first for a class of modules."""
-        by_name: dict[str, int] = {}
-        expressions, by_class = [], None
-        for i, group in enumerate(_groups(self.settings)):
+        with their group, and the first for a class of modules, or an empty one."""
+        by_name: dict[str, _Group] = {}
+        expressions: list[tuple[str, _Group]] = []
+        by_class: _Group = {}
+        for _, group in _named_groups(self.settings):
             for target in _texts(group.get("targets")):
                 if target.startswith("re:"):
-                    expressions.append((target.removeprefix("re:"), i))
+                    expressions.append((target.removeprefix("re:"), group))
                 elif target[:1].isupper():
-                    by_class = i if by_class is None else by_class
-                by_name.setdefault(target, i)
-        return by_name, sorted(expressions), by_class
+                    by_class = by_class or group
+                by_name.setdefault(target, group)
+        return by_name, sorted(expressions, key=itemgetter(0)), by_class
 
     def _override(self, names: Sequence[str]) -> Mapping[str, Any]:
         """GPTQ's ``dynamic`` and auto-round's ``extra_config`` of a module: its very name, then expressions."""
@@ -222,25 +224,23 @@ def _check_arithmetic(settings: Mapping[str, Any]) -> None:
     if kind not in (None, "", "dense"):
         raise ConfigError(f"quantization_config.sparsity_config.format: is {kind!r}, expected dense; save it so")
     transforms = settings.get("transform_config")
-    for name, group in _named_groups(transforms if isinstance(transforms, Mapping) else {}):
+    place_of = "quantization_config.transform_config"
+    for where, group in _named_groups(transforms if isinstance(transforms, Mapping) else {}, place_of):
         applied = group.get("apply")
         for step in applied if isinstance(applied, Sequence) else ():
             place = step.get("location") if isinstance(step, Mapping) else None
             if isinstance(place, str) and not place.startswith("weight_"):
                 raise ConfigError(
-                    f"quantization_config.transform_config{name.removeprefix('quantization_config')}: transforms "
-                    f"activations (location {place!r}), which is not supported; save the model without it"
+                    f"{where}: transforms activations (location {place!r}), which is not supported; save the model "
+                    "without it"
                 )
 
 
-def _groups(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [group for _, group in _named_groups(settings)]
-
-
-def _named_groups(settings: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+def _named_groups(settings: Mapping[str, Any], where: str = "quantization_config") -> list[tuple[str, _Group]]:
+    """The groups of settings, each with its place in the file."""
     groups = settings.get("config_groups")
     named = groups.items() if isinstance(groups, Mapping) else ()
-    return [(f"quantization_config.config_groups.{name}", group) for name, group in named if isinstance(group, Mapping)]
+    return [(f"{where}.config_groups.{name}", group) for name, group in named if isinstance(group, Mapping)]
 
 
 def _count(value: Any) -> int | None:

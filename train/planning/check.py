@@ -139,20 +139,12 @@ def check(
     dispatch: Dispatch | None = None,
 ) -> Check:
     """Compare the plan of a step with the compiler's report of it."""
-
-    def sizes(*, in_branches: bool) -> list[tuple[str, str, float]]:
-        return [
-            (collective.kind, ",".join(collective.axes), collective.payload_bytes * collective.num_launches)
-            for collective in report.collectives
-            if (collective.certainty == "at_most") == in_branches
-        ]
-
     return compare(
         planned(config, workload, mesh, strategy, dispatch=dispatch),
         argument_bytes=report.argument_bytes,
         peak_bytes=report.peak_bytes,
-        payloads=sizes(in_branches=False),
-        asked_payloads=sizes(in_branches=True),
+        payloads=report.sent(in_branches=False),
+        asked_payloads=report.sent(in_branches=True),
         of_target=report.temp_is_of_target,
     )
 

@@ -101,10 +101,8 @@ def to_hub(
     theta = meta.number(f"{ARCHITECTURE}.rope.freq_base")
     thetas = {FULL: theta, SLIDE: meta.number(f"{ARCHITECTURE}.rope.freq_base_swa", default=theta)}
     rotated_swa = count("rope.dimension_count_swa", default=rotated)
-    for name, dimensions, unit in (
-        ("", rotated, 4),
-        ("_swa", rotated_swa, 2),
-    ):  # full layers rotate pairs of half of it
+    # Full layers rotate pairs of half of it.
+    for name, dimensions, unit in (("", rotated, 4), ("_swa", rotated_swa, 2)):
         if dimensions % unit or dimensions > head_dim:
             raise ConfigError(
                 f"{ARCHITECTURE}.rope.dimension_count{name}: is {dimensions}, expected a multiple of {unit} up to "
