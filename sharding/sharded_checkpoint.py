@@ -5,7 +5,6 @@ Leaves go by key, never by order. Writing is atomic: a checkpoint is complete or
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +19,7 @@ from stepjax.config import ModelConfig
 from stepjax.errors import CheckpointError, ConfigError
 from stepjax.model.step3p5 import abstract, axes_of, params_of
 from stepjax.sharding.mesh_layout import MeshLayout
-from stepjax.sharding.orbax_errors import REASONS, orbax_reason, quiet_orbax
+from stepjax.sharding.orbax_errors import REASONS, orbax_reason, quiet_orbax, reading
 from stepjax.weights.formats import described
 from stepjax.weights.quantised import Quantised, Weight, abstract_quantised, format_of
 
@@ -60,7 +59,7 @@ def restore_tree(path: Path | str, like: T) -> T:
       like: the tree with ``jax.ShapeDtypeStruct`` leaves, each with a sharding; the mesh may be any.
 
     Raises:
-      CheckpointError: there is no complete checkpoint, or its keys, shapes or dtypes differ.
+      CheckpointError: there is no complete checkpoint, it is damaged, or its keys, shapes or dtypes differ.
     """
     path = Path(path).absolute()
     wanted = _by_key(like)
@@ -78,7 +77,8 @@ def restore_tree(path: Path | str, like: T) -> T:
         listed = "; ".join(sorted(problems)[:_LISTED])
         more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         raise CheckpointError(f"{path}: {listed}{more}")
-    restored = ocp.load(str(path), wanted)
+    with reading(path):
+        restored = ocp.load(str(path), wanted)
     leaves = [restored[_key(key)] for key, _ in jax.tree_util.tree_leaves_with_path(like)]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
@@ -143,20 +143,15 @@ def _about(path: Path) -> dict[str, Any]:
 def _metadata(path: Path) -> Any:
     if not path.is_dir():
         raise CheckpointError(f"{path}: is not there, expected a checkpoint folder")
-    try:
+    with reading(path):
         metadata = ocp.metadata(str(path))
-    except (OSError, ValueError, KeyError) as error:
-        reason = re.sub(r"\s+", " ", str(error))[:200]
-        raise CheckpointError(f"{path}: is not a whole checkpoint ({reason})") from error
+        if metadata.metadata is None:  # orbax has only logged why
+            raise ValueError("a file of its arrays is damaged or missing")
     return metadata
 
 
 def _is_checkpoint(path: Path) -> bool:
-    try:
-        _metadata(path)
-    except CheckpointError:
-        return False
-    return True
+    return (path / "_CHECKPOINT_METADATA").is_file()  # of orbax; the rest may be damaged
 
 
 _KIND = "stepjax adapter"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -21,6 +24,7 @@ from stepjax.errors import CheckpointError
 from stepjax.model.step3p5 import abstract, axes_of
 from stepjax.sharding.mesh import MeshSpec
 from stepjax.sharding.mesh_layout import MeshLayout
+from stepjax.sharding.orbax_errors import quiet_orbax
 from stepjax.sharding.rules import ShardingRules
 from stepjax.sharding.sharded_checkpoint import restore_params, restore_tree, save_params, save_tree, stored_config
 from stepjax.sharding.sharded_load import load_sharded
@@ -140,9 +144,32 @@ def test_half_a_checkpoint_is_refused(saved):
         stored_config(saved)
     for file in saved.rglob("*METADATA*"):
         file.unlink()
-    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match="cannot be read"):
         restore_tree(saved, like())
     shutil.rmtree(saved)
     saved.mkdir()
-    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match="cannot be read"):
         restore_tree(saved, like())
+
+
+@pytest.mark.parametrize("damage", [lambda file: os.truncate(file, 0), Path.unlink], ids=["empty", "missing"])
+def test_damaged_arrays_are_refused(saved, damage):
+    largest = max((file for file in saved.rglob("d/*") if file.is_file()), key=lambda file: file.stat().st_size)
+    damage(largest)
+    with pytest.raises(CheckpointError, match=f"{saved}: cannot be read"):
+        restore_tree(saved, like())
+    save_tree(saved, TREE, overwrite=True)
+    np.testing.assert_array_equal(restore_tree(saved, like())["a"], TREE["a"])
+
+
+def test_threads_of_a_failed_read_are_not_heard_and_others_are(monkeypatch):
+    heard: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", heard.append)
+    quiet_orbax()
+    quiet_orbax()  # no second time around itself
+    late: Any = SimpleNamespace(object=None, exc_value=RuntimeError("Event loop is closed"))
+    of_an_object: Any = SimpleNamespace(object=saved, exc_value=RuntimeError("Event loop is closed"))
+    another: Any = SimpleNamespace(object=None, exc_value=RuntimeError("no more threads"))
+    for unraisable in (late, of_an_object, another):
+        sys.unraisablehook(unraisable)
+    assert heard == [of_an_object, another]

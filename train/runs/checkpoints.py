@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
-from stepjax.errors import CheckpointError, StepjaxError
-from stepjax.sharding.orbax_errors import orbax_reason, quiet_orbax
+from stepjax.errors import CheckpointError
+from stepjax.sharding.orbax_errors import DamagedError, orbax_reason, quiet_orbax, reading
 from stepjax.train.runs.digest import host_digest
 
 T = TypeVar("T")
@@ -65,13 +64,8 @@ class Checkpoints:
             try:
                 state = self._load(step, initial, check)
                 break
-            except (StepjaxError, MemoryError, PermissionError):
-                raise
-            except Exception as error:  # orbax has one of its own for each part that can be damaged
-                if "RESOURCE_EXHAUSTED" in str(error):  # no memory, which says nothing about the file
-                    raise
-                damaged[step] = orbax_reason(error)
-            _forget_failed_reads()
+            except DamagedError as error:
+                damaged[step] = error.reason
         if not damaged:
             return initial if state is None else state
         newest, reason = next(iter(damaged.items()))
@@ -93,10 +87,7 @@ class Checkpoints:
 
     def load(self, step: int, like: T) -> T:
         """The checkpoint of ``step`` with the shardings of ``like``. CheckpointError: it cannot be read."""
-        try:
-            return self._load(step, like, lambda about: None)
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{self._folder / str(step)}: cannot be read ({orbax_reason(error)})") from None
+        return self._load(step, like, lambda about: None)
 
     def save(self, step: int, state: Any, about: Mapping[str, Any]) -> None:
         """Write the checkpoint of ``step``. After an error the checkpoints that were there are as they were.
@@ -133,15 +124,16 @@ class Checkpoints:
             raise CheckpointError(f"{self._folder}: cannot be opened ({error.strerror or error})") from None
 
     def _load(self, step: int, initial: T, check: Callable[[Mapping[str, Any]], None]) -> T:
-        about = self._manager.metadata(step).custom_metadata
-        if not about:
-            raise ValueError("its description is missing")
-        check(about)
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), initial)
-        state = jax.tree.map(_committed_alike, self._manager.load(step, shapes), initial)
-        wanted, digest = about.get(DIGEST), host_digest(state)
-        if wanted and digest and wanted != digest:
-            raise ValueError("its arrays are not those that were written")
+        with reading(self._folder / str(step)):
+            about = self._manager.metadata(step).custom_metadata
+            if not about:
+                raise ValueError("its description is missing")
+            check(about)
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), initial)
+            state = jax.tree.map(_committed_alike, self._manager.load(step, shapes), initial)
+            wanted, digest = about.get(DIGEST), host_digest(state)
+            if wanted and digest and wanted != digest:
+                raise ValueError("its arrays are not those that were written")
         return state
 
     def _set_aside(self, damaged: Mapping[int, str]) -> None:
@@ -175,12 +167,3 @@ class _OneMore:
 def _committed_alike(array: jax.Array, like: jax.Array) -> jax.Array:
     """Restored arrays are bound to their device. An executable for arrays that are not is stored under another name."""
     return array if like.committed else jnp.asarray(np.asarray(array))
-
-
-def _forget_failed_reads() -> None:
-    """Collect the coroutines that orbax leaves when a read fails; at another time each would complain on stderr."""
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    try:
-        gc.collect()
-    finally:
-        sys.unraisablehook = hook
