@@ -151,6 +151,7 @@ def check_answers(engine: Engine) -> None:
     assert dtypes == {np.dtype(FP8)}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("host_cache_bytes", [0, 2**24])
 def test_answers_are_those_of_whole_sequences(host_cache_bytes):
@@ -186,6 +187,7 @@ def test_pages_and_snapshots_in_host_memory_come_back_as_they_were():
     assert answers[0] == answers[1]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "strategy"),
@@ -211,6 +213,7 @@ def test_a_mesh_gives_the_same_answers(mesh, strategy):
     )
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_pages_are_handed_over_between_meshes():
     prefill, decode = fp8_session("tensor=1", first=0), fp8_session("tensor=2", first=2)

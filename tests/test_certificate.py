@@ -89,6 +89,7 @@ def test_scores_that_are_not_finite_are_not_written(capsys, tmp_path, monkeypatc
     assert not (tmp_path / "o.npz").exists()
 
 
+@pytest.mark.slow
 def test_score_against_what_was_quantised(capsys, tmp_path):
     folder = speaking_folder(tmp_path / "model")
     assert main(["convert", str(folder), str(tmp_path / "int4"), "--form", "int4"]) == 0

@@ -376,9 +376,10 @@ def lines(capsys) -> list[dict]:
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("temperature", "drafts"),
-    [("1.5", "0"), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("1.5", "3"), ("0", "0"), ("0", "3")))],
+    [("1.5", "0"), ("1.5", "3"), ("0", "0"), ("0", "3")],
 )
 def test_generate_from_tokens_is_the_sessions_answer_with_any_number_of_drafts(
     capsys, bare, session, tokens, temperature, drafts
@@ -419,6 +420,7 @@ def test_a_prompt_of_text(capsys):
     assert lines(capsys)[0]["text"] == line["text"].removesuffix("25")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("prompt", ["", "<|im_end|></think><tool_call>", "\0\x1b[31m", "é" * 50])
 def test_strange_prompts_are_text(capsys, whole, prompt):

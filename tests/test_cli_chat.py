@@ -124,6 +124,7 @@ def terminal(whole) -> Iterator[Terminal]:
     one.close()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_chat_on_a_terminal(terminal):
     terminal.until("Ctrl-C stops an answer")

@@ -87,7 +87,9 @@ def assert_as_on_one_device(where: MeshLayout, names: tuple[str, ...]) -> None:
         pytest.param("expert=8", "expert_tensor", "capacity", marks=pytest.mark.slow),  # one expert a device
         ("expert=4,tensor=2", "expert_tensor", "capacity"),  # rows are gathered over tensor
         ("expert=4,tensor=2", "expert", "batched"),  # ranks along both axes
-        ("expert=2,tensor=2,data=2", "expert", "capacity"),  # replicas may differ in their number of passes
+        pytest.param(  # replicas may differ in their number of passes
+            "expert=2,tensor=2,data=2", "expert", "capacity", marks=pytest.mark.slow
+        ),
         pytest.param("expert=2,tensor=2,data=2", "fsdp", None, marks=pytest.mark.slow),
         pytest.param("expert=4,context=2", "expert", None, marks=pytest.mark.slow),
     ],

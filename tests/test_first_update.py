@@ -63,6 +63,7 @@ def test_nothing_is_compiled_after_the_first_update_and_evaluation(tmp_path, mon
     assert counts[1:] == [Counter()] * 4
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_split_into_micro_batches_is_exact():
     """Gradients over one, two and four micro-batches are those of all rows at once, to 1e-5 of the norm."""
@@ -98,16 +99,13 @@ def run_twice(config, tmp_path, cache, caplog):
     assert history(tmp_path / "first") == history(tmp_path / "again")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "objective"),
     [
-        pytest.param(SHORT, "exact", marks=pytest.mark.slow),
-        pytest.param(changed(SHORT, rollout={"replay": True}), "exact", marks=pytest.mark.slow),
-        pytest.param(
-            dataclasses.replace(SHORT, teachers={"main": TeacherSettings(kind="base", system="Be brief.")}),
-            "exact",
-            marks=pytest.mark.slow,
-        ),
+        (SHORT, "exact"),
+        (changed(SHORT, rollout={"replay": True}), "exact"),
+        (dataclasses.replace(SHORT, teachers={"main": TeacherSettings(kind="base", system="Be brief.")}), "exact"),
         (SHORT, "sft"),
     ],
     ids=["a teacher", "router replay", "a teacher with another prompt", "no teacher"],
@@ -177,6 +175,7 @@ def test_a_run_says_how_far_it_is(monkeypatch):
     ]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_second_run_compiles_nothing(tmp_path, cache, caplog):
     run_twice(changed(LONG, optim={"steps": 3}), tmp_path, cache, caplog)

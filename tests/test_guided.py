@@ -100,7 +100,9 @@ CASES: dict[str, tuple[SamplingParams, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("drafts", [(3,), pytest.param((0, 1, 2), marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "json, greedy" else ()) for name in CASES]
+)
 def test_answers_are_those_of_the_slow_twin_with_any_number_of_drafts(session, name, drafts):
     params, options = CASES[name]
     options = dict(options)

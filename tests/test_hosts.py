@@ -106,6 +106,7 @@ def test_what_other_tools_read_is_scored_by_two_processes(folder, tmp_path, form
 LAYOUTS = "int8-zeros int4-channel fp8-block modelopt-nvfp4 awq gptq gptq8 gptq-order q4_0.gguf".split()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("case", LAYOUTS)
 def test_every_layout_is_scored_by_two_processes(folder, tmp_path, case):
@@ -124,6 +125,7 @@ def test_every_layout_is_scored_by_two_processes(folder, tmp_path, case):
         np.testing.assert_allclose(found["p0_logits"], expected, atol=2e-4)  # sums in another order
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_checkpoints_are_compared_by_two_processes(folder, tmp_path):
     """Each process takes part in both checkpoints' passes, and one of them writes."""
@@ -203,6 +205,7 @@ def test_processes_without_accelerators_make_the_devices_of_the_mesh(folder, tmp
     assert outs == ["o.npz: 1 sequences, 2 tokens\n", ""]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_answers_are_those_of_one_device(folder, tmp_path):
     """Sampled with a seed that only process 0 draws would show if the processes disagreed."""

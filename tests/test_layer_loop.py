@@ -182,6 +182,7 @@ def test_adapters_learn_the_same_through_a_loop():
         np.testing.assert_allclose(found[name], leaf, rtol=2e-4, atol=2e-6, err_msg=name)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_an_engine_with_drafts_adapters_and_a_prefix_cache_answers_alike():
     """Fields of the state that have another shape in a loop: rings of slots, their snapshots, stacks of adapters."""

@@ -151,26 +151,19 @@ def one_device(form: str, slots: int, quantized: bool) -> Any:
     return jax.device_get(jax.jit(jax.grad(run, argnums=(0, 1), has_aux=True))(factors, X, slot))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "mesh", "strategy", "stream", "exchange", "slots", "quantized"),
     [
-        pytest.param(  # rows travel to their experts
-            "shared_outer", "expert=4,tensor=2", "expert_tensor", 16, True, 1, False, marks=pytest.mark.slow
-        ),
-        pytest.param(  # replicated, one for a sequence
-            "per_expert", "expert=2,tensor=2,data=2", "expert", 1024, False, 2, False, marks=pytest.mark.slow
-        ),
+        ("shared_outer", "expert=4,tensor=2", "expert_tensor", 16, True, 1, False),  # rows travel to their experts
+        ("per_expert", "expert=2,tensor=2,data=2", "expert", 1024, False, 2, False),  # replicated, one for a sequence
         ("shared_outer", "expert=4,data=2", "expert", 16, True, 2, True),  # slots travel; whole numbers do not learn
-        pytest.param(  # factors in pieces, gathered
-            "shared_outer", "expert=2,tensor=2,data=2", "fsdp", 16, False, 1, False, marks=pytest.mark.slow
-        ),
-        pytest.param(  # slots of other sequences arrive
-            "per_expert", "data=2,tensor=2", "wide_data", 1024, False, 2, True, marks=pytest.mark.slow
-        ),
-        pytest.param("shared_outer", "expert=2,tensor=2", "wide", 1024, True, 2, False, marks=pytest.mark.slow),
-        pytest.param("per_expert", "expert=2,tensor=2", "wide", 16, True, 2, True, marks=pytest.mark.slow),
-        pytest.param("per_expert", "expert=4,tensor=2", "expert_tensor", 16, True, 2, True, marks=pytest.mark.slow),
-        pytest.param("per_expert", "expert=2,tensor=2,data=2", "fsdp", 16, True, 2, False, marks=pytest.mark.slow),
+        ("shared_outer", "expert=2,tensor=2,data=2", "fsdp", 16, False, 1, False),  # factors in pieces, gathered
+        ("per_expert", "data=2,tensor=2", "wide_data", 1024, False, 2, True),  # slots of other sequences arrive
+        ("shared_outer", "expert=2,tensor=2", "wide", 1024, True, 2, False),
+        ("per_expert", "expert=2,tensor=2", "wide", 16, True, 2, True),
+        ("per_expert", "expert=4,tensor=2", "expert_tensor", 16, True, 2, True),
+        ("per_expert", "expert=2,tensor=2,data=2", "fsdp", 16, True, 2, False),
     ],
 )
 def test_every_body_gives_what_one_device_gives(form, mesh, strategy, stream, exchange, slots, quantized):

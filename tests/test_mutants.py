@@ -348,8 +348,8 @@ def change_of(
 
 
 def some(table: dict[str, Any]) -> list[Any]:
-    """Every sixteenth mutant; the others go with --slow."""
-    return [pytest.param(name, marks=() if at % 16 == 0 else pytest.mark.slow) for at, name in enumerate(table)]
+    """Every thirty-second mutant; the others go with --slow."""
+    return [pytest.param(name, marks=() if at % 32 == 0 else pytest.mark.slow) for at, name in enumerate(table)]
 
 
 @pytest.mark.parametrize("name", some(BACKBONE))

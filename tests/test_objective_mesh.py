@@ -62,6 +62,7 @@ def on_one_device() -> Any:
     return measured(SingleDevice("reference"), trained(CONFIG, LORA), PARAMS, jax.tree.map(jnp.asarray, batch()))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",

@@ -82,6 +82,7 @@ def one_by_one(params: dict[str, jax.Array], rows: PackedRows) -> tuple[list[flo
     return (sums / counts).tolist(), (hits / counts).tolist()
 
 
+@pytest.mark.slow
 def test_packed_losses_equal_those_of_the_examples_one_by_one(params, rows):
     found = jax.jit(lambda p, r: losses(bind(MODEL, p), r, mtp_weight=0.3))(params, jax.tree.map(jnp.asarray, rows))
     loss, accuracy = one_by_one(params, rows)
@@ -132,6 +133,7 @@ def run_steps(
     return state, history
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_devices_learn_what_one_learns(params, rows):
     one, losses_one = run_steps(params, rows, devices=1, count=6)
@@ -279,6 +281,7 @@ def test_a_run_whose_loss_is_no_number_stops_and_keeps_its_checkpoints(brief, tm
     assert not (tmp_path / "run" / "weights").exists()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_stages_follow_each_other_from_one_command(tmp_path, capsys):
     short = {"rows": 2, "length": 160, "steps": 3, "warmup_steps": 1, "decay_from": 2, "mtp_from": 9}
@@ -315,6 +318,7 @@ def test_a_release_that_falls_short_changes_nothing(finished, brief, tmp_path, m
     assert "released" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_kept_weights_are_those_of_the_run(finished):
     out, state = finished
     last = loop.load_weights(out, 6)

@@ -127,6 +127,7 @@ def test_processes_end_with_the_run():
     assert all(process.poll() is not None for process in processes)
 
 
+@pytest.mark.slow
 def test_a_hung_reward_does_not_hold_up_the_end(tmp_path):
     """The command ends although its last reward never does, and leaves no process."""
     script = f"""

@@ -152,6 +152,7 @@ def measure(layout: Layout) -> Any:
     return jax.jit(jax.grad(loss, has_aux=True))
 
 
+@pytest.mark.slow
 def test_a_forward_pass_follows_the_record():
     """With other routers than those that chose: states and gradients are the twin's, 1e-5 of the largest entry of each,
     and the biases, which only choose, change nothing.
@@ -195,6 +196,7 @@ def test_agreement_counts_shares_of_what_is_recorded():
 # --- runs
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_replay_changes_nothing_where_the_routers_agree(tmp_path):
     """One network in float32, so every router chooses what it chose for the sampler: the run is the other one to 1e-6

@@ -186,6 +186,7 @@ def answers_as_alone(engine: SeparateEngine, count: int, adapters: dict[str, Any
     assert tokens == expected
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_answers_of_two_meshes_are_those_of_one_device():
     """Prompts on one device, answers on another; pages so few that answers go back to be prefilled again."""
@@ -195,6 +196,7 @@ def test_answers_of_two_meshes_are_those_of_one_device():
     assert engine.scheduler.admission.prefix.stats.hit_tokens > 0
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("prefill", "decode", "strategy", "drafts"),

@@ -118,6 +118,7 @@ def test_adapters_are_models_of_their_own(server, folders, expected):
     assert (gone.status_code, gone.json()["error"]["code"]) == (404, "model_not_found")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_an_answer_is_of_one_version_while_they_change(server, folders, expected):
     """Four clients ask without a pause while two adapters replace each other under one name."""

@@ -109,6 +109,7 @@ def short(tool: dict[str, Any]) -> dict[str, Any]:
     return {**tool, "function": {**tool["function"], "parameters": {**parameters, "properties": properties}}}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", [16, pytest.param(200, marks=pytest.mark.slow)])
 def test_every_forced_call_is_valid(server, count):
     """Sampled hot, with and without thinking, one call or several; none is cut, since all that may come is bounded."""
@@ -257,6 +258,7 @@ def test_grammars_that_take_too_long_disturb_nobody(server):
     assert message(server, guided_choice=["a"])["content"] == "a"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_hostile_grammars_are_refused_or_bounded(server):
     """None fails the server, keeps it for long, or changes what it says next."""

@@ -85,6 +85,7 @@ def test_a_batch_is_one_update_of_sft(training_client, two_updates, training_ser
                 np.testing.assert_allclose(after.first[name], value, atol=1e-37, rtol=1e-6, err_msg=name)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("chunks", [1, 3, 4])
 def test_a_batch_is_one_update_of_rl(training_client, tiny, training_server, chunks):

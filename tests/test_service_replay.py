@@ -55,6 +55,7 @@ def chosen_and_scores(session: Any, params: Any, ids: list[int], recorded: Any =
     return chosen, scores[range(len(ids) - 1), ids[1:]]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_samples_are_trained_with_their_experts(tiny, server):
     with Client(server, "tml-a") as client:

@@ -36,6 +36,7 @@ def test_a_session_ends(training_client, training_server):
     assert registry.journal.rows("calls", model=model.id) == []
 
 
+@pytest.mark.slow
 def test_calls_of_many_tokens_are_added_up(training_client, monkeypatch):
     """More than a batch may have: the step has the sum of the calls' gradients."""
     data, norms = [next_tokens(ids) for ids in IDS], []
@@ -203,6 +204,7 @@ def _train(server, seed: int, *, vanishes: tuple[int, ...] = ()):
         return saved(server, path, optimizer=True)[0]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_eight_clients_of_which_some_vanish(tiny, tmp_path):
     """Eight at once, each with an adapter of its own, in any order, some gone in the middle and back: each ends with

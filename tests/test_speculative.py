@@ -13,8 +13,9 @@ GREEDY = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True, seed=0)
 DRAWN = SamplingParams(max_tokens=40, temperature=0.7, top_k=9, top_p=0.9, ignore_eos=True, seed=5)
 
 
-@pytest.mark.parametrize("params", [pytest.param(GREEDY, marks=pytest.mark.slow), DRAWN], ids=["greedy", "drawn"])
-@pytest.mark.parametrize("drafts", [*(pytest.param(k, marks=pytest.mark.slow) for k in (1, 2)), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("params", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("drafts", [1, 2, 3])
 def test_the_answer_is_the_same_with_any_number_of_drafts(params, drafts):
     session = tiny_session()
     prompts = [PROMPT, PROMPT[:1], PROMPT * 3]

@@ -29,6 +29,7 @@ def items() -> list[tasks.Item]:
     return [tasks.make(name, rng, "test") for name in ("add", "tool_call") for _ in range(32)]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_held_out_items_are_answered_and_drafts_change_nothing(session, items):
     plain, drafted = (answers(session, items, speculate=k) for k in (0, 3))

@@ -277,7 +277,10 @@ def without_steps(answer: dict[str, Any]) -> dict[str, Any]:
     return answer | {"usage": answer["usage"] | {"completion_tokens_details": {**details, "decode_steps": 0}}}
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize(
+    "dialect",
+    [pytest.param(name, marks=() if name in ("chat", "responses") else pytest.mark.slow) for name in DIALECTS],
+)
 def test_the_joined_stream_is_the_whole_answer(scripted, dialect):
     compare(scripted, dialect, long(OPTIONS[dialect]), singly=True)
     compare(scripted, dialect, pairwise(OPTIONS[dialect]))
@@ -286,6 +289,7 @@ def test_the_joined_stream_is_the_whole_answer(scripted, dialect):
 ROWS = int(os.environ.get("STEPJAX_STREAM_ROWS", "400"))  # combinations; a thousand take some 40 s of a processor
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_any_joined_stream_is_the_whole_answer(scripted, dialect):

@@ -171,6 +171,7 @@ def test_a_server_that_fails_is_asked_again(setup, rollouts, monkeypatch):
         server.server_close()
 
 
+@pytest.mark.slow
 def test_stored_scores(setup, rollouts, tmp_path):
     teacher = setup.teachers["main"]
     assert isinstance(teacher, Resident)

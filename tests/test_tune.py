@@ -160,6 +160,7 @@ def test_a_checkpoint_goes_to_another_mesh(finished):
     assert_same(expected, found)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "model"),
@@ -239,6 +240,7 @@ def test_sampler_and_trainer_that_disagree_end_a_run(tmp_path, monkeypatch, setu
     assert list((tmp_path / "run" / "checkpoints").glob("[0-9]*")) == []
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_rollouts_ahead_are_of_the_policy_before(tmp_path):
     """And a resumed run writes the same ones."""

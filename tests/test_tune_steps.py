@@ -183,6 +183,7 @@ def test_parts_have_the_advantages_of_whole_groups(setup, scored):
         assert values == {float(expected[scored.index(rollout)]) for rollout in part.rollouts}
 
 
+@pytest.mark.slow
 def test_truncated_answers_and_those_without_a_reward_are_left_out(setup, scored):
     """The truncated one counts in the mean of its group; the one without a reward does not."""
     config = dataclasses.replace(REWARDED, loss=LossSettings("grpo", mask_truncated=True, scaled=False))
@@ -291,6 +292,7 @@ def test_dropout_is_refused_where_ratios_compare_two_models():
         changed(SHORT, lora={"dropout": 0.1, "kind": "full"})
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_with_dropout_resumes_with_the_same_bits(tmp_path, monkeypatch):
     """The loss is that of masked factors: with no masks the same answers have another."""
@@ -365,6 +367,7 @@ def test_a_teacher_follows_the_student(tmp_path, monkeypatch):
     assert all(record["divergence"] > 0 for record in history(tmp_path / "run"))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_with_an_average_resumes_with_the_same_bits(tmp_path, monkeypatch):
     teacher = {"slow": TeacherSettings(kind="average", decay=0.9, system="Answer.")}
@@ -411,6 +414,7 @@ def test_two_kinds_of_teachers_have_means_of_their_own():
 # --- answers ahead
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_answers_ahead_on_a_mesh_are_launched_by_one_thread(tmp_path, monkeypatch):
     """The run has the answers that it has on one device, where a thread writes them during the update."""

@@ -121,6 +121,7 @@ def joined(port: int, key: bytes) -> Watchdog:
     return Watchdog(("localhost", port), 2, 1, timeout_s=5, join_s=1, key=key)
 
 
+@pytest.mark.slow
 def test_who_has_another_key_cannot_join():
     """And does not take the place of the process that has it."""
     port = two_free_ports()

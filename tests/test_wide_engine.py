@@ -123,6 +123,7 @@ def engine() -> Engine:
     return engine
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_answers_over_shards_are_those_of_requests_run_alone(engine):
     """Greedy and sampled, with three adapters and none, in a cache so small that some must go and come back."""
@@ -147,6 +148,7 @@ def test_a_shard_that_was_idle_answers_as_before(engine):
     assert {id: tokens[id] for id in asked} == {id: alone(*request) for id, request in asked.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "width"), [("decode", 1), ("prefill", 32)])
 def test_no_device_receives_slots_or_pages_of_others(engine, kind, width):
     """A compiled step exchanges the tokens of its experts and its results, and of these no more than their sizes. An
@@ -182,6 +184,7 @@ def test_a_device_holds_its_share_of_pages_and_experts():
     assert executor.cache_bytes == planned.num_bytes
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "strategy", "drafts"),
@@ -223,6 +226,7 @@ def test_two_hundred_requests_are_answered_as_alone(mesh, strategy, drafts):
     assert {id: tokens[id] for id in asked} == {id: alone(*request) for id, request in asked.items()}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_rules_masks_and_scores_are_those_of_one_device():
     """Penalties, biases, allowed tokens, masks, log-probabilities of prompts and answers, and recorded experts."""
