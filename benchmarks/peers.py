@@ -7,6 +7,8 @@ own, held to the same cores; in each round each of them runs the same prompts, o
 others sleep. Timed are the prefill up to the first token of every answer, and the decode steps after it, greedy and
 without drafts. What a program said is kept too: in float32 all must say the same, but for ties that rounding decides.
 
+``--before FOLDER`` adds an earlier checkout of stepjax (``git worktree add FOLDER COMMIT``) as one more program.
+
 llama.cpp needs llama-cpp-python, possibly in another environment (``--llama-python``), and the gguf package there.
 """
 
@@ -27,7 +29,7 @@ import numpy as np
 from provenance import commit, cpu_name
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = "stepjax"
+OURS, BEFORE = "stepjax", "before"
 PEERS = ("transformers", "llama.cpp")
 LAYERS, VOCAB = 13, 16384
 # An eighth of the release's hidden width, its proportions elsewhere: heads twice and three times as wide as the stream.
@@ -209,6 +211,7 @@ PROGRAMS: dict[str, Callable[[Path, int], Program]] = {OURS: Ours, "transformers
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", default="transformers", help="of " + ", ".join(PEERS))
+    parser.add_argument("--before", type=Path, help="checkout of an earlier commit of stepjax to run as well")
     parser.add_argument("--batch", default="1,8", help="batch sizes")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of each prompt")
     parser.add_argument("--tokens", type=int, default=64, help="decode steps timed")
@@ -226,7 +229,8 @@ def main() -> None:
     write_model(args.folder)
     if "llama.cpp" in peers:
         convert(args)
-    running = {name: Worker(name, args) for name in (OURS, *peers)}
+    before = [BEFORE] if args.before else []
+    running = {name: Worker(name, args) for name in (OURS, *before, *peers)}
     result = {
         "hardware": f"{cpu_name()}, {os.cpu_count()} cores",
         "commit": commit(),
@@ -261,7 +265,8 @@ def compared(running: dict[str, Worker], batch: int, rounds: int) -> dict[str, A
             said = turns[-1][name]["said"]
             table[name]["same_tokens"] = round(float(np.mean(np.array(said) == np.array(ours))), 3)
             for kind in speeds:
-                table[name][f"ours_to_{kind}"] = round(table[OURS][kind] / table[name][kind], 2)
+                ratios = [turn[OURS][kind] / turn[name][kind] for turn in turns[1:]]  # of the same round
+                table[name][f"ours_to_{kind}"] = round(statistics.median(ratios), 3)
         print(f"batch {batch}  {name:13}" + "".join(f"{table[name][kind]:9.1f} {kind}" for kind in speeds), flush=True)
     return table
 
@@ -272,9 +277,10 @@ class Worker:
     def __init__(self, name: str, args: argparse.Namespace):
         python = args.llama_python if name == "llama.cpp" else sys.executable
         options = ["folder", "prompt", "tokens", "threads"]
-        command = [python, __file__, "--worker", name]
+        root, program = (args.before.resolve(), OURS) if name == BEFORE else (ROOT, name)
+        command = [python, root / "benchmarks" / "peers.py", "--worker", program]
         command += [word for option in options for word in (f"--{option}", str(getattr(args, option)))]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+        environment = {**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
         self.version = self._line()["version"]
