@@ -101,11 +101,17 @@ def request(rng: random.Random) -> dict[str, Any]:
 
 
 def chunk_times(body: dict[str, Any]) -> list[float]:
-    """When each line of an answer came."""
+    """When each chunk came that holds tokens; the first of a stream, which names its role, comes before the prefill."""
     address = f"http://127.0.0.1:{PORT}/v1/chat/completions"
     sent = urllib.request.Request(address, json.dumps(body).encode(), {"content-type": "application/json"})
     with urllib.request.urlopen(sent, timeout=900) as response:
-        return [time.perf_counter() for line in response if line.startswith(b"data: {")]
+        lines = [(time.perf_counter(), line) for line in response if line.startswith(b"data: {")]
+    return [came for came, line in lines if holds_tokens(json.loads(line.removeprefix(b"data: ")))]
+
+
+def holds_tokens(chunk: dict[str, Any]) -> bool:
+    deltas = [choice["delta"] for choice in chunk["choices"]]
+    return any(delta.get(name) for delta in deltas for name in ("content", "reasoning_content", "tool_calls"))
 
 
 def gaps_of(streams: Sequence[Sequence[float]]) -> dict[str, Any]:
