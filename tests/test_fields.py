@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any, get_type_hints
+from unittest.mock import MagicMock
 
 import pytest
 from openai.types import completion_create_params as completion_params
@@ -14,26 +14,19 @@ from pydantic import BaseModel
 from serving import GREEDY, SUM
 
 from stepjax.errors import RequestError
-from stepjax.infer.serve.endpoints.completions import CompletionRequest
-from stepjax.infer.serve.endpoints.messages import CountTokensRequest, MessagesRequest
-from stepjax.infer.serve.endpoints.models import LoadAdapter, UnloadAdapter
-from stepjax.infer.serve.endpoints.responses import ResponsesRequest
-from stepjax.infer.serve.endpoints.tokens import DetokenizeRequest, TokenizeRequest
+from stepjax.infer.serve.app import ROUTERS
+from stepjax.infer.serve.bodies import BodyRoute, field_paths
 from stepjax.infer.serve.fields.dialects import CHAT, COMPLETIONS, FIELD_TABLES, MESSAGES, RESPONSES
 from stepjax.infer.serve.fields.field_table import FieldTable
 from stepjax.infer.serve.schemas import ChatRequest
 
 CHAT_PATH = "/v1/chat/completions"
-MODELS: dict[str, type[BaseModel]] = {
-    CHAT_PATH: ChatRequest,
-    "/v1/completions": CompletionRequest,
-    "/v1/responses": ResponsesRequest,
-    "/v1/messages": MessagesRequest,
-    "/v1/messages/count_tokens": CountTokensRequest,
-    "/tokenize": TokenizeRequest,
-    "/detokenize": DetokenizeRequest,
-    "/v1/load_lora_adapter": LoadAdapter,
-    "/v1/unload_lora_adapter": UnloadAdapter,
+MODELS: dict[str, type[BaseModel]] = {  # of bodies, by path
+    path: model
+    for router in ROUTERS
+    for route in router(MagicMock()).routes
+    if isinstance(route, BodyRoute) and (model := get_type_hints(route.endpoint).get("body"))
+    for path in [route.path]
 }
 PUBLISHED: list[tuple[str, FieldTable, set[str]]] = [
     ("OpenAI's chat", CHAT, paths(chat_params.CompletionCreateParamsStreaming)),
@@ -64,24 +57,17 @@ def test_every_field_of_the_installed_anthropic_client_has_a_rule():
     assert [path for path in sorted(published) if MESSAGES.rule(path) is None] == []
 
 
-def _fields_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in model.model_fields.items():
-        path = f"{prefix}{field.alias or name}"
-        yield path
-        for part in (field.annotation, *get_args(field.annotation)):
-            if isinstance(part, type) and issubclass(part, BaseModel):
-                yield from _fields_of(part, f"{path}.")
-
-
 @pytest.mark.parametrize("path", FIELD_TABLES)
 def test_the_table_and_the_models_of_bodies_agree(path):
     """What a model reads has a rule and is not refused; what is called done below a model's field, the model reads."""
-    table, read = FIELD_TABLES[path], set(_fields_of(MODELS[path]))
+    table, read = FIELD_TABLES[path], set(field_paths(MODELS[path]))
     for name in read:
         rule = table.rule(name)
         assert rule is not None, name
         assert rule.treatment != "refused", name
-    passed_on = {**dict.fromkeys(_fields_of(ChatRequest))} if path.startswith(("/v1/responses", "/v1/messages")) else {}
+    passed_on = (
+        {**dict.fromkeys(field_paths(ChatRequest))} if path.startswith(("/v1/responses", "/v1/messages")) else {}
+    )
     parents = {name for name in read if any(other.startswith(f"{name}.") for other in read)}
     for name, rule in table.paths():
         parent = name.rpartition(".")[0]
