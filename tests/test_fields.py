@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, get_type_hints
 from unittest.mock import MagicMock
 
+import httpx
 import pytest
 from openai.types import completion_create_params as completion_params
 from openai.types.chat import completion_create_params as chat_params
@@ -12,9 +14,11 @@ from openai.types.responses import response_create_params as response_params
 from published_fields import ANTHROPIC, LLAMA_CPP, OTHERS, SGLANG, VLLM, VLLM_RESPONSES, expanded, paths
 from pydantic import BaseModel
 from serving import GREEDY, SUM
+from shown import shown
 
 from stepjax.errors import RequestError
-from stepjax.infer.serve.app import ROUTERS
+from stepjax.infer.serve.api import ServeOptions
+from stepjax.infer.serve.app import ROUTERS, create_app
 from stepjax.infer.serve.bodies import BodyRoute, field_paths
 from stepjax.infer.serve.fields.dialects import CHAT, COMPLETIONS, FIELD_TABLES, MESSAGES, RESPONSES
 from stepjax.infer.serve.fields.field_table import FieldTable
@@ -219,3 +223,19 @@ def test_what_would_change_the_answer_is_not_ignored(server, path, field, value)
     response = server.post(path, {**base, field: value})
     assert response.status_code == 400, response.text
     assert field in response.json()["error"]["message"]
+
+
+def test_the_endpoint_of_the_documentation_is_a_module_and_a_line(server, monkeypatch):
+    """Its body is validated by its class alone: what that lacks is ignored and named."""
+    monkeypatch.setattr("stepjax.infer.serve.app.ROUTERS", (*ROUTERS, shown("router")))
+    app = create_app(server.service, server.session, ServeOptions(("step-tiny",)))
+
+    async def ask(**body: Any) -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            return await client.post("/count", json=body)
+
+    response = asyncio.run(ask(text="one two", colour="red"))
+    assert response.json() == {"model": "step-tiny", "words": 2, "tokens": len(server.session.encode("one two"))}
+    assert response.headers["x-stepjax-ignored"] == "colour"
+    assert asyncio.run(ask(text=3)).json()["error"]["message"].startswith("text: ")
+    assert asyncio.run(ask(text="a", model="x" * 300)).json()["error"]["param"] == "model"
