@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 AXES = ("data", "context", "expert", "tensor")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MeshSpec:
     """Devices along each axis; at most one is −1, the devices that are left.
 

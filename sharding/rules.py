@@ -279,7 +279,7 @@ def whole_mesh(
     of_node, refusal = num_devices // nodes, None
     alone = {"tensor": MeshSpec(tensor=num_devices), "fsdp": MeshSpec(data=num_devices)}
     tensors = [count for count in range(1, of_node + 1) if of_node % count == 0]
-    shared = [MeshSpec(nodes, 1, of_node // tensor, tensor) for tensor in tensors]
+    shared = [MeshSpec(data=nodes, expert=of_node // tensor, tensor=tensor) for tensor in tensors]
     for spec in [alone[strategy]] if strategy in alone else shared:
         try:
             ShardingRules(config, spec, strategy, experts)

@@ -1,7 +1,9 @@
-"""Adding a format is one class and one entry of the table: a made-up one goes through every part of the project."""
+"""Adding a format is one class and one entry of the table: that of docs/extending.md goes through every part."""
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import speaking_folder
+from shown import shown
 
 from stepjax.checkpoint.reader import Checkpoint
+from stepjax.checkpoint.writer import save
 from stepjax.cli import main
 from stepjax.commands.info import describe
-from stepjax.errors import MeshError
+from stepjax.errors import CheckpointError, ConfigError, MeshError
 from stepjax.infer.load import load
 from stepjax.infer.session import Session
 from stepjax.model.step3p5 import abstract
@@ -30,6 +34,7 @@ from stepjax.sharding.planner.search import rank_options
 from stepjax.sharding.rules import ShardingRules
 from stepjax.weights.expert_format import ExpertFormat, Unit
 from stepjax.weights.formats import FORMATS, described
+from stepjax.weights.fp8 import Fp8Blocks
 from stepjax.weights.inventory import inventory
 from stepjax.weights.quantised import Quantised, dequantize, quantise
 
@@ -37,39 +42,49 @@ E, D, F = 6, 64, 128
 GATE = "layers.2.moe.experts.gate"
 
 
+HALF: ExpertFormat = shown("HalfPerExpert")()
+
+
 @dataclass(frozen=True)
-class HalfPerExpert(ExpertFormat):
-    """float16 values over the largest magnitude of their expert, which is its float32 scale."""
+class Lookalike(ExpertFormat):
+    """Integers that are held as another format or packing holds them, with another rule: a scale is inverted."""
+
+    values: str = "I8"
+    scales: str = "F32"
+    suffix: str = "_scale"
+    rounded: bool = True
 
     @property
     def name(self) -> str:
-        return "half"
+        return "lookalike"
+
+    @property
+    def scale_suffix(self) -> str:  # type: ignore[override]
+        return self.suffix
 
     @property
     def value_dtype(self) -> str:
-        return "F16"
+        return self.values
 
     @property
     def scale_dtypes(self) -> tuple[str, ...]:
-        return ("F32",)
+        return (self.scales,)
 
     @property
     def bits(self) -> int:
-        return 16
+        return 8
 
     @property
     def unit(self) -> Unit:
-        return None, None
+        return 1, None
 
     def quantise_matrix(self, w):
-        scale = np.maximum(np.abs(w).max(keepdims=True), np.float32(1e-30))
-        return (w / scale).astype(np.float16), scale
+        wide = np.float32(16) / np.maximum(np.abs(w).max(axis=1, keepdims=True), np.float32(1e-30))
+        scale = np.maximum(np.exp2(np.floor(np.log2(wide))), np.float32(1)).astype(self.numpy_dtypes[1])
+        return np.rint(w * scale.astype(np.float32)).astype(self.numpy_dtypes[0]), scale
 
     def widen(self, q, scale, array):
-        return q.astype(array.float32) * scale
-
-
-HALF = HalfPerExpert()
+        return q.astype(array.float32) / scale.astype(array.float32)
 
 
 @pytest.fixture(autouse=True)
@@ -133,6 +148,92 @@ def test_convert_writes_it_and_the_reader_recognises_it(folder, converted):
     np.testing.assert_array_equal(
         checkpoint.read(GATE, dtype=np.float32, index=part), expected.dequantize_numpy(np.float32)[part]
     )
+
+
+LOOKALIKES = {
+    "int8": Lookalike(),
+    "compressed-tensors": Lookalike(scales="BF16"),
+    "eight bits": Lookalike(values="F8_E4M3"),
+    "fp8": Lookalike(values="F8_E4M3", suffix="_scale_inv"),
+}
+
+
+@pytest.mark.parametrize("kind", LOOKALIKES)
+def test_a_folder_says_which_of_two_formats_it_holds(monkeypatch, folder, tmp_path, kind):
+    format = LOOKALIKES[kind]
+    monkeypatch.setitem(FORMATS, format.name, format)
+    assert main(["convert", str(folder), str(tmp_path / "new"), "--experts", format.name]) == 0
+    checkpoint = Checkpoint(tmp_path / "new")
+    assert checkpoint.experts == format
+    exact = Checkpoint(folder).read(GATE, dtype=np.float32)
+    expected = quantise(exact, format).dequantize_numpy(np.float32)
+    np.testing.assert_array_equal(checkpoint.read(GATE, dtype=np.float32), expected)
+    assert np.abs(expected - exact).max() < np.abs(exact).max() / 8
+
+
+@pytest.mark.parametrize(("kind", "other"), [("int8", "int8"), ("compressed-tensors", "another tool's ")])
+def test_a_folder_that_does_not_say_is_refused_with_both_names(monkeypatch, folder, tmp_path, kind, other):
+    format = LOOKALIKES[kind]
+    monkeypatch.setitem(FORMATS, format.name, format)
+    save(tmp_path / "new", Checkpoint(folder).config, {}, source=folder, experts=format)
+    silent(tmp_path / "new")
+    with pytest.raises(
+        CheckpointError, match=rf"gate_proj\.weight may be {other}.* or lookalike, .* name one in config"
+    ):
+        Checkpoint(tmp_path / "new")
+
+
+def silent(folder: Path) -> None:
+    """Take quantization_config out of a folder."""
+    hub = json.loads((folder / "config.json").read_text())
+    del hub["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(hub))
+
+
+def test_the_folder_s_sizes_are_used(monkeypatch, folder, tmp_path):
+    monkeypatch.setitem(FORMATS, "lookalike", Lookalike())
+    written = Lookalike(rounded=False)
+    save(tmp_path / "new", Checkpoint(folder).config, {}, source=folder, experts=written)
+    assert Checkpoint(tmp_path / "new").experts == written
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"name": "nothing"}, "quantization_config.name: is 'nothing', expected one of bf16"),
+        ({"name": ["half"]}, "quantization_config.name: is "),
+        ({"name": "int4", "columns": "32"}, "quantization_config.columns: is '32', which is no size of int4"),
+        ({"name": "int4", "columns": True}, "quantization_config.columns: is True"),
+        ({"name": "int4", "width": 32}, "quantization_config.width: is 32"),
+        ({"name": "int8"}, "is F16, expected I8 since it has scales"),
+        ({"name": "int4", "columns": 32}, "is F16, expected U8 since it has scales"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(converted, settings, problem):
+    hub = json.loads((converted / "config.json").read_text())
+    hub["quantization_config"] = {"quant_method": "stepjax", **settings}
+    (converted / "config.json").write_text(json.dumps(hub))
+    with pytest.raises((CheckpointError, ConfigError), match=re.escape(problem)):
+        Checkpoint(converted)
+
+
+def test_a_format_whose_folder_would_be_read_as_another_is_not_written(monkeypatch, folder, tmp_path):
+    @dataclass(frozen=True)
+    class Copy(Fp8Blocks):
+        @property
+        def name(self) -> str:
+            return "copy"
+
+        def named_by(self, settings):
+            return False
+
+    config = Checkpoint(folder).config
+    with pytest.raises(ConfigError, match="a folder of copy would be read as fp8"):
+        save(tmp_path / "new", config, {}, source=folder, experts=Copy())
+    monkeypatch.setattr(Copy, "named_by", Fp8Blocks.named_by)
+    monkeypatch.setitem(FORMATS, "copy", Copy())
+    with pytest.raises(ConfigError, match="names fp8 and copy alike, expected one format"):
+        save(tmp_path / "new", config, {}, source=folder, experts=Copy())
 
 
 def test_a_checkpoint_of_it_goes_back_to_the_release_s_format(converted, tmp_path):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, get_args
+import asyncio
+from typing import Any, get_type_hints
+from unittest.mock import MagicMock
 
+import httpx
 import pytest
 from openai.types import completion_create_params as completion_params
 from openai.types.chat import completion_create_params as chat_params
@@ -12,28 +14,23 @@ from openai.types.responses import response_create_params as response_params
 from published_fields import ANTHROPIC, LLAMA_CPP, OTHERS, SGLANG, VLLM, VLLM_RESPONSES, expanded, paths
 from pydantic import BaseModel
 from serving import GREEDY, SUM
+from shown import shown
 
 from stepjax.errors import RequestError
-from stepjax.infer.serve.endpoints.completions import CompletionRequest
-from stepjax.infer.serve.endpoints.messages import CountTokensRequest, MessagesRequest
-from stepjax.infer.serve.endpoints.models import LoadAdapter, UnloadAdapter
-from stepjax.infer.serve.endpoints.responses import ResponsesRequest
-from stepjax.infer.serve.endpoints.tokens import DetokenizeRequest, TokenizeRequest
+from stepjax.infer.serve.api import ServeOptions
+from stepjax.infer.serve.app import ROUTERS, create_app
+from stepjax.infer.serve.bodies import BodyRoute, field_paths
 from stepjax.infer.serve.fields.dialects import CHAT, COMPLETIONS, FIELD_TABLES, MESSAGES, RESPONSES
 from stepjax.infer.serve.fields.field_table import FieldTable
 from stepjax.infer.serve.schemas import ChatRequest
 
 CHAT_PATH = "/v1/chat/completions"
-MODELS: dict[str, type[BaseModel]] = {
-    CHAT_PATH: ChatRequest,
-    "/v1/completions": CompletionRequest,
-    "/v1/responses": ResponsesRequest,
-    "/v1/messages": MessagesRequest,
-    "/v1/messages/count_tokens": CountTokensRequest,
-    "/tokenize": TokenizeRequest,
-    "/detokenize": DetokenizeRequest,
-    "/v1/load_lora_adapter": LoadAdapter,
-    "/v1/unload_lora_adapter": UnloadAdapter,
+MODELS: dict[str, type[BaseModel]] = {  # of bodies, by path
+    path: model
+    for router in ROUTERS
+    for route in router(MagicMock()).routes
+    if isinstance(route, BodyRoute) and (model := get_type_hints(route.endpoint).get("body"))
+    for path in [route.path]
 }
 PUBLISHED: list[tuple[str, FieldTable, set[str]]] = [
     ("OpenAI's chat", CHAT, paths(chat_params.CompletionCreateParamsStreaming)),
@@ -64,24 +61,17 @@ def test_every_field_of_the_installed_anthropic_client_has_a_rule():
     assert [path for path in sorted(published) if MESSAGES.rule(path) is None] == []
 
 
-def _fields_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in model.model_fields.items():
-        path = f"{prefix}{field.alias or name}"
-        yield path
-        for part in (field.annotation, *get_args(field.annotation)):
-            if isinstance(part, type) and issubclass(part, BaseModel):
-                yield from _fields_of(part, f"{path}.")
-
-
 @pytest.mark.parametrize("path", FIELD_TABLES)
 def test_the_table_and_the_models_of_bodies_agree(path):
     """What a model reads has a rule and is not refused; what is called done below a model's field, the model reads."""
-    table, read = FIELD_TABLES[path], set(_fields_of(MODELS[path]))
+    table, read = FIELD_TABLES[path], set(field_paths(MODELS[path]))
     for name in read:
         rule = table.rule(name)
         assert rule is not None, name
         assert rule.treatment != "refused", name
-    passed_on = {**dict.fromkeys(_fields_of(ChatRequest))} if path.startswith(("/v1/responses", "/v1/messages")) else {}
+    passed_on = (
+        {**dict.fromkeys(field_paths(ChatRequest))} if path.startswith(("/v1/responses", "/v1/messages")) else {}
+    )
     parents = {name for name in read if any(other.startswith(f"{name}.") for other in read)}
     for name, rule in table.paths():
         parent = name.rpartition(".")[0]
@@ -233,3 +223,19 @@ def test_what_would_change_the_answer_is_not_ignored(server, path, field, value)
     response = server.post(path, {**base, field: value})
     assert response.status_code == 400, response.text
     assert field in response.json()["error"]["message"]
+
+
+def test_the_endpoint_of_the_documentation_is_a_module_and_a_line(server, monkeypatch):
+    """Its body is validated by its class alone: what that lacks is ignored and named."""
+    monkeypatch.setattr("stepjax.infer.serve.app.ROUTERS", (*ROUTERS, shown("router")))
+    app = create_app(server.service, server.session, ServeOptions(("step-tiny",)))
+
+    async def ask(**body: Any) -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            return await client.post("/count", json=body)
+
+    response = asyncio.run(ask(text="one two", colour="red"))
+    assert response.json() == {"model": "step-tiny", "words": 2, "tokens": len(server.session.encode("one two"))}
+    assert response.headers["x-stepjax-ignored"] == "colour"
+    assert asyncio.run(ask(text=3)).json()["error"]["message"].startswith("text: ")
+    assert asyncio.run(ask(text="a", model="x" * 300)).json()["error"]["param"] == "model"

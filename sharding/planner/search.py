@@ -53,17 +53,18 @@ def choices(config: ModelConfig, cluster: Cluster, request: PlanRequest) -> Iter
     drafts = sorted({min(number, len(config.mtp_layers)) for number in request.drafts})
     choice = functools.partial(Choice, dense_fp8=config.dense_fp8, cache_fp8=config.cache_fp8)
     if request.goal == "lora":
-        for sizes in _factorings(cluster.num_devices, 4):
+        for data, context, expert, tensor in _factorings(cluster.num_devices, 4):
+            mesh = MeshSpec(data=data, context=context, expert=expert, tensor=tensor)
             for strategy in request.compared:
                 for experts in request.experts:
-                    yield choice(MeshSpec(*sizes), strategy, experts.for_model(config))
+                    yield choice(mesh, strategy, experts.for_model(config))
         return
     for count in range(1, cluster.num_devices + 1):
         if request.goal != "cheapest" and cluster.num_devices % count:
             continue
         replicas = 1 if request.goal in ("cheapest", "latency", "context") else cluster.num_devices // count
-        for sizes in _factorings(count, 3):
-            mesh = MeshSpec(1, *sizes)
+        for context, expert, tensor in _factorings(count, 3):
+            mesh = MeshSpec(context=context, expert=expert, tensor=tensor)
             for strategy in [name for name in request.compared if name not in WIDE]:
                 for experts in request.experts:
                     form = experts.for_model(config)
@@ -104,7 +105,7 @@ def wide_meshes(count: int, *, most_shards: int) -> Iterator[tuple[MeshSpec, str
     """Meshes of so many devices, and strategies, whose sequences are split over at least two and ``most_shards``."""
     for data, expert, tensor in _factorings(count, 3):
         if 1 < data * expert <= most_shards:
-            yield MeshSpec(data, 1, expert, tensor), "wide" if data == 1 else "wide_data"
+            yield MeshSpec(data=data, expert=expert, tensor=tensor), "wide" if data == 1 else "wide_data"
 
 
 def weigh(config: ModelConfig, cluster: Cluster, request: PlanRequest, choice: Choice) -> Option | Refusal:

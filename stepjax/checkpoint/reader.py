@@ -23,7 +23,7 @@ from stepjax.errors import CheckpointError, ConfigError
 from stepjax.packings.rules import QuantRules, quant_rules
 from stepjax.weights.dtypes import ITEM_BYTES
 from stepjax.weights.expert_format import ExpertFormat
-from stepjax.weights.formats import FORMATS
+from stepjax.weights.formats import FORMATS, named_in
 from stepjax.weights.fp8_rows import is_dense_map
 from stepjax.weights.plain import PLAIN
 
@@ -57,7 +57,9 @@ class Checkpoint(CheckpointFiles):
         hub = read_json(inside(self.folder, "config.json"))
         names = resolve_names(config, shards.files, vision=hub.get("model_type") == VISION_TYPE)
         self._files, self._recipes = shards.files, names.recipes
-        self.packed = PackedWeights(shards.files, _rules(self.folder, hub))
+        rules, self._named = _rules(self.folder, hub)
+        self._settings = rules.settings
+        self.packed = PackedWeights(shards.files, rules)
         self._formats: dict[str, ExpertFormat] = {}
         problems = [*shards.problems, *self._name_problems(names), *self._tensor_problems(config)]
         self._refuse(problems, config)
@@ -232,8 +234,8 @@ class Checkpoint(CheckpointFiles):
         """Problems of shapes, dtypes and scales. It reads the scales, which are 46 MB in the FP8 release."""
         problems = []
         for recipe in self._recipes.values():
-            if any(map(self.packed.has, recipe.parts)):
-                problems += self.packed.problems(recipe)
+            if self._is_packed(recipe):
+                problems += self.packed.problems(recipe) or self._packing_problem(recipe, config)
                 continue
             if not recipe.scales:
                 problems += [self._plain_problem(recipe, part) for part in recipe.parts]
@@ -252,8 +254,13 @@ class Checkpoint(CheckpointFiles):
         if entry.dtype in _FLOATS:
             shapes = f"{list(entry.shape)}, expected {list(part.shape)}"
             return "" if entry.shape == part.shape else f"{where} has shape {shapes}"
-        for format in FORMATS.values():
-            if format.quantised and format.value_dtype == entry.dtype and recipe.spec.may_be(format):
+        for format in (*filter(None, [self._named]), *FORMATS.values()):
+            if (
+                format.quantised
+                and format.scale_suffix
+                and format.value_dtype == entry.dtype
+                and recipe.spec.may_be(format)
+            ):
                 return f"{where} is {entry.dtype} without its scales {part.name}{format.scale_suffix}"
         return f"{where} is {entry.dtype}, expected {' or '.join(_FLOATS)}"
 
@@ -261,16 +268,49 @@ class Checkpoint(CheckpointFiles):
         self, recipe: Recipe, part: StoredPart, scales: str, config: ModelConfig
     ) -> tuple[ExpertFormat, str]:
         """The format of a stored tensor with scales, and what is wrong with the two; "" if nothing is."""
+        where, stored = self._where(part.name), self._entry(part.name).dtype
         formats = [format for format in FORMATS.values() if format.scale_suffix == recipe.scale_suffix]
+        if self._named is not None and self._named.scale_suffix == recipe.scale_suffix:
+            formats = [self._named]  # others of this suffix are not in the folder
+        of_dtype = [format for format in formats if format.value_dtype == stored]
+        if not of_dtype and recipe.spec.may_be(formats[0]):
+            expected = " or ".join(dict.fromkeys(format.value_dtype for format in formats))
+            return formats[0], f"{where} is {stored}, expected {expected} since it has scales {scales}"
+        results = [self._mismatch(format, recipe, part, scales, config) for format in of_dtype or formats[:1]]
+        fitting = [format for format, problem in results if not problem]
+        if not fitting:
+            return results[0]
+        if len(fitting) > 1:
+            return fitting[0], f"{where} {_may_be(*(format.name for format in fitting))}"
+        return fitting[0], self._value_problem(fitting[0], where, scales)
+
+    def _is_packed(self, recipe: Recipe) -> bool:
+        """Whether a weight lies in another tool's packing: it looks so, and config.json does not say one of ours."""
+        ours = self._named is not None and recipe.scales and recipe.scale_suffix == self._named.scale_suffix
+        return not ours and any(map(self.packed.has, recipe.parts))
+
+    def _packing_problem(self, recipe: Recipe, config: ModelConfig) -> list[str]:
+        """That a weight in a packing could as well be in a format of the table, where config.json is silent."""
+        if self._settings or not recipe.scales:
+            return []
+        part, scales = recipe.parts[0], recipe.scales[0]
+        formats = [format for format in FORMATS.values() if format.scale_suffix == recipe.scale_suffix]
+        formats = [format for format in formats if format.value_dtype == self._entry(part.name).dtype]
+        results = [self._mismatch(format, recipe, part, scales, config) for format in formats]
+        names = [format.name for format, problem in results if not problem]
+        packing = f"another tool's {self.packed.name(recipe.spec.path)}"
+        return [f"{self._where(part.name)} {_may_be(packing, *names)}"] if names else []
+
+    def _mismatch(
+        self, format: ExpertFormat, recipe: Recipe, part: StoredPart, scales: str, config: ModelConfig
+    ) -> tuple[ExpertFormat, str]:
+        """A format with the sizes of a stored tensor and its scales, and where shapes or dtypes are not its own."""
         values, scale = self._entry(part.name), self._entry(scales)
         where, where_scale = self._where(part.name), self._where(scales)
-        format = next((format for format in formats if format.value_dtype == values.dtype), formats[0])
         if not recipe.spec.may_be(format):
             return format, f"{where} has scales {scales}, but this weight is never quantised in {format.name}"
-        if format.value_dtype != values.dtype:
-            expected = " or ".join(format.value_dtype for format in formats)
-            return format, f"{where} is {values.dtype}, expected {expected} since it has scales {scales}"
-        format = format.fitted(config, part.shape, scale.shape)
+        if format is not self._named or "name" not in self._settings:  # sizes come with a name
+            format = format.fitted(config, part.shape, scale.shape)
         value_shape, scale_shape = format.shapes(part.shape)
         unit_rows, _ = format.unit_of(part.shape)
         if values.shape != value_shape:
@@ -283,11 +323,15 @@ class Checkpoint(CheckpointFiles):
             return format, f"{where_scale} is {scale.dtype}, expected {' or '.join(format.scale_dtypes)}"
         if part.rows and part.rows % unit_rows:
             return format, f"{where_scale} has blocks across gate and up: {part.rows} rows, {unit_rows} a block"
+        return format, ""
+
+    def _value_problem(self, format: ExpertFormat, where: str, scales: str) -> str:
+        """What is wrong with the scales' values, or with a format whose sizes differ from those of other weights."""
         same_kind = next((other for other in self._formats.values() if type(other) is type(format)), format)
         if format != same_kind:
-            return format, f"{where} is not held as other weights are: {format}, expected {same_kind}"
+            return f"{where} is not held as other weights are: {format}, expected {same_kind}"
         problem = format.scale_problem(self._files[scales].view(scales))
-        return format, problem and f"{where_scale} {problem}"
+        return problem and f"{self._where(scales)} {problem}"
 
     def _where(self, name: str) -> str:
         return f"{self._files[name].path}: tensor {name}"
@@ -313,12 +357,21 @@ def read_config(folder: Path, name: str = "config.json") -> ModelConfig:
     return ModelConfig.from_file(path)
 
 
-def _rules(folder: Path, hub: Mapping[str, Any]) -> QuantRules:
-    """What the folder's configuration files say of quantised weights."""
+def _may_be(*names: str) -> str:
+    """Ends the message that nothing tells formats apart."""
+    return (
+        f"may be {' or '.join(names)}, which have the same names, shapes and dtypes; name one in config.json: "
+        "quantization_config, as `stepjax convert` does"
+    )
+
+
+def _rules(folder: Path, hub: Mapping[str, Any]) -> tuple[QuantRules, ExpertFormat | None]:
+    """What the folder's configuration files say of quantised weights, and the format of ours that they name."""
     names = [name for name in ("hf_quant_config.json", "quantize_config.json") if (folder / name).exists()]
     beside = {name: read_json(inside(folder, name)) for name in names}
     try:
-        return quant_rules(text_config(hub), beside)
+        rules = quant_rules(text_config(hub), beside)
+        return rules, named_in(rules.settings)
     except ConfigError as error:
         raise ConfigError(f"{folder / 'config.json'}: {error}") from None
 

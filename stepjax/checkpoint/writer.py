@@ -32,6 +32,7 @@ from stepjax.config import VISION_TYPE, ModelConfig, text_config
 from stepjax.errors import CheckpointError, ConfigError
 from stepjax.weights.dtypes import DTYPES, ITEM_BYTES
 from stepjax.weights.expert_format import ExpertFormat
+from stepjax.weights.formats import named_in
 from stepjax.weights.inventory import TensorSpec, inventory, quantized
 from stepjax.weights.plain import PLAIN
 from stepjax.weights.quantised import Quantised, format_of, quantise, quantised_from
@@ -222,6 +223,13 @@ def _plan(config: ModelConfig, params: Weights, *, source: Path | None, experts:
     formats = {str(weight.format) for weight in plan if weight.format.quantised}
     if len(formats) > 1:
         raise CheckpointError(f"export: weights are quantised as {' and '.join(sorted(formats))}, expected one format")
+    written = _format_of(plan)
+    named = named_in(quantization_config(config, written) or {})
+    if named is not None and named.name != written.name:
+        raise ConfigError(
+            f"export: a folder of {written.name} would be read as {named.name}; give the format a `named_by` that "
+            "knows its `quantization_config`"
+        )
     return plan
 
 

@@ -85,8 +85,11 @@ class ExpertFormat(ABC):
 
     @property
     def spelled(self) -> bool:
-        """Whether a folder in the release's layout is written in it; otherwise it is widened to be saved."""
-        return bool(self.scale_suffix) or not self.quantised
+        """Whether a folder in the release's layout is written in it; otherwise it is widened to be saved.
+
+        The layout has names for values and scales, but not for a third array.
+        """
+        return not self.quantised or (bool(self.scale_suffix) and self.extra_dtype is None)
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -223,6 +226,10 @@ class ExpertFormat(ABC):
           not_converted: names of the matrices that are not held so.
         """
         return {"quant_method": OWN_FORMAT, **self.describe()}
+
+    def named_by(self, settings: Mapping[str, Any]) -> bool:
+        """Whether a folder's quantization_config says that its weights are held so."""
+        return settings.get("quant_method") == OWN_FORMAT and settings.get("name") == self.name
 
     @property
     def unit_name(self) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stepjax.errors import RequestError
+from stepjax.config import OWN_FORMAT
+from stepjax.errors import ConfigError, RequestError
 from stepjax.weights.expert_format import ExpertFormat
 from stepjax.weights.fp4 import MxFp4, NvFp4
 from stepjax.weights.fp8 import Fp8Blocks
@@ -53,6 +54,44 @@ def described(fields: Mapping[str, Any]) -> ExpertFormat:
     sizes = dict(fields)
     name = sizes.pop("name")
     return (FORMATS | BLOCK_FORMATS | {FP8_ROWS.name: FP8_ROWS})[name].described(sizes)
+
+
+def named_in(settings: Mapping[str, Any]) -> ExpertFormat | None:
+    """The format that a folder's quantization_config names, with the sizes that it gives; None: it names none of ours.
+
+    Raises:
+      ConfigError: it names an unknown format, or sizes that the format does not have; or two formats of the table
+        answer to it.
+    """
+    formats = [format for format in FORMATS.values() if format.named_by(settings)]
+    if len(formats) > 1:
+        names = " and ".join(format.name for format in formats)
+        raise ConfigError(
+            f"quantization_config: names {names} alike, expected one format; give each a `quantization_config` and a "
+            "`named_by` of its own"
+        )
+    if settings.get("quant_method") != OWN_FORMAT or "name" not in settings:
+        return formats[0] if formats else None
+    if not formats:
+        raise ConfigError(
+            f"quantization_config.name: is {settings['name']!r}, expected one of {', '.join(FORMATS)}; add the format "
+            "to stepjax/weights/formats.py, or read the folder with the version that wrote it"
+        )
+    sizes = {key: value for key, value in settings.items() if key not in ("quant_method", "name")}
+    usual = formats[0].describe()
+    for key, value in sizes.items():
+        if key not in usual or not _same_kind(value, usual[key]):
+            raise ConfigError(f"quantization_config.{key}: is {value!r}, which is no size of {formats[0].name}")
+    return formats[0].described(sizes)
+
+
+def _same_kind(value: Any, usual: Any) -> bool:
+    """Whether a value of JSON may stand for another one: both of one type, lists item by item, or a count and null."""
+    if isinstance(value, list) and isinstance(usual, list):
+        return len(value) == len(usual) and all(map(_same_kind, value, usual))
+    if value is None or usual is None:
+        return all(one is None or type(one) is int for one in (value, usual))
+    return type(value) is type(usual)
 
 
 def requested(*, keep_fp8: bool = False, quantize: str | None = None, group: int = GROUP) -> ExpertFormat | None:

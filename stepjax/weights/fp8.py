@@ -7,7 +7,7 @@ To quantise: ``scale = amax / 448`` of the block, ``q = W / scale`` rounded to n
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -118,6 +118,9 @@ class Fp8Blocks(ExpertFormat):
             "weight_block_size": list(self.block),
             "modules_to_not_convert": list(not_converted),
         }
+
+    def named_by(self, settings: Mapping[str, Any]) -> bool:
+        return settings.get("quant_method") == "fp8"
 
     @property
     def unit_name(self) -> str:

@@ -8,7 +8,7 @@ levels of an otherwise lopsided range. Two int4 values share a byte (`stepjax.we
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from stepjax.config import ModelConfig
+from stepjax.config import OWN_FORMAT, ModelConfig
 from stepjax.errors import ConfigError
 from stepjax.weights import nibbles
 from stepjax.weights.expert_format import ExpertFormat, Unit
@@ -131,6 +131,11 @@ class IntGroups(ExpertFormat):
             f"{file.parent}: holds {self.name} as earlier versions of stepjax spelled it, which the next version will "
             f"not read; write it again (stepjax convert --form {self.name}), of the 16-bit checkpoint if it is at hand"
         ]
+
+    def named_by(self, settings: Mapping[str, Any]) -> bool:
+        """Earlier versions wrote the bits and no name."""
+        nameless = "name" not in settings and settings.get("quant_method") == OWN_FORMAT
+        return super().named_by(settings) or (nameless and settings.get("bits") == self.num_bits)
 
     @property
     def unit_name(self) -> str:
