@@ -1,4 +1,5 @@
-"""What each form that ``stepjax convert`` writes does to the next token: 170 M random weights, and step-tiny.
+"""What each form of the experts does to the next token, written, read or made while loading: 170 M random weights, and
+step-tiny.
 
     python benchmarks/forms.py --json benchmarks/results/forms.json
 
@@ -27,7 +28,7 @@ import ml_dtypes
 import numpy as np
 from provenance import commit
 
-from stepjax.calibration.certificate import certificate
+from stepjax.calibration.certificate import SequenceScores, certificate
 from stepjax.calibration.forward import Forward
 from stepjax.checkpoint.folder import open_weights
 from stepjax.checkpoint.form_writer import write_form
@@ -36,6 +37,7 @@ from stepjax.checkpoint.source import WeightSource
 from stepjax.checkpoint.writer import save
 from stepjax.config import ASSETS, ModelConfig
 from stepjax.errors import ConfigError
+from stepjax.infer.load import load
 from stepjax.packings.written import FORMS
 from stepjax.weights.inventory import count_parameters, inventory
 
@@ -67,6 +69,17 @@ READ: dict[str, tuple[int, int, bool] | None] = {
     "int3": (3, 32, False),
     "int6": (6, 32, False),
 }
+# Made while loading, by the flags without their dashes: the options of `stepjax.load`.
+LOADED: dict[str, dict[str, Any]] = {
+    "quantize int8": {"quantize": "int8"},
+    "quantize int4": {"quantize": "int4"},
+    "quantize int4 group 32": {"quantize": "int4", "group": 32},
+    "quantize nvfp4": {"quantize": "nvfp4"},
+    "quantize mxfp4": {"quantize": "mxfp4"},
+    "dense-fp8": {"dense_fp8": True},
+    "cache-fp8": {"cache_fp8": True},
+    "quantize int4 dense-fp8 cache-fp8": {"quantize": "int4", "dense_fp8": True, "cache_fp8": True},
+}
 FLOATS = ("bf16", "f32.gguf", "f16.gguf", "bf16.gguf")  # which change BF16 weights little or not at all
 
 
@@ -76,8 +89,8 @@ def main() -> None:
     parser.add_argument(
         "--forms",
         nargs="*",
-        default=[form for form in (*WRITTEN, *READ) if form not in FLOATS],
-        help="of what is written or read (default: all of few bits)",
+        default=[form for form in (*WRITTEN, *READ, *LOADED) if form not in FLOATS],
+        help="of what is written, read or made while loading (default: all of few bits)",
     )
     parser.add_argument("--models", nargs="*", default=["random", "step-tiny"], help="(default: both)")
     parser.add_argument("--json", type=Path, help="a file for the figures (default: none)")
@@ -157,17 +170,28 @@ def distances(
     for form in forms:
         with tempfile.TemporaryDirectory(dir=scratch) as place:
             try:
-                weights, num_bytes = values(source, form, Path(place))
+                scores, num_bytes = scored(forward, source, form, tokens, Path(place))
             except ConfigError as error:  # rows that do not divide into blocks
                 yield {form: {"cannot": str(error)}}
                 continue
-            with forward.replaced(weights):
-                held = certificate(forward.scored(tokens), reference, layers=layers)
+            held = certificate(scores, reference, layers=layers)
             cpu = resource.getrusage(resource.RUSAGE_SELF)
             print(f"{folder.name} {form}: {held['kl']['mean']:.5f} ({cpu.ru_utime:.0f} CPU s so far)", flush=True)
             figures = {name: held[name] for name in ("kl", "same_top")}
             figures["router_agreement"] = held["router_agreement"]["mean"]
             yield {form: figures | ({"bytes": num_bytes} if num_bytes else {})}
+
+
+def scored(
+    forward: Forward, source: WeightSource, form: str, tokens: Sequence[Sequence[int]], place: Path
+) -> tuple[list[SequenceScores], int]:
+    """What the model makes of the tokens in a form, and the bytes of its files; 0 where it is not written."""
+    if form in LOADED:
+        session = load(source.folder, dtype="float32", **LOADED[form])
+        return [SequenceScores(np.asarray(ids, np.int32), *session.routed(ids)) for ids in tokens], 0
+    weights, num_bytes = values(source, form, place)
+    with forward.replaced(weights):
+        return forward.scored(tokens), num_bytes
 
 
 def values(source: WeightSource, form: str, place: Path) -> tuple[dict[str, np.ndarray], int]:
