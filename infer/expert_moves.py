@@ -17,14 +17,16 @@ import numpy as np
 
 from stepjax.errors import RequestError
 from stepjax.sharding.expert_group import Group
-from stepjax.sharding.expert_order import copy_table, replicated_order, slot_experts
+from stepjax.sharding.expert_order import copy_table, imbalance, rank_load, replicated_order, slot_experts, slot_load
 from stepjax.sharding.mesh_layout import MeshLayout
 from stepjax.sharding.rules import Axes, entry_axes
 
 if TYPE_CHECKING:
     from stepjax.infer.engine.executor import Executor
+    from stepjax.infer.engine.followers import Leader
     from stepjax.infer.session import Session
 
+ORDER = "experts"  # kind of the orders that move experts on the processes that follow
 MOST = 4  # slots that one call writes: each device receives as many experts of a layer
 
 
@@ -34,6 +36,63 @@ class LayerMove(NamedTuple):
     layer: int
     sources: dict[int, int]  # slot → slot
     order_S: np.ndarray  # the expert in each slot afterwards
+
+    def encoded(self) -> list[Any]:
+        """As JSON, for the processes that follow."""
+        return [self.layer, [*self.sources.items()], self.order_S.tolist()]
+
+
+class ExpertPlaces:
+    """The places of experts on the devices of an engine. Of several processes each has its own."""
+
+    def __init__(self, session: Session, executor: Executor):
+        """
+        Args:
+          executor: of an engine with this model.
+
+        Raises:
+          RequestError: the experts have one slot each, or lie in a loop's stacks or on two meshes.
+        """
+        layout, config = session.model.layout, session.config
+        if not config.expert_slots or not isinstance(layout, MeshLayout):
+            raise RequestError(
+                "expert moves: each expert has one place; load the model with expert_slots (--expert-slots)"
+            )
+        if session.model.period or executor.separate:
+            raise RequestError(
+                "expert moves: are for one mesh and layers that are not looped (--layers unrolled); this engine has "
+                "others"
+            )
+        self.config, self.layers = config, [layer.index for layer in config.moe_layers]
+        self.num_ranks = Group.of(layout.rules).num_ranks
+        self._session, self._executor, self._layout = session, executor, layout
+
+    def order(self, layer: int) -> np.ndarray:
+        """The expert in each slot of a layer, int64 [S]."""
+        return slot_experts(np.asarray(self._session.table[f"layers.{layer}.moe.copies"]), self.config.expert_slots)
+
+    def write(self, move: LayerMove) -> None:
+        """Write slots, between two steps. Steps that are under way still have the old weights."""
+        slots = np.full(MOST, self.config.expert_slots, np.int32)  # those beyond the last are written nowhere
+        sources = np.zeros(MOST, np.int32)
+        slots[: len(move.sources)], sources[: len(move.sources)] = [*move.sources], [*move.sources.values()]
+        prefix, params = f"layers.{move.layer}.moe.", self._executor.params
+        paths = [path for path in params if path.startswith(f"{prefix}experts.")]
+        leaves, structure = jax.tree.flatten([params[path] for path in paths])
+        moved = _mover(self._layout, tuple(leaf.sharding.spec for leaf in leaves))(leaves, slots, sources)
+        changed = dict(zip(paths, jax.tree.unflatten(structure, moved), strict=True))
+        table = copy_table(move.order_S, self.config.num_experts)
+        place = self._session.table[f"{prefix}copies"].sharding
+        changed[f"{prefix}copies"] = jax.make_array_from_callback(table.shape, place, lambda index: table[index])
+        self._executor.change(changed)
+        held_by_session = cast(dict[str, Any], self._session.table)  # in place: all who have it lose the old arrays
+        held_by_session.update({path: getattr(value, "base", value) for path, value in changed.items()})
+
+    def carry_out(self, content: Any) -> bool:
+        """Write what the leader of several processes orders (`LayerMove.encoded`); it does not wait."""
+        layer, sources, order = content
+        self.write(LayerMove(layer, dict(sources), np.array(order)))
+        return False
 
 
 class ExpertMoves:
@@ -47,69 +106,76 @@ class ExpertMoves:
       [{2: 0}]
     """
 
-    def __init__(self, session: Session, executor: Executor, loads: np.ndarray):
+    def __init__(
+        self,
+        session: Session,
+        executor: Executor,
+        loads: np.ndarray,
+        *,
+        leader: Leader | None = None,
+        least_gain: float | None = None,
+    ):
         """
         Args:
           executor: of an engine with this model.
           loads: how often each expert is chosen, [E] or [L, E] for the L MoE layers (`Session.expert_load`).
+          leader: of several processes, which tells the others. They have what carries it out if the engine is a
+            `stepjax.infer.balanced_engine.BalancedEngine`.
+          least_gain: a layer is left as it is unless the tokens of its fullest rank become fewer by this share.
 
         Raises:
-          RequestError: the experts have one slot each, lie in a loop's stacks or on several processes, or the
-            loads are not of this model.
+          RequestError: as of `ExpertPlaces`, or there are several processes without a leader, or the loads are not of
+            this model.
         """
-        layout, config = session.model.layout, session.config
-        if not config.expert_slots or not isinstance(layout, MeshLayout):
-            raise RequestError("expert moves: each expert has one place; load the model with expert_slots")
-        if session.model.period or executor.separate or jax.process_count() > 1:
-            raise RequestError(
-                "expert moves: are for one process, one mesh and layers that are not looped; this engine has others"
-            )
-        layers, wanted = [layer.index for layer in config.moe_layers], np.asarray(loads, np.float64)
-        shape = len(layers), config.num_experts
+        self._places, self._leader, self._least_gain = ExpertPlaces(session, executor), leader, least_gain
+        if leader is None and jax.process_count() > 1:
+            raise RequestError("expert moves: several processes move experts in a BalancedEngine only")
+        layers, wanted = self._places.layers, np.asarray(loads, np.float64)
+        shape = len(layers), session.config.num_experts
         if wanted.shape not in (shape, shape[1:]) or not np.isfinite(wanted).all() or (wanted < 0).any():
             raise RequestError(
                 f"expert moves: loads of shape {wanted.shape}, expected finite numbers ≥ 0 for {shape[1]} experts, or "
                 f"for those of each of {shape[0]} MoE layers"
             )
-        self._session, self._executor, self._layout = session, executor, layout
-        num_ranks = Group.of(layout.rules).num_ranks
-        orders = replicated_order(np.broadcast_to(wanted, shape), num_ranks, config.expert_slots)
-        self._moves = iter(
-            [
-                move
-                for layer, order in zip(layers, orders, strict=True)
-                for move in layer_moves(layer, self._held(layer), order)
-            ]
-        )
+        self._loads = np.array(np.broadcast_to(wanted, shape))
+        self.imbalance: list[tuple[float, float]] = []  # of each layer that is planned: before its moves, and after
+        self._moves = self._planned()
 
     def step(self) -> int:
         """Write the next few slots, between two steps of the engine; returns how many, 0 when all lie as wanted.
 
         Steps that are under way still have the old weights.
         """
-        move = next(self._moves, None)
-        if move is None:
-            return 0
-        held = self._session.config.expert_slots
-        slots = np.full(MOST, held, np.int32)  # those beyond the last are written nowhere
-        sources = np.zeros(MOST, np.int32)
-        slots[: len(move.sources)], sources[: len(move.sources)] = [*move.sources], [*move.sources.values()]
-        prefix, params = f"layers.{move.layer}.moe.", self._executor.params
-        paths = [path for path in params if path.startswith(f"{prefix}experts.")]
-        leaves, structure = jax.tree.flatten([params[path] for path in paths])
-        moved = _mover(self._layout, tuple(leaf.sharding.spec for leaf in leaves))(leaves, slots, sources)
-        changed = dict(zip(paths, jax.tree.unflatten(structure, moved), strict=True))
-        table = copy_table(move.order_S, self._session.config.num_experts)
-        place = self._session.table[f"{prefix}copies"].sharding
-        changed[f"{prefix}copies"] = jax.device_put(table, place)
-        self._executor.change(changed)
-        held_by_session = cast(dict[str, Any], self._session.table)  # in place: all who have it lose the old arrays
-        held_by_session.update({path: getattr(value, "base", value) for path, value in changed.items()})
+        written: int | None = 0
+        while written == 0:
+            written = self.advance()
+        return written or 0
+
+    def advance(self) -> int | None:
+        """As `step`, and 0 too for a layer that has been planned and stays as it is, so that a call is short: of 288
+        experts, planning a layer takes milliseconds. None when all lie as wanted.
+        """
+        if (move := next(self._moves, None)) is None:
+            return None
+        if move.sources:
+            if self._leader:
+                self._leader.tell(ORDER, move.encoded())
+            self._places.write(move)
         return len(move.sources)
 
-    def _held(self, layer: int) -> np.ndarray:
-        config = self._session.config
-        return slot_experts(np.asarray(self._session.table[f"layers.{layer}.moe.copies"]), config.expert_slots)
+    def _planned(self) -> Iterator[LayerMove]:
+        places = self._places
+        for layer, load_E in zip(places.layers, self._loads, strict=True):
+            held, wanted = places.order(layer), replicated_order(load_E, places.num_ranks, places.config.expert_slots)
+            before, after = (
+                float(imbalance(rank_load(slot_load(load_E, order), places.num_ranks))) for order in (held, wanted)
+            )
+            if self._least_gain is not None and after > (1 - self._least_gain) * before:
+                wanted, after = held, before
+            self.imbalance.append((before, after))
+            if (held == wanted).all():
+                yield LayerMove(layer, {}, held)
+            yield from layer_moves(layer, held, wanted)
 
 
 def layer_moves(layer: int, held_S: np.ndarray, wanted_S: np.ndarray) -> Iterator[LayerMove]:

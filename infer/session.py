@@ -65,7 +65,7 @@ class Session:
         self.tokenizer, self.template = tokenizer, template
         self.generation_config, self.load_report = dict(generation_config or {}), load_report
         self.model: Step3p5 = abstract(config, dtype=dtype, mtp=mtp, layout=layout, looped=looped)
-        self._runners: dict[tuple[int, bool], Runner] = {}
+        self._runners: dict[tuple[int, bool, bool], Runner] = {}
         self._functions: dict[str, StoredFunction] = {}
 
     @cached_property
@@ -82,22 +82,28 @@ class Session:
         """Sampling parameters: ``given``, else the checkpoint's generation_config, else the model card's."""
         return SamplingParams.from_defaults(self.generation_config, **given)
 
-    def runner(self, speculate: int | None = None, *, routing: bool = False) -> Runner:
+    def runner(self, speculate: int | None = None, *, routing: bool = False, counting: bool = False) -> Runner:
         """The compiled steps for ``speculate`` drafts; None takes all the checkpoint has.
 
         Args:
           routing: the steps also return the experts of every token.
+          counting: and how many of their tokens chose each expert.
         """
         drafts = self.max_drafts if speculate is None else speculate
         if not 0 <= drafts <= self.max_drafts:
             raise RequestError(
                 f"speculate: is {drafts}, but this checkpoint has {self.max_drafts} MTP layers to draft with"
             )
-        key = drafts, routing
+        key = drafts, routing, counting
         if key not in self._runners:
             num_tokens = len(self.tokenizer) if self.tokenizer else self.config.vocab_size
             self._runners[key] = Runner(
-                self._together, num_tokens=num_tokens, drafts=drafts, routing=routing, cache=self.program_cache
+                self._together,
+                num_tokens=num_tokens,
+                drafts=drafts,
+                routing=routing,
+                counting=counting,
+                cache=self.program_cache,
             )
         return self._runners[key]
 

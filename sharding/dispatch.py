@@ -31,7 +31,7 @@ from stepjax.ops.manual_axes import vary_alike
 from stepjax.sharding.exchange import Exchange
 from stepjax.sharding.expert_group import Group
 from stepjax.sharding.expert_parallel import ExpertBody, once
-from stepjax.sharding.expert_traffic import NVLINK_DOMAIN, LegBytes, exchange_leg, gathering_leg, reach
+from stepjax.sharding.expert_traffic import NVLINK_DOMAIN, Leg, LegBytes, exchange_leg, gathering_leg, reach
 from stepjax.sharding.narrow_rows import num_scales, sent
 from stepjax.sharding.row_exchange import Hop, Inside, Stages, exchange, exchange_stages
 from stepjax.sharding.rules import Axes, ShardingRules
@@ -40,6 +40,7 @@ from stepjax.weights.adapted import by_token
 DispatchForm = Literal["gather", "exchange", "node"]
 
 SPREAD = 4  # standard deviations over the mean that a buffer has room for
+AS_QUICK = 1.15  # times as long as the quickest form another may take if it sends fewer bytes
 FORMS: tuple[DispatchForm, ...] = get_args(DispatchForm)
 
 
@@ -249,20 +250,34 @@ def choose_way(
     num_alike: int,
     domain: int = NVLINK_DOMAIN,
 ) -> Way:
-    """The way of a step's tokens, ``num_tokens`` of one device, from their number alone: all devices choose alike."""
+    """The way of a step's tokens, ``num_tokens`` of one device, from their number alone: all devices choose alike.
+
+    Times are planned: latencies, and how well a ring uses all adapters of a node, are assumptions, but bytes are
+    counted. So a form that takes up to `AS_QUICK` times as long is chosen if it saves a larger share of the bytes.
+    """
     way = Way(group, "gather", alike, num_alike, options.fp8, options.halves, options.ragged)
     if options.form == "exchange" and not group.ranks:
         options = replace(options, form="gather")  # no device holds a whole expert
     if options.form is not None:
         return replace(way, form=options.form)
-    seconds = dispatch_seconds(config, group, way.parts(num_tokens)[0], options=options, domain=domain)
-    return replace(way, form=min(seconds, key=lambda form: seconds[form]))
+    legs = dispatch_legs(config, group, way.parts(num_tokens)[0], options=options, domain=domain)
+    seconds = {form: sum(leg.seconds for leg in ways) for form, ways in legs.items()}
+    quick: list[DispatchForm] = [form for form in legs if seconds[form] <= AS_QUICK * min(seconds.values())]
+    return replace(way, form=min(quick, key=lambda form: seconds[form] * sum(leg.sent_bytes for leg in legs[form])))
 
 
 def dispatch_seconds(
     config: ModelConfig, group: Group, num_tokens: int, *, options: Dispatch = CHEAPEST, domain: int = NVLINK_DOMAIN
 ) -> dict[DispatchForm, float]:
-    """Time of one MoE layer's dispatch for ``num_tokens`` tokens of each device, by form: the table of the choice.
+    """Time of one MoE layer's dispatch for ``num_tokens`` tokens of each device, by form; see `dispatch_legs`."""
+    legs = dispatch_legs(config, group, num_tokens, options=options, domain=domain)
+    return {form: sum(leg.seconds for leg in ways) for form, ways in legs.items()}
+
+
+def dispatch_legs(
+    config: ModelConfig, group: Group, num_tokens: int, *, options: Dispatch = CHEAPEST, domain: int = NVLINK_DOMAIN
+) -> dict[DispatchForm, list[Leg]]:
+    """What one MoE layer's dispatch sends for ``num_tokens`` tokens of each device, by form: the table of the choice.
 
     Rows are bfloat16. Buffers count whole, the empty rows of an exchange too; of a ragged one the mean.
 
@@ -270,13 +285,13 @@ def dispatch_seconds(
       domain: devices that NVLink joins.
     """
     row = LegBytes(row_bytes(config, itemsize=2, fp8=options.fp8), 2.0 * config.hidden_size)
-    seconds: dict[DispatchForm, float] = {"gather": gathering_leg(row, num_tokens, group.num_devices, domain).seconds}
+    legs: dict[DispatchForm, list[Leg]] = {"gather": [gathering_leg(row, num_tokens, group.num_devices, domain)]}
     forms: tuple[DispatchForm, ...] = ("exchange", "node") if group.has_nodes else ("exchange",)
     for form in forms if group.ranks else ():
         way = Way(group, form, (), 1, options.fp8, ragged=options.ragged)
         hop, tokens = way.hop(num_tokens, config.top_k), num_tokens
         means = iter(way.mean_rows(num_tokens, config.top_k))
-        seconds[form] = 0.0
+        legs[form] = []
         while hop:
             apart = group.by_node()[1].num_devices if hop.then else hop.group.num_shares  # devices from rank to rank
             mean = next(means) / hop.group.num_ranks
@@ -288,9 +303,9 @@ def dispatch_seconds(
                 width=hop.group.num_shares,
                 counted=hop.ragged + (hop.rows < hop.most_rows(tokens)),
             )
-            seconds[form] += leg.seconds
+            legs[form].append(leg)
             hop, tokens = hop.then, hop.received_rows
-    return seconds
+    return legs
 
 
 def gathered_tokens(

@@ -87,6 +87,11 @@ def replicated_order(load_E: np.ndarray, num_ranks: int, slots: int) -> np.ndarr
     return np.array([expert for experts in held for expert in sorted(experts)])
 
 
+def slot_load(load_E: np.ndarray, order_S: np.ndarray) -> np.ndarray:
+    """Assignments of each slot, float64 [S], if slot s holds expert ``order[s]`` and copies share what they get."""
+    return (load_E / np.bincount(order_S, minlength=load_E.size))[order_S]
+
+
 def copy_table(order_S: np.ndarray, num_experts: int) -> np.ndarray:
     """The number of copies of each expert and then their slots, int32 [E, 2 + S − E]; places without a copy are 0."""
     table = np.zeros((num_experts, 2 + order_S.size - num_experts), np.int32)

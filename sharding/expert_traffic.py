@@ -43,6 +43,11 @@ class Leg:
     handled_bytes: float  # of what it receives, in its own memory
 
     @property
+    def sent_bytes(self) -> float:
+        """Over any link."""
+        return self.near_bytes + self.far_bytes
+
+    @property
     def seconds(self) -> float:
         """The kinds of links work side by side."""
         launch_s = FAR_LAUNCH_S if self.far_bytes else LAUNCH_S
@@ -53,7 +58,8 @@ class Leg:
 def gathering_leg(row: LegBytes, tokens: int, num_devices: int, domain: int) -> Leg:
     """Every token to every device, and a sum back."""
     sent = (num_devices - 1) * tokens * (row.there + row.back)
-    return Leg(2, sent, sent / domain if num_devices > domain else 0.0, HANDLED * num_devices * tokens * row.back)
+    far = sent / domain if num_devices > domain else 0.0
+    return Leg(2, sent - far, far, HANDLED * num_devices * tokens * row.back)
 
 
 def exchange_leg(row: LegBytes, rows: float, num_ranks: int, *, near: int, width: int, counted: int) -> Leg:

@@ -12,7 +12,8 @@ from adapters import lora_config, trained
 from checkpoints import speaking_folder
 from hypothesis import given, settings, strategies as st
 
-from stepjax.errors import RequestError
+from stepjax.errors import ConfigError, RequestError
+from stepjax.infer.balanced_engine import BalancedConfig, BalancedEngine
 from stepjax.infer.engine.config import EngineConfig
 from stepjax.infer.engine.engine import Engine
 from stepjax.infer.expert_moves import MOST, ExpertMoves, layer_moves
@@ -131,3 +132,51 @@ def test_answers_go_on_as_if_no_expert_had_moved(session):
 def test_what_cannot_move_is_refused(session):
     with pytest.raises(RequestError, match="loads of shape"):
         ExpertMoves(session, cast(Any, Table(dict(session.table))), np.ones(7))
+    with pytest.raises(ConfigError, match="move_every: is 0, expected at least 1 step"):
+        dataclasses.replace(BALANCED, move_every=0)
+    with pytest.raises(ConfigError, match="leave deterministic out"):
+        dataclasses.replace(BALANCED, deterministic=True, num_snapshots=0)
+
+
+BALANCED = BalancedConfig(**dataclasses.asdict(ENGINE) | {"move_every": 4, "num_snapshots": 4})
+
+
+@pytest.mark.slow
+def test_an_engine_moves_what_it_counts_and_answers_alike(session):
+    """The tokens of two rounds of requests are those of an engine that moves none."""
+    plain = Engine(session, dataclasses.replace(ENGINE, num_snapshots=4))
+    lora, stored = lora_config(experts="per_expert"), dataclasses.replace(session.config, expert_slots=0)
+    adapter = trained(stored, lora)
+    plain.load_adapter("early", adapter, lora)
+    expected = [answers(plain, None)[0] for _ in range(2)]
+    plain.close()
+    engine = BalancedEngine(session, BALANCED)
+    engine.load_adapter("early", adapter, lora)
+    engine.start()
+    assert [answers(engine, None)[0] for _ in range(2)] == expected
+    assert engine.stats.expert_slots_written > 0
+    assert engine.stats.expert_imbalance >= 1
+    engine.close()
+
+
+@pytest.mark.slow
+def test_steps_count_the_experts_of_their_tokens(session):
+    """Of a prompt in pieces and an answer: as many as the model alone counts, whatever stands in padded places. Of a
+    prompt in the prefix cache what is not computed again is not counted.
+    """
+    engine = BalancedEngine(session, dataclasses.replace(BALANCED, move_every=10**6, adapter_slots=0))
+    prompt = [(7 * at) % 200 + 3 for at in range(40)]
+    params = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True, seed=0)
+    engine.add(prompt, params, id="one")
+    tokens = [token for update in engine.run() for token in update.tokens]
+    # The last token is in no step; a step that was launched before the answer's end was seen has it.
+    counted = engine._load_LE.copy()
+    assert counted.sum() in [len(session.config.moe_layers) * session.config.top_k * (42 + more) for more in (0, 1)]
+    ids = [*prompt, *tokens][: counted[0].sum() // session.config.top_k]
+    np.testing.assert_array_equal(counted, session.expert_load(ids))
+    engine.add(prompt, params, id="again")
+    assert [token for update in engine.run() for token in update.tokens] == tokens
+    cached = engine.scheduler.admission.prefix.stats.hit_tokens
+    assert cached >= 8
+    assert (engine._load_LE - counted).sum() == counted.sum() - cached * len(counted) * session.config.top_k
+    engine.close()

@@ -152,8 +152,30 @@ def test_the_compiler_takes_as_many_bytes(mesh, workload):
 )
 def test_the_gpu_compiler_sends_what_is_planned(mesh, workload):
     """A vocabulary so large that no compiler gathers the embedding matrix rather than its rows."""
+    assert_sent_as_planned(mesh, "expert_tensor", workload)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("mesh", "strategy", "workload"),
+    [
+        ("expert=4", "wide", DECODE),
+        ("expert=2,tensor=2", "wide", dataclasses.replace(DECODE, drafts=2)),
+        ("data=2,expert=2", "wide_data", DECODE),
+        ("expert=4", "wide", Workload("prefill", batch=4, context=1024, chunk=1024)),
+        ("expert=2,tensor=2", "wide", Workload("prefill", batch=4, context=1024, chunk=1024)),
+        ("data=2,expert=2", "wide_data", Workload("prefill", batch=4, context=1024, chunk=1024)),
+        ("data=2,tensor=2", "wide_data", Workload("prefill", batch=4, context=1024, chunk=1024, drafts=1)),
+    ],
+)
+def test_the_gpu_compiler_sends_what_is_planned_where_sequences_are_split(mesh, strategy, workload):
+    assert_sent_as_planned(mesh, strategy, workload)
+
+
+def assert_sent_as_planned(mesh: str, strategy: str, workload: Workload) -> None:
     config, spec = dataclasses.replace(TINY, vocab_size=8192), MeshSpec.parse(mesh)
-    found = check(config, workload, spec, "expert_tensor", study_model(config, workload, spec, target="h100").report)
+    study = study_model(config, workload, spec, strategy=strategy, target="h100")
+    found = check(config, workload, spec, strategy, study.report)
     assert found.arguments_hold
     assert found.payloads == found.planned.payloads
     assert found.asked_payloads == found.planned.asked_payloads

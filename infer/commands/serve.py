@@ -145,6 +145,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--speculate", type=int, metavar="K", help="MTP drafts per step, 0 to 3 (default: chosen by load)"
     )
     engine.add_argument(
+        "--move-experts",
+        type=int,
+        metavar="STEPS",
+        help="with --expert-slots: count which experts each STEPS steps choose, and move the copies of the busiest to "
+        "where they are needed (default: copies stay where they were loaded)",
+    )
+    engine.add_argument(
         "--prefill-mesh",
         metavar="AXES",
         help="compute prompts on a mesh of their own; with --decode-mesh, in place of --mesh (default: one for both)",
@@ -243,6 +250,10 @@ async def _start(
 
 def _meshes(args: argparse.Namespace) -> tuple[MeshSpec, MeshSpec] | None:
     """Those of prompts and of answers, if they are apart."""
+    if args.move_experts is not None and args.prefill_mesh is not None:
+        raise RequestError("--move-experts: the experts of two meshes do not move; leave --prefill-mesh out")
+    if args.move_experts is not None and args.expert_slots is None:
+        raise RequestError("--move-experts: each expert has one place; give more places with --expert-slots")
     if args.prefill_mesh is None and args.decode_mesh is None:
         return None
     if args.prefill_mesh is None or args.decode_mesh is None or args.mesh is not None:
@@ -267,28 +278,35 @@ def _sessions(args: argparse.Namespace, startup: Startup, folder: ModelFolder) -
 
 def _engine(args: argparse.Namespace, session: Session, prefill: Session | None) -> Engine:
     """The engine, with the adapters of the command line."""
+    from stepjax.infer.balanced_engine import BalancedEngine
     from stepjax.infer.engine.engine import Engine, open_engine
     from stepjax.infer.separate_meshes import SeparateEngine
 
     given = GivenAdapters.read(args, session, _served_names(args))
     config = _engine_config(args, given, prefill)
     _, host = process_and_leader()
+    kind: Any = Engine if prefill is None else SeparateEngine
+    if args.move_experts is not None:
+        kind = BalancedEngine
     if host:
-        engine = open_engine(session, config, host=host)
+        engine = open_engine(session, config, host=host, kind=kind)
         assert engine is not None, "this is process 0"
     else:
-        engine = Engine(session, config) if prefill is None else SeparateEngine(session, config)
+        engine = kind(session, config)
     for name, (factors, lora) in given.adapters.items():
         engine.load_adapter(name, factors, lora)
     return engine
 
 
 def _engine_config(args: argparse.Namespace, given: GivenAdapters, prefill: Session | None) -> EngineConfig:
+    from stepjax.infer.balanced_engine import BalancedConfig
     from stepjax.infer.engine.config import EngineConfig
     from stepjax.infer.separate_meshes import SeparateConfig
 
     routing = getattr(args, "routing", False)  # what a later room asks for
-    make = EngineConfig if prefill is None else functools.partial(SeparateConfig, prefill=prefill)
+    make: Any = EngineConfig if prefill is None else functools.partial(SeparateConfig, prefill=prefill)
+    if args.move_experts is not None:
+        make = functools.partial(BalancedConfig, move_every=args.move_experts)
     return make(
         num_slots=args.max_seqs,
         context=args.context,

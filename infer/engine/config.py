@@ -90,6 +90,11 @@ class EngineConfig:
                 "partly cached are not known"
             )
 
+    @property
+    def counting(self) -> bool:
+        """Whether each step counts how many of its tokens chose each expert (`Emitted.load_LE`)."""
+        return False
+
     def stack_size(self, session: Session) -> StackSize | None:
         """Size of the adapter stack; None if the engine has no adapter slots."""
         if not self.adapter_slots:
@@ -108,7 +113,7 @@ class EngineConfig:
                 f"host_cache_bytes: is {self.host_cache_bytes}, expected 0 for a model whose layers run in a loop, "
                 "whose caches are stacks; load it with layers unrolled"
             )
-        runner = session.runner(self.speculate, routing=self.routing)
+        runner = session.runner(self.speculate, routing=self.routing, counting=self.counting)
         stack_size = self.stack_size(session)
         stack = AdapterStack(session, stack_size) if stack_size else None  # before the cache, which takes what is left
         params = stack.params if stack else session.table

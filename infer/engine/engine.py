@@ -472,7 +472,7 @@ class Engine:
 
 
 def open_engine(
-    session: Session, config: EngineConfig, *, host: str, others: OrderHandlers | None = None
+    session: Session, config: EngineConfig, *, host: str, others: OrderHandlers | None = None, kind: Any = Engine
 ) -> Engine | None:
     """Run an engine on all processes of a cluster. Process 0 returns it; the others carry out its orders until it is
     closed, and return None.
@@ -480,13 +480,14 @@ def open_engine(
     Args:
       host: address of process 0.
       others: for orders that are not the engine's, on the processes that follow.
+      kind: class of the engine.
 
     Raises:
       ClusterError: a process does not connect, has different settings, or is lost.
     """
     channels = connect(host, f"{config} of {session.config} in {jnp.dtype(session.dtype)}")
     if jax.process_index() == 0:
-        return Engine(session, config, channels=channels)
+        return kind(session, config, channels=channels)
     follow(config.executor(session), channels[0], others)
     return None
 

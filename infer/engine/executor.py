@@ -109,6 +109,7 @@ class Executor:
         self._assigned = max(1, ASSIGNED // size.num_shards)  # slots of a shard that one launch gives their sampling
         self._far = jax.default_backend() != "cpu"  # whether results must be copied to the host
         self._launchers: dict[Any, Callable[..., Any]] = {}
+        self.handlers: dict[str, Callable[[Any], bool]] = {}  # of orders of a kind that only some engines have
         self._snapshots = self._no_snapshots() if size.num_snapshots else None
         layout = runner.model.layout
         self.host = HostCopies(runner.cache, layout, self._page_arrays(), jax.tree.leaves(self._snapshots))

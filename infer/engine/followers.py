@@ -161,6 +161,7 @@ def follow(executor: Executor, channel: Channel, others: OrderHandlers | None = 
     Args:
       others: for orders that are not the engine's.
     """
+    others = {**executor.handlers, **(others or {})}
     while True:
         kind, content = channel.receive()
         if kind == "end":
@@ -170,7 +171,7 @@ def follow(executor: Executor, channel: Channel, others: OrderHandlers | None = 
         if kind == "run":
             executor.run(decode(content))
             continue
-        if others and kind in others:
+        if kind in others:
             if not others[kind](content):
                 continue
         elif kind == "adapter":

@@ -36,6 +36,10 @@ class Stats:
     num_idle: int = 0  # steps that were launched after the device had become idle
     prefill_s: float = 0.0  # from the end of the step before, or its own launch, to the end of a prefill step
     decode_s: float = 0.0
+    expert_slots_written: int = 0  # by moves of experts (`stepjax.infer.balanced_engine`)
+    expert_imbalance: float = (
+        0.0  # tokens of the fullest device over the mean of all, by the last count; 0: not counted
+    )
 
     def count(self, plan: StepPlan, counts: Sequence[int]) -> None:
         """Count a step; ``counts`` are the tokens that it added to each row."""

@@ -108,6 +108,10 @@ class _EngineCollector(Collector):
             "num_requests_running": ("Answers in slots", len(admission.running)),
             "num_requests_waiting": ("Answers that wait for a slot", len(admission.waiting)),
             "kv_cache_usage_perc": ("Share of the cache's pages in use", used),
+            "expert_imbalance": (
+                "Tokens of the fullest device over the mean, when experts were last moved; 0 if they are not",
+                stats.expert_imbalance,
+            ),
             "host_cache_usage_perc": (
                 "Share of the prefix cache's host memory in use",
                 sum(tier.used for tier in tiers) / max(1, sum(tier.capacity for tier in tiers)),
@@ -132,6 +136,7 @@ class _EngineCollector(Collector):
             "spec_decode_num_draft_tokens": ("Draft tokens that were verified", sum(stats.drafted)),
             "spec_decode_num_accepted_tokens": ("Draft tokens that were accepted", sum(stats.accepted)),
             "engine_steps": ("Steps of the engine", stats.num_steps),
+            "expert_slots_written": ("Copies of experts that were moved", stats.expert_slots_written),
         }
         for name, (text, value) in gauges.items():
             gauge = GaugeMetricFamily(f"{PREFIX}:{name}", text, labels=["model_name"])

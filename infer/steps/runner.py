@@ -26,6 +26,7 @@ from stepjax.infer.steps.speculative import Drafter, accepted, draft
 from stepjax.infer.steps.state import NO_EXPERT, Emitted, Pieces, SlotProgress, State, placement
 from stepjax.model.cache import MAX_DRAFTS, Cache, Chunk, empty_cache
 from stepjax.model.step3p5 import Hidden, Params, Step3p5, bind
+from stepjax.ops.experts import expert_load
 from stepjax.ops.rows import put_row, scored_blocks, take_row
 from stepjax.program_cache import ProgramCache
 from stepjax.weights.adapted import Adapted
@@ -41,6 +42,7 @@ class Runner:
         num_tokens: int,
         drafts: int,
         routing: bool = False,
+        counting: bool = False,
         cache: ProgramCache | None = None,
     ):
         """
@@ -49,14 +51,16 @@ class Runner:
           num_tokens: entries of the tokenizer.
           drafts: MTP drafts that the state has room for, 0 … 3.
           routing: return the experts of every token.
+          counting: return how many tokens of a step chose each expert.
           cache: executables of earlier runs.
         """
         assert 0 <= drafts <= min(MAX_DRAFTS, len(model.mtp))
         assert model.config.num_experts < NO_EXPERT
         self.model, self.num_tokens, self.drafts = model, num_tokens, drafts
-        self._routing = routing and bool(model.config.moe_layers)
+        self._routing, self._counting = (wanted and bool(model.config.moe_layers) for wanted in (routing, counting))
         self.cache = cache
-        self._identity = f"{model.config} mtp {len(model.mtp)} of {num_tokens} tokens, {drafts} drafts, {self._routing}"
+        returned = f"{self._routing} {self._counting}"
+        self._identity = f"{model.config} mtp {len(model.mtp)} of {num_tokens} tokens, {drafts} drafts, {returned}"
         self._programs: dict[Any, Program] = {}
 
     @property
@@ -164,7 +168,8 @@ class Runner:
         finite = _finite(out.hidden_BTD, count_R) & _finite(logits, jnp.minimum(count_R, 1))
         own = self._scores(logits, follow[:, None], sampling, count > 0)
         cache, after = self._advance(model, out, mine, tokens_RT, count_R, follow, slot_R, drafts=self.drafts)
-        emitted = Emitted(follow[:, None], count, finite, after.draft_SK, own, prompt, self._experts(out))
+        experts, load = self._experts(out), self._load(out, count_R)
+        emitted = Emitted(follow[:, None], count, finite, after.draft_SK, own, prompt, experts, load)
         return self._committed(state, cache, after, emitted, live_R, slot_R), emitted
 
     def _step(
@@ -192,7 +197,8 @@ class Runner:
         last = take_row(token_BT, count_B - 1)
         cache, after = self._advance(model, out, mine, token_BT, count_B, last, None, drafts=drafts)
         finite = _finite(logits, count_B)
-        emitted = Emitted(token_BT, count_B, finite, after.draft_SK, own, expert_BTLA=self._experts(out))
+        experts, load = self._experts(out), self._load(out, jnp.where(active_B, width, 0))
+        emitted = Emitted(token_BT, count_B, finite, after.draft_SK, own, expert_BTLA=experts, load_LE=load)
         return self._committed(state, cache, after, emitted, active_B, None), emitted
 
     def _whole(self, x_RT: jax.Array) -> jax.Array:
@@ -201,6 +207,16 @@ class Runner:
 
     def _experts(self, out: Hidden) -> jax.Array | None:
         return jnp.stack(out.expert_ids, axis=2).astype(jnp.uint16) if self._routing else None
+
+    def _load(self, out: Hidden, count_B: jax.Array) -> jax.Array | None:
+        """Of the first ``count`` tokens of each sequence, drafts too: what does not count is padding."""
+        if not self._counting:
+            return None
+        num_experts = self.model.config.num_experts
+        real = jnp.arange(out.expert_ids[0].shape[1])[None, :, None] < count_B[:, None, None]
+        chosen = [jnp.where(real, ids_BTA, num_experts) for ids_BTA in out.expert_ids]
+        load = jnp.stack([expert_load(ids_BTA, num_experts) for ids_BTA in chosen])
+        return self.model.layout.constrain(load, None, None)
 
     def _logits(self, model: Step3p5, hidden_BTD: jax.Array) -> jax.Array:
         """Logits with the whole vocabulary on each device of a sequence, since sampling sorts them."""

@@ -55,6 +55,7 @@ class Emitted(NamedTuple):
     scores: Logprobs | None = None  # of the tokens, where a slot asks for them
     prompt: Logprobs | None = None  # of the prompt token after each token of a piece; 0 where no row asks for them
     expert_BTLA: jax.Array | None = None  # uint16: the experts of each input token, if the runner returns them
+    load_LE: jax.Array | None = None  # int32: how many input tokens chose each expert, if the runner counts them
 
 
 def placement(state: State, layout: Layout) -> State:

@@ -91,23 +91,32 @@ def serving_exchanges(layout: MeshLayout, work: StepShape, *, rows_split: bool) 
     exchanges += _ending(layout, work, shares)
     exchanges += _drafts(layout, work, rows_split=rows_split)
     if shares.replicas:
-        emitted = work.count if work.step == "decode" else 1
-        exchanges.append(
-            Exchange("all-gather", rules.activation("batch"), work.batch * (4.0 * (emitted + work.drafts) + 5), 1)
-        )
+        batch, decodes = rules.activation("batch"), work.step == "decode"
+        emitted = work.count if decodes else 1
+        exchanges.append(Exchange("all-gather", batch, work.batch * (4.0 * (emitted + work.drafts) + 5), 1))
+        # whether any sequence asks for log-probabilities: of new tokens, and of a prompt
+        exchanges.append(Exchange("all-reduce", batch, 1.0, 1 if decodes else 2))
     return _sent(exchanges)
 
 
-def scoring_exchanges(layout: MeshLayout, work: StepShape) -> tuple[Exchange, ...]:
-    """What a prefill step launches too where a request asks for log-probabilities of its prompt: its hidden states
-    once, and the logits of each block of positions (`stepjax.infer.steps.runner`), over whose tokens `context` splits
-    the products.
+def scoring_exchanges(layout: MeshLayout, work: StepShape, *, score_bytes: float) -> tuple[Exchange, ...]:
+    """What a step launches too where a request asks for log-probabilities.
+
+    Of a prompt they need its hidden states once, and the logits of each block of positions
+    (`stepjax.infer.steps.runner`), over whose tokens `context` splits the products. If sequences are split over
+    devices, all devices get the log-probabilities of all, of new tokens too.
+
+    Args:
+      score_bytes: of a token's log-probabilities and those of the likeliest.
     """
-    if work.step == "decode":
-        return ()
     shares = LocalTokens.of(layout, work)
+    scored = work.count if work.step == "decode" else work.count + 1  # of a sequence: its new tokens; its prompt too
+    axes = layout.rules.activation("batch") if shares.replicas else ()
+    emitted = [Exchange("all-gather", axes, work.batch * scored * score_bytes, 1)]
+    if work.step == "decode":
+        return _sent(emitted)
     size, blocks = scored_blocks(shares.batch, work.count)
-    exchanges = [] if work.drafts else _whole_hidden(layout, work, shares)  # drafters have them anyway
+    exchanges = [*emitted, *([] if work.drafts else _whole_hidden(layout, work, shares))]  # drafters have them anyway
     block = LocalTokens.of(layout, replace(work, count=size))
     logits = 4.0 * shares.batch * layout.rules.config.vocab_size
     exchanges.append(Exchange("all-gather", layout.rules.table["vocab"], block.length * logits, blocks))

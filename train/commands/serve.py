@@ -68,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
         return serve.run(args)
     if args.layers == "looped":
         raise RequestError("--train: trains layers by name, which --layers looped does not have; leave it out")
+    if args.move_experts is not None:
+        raise RequestError("--train: trains with experts that stay where they lie; leave --move-experts out")
     args.layers = "unrolled"
     args.routing = args.train_replay
     if args.max_loras is None:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from stepjax.adapters.lora import LoraConfig
 from stepjax.config import ModelConfig
+from stepjax.infer.sampling.params import MAX_LOGPROBS
 from stepjax.infer.steps.abstract_steps import sequence_bytes
 from stepjax.sharding.compiled.report import CompileReport, size_text
 from stepjax.sharding.dispatch import CHEAPEST, Dispatch
@@ -28,6 +29,7 @@ from stepjax.sharding.planner.temporaries import serving_temporaries
 from stepjax.train.packing.rows import PackedRows
 from stepjax.train.planning.workload import Workload
 
+SCORE_BYTES = 4.0 * (1 + 2 * MAX_LOGPROBS)  # of a token: its log-probability, the likeliest tokens and theirs
 PEAK_OVER, PEAK_UNDER = 0.15, 0.03  # tolerated error of the planned peak, relative to the compiled one
 
 Payloads = dict[tuple[str, str], float]  # bytes by kind and axes of collectives
@@ -220,7 +222,7 @@ def planned(
         argument_bytes=weight_bytes + cache.num_bytes + state + inputs,
         temp_bytes=serving_temporaries(layout, shape, cache),
         payloads=_by_name(every_step),
-        asked_payloads=_by_name(scoring_exchanges(layout, shape)),
+        asked_payloads=_by_name(scoring_exchanges(layout, shape, score_bytes=SCORE_BYTES)),
     )
 
 
