@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -68,11 +69,12 @@ ENGINE = EngineConfig(
 )
 PROTOBUF = "application/x-protobuf"
 CONFIG = LoraConfig(rank=RANK)
+WARM_ROUNDS = (10, 200)  # of samples, at least and at most, until the server has compiled what they want
 
 
 def sequences(kind: str, number: int, count: int, length: int) -> np.ndarray:
     """Token ids of a round, int32 [count, length]."""
-    rng = np.random.default_rng([{"train": 0, "sample": 1}[kind], number])
+    rng = np.random.default_rng([{"train": 0, "sample": 1}[kind], abs(number), number < 0])
     return rng.integers(10, 400, (count, length), dtype=np.int32)
 
 
@@ -194,13 +196,20 @@ class Served:
 
 
 def serve() -> int:
-    """What ``stepjax serve step-tiny --train`` does, with the engine's configuration of the other process."""
+    """What ``stepjax serve step-tiny --train`` does, with the engine's configuration of the other process.
+
+    Each line of standard input is answered with whether the engine has compiled all programs that its steps want.
+    """
     log_to_stderr("text", "warning")
     use_caches()
     session = load(MODEL, dtype="float32")
     engine = Engine(session, ENGINE)
     service, options = Service(engine, ServerMetrics(engine, MODEL)), ServeOptions((MODEL,))
     sys.setswitchinterval(SWITCH_S)
+
+    def answer() -> None:
+        for _ in sys.stdin:
+            print("settled" if engine.programs.settled else "compiling", flush=True)
 
     async def run(folder: Path) -> int:
         training = TrainingService(session, service, options.names, folder=folder, limits=ServiceLimits(max_rank=RANK))
@@ -209,6 +218,7 @@ def serve() -> int:
         running = asyncio.ensure_future(server.run_until_ended())
         await service.ready.wait()
         print(server.url, flush=True)
+        threading.Thread(target=answer, daemon=True).start()
         return await running
 
     with tempfile.TemporaryDirectory() as folder:
@@ -265,6 +275,12 @@ def measure(args: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {kind: {"service": [], "verbs": []} for kind in ("train", "sample")}
     with Child("serve", flags) as server, Child("verbs", flags) as other:
         client = Served(server.first)
+        for number in range(WARM_ROUNDS[1]):  # a server compiles in a thread while it answers
+            if server.ask("") == "settled" and number >= WARM_ROUNDS[0]:
+                break
+            client.sample(-1 - number, args)
+        else:
+            raise SystemExit(f"the server still compiles after {WARM_ROUNDS[1]} rounds")
         for number, kind in itertools.product(range(-args.warm, args.rounds), found):
             turns = [("service", server), ("verbs", other)]
             for name, child in turns if number % 2 else reversed(turns):

@@ -56,8 +56,10 @@ def test_what_steps_want_is_compiled_and_used(programs, prepared):
     for _ in range(WANTED - 1):
         assert programs.slots(1, 3) == 4
     assert prepared == []
+    assert programs.settled
     programs.slots(1, 3)
     wait_for(lambda: programs.slots(1, 3) == 1)
+    assert programs.settled
     for _ in range(WANTED):
         programs.want_prefill(3, 40, LIMITS)
         programs.drafts(1)

@@ -86,6 +86,11 @@ class ReadyPrograms:
         return self._thread is not None and self._thread.is_alive()
 
     @property
+    def settled(self) -> bool:
+        """Whether all is there that steps have wanted often enough, so that the thread rests."""
+        return self._there is None or self._next() is None
+
+    @property
     def num_there(self) -> int | None:
         """Programs that are there; None before `open`."""
         return None if self._there is None else len(self._there)

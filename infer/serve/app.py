@@ -42,6 +42,17 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
+ERRORS = {
+    400: "The request is invalid",
+    401: "The API key is missing or wrong",
+    404: "No such model or path",
+    413: "The body is too large",
+    429: "Too many requests are waiting",
+    500: "The answer failed",
+    503: "No requests are accepted at present",
+}
+
+
 def status_router(api: Api) -> APIRouter:
     """The endpoints about the server itself."""
     routes, service = APIRouter(tags=["state"]), api.service
@@ -108,37 +119,40 @@ def create_app(service: Service, session: Session, options: ServeOptions, extens
         await service.stop()
         api.close()
 
-    errors: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorBody, "description": text}
-        for status, text in {
-            400: "The request is invalid",
-            401: "The API key is missing or wrong",
-            404: "No such model or path",
-            413: "The body is too large",
-            429: "Too many requests are waiting",
-            500: "The answer failed",
-            503: "No requests are accepted at present",
-        }.items()
-    }
     app = FastAPI(
         title="stepjax",
         version=__version__,
         lifespan=lifespan,
         docs_url=None,  # these pages load scripts from other servers
         redoc_url=None,
-        responses=errors,
     )
     app.openapi = functools.partial(_document, app)
     _add_error_handlers(app)
-    for router in ROUTERS:
-        app.include_router(router(api))
-    for extension in extensions:
-        app.include_router(extension.router(api))
+    for router in (*ROUTERS, *(extension.router for extension in extensions)):
+        # Not include_router: FastAPI looks through the endpoints of an included router twice for each request.
+        app.router.routes.extend(router(api).routes)
     return _wrapped(app, options, extensions)
 
 
-def _has_endpoint(app: FastAPI, scope: Scope) -> bool:
-    return any(route.matches(scope)[0].name == "FULL" for route in app.routes)
+class TakenPaths:
+    """Whether an endpoint takes a request. What it found for a path is kept, since looking through all endpoints takes
+    as long as a short request.
+    """
+
+    MOST_PATHS, LONGEST = 1024, 100  # paths that are kept, and their characters
+
+    def __init__(self, routes: Sequence[Any]):
+        self._routes = routes
+        self._taken: set[tuple[str, str]] = set()
+
+    def __call__(self, scope: Scope) -> bool:
+        place = scope["method"], scope["path"]
+        if place in self._taken:
+            return True
+        taken = any(route.matches(scope)[0].name == "FULL" for route in self._routes)
+        if taken and len(place[1]) <= self.LONGEST and len(self._taken) < self.MOST_PATHS:
+            self._taken.add(place)
+        return taken
 
 
 def _wrapped(app: FastAPI, options: ServeOptions, extensions: Sequence[Extension]) -> App:
@@ -149,7 +163,7 @@ def _wrapped(app: FastAPI, options: ServeOptions, extensions: Sequence[Extension
     open_prefixes = tuple(prefix for extension in extensions for prefix in extension.open_prefixes)
     outer: App = HeadRequests(app)
     outer = PreparedRequests(outer, extensions, refuse) if extensions else outer
-    outer = StrictBodies(outer, refuse, has_endpoint=functools.partial(_has_endpoint, app), raw_paths=raw_paths)
+    outer = StrictBodies(outer, refuse, has_endpoint=TakenPaths(app.routes), raw_paths=raw_paths)
     outer = Access(outer, options.keys, refuse, open_prefixes=open_prefixes)
     outer = Failures(outer, refuse)
     if options.cors_origins:
@@ -177,11 +191,19 @@ def _document(app: FastAPI) -> dict[str, Any]:
     """The OpenAPI document, without FastAPI's 422: a body that does not validate gets a 400 here."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        error = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}
+        errors = {str(status): {"description": text, "content": error} for status, text in ERRORS.items()}
         for operations in document["paths"].values():
             for operation in operations.values():
                 operation["responses"].pop("422", None)
+                operation["responses"] = {**operation["responses"], **errors}
+        schemas = document["components"]["schemas"]
         for name in ("HTTPValidationError", "ValidationError"):
-            document["components"]["schemas"].pop(name, None)
+            schemas.pop(name, None)
+        for model in (ErrorBody, ErrorDetail):
+            schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+            schema.pop("$defs", None)
+            schemas[model.__name__] = schema
         app.openapi_schema = document
     return app.openapi_schema
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from stepjax.infer.engine.sequence import FinishReason
@@ -48,7 +50,8 @@ class ServerMetrics:
         self._prompt = self._counter("prompt_tokens", "Prompt tokens of accepted requests")
         self._generated = self._counter("generation_tokens", "Generated tokens")
         self._first = self._histogram("time_to_first_token_seconds", "From request to first token", _FIRST_S)
-        self._next = self._histogram("inter_token_latency_seconds", "Between the tokens of an answer", _NEXT_S)
+        self._next = _TokenIntervals(model)
+        self._registry.register(self._next)
         self._whole = self._histogram("e2e_request_latency_seconds", "From request to last token", _WHOLE_S)
         self._prompt_sizes = self._histogram("request_prompt_tokens", "Prompt tokens of a request", _TOKENS)
         self._sizes = self._histogram("request_generation_tokens", "Tokens of an answer", _TOKENS)
@@ -72,8 +75,7 @@ class ServerMetrics:
                 self._prompt_sizes.observe(progress.num_prompt)
                 progress.first_s = now
             else:
-                for _ in update.tokens:
-                    self._next.observe(since / len(update.tokens))
+                self._next.observe(since / len(update.tokens), len(update.tokens))
             progress.last_s = now
             progress.num_output += len(update.tokens)
             progress.num_cached = update.num_cached
@@ -92,6 +94,29 @@ class ServerMetrics:
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]):
         histogram = Histogram(f"{PREFIX}:{name}", text, ["model_name"], registry=self._registry, buckets=buckets)
         return histogram.labels(self._model)
+
+
+class _TokenIntervals(Collector):
+    """The histogram of times between the tokens of an answer. One of the library takes several times as long for each
+    token of each answer, and runs in the event loop.
+    """
+
+    def __init__(self, model: str):
+        self._model = model
+        self._counts, self._sum_s = [0] * (len(_NEXT_S) + 1), 0.0
+
+    def observe(self, seconds: float, times: int) -> None:
+        self._counts[bisect_left(_NEXT_S, seconds)] += times
+        self._sum_s += seconds * times
+
+    def collect(self) -> Iterator[Metric]:
+        family = HistogramMetricFamily(
+            f"{PREFIX}:inter_token_latency_seconds", "Between the tokens of an answer", labels=["model_name"]
+        )
+        bounds = [*(str(float(bound)) for bound in _NEXT_S), "+Inf"]
+        counts = itertools.accumulate(self._counts)
+        family.add_metric([self._model], list(zip(bounds, counts, strict=True)), self._sum_s)
+        yield family
 
 
 class _EngineCollector(Collector):

@@ -8,11 +8,11 @@ from stepjax.infer.serve.api import Api
 from stepjax.infer.serve.bodies import PARSED
 from stepjax.infer.serve.middleware import ApiKeys, Scope
 from stepjax.train.service.registry import SCHEME
-from stepjax.train.service.routes.calls import RAW_PATHS, calls_router
-from stepjax.train.service.routes.files import FILES_PREFIX, files_router
+from stepjax.train.service.routes.calls import RAW_PATHS, add_calls
+from stepjax.train.service.routes.files import FILES_PREFIX, add_files
 from stepjax.train.service.routes.reading import owner_of_scope
-from stepjax.train.service.routes.records import records_router
-from stepjax.train.service.routes.sessions import sessions_router
+from stepjax.train.service.routes.records import add_records
+from stepjax.train.service.routes.sessions import add_sessions
 from stepjax.train.service.training_service import TrainingService
 
 
@@ -29,8 +29,8 @@ class TrainingExtension:
     def router(self, api: Api) -> APIRouter:
         self._keys = api.options.keys
         routes = APIRouter(prefix="/api/v1", tags=["Tinker"])
-        for part in (sessions_router, calls_router, records_router, files_router):
-            routes.include_router(part(self.service, api.options.keys))
+        for add in (add_calls, add_sessions, add_records, add_files):  # the calls first: they come most often
+            add(routes, self.service, api.options.keys)
         return routes
 
     async def prepare(self, scope: Scope) -> None:

@@ -44,15 +44,13 @@ RAW_PATHS = frozenset(("/api/v1/forward_backward", "/api/v1/forward"))
 JSON_TYPE = "application/json"
 
 
-def calls_router(service: TrainingService, keys: ApiKeys) -> APIRouter:
-    """The endpoints."""
-    routes = APIRouter()
+def add_calls(routes: APIRouter, service: TrainingService, keys: ApiKeys) -> None:
+    """Add the endpoints."""
+    _add_polls(routes, service, keys)
+    _add_samples(routes, service, keys)
     _add_passes(routes, service, keys)
     _add_model_calls(routes, service, keys)
     _add_models(routes, service, keys)
-    _add_samples(routes, service, keys)
-    _add_polls(routes, service, keys)
-    return routes
 
 
 def _add_passes(routes: APIRouter, service: TrainingService, keys: ApiKeys) -> None:

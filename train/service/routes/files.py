@@ -26,9 +26,9 @@ SIGNED_S = 3600
 SERVED = (CONFIG, WEIGHTS)  # a PEFT folder
 
 
-def files_router(service: TrainingService, keys: ApiKeys) -> APIRouter:
-    """The endpoints."""
-    routes, registry = APIRouter(), service.shared.registry
+def add_files(routes: APIRouter, service: TrainingService, keys: ApiKeys) -> None:
+    """Add the endpoints."""
+    registry = service.shared.registry
 
     def signature(path: str, file: str, expires: int) -> str:
         return hmac.new(service.url_key, f"{path}\0{file}\0{expires}".encode(), hashlib.sha256).hexdigest()
@@ -61,5 +61,3 @@ def files_router(service: TrainingService, keys: ApiKeys) -> APIRouter:
         if not await asyncio.to_thread(target.is_file):
             raise not_found("file")
         return FileResponse(target, media_type="application/octet-stream", filename=file)
-
-    return routes

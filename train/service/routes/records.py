@@ -19,12 +19,10 @@ from stepjax.train.service.training_service import TrainingService
 from stepjax.train.service.wire.tensors import bad
 
 
-def records_router(service: TrainingService, keys: ApiKeys) -> APIRouter:
-    """The endpoints."""
-    routes = APIRouter()
+def add_records(routes: APIRouter, service: TrainingService, keys: ApiKeys) -> None:
+    """Add the endpoints."""
     _add_runs(routes, service, keys)
     _add_checkpoints(routes, service, keys)
-    return routes
 
 
 def _add_runs(routes: APIRouter, service: TrainingService, keys: ApiKeys) -> None:

@@ -17,9 +17,8 @@ from stepjax.train.service.wire.calls import has_zstd
 from stepjax.train.service.wire.tensors import bad
 
 
-def sessions_router(service: TrainingService, keys: ApiKeys) -> APIRouter:
-    """The endpoints."""
-    routes = APIRouter()
+def add_sessions(routes: APIRouter, service: TrainingService, keys: ApiKeys) -> None:
+    """Add the endpoints."""
     registry = service.shared.registry
 
     @routes.get("/healthz")
@@ -114,8 +113,6 @@ def sessions_router(service: TrainingService, keys: ApiKeys) -> APIRouter:
                 "display_name": row.about.get("display_name"),
             }
         )
-
-    return routes
 
 
 def page_of(request: Request, default: int) -> tuple[int, int]:
