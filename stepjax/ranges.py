@@ -22,7 +22,7 @@ class Range:
     Example:
       >>> from stepjax.ranges import Range
       >>> Range(1, 100, zero="off").describe(whole=True)
-      '0 (off) or a whole number from 1 to 100'
+      '0 (off) or an integer from 1 to 100'
     """
 
     least: float | None = None
@@ -52,7 +52,7 @@ class Range:
             bounds.append(f"below {_digits(self.below)}")
         elif self.most is not None and self.least is None:
             bounds.append(f"of at most {_digits(self.most)}")
-        text = f"a {'whole ' if whole else ''}number {' and '.join(bounds)}".rstrip()
+        text = f"{'an integer' if whole else 'a number'} {' and '.join(bounds)}".rstrip()
         if not self.zero:
             return text
         return f"{text}, 0: {self.zero}" if 0 in dataclasses.replace(self, zero="") else f"0 ({self.zero}) or {text}"

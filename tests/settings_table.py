@@ -83,7 +83,7 @@ def values(annotation: Any) -> str:
     """The values that a setting can have, in words."""
     limits, inner = range_of(annotation), get_args(annotation)
     if limits:
-        return limits[0].describe(whole=limits[1]).removeprefix("a ")
+        return limits[0].describe(whole=limits[1]).removeprefix("a ").removeprefix("an ")
     origin = get_origin(annotation)
     if origin is Literal:
         return ", ".join(f"`{toml(value)}`" for value in inner)

@@ -157,7 +157,7 @@ def one_device(form: str, slots: int, quantized: bool) -> Any:
     [
         ("shared_outer", "expert=4,tensor=2", "expert_tensor", 16, True, 1, False),  # rows travel to their experts
         ("per_expert", "expert=2,tensor=2,data=2", "expert", 1024, False, 2, False),  # replicated, one for a sequence
-        ("shared_outer", "expert=4,data=2", "expert", 16, True, 2, True),  # slots travel; whole numbers do not learn
+        ("shared_outer", "expert=4,data=2", "expert", 16, True, 2, True),  # slots travel; integers do not learn
         ("shared_outer", "expert=2,tensor=2,data=2", "fsdp", 16, False, 1, False),  # factors in pieces, gathered
         ("per_expert", "data=2,tensor=2", "wide_data", 1024, False, 2, True),  # slots of other sequences arrive
         ("shared_outer", "expert=2,tensor=2", "wide", 1024, True, 2, False),

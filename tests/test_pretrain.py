@@ -354,7 +354,7 @@ def test_the_shipped_recipe_reads():
     ("text", "message"),
     [
         ("sped = 3", "sped is not a setting"),
-        ("steps = 'many'", "steps: is 'many', expected a whole number from 1"),
+        ("steps = 'many'", "steps: is 'many', expected an integer from 1"),
         ("steps = true", "steps: is True"),
         ("keep = [1.5]", "keep"),
         ("model = 'llama'", "model: is 'llama'"),

@@ -133,7 +133,7 @@ def test_numbers_in_tables_have_ranges(kind, value):
 
 
 def test_numbers_in_lists_have_ranges():
-    with pytest.raises(ConfigError, match="keep: is 0, expected a whole number from 1"):
+    with pytest.raises(ConfigError, match="keep: is 0, expected an integer from 1"):
         PretrainConfig(keep=(0,))
     with pytest.raises(ConfigError, match="keep: has 9999, expected steps from 1 to steps = 2800"):
         PretrainConfig(keep=(9999,))
@@ -142,8 +142,8 @@ def test_numbers_in_lists_have_ranges():
 @pytest.mark.parametrize(
     ("limits", "whole", "words"),
     [
-        (Range(1, 10**6), True, "a whole number from 1 to 1,000,000"),
-        (Range(0, 10, zero="never"), True, "a whole number from 0 to 10, 0: never"),
+        (Range(1, 10**6), True, "an integer from 1 to 1,000,000"),
+        (Range(0, 10, zero="never"), True, "an integer from 0 to 10, 0: never"),
         (Range(1e-6, 10, zero="off"), False, "0 (off) or a number from 1e-06 to 10"),
         (Range(above=0, below=1), False, "a number above 0 and below 1"),
         (Range(above=0, most=2), False, "a number above 0 and of at most 2"),

@@ -58,7 +58,7 @@ def test_settings_survive_the_file(tmp_path):
     ("text", "message"),
     [
         ("[optim]\nsped = 3", "optim.sped is not a setting; there are steps, epochs, lr"),
-        ("[optim]\nsteps = 1.5", "optim.steps: is 1.5, expected a whole number from 1 to"),
+        ("[optim]\nsteps = 1.5", "optim.steps: is 1.5, expected an integer from 1 to"),
         ("[optim]\nsteps = 0", "optim.steps: is 0"),
         ("optim = 3", "optim: is 3, expected a OptimSettings"),
         ("[loss]\nobjective = 'kl'", "loss.objective: is 'kl', expected one of 'exact'"),

@@ -159,11 +159,11 @@ def test_environments_with_reset_and_step(session):
     settings = DataSettings(kind="environment", environment=own("make_counter"))
     turns = [said("I take 2"), said("none"), said("9"), said("1"), said("1"), said("1")]
     prompt, replies, reward = play(session, settings, *turns)
-    assert prompt.messages[0]["content"] == "Answer each message with one whole number from 1 to 3."
+    assert prompt.messages[0]["content"] == "Answer each message with one integer from 1 to 3."
     left = json.loads(prompt.messages[1]["content"])[0]
     assert replies[0] == [{"role": "user", "content": f"[{left - 2}]"}]
-    assert replies[1][0]["content"] == "Error: expected one whole number from 1 to 3"
-    assert replies[2][0]["content"] == "Error: '9' is no action, expected one whole number from 1 to 3"
+    assert replies[1][0]["content"] == "Error: expected one integer from 1 to 3"
+    assert replies[2][0]["content"] == "Error: '9' is no action, expected one integer from 1 to 3"
     assert reward["total"] == 1
 
 
@@ -345,7 +345,7 @@ def test_the_real_gymnasium(session):
     )
     prompt, replies, reward = play(session, settings, said("1"), said("1"), said("7"))
     assert [message["content"] for message in prompt.messages] == [
-        "Answer each message with one whole number from 0 to 3.",
+        "Answer each message with one integer from 0 to 3.",
         "0",
     ]
     assert [reply[0]["content"] for reply in replies[:2]] == ["4", "8"]

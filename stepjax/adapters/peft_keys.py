@@ -163,17 +163,17 @@ KEYS: Mapping[str, Key] = {
     "megatron_core": _TEXT,  # used with megatron_config only
     "megatron_config": _unset("save the adapter from a model that Megatron has not split"),
     # The scale of each pair of factors.
-    "r": Key("a positive whole number", _is_rank),
+    "r": Key("a positive integer", _is_rank),
     "lora_alpha": Key("a positive number", is_number),
     "use_rslora": Key("a bool", _is_optional(bool)),
-    "rank_pattern": Key("a table of positive whole numbers by pattern", _is_table(_is_rank)),
+    "rank_pattern": Key("a table of positive integers by pattern", _is_table(_is_rank)),
     "alpha_pattern": Key("a table of positive numbers by pattern", _is_table(is_number)),
     # Which weights have factors. stepjax.adapters.peft_config compares them with the tensors.
     "target_modules": _NAMES,
     "exclude_modules": _NAMES,
     "target_parameters": Key("a list of names or null", lambda value: value is None or _is_list(value, str)),
     "layers_to_transform": Key(
-        "whole numbers or null",
+        "integers or null",
         lambda value: value is None or _is_list(value, int) or (isinstance(value, int) and not isinstance(value, bool)),
     ),
     "layers_pattern": _NAMES,
@@ -185,9 +185,7 @@ KEYS: Mapping[str, Key] = {
     "use_dora": _flag("DoRA is not supported; " + _MERGE),
     "lora_bias": _flag("biases beside B are not supported; train it without"),
     "use_qalora": _flag("QALoRA is not supported; " + _MERGE),
-    "qalora_group_size": Key(
-        "a whole number, which has no effect here", _is_optional(int)
-    ),  # used with use_qalora only
+    "qalora_group_size": Key("an integer, which has no effect here", _is_optional(int)),  # used with use_qalora only
     "alora_invocation_tokens": _unset("aLoRA is on from certain tokens only; " + _RETRAIN),
     "trainable_token_indices": _unset("trained rows of the embedding are not LoRA; " + _MERGE),
     "layer_replication": _unset("it is an adapter of a model with more layers; " + _MERGE),

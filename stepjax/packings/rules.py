@@ -244,7 +244,7 @@ def _named_groups(settings: Mapping[str, Any], where: str = "quantization_config
 
 
 def _count(value: Any) -> int | None:
-    """A whole number, which some tools write as text."""
+    """An integer, which some tools write as text."""
     if isinstance(value, str) and value.strip().isdigit() and value.isascii() and len(value) < 5:
         return int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else None

@@ -155,7 +155,7 @@ class GgufBlocks(ExpertFormat):
         return _SAME.get(self.type_name, self)
 
     def refined(self, columns: int) -> ExpertFormat:
-        """`held` with smaller units. Of types with several groups in a block: whole numbers with scales in float32."""
+        """`held` with smaller units. Of types with several groups in a block: integers with scales in float32."""
         layout = self.layout
         if columns < 2:
             return self

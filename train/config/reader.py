@@ -18,8 +18,8 @@ from stepjax.whole_file import write_whole
 
 T = TypeVar("T")
 
-_NOUNS = {str: "text", bool: "true or false", int: "whole number", float: "number"}
-_PLURALS = {"text": "texts", "number": "numbers", "whole number": "whole numbers"}
+_NOUNS = {str: "text", bool: "true or false", int: "integer", float: "number"}
+_PLURALS = {"text": "texts", "number": "numbers", "integer": "integers"}
 
 
 def read_settings(
@@ -153,10 +153,18 @@ def _name(kind: Any) -> str:
     if origin is Annotated:
         return _name(inner[0])
     if origin in (Union, types.UnionType):
-        return "a " + " or ".join(_name(option).removeprefix("a ") for option in inner)
+        return _with_article(" or ".join(_bare(_name(option)) for option in inner))
     if origin is Literal:
         return "one of " + ", ".join(map(repr, inner))
     if origin in (tuple, dict):
-        entries = _name(inner[0] if origin is tuple else inner[1]).removeprefix("a ")
+        entries = _bare(_name(inner[0] if origin is tuple else inner[1]))
         return f"a {'list' if origin is tuple else 'table'} of {_PLURALS.get(entries, entries)}"
-    return f"a {_NOUNS.get(kind, getattr(kind, '__name__', kind))}"
+    return _with_article(_NOUNS.get(kind, getattr(kind, "__name__", str(kind))))
+
+
+def _with_article(noun: str) -> str:
+    return f"an {noun}" if noun.startswith("integer") else f"a {noun}"
+
+
+def _bare(noun: str) -> str:
+    return noun.removeprefix("a ").removeprefix("an ")

@@ -38,7 +38,7 @@ class SteppedSession:
     """One episode. The reward is the sum over its steps.
 
     The object may have ``to_action(turn)`` and ``to_text(observation)``, which say how text becomes an action and an
-    observation text. Without them an action is the whole text, or what ``action_space`` needs: a whole number for a
+    observation text. Without them an action is the whole text, or what ``action_space`` needs: an integer for a
     discrete space, JSON for the others.
     """
 
@@ -168,7 +168,7 @@ def _instructions(space: Any) -> str:
 def _described(space: Any) -> str:
     if hasattr(space, "n") and np.ndim(space.n) == 0:
         start = int(getattr(space, "start", 0))
-        return f"one whole number from {start} to {start + int(space.n) - 1}"
+        return f"one integer from {start} to {start + int(space.n) - 1}"
     return f"a JSON value in {space}"
 
 

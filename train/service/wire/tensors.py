@@ -156,7 +156,7 @@ def _listed(name: str, value: Any, dtype: Any) -> np.ndarray:
     whole = dtype is np.int64
     for item in value:
         if isinstance(item, bool) or not isinstance(item, int if whole else int | float):
-            # A client writes whole numbers of a float tensor as integers, and some write ids as 3.0.
+            # A client writes integers of a float tensor as integers, and some write ids as 3.0.
             if whole and isinstance(item, float) and item.is_integer():
                 continue
             raise bad(name, f"holds {str(item)[:80]!a}, expected {'integers' if whole else 'numbers'}")
