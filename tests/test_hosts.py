@@ -151,17 +151,18 @@ def test_two_checkpoints_are_compared_by_two_processes(folder, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.parametrize("strategy", ["expert_tensor", "wide"])
-def test_an_engine_that_the_others_follow_answers_as_one_device(folder, tmp_path, strategy):
-    """Orders, announced compilations, preemptions, snapshots, sampling rules and masks reach the other process, and
-    each keeps its own part of what goes to host memory.
+@pytest.mark.parametrize(("strategy", "slots"), [("expert_tensor", ()), ("wide", ()), ("wide", (16,))])
+def test_an_engine_that_the_others_follow_answers_as_one_device(folder, tmp_path, strategy, slots):
+    """Orders, announced compilations, preemptions, snapshots, sampling rules, masks and moves of experts reach the
+    other process, and each keeps its own part of what goes to host memory.
     """
-    outs = together("answer", folder, "expert=4,tensor=2", strategy, cwd=tmp_path)
+    outs = together("answer", folder, "expert=4,tensor=2", strategy, *slots, cwd=tmp_path)
     first, second = (out.splitlines()[-1] for out in outs)
     found = json.loads(first)  # after what gloo says
     assert second == "followed"
     assert found["preemptions"] > 0
     assert found["loaded"] > 0 or strategy == "wide"  # whose four shards keep the pages
+    assert (found["moved"] > 0) == bool(slots)
     session = load(folder, dtype="float32")
     config = EngineConfig(num_slots=1, context=128, speculate=0, num_snapshots=0, widths=(32,), token_budget=32)
     engine = Engine(session, config)

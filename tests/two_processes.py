@@ -1,7 +1,7 @@
 """Run as ``two_processes.py PORT PROCESS TASK ...``: one of two processes that do a task and print JSON.
 
 load FOLDER MESH          what loading read, and what this process must hold
-answer FOLDER MESH WAY    the answers of an engine that process 0 leads, by a strategy
+answer FOLDER MESH WAY [SLOTS]  the answers of an engine that process 0 leads, by a strategy; experts move between SLOTS
 scores                    what a scorer that only process 0 has gives, and its error
 chances FILE              what rewards and an environment of FILE give that draw random numbers
 restore FOLDER BASE MESH  how many weights of a converted base differ from the folder it came from
@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from functools import partial
 from typing import Any
 
 import jax
@@ -117,16 +118,19 @@ def report(folder: str, mesh: str) -> int:
     return 0
 
 
-def serve(folder: str, mesh: str, strategy: str) -> int:
+def serve(folder: str, mesh: str, strategy: str, slots: str = "") -> int:
     """`requests` in a cache too small for all of them: the answers by id, on process 0."""
+    from stepjax.infer.balanced_engine import BalancedConfig, BalancedEngine
     from stepjax.infer.engine.config import EngineConfig
-    from stepjax.infer.engine.engine import open_engine
+    from stepjax.infer.engine.engine import Engine, open_engine
     from stepjax.infer.load import load
     from stepjax.infer.sampling.params import SamplingParams
 
-    session = load(folder, dtype="float32", mesh=mesh, strategy=strategy)
+    places: dict[str, Any] = {"expert_slots": int(slots)} if slots else {}
+    session = load(folder, dtype="float32", mesh=mesh, strategy=strategy, **places)
     shards = session.model.layout.together().num_shards
-    config = EngineConfig(
+    make: Any = partial(BalancedConfig, move_every=3) if slots else EngineConfig
+    config = make(
         num_slots=3 * shards,
         context=64,
         num_pages=11 * shards,
@@ -137,7 +141,7 @@ def serve(folder: str, mesh: str, strategy: str) -> int:
         num_snapshots=4 * shards,
         host_cache_bytes=2**26,
     )
-    engine = open_engine(session, config, host="localhost")
+    engine = open_engine(session, config, host="localhost", kind=BalancedEngine if slots else Engine)
     if engine is None:
         print("followed")
         return 0
@@ -151,7 +155,8 @@ def serve(folder: str, mesh: str, strategy: str) -> int:
     session.grammars.close()
     admission = engine.scheduler.admission
     loaded = admission.prefix.host.stats.loaded_pages
-    print(json.dumps({"answers": answers, "preemptions": admission.num_preemptions, "loaded": loaded}))
+    counts = {"preemptions": admission.num_preemptions, "loaded": loaded, "moved": engine.stats.expert_slots_written}
+    print(json.dumps({"answers": answers, **counts}))
     return 0
 
 
