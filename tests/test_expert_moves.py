@@ -138,7 +138,8 @@ def test_what_cannot_move_is_refused(session):
         dataclasses.replace(BALANCED, deterministic=True, num_snapshots=0)
 
 
-BALANCED = BalancedConfig(**dataclasses.asdict(ENGINE) | {"move_every": 4, "num_snapshots": 4})
+SETTINGS: dict[str, Any] = dataclasses.asdict(ENGINE) | {"move_every": 4, "num_snapshots": 4}
+BALANCED = BalancedConfig(**SETTINGS)
 
 
 @pytest.mark.slow
