@@ -67,13 +67,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--expert-slots",
         type=int,
         metavar="S",
-        help="places for experts on a mesh; the busiest take those beyond their number (default: one each)",
+        help="slots for experts on a mesh; those beyond one each hold copies of the busiest experts (default: one each)",
     )
     parser.add_argument(
         "--expert-loads",
         type=Path,
         metavar="FILE.json",
-        help="how often each expert is chosen, from score --record-loads, to spread them (default: all alike)",
+        help="file of score --record-loads: how often each expert is chosen, to place experts by load (default: all equally often)",
     )
     parser.add_argument(
         "--layers",
@@ -112,12 +112,12 @@ def add_dispatch_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dispatch-halves",
         action="store_true",
-        help="send the halves of a step's tokens one by one, beside each other's products (default: no)",
+        help="send a step's tokens to the experts in two halves, each while the other is computed (default: no)",
     )
     parser.add_argument(
         "--dispatch-ragged",
         action="store_true",
-        help="send no empty rows, by XLA's ragged exchange; a CPU, which has none, gathers them (default: no)",
+        help="send no empty rows, with XLA's ragged all-to-all; CPUs do not have it and gather all rows (default: no)",
     )
 
 
@@ -151,7 +151,7 @@ def add_mtp_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mtp-from",
         metavar="OTHER",
-        help="checkpoint of the same base whose MTP layers are taken, for one that has none (default: its own)",
+        help="checkpoint of the same base to take MTP layers from, if --model has none (default: its own)",
     )
 
 

@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     forms.add_argument(
         "--experts",
         choices=tuple(name for name, format in FORMATS.items() if format.spelled or name in FORMS),
-        help="form of the routed experts, with other quantised weights left as they are; what has 8 or 4 bits without "
-        "being fp8 is written as by --form (default: none)",
+        help="format of the routed experts, with other quantised weights left as they are; int8 and int4 are the same as "
+        "with --form (default: none)",
     )
     parser.add_argument(
         "--group",
@@ -49,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibrate",
         type=Path,
         metavar="DATA",
-        help="round --form int4 or int8 by what experts are given: a .json file with lists of token ids, or text; "
-        "the folder holds its distance to SRC as quantisation.json (default: round to nearest)",
+        help="round --form int4 or int8 by the inputs that experts get from DATA, a .json file with lists of token ids or "
+        "a text; writes the distance to SRC as quantisation.json (default: round to nearest)",
     )
     parser.add_argument(
         "--budget",
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mtp-from",
         metavar="OTHER",
-        help="checkpoint of the same base whose MTP layers are written, for one that has none (default: its own)",
+        help="checkpoint of the same base to take MTP layers from, if SRC has none (default: its own)",
     )
     add_size(parser)
 

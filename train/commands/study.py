@@ -42,7 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_dispatch_arguments(parser)
     parser.add_argument(
-        "--expert-slots", type=int, metavar="S", help="places for experts, some of them twice (default: one each)"
+        "--expert-slots",
+        type=int,
+        metavar="S",
+        help="slots for experts; those beyond one each hold copies (default: one each)",
     )
     parser.add_argument("--devices", type=int, metavar="N", help="number of devices (default: as many as the mesh has)")
     parser.add_argument(
