@@ -67,13 +67,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--expert-slots",
         type=int,
         metavar="S",
-        help="slots for experts on a mesh; those beyond one each hold copies of the busiest experts (default: one each)",
+        help="slots for experts on a mesh; more than one each hold copies of the busiest (default: one each)",
     )
     parser.add_argument(
         "--expert-loads",
         type=Path,
         metavar="FILE.json",
-        help="file of score --record-loads: how often each expert is chosen, to place experts by load (default: all equally often)",
+        help="how often each expert is chosen, from score --record-loads, to place experts (default: all equally often)",
     )
     parser.add_argument(
         "--layers",

@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     forms.add_argument(
         "--experts",
         choices=tuple(name for name, format in FORMATS.items() if format.spelled or name in FORMS),
-        help="format of the routed experts, with other quantised weights left as they are; int8 and int4 are the same as "
-        "with --form (default: none)",
+        help="format of the routed experts, with other quantised weights left as they are; int8, int4, nvfp4 and mxfp4 "
+        "are the same as with --form (default: none)",
     )
     parser.add_argument(
         "--group",
@@ -49,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibrate",
         type=Path,
         metavar="DATA",
-        help="round --form int4 or int8 by the inputs that experts get from DATA, a .json file with lists of token ids or "
-        "a text; writes the distance to SRC as quantisation.json (default: round to nearest)",
+        help="round --form int4 or int8 by the inputs that experts get from DATA, a .json file with lists of token ids "
+        "or a text; writes the distance to SRC as quantisation.json (default: round to nearest)",
     )
     parser.add_argument(
         "--budget",
