@@ -3,7 +3,7 @@
     python benchmarks/distillation.py --runs runs/distillation --json benchmarks/results/distillation.json
     python benchmarks/distillation_report.py benchmarks/results/distillation.json
 
-Takes about an hour on one core; what is finished stays, and the same command goes on. Each run is one that a user can
+Takes about an hour on one core; what is finished stays, and the same command continues. Each run is one that a user can
 start: its command stands beside its results.
 
 Fixed before the first run:

@@ -3,8 +3,8 @@
     python benchmarks/recovery.py --runs runs/recovery --json benchmarks/results/recovery.json
     python benchmarks/recovery_report.py benchmarks/results/recovery.json
 
-Takes about two hours on one core. Finished runs stay in the file, and the same command goes on. Each run is one that a
-user can start: its command stands beside its results.
+Takes about two hours on one core. Finished runs stay in the file, and the same command continues. Each run is one that
+a user can start: its command is beside its results.
 
 Fixed before the first run:
 

@@ -40,7 +40,7 @@ def save_tree(path: Path | str, tree: Any, *, about: Mapping[str, Any] | None = 
     """
     path = Path(path).absolute()
     if path.exists() and not (overwrite and _is_checkpoint(path)):
-        what = "a checkpoint" if _is_checkpoint(path) else "something that is no checkpoint"
+        what = "a checkpoint" if _is_checkpoint(path) else "something that is not a checkpoint"
         raise CheckpointError(f"{path}: there is {what} already; choose another name, or overwrite a checkpoint")
     quiet_orbax()
     try:

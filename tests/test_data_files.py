@@ -102,7 +102,7 @@ def test_a_torn_archive_is_named_where_it_ends(tmp_path):
         (b'[{"prompt": "a"},\n{"prompt": "b]", "c: 1},\n{"prompt": 2}\n]', ["2: not readable as JSON"]),
         (b'[{"prompt": "a"},\n{"prompt": }, {"prompt": 3}]', ["2: not readable", "2: prompt is 3"]),
         (b'[{"prompt": "a"},\n', ["2: the file ends inside its array"]),
-        (b'[{"prompt": "a"}] \n\n x', ["3: the file goes on after the end"]),
+        (b'[{"prompt": "a"}] \n\n x', ["3: the file continues after the end"]),
         (b'[{"prompt": "\xff"}]', ["1: not valid UTF-8"]),
         (b"[]", ["1: the file holds no rows"]),
         (b"", ["1: the file holds no rows"]),

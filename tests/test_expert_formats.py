@@ -202,7 +202,7 @@ def test_the_folder_s_sizes_are_used(monkeypatch, folder, tmp_path):
     [
         ({"name": "nothing"}, "quantization_config.name: is 'nothing', expected one of bf16"),
         ({"name": ["half"]}, "quantization_config.name: is "),
-        ({"name": "int4", "columns": "32"}, "quantization_config.columns: is '32', which is no size of int4"),
+        ({"name": "int4", "columns": "32"}, "quantization_config.columns: is '32', which is not a size of int4"),
         ({"name": "int4", "columns": True}, "quantization_config.columns: is True"),
         ({"name": "int4", "width": 32}, "quantization_config.width: is 32"),
         ({"name": "int8"}, "is F16, expected I8 since it has scales"),

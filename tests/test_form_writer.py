@@ -178,7 +178,7 @@ def test_a_run_that_was_ended_goes_on(folder, tmp_path):
     assert len(finished) > 2
     assert not (tmp_path / "out").exists()
     write_form(tmp_path / "out", source, form, max_shard_bytes=100_000, say=said.append)
-    assert f"going on with {len(finished)} of" in said[0]
+    assert f"continuing with {len(finished)} of" in said[0]
     for name, time in finished.items():
         assert (tmp_path / "out" / name).stat().st_mtime_ns == time
     for path in (tmp_path / "whole").iterdir():

@@ -160,9 +160,9 @@ def test_what_cannot_be_written_leaves_nothing(folder, tmp_path, capsys, monkeyp
     assert convert(folder, target, "q4_k") == 1
     assert "rows of 64 values, expected a multiple of blocks of 256" in capsys.readouterr().err
     assert convert(folder, target, "int4") == 1
-    assert f"--form int4: is no form of a .gguf file, expected one of {', '.join(FORMS)}" in capsys.readouterr().err
+    assert f"--form int4: is not a form of a .gguf file, expected one of {', '.join(FORMS)}" in capsys.readouterr().err
     assert convert(folder, tmp_path / "folder", "q4_0") == 1
-    assert "--form q4_0: is no form of a folder" in capsys.readouterr().err
+    assert "--form q4_0: is not a form of a folder" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
     source = Checkpoint(folder)
     monkeypatch.setattr("stepjax.checkpoint.gguf.writer.shutil.disk_usage", lambda path: type("Disk", (), {"free": 9}))
@@ -214,7 +214,7 @@ def test_a_run_that_was_ended_goes_on(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Checkpoint, "read", counted)
     said: list[str] = []
     assert write_gguf(target, source, form="q4_0", say=said.append).read_bytes() == whole
-    assert "going on after" in said[0]
+    assert "continuing after" in said[0]
     assert "layers.1.moe.experts.up" not in paths
     assert paths[0] == "layers.2.moe.experts.gate"  # the last one that was there, which may have been cut
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf", "whole.gguf"]

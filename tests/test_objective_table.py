@@ -138,7 +138,7 @@ def test_an_objective_from_a_file_with_an_option_of_its_own(tmp_path):
         ('loss.objective="my_loss.py:Doubts"', r"has no 'Doubts'; it defines Doubt, Nameless\. Did you mean Doubt\?"),
         ('loss.objective="my_loss.py:Nameless"', "has no name and no verbs"),
         ('loss.objective="my_loss.py:OBJECT"', "expected a subclass of"),
-        ("loss.options.other=1", r"loss\.options\.other: is no option of objective 'doubt'; there are factor"),
+        ("loss.options.other=1", r"loss\.options\.other: is not an option of objective 'doubt'; there are factor"),
         ('loss.options.factor="much"', r"loss\.options\.factor: is 'much', expected float"),
         ("loss.options.factor=nan", r"loss\.options\.factor: is nan, expected a finite number"),
         ("loss.options.factor=-inf", r"loss\.options\.factor: is -inf, expected a finite number"),

@@ -101,7 +101,7 @@ def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_it_taken(tmp_pat
     said = capfd.readouterr().err
     assert said.count("\n") == 1, said
     assert said.startswith("stepjax: ")
-    assert "goes on from the checkpoint of step 2" in said
+    assert "continues from the checkpoint of step 2" in said
     assert (tmp_path / "damaged" / "4").is_dir()
 
 

@@ -133,7 +133,7 @@ def test_what_is_there_stays_unless_it_may_be_replaced(saved, tmp_path):
     save_tree(saved, {"a": np.ones((2, 3), np.float32), "b": TREE["b"]}, overwrite=True)
     assert (np.asarray(restore_tree(saved, like())["a"]) == 1).all()
     (tmp_path / "notes").mkdir()
-    with pytest.raises(CheckpointError, match="something that is no checkpoint"):
+    with pytest.raises(CheckpointError, match="something that is not a checkpoint"):
         save_tree(tmp_path / "notes", TREE, overwrite=True)
 
 

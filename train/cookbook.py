@@ -51,7 +51,9 @@ def _served_folder(model: str) -> str:
         raise ConfigError("folder: give the folder of the tokenizer, or set TINKER_BASE_URL to a server that names it")
     told = str(capabilities(url).get("tokenizer_id") or "")
     if not os.path.isdir(told):
-        raise ConfigError(f"folder: {url} names {told!r} for {model}, which is no folder here; give a copy as folder")
+        raise ConfigError(
+            f"folder: {url} names {told!r} for {model}, which is not a folder on this machine; give a copy as folder"
+        )
     return told
 
 

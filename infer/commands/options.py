@@ -73,7 +73,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--expert-loads",
         type=Path,
         metavar="FILE.json",
-        help="how often each expert is chosen, from score --record-loads, to place experts (default: all equally often)",
+        help="how often each expert is chosen, from score --record-loads, to place experts (default: all alike)",
     )
     parser.add_argument(
         "--layers",

@@ -201,7 +201,7 @@ class ChatRequest(SampledRequest):
     thinking: ThinkingSwitch | None = None
     reasoning: ReasoningOptions | None = None
     continue_final_message: bool | None = Field(
-        None, description="whether the answer goes on from the last message; null: if it is an assistant's text"
+        None, description="whether the answer continues the last message; null: if it is an assistant's text"
     )
     add_generation_prompt: bool | None = Field(None, description="true begins a new answer in any case")
     _client: ClientForm = PrivateAttr(default_factory=ClientForm)

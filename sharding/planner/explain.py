@@ -84,7 +84,7 @@ def provenance(calibration: Calibration | None) -> str:
     where = f" on {calibration.device}" if calibration.device else ""
     return (
         f"roofline with efficiencies of {len(calibration.points)} steps measured{where} ({', '.join(shares)}); nine of "
-        f"ten lie within a factor of {calibration.factor:.2f}"
+        f"ten are within a factor of {calibration.factor:.2f}"
     )
 
 

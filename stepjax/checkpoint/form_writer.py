@@ -89,7 +89,7 @@ def write_form(
         left = sum(tensor.num_bytes for name in files if name not in done for tensor in files[name])
         _check_free(folder, left)
         if done:
-            say(f"{folder}: going on with {len(done)} of {len(files)} files that an earlier run wrote")
+            say(f"{folder}: continuing with {len(done)} of {len(files)} files that an earlier run wrote")
         _write_files(target, plan, files, done, _Values(source, form, changed or {}, encode), progress)
         _write_small_files(target, source, form, files, companions or {})
         sync(target)
@@ -320,11 +320,11 @@ def _work_folder(folder: Path, fingerprint: str | None, say: Callable[[str], Non
             if not finished or not isinstance(error, OSError | KeyboardInterrupt) or fingerprint is None:
                 shutil.rmtree(work, ignore_errors=True)
             elif not isinstance(error, OSError):
-                say(f"{folder}: ended; finished files are kept in {work}, and the same command goes on with them")
+                say(f"{folder}: ended; finished files are kept in {work}, and the same command continues with them")
             raise
         shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
-        kept = f"; finished files are kept in {work}, and the same command goes on" if work.exists() else ""
+        kept = f"; finished files are kept in {work}, and the same command continues" if work.exists() else ""
         raise CheckpointError(f"{folder}: could not be written ({error}){kept}") from None
 
 

@@ -359,7 +359,7 @@ def check_target(folder: Path, *, overwrite: bool) -> None:
         raise CheckpointError(f"{folder}: is not empty; choose another folder, or ask to overwrite it")
     if not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"{folder}: is no checkpoint (it has no config.json) and is not overwritten; choose another folder"
+            f"{folder}: is not a checkpoint (it has no config.json) and is not overwritten; choose another folder"
         )
 
 

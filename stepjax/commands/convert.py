@@ -88,7 +88,7 @@ def _check_form(args: argparse.Namespace, *, into_file: bool) -> None:
     forms = GGUF_FORMS if into_file else FORMS
     if args.form not in forms and (args.form or into_file):
         raise RequestError(
-            f"--form {args.form}: is no form of {'a .gguf file' if into_file else 'a folder'}, expected one of "
+            f"--form {args.form}: is not a form of {'a .gguf file' if into_file else 'a folder'}, expected one of "
             f"{', '.join(forms)}"
         )
     if into_file and args.group is not None:

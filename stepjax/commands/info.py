@@ -68,7 +68,7 @@ def open_source(name_or_path: str) -> WeightSource | None:
     """
     path = _folder_of(Path(name_or_path).expanduser())
     if os.path.isfile(path / "adapter_config.json") and not os.path.isfile(path / "config.json"):
-        raise RequestError(f"{path}: is an adapter (adapter_config.json), not a model; name the model that it goes on")
+        raise RequestError(f"{path}: is an adapter (adapter_config.json), not a model; name its base model")
     if name_or_path in EMBEDDED and not os.path.isdir(path):
         path = resolve(name_or_path, weights=False)
     if os.path.isdir(path):

@@ -81,7 +81,7 @@ def named_in(settings: Mapping[str, Any]) -> ExpertFormat | None:
     usual = formats[0].describe()
     for key, value in sizes.items():
         if key not in usual or not _same_kind(value, usual[key]):
-            raise ConfigError(f"quantization_config.{key}: is {value!r}, which is no size of {formats[0].name}")
+            raise ConfigError(f"quantization_config.{key}: is {value!r}, which is not a size of {formats[0].name}")
     return formats[0].described(sizes)
 
 

@@ -107,7 +107,7 @@ class Caller:
         before = len(self._messages)
         same = [_said(message) for message in messages[:before]] == [_said(message) for message in self._messages]
         if not same or len(messages) <= before or messages[before]["role"] != "assistant":
-            raise RuntimeError("its next request changes earlier messages, but an episode can only go on from them")
+            raise RuntimeError("its next request changes earlier messages, but an episode can only continue from them")
         self._messages = messages
         return messages[before + 1 :]
 

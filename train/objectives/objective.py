@@ -231,7 +231,7 @@ class Objective:
         for name, value in settings.options.items():
             if name not in self.options:
                 there = f"there are {', '.join(self.options)}" if self.options else "it has none"
-                raise ConfigError(f"loss.options.{name}: is no option of objective {self.name!r}; {there}")
+                raise ConfigError(f"loss.options.{name}: is not an option of objective {self.name!r}; {there}")
             kind = type(self.options[name])
             if type(value) is not kind and not (kind is float and type(value) is int):
                 raise ConfigError(f"loss.options.{name}: is {shown(value)}, expected {kind.__name__}")

@@ -73,13 +73,13 @@ class Checkpoints:
             raise CheckpointError(
                 f"{self._folder / str(newest)}: the checkpoint is damaged ({reason})"
                 + ("; so are all before it" if len(damaged) > 1 else "")
-                + "; move it out of the folder to go on from the one before, or begin again in another folder"
+                + "; move it out of the folder to continue from the one before, or begin again in another folder"
             )
         self._set_aside(damaged)
         steps = self.steps
         names = ", ".join(f"{step} ({reason})" for step, reason in damaged.items())
         print(
-            f"stepjax: {self._folder}: damaged: {names}; moved to {self._out / 'damaged'}; the run goes on from the "
+            f"stepjax: {self._folder}: damaged: {names}; moved to {self._out / 'damaged'}; the run continues from the "
             f"checkpoint of step {steps[-1]}",
             file=sys.stderr,
         )
@@ -109,7 +109,7 @@ class Checkpoints:
         steps = [int(path.name) for path in self._folder.glob("[0-9]*") if path.name.isdecimal()]
         if not steps:
             return "there is no checkpoint yet"
-        return f"{self._folder / str(max(steps))} is the last one, from which the same command goes on"
+        return f"{self._folder / str(max(steps))} is the last one, from which the same command continues"
 
     def close(self) -> None:
         with contextlib.suppress(Exception):  # what failed was reported by `save`

@@ -183,7 +183,8 @@ def check_learned(config: TuneConfig, initial: Leaves, state: TuneState) -> None
     """TrainingError: the run is at its end, and no step has changed a leaf."""
     done = int(state.step)
     again = (
-        "Other settings need another run folder (--out); in this one, more optim.steps go on from the last checkpoint"
+        "Other settings need another run folder (--out); with more optim.steps this one continues from its last "
+        "checkpoint"
     )
     if done and not int(update_count(state.optimizer)):
         raise TrainingError(
@@ -479,7 +480,7 @@ class _Run:
             except Exception as error:  # of another package, whose errors have no common class
                 raise TrainingError(
                     f"run.{name}: does not take the numbers of step {record['step']} ({_first_line(error)}), which are "
-                    f"in metrics.jsonl; a run without run.{name} goes on"
+                    f"in metrics.jsonl; a run without run.{name} continues"
                 ) from None
 
     def _write_transcripts(self, step: int, rollouts: Sequence[Rollout]) -> None:

@@ -107,7 +107,7 @@ def write_gguf(
             done = _whole_tensors(partial, starts, plan)
             _check_room(path, total - (starts[done] if done else 0))
             if done:
-                say(f"{path}: going on after {done} of {len(plan)} tensors that an earlier run wrote")
+                say(f"{path}: continuing after {done} of {len(plan)} tensors that an earlier run wrote")
             with partial.open("r+b") as file:
                 file.seek(0)
                 file.write(header)
@@ -123,7 +123,7 @@ def write_gguf(
             os.replace(partial, path)
         sync(path.parent)
     except OSError as error:
-        kept = "; what was written is kept, and the same command goes on" if _partial_of(path).exists() else ""
+        kept = "; what was written is kept, and the same command continues" if _partial_of(path).exists() else ""
         raise CheckpointError(f"{path}: could not be written ({error}){kept}") from None
     return path
 

@@ -225,7 +225,7 @@ def _elements(words: str) -> tuple[list[tuple[int, int]], tuple[int, str] | None
             return spans, (place, wrong)
         place += 1
     rest = _after_spaces(words, place + 1)
-    return spans, (rest, "the file goes on after the end of its array of rows") if words[rest:] else None
+    return spans, (rest, "the file continues after the end of its array of rows") if words[rest:] else None
 
 
 def _after_spaces(words: str, place: int) -> int:
