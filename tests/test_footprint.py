@@ -163,9 +163,7 @@ def test_the_gpu_compiler_sends_what_is_planned(mesh, workload):
         ("expert=2,tensor=2", "wide", dataclasses.replace(DECODE, drafts=2)),
         ("data=2,expert=2", "wide_data", DECODE),
         ("expert=4", "wide", Workload("prefill", batch=4, context=1024, chunk=1024)),
-        ("expert=2,tensor=2", "wide", Workload("prefill", batch=4, context=1024, chunk=1024)),
         ("data=2,expert=2", "wide_data", Workload("prefill", batch=4, context=1024, chunk=1024)),
-        ("data=2,tensor=2", "wide_data", Workload("prefill", batch=4, context=1024, chunk=1024, drafts=1)),
     ],
 )
 def test_the_gpu_compiler_sends_what_is_planned_where_sequences_are_split(mesh, strategy, workload):
