@@ -43,10 +43,12 @@ def gpu_of(target: Target) -> Gpu | None:
     text = _description(target)
     capability = re.search(r"cuda_compute_capability \{([^}]*)\}", text)
     cores = re.search(r"core_count: (\d+)", text)
+    name = re.search(r'  name: "([^"]+)"', text)
     assert capability, f"{target}.txtpb has no capability"
     assert cores, f"{target}.txtpb has no cores"
+    assert name, f"{target}.txtpb has no name"
     numbers = dict(re.findall(r"(major|minor): (\d+)", capability[1]))
-    return Gpu((int(numbers["major"]), int(numbers.get("minor", 0))), int(cores[1]))
+    return Gpu((int(numbers["major"]), int(numbers.get("minor", 0))), int(cores[1]), name[1])
 
 
 def want_virtual_devices(count: int) -> None:

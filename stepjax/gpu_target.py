@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -27,6 +28,7 @@ class Gpu(NamedTuple):
 
     capability: tuple[int, int]  # CUDA compute capability, (9, 0) for Hopper
     cores: int  # multiprocessors
+    name: str = ""  # as its driver says, such as "NVIDIA H200"
 
 
 _COMPILED_FOR: ContextVar[Gpu | None] = ContextVar("compiled_for", default=None)
@@ -50,9 +52,19 @@ def compiling_for(absent: Gpu | None) -> Iterator[None]:
     """
     token = _COMPILED_FOR.set(absent)
     try:
-        yield
+        with _pallas_target(absent):
+            yield
     finally:
         _COMPILED_FOR.reset(token)
+
+
+def _pallas_target(absent: Gpu | None) -> contextlib.AbstractContextManager[Any]:
+    """Tells Pallas which GPU its kernels are for. jax 0.12 asks by name; 0.10 takes the one that is compiled for."""
+    kind: Any = jax.sharding.AbstractDevice
+    if absent is None or not absent.name or "platform" not in inspect.signature(kind).parameters:
+        return contextlib.nullcontext()
+    device = kind(device_kind=absent.name, num_cores=absent.cores, platform="gpu")
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
 
 
 def kernel_choice() -> str:

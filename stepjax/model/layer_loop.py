@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from stepjax.model.cache import CacheView, Chunk
+from stepjax.model.gradient_order import with_layer_gradients
 from stepjax.model.layout import Layout
 from stepjax.model.period import Period
 from stepjax.weights.adapted import Adapted
@@ -72,7 +73,9 @@ def run_looped(
                 recorded = jax.lax.dynamic_index_in_dim(recorded_BTLA, at, axis=2, keepdims=False)
 
             def run(x: jax.Array, cache: CacheView | None, recorded: jax.Array | None, graph=graph, state=state) -> Any:
-                block = nnx.merge(graph, _cut(state, index, layout))
+                held = _cut(state, index, layout)
+                x, held = (x, held) if caches else with_layer_gradients(x, held)
+                block = nnx.merge(graph, held)
                 return block(x, dataclasses.replace(chunk, layer=index), cache, recorded)
 
             with jax.named_scope(f"loop_{place}"):

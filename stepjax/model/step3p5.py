@@ -5,7 +5,7 @@ At the end of the file: making a model, and the flat table of its parameters tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from stepjax.config import LayerSpec, ModelConfig
 from stepjax.model.attention import Attention
 from stepjax.model.cache import Cache, CacheView, Chunk
+from stepjax.model.gradient_order import has_adapters, with_layer_gradients
 from stepjax.model.layer_loop import run_looped, stacked_blocks
 from stepjax.model.layers import Embed, Linear, RMSNorm, SwiGLU
 from stepjax.model.layout import Layout, SingleDevice
@@ -174,7 +175,8 @@ class Step3p5(nnx.Module):
                 continue
             recorded = None if recorded_BTLA is None or not layer.is_moe else recorded_BTLA[:, :, len(expert_ids)]
             with jax.named_scope(f"layer_{i}"):
-                run = jax.checkpoint(layer) if recompute else layer
+                run = layer if cache else _apart(layer)
+                run = jax.checkpoint(run) if recompute else run
                 x, view, ids = run(x, chunk, next(caches, None), recorded)
             views.append(view)
             expert_ids += [] if ids is None else [ids]
@@ -259,6 +261,19 @@ def bind(model: Step3p5, params: Params) -> Step3p5:
     graph, state = nnx.split(model)
     flat = [(path, variable.replace(params[".".join(map(str, path))])) for path, variable in nnx.to_flat_state(state)]
     return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def _apart(layer: Block) -> Callable[..., Any]:
+    """The layer; its gradients are computed before those of the layer below (`stepjax.model.gradient_order`)."""
+    graph, state = nnx.split(layer)
+    if not has_adapters(state):
+        return layer
+
+    def run(x_BTD: jax.Array, *rest: Any) -> tuple[jax.Array, CacheView | None, jax.Array | None]:
+        x_BTD, held = with_layer_gradients(x_BTD, state)
+        return nnx.merge(graph, held)(x_BTD, *rest)
+
+    return run
 
 
 def _variables(model: Step3p5) -> list[tuple[tuple[Any, ...], nnx.Variable]]:
