@@ -152,7 +152,7 @@ def test_an_own_objective_that_cannot_train_is_refused(change, reason, tmp_path,
     recipe.write_text(RECIPE.replace("rewarded_likelihood", "my_loss.py:Doubt"))
     with pytest.raises(ConfigError, match=reason):
         read_settings(TuneConfig, recipe, [change])
-    with pytest.raises(ConfigError, match=r"no option of objective 'sft'; it has none"):
+    with pytest.raises(ConfigError, match=r"not an option of objective 'sft'; it has none"):
         read_settings(TuneConfig, recipe, ['loss.objective="sft"', "loss.options.factor=1.0"])
 
 
