@@ -165,7 +165,7 @@ def test_a_bad_pass_is_refused_by_name(case):
 def test_an_input_that_is_missing_is_named(loss):
     """Of every loss, those with a teacher too."""
     taught = loss in TEACHER_LOSSES
-    config = {"teacher": "base"} if taught else {}
+    config: dict[str, Any] = {"teacher": "base"} if taught else {}
     if loss == "gspo":
         config = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
     names = ("weights",) if taught else TARGET_LOSSES[loss].inputs
