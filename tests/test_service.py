@@ -15,6 +15,7 @@ from stepjax.adapters.peft import import_adapter
 from stepjax.infer.session import Session
 from stepjax.train.config.tune import LoraSettings
 from stepjax.train.losses.divergence import divergence
+from stepjax.train.service.routes.unserved import UNSERVED
 from stepjax.train.service.state_files import read_checkpoint
 from stepjax.train.tune.update import TuneState
 
@@ -356,6 +357,27 @@ def test_json_calls_do_the_same(training_client):
     assert training_client.result("forward_backward", body) == first.run([next_tokens(ids)])
     older = {"model_id": second.id, "seq_id": 2, "forward_input": inner}
     assert training_client.result("forward", older)["metrics"] == first.run([next_tokens(ids)], forward=True)["metrics"]
+
+
+@pytest.mark.parametrize(("path", "methods", "reason"), UNSERVED)
+def test_what_is_not_served_says_so(training_client, path, methods, reason):
+    """Not that there is no such path: the SDK has a method for each."""
+    for method in methods:
+        answer = training_client.http.request(method, f"/api/v1{path.format(id=training_client.session)}")
+        assert answer.status_code == 404
+        assert reason in answer.json()["detail"]
+
+
+def test_what_checkpoints_take(training_client):
+    def used():
+        return sum(item["size_bytes"] for item in training_client.get("billing/usage/checkpoints/current")["data"])
+
+    before = used()
+    training_client.model().save("sized")
+    assert used() > before + 1000
+    answer = training_client.http.get("/api/v1/training_runs", params={"project_id": "mine"})
+    assert answer.status_code == 400
+    assert "projects" in answer.json()["detail"]
 
 
 REFUSED = [

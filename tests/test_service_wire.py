@@ -11,7 +11,8 @@ import pytest
 from training import datum
 
 from stepjax.infer.serve.errors import ApiError
-from stepjax.train.service.checks import ModelRoom, check_call
+from stepjax.train.losses.target_losses import TARGET_LOSSES
+from stepjax.train.service.checks import TEACHER_LOSSES, ModelRoom, check_call
 from stepjax.train.service.devices.micro_batches import micro_sizes
 from stepjax.train.service.wire import calls
 from stepjax.train.service.wire.calls import PROTOBUF, Span, inflated, read_call
@@ -158,6 +159,25 @@ def test_a_bad_pass_is_refused_by_name(case):
     with pytest.raises(ApiError, match=named) as caught:
         checked(message)
     assert 400 <= caught.value.status < 500
+
+
+@pytest.mark.parametrize("loss", [*TARGET_LOSSES, *TEACHER_LOSSES])
+def test_an_input_that_is_missing_is_named(loss):
+    """Of every loss, those with a teacher too."""
+    taught = loss in TEACHER_LOSSES
+    config: dict[str, Any] = {"teacher": "base"} if taught else {}
+    if loss == "gspo":
+        config = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
+    names = ("weights",) if taught else TARGET_LOSSES[loss].inputs
+    inputs = {"target_tokens": np.array([6, 7, 8]), **{name: np.ones(3, np.float32) for name in names}}
+    assert checked(body(datum([5, 6, 7], **inputs), loss=loss, **config)).data
+    for name in inputs:
+        fewer = datum([5, 6, 7], **{other: value for other, value in inputs.items() if other != name})
+        if name == ("weights" if taught else "sequence_ratio_mask"):
+            assert checked(body(fewer, loss=loss, **config)).data
+        else:
+            with pytest.raises(ApiError, match=f"{name} is missing"):
+                checked(body(fewer, loss=loss, **config))
 
 
 def test_damaged_messages_are_refused():

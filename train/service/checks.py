@@ -131,8 +131,9 @@ def _datum(item: GivenDatum, what: str, rule: TargetLoss, room: ModelRoom) -> Da
         raise bad(
             f"{what}.loss_fn_inputs", f"{min(unknown)[:80]!a} is no input of {rule.name}; it takes {_list(known)}"
         )
+    optional = "weights" if rule.name in TEACHER_LOSSES else "sequence_ratio_mask"  # both are 1 if they are absent
     for name in ("target_tokens", *rule.inputs):
-        if name not in item.inputs and name != "sequence_ratio_mask" and rule.name not in TEACHER_LOSSES:
+        if name not in item.inputs and name != optional:
             raise bad(f"{what}.loss_fn_inputs", f"{name} is missing, which {rule.name} needs")
     targets = _rows(item.inputs["target_tokens"], count)
     if targets.dtype != np.int64:

@@ -13,6 +13,7 @@ from stepjax.train.service.routes.files import FILES_PREFIX, add_files
 from stepjax.train.service.routes.reading import owner_of_scope
 from stepjax.train.service.routes.records import add_records
 from stepjax.train.service.routes.sessions import add_sessions
+from stepjax.train.service.routes.unserved import add_unserved
 from stepjax.train.service.training_service import TrainingService
 
 
@@ -29,7 +30,13 @@ class TrainingExtension:
     def router(self, api: Api) -> APIRouter:
         self._keys = api.options.keys
         routes = APIRouter(prefix="/api/v1", tags=["Tinker"])
-        for add in (add_calls, add_sessions, add_records, add_files):  # the calls first: they come most often
+        for add in (
+            add_calls,
+            add_unserved,
+            add_sessions,
+            add_records,
+            add_files,
+        ):  # the calls first: they come most often
             add(routes, self.service, api.options.keys)
         return routes
 

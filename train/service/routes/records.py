@@ -32,6 +32,8 @@ def _add_runs(routes: APIRouter, service: TrainingService, keys: ApiKeys) -> Non
     async def training_runs(request: Request) -> Response:
         """The models of a key, the latest first."""
         limit, offset = page_of(request, 20)
+        if "project_id" in request.query_params:
+            raise bad("project_id", "is given, but this server has no projects; leave it out")
         owner = owner_of(request, keys)
         rows = await asyncio.to_thread(lambda: registry.journal.rows("models", order="created DESC", owner=owner))
         page = rows[offset : offset + limit]
@@ -45,6 +47,14 @@ def _add_runs(routes: APIRouter, service: TrainingService, keys: ApiKeys) -> Non
         rows = await asyncio.to_thread(registry.checkpoints, owner_of(request, keys))
         page = [_checkpoint(row) for row in rows[offset : offset + limit]]
         return json_response({"checkpoints": page, "cursor": _cursor(limit, offset, len(rows))})
+
+    @routes.get("/billing/usage/checkpoints/current")
+    async def storage(request: Request) -> Response:
+        """What the checkpoints of a key take on the disk. Nothing is billed."""
+        rows = await asyncio.to_thread(registry.checkpoints, owner_of(request, keys))
+        size = sum(row.bytes for row in rows)
+        used = {"checkpoint_count": len(rows), "size_bytes": size, "size_gigabytes": size / 1e9}
+        return json_response({"data": [used] if rows else []})
 
     @routes.get("/training_runs/{id}/checkpoints")
     async def checkpoints_of_run(request: Request, id: str) -> Response:
