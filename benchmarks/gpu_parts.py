@@ -23,6 +23,7 @@ from serving_steps import Decode, Prefill, narrow
 from slices import SLICES, Cost, Slice, decode_cost, prefill_cost, session, timed
 
 from stepjax.config import ModelConfig
+from stepjax.gpu_target import kernel_choice
 from stepjax.infer.engine.config import EngineConfig
 from stepjax.infer.engine.engine import Engine
 from stepjax.infer.load import load, use_caches
@@ -92,6 +93,7 @@ def measure_part(part: str, path: Path, *, seconds: float, small: bool) -> None:
     """Measure the rows of a part that are not in the file."""
     end = time.monotonic() + seconds
     about = {"hardware": jax.devices()[0].device_kind, "jax": jax.__version__, "commit": commit(check=False)}
+    about["kernels"] = kernel_choice()
     gpu.save(path, gpu.read(path) | about)
     for group in groups(part, small=small):
         wanted = tuple(name for name in group.names if not gpu.done(gpu.read(path), part, name))

@@ -90,6 +90,9 @@ def test_steps_of_slices_are_read(tmp_path: Path):
     assert [each.name for each in points] == ["s10 decode 1 sequences, 3 drafts", "s10 prefill 2048"]
     assert points[0].seconds == pytest.approx(3e-3)
     assert points[0].kernels > points[1].kernels
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"kernels": "on"}))
+    _, with_kernels = read_points(path)
+    assert [each.kernels for each in (points[0], with_kernels[0])] == [(10 + 3) * 34 + 90, 10 * 18 + 3 * 20 + 77]
 
 
 # What the bench wrote

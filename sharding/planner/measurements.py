@@ -22,6 +22,7 @@ from stepjax.sharding.planner.device_bytes import layout_of, paged, parameters, 
 from stepjax.sharding.planner.exchanges import StepShape, serving_exchanges
 from stepjax.sharding.planner.hardware import Cluster
 from stepjax.sharding.planner.step_time import (
+    DEPTH_KERNELS,
     LAYER_KERNELS,
     OTHER_KERNELS,
     Efficiency,
@@ -35,6 +36,9 @@ from stepjax.sharding.planner.step_time import (
 from stepjax.weights.formats import FORMATS
 
 ITEMSIZE = {"bfloat16": 2, "float32": 4}
+# Kernels of steps from before a step had kernels of its own: in a layer, an MTP depth and around them. Results of
+# benchmarks/gpu.py that do not say which kernels ran are of these.
+FORMER_KERNELS = 34, 34, 90
 LEAST_STEPS = 3  # equal steps that a median needs
 
 
@@ -130,6 +134,8 @@ def _of_bench(document: Mapping[str, Any]) -> Iterator[MeasuredStep]:
 
 def _of_slices(document: Mapping[str, Any]) -> Iterator[MeasuredStep]:
     """Parts of the model at its real widths on one device: each step has its own count of bytes and operations."""
+    has_kernels = document.get("kernels") in ("on", "all")
+    layer, depth, others = (LAYER_KERNELS, DEPTH_KERNELS, OTHER_KERNELS) if has_kernels else FORMER_KERNELS
     for name, part in document.items():
         if not isinstance(part, dict) or not {"decode", "prefill"} <= part.keys():
             continue
@@ -143,5 +149,5 @@ def _of_slices(document: Mapping[str, Any]) -> Iterator[MeasuredStep]:
                     f"{name} {kind} {step}",
                     seconds=1e-3 * row["milliseconds"],
                     parts=(WorkPart("all", 1e9 * row["gigabytes"], 1e12 * row["teraflops"]),),
-                    kernels=(layers + depths) * LAYER_KERNELS + OTHER_KERNELS,
+                    kernels=layers * layer + depths * depth + others,
                 )

@@ -38,9 +38,9 @@ from stepjax.sharding.planner.exchanges import LocalTokens, StepShape
 from stepjax.sharding.planner.hardware import Cluster, Device
 from stepjax.sharding.rules import Axes
 
-# Kernels of a decode step that wait for the one before, counted by `stepjax study --target h200` (jax 0.10.2): 26 to 34
-# in a layer on one device, 31 to 45 in one on a mesh; 32 around the layers, 60 for a temperature with top-p.
-LAYER_KERNELS, OTHER_KERNELS = 34, 90
+# Kernels of a decode step that wait for the one before, as `stepjax study --target h200` counts them (jax 0.10.2; int4
+# on one H200, bfloat16 on four, exchanges apart): 14 to 18 in a layer, 20 in an MTP depth, 57 to 77 around them.
+LAYER_KERNELS, DEPTH_KERNELS, OTHER_KERNELS = 18, 20, 77
 # Instructions that a weight of an expert takes, from PTX for sm_90: `gathered` one assignment at a time, and `stored`
 # one block of rows at a time, whatever the format.
 GATHERED_INSTRUCTIONS = {16: 8.9, 8: 14.6, 4: 26.6}  # by bits as stored
@@ -395,7 +395,7 @@ def devices_of_domain(axes: Axes, mesh: MeshSpec, domain: int) -> int:
 
 def kernels_of(config: ModelConfig, work: StepShape) -> float:
     """Kernels of one step that wait for one another. Long pieces of prompts are not bound by them."""
-    return (len(config.layers) + work.drafts) * LAYER_KERNELS + OTHER_KERNELS
+    return len(config.layers) * LAYER_KERNELS + work.drafts * DEPTH_KERNELS + OTHER_KERNELS
 
 
 def load_time(
