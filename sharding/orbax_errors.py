@@ -28,12 +28,14 @@ SHOWN = 160  # characters
 def quiet_orbax() -> None:
     """Drop, for good, what orbax writes for each of its threads beside the error that it raises.
 
-    For one full disk these were 1,246 lines. Threads of a failed write or read go on after it: those of a read report
-    to an event loop that orbax has closed, which Python would print from each ("Event loop is closed").
+    For one full disk these were 1,246 lines. Threads of a failed write or read go on after it. Those of a read report
+    to an event loop that orbax has closed, and hold coroutines that are collected at any later time; Python would print
+    an error for each, and asyncio one for each task.
     """
     logging.getLogger("absl").addFilter(_ORBAX)
-    if not isinstance(sys.unraisablehook, _LateThreads):
-        sys.unraisablehook = _LateThreads(sys.unraisablehook)
+    logging.getLogger("asyncio").addFilter(_TENSORSTORE)
+    if not isinstance(sys.unraisablehook, _Leftovers):
+        sys.unraisablehook = _Leftovers(sys.unraisablehook)
 
 
 @contextlib.contextmanager
@@ -79,34 +81,33 @@ def orbax_reason(error: BaseException) -> str:
 
 class _FromOrbax(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        return f"{os.sep}orbax{os.sep}" not in record.pathname
+        return _FOLDER not in record.pathname
 
 
-_ORBAX = _FromOrbax()
+class _FromTensorstore(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.exc_info or "tensorstore" not in str(record.exc_info[1])
 
 
-class _LateThreads:
-    """A hook for errors that nobody can catch, which drops those of threads that report to a closed event loop."""
+_FOLDER = f"{os.sep}orbax{os.sep}"
+_ORBAX, _TENSORSTORE = _FromOrbax(), _FromTensorstore()
+
+
+class _Leftovers:
+    """A hook for errors that nobody can catch, which drops those that a failed read of orbax has left."""
 
     def __init__(self, other: Callable[[Any], Any]):
         self._other = other
 
     def __call__(self, unraisable: Any) -> None:
-        late = unraisable.object is None and str(unraisable.exc_value) == "Event loop is closed"
-        if not late:
+        thread = unraisable.object is None and str(unraisable.exc_value) == "Event loop is closed"
+        code = getattr(unraisable.object, "cr_code", None)
+        if not thread and (code is None or _FOLDER not in code.co_filename):
             self._other(unraisable)
 
 
 def _forget_failed_reads() -> None:
-    """Collect the coroutines and tasks that orbax leaves when a read fails; later each would complain on stderr."""
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    log = logging.getLogger("asyncio")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)
-            gc.collect()
-    finally:
-        sys.unraisablehook = hook
-        log.setLevel(level)
+    """Collect the coroutines that orbax leaves when a read fails; later each would be a warning on stderr."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        gc.collect()

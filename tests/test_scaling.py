@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import httpx
 import pytest
@@ -179,6 +179,41 @@ def test_what_is_as_long_as_a_request_or_an_answer_is_written_in_a_thread(meter,
     assert threads
     assert meter.thread not in threads
     assert len(threads) == 1 or name != "argument_types"  # the answers share it
+
+
+class Freed(dict[str, Any]):
+    """A value in a body that notes which thread frees it."""
+
+    threads: ClassVar[list[threading.Thread]] = []
+
+    def __del__(self) -> None:
+        self.threads.append(threading.current_thread())
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
+def test_a_large_body_is_freed_in_a_thread(meter, path, stream, monkeypatch):
+    """Its tools are read until an answer ends. Freeing 8 MiB of small objects took the event loop 20 ms."""
+
+    def parse(body: bytes) -> dict[str, Any]:
+        value = parse_json(body)
+        value["tools"][0].get("function", value["tools"][0])[schema]["noted"] = Freed()
+        return value
+
+    chat, schema = path.endswith("completions"), "input_schema" if path == "/v1/messages" else "parameters"
+    tool = {"name": "f", "description": "a" * 5000, schema: {"type": "object"}}
+    kind = {} if path == "/v1/messages" else {"type": "function"}
+    ask = {"/v1/chat/completions": CHAT, "/v1/messages": MESSAGE, "/v1/responses": RESPONSE}[path]
+    body = {**ask, "stream": stream, "tools": [{**kind, "function": tool} if chat else {**kind, **tool}]}
+    monkeypatch.setattr(bodies, "parse_json", parse)
+    monkeypatch.setattr(Freed, "threads", [])
+    assert meter.cost(path, json.dumps(body).encode()).status == 200
+    for _ in range(1000):
+        if Freed.threads:
+            break
+        time.sleep(0.01)
+    assert len(Freed.threads) == 1
+    assert meter.thread not in Freed.threads
 
 
 def test_one_step_of_an_answer_takes_as_long_at_its_end_as_at_its_beginning(step_tiny):

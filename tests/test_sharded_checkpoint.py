@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import sys
@@ -162,14 +163,23 @@ def test_damaged_arrays_are_refused(saved, damage):
     np.testing.assert_array_equal(restore_tree(saved, like())["a"], TREE["a"])
 
 
-def test_threads_of_a_failed_read_are_not_heard_and_others_are(monkeypatch):
+def test_leftovers_of_a_failed_read_are_not_heard_and_others_are(monkeypatch, caplog):
     heard: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", heard.append)
     quiet_orbax()
     quiet_orbax()  # no second time around itself
-    late: Any = SimpleNamespace(object=None, exc_value=RuntimeError("Event loop is closed"))
-    of_an_object: Any = SimpleNamespace(object=saved, exc_value=RuntimeError("Event loop is closed"))
-    another: Any = SimpleNamespace(object=None, exc_value=RuntimeError("no more threads"))
-    for unraisable in (late, of_an_object, another):
+
+    def told(value: Any, error: str) -> Any:
+        return SimpleNamespace(object=value, exc_value=RuntimeError(error))
+
+    def coroutine(file: str) -> Any:
+        return SimpleNamespace(cr_code=SimpleNamespace(co_filename=file))
+
+    ours = [told(saved, "Event loop is closed"), told(None, "no more threads"), told(coroutine("/stepjax/a.py"), "x")]
+    for unraisable in (told(None, "Event loop is closed"), told(coroutine("/lib/orbax/a.py"), "x"), *ours):
         sys.unraisablehook(unraisable)
-    assert heard == [of_an_object, another]
+    assert heard == ours
+    for text in ("read [tensorstore_spec={}]", "another"):
+        error = ValueError(text)
+        logging.getLogger("asyncio").error("Task exception was never retrieved", exc_info=error)
+    assert [record.exc_info[1].args for record in caplog.records if record.exc_info] == [("another",)]

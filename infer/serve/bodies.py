@@ -35,6 +35,7 @@ _READ_ONCE = {"messages", "system", "input", "prompt", "tokens"}  # fields of a 
 INLINE_BYTES = 4096  # bodies up to here are parsed in the event loop, in less time than a thread takes to wake
 PARSED = "stepjax.body"  # where the scope holds the parsed body
 SIZE = "stepjax.body_bytes"
+HELD = "stepjax.body_held"  # where the scope has a list of what is to be freed when the request has been answered
 
 # A string, or what is left of one that does not end: its end is not sought again from every quote inside.
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)', re.DOTALL)
@@ -96,7 +97,7 @@ class StrictBodies:
         except ApiError as error:
             await self._refuse(scope, receive, send, error)
             return
-        replayed = False
+        replayed, held = False, scope.setdefault(HELD, [])
 
         async def replay() -> AsgiMessage:
             nonlocal replayed
@@ -105,7 +106,11 @@ class StrictBodies:
             replayed = True
             return {"type": "http.request", "body": b"", "more_body": False}
 
-        await self._app(scope, replay, send)
+        try:
+            await self._app(scope, replay, send)
+        finally:
+            if held and scope.get(SIZE, 0) > INLINE_BYTES:
+                asyncio.get_running_loop().run_in_executor(None, _free_all, held)
 
 
 async def _read(headers: dict[bytes, bytes], receive: Receive) -> bytearray | None:
@@ -261,6 +266,7 @@ class BodyRoute(APIRoute):
                 raise ApiError("body: expected a JSON object, found nothing", code="invalid_json")
             size = request.scope[SIZE]
             body, names = await off_loop(size, _taken, model, table, request.scope)
+            request.scope[HELD].append(body)
             unread = set(model.model_fields)  # if it fails
             try:
                 response = await (self.endpoint(request, body) if takes_request else self.endpoint(body))
@@ -291,6 +297,13 @@ def _free(body: BaseModel, names: Collection[str]) -> None:
         body.model_extra.clear()
     for name in names:
         vars(body).pop(name, None)
+
+
+def _free_all(held: list[BaseModel]) -> None:
+    """Free all fields of bodies whose answers have been sent: what streams have read until their end."""
+    while held:
+        body = held.pop()
+        _free(body, set(type(body).model_fields))
 
 
 def _taken(model: type[Model], table: FieldTable, scope: Scope) -> tuple[Model, list[str]]:
