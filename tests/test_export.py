@@ -271,7 +271,7 @@ def test_what_is_no_checkpoint_is_never_overwritten(tmp_path, bf16):
     home = tmp_path / "home"
     home.mkdir()
     (home / "thesis.tex").write_text("years")
-    with pytest.raises(CheckpointError, match="no checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
         save(home, CONFIG, {}, source=bf16, overwrite=True)
     (tmp_path / "link").symlink_to(bf16)
     with pytest.raises(CheckpointError, match="not a folder"):
