@@ -12,7 +12,7 @@ import pytest
 from shown import shown
 from tuning import history
 
-from stepjax.errors import ConfigError
+from stepjax.errors import ConfigError, TrainingError
 from stepjax.train.config.reader import read_settings
 from stepjax.train.config.tune import TuneConfig
 from stepjax.train.losses.logprobs import TokenScores
@@ -130,6 +130,40 @@ def test_an_objective_from_a_file_with_an_option_of_its_own(tmp_path):
         assert record["objective"] == "doubt"
         np.testing.assert_allclose(record["loss"], 4 * record["nll"], rtol=1e-5)  # float32 sums
     assert read_settings(TuneConfig, tmp_path / "run" / "config.toml") == config
+
+
+CONSTANT = """
+
+class Surprise(Doubt):
+    def token_loss(self, inputs, settings):
+        return TokenLoss.of_all(-inputs.scores.entropy)
+
+
+class Constant(Doubt):
+    def token_loss(self, inputs, settings):
+        return TokenLoss.of_all(inputs.mask.astype("float32"))
+"""
+
+
+@pytest.mark.slow
+def test_an_own_objective_learns_from_the_entropy_and_a_constant_one_is_said_to_be_constant(tmp_path):
+    (tmp_path / "my_loss.py").write_text(OWN + CONSTANT)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE.replace("rewarded_likelihood", "my_loss.py:Surprise"))
+    tune(read_settings(TuneConfig, recipe), tmp_path / "surprise")
+    assert all(record["gradient_norm"] > 0 for record in history(tmp_path / "surprise"))
+    config = read_settings(TuneConfig, recipe, [f'loss.objective="{tmp_path}/my_loss.py:Constant"'])
+    with pytest.raises(TrainingError, match=r"the loss .*Constant does not depend on what is trained"):
+        tune(config, tmp_path / "constant")
+
+
+def test_only_what_reads_the_entropy_pays_for_its_gradient(tmp_path):
+    (tmp_path / "my_loss.py").write_text(OWN)
+    assert find_objective(f"{tmp_path / 'my_loss.py'}:Doubt").uses_entropy(LossSettings())
+    for name, objective in OBJECTIVES.items():
+        bonus = LossSettings(objective=name, entropy_bonus=0.1)
+        assert not objective.uses_entropy(LossSettings(objective=name))
+        assert objective.uses_entropy(bonus) == ("entropy_bonus" in objective.settings)
 
 
 @pytest.mark.parametrize(

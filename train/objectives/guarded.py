@@ -16,7 +16,8 @@ from stepjax.train.objectives.objective import Averaging, Objective, TokenInputs
 from stepjax.train.plugins.failure import described
 from stepjax.train.plugins.reference import parted
 
-METHODS = ("token_loss", "policy_loss", "loss", "advantages", "averaging", "uses_reference", "scored", "metrics")
+METHODS = ("token_loss", "policy_loss", "loss", "advantages", "averaging", "scored", "metrics")
+METHODS += ("uses_reference", "uses_entropy")
 
 
 def guarded(kind: type[Objective], reference: str) -> Objective:
@@ -35,6 +36,8 @@ def guarded(kind: type[Objective], reference: str) -> Objective:
         objective = kind()
     except Exception as error:
         raise failed("()", error) from None
+    if _is_ours(objective.uses_entropy):  # without its gradient, a term with the entropy would do nothing in silence
+        objective.__dict__["uses_entropy"] = lambda settings: True
     for method in METHODS:
         function = getattr(objective, method, None)
         if function is not None and not _is_ours(function):

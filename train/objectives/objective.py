@@ -218,6 +218,12 @@ class Objective:
         """Whether the loss reads the log-probabilities of the base without the adapter."""
         return False
 
+    def uses_entropy(self, settings: LossSettings) -> bool:
+        """Whether gradients flow through ``inputs.scores.entropy``, which costs one more product as wide as the
+        vocabulary. A class that a recipe names by its file returns True unless it says otherwise.
+        """
+        return False
+
     def averaging(self, settings: LossSettings) -> Averaging:
         """What the sum of the losses of an answer's tokens is divided by."""
         return "tokens"
@@ -274,7 +280,8 @@ class Objective:
         out = model.forward(rows.ids, packed_chunk(rows), recorded_BTLA=batch.experts, recompute=deep)
         mask = (_ahead(rows.loss_mask) > 0) & (_ahead(rows.segment_ids) == rows.segment_ids)
         mask &= (jnp.arange(mask.shape[1]) < mask.shape[1] - 1)[None, :]
-        scores = _scores(context, model, out.hidden_BTD, batch, teacher)
+        entropy_gradient = self.uses_entropy(context.settings)
+        scores = _scores(context, model, out.hidden_BTD, batch, teacher, entropy_gradient=entropy_gradient)
         sampler, advantage = _ahead(batch.sampler), _ahead(batch.advantage)
         known = scores.teacher_logprob if batch.teacher_logprob is None else _ahead(batch.teacher_logprob)
         has_teacher = batch.teacher_logprob is not None or batch.hidden is not None
@@ -350,7 +357,13 @@ _ahead = functools.partial(jnp.roll, shift=-1, axis=1)
 
 
 def _scores(
-    context: LossContext, model: Step3p5, hidden_BTD: jax.Array, batch: Batch, teacher: tuple[str, Params] | None
+    context: LossContext,
+    model: Step3p5,
+    hidden_BTD: jax.Array,
+    batch: Batch,
+    teacher: tuple[str, Params] | None,
+    *,
+    entropy_gradient: bool,
 ) -> TokenScores:
     """The student's scores of each next token, with the divergence from the teacher."""
     settings, known = context.settings, None
@@ -369,5 +382,5 @@ def _scores(
         kind=settings.divergence,
         beta=settings.beta,
         chunk=settings.chunk,
-        entropy_gradient=settings.entropy_bonus != 0,
+        entropy_gradient=entropy_gradient,
     )

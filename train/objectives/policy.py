@@ -84,6 +84,9 @@ class PolicyObjective(Objective):
     def uses_reference(self, settings: LossSettings) -> bool:
         return settings.reference_kl != 0
 
+    def uses_entropy(self, settings: LossSettings) -> bool:
+        return settings.entropy_bonus != 0
+
     def averaging(self, settings: LossSettings) -> Averaging:
         return settings.average
 

@@ -24,6 +24,7 @@ from stepjax.train.config.tune import OptimSettings, RunSettings, TuneConfig
 from stepjax.train.data.coded import with_code
 from stepjax.train.data.prompts import Prompt
 from stepjax.train.data.sources import open_stream
+from stepjax.train.objectives.table import find_objective
 from stepjax.train.rollouts.failures import RewardFailures
 from stepjax.train.rollouts.resampling import StepAnswers, differing_groups
 from stepjax.train.rollouts.sampler import Rollout, Sampler, data_rollouts
@@ -192,10 +193,14 @@ def check_learned(config: TuneConfig, initial: Leaves, state: TuneState) -> None
             f"{again}"
         )
     if done and config.optim.lr and not changed(initial, state.leaves):
+        reason = (
+            "the answers to each prompt had equal rewards. Read reward in metrics.jsonl; give harder or easier "
+            "prompts, rewards with more values, or more rollout.samples"
+            if find_objective(config.loss.objective).uses_rewards
+            else f"the loss {config.loss.objective} does not depend on what is trained, or is at its minimum"
+        )
         raise TrainingError(
-            f"none of {done} steps changed a trained value, since every gradient was 0: the answers to each prompt "
-            "had equal rewards. Read reward in metrics.jsonl; give harder or easier prompts, rewards with more values, "
-            f"or more rollout.samples. {again}"
+            f"none of {done} steps changed a trained value, since every gradient was 0: {reason}. {again}"
         )
 
 
