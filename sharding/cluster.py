@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from stepjax.sharding.watchdog import Watchdog
 
 SILENCE_S = 15  # after which the watchdog takes a process for lost
 HEARTBEAT_S = 20  # after which jax would; it ends the process without a message
+LOST_S = 2  # in which a process whose command failed may hear that another was lost, which ends it as that one's victim
 JOIN_S = 300  # how long processes wait for each other at the start
 FLAGS = ("coordinator", "processes", "process_id")
 
@@ -162,6 +164,7 @@ def run(args: argparse.Namespace, command: Callable[[], int]) -> int:
             code = 1
         sys.stdout.flush()
         if code:
+            time.sleep(LOST_S)
             watch.give_up(f"process {spec.process_id} ended with exit code {code}")
             os._exit(code)  # jax would wait at its exit for processes that wait for this one
         import jax
