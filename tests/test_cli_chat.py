@@ -36,6 +36,7 @@ def talk(monkeypatch, said: str, *flags: object) -> int:
     return main(["chat", "--max-tokens", "40", "--temperature", "0", *map(str, flags)])
 
 
+@pytest.mark.slow
 def test_a_conversation_through_a_pipe(capsys, monkeypatch):
     assert talk(monkeypatch, "\nWhat is 467 + 358?\n/help\n/what now\n/reset\n/exit\nWhat is 1 + 1?\n") == 0
     out = capsys.readouterr().out

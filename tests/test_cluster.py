@@ -309,6 +309,7 @@ def test_the_slurm_script_is_clean():
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 def test_the_slurm_script_runs_on_two_local_processes(tmp_path):
     """With an srun that sets what SLURM would."""
     srun = tmp_path / "bin" / "srun"

@@ -41,6 +41,7 @@ def meter(step_tiny) -> Iterator[Meter]:
         yield meter
 
 
+@pytest.mark.slow
 def test_the_steps_of_reading_grow_with_the_body_and_no_faster(reader):
     """Counted, and not timed; in C each step may still take longer, which the slow test sees."""
     known = (case for case in cases() if case.path in ASKED)

@@ -135,6 +135,7 @@ def test_a_folder_of_other_weights_is_refused(tiny, training_server, tmp_path):
     start(params | {name: value + 1 for name, value in params.items() if name.startswith("mtp.")})
 
 
+@pytest.mark.slow
 def test_clients_together_are_as_alone(training_server):
     """Four clients at once, each with its own adapter, data and samples: each ends with the weights of its solo run, to
     the bit, and leaves no slot in use.

@@ -55,7 +55,8 @@ def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
             np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=path)
 
 
-@pytest.mark.parametrize("name", ["bf16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fp8", "int8"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bf16", "fp8", "int8"])
 def test_weights_saved_on_eight_devices_are_restored_on_fewer(tmp_path, name):
     fp8 = name == "fp8"
     hub = short_hub_config(**({"quantization_config": fp8_hub_config()["quantization_config"]} if fp8 else {}))

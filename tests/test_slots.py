@@ -90,6 +90,7 @@ def until(engine: Engine, id: str, count: int) -> list[int]:
     return tokens
 
 
+@pytest.mark.slow
 def test_an_answer_that_has_ended_adds_no_work_to_the_steps_of_its_neighbour(work):
     """It was long and asked for everything. However it ended, the neighbour's steps do what they do alone."""
     near, long = [9, 10, 11, 12], np.random.default_rng(0).integers(8, 120, 90).tolist()
