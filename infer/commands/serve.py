@@ -278,16 +278,12 @@ def _sessions(args: argparse.Namespace, startup: Startup, folder: ModelFolder) -
 
 def _engine(args: argparse.Namespace, session: Session, prefill: Session | None) -> Engine:
     """The engine, with the adapters of the command line."""
-    from stepjax.infer.balanced_engine import BalancedEngine
-    from stepjax.infer.engine.engine import Engine, open_engine
-    from stepjax.infer.separate_meshes import SeparateEngine
+    from stepjax.infer.engine.engine import open_engine
 
     given = GivenAdapters.read(args, session, _served_names(args))
-    config = _engine_config(args, given, prefill)
+    kind, make = _engine_kind(args, prefill)
+    config = _engine_config(args, given, make)
     _, host = process_and_leader()
-    kind: Any = Engine if prefill is None else SeparateEngine
-    if args.move_experts is not None:
-        kind = BalancedEngine
     if host:
         engine = open_engine(session, config, host=host, kind=kind)
         assert engine is not None, "this is process 0"
@@ -298,15 +294,22 @@ def _engine(args: argparse.Namespace, session: Session, prefill: Session | None)
     return engine
 
 
-def _engine_config(args: argparse.Namespace, given: GivenAdapters, prefill: Session | None) -> EngineConfig:
-    from stepjax.infer.balanced_engine import BalancedConfig
+def _engine_kind(args: argparse.Namespace, prefill: Session | None) -> tuple[Any, Callable[..., EngineConfig]]:
+    """The class of the engine, and what makes its settings."""
+    from stepjax.infer.balanced_engine import BalancedConfig, BalancedEngine
     from stepjax.infer.engine.config import EngineConfig
-    from stepjax.infer.separate_meshes import SeparateConfig
+    from stepjax.infer.engine.engine import Engine
+    from stepjax.infer.separate_meshes import SeparateConfig, SeparateEngine
 
-    routing = getattr(args, "routing", False)  # what a later room asks for
-    make: Any = EngineConfig if prefill is None else functools.partial(SeparateConfig, prefill=prefill)
     if args.move_experts is not None:
-        make = functools.partial(BalancedConfig, move_every=args.move_experts)
+        return BalancedEngine, functools.partial(BalancedConfig, move_every=args.move_experts)
+    if prefill is not None:
+        return SeparateEngine, functools.partial(SeparateConfig, prefill=prefill)
+    return Engine, EngineConfig
+
+
+def _engine_config(args: argparse.Namespace, given: GivenAdapters, make: Callable[..., EngineConfig]) -> EngineConfig:
+    routing = getattr(args, "routing", False)  # what a later room asks for
     return make(
         num_slots=args.max_seqs,
         context=args.context,
@@ -333,7 +336,8 @@ def _follow(args: argparse.Namespace, folder: ModelFolder, startup: Startup, add
     given = GivenAdapters.read(args, session, _served_names(args))
     log.info("process %d follows process 0 on %s", *process_and_leader())
     others = None if addition is None else addition.orders(session)
-    open_engine(session, _engine_config(args, given, None), host=host, others=others)
+    _, make = _engine_kind(args, None)
+    open_engine(session, _engine_config(args, given, make), host=host, others=others)
     return 0
 
 

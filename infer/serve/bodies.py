@@ -267,12 +267,8 @@ class BodyRoute(APIRoute):
             size = request.scope[SIZE]
             body, names = await off_loop(size, _taken, model, table, request.scope)
             request.scope[HELD].append(body)
-            unread = set(model.model_fields)  # if it fails
-            try:
-                response = await (self.endpoint(request, body) if takes_request else self.endpoint(body))
-                unread = _READ_ONCE
-            finally:
-                await off_loop(size, _free, body, unread)
+            response = await (self.endpoint(request, body) if takes_request else self.endpoint(body))
+            await off_loop(size, _free, body, _READ_ONCE)  # a stream may hold the others for long
             names = sorted({*names, *getattr(request.state, "ignored", ())})
             if names:
                 response.headers[IGNORED] = header_value(names)
@@ -300,7 +296,7 @@ def _free(body: BaseModel, names: Collection[str]) -> None:
 
 
 def _free_all(held: list[BaseModel]) -> None:
-    """Free all fields of bodies whose answers have been sent: what streams have read until their end."""
+    """Free all fields of bodies whose answers have been sent, or which were refused."""
     while held:
         body = held.pop()
         _free(body, set(type(body).model_fields))

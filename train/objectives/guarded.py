@@ -16,8 +16,7 @@ from stepjax.train.objectives.objective import Averaging, Objective, TokenInputs
 from stepjax.train.plugins.failure import described
 from stepjax.train.plugins.reference import parted
 
-METHODS = ("token_loss", "policy_loss", "loss", "advantages", "averaging", "scored", "metrics")
-METHODS += ("uses_reference", "uses_entropy")
+METHODS = tuple("token_loss policy_loss loss advantages averaging uses_reference uses_entropy scored metrics".split())
 
 
 def guarded(kind: type[Objective], reference: str) -> Objective:
